@@ -1,0 +1,34 @@
+# `make run` and `make test` do everything on a fresh machine; the other targets are their parts.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
+INSTALLED := $(VENV)/.installed
+
+.PHONY: run test test-all check install clean
+
+run: install
+	$(BIN)/fed-dpsat run simulations/digits_dpsat.toml --out $(OUT)
+
+test: check
+	$(BIN)/pytest
+
+test-all: check
+	$(BIN)/pytest -m "slow or not slow"
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(INSTALLED)
+
+# constraints.txt says which versions were tested together, and why any is pinned.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

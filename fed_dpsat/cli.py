@@ -1,0 +1,175 @@
+"""``fed-dpsat``: run, list, calibrate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fed_dpsat.config import RunConfig
+from fed_dpsat.errors import SettingError
+from fed_dpsat.plugins import PACKAGES, PluginError, builtin, summary
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Private federated learning with client-side DP-SAT.")
+out_console, err_console = Console(), Console(stderr=True)
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file; without one, the defaults.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def _settings_help() -> str:
+    lines = ["Train the federation that CONFIG describes.", "", "Settings, with their defaults:", ""]
+    for spec in dataclasses.fields(RunConfig):
+        lines += [f"  {spec.name} = {spec.default!r}: {spec.metadata['doc']}", ""]
+    return "\n".join(lines)
+
+
+@app.command(help=_settings_help())
+def run(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; new or empty. Default: runs/NAME-TIME.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train; the help text is made from the settings."""
+    with _clear_errors():
+        settings = RunConfig.load(config, overrides or ())
+        name = config.stem if config else "run"
+        folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        result = _simulate(settings, folder, quiet=as_json)
+    if as_json:
+        _print_json(result)
+    else:
+        out_console.print(_summary_table(result))
+        out_console.print(f"Run folder: {folder}", soft_wrap=True)
+
+
+@app.command(name="list")
+def list_plugins(as_json: AsJson = False) -> None:
+    """Built-in optimizers, models, data sets, partitions, clipping rules and strategies."""
+    with _clear_errors():
+        found = {kind: {name: summary(factory) for name, factory in builtin(kind).items()} for kind in PACKAGES}
+    if as_json:
+        return _print_json(found)
+    for kind, plugins in found.items():
+        table = Table(title=kind, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        table.add_column(no_wrap=True, style="cyan")
+        for name, line in plugins.items():
+            table.add_row(name, line)
+        out_console.print(table, "")
+    return None
+
+
+@app.command()
+def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """The noise multiplier for a schedule, and epsilon against rounds."""
+    from fed_dpsat.experiment import resolve_noise_multiplier
+    from fed_dpsat.privacy.calibration import epsilon_table
+
+    with _clear_errors():
+        settings = RunConfig.load(config, overrides or ())
+        if not settings.private:
+            raise SettingError("private", False, "true", "a run without noise has no noise multiplier to find")
+        noise = resolve_noise_multiplier(settings)
+        most = settings.rounds_per_client
+        rounds = sorted({max(1, round(most * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
+        rows = epsilon_table(noise, settings.sample_rate, settings.local_steps, rounds, settings.delta)
+    if as_json:
+        schedule = {key: getattr(settings, key) for key in ("sample_rate", "local_steps", "delta", "target_epsilon")}
+        return _print_json({"noise_multiplier": noise, "rounds_per_client": most, **schedule,
+                            "table": [dataclasses.asdict(row) for row in rows]})
+    out_console.print(f"noise_multiplier = {noise:.4f}  (sample_rate {settings.sample_rate:g}, "
+                      f"{settings.local_steps} local steps, {most} rounds per client, delta {settings.delta:g})")
+    table = Table("rounds", "epsilon (PLD)", "epsilon (RDP)", title="One client, against a server that sees its updates")
+    for row in rows:
+        table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", f"{row.epsilon_rdp:.3f}")
+    out_console.print(table)
+    return None
+
+
+def _simulate(settings: RunConfig, folder: Path, *, quiet: bool) -> dict[str, Any]:
+    from fed_dpsat.simulation import simulate
+
+    columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
+               TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err_console, disable=quiet or not err_console.is_terminal) as progress:
+        task = progress.add_task("preparing", total=settings.num_rounds)
+
+        def show(record: dict[str, Any]) -> None:
+            line = _round_line(record)
+            progress.update(task, completed=record["round"], description=line)
+            if not quiet and progress.disable:
+                err_console.print(f"round {record['round']}/{settings.num_rounds}  {line}")
+            for client, reason in record["dropped"].items():
+                err_console.print(f"round {record['round']}: client {client} dropped: {reason}", markup=False)
+
+        return simulate(settings, folder, on_round=show)
+
+
+def _round_line(record: dict[str, Any]) -> str:
+    quality = "" if record["test_accuracy"] is None else (
+        f"accuracy {record['test_accuracy']:.1%}  loss {record['test_loss']:.3f}  ")
+    return f"{quality}epsilon {record['epsilon']:.2f}"
+
+
+def _summary_table(result: dict[str, Any]) -> Table:
+    table = Table(show_header=False, title="Result", title_justify="left")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    table.add_row("test accuracy", f"{result['test_accuracy']:.2%}")
+    table.add_row("test loss", f"{result['test_loss']:.4f} nats")
+    table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
+    table.add_row("protects", result["privacy_unit"])
+    table.add_row("against", result["threat_model"])
+    table.add_row("noise", f"multiplier {result['noise_multiplier']:.4f}, clip norm {result['clip_norm']:g}; "
+                           f"{result['noise']}")
+    table.add_row("training", f"{result['optimizer']}, {result['model']} on {result['dataset']}, {result['strategy']}")
+    table.add_row("schedule", f"{result['rounds_completed']} rounds x {result['local_steps']} local steps, "
+                              f"{result['num_clients']} clients, sample rate {result['sample_rate']:g}, "
+                              f"seed {result['seed']}")
+    table.add_row("time", f"{result['seconds']:.1f} s")
+    return table
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What a user can mend is one line and an exit code, never a traceback."""
+    from flwr.common.logger import FLOWER_LOGGER
+
+    FLOWER_LOGGER.setLevel(logging.ERROR)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        yield
+    except (SettingError, PluginError) as error:
+        _fail(error, BAD_INPUT)
+    except KeyboardInterrupt:
+        _fail("interrupted; the run folder holds what was done", INTERRUPTED)
+
+
+def _fail(error: object, code: int) -> None:
+    err_console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def _print_json(value: Any) -> None:
+    from fed_dpsat.run_folder import jsonable
+
+    out_console.print(json.dumps(jsonable(value), indent=2), soft_wrap=True, highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,84 @@
+"""Decoded arrays on disk, memory-mapped so that all processes of a machine share one copy.
+
+A cache is a folder ``cache_dir/<name>-<fingerprint>/`` of ``.npy`` files and a ``meta.json``. The fingerprint
+is of the source files' paths, sizes and modification times, so a changed source is another cache. The folder
+is written under another name and renamed when it is whole; whoever is second in a race drops its own copy.
+A folder whose files have not the sizes in ``meta.json`` is built anew, never trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fed_dpsat.data.dataset import DataError
+
+FORMAT = 1  # part of the fingerprint: raise it when the arrays' layout changes
+Arrays = Mapping[str, np.ndarray]
+
+
+def fingerprint(key: str, files: Sequence[Path]) -> str:
+    """16 hex digits that change with ``key`` and with any file's absolute path, size or mtime."""
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([FORMAT, key, stats]).encode()).hexdigest()[:16]
+
+
+def cached(folder: Path, decode: Callable[[], Arrays]) -> dict[str, Tensor]:
+    """The arrays of ``decode``, memory-mapped from ``folder``, which is written first if it is not there.
+
+    Raises ``DataError`` if ``folder`` cannot be written, and whatever ``decode`` raises, leaving no folder.
+    """
+    arrays = _open(folder)
+    if arrays is None:
+        decoded = decode()
+        try:
+            _store(folder, decoded)
+        except OSError as error:
+            raise DataError(f"cache_dir={str(folder.parent)!r} cannot be written ({error}); "
+                            f"--set cache_dir=DIR with another folder") from error
+        arrays = _open(folder)
+    if arrays is None:
+        raise DataError(f"{folder} changed while it was being written; delete it and start again")
+    return arrays
+
+
+def _open(folder: Path) -> dict[str, Tensor] | None:
+    """The arrays of a whole cache, None where there is none."""
+    try:
+        sizes: dict[str, int] = json.loads((folder / "meta.json").read_text())["sizes"]
+        if any((folder / name).stat().st_size != size for name, size in sizes.items()):
+            return None
+        # Copy-on-write rather than read-only: torch warns of arrays that it could not write to. Pages are
+        # shared all the same for as long as nobody writes, and a write never reaches the file.
+        return {Path(name).stem: torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in sizes}
+    except (FileNotFoundError, ValueError, KeyError):  # ValueError: no JSON, or no .npy header
+        return None
+
+
+def _store(folder: Path, arrays: Arrays) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        whole = Path(temporary) / "whole"
+        whole.mkdir()
+        sizes = {}
+        for name, array in arrays.items():
+            file = whole / f"{name}.npy"
+            np.save(file, np.ascontiguousarray(array))
+            sizes[file.name] = file.stat().st_size
+        (whole / "meta.json").write_text(json.dumps({"sizes": sizes}))
+        if _open(folder) is None:
+            with contextlib.suppress(FileNotFoundError):  # usually there is nothing to move out of the way
+                folder.rename(Path(temporary) / "broken")
+        try:
+            whole.rename(folder)
+        except OSError:
+            if _open(folder) is None:
+                raise  # not a lost race: the folder is still not there, or still not whole

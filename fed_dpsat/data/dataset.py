@@ -1,0 +1,94 @@
+"""What a data set is: labelled examples in two splits, and the names of the classes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """A data set or a partition that cannot be had as asked; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Examples:
+    """``inputs[N, C, ...]`` (uint8 0..255, or float32) with ``labels[N]`` (int64), stored as they came.
+
+    ``mean`` and ``std`` hold one number per channel, in the units of the input scaled to 0..1 (uint8) or of
+    the input itself (float32). Memory-mapped tensors stay so: only the rows of a batch are read.
+
+    Raises ``DataError`` for another dtype, lengths that differ, or a std that is not positive.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.inputs.dtype not in (torch.uint8, torch.float32) or self.inputs.ndim < 2:
+            raise DataError(f"inputs are {self.inputs.dtype} {list(self.inputs.shape)}, "
+                            f"not uint8 or float32 [N, C, ...]; convert them")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.inputs.shape[:1]:
+            raise DataError(f"labels are {self.labels.dtype} {list(self.labels.shape)}, "
+                            f"not int64 [{len(self.inputs)}]; give one class number per input")
+        channels = self.inputs.shape[1]
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise DataError(f"mean={self.mean} and std={self.std} need one number for each of "
+                            f"{channels} channels")
+        if not all(math.isfinite(m) for m in self.mean) or not all(0 < s < math.inf for s in self.std):
+            raise DataError(f"mean={self.mean}, std={self.std}: a mean is finite and a std in (0, inf)")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised ``(inputs[B, C, ...] float32, labels[B])`` of ``indices[B]`` (int64).
+
+        ``(x / 255 - mean) / std`` per channel for uint8, ``(x - mean) / std`` for float32. The result is a
+        fresh copy. The empty index gives the empty batch; one below 0 or at N or above, an ``IndexError``.
+        """
+        per_channel = [-1] + [1] * (self.inputs.ndim - 2)
+        device = self.inputs.device
+        rows = self.inputs.index_select(0, indices).to(torch.float32)
+        if self.inputs.dtype == torch.uint8:
+            rows /= 255
+        rows -= torch.tensor(self.mean, device=device).view(per_channel)
+        rows /= torch.tensor(self.std, device=device).view(per_channel)
+        return rows, self.labels.index_select(0, indices)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """A training split, which clients divide among them and hold private, and a public test split.
+
+    Raises ``DataError`` if the splits differ in shape or a label is not one of ``class_names``.
+    """
+
+    name: str
+    train: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.train.inputs.shape[1:] != self.test.inputs.shape[1:]:
+            raise DataError(f"{self.name}: train inputs are {list(self.input_shape)}, "
+                            f"test inputs {list(self.test.inputs.shape[1:])}; make them one shape")
+        for split, labels in (("train", self.train.labels), ("test", self.test.labels)):
+            wrong = torch.nonzero((labels < 0) | (labels >= self.num_classes))
+            if len(wrong):
+                row = int(wrong[0])
+                raise DataError(f"{self.name}: {split} label {int(labels[row])} of row {row} is not in "
+                                f"[0, {self.num_classes}); correct it or name more classes")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, ``(C, ...)``."""
+        return tuple(self.train.inputs.shape[1:])

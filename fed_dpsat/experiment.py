@@ -1,0 +1,135 @@
+"""A configuration's names as objects, and what one client does with them in one round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fed_dpsat import plugins
+from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.config import RunConfig
+from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.errors import SettingError
+from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.noise import derive_seed
+from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State, set_clock
+from fed_dpsat.params import Params
+from fed_dpsat.per_example import ModelLoss
+from fed_dpsat.privacy.calibration import noise_multiplier_for
+from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.sampling import PoissonSampler
+from fed_dpsat.training import LocalResult, Streams, train_locally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the server asks of a client in one round; everything else it knows from the configuration."""
+
+    round: int
+    noise_multiplier: float
+    attempt: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """The objects of a run. Clients and server build the same ones from the same configuration.
+
+    ``named`` says that every object came from a name in it, so that another process can build them too.
+    """
+
+    config: RunConfig
+    dataset: Dataset
+    partitions: Sequence[np.ndarray]
+    loss_fn: ModelLoss
+    optimizer: PrivateOptimizer
+    clipping: ClippingRule
+    named: bool = True
+
+    @classmethod
+    def build(
+        cls,
+        config: RunConfig,
+        *,
+        dataset: Dataset | None = None,
+        model: nn.Module | None = None,
+        optimizer: PrivateOptimizer | None = None,
+        clipping: ClippingRule | None = None,
+    ) -> Experiment:
+        """From the names in ``config``; an object that is given stands in for its name.
+
+        Raises ``SettingError``, ``PluginError`` or ``DataError`` before any client is asked.
+        """
+        named = dataset is None and model is None and optimizer is None and clipping is None
+        settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
+        dataset = dataset or plugins.build("dataset", config.dataset, settings)
+        if config.num_clients > len(dataset.train):
+            raise SettingError("num_clients", config.num_clients, f"at most {len(dataset.train)}, the examples of "
+                               f"{dataset.name}", "lower it; a client needs at least one example")
+        settings |= {"input_shape": dataset.input_shape, "num_classes": dataset.num_classes,
+                     "labels": dataset.train.labels.numpy()}
+        partition_settings = {**settings, "seed": derive_seed(config.seed, purpose="partition")}
+        partitions = plugins.build("partition", config.partition, partition_settings)
+        if model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(config.seed, purpose="model"))
+                model = plugins.build("model", config.model, settings)
+        if optimizer is None:
+            settings["base"] = plugins.build("optimizer", config.base_optimizer, settings)
+            optimizer = plugins.build("optimizer", config.optimizer, settings)
+        clipping = clipping or plugins.build("clipping", config.clipping, settings)
+        return cls(config=config, dataset=dataset, partitions=partitions, loss_fn=ModelLoss(model),
+                   optimizer=optimizer, clipping=clipping, named=named)
+
+    def sampler(self, client: int) -> PoissonSampler:
+        """The batches of ``client``; its number of examples is declared public."""
+        return PoissonSampler(num_examples=len(self.partitions[client]), sample_rate=self.config.sample_rate)
+
+    def event(self, noise_multiplier: float) -> PrivacyEvent:
+        """What one round costs a client that takes part in it."""
+        return PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=self.config.sample_rate,
+                            steps=self.config.local_steps)
+
+    def client_round(
+        self, client: int, task: Task, params: Params, state: State | None, server_ascent: Params | None = None
+    ) -> LocalResult:
+        """One round of ``client`` from the global ``params``; ``state`` is what it kept from its last one."""
+        config, sampler = self.config, self.sampler(client)
+        indices = torch.from_numpy(self.partitions[client])
+        state = self.optimizer.init(params) if state is None else dict(state)
+        if config.ascent_memory != "client":
+            state.pop(ASCENT, None)
+        if config.ascent_memory == "server" and server_ascent is not None:
+            state[ASCENT] = server_ascent
+        mechanism = GaussianMechanism(
+            noise_multiplier=task.noise_multiplier,
+            clip_norm=self.clipping.clip_norm,
+            expected_batch_size=sampler.expected_batch_size,
+        )
+        return train_locally(
+            params,
+            lambda batch: self.dataset.train.batch(indices[batch]),
+            loss_fn=self.loss_fn,
+            optimizer=self.optimizer,
+            state=set_clock(state, (task.round - 1) * config.local_steps),
+            sampler=sampler,
+            clipping=self.clipping,
+            mechanism=mechanism,
+            local_steps=config.local_steps,
+            streams=Streams(seed=config.seed, client=client, round=task.round, attempt=task.attempt),
+            engine=config.engine,
+            physical_batch_size=config.physical_batch_size,
+        )
+
+
+def resolve_noise_multiplier(config: RunConfig) -> float:
+    """The configured noise multiplier, or the one that spends ``target_epsilon`` over the whole schedule."""
+    if not config.target_epsilon:
+        return config.noise_multiplier
+    return noise_multiplier_for(
+        config.target_epsilon, config.delta, config.sample_rate, config.steps_per_client, config.accountant
+    )

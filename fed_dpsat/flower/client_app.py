@@ -1,0 +1,68 @@
+"""Flower's client handlers and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fed_dpsat.config import RunConfig
+from fed_dpsat.experiment import Experiment
+from fed_dpsat.flower import records
+from fed_dpsat.process import intra_op_threads, tune_allocator
+
+Provider = Callable[[Mapping[str, Any]], Experiment]
+"""Flower's run config to the experiment that this process works on."""
+
+
+@lru_cache(maxsize=1)
+def _experiment(settings: tuple[tuple[str, Any], ...]) -> Experiment:
+    return Experiment.build(RunConfig.from_mapping(dict(settings)))
+
+
+def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
+    """The experiment that the run config names, built once per process."""
+    return _experiment(tuple(sorted(run_config.items())))
+
+
+def make_client_app(provider: Provider) -> ClientApp:
+    """A client that trains on the experiment of ``provider``, under the partition its node is configured with."""
+    client_app = ClientApp()
+
+    @client_app.query()
+    def identify(message: Message, context: Context) -> Message:
+        experiment, client = provider(context.run_config), _client(context)
+        return Message(
+            records.identity_content(client, len(experiment.partitions[client])), reply_to=message
+        )
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        experiment, client = provider(context.run_config), _client(context)
+        if experiment.config.tune_malloc:
+            tune_allocator()
+        task = records.read_task(message.content)
+        ascent = message.content.array_records.get(records.ASCENT)
+        with intra_op_threads(experiment.config.threads_per_client):
+            result = experiment.client_round(
+                client,
+                task,
+                records.to_params(message.content.array_records[records.ARRAYS]),
+                records.load_state(context.state),
+                None if ascent is None else records.to_params(ascent),
+            )
+        records.save_state(context.state, result.state)
+        content = records.reply_content(client, task, result, len(experiment.partitions[client]))
+        return Message(content, reply_to=message)
+
+    return client_app
+
+
+def _client(context: Context) -> int:
+    return int(context.node_config[records.PARTITION_ID])
+
+
+app = make_client_app(from_run_config)

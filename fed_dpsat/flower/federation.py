@@ -1,0 +1,174 @@
+"""The server's side of a run: strategy, ledger, evaluation and run folder around Flower's loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from logging import getLogger
+from typing import Any
+
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fed_dpsat import plugins
+from fed_dpsat.config import RunConfig
+from fed_dpsat.evaluation import Evaluation, evaluate
+from fed_dpsat.experiment import Experiment, resolve_noise_multiplier
+from fed_dpsat.flower import records
+from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.params import trainable
+from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.run_folder import RunFolder
+
+log = getLogger("fed_dpsat")
+
+Summary = dict[str, Any]
+RoundRecord = dict[str, Any]
+OnRound = Callable[[RoundRecord], None]
+
+DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
+
+
+class Recorder:
+    """Turns rounds into lines: evaluates, asks the ledger, writes, and tells whoever watches."""
+
+    def __init__(
+        self, experiment: Experiment, strategy: PrivateStrategy, folder: RunFolder, on_round: OnRound | None
+    ) -> None:
+        self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
+        self.evaluation: Evaluation | None = None
+        self.rounds_completed = 0
+        self.started = self._round_started = time.perf_counter()
+
+    def epsilon(self) -> float:
+        """Spent so far, the maximum over clients."""
+        config = self.experiment.config
+        return self.strategy.ledger.epsilon(config.delta, config.accountant)
+
+    def after_round(self, round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Flower's ``evaluate_fn``: called with the aggregated model after each round, and before the first."""
+        config, report = self.experiment.config, self.strategy.report
+        params = records.to_params(arrays)
+        due = round % config.evaluate_every == 0 or round == config.num_rounds
+        self.evaluation = (
+            evaluate(self.experiment.loss_fn.module, params, self.experiment.dataset.test) if due else None
+        )
+        now = time.perf_counter()
+        record: RoundRecord = {
+            "round": round,
+            "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
+            "test_loss": self.evaluation.loss if self.evaluation else None,
+            "epsilon": self.epsilon(),
+            "asked": report.asked,
+            "accepted": len(report.accepted),
+            "dropped": report.dropped,
+            "unexpected": report.unexpected,
+            "kept_model": bool(round) and report.kept_model,
+            "seconds": now - self._round_started,
+        }
+        self._round_started = now
+        self.rounds_completed = round
+        self.folder.save_model(params, round)
+        self.folder.append_round(record)
+        if self.on_round:
+            self.on_round(record)
+        return None
+
+    def summary(self, status: str, noise_multiplier: float) -> Summary:
+        """How the run stands, for ``summary.json``."""
+        config = self.experiment.config
+        return {
+            "status": status,
+            "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
+            "test_loss": self.evaluation.loss if self.evaluation else None,
+            "epsilon": self.epsilon(),
+            "delta": config.delta,
+            "accountant": config.accountant,
+            "noise_multiplier": noise_multiplier,
+            "clip_norm": self.experiment.clipping.clip_norm,
+            "sample_rate": config.sample_rate,
+            "local_steps": config.local_steps,
+            "rounds_completed": self.rounds_completed,
+            "num_clients": config.num_clients,
+            "optimizer": config.optimizer,
+            "strategy": config.strategy,
+            "dataset": config.dataset,
+            "model": config.model,
+            "seed": config.seed,
+            "seconds": time.perf_counter() - self.started,
+            "privacy_unit": "one example of one client, add-or-remove; maximum over clients",
+            "threat_model": "a server that sees every update; no amplification by client sampling",
+            "declared_public": DECLARED_PUBLIC,
+            "noise": "seeded: reproducible, not private",
+        }
+
+
+def run_federation(
+    grid: Grid,
+    experiment: Experiment,
+    folder: RunFolder,
+    *,
+    strategy: Strategy | None = None,
+    on_round: OnRound | None = None,
+) -> Summary:
+    """Train over the nodes of ``grid``; returns what ``summary.json`` holds.
+
+    Raises ``FederationError`` when clients do not join or all fail. Whatever ends the run, also Ctrl-C, the
+    folder is left readable with a summary whose ``status`` says so.
+    """
+    config = experiment.config
+    noise_multiplier = resolve_noise_multiplier(config)
+    _warn_about_delta(experiment)
+    inner = strategy or build_strategy(config)
+    folder.open(config)
+    with PrivacyLedger(folder.ledger_path) as ledger:
+        private = PrivateStrategy(
+            inner,
+            ledger,
+            event=experiment.event(noise_multiplier),
+            num_clients=config.num_clients,
+            cohort_size=config.cohort_size,
+            max_rounds_per_client=config.rounds_per_client,
+            seed=config.seed,
+            send_ascent=config.ascent_memory == "server",
+            join_timeout=config.join_timeout,
+        )
+        recorder = Recorder(experiment, private, folder, on_round)
+        status = "failed"
+        try:
+            private.start(
+                grid,
+                records.to_arrays(trainable(experiment.loss_fn.module)),
+                config.num_rounds,
+                config.reply_timeout,
+                evaluate_fn=recorder.after_round,
+            )
+            status = "completed"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            summary = recorder.summary(status, noise_multiplier)
+            folder.close(summary)
+    return summary
+
+
+def build_strategy(config: RunConfig) -> Strategy:
+    """The inner strategy that ``config`` names; raises ``PluginError`` or ``FederationError`` if it is none."""
+    inner = plugins.build("strategy", config.strategy, config.settings())
+    if not isinstance(inner, Strategy):
+        raise FederationError(f"strategy={config.strategy!r} made a {type(inner).__name__}, not a Flower Strategy")
+    return inner
+
+
+def _warn_about_delta(experiment: Experiment) -> None:
+    smallest = min(len(indices) for indices in experiment.partitions)
+    delta = experiment.config.delta
+    if experiment.config.private and delta > 1 / smallest:
+        log.warning(
+            "delta=%g is above 1/%d: the smallest client has %d examples, and a guarantee is usually asked to fail "
+            "for less than one of them; set delta below %.1e",
+            delta, smallest, smallest, 1 / smallest,
+        )

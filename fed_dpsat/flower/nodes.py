@@ -1,0 +1,98 @@
+"""Nodes are Flower's, clients are ours: who is who, and a grid that shows a strategy just the cohort."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from logging import getLogger
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fed_dpsat.flower import compat, records
+
+log = getLogger("fed_dpsat")
+
+POLL_SECONDS = 1.0
+
+
+class FederationError(RuntimeError):
+    """The federation cannot go on; the text says what happened and what to look at."""
+
+
+def identify_nodes(grid: Grid, num_clients: int, timeout: float) -> dict[int, int]:
+    """Client to node id, for clients 0 to ``num_clients - 1``, once all have joined.
+
+    Raises ``FederationError`` when some are missing after ``timeout`` seconds, or two nodes claim one partition.
+    """
+    deadline = time.monotonic() + timeout
+    nodes: dict[int, int] = {}
+    problems: dict[int, str] = {}
+    while True:
+        strangers = sorted(set(grid.get_node_ids()) - set(nodes.values()))
+        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in strangers]
+        for reply in grid.send_and_receive(questions, timeout=timeout) if questions else ():
+            node = reply.metadata.src_node_id
+            try:
+                client = records.read_identity(reply)
+            except records.RecordError as error:
+                problems[node] = str(error)
+                continue
+            if not 0 <= client < num_clients:
+                problems[node] = f"partition {client} is not among the {num_clients} of this run"
+            elif client in nodes:
+                raise FederationError(f"nodes {nodes[client]} and {node} both say that they hold partition {client}")
+            else:
+                nodes[client] = node
+        if len(nodes) == num_clients:
+            break
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(num_clients)) - set(nodes))
+            hint = f"; node {min(problems)} said: {problems[min(problems)]}" if problems else ""
+            raise FederationError(
+                f"{len(nodes)} of {num_clients} clients joined within {timeout:g} s; missing are {missing[:10]}{hint}"
+            )
+        time.sleep(POLL_SECONDS)
+    for node, problem in problems.items():
+        if node not in nodes.values():
+            log.warning("node %d is left out: %s", node, problem)
+    return nodes
+
+
+class CohortGrid(Grid):
+    """A view of ``grid`` that holds only ``node_ids``; sending is left to the loop around the strategy."""
+
+    def __init__(self, grid: Grid, node_ids: Iterable[int]) -> None:
+        self._grid = grid
+        self._node_ids = list(node_ids)
+
+    def set_run(self, run: compat.Run) -> None:
+        """As the grid behind."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> compat.Run:
+        """As the grid behind."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """As the grid behind."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The cohort's nodes."""
+        return list(self._node_ids)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the grid behind."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the grid behind."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """As the grid behind."""
+        return self._grid.send_and_receive(messages, timeout=timeout)

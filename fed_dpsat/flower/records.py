@@ -1,0 +1,159 @@
+"""What crosses the wire, each key defined once.
+
+=================== ============== ============================================ =================
+record              type           content                                      direction
+=================== ============== ============================================ =================
+``arrays``          ArrayRecord    the parameters that are trained              both
+``config``          ConfigRecord   whatever the inner strategy says             to the client
+``fed_dpsat.task``  ConfigRecord   round, attempt, noise_multiplier             to the client
+``fed_dpsat.ascent`` ArrayRecord   last global update, ``ascent_memory=server`` to the client
+``fed_dpsat.event`` ConfigRecord   client, round, attempt and the PrivacyEvent  to the server
+``metrics``         MetricRecord   ``num-examples``, declared public            to the server
+``fed_dpsat.identity`` ConfigRecord client and num_examples, when asked who     to the server
+=================== ============== ============================================ =================
+
+Nothing that was computed on private data leaves a client but ``arrays``, which are noised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fed_dpsat.experiment import Task
+from fed_dpsat.optimizers.base import State
+from fed_dpsat.params import Params
+from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.training import LocalResult
+
+ARRAYS = "arrays"
+METRICS = "metrics"
+NUM_EXAMPLES = "num-examples"
+TASK = "fed_dpsat.task"
+ASCENT = "fed_dpsat.ascent"
+EVENT = "fed_dpsat.event"
+IDENTITY = "fed_dpsat.identity"
+STATE = "fed_dpsat.state"
+PARTITION_ID = "partition-id"
+
+
+class RecordError(ValueError):
+    """A message that does not hold what it must; the text says what is missing or wrong."""
+
+
+def to_arrays(params: Params) -> ArrayRecord:
+    """Tensors to Flower arrays, shapes and types as they are."""
+    return ArrayRecord({name: Array(p.detach().cpu().numpy()) for name, p in params.items()})
+
+
+def to_params(arrays: ArrayRecord) -> Params:
+    """Flower arrays to tensors that own their memory."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+
+
+def task_record(task: Task) -> ConfigRecord:
+    """The server's request."""
+    return ConfigRecord(dataclasses.asdict(task))
+
+
+def read_task(content: RecordDict) -> Task:
+    """The request in a message; raises ``RecordError`` for one that is not whole."""
+    record = _config(content, TASK)
+    try:
+        return Task(**record)
+    except TypeError as error:
+        raise RecordError(f"{TASK}: {error}") from None
+
+
+def reply_content(client: int, task: Task, result: LocalResult, num_examples: int) -> RecordDict:
+    """All that leaves a client after a round: noised parameters, their event, the public size."""
+    event = {"client": client, "round": task.round, "attempt": task.attempt, **result.event.to_dict()}
+    return RecordDict(
+        {
+            ARRAYS: to_arrays(result.params),
+            EVENT: ConfigRecord(event),
+            METRICS: MetricRecord({NUM_EXAMPLES: num_examples}),
+        }
+    )
+
+
+def read_event(content: RecordDict) -> tuple[int, int, int, PrivacyEvent]:
+    """``(client, round, attempt, event)`` of a reply; raises ``RecordError`` where there is none."""
+    values = _config(content, EVENT)
+    try:
+        client, round, attempt = (values.pop(key) for key in ("client", "round", "attempt"))
+        return client, round, attempt, PrivacyEvent.from_dict(values)
+    except (KeyError, ValueError) as error:
+        raise RecordError(f"no valid privacy event ({error})") from None
+
+
+def check_arrays(content: RecordDict, like: ArrayRecord) -> None:
+    """Raise ``RecordError`` unless the reply's arrays are finite and have the names, shapes and types of ``like``."""
+    record = content.array_records.get(ARRAYS)
+    if record is None or len(content.array_records) != 1:
+        raise RecordError(f"{len(content.array_records)} array records, expected {ARRAYS!r} alone")
+    if list(record) != list(like):
+        raise RecordError("other parameters than the model's")
+    for name, expected in like.items():
+        array = record[name]
+        if tuple(array.shape) != tuple(expected.shape) or array.dtype != expected.dtype:
+            raise RecordError(f"{name} is {array.dtype}{list(array.shape)}, not {expected.dtype}{list(expected.shape)}")
+        values = array.numpy()
+        if values.shape != tuple(expected.shape) or str(values.dtype) != expected.dtype:
+            raise RecordError(f"{name} holds {values.dtype}{list(values.shape)}, which is not what it says")
+        if not np.isfinite(values).all():
+            raise RecordError(f"{name} has NaN or inf")
+
+
+def read_num_examples(content: RecordDict) -> float:
+    """The declared size in a reply; raises ``RecordError`` unless it is there alone and positive."""
+    metrics: Any = content.metric_records.get(METRICS)
+    if metrics is None or list(metrics) != [NUM_EXAMPLES] or len(content.metric_records) != 1:
+        raise RecordError(f"metrics are not {NUM_EXAMPLES!r} alone")
+    num_examples = metrics[NUM_EXAMPLES]
+    if not isinstance(num_examples, int | float) or not 0 < num_examples < float("inf"):
+        raise RecordError(f"{NUM_EXAMPLES}={num_examples} is not above 0")
+    return num_examples
+
+
+def identity_content(client: int, num_examples: int) -> RecordDict:
+    """Answer to the question who this node is."""
+    return RecordDict({IDENTITY: ConfigRecord({"client": client, "num_examples": num_examples})})
+
+
+def read_identity(reply: Message) -> int:
+    """The client behind a node; raises ``RecordError`` if it does not say."""
+    if reply.has_error():
+        raise RecordError(reply.error.reason or f"error {reply.error.code}")
+    client = _config(reply.content, IDENTITY).get("client")
+    if not isinstance(client, int):
+        raise RecordError("no client in the identity")
+    return client
+
+
+def save_state(content: RecordDict, state: State) -> None:
+    """Keep ``state`` in a client's context, one array per slot and name."""
+    flat = {f"{slot}/{name}": value for slot, params in state.items() for name, value in params.items()}
+    content[STATE] = to_arrays(flat)
+
+
+def load_state(content: RecordDict) -> State | None:
+    """The state that ``save_state`` kept, or None."""
+    if STATE not in content.array_records:
+        return None
+    state: State = {}
+    for key, value in to_params(content.array_records[STATE]).items():
+        slot, _, name = key.partition("/")
+        state.setdefault(slot, {})[name] = value
+    return state
+
+
+def _config(content: RecordDict, key: str) -> dict[str, Any]:
+    record = content.config_records.get(key)
+    if record is None:
+        raise RecordError(f"no {key!r} record")
+    return dict(record)

@@ -1,0 +1,22 @@
+"""Flower's server handler and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fed_dpsat.flower.client_app import from_run_config
+from fed_dpsat.flower.federation import run_federation
+from fed_dpsat.run_folder import RunFolder
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run, in the folder ``runs/flower-<run id>`` of where Flower runs the app, or in the one named ``out``."""
+    settings = dict(context.run_config)
+    out = str(settings.pop("out", "")) or f"runs/flower-{context.run_id}"
+    run_federation(grid, from_run_config(settings), RunFolder(Path(out)))

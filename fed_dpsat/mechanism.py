@@ -1,0 +1,67 @@
+"""From a bounded sum to a private mean, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fed_dpsat.clipping import check_clip_norm
+from fed_dpsat.errors import SettingError
+from fed_dpsat.params import Params
+from fed_dpsat.privacy.event import PrivacyEvent
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianMechanism:
+    """Noise on the SUM with standard deviation ``noise_multiplier * clip_norm``; then the mean.
+
+    =========================== ==================================================
+    case                        result
+    =========================== ==================================================
+    empty batch, zero sum       noise / expected_batch_size: a step like any other
+    noise_multiplier 0          the sum / expected_batch_size; its event is infinite
+    clip_norm inf               only with noise_multiplier 0
+    =========================== ==================================================
+
+    Raises ``SettingError`` for NaN or negative noise, no bound on the sum, or no batch to divide by.
+    """
+
+    noise_multiplier: float
+    clip_norm: float
+    expected_batch_size: float
+
+    def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm)
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise SettingError(
+                "noise_multiplier", self.noise_multiplier, "in [0, inf)", "`fed-dpsat calibrate` finds one"
+            )
+        if self.noise_multiplier > 0 and math.isinf(self.clip_norm):
+            raise SettingError(
+                "clip_norm", self.clip_norm, "finite while noise is added", "noise needs a bound to be scaled to"
+            )
+        if not 0 < self.expected_batch_size < math.inf:
+            raise SettingError(
+                "expected_batch_size", self.expected_batch_size, "above 0", "it is sample_rate * num_examples"
+            )
+
+    def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
+        """``(clipped_sum + N(0, (noise_multiplier * clip_norm)^2)) / expected_batch_size``, shapes as given.
+
+        Draws one normal per coordinate, in the order of ``clipped_sum``; Abadi et al. 2016, Algorithm 1.
+        """
+        scale = self.noise_multiplier * self.clip_norm if self.noise_multiplier else 0.0
+        private = {}
+        for name, total in clipped_sum.items():
+            if scale:
+                noise = torch.from_numpy(generator.standard_normal(total.shape, dtype=np.float32))
+                total = torch.add(total, noise.to(total), alpha=scale)
+            private[name] = total / self.expected_batch_size
+        return private
+
+    def event(self, *, sample_rate: float, steps: int) -> PrivacyEvent:
+        """What ``steps`` calls on Poisson batches at ``sample_rate`` cost one example."""
+        return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=sample_rate, steps=steps)

@@ -1,0 +1,50 @@
+"""What a private optimizer is: two pure functions around the private gradient.
+
+``query_point`` and ``update`` never see an example or a raw gradient. That signature is the privacy
+argument: whatever they compute is post-processing of private gradients, and a step costs exactly the event
+of its mechanism.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.params import Params, global_norm
+
+State = dict[str, Params]
+"""Slots of named tensors, so that any state can be stored, sent between processes and resumed."""
+
+ASCENT = "ascent"
+"""The slot that holds the direction a sharpness-aware method climbs next; what ``ascent_memory`` is about."""
+
+CLOCK = "clock"
+
+
+class PrivateOptimizer(Protocol):
+    """State goes in and comes out; nothing is changed in place."""
+
+    def init(self, params: Params) -> State:
+        """The state before the first step."""
+
+    def query_point(self, params: Params, state: State) -> Params:
+        """Where the next gradient is taken; public information only."""
+
+    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        """The next parameters and state; pure post-processing of ``private_gradient``."""
+
+
+def set_clock(state: State, step: int) -> State:
+    """``state`` with its step count set: learning rate schedules follow the federation, not the client."""
+    return {**state, CLOCK: {"step": torch.tensor(step)}}
+
+
+def climb(params: Params, direction: Params | None, rho: float) -> Params:
+    """``params + rho * direction / |direction|``, norm over all parameters; 0/0 is 0, so is no direction."""
+    if direction is None or rho == 0:
+        return params
+    norm = global_norm(direction)
+    scale: Tensor = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
+    return {name: torch.addcmul(p, scale.to(p), direction[name]) for name, p in params.items()}

@@ -1,0 +1,74 @@
+"""DP-SGD (Abadi et al. 2016): stochastic gradient descent on the private gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fed_dpsat.errors import SettingError
+from fed_dpsat.optimizers.base import CLOCK, State, set_clock
+from fed_dpsat.params import Params, zeros_like
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+"""Share of ``lr`` left when a share ``progress`` in [0, 1] of ``total_steps`` is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPSGD:
+    """DP-SGD: SGD with momentum, weight decay and an lr schedule on the private gradient (Abadi et al. 2016).
+
+    The update is that of ``torch.optim.SGD``: g += weight_decay * w; m = momentum * m + g; w -= lr * m.
+
+    Raises ``SettingError`` for settings out of bounds.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    lr_schedule: str = "constant"
+    total_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, bound, good in (
+            ("lr", self.lr, "in [0, inf)", 0 <= self.lr < math.inf),
+            ("momentum", self.momentum, "in [0, 1)", 0 <= self.momentum < 1),
+            ("weight_decay", self.weight_decay, "in [0, inf)", 0 <= self.weight_decay < math.inf),
+        ):
+            if not good:
+                raise SettingError(name, value, bound, "see `fed-dpsat run --help`")
+        if self.lr_schedule not in SCHEDULES:
+            raise SettingError("lr_schedule", self.lr_schedule, f"one of {', '.join(SCHEDULES)}", "choose one")
+        if self.lr_schedule != "constant" and self.total_steps < 1:
+            raise SettingError("total_steps", self.total_steps, "at least 1", "the schedule needs an end")
+
+    def init(self, params: Params) -> State:
+        """No momentum yet, at step 0."""
+        state = set_clock({}, 0)
+        return {**state, "momentum": zeros_like(params)} if self.momentum else state
+
+    def query_point(self, params: Params, state: State) -> Params:
+        """The parameters themselves."""
+        return params
+
+    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        """One SGD step."""
+        step = int(state[CLOCK]["step"])
+        lr = self.lr * SCHEDULES[self.lr_schedule](min(step / max(self.total_steps, 1), 1.0))
+        slope = private_gradient
+        if self.weight_decay:
+            slope = {name: torch.add(g, params[name], alpha=self.weight_decay) for name, g in slope.items()}
+        if self.momentum:
+            slope = {name: torch.add(g, state["momentum"][name], alpha=self.momentum) for name, g in slope.items()}
+            state = {**state, "momentum": slope}
+        moved = {name: torch.add(p, slope[name], alpha=-lr) for name, p in params.items()}
+        return moved, set_clock(state, step + 1)
+
+
+OPTIMIZERS = {"dp-sgd": DPSGD}

@@ -1,0 +1,126 @@
+"""Names in a configuration become objects here, built-in ones and yours through the same door.
+
+A plug-in is named ``package.module:attribute``, ``path/to/file.py:attribute`` or, for what ships with the
+project, by a short name. Short names are found by importing the modules of one package per kind and reading
+their table, so a new built-in is one new file:
+
+========== =========================== ==============
+kind       package                     table
+========== =========================== ==============
+optimizer  ``fed_dpsat.optimizers``    ``OPTIMIZERS``
+clipping   ``fed_dpsat.clipping``      ``CLIPPING``
+model      ``fed_dpsat.models``        ``MODELS``
+dataset    ``fed_dpsat.data``          ``DATASETS``
+partition  ``fed_dpsat.data``          ``PARTITIONS``
+strategy   ``strategies``              ``STRATEGIES``
+========== =========================== ==============
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGES = {
+    "optimizer": "fed_dpsat.optimizers",
+    "clipping": "fed_dpsat.clipping",
+    "model": "fed_dpsat.models",
+    "dataset": "fed_dpsat.data",
+    "partition": "fed_dpsat.data",
+    "strategy": "strategies",
+}
+TABLES = {
+    "optimizer": "OPTIMIZERS",
+    "clipping": "CLIPPING",
+    "model": "MODELS",
+    "dataset": "DATASETS",
+    "partition": "PARTITIONS",
+    "strategy": "STRATEGIES",
+}
+
+Factory = Callable[..., Any]
+
+
+class PluginError(ValueError):
+    """A name that leads to no plug-in, or a plug-in that asks for a setting that nobody gave."""
+
+
+def builtin(kind: str) -> dict[str, Factory]:
+    """Short name to factory for one ``kind``, sorted by name."""
+    package = importlib.import_module(PACKAGES[kind])
+    found: dict[str, Factory] = dict(getattr(package, TABLES[kind], {}))
+    for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
+        table = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), TABLES[kind], {})
+        if clash := found.keys() & table.keys():
+            raise PluginError(f"{kind} {sorted(clash)[0]!r} is defined twice in {package.__name__}")
+        found |= table
+    return dict(sorted(found.items()))
+
+
+def load(kind: str, name: str) -> Factory:
+    """The factory that ``name`` stands for; ``PluginError`` names the near ones where there is none."""
+    if ":" in name:
+        return _load_dotted(kind, name)
+    table = builtin(kind)
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=3, cutoff=0.4) or list(table)
+    raise PluginError(
+        f"{kind}={name!r} is not a built-in {kind}; did you mean {', '.join(near)}? "
+        f"Your own is named package.module:attribute"
+    )
+
+
+def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
+    """Call the factory with those of ``settings`` that its signature names.
+
+    One vocabulary makes this work: a factory's parameter has the name of the setting that fills it.
+    """
+    factory = load(kind, name)
+    parameters = inspect.signature(factory).parameters.values()
+    missing = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+               and p.name not in settings]
+    if missing:
+        raise PluginError(f"{kind}={name!r} needs {missing[0]!r}, which is not a setting; give it a default")
+    return factory(**{p.name: settings[p.name] for p in parameters if p.name in settings})
+
+
+def summary(factory: Factory) -> str:
+    """The first line of the factory's docstring."""
+    return (inspect.getdoc(factory) or "").partition("\n")[0].rstrip(".")
+
+
+def _load_dotted(kind: str, name: str) -> Factory:
+    target, _, attribute = name.rpartition(":")
+    try:
+        module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
+    except ImportError as error:
+        raise PluginError(f"{kind}={name!r}: cannot import {target!r} ({error})") from error
+    try:
+        factory: Factory = getattr(module, attribute)
+    except AttributeError:
+        near = difflib.get_close_matches(attribute, dir(module), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise PluginError(f"{kind}={name!r}: {target!r} has no {attribute!r}{hint}") from None
+    return factory
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ImportError(f"no file {path}")
+    module_name = f"fed_dpsat_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module

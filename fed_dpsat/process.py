@@ -1,0 +1,36 @@
+"""How a process that trains is set up: its allocator and its threads."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
+
+
+def tune_allocator() -> bool:
+    """Ask glibc to keep up to 2 GiB of freed blocks; False where the C library is another one.
+
+    As shipped, it hands large blocks back to the system and faults them in again, step after step. The same as starting Python with ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_`` and
+    ``MALLOC_TOP_PAD_`` set. Call it before the first large allocation.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 256 << 20}
+    return all([mallopt(option, value) for option, value in settings.items()])
+
+
+@contextmanager
+def intra_op_threads(count: int) -> Iterator[None]:
+    """``count`` threads inside: the order of sums, and so the last bits of a result, depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Experiments, one TOML file each; ``fed-dpsat run simulations/NAME.toml`` runs one."""

@@ -1,0 +1,1 @@
+"""Server strategies, one file each; yours is named in the configuration as ``package.module:attribute``."""
