@@ -13,15 +13,26 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.plugins import PACKAGES, PluginError, builtin, summary
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Private federated learning with client-side DP-SAT.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Private federated learning with client-side DP-SAT.",
+)
 out_console, err_console = Console(), Console(stderr=True)
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -90,11 +101,21 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
         rows = epsilon_table(noise, settings.sample_rate, settings.local_steps, rounds, settings.delta)
     if as_json:
         schedule = {key: getattr(settings, key) for key in ("sample_rate", "local_steps", "delta", "target_epsilon")}
-        return _print_json({"noise_multiplier": noise, "rounds_per_client": most, **schedule,
-                            "table": [dataclasses.asdict(row) for row in rows]})
-    out_console.print(f"noise_multiplier = {noise:.4f}  (sample_rate {settings.sample_rate:g}, "
-                      f"{settings.local_steps} local steps, {most} rounds per client, delta {settings.delta:g})")
-    table = Table("rounds", "epsilon (PLD)", "epsilon (RDP)", title="One client, against a server that sees its updates")
+        return _print_json(
+            {
+                "noise_multiplier": noise,
+                "rounds_per_client": most,
+                **schedule,
+                "table": [dataclasses.asdict(row) for row in rows],
+            }
+        )
+    out_console.print(
+        f"noise_multiplier = {noise:.4f}  (sample_rate {settings.sample_rate:g}, "
+        f"{settings.local_steps} local steps, {most} rounds per client, delta {settings.delta:g})"
+    )
+    table = Table(
+        "rounds", "epsilon (PLD)", "epsilon (RDP)", title="One client, against a server that sees its updates"
+    )
     for row in rows:
         table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", f"{row.epsilon_rdp:.3f}")
     out_console.print(table)
@@ -104,8 +125,14 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
 def _simulate(settings: RunConfig, folder: Path, *, quiet: bool) -> dict[str, Any]:
     from fed_dpsat.simulation import simulate
 
-    columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"),
-               TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err_console, disable=quiet or not err_console.is_terminal) as progress:
         task = progress.add_task("preparing", total=settings.num_rounds)
 
@@ -121,8 +148,11 @@ def _simulate(settings: RunConfig, folder: Path, *, quiet: bool) -> dict[str, An
 
 
 def _round_line(record: dict[str, Any]) -> str:
-    quality = "" if record["test_accuracy"] is None else (
-        f"accuracy {record['test_accuracy']:.1%}  loss {record['test_loss']:.3f}  ")
+    quality = (
+        ""
+        if record["test_accuracy"] is None
+        else (f"accuracy {record['test_accuracy']:.1%}  loss {record['test_loss']:.3f}  ")
+    )
     return f"{quality}epsilon {record['epsilon']:.2f}"
 
 
@@ -135,12 +165,17 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])
-    table.add_row("noise", f"multiplier {result['noise_multiplier']:.4f}, clip norm {result['clip_norm']:g}; "
-                           f"{result['noise']}")
+    table.add_row(
+        "noise",
+        f"multiplier {result['noise_multiplier']:.4f}, clip norm {result['clip_norm']:g}; {result['noise']}",
+    )
     table.add_row("training", f"{result['optimizer']}, {result['model']} on {result['dataset']}, {result['strategy']}")
-    table.add_row("schedule", f"{result['rounds_completed']} rounds x {result['local_steps']} local steps, "
-                              f"{result['num_clients']} clients, sample rate {result['sample_rate']:g}, "
-                              f"seed {result['seed']}")
+    table.add_row(
+        "schedule",
+        f"{result['rounds_completed']} rounds x {result['local_steps']} local steps, "
+        f"{result['num_clients']} clients, sample rate {result['sample_rate']:g}, "
+        f"seed {result['seed']}",
+    )
     table.add_row("time", f"{result['seconds']:.1f} s")
     return table
 
@@ -150,12 +185,18 @@ def _clear_errors() -> Iterator[None]:
     """What a user can mend is one line and an exit code, never a traceback."""
     from flwr.common.logger import FLOWER_LOGGER
 
+    from fed_dpsat.data import DataError
+    from fed_dpsat.flower.nodes import FederationError
+    from fed_dpsat.privacy import LedgerError, PrivacyError
+
     FLOWER_LOGGER.setLevel(logging.ERROR)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         yield
-    except (SettingError, PluginError) as error:
+    except (SettingError, PluginError, DataError, PrivacyError) as error:
         _fail(error, BAD_INPUT)
+    except (FederationError, LedgerError) as error:
+        _fail(error, FAILED)
     except KeyboardInterrupt:
         _fail("interrupted; the run folder holds what was done", INTERRUPTED)
 

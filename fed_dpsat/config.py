@@ -23,10 +23,19 @@ Scalar = bool | int | float | str
 AscentMemory = Literal["client", "server", "zero"]
 
 
-def _setting(default: Scalar, doc: str, *, above: float = -math.inf, least: float = -math.inf,
-             most: float = math.inf, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"doc": doc, "above": above, "least": least, "most": most,
-                                            "choices": choices})
+def _setting(
+    default: Scalar,
+    doc: str,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    return field(
+        default=default,
+        metadata={"doc": doc, "above": above, "least": least, "most": most, "choices": choices},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,57 +44,67 @@ class RunConfig:
 
     # data
     dataset: str = _setting("digits", "data set, a short name or package.module:attribute")
-    data_source: str = _setting("embedded", "where it comes from: embedded, parquet, torchvision, download, hub")
+    data_source: str = _setting("embedded", "place it comes from: embedded, parquet, torchvision, download, hub")
     data_path: str = _setting("", "folder of the data set, for the sources that have one")
     cache_dir: str = _setting("~/.cache/fed_dpsat", "folder for decoded data, shared by runs and workers")
-    num_clients: int = _setting(10, "clients in the federation", least=1)
-    partition: str = _setting("iid", "how examples are dealt to clients")
+    num_clients: int = _setting(10, "number of clients in the federation", least=1)
+    partition: str = _setting("iid", "way examples are dealt to clients")
     dirichlet_alpha: float = _setting(0.3, "concentration of the dirichlet partition; small is skewed", above=0)
-    classes_per_client: int = _setting(2, "classes per client in the shards partition", least=1)
-    size_skew: float = _setting(1.0, "how unequal clients are in the size-skew partition", above=0)
+    classes_per_client: int = _setting(2, "number of classes per client in the shards partition", least=1)
+    size_skew: float = _setting(1.0, "inequality of client sizes in the size-skew partition", above=0)
 
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
     optimizer: str = _setting("dp-sat", "private optimizer")
     base_optimizer: str = _setting("dp-sgd", "the step that dp-sat and its kind make, itself an optimizer")
     lr: float = _setting(2.0, "learning rate", least=0)
-    lr_schedule: str = _setting("constant", "learning rate over all steps: constant, linear, cosine",
-                                choices=("constant", "linear", "cosine"))
+    lr_schedule: str = _setting(
+        "constant",
+        "learning rate over all steps: constant, linear, cosine",
+        choices=("constant", "linear", "cosine"),
+    )
     momentum: float = _setting(0.0, "momentum of the step, kept by the client across rounds", least=0, most=1)
     weight_decay: float = _setting(0.0, "weight decay of the step", least=0)
     rho: float = _setting(0.03, "radius that sharpness-aware methods climb, in parameter space", least=0)
-    ascent_memory: str = _setting("client", "direction climbed first in a round: the client's last private "
-                                  "gradient, the server's last update, or zero", choices=get_args(AscentMemory))
-    local_steps: int = _setting(1, "private steps a client takes per round", least=1)
+    ascent_memory: str = _setting(
+        "client",
+        "direction climbed first in a round: the client's last private gradient, the server's last update, or zero",
+        choices=get_args(AscentMemory),
+    )
+    local_steps: int = _setting(1, "number of private steps a client takes per round", least=1)
     sample_rate: float = _setting(0.5, "chance of each example to be in a Poisson batch", above=0, most=1)
-    physical_batch_size: int = _setting(128, "per-example gradients in memory at a time", least=1)
-    engine: str = _setting("vmap", "how per-example gradients are computed: vmap", choices=("vmap",))
+    physical_batch_size: int = _setting(128, "number of per-example gradients in memory at a time", least=1)
+    engine: str = _setting("vmap", "way per-example gradients are computed: vmap", choices=("vmap",))
 
     # privacy
-    private: bool = _setting(True, "false trains without noise and reports epsilon = inf")
+    private: bool = _setting(True, "switch: false trains without noise and reports epsilon = inf")
     clipping: str = _setting("flat", "clipping rule")
     clip_norm: float = _setting(0.5, "largest norm of one example's gradient; inf only if not private", above=0)
     noise_multiplier: float = _setting(0.0, "noise on the sum, in clip norms; 0 is for target_epsilon", least=0)
-    target_epsilon: float = _setting(0.0, "epsilon of the whole run, noise is calibrated to it; 0 is for "
-                                     "noise_multiplier", least=0)
+    target_epsilon: float = _setting(
+        0.0, "epsilon of the whole run, noise is calibrated to it; 0 is for noise_multiplier", least=0
+    )
     delta: float = _setting(1e-5, "delta of the guarantee", above=0, most=1)
-    accountant: str = _setting("pld", "accountant of the epsilon that is reported: pld, rdp",
-                               choices=("pld", "rdp"))
+    accountant: str = _setting("pld", "accountant of the epsilon that is reported: pld, rdp", choices=("pld", "rdp"))
 
     # federation
     strategy: str = _setting("fedavg", "server strategy, any Flower strategy")
-    num_rounds: int = _setting(30, "rounds", least=1)
-    clients_per_round: int = _setting(0, "clients drawn per round; 0 asks all", least=0)
-    max_rounds_per_client: int = _setting(0, "rounds one client takes part in at most; 0 is num_rounds", least=0)
-    join_timeout: float = _setting(60.0, "seconds to wait until all clients have joined", above=0)
-    reply_timeout: float = _setting(3600.0, "seconds to wait for the replies of a round", above=0)
+    num_rounds: int = _setting(30, "number of rounds", least=1)
+    clients_per_round: int = _setting(0, "number of clients drawn per round; 0 asks all", least=0)
+    max_rounds_per_client: int = _setting(
+        0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
+    )
+    join_timeout: float = _setting(60.0, "time in seconds until all clients must have joined", above=0)
+    reply_timeout: float = _setting(3600.0, "time in seconds to wait for the replies of a round", above=0)
 
     # machine
     seed: int = _setting(0, "seed of every draw; the same seed gives the same bits", least=0)
-    workers: int = _setting(0, "Ray workers; 0 trains in this process", least=0)
-    threads_per_client: int = _setting(1, "intra-op threads of a client; results depend on it", least=1)
-    tune_malloc: bool = _setting(True, "on glibc, let the allocator keep freed blocks: steps are up to twice as fast")
-    evaluate_every: int = _setting(1, "rounds between evaluations; the last round always is", least=1)
+    workers: int = _setting(0, "number of Ray workers; 0 trains in this process", least=0)
+    threads_per_client: int = _setting(1, "number of intra-op threads of a client; results depend on it", least=1)
+    tune_malloc: bool = _setting(
+        True, "switch: on glibc, let the allocator keep freed blocks: steps are up to twice as fast"
+    )
+    evaluate_every: int = _setting(1, "number of rounds between evaluations; the last round always is", least=1)
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -104,21 +123,33 @@ class RunConfig:
         if self.momentum >= 1:
             fail("momentum", "in [0, 1)", "0.9 is usual")
         if self.private and self.noise_multiplier > 0 and self.target_epsilon > 0:
-            fail("noise_multiplier", f"usable together with target_epsilon={self.target_epsilon}",
-                 "keep one and set the other to 0")
+            fail(
+                "noise_multiplier",
+                f"usable together with target_epsilon={self.target_epsilon}",
+                "keep one and set the other to 0",
+            )
         if self.private and self.noise_multiplier == 0 and self.target_epsilon == 0:
-            fail("target_epsilon", "enough to be private while noise_multiplier=0",
-                 "set one of the two above 0, or private=false")
+            fail(
+                "target_epsilon",
+                "enough to be private while noise_multiplier=0",
+                "set one of the two above 0, or private=false",
+            )
         if not self.private and (self.noise_multiplier > 0 or self.target_epsilon > 0):
-            fail("private", f"possible with noise_multiplier={self.noise_multiplier}, "
-                 f"target_epsilon={self.target_epsilon}", "set both to 0, or private=true")
+            fail(
+                "private",
+                f"possible with noise_multiplier={self.noise_multiplier}, target_epsilon={self.target_epsilon}",
+                "set both to 0, or private=true",
+            )
         if self.private and math.isinf(self.clip_norm):
             fail("clip_norm", "finite in a private run", "noise needs a bound; 0.1 to 1 is usual")
         if self.clients_per_round > self.num_clients:
             fail("clients_per_round", f"at most num_clients={self.num_clients}", "lower it, or 0 for all")
         if self.num_clients * self.rounds_per_client < self.num_rounds * self.cohort_size:
-            fail("max_rounds_per_client", f"enough for num_rounds={self.num_rounds} of {self.cohort_size} clients",
-                 "raise it, or ask fewer clients per round")
+            fail(
+                "max_rounds_per_client",
+                f"enough for num_rounds={self.num_rounds} of {self.cohort_size} clients",
+                "raise it, or ask fewer clients per round",
+            )
 
     @property
     def cohort_size(self) -> int:
@@ -205,16 +236,22 @@ def _check_value(spec: dataclasses.Field[Any], value: object) -> None:
         "str": isinstance(value, str),
     }[kind]
     if not good:
-        raise SettingError(spec.name, value, f"of type {kind}", limits["doc"])
+        raise SettingError(spec.name, value, f"of type {kind}", f"it is the {limits['doc']}")
     if isinstance(value, str):
         if limits["choices"] and value not in limits["choices"]:
             near = difflib.get_close_matches(value, limits["choices"], n=1)
-            raise SettingError(spec.name, value, f"one of {', '.join(limits['choices'])}",
-                               f"did you mean {near[0]}?" if near else limits["doc"])
-    elif isinstance(value, int | float) and not (limits["above"] < value and limits["least"] <= value <= limits["most"]):
+            raise SettingError(
+                spec.name,
+                value,
+                f"one of {', '.join(limits['choices'])}",
+                f"did you mean {near[0]}?" if near else f"it is the {limits['doc']}",
+            )
+    elif isinstance(value, int | float) and not (
+        limits["above"] < value and limits["least"] <= value <= limits["most"]
+    ):
         low = f"above {limits['above']:g}" if limits["above"] > -math.inf else f"at least {limits['least']:g}"
         high = f" and at most {limits['most']:g}" if limits["most"] < math.inf else ""
-        raise SettingError(spec.name, value, low + high, limits["doc"])
+        raise SettingError(spec.name, value, low + high, f"it is the {limits['doc']}")
 
 
 def _toml(value: Scalar) -> str:

@@ -28,7 +28,7 @@ def evaluate(module: nn.Module, params: Params, examples: Examples, batch_size: 
     was_training = module.training
     module.eval()
     with torch.inference_mode():
-        for indices in torch.arange(len(examples)).split(batch_size):
+        for indices in torch.split(torch.arange(len(examples)), batch_size):
             inputs, targets = examples.batch(indices)
             outputs = functional_call(module, params, (inputs,))
             correct += int((outputs.argmax(1) == targets).sum())

@@ -68,10 +68,17 @@ class Experiment:
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
         dataset = dataset or plugins.build("dataset", config.dataset, settings)
         if config.num_clients > len(dataset.train):
-            raise SettingError("num_clients", config.num_clients, f"at most {len(dataset.train)}, the examples of "
-                               f"{dataset.name}", "lower it; a client needs at least one example")
-        settings |= {"input_shape": dataset.input_shape, "num_classes": dataset.num_classes,
-                     "labels": dataset.train.labels.numpy()}
+            raise SettingError(
+                "num_clients",
+                config.num_clients,
+                f"at most {len(dataset.train)}, the examples of {dataset.name}",
+                "lower it; a client needs at least one example",
+            )
+        settings |= {
+            "input_shape": dataset.input_shape,
+            "num_classes": dataset.num_classes,
+            "labels": dataset.train.labels.numpy(),
+        }
         partition_settings = {**settings, "seed": derive_seed(config.seed, purpose="partition")}
         partitions = plugins.build("partition", config.partition, partition_settings)
         if model is None:
@@ -82,8 +89,15 @@ class Experiment:
             settings["base"] = plugins.build("optimizer", config.base_optimizer, settings)
             optimizer = plugins.build("optimizer", config.optimizer, settings)
         clipping = clipping or plugins.build("clipping", config.clipping, settings)
-        return cls(config=config, dataset=dataset, partitions=partitions, loss_fn=ModelLoss(model),
-                   optimizer=optimizer, clipping=clipping, named=named)
+        return cls(
+            config=config,
+            dataset=dataset,
+            partitions=partitions,
+            loss_fn=ModelLoss(model),
+            optimizer=optimizer,
+            clipping=clipping,
+            named=named,
+        )
 
     def sampler(self, client: int) -> PoissonSampler:
         """The batches of ``client``; its number of examples is declared public."""
@@ -91,11 +105,19 @@ class Experiment:
 
     def event(self, noise_multiplier: float) -> PrivacyEvent:
         """What one round costs a client that takes part in it."""
-        return PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=self.config.sample_rate,
-                            steps=self.config.local_steps)
+        return PrivacyEvent(
+            noise_multiplier=noise_multiplier,
+            sample_rate=self.config.sample_rate,
+            steps=self.config.local_steps,
+        )
 
     def client_round(
-        self, client: int, task: Task, params: Params, state: State | None, server_ascent: Params | None = None
+        self,
+        client: int,
+        task: Task,
+        params: Params,
+        state: State | None,
+        server_ascent: Params | None = None,
     ) -> LocalResult:
         """One round of ``client`` from the global ``params``; ``state`` is what it kept from its last one."""
         config, sampler = self.config, self.sampler(client)

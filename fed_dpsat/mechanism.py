@@ -41,7 +41,10 @@ class GaussianMechanism:
             )
         if self.noise_multiplier > 0 and math.isinf(self.clip_norm):
             raise SettingError(
-                "clip_norm", self.clip_norm, "finite while noise is added", "noise needs a bound to be scaled to"
+                "clip_norm",
+                self.clip_norm,
+                "finite while noise is added",
+                "noise needs a bound to be scaled to",
             )
         if not 0 < self.expected_batch_size < math.inf:
             raise SettingError(

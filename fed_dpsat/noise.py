@@ -31,9 +31,7 @@ def derive_generator(
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def derive_seed(
-    seed: int, *, purpose: Purpose, client: int = SERVER, round: int = 0, attempt: int = 0
-) -> int:
+def derive_seed(seed: int, *, purpose: Purpose, client: int = SERVER, round: int = 0, attempt: int = 0) -> int:
     """A 31-bit seed for code that brings its own generator (model initialisation, partitioners)."""
     generator = derive_generator(seed, purpose=purpose, client=client, round=round, attempt=attempt)
     return int(generator.integers(2**31))

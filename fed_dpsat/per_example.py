@@ -58,13 +58,15 @@ class ModelLoss:
 
 def check_module(module: nn.Module) -> None:
     """Refuse layers that share statistics between examples; Opacus' validator finds them."""
-    from opacus.validators import ModuleValidator  # seconds to import: only whoever builds a loss pays
+    from opacus.validators import ModuleValidator  # type: ignore[import-untyped]  # seconds: imported when needed
 
     was_training = module.training
     errors = ModuleValidator.validate(module.train(), strict=False)
     module.train(was_training)
     if errors:
-        named = [f"{name} ({type(m).__name__})" for name, m in module.named_modules() if "BatchNorm" in type(m).__name__]
+        named = [
+            f"{name} ({type(m).__name__})" for name, m in module.named_modules() if "BatchNorm" in type(m).__name__
+        ]
         raise ValueError(
             f"{type(module).__name__} has layers that mix examples: {', '.join(named) or errors[0]}; "
             "use GroupNorm or LayerNorm, or convert it with opacus.validators.ModuleValidator.fix"
@@ -91,7 +93,7 @@ def clipped_gradient_sum(
         raise SettingError("physical_batch_size", physical_batch_size, "at least 1", "128 suits most CPUs")
     clipped_sum, num_nonfinite = zeros_like(params), 0
     inputs, targets = batch
-    for x, y in zip(inputs.split(physical_batch_size), targets.split(physical_batch_size), strict=True):
+    for x, y in zip(torch.split(inputs, physical_batch_size), torch.split(targets, physical_batch_size), strict=True):
         if len(x):
             chunk, nonfinite = ENGINES[engine](loss_fn, params, x, y, clipping)
             num_nonfinite += nonfinite

@@ -86,8 +86,9 @@ def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     """
     factory = load(kind, name)
     parameters = inspect.signature(factory).parameters.values()
-    missing = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-               and p.name not in settings]
+    missing = [
+        p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in settings
+    ]
     if missing:
         raise PluginError(f"{kind}={name!r} needs {missing[0]!r}, which is not a setting; give it a default")
     return factory(**{p.name: settings[p.name] for p in parameters if p.name in settings})

@@ -15,14 +15,15 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
 def tune_allocator() -> bool:
     """Ask glibc to keep up to 2 GiB of freed blocks; False where the C library is another one.
 
-    As shipped, it hands large blocks back to the system and faults them in again, step after step. The same as starting Python with ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_`` and
-    ``MALLOC_TOP_PAD_`` set. Call it before the first large allocation.
+    As shipped, it hands large blocks back to the system and faults them in again, step after step. The same as
+    starting Python with ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_TOP_PAD_`` set.
+    Call it before the first large allocation.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 256 << 20}
-    return all([mallopt(option, value) for option, value in settings.items()])
+    accepted = [mallopt(M_MMAP_THRESHOLD, 1 << 30), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 256 << 20)]
+    return all(accepted)
 
 
 @contextmanager

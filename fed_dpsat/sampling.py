@@ -31,7 +31,10 @@ class PoissonSampler:
             )
         if self.num_examples < 1:
             raise SettingError(
-                "num_examples", self.num_examples, "at least 1", "use fewer clients, or a partition that leaves none empty"
+                "num_examples",
+                self.num_examples,
+                "at least 1",
+                "use fewer clients, or a partition that leaves none empty",
             )
 
     @property

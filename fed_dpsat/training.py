@@ -33,15 +33,11 @@ class Streams:
 
     def generator(self, purpose: Purpose) -> np.random.Generator:
         """A fresh generator at the start of its stream."""
-        return derive_generator(
-            self.seed, purpose=purpose, client=self.client, round=self.round, attempt=self.attempt
-        )
+        return derive_generator(self.seed, purpose=purpose, client=self.client, round=self.round, attempt=self.attempt)
 
     def torch_seed(self) -> int:
         """A seed for what draws from torch itself, such as dropout."""
-        return derive_seed(
-            self.seed, purpose="model", client=self.client, round=self.round, attempt=self.attempt
-        )
+        return derive_seed(self.seed, purpose="model", client=self.client, round=self.round, attempt=self.attempt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +76,12 @@ def train_locally(
         for indices in sampler.batches(local_steps, sampling):
             at = optimizer.query_point(params, state)
             clipped_sum, skipped = clipped_gradient_sum(
-                loss_fn, at, batches(indices), clipping, engine=engine, physical_batch_size=physical_batch_size
+                loss_fn,
+                at,
+                batches(indices),
+                clipping,
+                engine=engine,
+                physical_batch_size=physical_batch_size,
             )
             private_gradient = mechanism.privatize(clipped_sum, noise)
             params, state = optimizer.update(params, private_gradient, state)

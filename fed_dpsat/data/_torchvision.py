@@ -48,9 +48,11 @@ def read_split(class_name: str, root: Path, *, train: bool, download: bool) -> t
     try:
         split = dataset_class(str(root), download=download, **which)
     except Exception as error:  # torchvision lets through what urllib, pickle, tarfile and torch raise
-        raise DataError(f"data_path={str(root)!r}: torchvision cannot {'fetch' if download else 'read'} "
-                        f"{class_name} ({error}); delete damaged files there and "
-                        f"--set data_source=download") from error
+        raise DataError(
+            f"data_path={str(root)!r}: torchvision cannot {'fetch' if download else 'read'} "
+            f"{class_name} ({error}); delete damaged files there and "
+            f"--set data_source=download"
+        ) from error
     inputs = np.asarray(split.data)
     if inputs.ndim == 3:  # MNIST and its kin: [N, H, W]
         inputs = inputs[:, None]

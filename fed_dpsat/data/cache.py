@@ -42,8 +42,9 @@ def cached(folder: Path, decode: Callable[[], Arrays]) -> dict[str, Tensor]:
         try:
             _store(folder, decoded)
         except OSError as error:
-            raise DataError(f"cache_dir={str(folder.parent)!r} cannot be written ({error}); "
-                            f"--set cache_dir=DIR with another folder") from error
+            raise DataError(
+                f"cache_dir={str(folder.parent)!r} cannot be written ({error}); --set cache_dir=DIR with another folder"
+            ) from error
         arrays = _open(folder)
     if arrays is None:
         raise DataError(f"{folder} changed while it was being written; delete it and start again")
@@ -59,7 +60,7 @@ def _open(folder: Path) -> dict[str, Tensor] | None:
         # Copy-on-write rather than read-only: torch warns of arrays that it could not write to. Pages are
         # shared all the same for as long as nobody writes, and a write never reaches the file.
         return {Path(name).stem: torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in sizes}
-    except (FileNotFoundError, ValueError, KeyError):  # ValueError: no JSON, or no .npy header
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # no JSON of ours, no .npy
         return None
 
 

@@ -14,8 +14,10 @@ SOURCE = ImageSource(
     hub_repo="uoft-cs/cifar10",
     image_column="img",
     torchvision_class="CIFAR10",
-    torchvision_files=tuple(f"cifar-10-batches-py/{file}" for file in (
-        *(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")),
+    torchvision_files=tuple(
+        f"cifar-10-batches-py/{file}"
+        for file in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+    ),
 )
 
 

@@ -30,15 +30,18 @@ class Examples:
 
     def __post_init__(self) -> None:
         if self.inputs.dtype not in (torch.uint8, torch.float32) or self.inputs.ndim < 2:
-            raise DataError(f"inputs are {self.inputs.dtype} {list(self.inputs.shape)}, "
-                            f"not uint8 or float32 [N, C, ...]; convert them")
+            raise DataError(
+                f"inputs are {self.inputs.dtype} {list(self.inputs.shape)}, "
+                f"not uint8 or float32 [N, C, ...]; convert them"
+            )
         if self.labels.dtype != torch.int64 or self.labels.shape != self.inputs.shape[:1]:
-            raise DataError(f"labels are {self.labels.dtype} {list(self.labels.shape)}, "
-                            f"not int64 [{len(self.inputs)}]; give one class number per input")
+            raise DataError(
+                f"labels are {self.labels.dtype} {list(self.labels.shape)}, "
+                f"not int64 [{len(self.inputs)}]; give one class number per input"
+            )
         channels = self.inputs.shape[1]
         if len(self.mean) != channels or len(self.std) != channels:
-            raise DataError(f"mean={self.mean} and std={self.std} need one number for each of "
-                            f"{channels} channels")
+            raise DataError(f"mean={self.mean} and std={self.std} need one number for each of {channels} channels")
         if not all(math.isfinite(m) for m in self.mean) or not all(0 < s < math.inf for s in self.std):
             raise DataError(f"mean={self.mean}, std={self.std}: a mean is finite and a std in (0, inf)")
 
@@ -75,14 +78,18 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if self.train.inputs.shape[1:] != self.test.inputs.shape[1:]:
-            raise DataError(f"{self.name}: train inputs are {list(self.input_shape)}, "
-                            f"test inputs {list(self.test.inputs.shape[1:])}; make them one shape")
+            raise DataError(
+                f"{self.name}: train inputs are {list(self.input_shape)}, "
+                f"test inputs {list(self.test.inputs.shape[1:])}; make them one shape"
+            )
         for split, labels in (("train", self.train.labels), ("test", self.test.labels)):
             wrong = torch.nonzero((labels < 0) | (labels >= self.num_classes))
             if len(wrong):
                 row = int(wrong[0])
-                raise DataError(f"{self.name}: {split} label {int(labels[row])} of row {row} is not in "
-                                f"[0, {self.num_classes}); correct it or name more classes")
+                raise DataError(
+                    f"{self.name}: {split} label {int(labels[row])} of row {row} is not in "
+                    f"[0, {self.num_classes}); correct it or name more classes"
+                )
 
     @property
     def num_classes(self) -> int:

@@ -56,12 +56,14 @@ def _check_columns(where: str, table: Any, image_column: str, label_column: str)
 
     for column in (image_column, label_column):
         if column not in table.column_names:
-            raise DataError(f"{where}: no column {column!r}, only {', '.join(table.column_names)}; "
-                            f"is this another data set?")
+            raise DataError(
+                f"{where}: no column {column!r}, only {', '.join(table.column_names)}; is this another data set?"
+            )
     image, label = table.schema.field(image_column).type, table.schema.field(label_column).type
     if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise DataError(f"{where}: column {image_column!r} is {image}, not struct<bytes, path>; "
-                        f"store the encoded images in it")
+        raise DataError(
+            f"{where}: column {image_column!r} is {image}, not struct<bytes, path>; store the encoded images in it"
+        )
     if not pa.types.is_integer(label):
         raise DataError(f"{where}: column {label_column!r} is {label}, not an integer; store class numbers")
 
@@ -70,8 +72,10 @@ def _labels(where: str, column: Any, num_classes: int) -> np.ndarray:
     labels = column.to_pylist()
     for row, label in enumerate(labels):
         if label is None or not 0 <= label < num_classes:
-            raise DataError(f"{where}, row {row}: label {label} is not in [0, {num_classes}); "
-                            f"correct it or choose the data set it belongs to")
+            raise DataError(
+                f"{where}, row {row}: label {label} is not in [0, {num_classes}); "
+                f"correct it or choose the data set it belongs to"
+            )
     return np.asarray(labels, dtype=np.int64)
 
 
@@ -80,12 +84,14 @@ def _pixels(where: str, encoded: bytes | None, shape: tuple[int, int, int]) -> n
     if encoded is None:
         raise DataError(f"{where}: no image bytes; embed the files, a path alone is not read")
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG"))
         image.load()
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for broken files
         raise DataError(f"{where}: not a readable image ({error}); fetch the file again") from error
     if image.size != (width, height) or image.mode != MODES[channels]:
-        raise DataError(f"{where}: a {image.width}x{image.height} {image.mode} image, not {width}x{height} "
-                        f"{MODES[channels]}; is this another data set?")
+        raise DataError(
+            f"{where}: a {image.width}x{image.height} {image.mode} image, not {width}x{height} "
+            f"{MODES[channels]}; is this another data set?"
+        )
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)

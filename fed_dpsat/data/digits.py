@@ -31,11 +31,14 @@ def digits() -> Dataset:
     is_test[order[::5]] = True
 
     def examples(chosen: np.ndarray) -> Examples:
-        return Examples(inputs=inputs[torch.from_numpy(chosen)], mean=MEAN, std=STD,
-                        labels=torch.from_numpy(labels[chosen].astype(np.int64)))
+        return Examples(
+            inputs=inputs[torch.from_numpy(chosen)],
+            mean=MEAN,
+            std=STD,
+            labels=torch.from_numpy(labels[chosen].astype(np.int64)),
+        )
 
-    return Dataset(name="digits", train=examples(~is_test), test=examples(is_test),
-                   class_names=tuple("0123456789"))
+    return Dataset(name="digits", train=examples(~is_test), test=examples(is_test), class_names=tuple("0123456789"))
 
 
 DATASETS = {"digits": digits}

@@ -8,8 +8,18 @@ from fed_dpsat.data.sources import ImageSource, load
 
 SOURCE = ImageSource(
     name="fashion_mnist",
-    class_names=("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-                 "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    class_names=(
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
     shape=(1, 28, 28),
     mean=(0.2860,),
     std=(0.3530,),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.data.sources import ImageSource, load
 
-IDX_FILES = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k")
-                  for kind in ("images-idx3", "labels-idx1"))
+IDX_FILES = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 SOURCE = ImageSource(
     name="mnist",
     class_names=tuple("0123456789"),

@@ -33,8 +33,7 @@ def iid(labels: np.ndarray, num_clients: int, seed: int) -> list[np.ndarray]:
     return _finish(_divide(IidPartitioner(num_clients), labels, order), len(labels))
 
 
-def dirichlet(labels: np.ndarray, num_clients: int, seed: int,
-              dirichlet_alpha: float = 0.3) -> list[np.ndarray]:
+def dirichlet(labels: np.ndarray, num_clients: int, seed: int, dirichlet_alpha: float = 0.3) -> list[np.ndarray]:
     """Each class divided by its own Dirichlet(dirichlet_alpha) draw; lower is more uneven.
 
     ``dirichlet_alpha`` is in ``(0, 1e6]``. A client to whom the draw gives nothing takes one example from the
@@ -47,11 +46,20 @@ def dirichlet(labels: np.ndarray, num_clients: int, seed: int,
     from flwr_datasets.partitioner import DirichletPartitioner
 
     if not 0 < dirichlet_alpha <= MAX_ALPHA:
-        raise DataError(f"dirichlet_alpha={dirichlet_alpha} is not in (0, {MAX_ALPHA:g}]; 0.1 is very "
-                        f"uneven, 100 nearly even, and partition=iid is even")
+        raise DataError(
+            f"dirichlet_alpha={dirichlet_alpha} is not in (0, {MAX_ALPHA:g}]; 0.1 is very "
+            f"uneven, 100 nearly even, and partition=iid is even"
+        )
     order, flwr_seed = _begin(labels, num_clients, seed)
-    partitioner = DirichletPartitioner(num_clients, "label", float(dirichlet_alpha), min_partition_size=0,
-                                       self_balancing=False, shuffle=False, seed=flwr_seed)
+    partitioner = DirichletPartitioner(
+        num_clients,
+        "label",
+        float(dirichlet_alpha),
+        min_partition_size=0,
+        self_balancing=False,
+        shuffle=False,
+        seed=flwr_seed,
+    )
     return _finish(_fill_empty(_divide(partitioner, labels, order)), len(labels))
 
 
@@ -72,15 +80,20 @@ def shards(labels: np.ndarray, num_clients: int, seed: int, classes_per_client: 
     order, flwr_seed = _begin(labels, num_clients, seed)
     num_classes = len(np.unique(labels))
     if not 1 <= classes_per_client <= num_classes:
-        raise DataError(f"classes_per_client={classes_per_client} is not in [1, {num_classes}], the number "
-                        f"of classes; choose one of these")
+        raise DataError(
+            f"classes_per_client={classes_per_client} is not in [1, {num_classes}], the number "
+            f"of classes; choose one of these"
+        )
     num_shards = num_clients * classes_per_client
     if num_shards > len(labels):
-        raise DataError(f"classes_per_client={classes_per_client} for num_clients={num_clients} makes "
-                        f"{num_shards} shards, more than the {len(labels)} examples; lower one of them")
+        raise DataError(
+            f"classes_per_client={classes_per_client} for num_clients={num_clients} makes "
+            f"{num_shards} shards, more than the {len(labels)} examples; lower one of them"
+        )
     left_over, order = np.split(order, [len(labels) % num_shards])
-    partitioner = ShardPartitioner(num_clients, "label", num_shards_per_partition=classes_per_client,
-                                   shuffle=False, seed=flwr_seed)
+    partitioner = ShardPartitioner(
+        num_clients, "label", num_shards_per_partition=classes_per_client, shuffle=False, seed=flwr_seed
+    )
     return _finish(_deal(left_over, labels, _divide(partitioner, labels, order)), len(labels))
 
 
@@ -111,8 +124,10 @@ def _begin(labels: np.ndarray, num_clients: int, seed: int) -> tuple[np.ndarray,
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"labels are {labels.dtype} {list(labels.shape)}, not int64 [N]; give class numbers")
     if not 1 <= num_clients <= len(labels):
-        raise DataError(f"num_clients={num_clients} is not in [1, {len(labels)}], the number of training "
-                        f"examples; choose one of these or take a larger dataset")
+        raise DataError(
+            f"num_clients={num_clients} is not in [1, {len(labels)}], the number of training "
+            f"examples; choose one of these or take a larger dataset"
+        )
     if seed < 0:
         raise DataError(f"seed={seed} is negative; choose one in [0, inf)")
     for_order, for_flwr = np.random.SeedSequence(seed).spawn(2)
@@ -143,8 +158,10 @@ def _fill_empty(parts: list[np.ndarray]) -> list[np.ndarray]:
 def _deal(left_over: np.ndarray, labels: np.ndarray, parts: list[np.ndarray]) -> list[np.ndarray]:
     sizes = np.array([len(part) for part in parts])
     held = [set(labels[part].tolist()) for part in parts]
-    holders = {label: np.array([client for client, classes in enumerate(held) if label in classes])
-               for label in np.unique(labels).tolist()}
+    holders = {
+        label: np.array([client for client, classes in enumerate(held) if label in classes])
+        for label in np.unique(labels).tolist()
+    }
     dealt: list[list[int]] = [[] for _ in parts]
     for example in left_over.tolist():
         candidates = holders[int(labels[example])]
@@ -153,14 +170,15 @@ def _deal(left_over: np.ndarray, labels: np.ndarray, parts: list[np.ndarray]) ->
         client = int(candidates[sizes[candidates].argmin()])
         dealt[client].append(example)
         sizes[client] += 1
-    return [np.concatenate([part, np.array(extra, dtype=np.int64)])
-            for part, extra in zip(parts, dealt, strict=True)]
+    return [np.concatenate([part, np.array(extra, dtype=np.int64)]) for part, extra in zip(parts, dealt, strict=True)]
 
 
 def _finish(parts: list[np.ndarray], num_examples: int) -> list[np.ndarray]:
     """Sorted parts, once it is certain that they are a partition: clients' privacy is counted on it."""
     together = np.sort(np.concatenate(parts))
     if not all(map(len, parts)) or not np.array_equal(together, np.arange(num_examples)):
-        raise DataError(f"flwr-datasets divided {num_examples} examples into parts that overlap, are empty "
-                        f"or leave some out; report this with the installed version of flwr-datasets")
+        raise DataError(
+            f"flwr-datasets divided {num_examples} examples into parts that overlap, are empty "
+            f"or leave some out; report this with the installed version of flwr-datasets"
+        )
     return [np.sort(part) for part in parts]

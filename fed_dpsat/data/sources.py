@@ -54,19 +54,21 @@ def load(source: ImageSource, data_source: str, data_path: str, cache_dir: str) 
     Raises ``DataError`` for an unknown ``data_source`` and for data that is missing or damaged.
     """
     if data_source not in SOURCES:
-        raise DataError(f"data_source={data_source!r} is not one of {', '.join(SOURCES)}; "
-                        f"--set data_source=download fetches {source.name}")
+        raise DataError(
+            f"data_source={data_source!r} is not one of {', '.join(SOURCES)}; "
+            f"--set data_source=download fetches {source.name}"
+        )
     if not data_path and data_source != "hub":
-        raise DataError(f"data_path='' is empty, but data_source={data_source!r} needs a folder; "
-                        f"--set data_path=DIR")
+        raise DataError(f"data_path='' is empty, but data_source={data_source!r} needs a folder; --set data_path=DIR")
     root = Path(data_path).expanduser().absolute()
     files, read = SOURCES[data_source](source, root)
     key = fingerprint(f"{source.name} {data_source}", files)
     folder = Path(cache_dir).expanduser().absolute() / f"{source.name}-{key}"
     arrays = cached(folder, partial(_read_all, read))
     splits = {
-        split: Examples(inputs=arrays[f"{split}_inputs"], labels=arrays[f"{split}_labels"],
-                        mean=source.mean, std=source.std)
+        split: Examples(
+            inputs=arrays[f"{split}_inputs"], labels=arrays[f"{split}_labels"], mean=source.mean, std=source.std
+        )
         for split in SPLITS
     }
     return Dataset(name=source.name, class_names=source.class_names, **splits)
@@ -91,8 +93,9 @@ def _parquet(source: ImageSource, root: Path) -> tuple[list[Path], Callable[[str
             try:
                 tables.append((str(file), pq.read_table(file, partitioning=None)))
             except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{file}: not a readable Parquet file ({error}); "
-                                f"fetch it again: {_hf_download(source, root)}") from error
+                raise DataError(
+                    f"{file}: not a readable Parquet file ({error}); fetch it again: {_hf_download(source, root)}"
+                ) from error
         return _decode(source, tables)
 
     return [file for split in SPLITS for file in files[split]], read
@@ -100,16 +103,21 @@ def _parquet(source: ImageSource, root: Path) -> tuple[list[Path], Callable[[str
 
 def _parquet_files(source: ImageSource, root: Path, split: str) -> list[Path]:
     pattern = f"{split}-*.parquet"
-    found = sorted(file for file in root.rglob(pattern)
-                   if not any(part.startswith(".") for part in file.relative_to(root).parts))
+    found = sorted(
+        file for file in root.rglob(pattern) if not any(part.startswith(".") for part in file.relative_to(root).parts)
+    )
     of_config = [file for file in found if source.hub_config in file.relative_to(root).parts]
     files = of_config or found
     if not files:
-        raise DataError(f"data_path={str(root)!r}: no {pattern} of {source.name} in it or below it; "
-                        f"{_hf_download(source, root)}, or --set data_source=download")
+        raise DataError(
+            f"data_path={str(root)!r}: no {pattern} of {source.name} in it or below it; "
+            f"{_hf_download(source, root)}, or --set data_source=download"
+        )
     if len(folders := sorted({str(file.parent) for file in files})) > 1:
-        raise DataError(f"data_path={str(root)!r}: {pattern} is in more than one folder "
-                        f"({', '.join(folders)}); --set data_path to that of {source.name}")
+        raise DataError(
+            f"data_path={str(root)!r}: {pattern} is in more than one folder "
+            f"({', '.join(folders)}); --set data_path to that of {source.name}"
+        )
     return files
 
 
@@ -124,25 +132,38 @@ def _hub(source: ImageSource, root: Path) -> tuple[list[Path], Callable[[str], S
         loaded = datasets.load_dataset(source.hub_repo, name=source.hub_config, keep_in_memory=False)
         splits = {split: loaded[split] for split in SPLITS}
     except Exception as error:  # the Hub's client raises its own, httpx's and OSError
-        raise DataError(f"data_source='hub': cannot load {source.hub_repo} ({error}); check the network, or "
-                        f"fetch it elsewhere: {_hf_download(source, Path('DIR'))}, then "
-                        f"--set data_source=parquet --set data_path=DIR") from error
+        raise DataError(
+            f"data_source='hub': cannot load {source.hub_repo} ({error}); check the network, or "
+            f"fetch it elsewhere: {_hf_download(source, Path('DIR'))}, then "
+            f"--set data_source=parquet --set data_path=DIR"
+        ) from error
     files = [Path(entry["filename"]) for split in SPLITS for entry in splits[split].cache_files]
     return files, lambda split: _decode(source, [(f"{source.hub_repo} ({split})", splits[split].data.table)])
 
 
 def _decode(source: ImageSource, tables: list[tuple[str, object]]) -> Split:
-    return decode_images(tables, image_column=source.image_column, label_column=source.label_column,
-                         shape=source.shape, num_classes=len(source.class_names))
+    return decode_images(
+        tables,
+        image_column=source.image_column,
+        label_column=source.label_column,
+        shape=source.shape,
+        num_classes=len(source.class_names),
+    )
 
 
-def _torchvision(source: ImageSource, root: Path, *, download: bool = False,
-                 ) -> tuple[list[Path], Callable[[str], Split]]:
+def _torchvision(
+    source: ImageSource,
+    root: Path,
+    *,
+    download: bool = False,
+) -> tuple[list[Path], Callable[[str], Split]]:
     files = [root / file for file in source.torchvision_files]
     missing = [file for file in files if not file.is_file()]
     if missing and not download:
-        raise DataError(f"data_path={str(root)!r}: no {missing[0].relative_to(root)}, which torchvision's "
-                        f"{source.torchvision_class} needs; --set data_source=download fetches it")
+        raise DataError(
+            f"data_path={str(root)!r}: no {missing[0].relative_to(root)}, which torchvision's "
+            f"{source.torchvision_class} needs; --set data_source=download fetches it"
+        )
     if missing:
         for split in SPLITS:
             read_split(source.torchvision_class, root, train=split == "train", download=True)
@@ -150,9 +171,11 @@ def _torchvision(source: ImageSource, root: Path, *, download: bool = False,
     def read(split: str) -> Split:
         inputs, labels = read_split(source.torchvision_class, root, train=split == "train", download=False)
         if inputs.dtype != np.uint8 or inputs.shape[1:] != source.shape:
-            raise DataError(f"data_path={str(root)!r}: {source.torchvision_class} holds {inputs.dtype} "
-                            f"{inputs.shape[1:]}, not uint8 {source.shape}; delete it and "
-                            f"--set data_source=download")
+            raise DataError(
+                f"data_path={str(root)!r}: {source.torchvision_class} holds {inputs.dtype} "
+                f"{inputs.shape[1:]}, not uint8 {source.shape}; delete it and "
+                f"--set data_source=download"
+            )
         return inputs, labels
 
     return files, read

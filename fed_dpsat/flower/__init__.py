@@ -1,0 +1,1 @@
+"""Flower's side: records, client app, server app, the private strategy and the grid."""

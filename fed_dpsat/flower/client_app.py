@@ -35,9 +35,7 @@ def make_client_app(provider: Provider) -> ClientApp:
     @client_app.query()
     def identify(message: Message, context: Context) -> Message:
         experiment, client = provider(context.run_config), _client(context)
-        return Message(
-            records.identity_content(client, len(experiment.partitions[client])), reply_to=message
-        )
+        return Message(records.identity_content(client, len(experiment.partitions[client])), reply_to=message)
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:

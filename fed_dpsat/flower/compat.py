@@ -33,4 +33,12 @@ def set_message_id(message: Message, message_id: str) -> None:
     message.metadata.__dict__["_message_id"] = message_id
 
 
-__all__ = ["SERVER_NODE_ID", "SIMULATION_RUN_ID", "ErrorCode", "Run", "empty_run", "identify_process", "set_message_id"]
+__all__ = [
+    "SERVER_NODE_ID",
+    "SIMULATION_RUN_ID",
+    "ErrorCode",
+    "Run",
+    "empty_run",
+    "identify_process",
+    "set_message_id",
+]

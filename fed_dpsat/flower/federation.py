@@ -170,5 +170,8 @@ def _warn_about_delta(experiment: Experiment) -> None:
         log.warning(
             "delta=%g is above 1/%d: the smallest client has %d examples, and a guarantee is usually asked to fail "
             "for less than one of them; set delta below %.1e",
-            delta, smallest, smallest, 1 / smallest,
+            delta,
+            smallest,
+            smallest,
+            1 / smallest,
         )

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from fed_dpsat.flower import compat
 from fed_dpsat.flower.records import PARTITION_ID
 
+
 class Backend(Protocol):
     """Where client apps run."""
 
@@ -44,7 +45,12 @@ class SimulationGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """As ``Message(...)``."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)

@@ -76,7 +76,12 @@ class CohortGrid(Grid):
         return self._grid.run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """As the grid behind."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)

@@ -97,9 +97,7 @@ class PrivateStrategy(Strategy):
         """Learn which node holds which partition, then Flower's own loop."""
         self._nodes = identify_nodes(grid, self.num_clients, self.join_timeout)
         self._clients = {node: client for client, node in self._nodes.items()}
-        return super().start(
-            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-        )
+        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -139,7 +137,7 @@ class PrivateStrategy(Strategy):
             if client not in valid:
                 self.report.dropped.setdefault(client, "no reply")
         self.report.accepted = sorted(valid)
-        outcomes = {c: "released" for c in valid} | self.report.dropped
+        outcomes = dict.fromkeys(valid, "released") | self.report.dropped
         for client, outcome in sorted(outcomes.items()):
             self.ledger.settle(client, server_round, 0, outcome)
         self._end_if_all_failed(failures)

@@ -9,14 +9,12 @@ from torch import nn
 from fed_dpsat.models._shapes import image_shape
 
 GROUPS = 8
-SMALL_WIDTHS = (16, 32, 32)
+SMALL_WIDTHS = (16, 32, 64)
 PAPERNOT_WIDTHS = (32, 64, 128)
 PAPERNOT_HIDDEN = 128
 
 
-def tanh_cnn_small(
-    input_shape: tuple[int, ...], num_classes: int, widths: Sequence[int] = SMALL_WIDTHS
-) -> nn.Module:
+def tanh_cnn_small(input_shape: tuple[int, ...], num_classes: int, widths: Sequence[int] = SMALL_WIDTHS) -> nn.Module:
     """Three tanh convolutions with GroupNorm and one linear layer: 14,378 parameters at 1x8x8, 10 classes.
 
     ``x[B, C, H, W] -> logits[B, num_classes]``. For each width: a 3x3 convolution, GroupNorm without affine
@@ -24,8 +22,10 @@ def tanh_cnn_small(
     default initialisation. ``ValueError`` if a width is not a multiple of the 8 groups.
     """
     if not widths or any(width < 1 or width % GROUPS for width in widths):
-        raise ValueError(f"model='tanh-cnn-small': widths={tuple(widths)} are not multiples of {GROUPS}, the "
-                         f"number of groups; use for instance {SMALL_WIDTHS}")
+        raise ValueError(
+            f"model='tanh-cnn-small': widths={tuple(widths)} are not multiples of {GROUPS}, the "
+            f"number of groups; use for instance {SMALL_WIDTHS}"
+        )
     shrink = 2 ** len(widths)
     channels, height, width = image_shape("tanh-cnn-small", input_shape, min_side=shrink)
     layers: list[nn.Module] = []

@@ -62,10 +62,20 @@ CIFAR = Genotype(
     activation=nn.SELU,
     edges=(
         (5, 0, 1),
-        (1, 0, 2), (5, 1, 2),
-        (6, 0, 3), (1, 1, 3), (0, 2, 3),
-        (5, 0, 4), (0, 1, 4), (0, 2, 4), (3, 3, 4),
-        (5, 0, 5), (5, 1, 5), (6, 2, 5), (1, 3, 5), (6, 4, 5),
+        (1, 0, 2),
+        (5, 1, 2),
+        (6, 0, 3),
+        (1, 1, 3),
+        (0, 2, 3),
+        (5, 0, 4),
+        (0, 1, 4),
+        (0, 2, 4),
+        (3, 3, 4),
+        (5, 0, 5),
+        (5, 1, 5),
+        (6, 2, 5),
+        (1, 3, 5),
+        (6, 4, 5),
     ),
 )
 FASHION_MNIST = Genotype(
@@ -75,10 +85,20 @@ FASHION_MNIST = Genotype(
     activation=nn.Tanh,
     edges=(
         (3, 0, 1),
-        (0, 0, 2), (5, 1, 2),
-        (4, 0, 3), (5, 1, 3), (3, 2, 3),
-        (0, 0, 4), (0, 1, 4), (6, 2, 4), (3, 3, 4),
-        (5, 0, 5), (6, 1, 5), (1, 2, 5), (4, 3, 5), (1, 4, 5),
+        (0, 0, 2),
+        (5, 1, 2),
+        (4, 0, 3),
+        (5, 1, 3),
+        (3, 2, 3),
+        (0, 0, 4),
+        (0, 1, 4),
+        (6, 2, 4),
+        (3, 3, 4),
+        (5, 0, 5),
+        (6, 1, 5),
+        (1, 2, 5),
+        (4, 3, 5),
+        (1, 4, 5),
     ),
 )
 
@@ -107,16 +127,22 @@ class Cell(nn.Module):
     def __init__(self, in_channels: int, channels: int, edges: tuple[tuple[int, int, int], ...]) -> None:
         super().__init__()
         self.enter = nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), _norm(channels))
-        self.edges = nn.ModuleDict({
-            f"{source}_{target}": OPERATIONS[operation](channels)
-            for operation, source, target in edges if operation != NO_EDGE
-        })
+        self.edges = nn.ModuleDict(
+            {
+                f"{source}_{target}": OPERATIONS[operation](channels)
+                for operation, source, target in edges
+                if operation != NO_EDGE
+            }
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         states: list[Tensor] = [self.enter(x)]
         for target in range(1, STATES + 1):
-            terms = [self.edges[f"{source}_{target}"](state) for source, state in enumerate(states)
-                     if f"{source}_{target}" in self.edges]
+            terms = [
+                self.edges[f"{source}_{target}"](state)
+                for source, state in enumerate(states)
+                if f"{source}_{target}" in self.edges
+            ]
             states.append(functools.reduce(torch.add, terms))
         return torch.cat(states[1:], dim=1)
 
@@ -148,8 +174,10 @@ def _build(name: str, genotype: Genotype, input_shape: tuple[int, ...], num_clas
 
 def _instead(input_shape: tuple[int, ...]) -> str:
     named = {CIFAR.input_shape: "'dpnasnet-cifar'", FASHION_MNIST.input_shape: "'dpnasnet-fashion-mnist'"}
-    return next((name for shape, name in named.items() if shape == tuple(input_shape)),
-                "'resnet20-gn' or 'tanh-cnn-small' for other images, 'mlp' for vectors")
+    return next(
+        (name for shape, name in named.items() if shape == tuple(input_shape)),
+        "'resnet20-gn' or 'tanh-cnn-small' for other images, 'mlp' for vectors",
+    )
 
 
 def _depthwise(channels: int) -> nn.Sequential:

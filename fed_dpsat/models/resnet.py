@@ -132,9 +132,7 @@ class WSConv2d(nn.Conv2d):
         return nn.functional.conv2d(input, weight, self.bias, self.stride, self.padding)
 
 
-def _resnet(
-    channels: int, num_classes: int, *, widths: tuple[int, ...], blocks: int, groups: int
-) -> nn.Sequential:
+def _resnet(channels: int, num_classes: int, *, widths: tuple[int, ...], blocks: int, groups: int) -> nn.Sequential:
     layers: list[nn.Module] = [
         nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
         nn.GroupNorm(groups, widths[0]),

@@ -15,8 +15,8 @@ from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import client_app
 from fed_dpsat.flower.federation import OnRound, Summary, run_federation
 from fed_dpsat.flower.grid import Backend, SimulationGrid
-from fed_dpsat.process import tune_allocator
 from fed_dpsat.optimizers.base import PrivateOptimizer
+from fed_dpsat.process import tune_allocator
 from fed_dpsat.run_folder import RunFolder
 from fed_dpsat.simulation.in_process import InProcessBackend
 

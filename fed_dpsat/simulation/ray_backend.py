@@ -6,10 +6,10 @@ context is an object in Ray's store: it goes from worker to worker without passi
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from logging import getLogger
 from typing import Any
 
 import ray
@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from fed_dpsat.flower import compat
 from fed_dpsat.flower.grid import answer, error_reply, node_context
 
-log = getLogger("fed_dpsat")
+log = logging.getLogger("fed_dpsat")
 
 IN_FLIGHT_PER_WORKER = 2
 """One message trains while the next one waits at the worker."""
@@ -70,13 +70,11 @@ class RayBackend:
     with the same randomness and the same bits. Raises ``RuntimeError`` if no worker starts within a minute.
     """
 
-    def __init__(
-        self, client_app: ClientApp, run_config: Mapping[str, Any], num_nodes: int, num_workers: int
-    ) -> None:
+    def __init__(self, client_app: ClientApp, run_config: Mapping[str, Any], num_nodes: int, num_workers: int) -> None:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         self._app = ray.put(client_app)
         self._run_config, self._num_nodes = run_config, num_nodes
         self._contexts: dict[int, Any] = {}
@@ -128,8 +126,7 @@ class RayBackend:
             if id(record) not in shared:
                 shared[id(record)] = ray.put({k: array.numpy() for k, array in record.items()})
             refs.append((key, shared[id(record)]))
-        small = {k: v for k, v in message.content.items() if not isinstance(v, ArrayRecord)}
-        message.content = RecordDict(small)
+        message.content = RecordDict({k: v for k, v in message.content.items() if not isinstance(v, ArrayRecord)})
         return message, refs
 
     def _send(self, call: _Call, calls: dict[Any, _Call]) -> None:
@@ -162,4 +159,3 @@ class RayBackend:
             ray.get(self._workers[index].ready.remote(), timeout=START_TIMEOUT)
         except (RayActorError, GetTimeoutError):
             self._workers[index] = self._new_worker()
-

@@ -46,9 +46,7 @@ def test_pools_and_identity_at_the_centre_of_1_to_9(number, expected):
     assert OPERATIONS[number](1)(image)[0, 0, 1, 1] == expected
 
 
-@pytest.mark.parametrize(
-    ("number", "activation"), [(4, torch.relu), (5, torch.selu), (6, torch.tanh), (7, None)]
-)
+@pytest.mark.parametrize(("number", "activation"), [(4, torch.relu), (5, torch.selu), (6, torch.tanh), (7, None)])
 def test_depthwise_operations_normalise_then_activate(number, activation):
     torch.manual_seed(0)
     operation = OPERATIONS[number](8)
@@ -90,5 +88,10 @@ def test_an_impossible_edge_is_refused(edge):
 
 def test_a_state_that_receives_nothing_is_refused():
     with pytest.raises(ValueError, match="state 4 without input"):
-        Genotype(input_shape=(1, 28, 28), stem_width=8, cell_widths=(8,), activation=nn.Tanh,
-                 edges=((3, 0, 1), (3, 0, 2), (3, 0, 3), (0, 0, 4), (3, 0, 5)))
+        Genotype(
+            input_shape=(1, 28, 28),
+            stem_width=8,
+            cell_widths=(8,),
+            activation=nn.Tanh,
+            edges=((3, 0, 1), (3, 0, 2), (3, 0, 3), (0, 0, 4), (3, 0, 5)),
+        )

@@ -1,0 +1,50 @@
+"""What several test files use; they are imported one by one and cannot import each other."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from scipy import stats
+
+torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def same_bits():
+    """Whether two dicts of tensors agree in names, shapes, types and every bit (-0.0 is not 0.0)."""
+
+    def check(a, b):
+        return a.keys() == b.keys() and all(
+            p.shape == b[name].shape and p.dtype == b[name].dtype and p.numpy().tobytes() == b[name].numpy().tobytes()
+            for name, p in a.items()
+        )
+
+    return check
+
+
+@pytest.fixture
+def looks_gaussian():
+    """Whether ``draws`` may be independent N(0, std^2): mean, variance (chi-square) and shape, each p > 1e-4."""
+
+    def check(draws, std):
+        z = np.concatenate([np.asarray(d, dtype=np.float64).ravel() for d in draws]) / std
+        squares = np.square(z).sum()
+        assert z.size >= 20_000, "too few draws to tell 0.9 sigma from sigma"
+        p_mean = 2 * stats.norm.sf(abs(z.sum()) / z.size**0.5)
+        p_variance = 2 * min(stats.chi2.cdf(squares, z.size), stats.chi2.sf(squares, z.size))
+        return min(p_mean, p_variance, stats.kstest(z, "norm").pvalue) > 1e-4
+
+    return check
+
+
+@pytest.fixture
+def input_gradient():
+    """A loss whose gradient for an example is the example: ``sum(params * x)``, parameters laid end to end."""
+
+    def loss(params, inputs, targets):
+        flat = torch.cat([p.flatten() for p in params.values()])
+        return inputs @ flat
+
+    return loss

@@ -1,0 +1,101 @@
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fed_dpsat.data.cache import cached, fingerprint
+from fed_dpsat.data.dataset import DataError
+
+ARRAYS = {"inputs": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "labels": np.array([5, 6])}
+
+
+def forbidden():
+    raise AssertionError("decoded a second time")
+
+
+def assert_is_arrays(found):
+    assert set(found) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[name].numpy(), array)
+
+
+def test_what_is_decoded_is_stored_and_not_decoded_again(tmp_path):
+    assert_is_arrays(cached(tmp_path / "c", lambda: ARRAYS))
+    assert_is_arrays(cached(tmp_path / "c", forbidden))
+    assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_tensors_are_mapped_from_the_file_and_writes_stay_private(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = (cached(tmp_path / "c", lambda: ARRAYS) for _ in range(2))
+    assert str(tmp_path / "c" / "inputs.npy") in Path("/proc/self/maps").read_text()
+    first["inputs"].zero_()
+    assert_is_arrays(second)
+
+
+def test_a_transposed_array_is_stored_in_row_order(tmp_path):
+    stored = cached(tmp_path / "c", lambda: {"inputs": ARRAYS["inputs"].transpose(2, 0, 1)})["inputs"]
+    assert stored.is_contiguous()
+    assert stored.shape == (4, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["inputs.npy", "labels.npy", "meta.json"])
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 20), os.unlink], ids=["truncated", "missing"])
+def test_a_damaged_cache_is_built_anew(tmp_path, name, damage):
+    cached(tmp_path / "c", lambda: ARRAYS)
+    damage(tmp_path / "c" / name)
+    assert_is_arrays(cached(tmp_path / "c", lambda: ARRAYS))
+    assert_is_arrays(cached(tmp_path / "c", forbidden))
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_folder_without_a_cache_in_it_is_replaced(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "meta.json").write_text("[]")
+    assert_is_arrays(cached(tmp_path / "c", lambda: ARRAYS))
+
+
+def test_a_failed_decode_leaves_nothing_behind(tmp_path):
+    def fails():
+        raise DataError("row 3")
+
+    with pytest.raises(DataError, match="row 3"):
+        cached(tmp_path / "c", fails)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_second_of_two_racing_processes_uses_the_cache_of_the_first(tmp_path):
+    def overtaken():
+        cached(tmp_path / "c", lambda: ARRAYS)
+        return {name: array * 0 for name, array in ARRAYS.items()}
+
+    assert_is_arrays(cached(tmp_path / "c", overtaken))
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_cache_dir_that_cannot_be_one_is_an_error_that_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cache_dir=.*file' cannot be written .*--set cache_dir=DIR"):
+        cached(tmp_path / "file" / "c", lambda: ARRAYS)
+
+
+def test_fingerprint_follows_key_path_size_and_mtime(tmp_path):
+    file, other = tmp_path / "a", tmp_path / "b"
+    for path in (file, other):
+        path.write_text("12")
+        os.utime(path, (1, 1))
+    first = fingerprint("k", [file])
+    assert first == fingerprint("k", [file])
+    others = {fingerprint("l", [file]), fingerprint("k", [other]), fingerprint("k", [file, other])}
+    file.write_text("123")
+    os.utime(file, (1, 1))
+    others.add(fingerprint("k", [file]))
+    file.write_text("12")
+    os.utime(file, (2, 2))
+    others.add(fingerprint("k", [file]))
+    assert len(others) == 5
+    assert first not in others

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from fed_dpsat.data import DataError, Dataset, Examples
+
+
+def make(inputs, labels=None, mean=(0.5,), std=(0.25,)):
+    labels = torch.zeros(len(inputs), dtype=torch.int64) if labels is None else labels
+    return Examples(inputs=inputs, labels=labels, mean=mean, std=std)
+
+
+def test_uint8_is_scaled_to_0_1_and_then_normalised_per_channel():
+    inputs = torch.tensor([[0, 255], [255, 51]], dtype=torch.uint8).view(2, 2, 1, 1)
+    examples = make(inputs, torch.tensor([3, 4]), mean=(0.5, 0.0), std=(0.25, 0.1))
+    rows, labels = examples.batch(torch.tensor([1, 0, 1]))
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.flatten(1), torch.tensor([[2.0, 2.0], [-2.0, 10.0], [2.0, 2.0]]))
+    assert labels.tolist() == [4, 3, 4]
+
+
+def test_float32_is_normalised_as_it_is_and_left_unchanged():
+    inputs = torch.tensor([[1.0], [0.0]])
+    examples = make(inputs)
+    torch.testing.assert_close(examples.batch(torch.tensor([0, 1]))[0], torch.tensor([[2.0], [-2.0]]))
+    assert inputs.tolist() == [[1.0], [0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_the_empty_index_gives_the_empty_batch(dtype):
+    rows, labels = make(torch.zeros(3, 1, 2, 2, dtype=dtype)).batch(torch.empty(0, dtype=torch.int64))
+    assert rows.shape == (0, 1, 2, 2)
+    assert rows.dtype == torch.float32
+    assert labels.shape == (0,)
+    assert labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_an_index_that_is_no_row_is_an_error(index):
+    with pytest.raises(IndexError):
+        make(torch.zeros(3, 1)).batch(torch.tensor([index]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": torch.zeros(2, 1, dtype=torch.float64)}, "float64"),
+        ({"inputs": torch.zeros(2)}, r"inputs are torch.float32 \[2\]"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels are torch.int64 \[3\], not int64 \[2\]"),
+        ({"labels": torch.zeros(2)}, "labels are torch.float32"),
+        ({"mean": (0.0, 0.0)}, "1 channels"),
+        ({"mean": (float("nan"),)}, "mean is finite"),
+        ({"std": (0.0,)}, r"\(0, inf\)"),
+        ({"std": (float("nan"),)}, r"\(0, inf\)"),
+    ],
+)
+def test_examples_are_checked_where_they_are_made(change, message):
+    with pytest.raises(DataError, match=message):
+        make(**({"inputs": torch.zeros(2, 1)} | change))
+
+
+def test_dataset_knows_its_classes_and_its_shape():
+    examples = make(torch.zeros(2, 1, 4, 5), torch.tensor([0, 2]))
+    dataset = Dataset(name="d", train=examples, test=examples, class_names=("a", "b", "c"))
+    assert (dataset.num_classes, dataset.input_shape, len(dataset.train)) == (3, (1, 4, 5), 2)
+
+
+def test_dataset_refuses_a_label_without_a_class():
+    good, bad = (make(torch.zeros(2, 1), torch.tensor([0, last])) for last in (1, 2))
+    with pytest.raises(DataError, match=r"d: test label 2 of row 1 is not in \[0, 2\)"):
+        Dataset(name="d", train=good, test=bad, class_names=("a", "b"))
+
+
+def test_dataset_refuses_splits_of_two_shapes():
+    with pytest.raises(DataError, match="train inputs are"):
+        Dataset(name="d", train=make(torch.zeros(2, 1, 3)), test=make(torch.zeros(2, 1, 4)), class_names=("a",))

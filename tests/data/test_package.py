@@ -1,0 +1,29 @@
+import subprocess
+import sys
+
+SLOW = ("torchvision", "datasets", "flwr_datasets", "flwr", "sklearn", "pyarrow", "ray")
+
+
+def test_listing_every_built_in_imports_torch_alone():
+    code = (
+        "import sys; from fed_dpsat import plugins; plugins.builtin('dataset'); "
+        f"plugins.builtin('partition'); print([m for m in {SLOW!r} if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_built_ins_are_found_by_name_and_summarised():
+    from fed_dpsat import plugins
+
+    datasets, partitions = plugins.builtin("dataset"), plugins.builtin("partition")
+    assert set(datasets) == {"cifar10", "cifar100", "digits", "fashion_mnist", "mnist", "svhn"}
+    assert set(partitions) == {"dirichlet", "iid", "shards", "size-skew"}
+    assert all(plugins.summary(factory) for factory in (datasets | partitions).values())
+
+
+def test_build_fills_a_factory_from_settings():
+    from fed_dpsat import plugins
+
+    settings = {"data_source": "parquet", "data_path": "", "cache_dir": "", "seed": 0}
+    assert plugins.build("dataset", "digits", settings).name == "digits"

@@ -1,0 +1,86 @@
+"""What crosses the wire: exactly what the table in records.py lists, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, RecordDict
+
+from fed_dpsat.experiment import Task
+from fed_dpsat.flower import records
+from fed_dpsat.flower.records import RecordError
+from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.training import LocalResult
+
+PARAMS = {"weight": torch.tensor([[1.5, -2.0]]), "scale": torch.tensor(3.0), "count": torch.tensor(7)}
+EVENT = PrivacyEvent(noise_multiplier=1.5, sample_rate=0.25, steps=3)
+TASK = Task(round=4, noise_multiplier=1.5)
+
+
+def reply():
+    secret = {"momentum": {"weight": torch.tensor([[9.0, 9.0]])}}
+    result = LocalResult(params=PARAMS, state=secret, event=EVENT, nonfinite_examples=13)
+    return records.reply_content(2, TASK, result, num_examples=50)
+
+
+def test_nothing_leaves_a_client_but_parameters_event_and_public_size():
+    content = reply()
+    assert set(content) == {records.ARRAYS, records.EVENT, records.METRICS}
+    assert set(content[records.ARRAYS]) == set(PARAMS)
+    assert dict(content[records.METRICS]) == {"num-examples": 50}
+    assert dict(content[records.EVENT]) == {
+        "client": 2, "round": 4, "attempt": 0,
+        "kind": "poisson_gaussian", "noise_multiplier": 1.5, "sample_rate": 0.25, "steps": 3,
+    }  # fmt: skip
+
+
+def test_parameters_survive_with_shape_and_type():
+    back = records.to_params(records.to_arrays(PARAMS))
+    for name, value in PARAMS.items():
+        assert back[name].dtype == value.dtype
+        assert back[name].shape == value.shape
+        assert torch.equal(back[name], value)
+
+
+def test_event_survives():
+    assert records.read_event(reply()) == (2, 4, 0, EVENT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"steps": 1.5},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": float("nan")},
+        {"sample_rate": 1.5},
+        {"kind": "magic"},
+        {"surprise": 1},
+    ],
+)
+def test_an_event_that_makes_no_sense_is_refused(change):
+    content = reply()
+    content[records.EVENT].update(change)
+    with pytest.raises(RecordError, match="event"):
+        records.read_event(content)
+
+
+def test_task_survives_and_an_unknown_key_is_refused():
+    content = RecordDict({records.TASK: records.task_record(TASK)})
+    assert records.read_task(content) == TASK
+    content[records.TASK]["seed"] = 1
+    with pytest.raises(RecordError, match="seed"):
+        records.read_task(content)
+    with pytest.raises(RecordError, match="no"):
+        records.read_task(RecordDict({"x": ConfigRecord()}))
+
+
+def test_state_is_kept_whole():
+    kept = RecordDict()
+    assert records.load_state(kept) is None
+    state = {"clock": {"step": torch.tensor(5)}, "ascent": {"0.weight": torch.tensor([1.0, 2.0])}}
+    records.save_state(kept, state)
+    back = records.load_state(kept)
+    assert back.keys() == state.keys()
+    assert torch.equal(back["ascent"]["0.weight"], state["ascent"]["0.weight"])
+    assert int(back["clock"]["step"]) == 5

@@ -1,0 +1,109 @@
+"""Workers may die and cost a client one retry; nothing else is lost, and nothing hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+
+from fed_dpsat.flower import compat, records
+from fed_dpsat.simulation import ray_backend
+
+
+def app_that_dies(folder: Path, times: int) -> ClientApp:
+    """Partition 1 kills its worker the first ``times`` times; every partition counts its rounds."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        marks = sorted(folder.glob("death-*"))
+        if partition == 1 and len(marks) < times:
+            (folder / f"death-{len(marks)}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if partition == 2:
+            raise ValueError("not today")
+        state = records.load_state(context.state) or {"seen": {"times": torch.tensor(0)}}
+        seen = int(state["seen"]["times"]) + 1
+        records.save_state(context.state, {"seen": {"times": torch.tensor(seen)}})
+        total = float(message.content["arrays"]["w"].numpy().sum())
+        return Message(RecordDict({"said": ConfigRecord({"seen": seen, "total": total})}), reply_to=message)
+
+    return app
+
+
+def ask(backend, num_nodes, arrays):
+    content = RecordDict({"arrays": arrays})
+    messages = []
+    for node in range(2, num_nodes + 2):
+        message = Message(content, node, MessageType.TRAIN)
+        compat.set_message_id(message, str(node))
+        messages.append(message)
+    return {reply.metadata.src_node_id - 2: reply for reply in backend.run(messages)}
+
+
+@pytest.fixture()
+def start(ray_cluster, tmp_path):
+    backends = []
+
+    def make(times, workers=2, nodes=6):
+        compat.identify_process()
+        backends.append(ray_backend.RayBackend(app_that_dies(tmp_path, times), {}, nodes, workers))
+        return backends[-1]
+
+    yield make
+    for backend in backends:
+        backend.close()
+
+
+ARRAYS = records.to_arrays({"w": torch.arange(4.0)})
+
+
+def test_replies_come_with_the_shared_model_and_kept_state(start):
+    backend = start(times=0)
+    ask(backend, 6, ARRAYS)
+    replies = ask(backend, 6, ARRAYS)
+    good = {n: dict(r.content["said"]) for n, r in replies.items() if r.has_content()}
+    assert good == {n: {"seen": 2, "total": 6.0} for n in (0, 1, 3, 4, 5)}
+    assert "not today" in replies[2].error.reason
+
+
+def test_a_worker_killed_once_costs_a_retry(start):
+    backend = start(times=1)
+    replies = ask(backend, 6, ARRAYS)
+    assert replies[1].content["said"]["seen"] == 1
+    replies = ask(backend, 6, ARRAYS)
+    assert {n for n, r in replies.items() if r.has_content()} == {0, 1, 3, 4, 5}
+    assert all(r.content["said"]["seen"] == 2 for r in replies.values() if r.has_content())
+
+
+def test_a_client_that_kills_twice_is_an_error_and_the_rest_goes_on(start):
+    backend = start(times=2)
+    replies = ask(backend, 6, ARRAYS)
+    assert "died twice" in replies[1].error.reason
+    assert {n for n, r in replies.items() if r.has_content()} == {0, 3, 4, 5}
+    assert ask(backend, 6, ARRAYS)[1].content["said"]["seen"] == 1
+
+
+def test_one_worker_is_enough(start):
+    replies = ask(start(times=1, workers=1), 6, ARRAYS)
+    assert {n for n, r in replies.items() if r.has_content()} == {0, 1, 3, 4, 5}
+
+
+def test_the_model_is_stored_once_a_round(start, monkeypatch):
+    backend = start(times=0)
+    stored = []
+    put = ray_backend.ray.put
+    monkeypatch.setattr(ray_backend.ray, "put", lambda value: stored.append(value) or put(value))
+    ask(backend, 6, ARRAYS)
+    assert len(stored) == 1
+
+
+def test_a_ray_that_was_there_before_is_left_running(start):
+    start(times=0).close()
+    assert ray_backend.ray.is_initialized()

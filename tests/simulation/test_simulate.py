@@ -1,0 +1,172 @@
+"""Whole runs: the same seed gives the same bits whatever the workers, and the folder says what happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from flwr.serverapp.strategy import FedAdam
+from torch import nn
+
+from fed_dpsat.config import RunConfig
+from fed_dpsat.data.digits import digits
+from fed_dpsat.errors import SettingError
+from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.optimizers import DPSGD
+from fed_dpsat.privacy import PrivacyEvent, PrivacyLedger, epsilon
+from fed_dpsat.simulation import simulate
+
+CONFIG = RunConfig(noise_multiplier=2.0, delta=1e-4, num_clients=5, clients_per_round=3, num_rounds=4, local_steps=2)
+
+
+def model_of(folder):
+    return torch.load(folder / "checkpoint" / "model.pt", weights_only=True)["params"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rounds_of(folder):
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+def without_times(record):
+    return {k: v for k, v in record.items() if not k.startswith("seconds")}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "reference"
+    return folder, simulate(CONFIG, folder)
+
+
+def test_the_folder_holds_what_a_reader_needs(reference):
+    folder, summary = reference
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"config.toml", "environment.json", "rounds.jsonl", "ledger.sqlite", "checkpoint", "summary.json"}
+    assert json.loads((folder / "summary.json").read_text())["epsilon"] == summary["epsilon"]
+    assert summary.keys() >= {
+        "test_accuracy", "test_loss", "epsilon", "delta", "accountant", "noise_multiplier", "clip_norm", "sample_rate",
+        "local_steps", "rounds_completed", "num_clients", "optimizer", "strategy", "dataset", "seed", "seconds",
+    }  # fmt: skip
+    assert summary["status"] == "completed"
+    assert summary["rounds_completed"] == 4
+
+
+def test_epsilon_is_the_maximum_over_clients_of_all_their_rounds(reference):
+    folder, summary = reference
+    asked = [client for record in rounds_of(folder) for client in record["asked"]]
+    most = max(asked.count(client) for client in range(5))
+    assert most < 4  # so the test tells maximum, mean and all-rounds apart
+    event = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2)
+    assert summary["epsilon"] == pytest.approx(epsilon([event] * most, 1e-4))
+    with PrivacyLedger(folder / "ledger.sqlite", readonly=True) as ledger:
+        assert ledger.rounds_by_client() == {c: asked.count(c) for c in range(5) if c in asked}
+
+
+def test_epsilon_never_shrinks_from_round_to_round(reference):
+    spent = [record["epsilon"] for record in rounds_of(reference[0])]
+    assert spent[0] == 0
+    assert spent == sorted(spent)
+
+
+def test_the_same_seed_gives_the_same_bits(reference, tmp_path):
+    simulate(CONFIG, tmp_path / "again")
+    assert same(model_of(tmp_path / "again"), model_of(reference[0]))
+    again, first = rounds_of(tmp_path / "again"), rounds_of(reference[0])
+    assert [without_times(r) for r in again] == [without_times(r) for r in first]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_bits_on_ray(reference, tmp_path, ray_cluster, workers):
+    simulate(dataclasses.replace(CONFIG, workers=workers), tmp_path / "ray")
+    assert same(model_of(tmp_path / "ray"), model_of(reference[0]))
+    first = rounds_of(reference[0])
+    assert [without_times(r) for r in rounds_of(tmp_path / "ray")] == [without_times(r) for r in first]
+
+
+def test_another_seed_differs(reference, tmp_path):
+    simulate(dataclasses.replace(CONFIG, seed=1), tmp_path / "other")
+    assert not same(model_of(tmp_path / "other"), model_of(reference[0]))
+    cohorts = [[r["asked"] for r in rounds_of(folder)] for folder in (tmp_path / "other", reference[0])]
+    assert cohorts[0] != cohorts[1]
+
+
+def test_objects_stand_in_for_names_also_on_ray(tmp_path, ray_cluster):
+    config = dataclasses.replace(CONFIG, clients_per_round=0, num_rounds=2)
+    lines = []
+
+    def run(folder, workers):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+        summary = simulate(
+            dataclasses.replace(config, workers=workers), folder,
+            dataset=digits(), model=model, optimizer=DPSGD(lr=0.5), on_round=lines.append,
+        )  # fmt: skip
+        return summary
+
+    run(tmp_path / "here", 0)
+    run(tmp_path / "there", 1)
+    assert same(model_of(tmp_path / "here"), model_of(tmp_path / "there"))
+    assert model_of(tmp_path / "here")["1.weight"].shape == (16, 64)
+    assert [line["round"] for line in lines] == [0, 1, 2] * 2
+
+
+def test_a_strategy_object_is_wrapped(reference, tmp_path):
+    summary = simulate(CONFIG, tmp_path / "adam", strategy=FedAdam(eta=0.01))
+    assert summary["epsilon"] == reference[1]["epsilon"]
+    assert not same(model_of(tmp_path / "adam"), model_of(reference[0]))
+
+
+def test_a_run_that_is_not_private_says_so(tmp_path):
+    config = dataclasses.replace(CONFIG, noise_multiplier=0.0, private=False, clip_norm=math.inf, num_rounds=1)
+    assert simulate(config, tmp_path / "open")["epsilon"] == math.inf
+    assert json.loads((tmp_path / "open" / "summary.json").read_text())["epsilon"] == "inf"
+
+
+def test_a_delta_above_one_example_is_warned_about_with_the_number(tmp_path, caplog):
+    simulate(dataclasses.replace(CONFIG, delta=0.01, num_rounds=1), tmp_path / "run")
+    assert "delta=0.01 is above 1/287" in caplog.text
+
+
+def test_a_run_does_not_overwrite_another(reference):
+    with pytest.raises(SettingError, match="new or an empty folder"):
+        simulate(CONFIG, reference[0])
+
+
+class Broken(nn.Module):
+    """Works on the server, which never calls it in training mode; fails at every client."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("broken layer")
+        return self.linear(x.flatten(1))
+
+
+def test_every_client_failing_ends_the_run_with_a_readable_folder(tmp_path):
+    config = dataclasses.replace(CONFIG, clients_per_round=0)
+    with pytest.raises(FederationError, match="broken layer"):
+        simulate(config, tmp_path / "run", model=Broken())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    with PrivacyLedger(tmp_path / "run" / "ledger.sqlite", readonly=True) as ledger:
+        assert ledger.rounds_by_client() == dict.fromkeys(range(5), 1)
+
+
+def test_an_interrupt_leaves_a_readable_folder(tmp_path):
+    def stop(record):
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(CONFIG, tmp_path / "run", on_round=stop)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["rounds_completed"]) == ("interrupted", 2)
+    assert len(rounds_of(tmp_path / "run")) == 3

@@ -1,0 +1,152 @@
+"""The command line as a user meets it: exit codes, one clear line, tables that are also JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from fed_dpsat.cli import app
+
+FAST = ["--set", "num_rounds=2", "--set", "noise_multiplier=2.0", "--set", "delta=1e-4"]
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_run_prints_rounds_a_table_and_the_folder(tmp_path):
+    result = invoke("run", "--out", tmp_path / "run", *FAST)
+    assert result.exit_code == 0, result.output
+    for words in ("round 2/2", "accuracy", "epsilon", "at delta 0.0001 (PLD)", "reproducible, not private"):
+        assert words in result.output
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_run_as_json_is_the_summary(tmp_path):
+    result = invoke("run", "--out", tmp_path / "run", "--json", *FAST)
+    assert json.loads(result.stdout) == json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "lrr=1"], "lrr=1 is not a setting; did you mean lr"),
+        (["--set", "sample_rate=1.2"], "sample_rate=1.2 is not above 0 and at most 1"),
+        (["--set", "optimizer=dp-sta"], "did you mean dp-sat"),
+        (["--set", "dataset=cifar10"], "data_source='embedded'"),
+        (["--set", "dataset=cifar10", "--set", "data_source=parquet", "--set", "data_path=nowhere"], "hf download"),
+        (["--set", "num_clients=5000"], "num_clients=5000"),
+        (["--set", "model=dpnasnet-cifar"], "dpnasnet-cifar"),
+        (["--set", "strategy=nothing:here"], "cannot import 'nothing'"),
+        (["missing.toml"], "missing.toml"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, words):
+    result = invoke("run", "--out", tmp_path / "run", *FAST, *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_choice_of_noise_is_not_a_choice_of_none():
+    result = invoke("run")
+    assert result.exit_code == 2
+    assert "set one of the two above 0, or private=false" in result.stderr
+
+
+def test_every_client_failing_is_exit_code_one(tmp_path):
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(
+        "from torch import nn\n"
+        "class Broken(nn.Module):\n"
+        '    """Fails in training only."""\n'
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.linear = nn.Linear(64, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        if self.training:\n"
+        "            raise RuntimeError('broken layer')\n"
+        "        return self.linear(x.flatten(1))\n"
+    )
+    result = invoke("run", "--out", tmp_path / "run", *FAST, "--set", f"model={plugin}:Broken")
+    assert result.exit_code == 1
+    assert "every client that was asked failed" in result.stderr
+    assert "broken layer" in result.stderr
+
+
+def test_list_names_every_kind_with_a_line_each():
+    found = json.loads(invoke("list", "--json").stdout)
+    assert {"dp-sgd", "dp-sat", "dp-sat-momentum"} <= found["optimizer"].keys()
+    assert {"digits", "cifar10", "cifar100", "fashion_mnist", "mnist", "svhn"} <= found["dataset"].keys()
+    assert {"iid", "dirichlet", "shards", "size-skew"} <= found["partition"].keys()
+    assert "fedavg" in found["strategy"]
+    assert all(line for plugins in found.values() for line in plugins.values())
+    assert "dp-sat-momentum" in invoke("list").output
+
+
+def test_calibrate_prints_noise_and_epsilon_against_rounds():
+    arguments = ["--set", "target_epsilon=3", "--set", "delta=1e-4", "--set", "num_rounds=10"]
+    found = json.loads(invoke("calibrate", "--json", *arguments).stdout)
+    assert found["table"][-1]["rounds"] == 10
+    assert 2.98 < found["table"][-1]["epsilon_pld"] <= 3
+    assert found["table"][-1]["epsilon_rdp"] > found["table"][-1]["epsilon_pld"]
+    assert f"{found['noise_multiplier']:.4f}" in invoke("calibrate", *arguments).output
+
+
+def test_help_names_every_setting():
+    result = subprocess.run(
+        [sys.executable, "-m", "fed_dpsat.cli", "run", "--help"],
+        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    for name in ("sample_rate", "max_rounds_per_client", "ascent_memory"):
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_leaves_a_readable_folder_and_no_process(tmp_path, workers):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "fed_dpsat.cli", "run", "--out", str(folder), "--set", "num_rounds=100000",
+        "--set", "noise_multiplier=50.0", "--set", "evaluate_every=1000", "--set", f"workers={workers}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "rounds.jsonl").exists() or (folder / "rounds.jsonl").read_text().count("\n") < 4:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors.decode()
+    assert b"interrupted" in errors
+    assert b"Traceback" not in errors
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    for line in (folder / "rounds.jsonl").read_text().splitlines():
+        json.loads(line)
+    assert not left_over(process.pid), "processes of the run are still alive"
+
+
+def left_over(session: int) -> list[str]:
+    """Command lines of live processes whose session is the run's, or that Ray started for it."""
+    deadline = time.monotonic() + 20
+    while True:
+        alive = []
+        for entry in os.listdir("/proc"):
+            try:
+                stat = open(f"/proc/{entry}/stat").read().rpartition(")")[2].split() if entry.isdigit() else None
+            except OSError:
+                continue
+            if stat and stat[0] != "Z" and int(stat[3]) == session:
+                alive.append(entry)
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.5)

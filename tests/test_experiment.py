@@ -1,0 +1,151 @@
+"""Names become objects, and a client's round does what the configuration says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fed_dpsat.config import RunConfig
+from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.errors import SettingError
+from fed_dpsat.experiment import Experiment, Task, resolve_noise_multiplier
+from fed_dpsat.optimizers.base import ASCENT, CLOCK
+from fed_dpsat.params import trainable
+from fed_dpsat.privacy import epsilon
+
+CONFIG = RunConfig(noise_multiplier=1.0, num_clients=4, local_steps=2, num_rounds=3, momentum=0.5)
+TASK = Task(round=1, noise_multiplier=1.0)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return Experiment.build(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(experiment):
+    return trainable(experiment.loss_fn.module)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def with_memory(experiment, memory):
+    return dataclasses.replace(experiment, config=dataclasses.replace(CONFIG, ascent_memory=memory))
+
+
+def test_the_same_config_builds_the_same_objects(experiment):
+    again = Experiment.build(CONFIG)
+    assert same(trainable(again.loss_fn.module), trainable(experiment.loss_fn.module))
+    assert all(np.array_equal(a, b) for a, b in zip(again.partitions, experiment.partitions, strict=True))
+
+
+def test_another_seed_builds_another_model_and_partition(experiment):
+    other = Experiment.build(dataclasses.replace(CONFIG, seed=1))
+    assert not same(trainable(other.loss_fn.module), trainable(experiment.loss_fn.module))
+    assert not np.array_equal(other.partitions[0], experiment.partitions[0])
+
+
+def test_building_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    Experiment.build(CONFIG)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_round_is_a_function_of_seed_client_and_round(experiment, params):
+    first = experiment.client_round(1, TASK, params, None)
+    assert same(first.params, experiment.client_round(1, TASK, params, None).params)
+    for other in (
+        experiment.client_round(2, TASK, params, None),
+        experiment.client_round(1, dataclasses.replace(TASK, round=2), params, None),
+        experiment.client_round(1, dataclasses.replace(TASK, attempt=1), params, None),
+    ):
+        assert not same(first.params, other.params)
+
+
+def test_the_event_is_the_one_that_the_server_charges(experiment, params):
+    assert experiment.client_round(0, TASK, params, None).event == experiment.event(1.0)
+
+
+def test_momentum_and_ascent_stay_with_the_client(experiment, params):
+    first = experiment.client_round(0, TASK, params, None)
+    assert {"momentum", ASCENT, CLOCK} <= first.state.keys()
+    second = dataclasses.replace(TASK, round=2)
+    kept = experiment.client_round(0, second, params, first.state)
+    forgot = experiment.client_round(0, second, params, None)
+    assert not same(kept.params, forgot.params)
+
+
+def test_the_clock_follows_the_federation(experiment, params):
+    late = experiment.client_round(0, dataclasses.replace(TASK, round=3), params, None)
+    assert int(late.state[CLOCK]["step"]) == 6
+
+
+def first_query(experiment, params, state, server_ascent):
+    """The first point at which ``experiment`` takes a gradient."""
+    points = []
+
+    class Watching:
+        def __getattr__(self, name):
+            return getattr(experiment.optimizer, name)
+
+        def query_point(self, at, state):
+            points.append(experiment.optimizer.query_point(at, state))
+            return points[-1]
+
+    dataclasses.replace(experiment, optimizer=Watching()).client_round(0, TASK, params, state, server_ascent)
+    return points[0]
+
+
+def test_ascent_memory_says_what_the_first_step_climbs(experiment, params):
+    mine = {name: torch.ones_like(p) for name, p in params.items()}
+    theirs = {name: -torch.ones_like(p) for name, p in params.items()}
+    state = {**experiment.optimizer.init(params), ASCENT: mine}
+    up = experiment.optimizer.query_point(params, state)
+    down = experiment.optimizer.query_point(params, {ASCENT: theirs})
+    assert same(first_query(with_memory(experiment, "client"), params, state, theirs), up)
+    assert same(first_query(with_memory(experiment, "server"), params, state, theirs), down)
+    assert same(first_query(with_memory(experiment, "server"), params, state, None), params)
+    assert same(first_query(with_memory(experiment, "zero"), params, state, theirs), params)
+
+
+def tiny(labels):
+    examples = Examples(inputs=torch.rand(len(labels), 1, 2, 2), labels=torch.tensor(labels), mean=(0.0,), std=(1.0,))
+    return Dataset(name="tiny", train=examples, test=examples, class_names=("a", "b"))
+
+
+def test_objects_stand_in_for_names():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    config = RunConfig(noise_multiplier=1.0, num_clients=2, sample_rate=1.0)
+    experiment = Experiment.build(config, dataset=tiny([0, 1, 0]), model=model)
+    assert not experiment.named
+    result = experiment.client_round(0, TASK, trainable(model), None)
+    assert result.params.keys() == trainable(model).keys()
+
+
+def test_a_client_with_one_example_trains():
+    config = RunConfig(noise_multiplier=1.0, num_clients=3, sample_rate=0.5, local_steps=5)
+    experiment = Experiment.build(config, dataset=tiny([0, 1, 0]))
+    assert experiment.sampler(0).num_examples == 1
+    result = experiment.client_round(0, TASK, trainable(experiment.loss_fn.module), None)
+    assert all(torch.isfinite(p).all() for p in result.params.values())
+
+
+def test_more_clients_than_examples_is_refused():
+    with pytest.raises(SettingError, match="num_clients=4 is not at most 3"):
+        Experiment.build(RunConfig(noise_multiplier=1.0, num_clients=4), dataset=tiny([0, 1, 0]))
+
+
+def test_noise_is_calibrated_to_the_whole_schedule():
+    config = RunConfig(target_epsilon=2.0, delta=1e-4, num_rounds=5, local_steps=2, sample_rate=0.1)
+    experiment = Experiment.build(config)
+    event = experiment.event(resolve_noise_multiplier(config))
+    spent = epsilon([event] * 5, config.delta)
+    assert 1.99 < spent <= 2.0

@@ -1,0 +1,92 @@
+from itertools import product
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from fed_dpsat.noise import SERVER, Purpose, derive_generator, derive_seed
+
+ONE = {"seed": 1, "purpose": "noise", "client": 2, "round": 3, "attempt": 0}
+OTHERS = {"seed": 2, "purpose": "sampling", "client": 3, "round": 2, "attempt": 1}
+
+
+def key(**identity):
+    """The 128-bit key of a generator."""
+    return tuple(derive_generator(**identity).bit_generator.state["state"]["key"].tolist())
+
+
+def first_draw(**identity):
+    return tuple(derive_generator(**identity).integers(2**64, size=2, dtype=np.uint64).tolist())
+
+
+def test_equal_arguments_give_the_stream_from_its_start():
+    first = derive_generator(**ONE)
+    first.standard_normal(7)
+    assert first_draw(**ONE) == first_draw(**ONE)
+    assert (derive_generator(**ONE).standard_normal(7) == derive_generator(**ONE).standard_normal(7)).all()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_each_of_the_five_makes_another_stream(name):
+    other = ONE | {name: OTHERS[name]}
+    assert key(**ONE) != key(**other)
+    assert first_draw(**ONE) != first_draw(**other)
+
+
+def test_no_two_of_many_identities_share_a_key_or_a_draw():
+    """Digits that could be read across a boundary (1|11, 11|1, 111) and seeds 2^32 apart are among them."""
+    seeds = (0, 1, 11, 2**32, 2**32 + 1)
+    clients = (SERVER, *range(12), 111, 1111, 10**6)
+    rounds = (*range(12), 111, 1111)
+    identities = [
+        {"seed": s, "client": c, "round": r, "attempt": a, "purpose": p}
+        for s, c, r, a, p in product(seeds, clients, rounds, range(4), get_args(Purpose))
+    ]
+    assert len(identities) > 20_000
+    generators = [derive_generator(**identity) for identity in identities]
+    keys = {tuple(g.bit_generator.state["state"]["key"].tolist()) for g in generators}
+    assert len(keys) == len(identities)
+    assert len({tuple(g.integers(2**64, size=2, dtype=np.uint64).tolist()) for g in generators}) == len(identities)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"client": 1, "round": 11}, {"client": 11, "round": 1}),
+        ({"client": 1, "round": 1, "attempt": 1}, {"client": 11, "round": 1, "attempt": 0}),
+        ({"client": 1, "round": 0}, {"client": 10, "round": 0}),
+        ({"client": SERVER}, {"client": 1}),
+        ({"client": 0}, {"client": SERVER}),
+    ],
+)
+def test_swapped_and_shifted_digits_differ(a, b):
+    assert key(seed=0, purpose="noise", **a) != key(seed=0, purpose="noise", **b)
+
+
+def test_a_torch_generator_would_keep_only_32_bits_of_its_key():
+    """Why noise comes from Philox: on CPU, seeds 2^32 apart are the same stream to torch."""
+    draws = [torch.randn(4, generator=torch.Generator().manual_seed(s)) for s in (5, 5 + 2**32)]
+    assert torch.equal(*draws)
+    assert first_draw(**ONE | {"seed": 5}) != first_draw(**ONE | {"seed": 5 + 2**32})
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_neighbouring_streams_are_uncorrelated(name):
+    n = 20_000
+    a, b = (derive_generator(**i).standard_normal(n) for i in (ONE, ONE | {name: OTHERS[name]}))
+    assert abs(np.corrcoef(a, b)[0, 1]) < 4 / n**0.5
+
+
+def test_streams_do_not_change_from_version_to_version():
+    """A resumed run continues the streams it started with."""
+    assert derive_generator(**ONE).integers(10**9) == 679188870
+
+
+def test_a_seed_has_31_bits_and_names_its_purpose():
+    seeds = [derive_seed(0, purpose="model", client=c) for c in range(1000)]
+    assert all(0 <= s < 2**31 for s in seeds)
+    assert max(seeds) > 2**30
+    assert len(set(seeds)) == 1000
+    assert derive_seed(0, purpose="model") == derive_seed(0, purpose="model", client=SERVER)
+    assert derive_seed(0, purpose="model") != derive_seed(0, purpose="partition")
