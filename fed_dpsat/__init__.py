@@ -28,7 +28,7 @@ _EXPORTS = {
     "trainable": "fed_dpsat.params",
 }
 
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+__all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

@@ -24,8 +24,8 @@ from rich.progress import (
 from rich.table import Table
 
 from fed_dpsat.config import RunConfig
-from fed_dpsat.errors import SettingError
-from fed_dpsat.plugins import PACKAGES, PluginError, builtin, summary
+from fed_dpsat.errors import InputError, RunError, SettingError
+from fed_dpsat.plugins import PACKAGES, builtin, summary
 
 app = typer.Typer(
     add_completion=False,
@@ -58,9 +58,9 @@ def run(
 ) -> None:
     """Train; the help text is made from the settings."""
     with _clear_errors():
-        settings = RunConfig.load(config, overrides or ())
+        settings = RunConfig.load(config, [*(overrides or ()), *([f"out={out}"] if out else ())])
         name = config.stem if config else "run"
-        folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(settings.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         result = _simulate(settings, folder, quiet=as_json)
     if as_json:
         _print_json(result)
@@ -167,8 +167,9 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table.add_row("against", result["threat_model"])
     table.add_row(
         "noise",
-        f"multiplier {result['noise_multiplier']:.4f}, clip norm {result['clip_norm']:g}; {result['noise']}",
+        f"multiplier {result['noise_multiplier']:.4f}, clip norm {result['clip_norm']:g}",
     )
+    table.add_row("noise source", result["noise"])
     table.add_row("training", f"{result['optimizer']}, {result['model']} on {result['dataset']}, {result['strategy']}")
     table.add_row(
         "schedule",
@@ -185,17 +186,13 @@ def _clear_errors() -> Iterator[None]:
     """What a user can mend is one line and an exit code, never a traceback."""
     from flwr.common.logger import FLOWER_LOGGER
 
-    from fed_dpsat.data import DataError
-    from fed_dpsat.flower.nodes import FederationError
-    from fed_dpsat.privacy import LedgerError, PrivacyError
-
     FLOWER_LOGGER.setLevel(logging.ERROR)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         yield
-    except (SettingError, PluginError, DataError, PrivacyError) as error:
+    except InputError as error:
         _fail(error, BAD_INPUT)
-    except (FederationError, LedgerError) as error:
+    except RunError as error:
         _fail(error, FAILED)
     except KeyboardInterrupt:
         _fail("interrupted; the run folder holds what was done", INTERRUPTED)

@@ -104,6 +104,7 @@ class RunConfig:
     tune_malloc: bool = _setting(
         True, "switch: on glibc, let the allocator keep freed blocks: steps are up to twice as fast"
     )
+    out: str = _setting("", "run folder, new or empty; by default one in runs/ that is named after config and time")
     evaluate_every: int = _setting(1, "number of rounds between evaluations; the last round always is", least=1)
 
     def __post_init__(self) -> None:
@@ -184,7 +185,9 @@ class RunConfig:
 
     def with_absolute_paths(self) -> RunConfig:
         """Paths resolved against the working directory, for code that runs elsewhere."""
-        return dataclasses.replace(self, data_path=_absolute(self.data_path), cache_dir=_absolute(self.cache_dir))
+        return dataclasses.replace(
+            self, data_path=_absolute(self.data_path), cache_dir=_absolute(self.cache_dir), out=_absolute(self.out)
+        )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -192,8 +195,9 @@ class RunConfig:
         known = [spec.name for spec in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=3) or ["`fed-dpsat run --help` lists them"]
-                raise SettingError(key, values[key], "a setting", f"did you mean {', '.join(near)}?")
+                near = difflib.get_close_matches(key, known, n=3)
+                hint = f"did you mean {', '.join(near)}?" if near else "`fed-dpsat run --help` lists them"
+                raise SettingError(key, values[key], "a setting", hint)
         return cls(**values)
 
     @classmethod

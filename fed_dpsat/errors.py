@@ -1,12 +1,24 @@
-"""Errors that say what to do."""
+"""Errors that say what to do; the command line turns each into one line and an exit code."""
 
 from __future__ import annotations
 
 
-class SettingError(ValueError):
+class InputError(ValueError):
+    """Something asked for is impossible, and nothing was done yet; exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on; what was done is kept; exit code 1."""
+
+
+class SettingError(InputError):
     """A setting outside its bounds: its name, its value, the bound, and the remedy, on one line."""
 
     def __init__(self, name: str, value: object, bound: str, remedy: str) -> None:
         super().__init__(f"{name}={value!r} is not {bound}; {remedy}")
         self.name = name
         self.value = value
+
+
+class ModelError(InputError):
+    """A network that cannot be built or cannot be trained privately."""

@@ -22,7 +22,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from fed_dpsat.clipping import ClippingRule
-from fed_dpsat.errors import SettingError
+from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.params import Params, zeros_like
 
 
@@ -42,7 +42,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 class ModelLoss:
     """The per-example loss of ``module`` as a function of its parameters.
 
-    Raises ``ValueError`` for a module whose examples mix (BatchNorm and the like), naming the layer.
+    Raises ``ModelError`` for a module whose examples mix (BatchNorm and the like), naming the layer.
     """
 
     module: nn.Module
@@ -67,7 +67,7 @@ def check_module(module: nn.Module) -> None:
         named = [
             f"{name} ({type(m).__name__})" for name, m in module.named_modules() if "BatchNorm" in type(m).__name__
         ]
-        raise ValueError(
+        raise ModelError(
             f"{type(module).__name__} has layers that mix examples: {', '.join(named) or errors[0]}; "
             "use GroupNorm or LayerNorm, or convert it with opacus.validators.ModuleValidator.fix"
         )

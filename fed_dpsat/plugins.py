@@ -29,6 +29,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fed_dpsat.errors import InputError
+
 PACKAGES = {
     "optimizer": "fed_dpsat.optimizers",
     "clipping": "fed_dpsat.clipping",
@@ -49,7 +51,7 @@ TABLES = {
 Factory = Callable[..., Any]
 
 
-class PluginError(ValueError):
+class PluginError(InputError):
     """A name that leads to no plug-in, or a plug-in that asks for a setting that nobody gave."""
 
 

@@ -14,6 +14,7 @@ summary.json       how it ended
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
 
-PACKAGES = ("fed_dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy")
+PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy")
 
 
 class RunFolder:
@@ -54,7 +55,7 @@ class RunFolder:
     def open(self, config: RunConfig) -> None:
         """Create the folder and say what runs in it."""
         self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.toml").write_text(config.to_toml())
+        (self.path / "config.toml").write_text(dataclasses.replace(config, out="").to_toml())
         environment = {
             "command": sys.argv,
             "python": platform.python_version(),

@@ -13,7 +13,7 @@ from fed_dpsat.run_folder import RunFolder, jsonable
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "precious").write_text("x")
-    with pytest.raises(SettingError, match="new or an empty folder.*--out"):
+    with pytest.raises(SettingError, match=r"new or an empty folder.*--out"):
         RunFolder(tmp_path)
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fed_dpsat.errors import InputError
 
-class DataError(ValueError):
+
+class DataError(InputError):
     """A data set or a partition that cannot be had as asked; the message says what to do."""
 
 

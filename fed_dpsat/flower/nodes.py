@@ -9,6 +9,7 @@ from logging import getLogger
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fed_dpsat.errors import RunError
 from fed_dpsat.flower import compat, records
 
 log = getLogger("fed_dpsat")
@@ -16,7 +17,7 @@ log = getLogger("fed_dpsat")
 POLL_SECONDS = 1.0
 
 
-class FederationError(RuntimeError):
+class FederationError(RunError):
     """The federation cannot go on; the text says what happened and what to look at."""
 
 

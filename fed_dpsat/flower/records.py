@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MetricRecord, RecordDict
 
 from fed_dpsat.experiment import Task
 from fed_dpsat.optimizers.base import State
@@ -71,7 +71,12 @@ def read_task(content: RecordDict) -> Task:
 
 def reply_content(client: int, task: Task, result: LocalResult, num_examples: int) -> RecordDict:
     """All that leaves a client after a round: noised parameters, their event, the public size."""
-    event = {"client": client, "round": task.round, "attempt": task.attempt, **result.event.to_dict()}
+    event: dict[str, ConfigRecordValues] = {
+        "client": client,
+        "round": task.round,
+        "attempt": task.attempt,
+        **result.event.to_dict(),
+    }
     return RecordDict(
         {
             ARRAYS: to_arrays(result.params),

@@ -16,7 +16,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run, in the folder ``runs/flower-<run id>`` of where Flower runs the app, or in the one named ``out``."""
-    settings = dict(context.run_config)
-    out = str(settings.pop("out", "")) or f"runs/flower-{context.run_id}"
-    run_federation(grid, from_run_config(settings), RunFolder(Path(out)))
+    """One run, in the folder ``runs/flower-<run id>`` of where Flower runs the app, or in ``out``."""
+    experiment = from_run_config(context.run_config)
+    folder = experiment.config.out or f"runs/flower-{context.run_id}"
+    run_federation(grid, experiment, RunFolder(Path(folder)))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import getLogger
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
@@ -138,13 +138,13 @@ class PrivateStrategy(Strategy):
                 self.report.dropped.setdefault(client, "no reply")
         self.report.accepted = sorted(valid)
         outcomes = dict.fromkeys(valid, "released") | self.report.dropped
-        for client, outcome in sorted(outcomes.items()):
-            self.ledger.settle(client, server_round, 0, outcome)
+        self.ledger.settle_many(server_round, 0, outcomes)
         self._end_if_all_failed(failures)
         if not valid:
             log.warning("round %d: no valid reply, the model stays as it is", server_round)
             return None, None
-        return self.inner.aggregate_train(server_round, [valid[c] for c in sorted(valid)])
+        arrays, metrics = self.inner.aggregate_train(server_round, [valid[c] for c in sorted(valid)])
+        return arrays if arrays is None else self._as_model(arrays), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -200,6 +200,17 @@ class PrivateStrategy(Strategy):
             raise RecordError(f"its event {event} is not the one that was charged, {self.event}")
         records.read_num_examples(reply.content)
         records.check_arrays(reply.content, self._arrays)
+
+    def _as_model(self, arrays: ArrayRecord) -> ArrayRecord:
+        """``arrays`` in the model's types (some stock strategies return float64); wrong or not finite is an error."""
+        if arrays.keys() != self._arrays.keys():
+            raise FederationError(f"{type(self.inner).__name__} returned {list(arrays)}, not {list(self._arrays)}")
+        model = ArrayRecord({k: Array(a.numpy().astype(self._arrays[k].dtype)) for k, a in arrays.items()})
+        try:
+            records.check_arrays(RecordDict({records.ARRAYS: model}), self._arrays)
+        except RecordError as error:
+            raise FederationError(f"{type(self.inner).__name__} returned a model that is none: {error}") from error
+        return model
 
     def _end_if_all_failed(self, failures: int) -> None:
         asked = self.report.asked

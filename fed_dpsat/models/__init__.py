@@ -18,7 +18,7 @@ What every one of them keeps, and ``tests/models/test_models.py`` checks:
   one example's gradient would not bound its contribution.
 - No operation is in place, so ``vmap(grad(...))`` over ``functional_call`` works on it.
 - Initial weights come from torch's global generator: seed it (``torch.manual_seed``) before the call.
-- A shape that the model cannot take raises ``ValueError`` when it is built, and says what to use instead.
+- A shape that the model cannot take raises ``ModelError`` when it is built, and says what to use instead.
 
 Nothing here normalises its input; the dataset does.
 """

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from fed_dpsat.errors import ModelError
 from fed_dpsat.models._shapes import image_shape
 
 GROUPS = 8
@@ -15,14 +16,14 @@ PAPERNOT_HIDDEN = 128
 
 
 def tanh_cnn_small(input_shape: tuple[int, ...], num_classes: int, widths: Sequence[int] = SMALL_WIDTHS) -> nn.Module:
-    """Three tanh convolutions with GroupNorm and one linear layer: 14,378 parameters at 1x8x8, 10 classes.
+    """Three tanh convolutions with GroupNorm and one linear layer: 23,946 parameters at 1x8x8, 10 classes.
 
     ``x[B, C, H, W] -> logits[B, num_classes]``. For each width: a 3x3 convolution, GroupNorm without affine
     parameters, tanh, 2x2 average pooling; so sides are halved ``len(widths)`` times, rounding down. torch's
-    default initialisation. ``ValueError`` if a width is not a multiple of the 8 groups.
+    default initialisation. ``ModelError`` if a width is not a multiple of the 8 groups.
     """
     if not widths or any(width < 1 or width % GROUPS for width in widths):
-        raise ValueError(
+        raise ModelError(
             f"model='tanh-cnn-small': widths={tuple(widths)} are not multiples of {GROUPS}, the "
             f"number of groups; use for instance {SMALL_WIDTHS}"
         )

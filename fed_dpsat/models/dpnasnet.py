@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fed_dpsat.errors import ModelError
 from fed_dpsat.models._shapes import shape_error
 
 GROUPS = 8
@@ -37,7 +38,7 @@ OPERATIONS: dict[int, Callable[[int], nn.Module]] = {
 class Genotype:
     """A network of three cells: its edges, as ``(operation, source, target)``, and its widths.
 
-    ``ValueError`` if an edge does not run forward among states 0 to 5, or a state receives nothing.
+    ``ModelError`` if an edge does not run forward among states 0 to 5, or a state receives nothing.
     """
 
     input_shape: tuple[int, int, int]
@@ -49,10 +50,10 @@ class Genotype:
     def __post_init__(self) -> None:
         for edge in self.edges:
             if edge[0] not in (NO_EDGE, *OPERATIONS) or not 0 <= edge[1] < edge[2] <= STATES:
-                raise ValueError(f"edge={edge} is not (operation 0 to 7, source, later target to {STATES})")
+                raise ModelError(f"edge={edge} is not (operation 0 to 7, source, later target to {STATES})")
         reached = {target for operation, _, target in self.edges if operation != NO_EDGE}
         if missing := set(range(1, STATES + 1)) - reached:
-            raise ValueError(f"edges leave state {min(missing)} without input; add an edge to it")
+            raise ModelError(f"edges leave state {min(missing)} without input; add an edge to it")
 
 
 CIFAR = Genotype(

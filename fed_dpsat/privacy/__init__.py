@@ -1,0 +1,23 @@
+"""What the releases of a run cost: events, accountants, calibration and the ledger.
+
+Unit: one example of one client, add-or-remove adjacency. Loads neither torch, Flower nor Ray.
+"""
+
+from fed_dpsat.privacy.accountant import epsilon, epsilons
+from fed_dpsat.privacy.calibration import EpsilonRow, epsilon_table, noise_multiplier_for
+from fed_dpsat.privacy.chain import LedgerError
+from fed_dpsat.privacy.event import PrivacyError, PrivacyEvent, merge
+from fed_dpsat.privacy.ledger import PrivacyLedger
+
+__all__ = [
+    "EpsilonRow",
+    "LedgerError",
+    "PrivacyError",
+    "PrivacyEvent",
+    "PrivacyLedger",
+    "epsilon",
+    "epsilon_table",
+    "epsilons",
+    "merge",
+    "noise_multiplier_for",
+]

@@ -64,8 +64,7 @@ def epsilon_rdp(history: History, delta: float) -> float:
         return 0.0
     if unprotected(history):
         return math.inf
-    divergence = sum(event.steps * _one_step_rdp(event.noise_multiplier, event.sample_rate)
-                     for event in history)
+    divergence = sum(event.steps * _one_step_rdp(event.noise_multiplier, event.sample_rate) for event in history)
     return float(compute_epsilon(RdpAccountant().orders, divergence, delta)[0])
 
 
@@ -88,6 +87,7 @@ def _without(phrase: str) -> Iterator[None]:
 
     dp_accounting then leaves that order out: the bound stays one, and at most becomes looser.
     """
+
     def keep(record: logging.LogRecord) -> bool:
         return phrase not in record.getMessage()
 
@@ -104,7 +104,7 @@ ACCOUNTANTS = {"pld": epsilon_pld, "rdp": epsilon_rdp}
 
 def _checked_delta(delta: float) -> float:
     if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not 0 < delta < 1:
-        raise PrivacyError(f"delta={delta!r} is not in (0, 1); take less than 1 / examples of a client, 1e-5 say")
+        raise PrivacyError(f"delta={delta!r} is not in (0, 1); take less than 1 / (examples of a client)")
     return float(delta)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from fed_dpsat.privacy.accountant import epsilon
 from fed_dpsat.privacy.event import PrivacyError, PrivacyEvent
@@ -13,11 +13,12 @@ LEAST, MOST = 0.01, 1e4  # noise multipliers looked at
 TOLERANCE = 1.001
 
 
-class EpsilonRow(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class EpsilonRow:
     """What a schedule has cost after so many rounds, at one delta."""
 
     rounds: int
-    epsilon: float  # PLD
+    epsilon_pld: float
     epsilon_rdp: float
 
 
@@ -30,8 +31,9 @@ def noise_multiplier_for(
     where the answer is above 10,000 or below 0.01, and for a target that is not a positive finite number.
     """
     if isinstance(target_epsilon, bool) or not 0 < target_epsilon < math.inf:
-        raise PrivacyError(f"target_epsilon={target_epsilon} is not in (0, inf); for no privacy, set "
-                           "noise_multiplier=0")
+        raise PrivacyError(
+            f"target_epsilon={target_epsilon} is not in (0, inf); for no privacy, set noise_multiplier=0"
+        )
 
     def cost(noise_multiplier: float) -> float:
         event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
@@ -48,14 +50,15 @@ def epsilon_table(
     """One row for each entry of ``rounds``: epsilon of a client that took ``local_steps`` in each of them."""
     rows = []
     for count in rounds:
-        events = [PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate,
-                               steps=local_steps * count)]
-        rows.append(EpsilonRow(count, epsilon(events, delta), epsilon(events, delta, "rdp")))
+        events = [PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=local_steps * count)]
+        rows.append(
+            EpsilonRow(rounds=count, epsilon_pld=epsilon(events, delta), epsilon_rdp=epsilon(events, delta, "rdp"))
+        )
     return rows
 
 
 def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """The central limit of many steps is one Gaussian release (Bu et al. 2020, mu of GDP); solved for noise."""
+    """Solved from the central limit: many steps are like one Gaussian release (Bu et al. 2020, mu of GDP)."""
     from dp_accounting.gaussian_mechanism import get_sigma_gaussian  # type: ignore[import-untyped]
 
     mu = 1 / get_sigma_gaussian(min(target_epsilon, 1e6), delta)
@@ -64,23 +67,28 @@ def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) 
 
 
 def _bracket(cost: Callable[[float], float], target: float, guess: float) -> tuple[float, float]:
-    """(low, high) with cost(low) > target >= cost(high), a little apart."""
+    """(low, high) with cost(low) > target >= cost(high), close to the guess; steps grow where it is far off."""
     low = high = guess
+    factor = 1.25
     while cost(high) > target:
         if high >= MOST:
-            raise PrivacyError(f"target_epsilon={target} needs noise_multiplier > {MOST:.0f}; raise the target, "
-                               "or lower num_rounds, local_steps or sample_rate")
-        low, high = high, min(high * 1.25, MOST)
+            raise PrivacyError(
+                f"target_epsilon={target} needs noise_multiplier > {MOST:.0f}; raise the "
+                "target or delta, or lower num_rounds, local_steps or sample_rate"
+            )
+        low, high, factor = high, min(high * factor, MOST), factor**2
     while low == high or cost(low) <= target:
         if low <= LEAST:
-            raise PrivacyError(f"target_epsilon={target} is met by noise_multiplier < {LEAST}, which protects "
-                               "nobody; lower the target or delta")
-        low, high = max(low / 1.25, LEAST), low
+            raise PrivacyError(
+                f"target_epsilon={target} is met by noise_multiplier < {LEAST}, which "
+                "protects nobody; lower the target or delta"
+            )
+        low, high, factor = max(low / factor, LEAST), low, factor**2
     return low, high
 
 
 def _narrowed(cost: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """The upper end of the bracket once it is narrow: secant in log-log, one try on either side of the root."""
+    """Upper end of the bracket once it is narrow: secant in log-log, tries on either side of the root."""
     tries = 0
     while high > low * TOLERANCE:
         above, below = cost(high), cost(low)

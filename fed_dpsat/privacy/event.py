@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from fed_dpsat.errors import InputError
+
 if TYPE_CHECKING:
     from dp_accounting import DpEvent  # type: ignore[import-untyped]
 
@@ -18,7 +20,7 @@ KINDS = ("poisson_gaussian",)
 MAX_STEPS = 2**40
 
 
-class PrivacyError(ValueError):
+class PrivacyError(InputError):
     """A number that no privacy statement can be made from; the message says what to do."""
 
 
@@ -46,19 +48,19 @@ class PrivacyEvent:
     def __post_init__(self) -> None:
         noise, rate = _real("noise_multiplier", self.noise_multiplier), _real("sample_rate", self.sample_rate)
         if not 0 <= noise < math.inf:
-            raise PrivacyError(f"noise_multiplier={noise} is not in [0, inf); give a finite number, "
-                               "0 for no privacy")
+            raise PrivacyError(f"noise_multiplier={noise} is not in [0, inf); give a finite number, 0 for no privacy")
         if not 0 < rate <= 1:
-            raise PrivacyError(f"sample_rate={rate} is not in (0, 1]; lower the expected batch size or give "
-                               "the client more examples")
+            raise PrivacyError(
+                f"sample_rate={rate} is not in (0, 1]; lower the expected batch size or give the client more examples"
+            )
         if isinstance(self.steps, bool) or not isinstance(self.steps, numbers.Integral):
             raise PrivacyError(f"steps={self.steps!r} is not a whole number; count the releases")
         if not 1 <= self.steps <= MAX_STEPS:
-            raise PrivacyError(f"steps={self.steps} is not in [1, 2**40]; where nothing was released, make "
-                               "no event")
+            raise PrivacyError(f"steps={self.steps} is not in [1, 2**40]; where nothing was released, make no event")
         if self.kind not in KINDS:
-            raise PrivacyError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}; upgrade fed_dpsat if a "
-                               "newer one wrote it")
+            raise PrivacyError(
+                f"kind={self.kind!r} is not one of {', '.join(KINDS)}; upgrade fed_dpsat if a newer one wrote it"
+            )
         object.__setattr__(self, "noise_multiplier", noise + 0.0)  # -0.0 becomes 0.0: one form per value
         object.__setattr__(self, "sample_rate", rate)
         object.__setattr__(self, "steps", int(self.steps))
@@ -84,12 +86,16 @@ class PrivacyEvent:
         types = {"noise_multiplier": float, "sample_rate": float, "steps": int, "kind": str}
         names = {field.name for field in fields(cls)}
         if record.keys() != names:
-            raise PrivacyError(f"event keys {sorted(map(str, record))} are not {sorted(names)}; send what "
-                               "PrivacyEvent.to_dict() gives, nothing else")
+            raise PrivacyError(
+                f"event keys {sorted(map(str, record))} are not {sorted(names)}; send what "
+                "PrivacyEvent.to_dict() gives, nothing else"
+            )
         for name, value in record.items():
             if type(value) is not types[name]:
-                raise PrivacyError(f"{name}={value!r} is a {type(value).__name__}, not a "
-                                   f"{types[name].__name__}; send what PrivacyEvent.to_dict() gives")
+                raise PrivacyError(
+                    f"{name}={value!r} is a {type(value).__name__}, not a "
+                    f"{types[name].__name__}; send what PrivacyEvent.to_dict() gives"
+                )
         return cls(**record)
 
 
@@ -106,8 +112,10 @@ def merge(events: Iterable[PrivacyEvent]) -> History:
     for event in events:
         release = (event.kind, event.noise_multiplier, event.sample_rate)
         steps[release] = steps.get(release, 0) + event.steps
-    return tuple(PrivacyEvent(kind=kind, noise_multiplier=noise, sample_rate=rate, steps=count)
-                 for (kind, noise, rate), count in sorted(steps.items()))
+    return tuple(
+        PrivacyEvent(kind=kind, noise_multiplier=noise, sample_rate=rate, steps=count)
+        for (kind, noise, rate), count in sorted(steps.items())
+    )
 
 
 def dominant(histories: Iterable[History]) -> list[History]:
@@ -132,9 +140,13 @@ def _costliest_first(history: History) -> list[tuple[str, float, float, int]]:
 
 
 def _costs_no_more(history: History, other: History) -> bool:
-    return all(ours.kind == theirs.kind and ours.noise_multiplier >= theirs.noise_multiplier
-               and ours.sample_rate <= theirs.sample_rate and ours.steps <= theirs.steps
-               for ours, theirs in zip(history, other, strict=True))
+    return all(
+        ours.kind == theirs.kind
+        and ours.noise_multiplier >= theirs.noise_multiplier
+        and ours.sample_rate <= theirs.sample_rate
+        and ours.steps <= theirs.steps
+        for ours, theirs in zip(history, other, strict=True)
+    )
 
 
 def _real(name: str, value: object) -> float:

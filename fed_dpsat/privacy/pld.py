@@ -7,13 +7,13 @@ losses are large. Here the grid has ``POINTS_PER_DEVIATION`` points per standard
 ========================== ===================================================================================
 error of epsilon           size, measured (tests/privacy/test_pld.py repeats a part)
 ========================== ===================================================================================
-grid                       too high by at most 3e-4 of epsilon for noise_multiplier >= 0.5, sample_rate >= 1e-4,
-                           epsilon < 100; by 1e-3 for larger epsilon. Connect-the-dots (arXiv 2207.04380)
-                           rounds so that the result is an upper bound.
-very rare, large losses    a grid of more than 2**17 points is made coarser: too high, by 2e-3 at
-                           noise_multiplier=1, sample_rate=1e-5
-double precision           FFT rounding can hide ``steps * 2**-52`` of delta; that much is taken off delta, and
-                           ``PrivacyError`` is raised where it is over 1 % of delta
+grid                       too high by at most 3e-4 of epsilon where noise_multiplier >= 0.5 and
+                           sample_rate >= 1e-3, by 1e-3 below 0.5. It is an upper bound: connect-the-dots
+                           (arXiv 2207.04380) rounds that way.
+very rare, large losses    a grid of more than 2**18 points is made coarser: too high, by 2e-3 where
+                           noise_multiplier >= 0.8 and sample_rate >= 1e-5, by more below
+double precision           FFT rounding can hide ``steps * 2**-52`` of delta; that much is taken off delta,
+                           and ``PrivacyError`` is raised where it is over 1 % of delta
 sample_rate = 1 throughout none: closed form (Balle and Wang 2018, Eq. 6), solved to 1e-12
 noise_multiplier < 0.01    sampling is not counted: an upper bound, in the thousands anyway
 ========================== ===================================================================================
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     )
 
 POINTS_PER_DEVIATION = 24
-MAX_POINTS = 2**17
+MAX_POINTS = 2**18
 MAX_SAMPLED_STEPS = 2**26
 FINEST, COARSEST = 2.0**-24, 2.0**6
 SMALLEST_NOISE = 0.01  # below, dp_accounting overflows
@@ -59,13 +59,17 @@ def epsilon_pld(history: History, delta: float) -> float:
         return _epsilon_gaussian(plain, delta)
     steps = sum(event.steps for event in sampled)
     if steps > MAX_SAMPLED_STEPS:
-        raise PrivacyError(f"steps={steps} of sampled releases is over {MAX_SAMPLED_STEPS}, what PLD composes in "
-                           "memory; take accountant='rdp'")
+        raise PrivacyError(
+            f"steps={steps} of sampled releases is over {MAX_SAMPLED_STEPS}, the most that "
+            "PLD composes in memory; take accountant='rdp'"
+        )
     lost = _TAIL + 2.0**-52 * steps
     if lost > delta / 100:
-        raise PrivacyError(f"delta={delta} is below {100 * lost:.1e}, the least that double precision resolves "
-                           f"over {steps} steps; raise delta or take accountant='rdp'")
-    return float(_composed(plain, sampled, discretization(history)).get_epsilon_for_delta(delta - lost))
+        raise PrivacyError(
+            f"delta={delta} is below {100 * lost:.1e}, the least that double precision "
+            f"resolves over {steps} steps; raise delta or take accountant='rdp'"
+        )
+    return _epsilon_of(_composed(plain, sampled, discretization(history)), delta - lost)
 
 
 def unprotected(history: History) -> bool:
@@ -106,8 +110,7 @@ def _epsilon_gaussian(precision: float, delta: float) -> float:
 
 
 def _composed(plain: float, sampled: History, grid: float) -> PrivacyLossDistribution:
-    parts = [_one_step(event.noise_multiplier, event.sample_rate, grid).self_compose(event.steps)
-             for event in sampled]
+    parts = [_one_step(event.noise_multiplier, event.sample_rate, grid).self_compose(event.steps) for event in sampled]
     if plain:
         parts.append(_one_step(1 / math.sqrt(plain), 1.0, grid))
     total = parts[0]
@@ -116,10 +119,30 @@ def _composed(plain: float, sampled: History, grid: float) -> PrivacyLossDistrib
     return total
 
 
-@lru_cache(maxsize=64)
+def _epsilon_of(total: PrivacyLossDistribution, delta: float) -> float:
+    """Smallest epsilon at ``delta``; by bisection from 500 up, where dp_accounting's exp(-epsilon) underflows."""
+    with np.errstate(over="ignore"):
+        found = float(total.get_epsilon_for_delta(delta))
+    if found < 500:
+        return found
+    low = high = 500.0
+    while total.get_delta_for_epsilon(high) > delta:
+        if high > 1e15:
+            return math.inf
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        if total.get_delta_for_epsilon(middle) > delta:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@lru_cache(maxsize=32)
 def _one_step(noise_multiplier: float, sample_rate: float, grid: float) -> PrivacyLossDistribution:
-    """At most 2 MB each; the expensive part where a run asks after every round."""
-    from dp_accounting.pld import privacy_loss_distribution
+    """At most 4 MB each; the expensive part where a run asks after every round."""
+    from dp_accounting.pld import privacy_loss_distribution  # type: ignore[import-untyped]
 
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=grid

@@ -1,4 +1,4 @@
-"""The ledger's file: SQLite that is durable, append-only, hash-chained and written by one process.
+"""The ledger's file: SQLite that is durable, append-only and written by one process.
 
 Durability: ``journal_mode=DELETE`` with ``synchronous=EXTRA``. FULL is not enough in that mode: after a power
 loss an unsynced directory can bring the journal of a committed transaction back, which undoes it. WAL with
@@ -7,31 +7,22 @@ copy of ``ledger.sqlite`` misses, and cannot be read from a read-only folder.
 
 One writer: it holds an exclusive lock on the empty side file ``<path>.lock`` for its life. The operating
 system ends the lock with the process, kill -9 included, so nothing needs cleaning up. Readers need no lock.
-
-Hash chain: the hash of a row is sha256 of the hash of the row before it and the row as JSON, floats in hex;
-``head`` holds the number of rows and the last hash. That finds an edited, removed or reordered row. It is not
-a signature: who rewrites every hash, or puts back an older copy of the file, is found only by a head noted
-elsewhere, so publish it with the result.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+from fed_dpsat.privacy import chain
+from fed_dpsat.privacy.chain import LedgerError
+from fed_dpsat.privacy.event import History, PrivacyError, PrivacyEvent
 
 APPLICATION_ID = 0x46445053  # "FDPS"
 SCHEMA_VERSION = 1
-GENESIS = bytes(32)
-BUSY_MS = 10_000
-COLUMNS = {
-    "charges": "client, round, attempt, kind, noise_multiplier, sample_rate, steps",
-    "outcomes": "client, round, attempt, outcome",
-}
+BUSY_SECONDS = 60.0
 _SCHEMA = """
 CREATE TABLE head (chain TEXT PRIMARY KEY, rows INTEGER NOT NULL, hash BLOB NOT NULL);
 CREATE TABLE charges (
@@ -41,32 +32,32 @@ CREATE TABLE charges (
 CREATE TABLE outcomes (
     seq INTEGER PRIMARY KEY, client INTEGER NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
     outcome TEXT NOT NULL, hash BLOB NOT NULL, UNIQUE (round, attempt, client));
-CREATE TRIGGER charges_update BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'charges are append-only'); END;
-CREATE TRIGGER charges_delete BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'charges are append-only'); END;
-CREATE TRIGGER outcomes_update BEFORE UPDATE ON outcomes BEGIN SELECT RAISE(ABORT, 'outcomes are append-only'); END;
-CREATE TRIGGER outcomes_delete BEFORE DELETE ON outcomes BEGIN SELECT RAISE(ABORT, 'outcomes are append-only'); END;
+CREATE TRIGGER charges_update BEFORE UPDATE ON charges
+    BEGIN SELECT RAISE(ABORT, 'charges are append-only'); END;
+CREATE TRIGGER charges_delete BEFORE DELETE ON charges
+    BEGIN SELECT RAISE(ABORT, 'charges are append-only'); END;
+CREATE TRIGGER outcomes_update BEFORE UPDATE ON outcomes
+    BEGIN SELECT RAISE(ABORT, 'outcomes are append-only'); END;
+CREATE TRIGGER outcomes_delete BEFORE DELETE ON outcomes
+    BEGIN SELECT RAISE(ABORT, 'outcomes are append-only'); END;
 CREATE TRIGGER head_delete BEFORE DELETE ON head BEGIN SELECT RAISE(ABORT, 'the head stays'); END;
 """
-
-
-class LedgerError(RuntimeError):
-    """The ledger cannot be trusted, read or written; the message says what to do. Nothing was half-written."""
 
 
 @contextmanager
 def explained(path: Path | str, doing: str) -> Iterator[None]:
     """Turn what SQLite says into a ``LedgerError`` that names the file and a remedy."""
     remedies = {
-        sqlite3.SQLITE_FULL: "the disk is full; free space and resume: nothing of this was charged or released",
-        sqlite3.SQLITE_BUSY: "another process is using it; wait for it to end",
+        sqlite3.SQLITE_FULL: "the disk is full; free space and resume: nothing of this was charged",
+        sqlite3.SQLITE_BUSY: "another process writes to it; wait for its end, or read with readonly=True",
         sqlite3.SQLITE_NOTADB: "it is not a ledger; give another path, or restore it from a backup",
-        sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a backup: no epsilon can be read from it",
+        sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a backup: it has no epsilon to trust",
         sqlite3.SQLITE_READONLY: "it is read-only here; make the folder writable",
         sqlite3.SQLITE_CANTOPEN: "it cannot be opened; check the path and its permissions",
     }
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         remedy = remedies.get(code, "no charge is made and nothing may be released; see the reason")
         raise LedgerError(f"cannot {doing} ledger {path}: {remedy} ({error})") from error
@@ -77,8 +68,9 @@ def open_file(path: Path, *, readonly: bool, must_exist: bool) -> sqlite3.Connec
     with explained(path, "open"):
         if not path.exists():
             if readonly or must_exist:
-                raise LedgerError(f"no ledger at {path}; without it what was spent is unknown: restore the file, "
-                                  "or start a new run")
+                raise LedgerError(
+                    f"no ledger at {path}; without it what was spent is unknown: restore the file, or start a new run"
+                )
             _create(path)
         connection = _connect(path, "ro" if readonly else "rw")
         try:
@@ -124,31 +116,15 @@ def transaction(connection: sqlite3.Connection, path: Path | str) -> Iterator[No
             raise
 
 
-def link(previous: bytes, row: Sequence[object]) -> bytes:
-    """Hash of a row (its sequence number first) that follows the row with the hash ``previous``."""
-    plain = [value.hex() if isinstance(value, float) else value for value in row]
-    return hashlib.sha256(previous + json.dumps(plain, separators=(",", ":")).encode()).digest()
-
-
-def head(connection: sqlite3.Connection, chain: str) -> tuple[int, bytes]:
-    """Number of rows and last hash that the file claims for ``charges`` or ``outcomes``."""
-    found = connection.execute("SELECT rows, hash FROM head WHERE chain = ?", (chain,)).fetchone()
-    if found is None:
-        raise LedgerError(f"the ledger has no head for {chain}: it was edited; restore it from a backup")
-    return int(found[0]), bytes(found[1])
-
-
-def append(connection: sqlite3.Connection, chain: str, rows: Sequence[Sequence[object]]) -> None:
-    """Add rows to a chain and move its head; inside a ``transaction``."""
-    count, last = head(connection, chain)
-    linked = []
-    for row in rows:
-        count += 1
-        last = link(last, (count, *row))
-        linked.append((count, *row, last))
-    marks = ", ".join("?" * (2 + len(COLUMNS[chain].split(", "))))
-    connection.executemany(f"INSERT INTO {chain} (seq, {COLUMNS[chain]}, hash) VALUES ({marks})", linked)
-    connection.execute("UPDATE head SET rows = ?, hash = ? WHERE chain = ?", (count, last, chain))
+@contextmanager
+def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
+    """All that the block reads is of one moment, whatever a writer commits meanwhile."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
 
 
 def verify_file(connection: sqlite3.Connection) -> None:
@@ -156,41 +132,50 @@ def verify_file(connection: sqlite3.Connection) -> None:
     damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if damage != "ok":
         raise LedgerError(f"the ledger's file is damaged ({damage}); restore it from a backup")
-    with open_memory_closing() as model:
+    with closing(open_memory()) as model:
         if _schema(connection) != _schema(model):
             raise LedgerError("the ledger's tables or triggers were changed; restore it from a backup")
-    for chain, columns in COLUMNS.items():
-        expected, last = 0, GENESIS
-        for seq, *row, stored in connection.execute(f"SELECT seq, {columns}, hash FROM {chain} ORDER BY seq"):
-            expected += 1
-            last = link(last, (seq, *row))
-            if seq != expected or stored != last:
-                raise LedgerError(f"{chain} row {expected} was edited, removed or moved; restore the ledger from "
-                                  "a backup: its epsilon cannot be trusted")
-        if (expected, last) != head(connection, chain):
-            raise LedgerError(f"{chain} has {expected} rows and its head {head(connection, chain)[0]}, or another "
-                              "hash: rows were added or removed at the end; restore the ledger from a backup")
+    for name in chain.COLUMNS:
+        chain.check(connection, name)
 
 
-@contextmanager
-def open_memory_closing() -> Iterator[sqlite3.Connection]:
-    """``open_memory`` for the length of a block."""
-    connection = open_memory()
-    try:
-        yield connection
-    finally:
-        connection.close()
+def read_histories(connection: sqlite3.Connection) -> Iterator[tuple[int, History]]:
+    """Clients with their merged histories; equal histories are one object."""
+    events: dict[tuple[object, ...], PrivacyEvent] = {}
+    histories: dict[History, History] = {}
+    client, history = -1, list[PrivacyEvent]()
+    release = "kind, noise_multiplier, sample_rate"
+    for row_client, *row in connection.execute(
+        f"SELECT client, {release}, SUM(steps) FROM charges GROUP BY client, {release} ORDER BY client, {release}"
+    ):
+        if row_client != client and history:
+            yield client, histories.setdefault(tuple(history), tuple(history))
+            history = []
+        client = row_client
+        key = tuple(row)
+        if key not in events:
+            kind, noise, rate, steps = row
+            try:
+                events[key] = PrivacyEvent(kind=kind, noise_multiplier=noise, sample_rate=rate, steps=steps)
+            except PrivacyError as error:
+                raise LedgerError(
+                    f"client {client} has a charge that no fed_dpsat made ({error}); restore the ledger from a backup"
+                ) from error
+        history.append(events[key])
+    if history:
+        yield client, histories.setdefault(tuple(history), tuple(history))
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None,
-                                 timeout=BUSY_MS / 1000)
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=BUSY_SECONDS
+    )
     try:
         connection.execute("SELECT count(*) FROM sqlite_master")
     except sqlite3.OperationalError as error:
         connection.close()
         if mode == "ro" and error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK:
-            # A writer was killed inside a transaction: SQLite undoes it, which a read-only connection may not.
+            # A writer was killed inside a transaction; SQLite undoes that, which a reader may not.
             _connect(path, "rw").close()
             return _connect(path, mode)
         raise
@@ -208,14 +193,16 @@ def _check_header(connection: sqlite3.Connection, path: Path) -> None:
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
-        raise LedgerError(f"{path} is not a ledger of fed_dpsat (or is empty: cut off); give another path, or "
-                          "restore it from a backup")
+        raise LedgerError(
+            f"{path} is not a ledger of fed_dpsat (or is empty: cut off); give another path, or restore it "
+            "from a backup"
+        )
     if version != SCHEMA_VERSION:
         raise LedgerError(f"{path} has schema {version}, this fed_dpsat reads {SCHEMA_VERSION}; upgrade fed_dpsat")
 
 
 def _create(path: Path) -> None:
-    """Under another name, then renamed: a ledger that exists is complete, so an empty one is a damaged one."""
+    """Under another name, then renamed: a ledger that exists is complete, so an empty one is damaged."""
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
     connection = sqlite3.connect(new, isolation_level=None)
@@ -224,18 +211,14 @@ def _create(path: Path) -> None:
         _write_schema(connection)
     finally:
         connection.close()
-    os.replace(new, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    new.replace(path)  # on disk with the first charge at the latest: EXTRA syncs the folder
 
 
 def _write_schema(connection: sqlite3.Connection) -> None:
-    connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID}; "
-                             f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    connection.executemany("INSERT INTO head VALUES (?, 0, ?)", [(chain, GENESIS) for chain in COLUMNS])
+    connection.executescript(
+        f"BEGIN; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+    )
+    connection.executemany("INSERT INTO head VALUES (?, 0, ?)", [(name, chain.GENESIS) for name in chain.COLUMNS])
 
 
 def _schema(connection: sqlite3.Connection) -> list[tuple[str, ...]]:

@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from fed_dpsat.errors import RunError
 from fed_dpsat.flower import compat
 from fed_dpsat.flower.grid import answer, error_reply, node_context
 
@@ -67,7 +68,7 @@ class RayBackend:
     """``num_workers`` processes with one CPU each; a Ray that already runs is joined and left running.
 
     A worker that dies is replaced, and its clients are tried once more: with the same message and context, so
-    with the same randomness and the same bits. Raises ``RuntimeError`` if no worker starts within a minute.
+    with the same randomness and the same bits. Raises ``RunError`` if no worker starts within a minute.
     """
 
     def __init__(self, client_app: ClientApp, run_config: Mapping[str, Any], num_nodes: int, num_workers: int) -> None:
@@ -83,7 +84,7 @@ class RayBackend:
             ray.get([worker.ready.remote() for worker in self._workers], timeout=START_TIMEOUT)
         except (GetTimeoutError, RayActorError) as error:
             self.close()
-            raise RuntimeError(
+            raise RunError(
                 f"workers={num_workers}: no Ray worker pool within {START_TIMEOUT:g} s ({error}); "
                 "free CPUs, lower workers, or set workers=0"
             ) from error

@@ -40,7 +40,9 @@ def client_app(tamper: Tamper | None = None, identity: Callable[[int], int] = la
 
     @app.query()
     def identify(message: Message, context: Context) -> Message:
-        return Message(records.identity_content(identity(int(context.node_config["partition-id"])), 1), reply_to=message)
+        return Message(
+            records.identity_content(identity(int(context.node_config["partition-id"])), 1), reply_to=message
+        )
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -75,17 +77,17 @@ class Federation:
         return self
 
 
-@pytest.fixture()
+@pytest.fixture
 def ledger(tmp_path) -> Iterator[PrivacyLedger]:
     with PrivacyLedger(tmp_path / "ledger.sqlite") as opened:
         yield opened
 
 
-@pytest.fixture()
+@pytest.fixture
 def federation(ledger: PrivacyLedger) -> Callable[..., Federation]:
     return lambda tamper=None, **settings: Federation(ledger, tamper, **settings)
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_client_app() -> Callable[..., ClientApp]:
     return client_app

@@ -47,7 +47,7 @@ def ask(backend, num_nodes, arrays):
     return {reply.metadata.src_node_id - 2: reply for reply in backend.run(messages)}
 
 
-@pytest.fixture()
+@pytest.fixture
 def start(ray_cluster, tmp_path):
     backends = []
 

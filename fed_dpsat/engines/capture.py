@@ -1,0 +1,121 @@
+"""The forward pass with every layer that holds parameters replaced by one that keeps what its sum needs.
+
+A torch function mode sees each call that a module makes, whatever class it is of; calls whose weights lead to
+the parameters are answered by a ``Layer``. The parameters never enter the graph of the loss, so their ordinary
+gradients are not computed; one that enters it all the same was used in a way that is not planned for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fed_dpsat.engines.contribution import Contribution, Unplanned
+
+
+class Layer(Protocol):
+    """One call with parameters: its forward pass, and a backward pass that keeps per-example contributions."""
+
+    def forward(self, x: Tensor, weight: Any, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output, and what ``backward`` needs of the input."""
+
+    def backward(
+        self, grad: Tensor, weight: Any, saved: tuple[Tensor, ...], need_input: bool, roles: tuple[str, ...]
+    ) -> tuple[Tensor | None, dict[str, Contribution]]:
+        """Gradient of the input, and contributions by role: ``weight``, ``bias``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a module asked for: a layer, its input, and the tensors that lead to parameters."""
+
+    name: str
+    layer: Layer
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass
+class Tape:
+    """Contributions in the order of the backward pass, with the tensor that each is to; ``calls`` forward."""
+
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    found: list[tuple[Tensor, Contribution, Call]] = field(default_factory=list)
+    keep_calls: bool = False
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+class Capture(TorchFunctionMode):
+    """Routes calls to layers; ``plan`` turns a function and its arguments into a ``Call``, or None."""
+
+    def __init__(self, tape: Tape, plan: dict[Callable[..., Any], Callable[..., Call]], batch: int) -> None:
+        super().__init__()
+        self.tape, self.plan, self.batch = tape, plan, batch
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer ``func`` by a layer where its weights lead to parameters; else call it."""
+        kwargs = kwargs or {}
+        if func in COMPOSITE:
+            with self:
+                return COMPOSITE[func](*args, **kwargs)
+        if func not in self.plan or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        call = self.plan[func](*args, **kwargs)
+        if not any(t is not None and t.requires_grad for t in (call.weight, call.bias)):
+            return func(*args, **kwargs)
+        if call.x.ndim < 1 or call.x.shape[0] != self.batch:
+            raise Unplanned(f"{call.name} of an input that does not start with the batch dimension")
+        if self.tape.keep_calls:
+            self.tape.calls.append(call)
+        return _Planned.apply(self.tape, call, self.anchor, call.x)  # type: ignore[no-untyped-call]
+
+
+class _Planned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, call: Call, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.tape, ctx.call = tape, call
+        out, saved = call.layer.forward(x, _detached(call.weight), _detached(call.bias))
+        ctx.save_for_backward(*saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor | None]:
+        call, (grad,) = ctx.call, grads
+        tensors = {"weight": call.weight, "bias": call.bias}
+        roles = tuple(role for role, t in tensors.items() if t is not None and t.requires_grad)
+        if ctx.tape.keep_calls:
+            ctx.tape.gradients.append(grad)
+        gradient, found = call.layer.backward(
+            grad, _detached(call.weight), ctx.saved_tensors, ctx.needs_input_grad[3], roles
+        )
+        for role, contribution in found.items():
+            ctx.tape.found.append((tensors[role], contribution, call))
+        return None, None, None, gradient
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _unchecked(function: Any) -> Callable[..., Any]:
+    """``function`` without its question whether someone overrides it: we do, and want its inner calls."""
+    namespace = {**function.__globals__, "has_torch_function": lambda _: False}
+    inner = type(function)(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
+    inner.__kwdefaults__ = function.__kwdefaults__
+    unchecked: Callable[..., Any] = inner
+    return unchecked
+
+
+COMPOSITE: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.nn.functional.multi_head_attention_forward: _unchecked(torch.nn.functional.multi_head_attention_forward)
+}

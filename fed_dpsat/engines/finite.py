@@ -1,0 +1,31 @@
+"""What is not finite is dropped before anything is multiplied: 0 * inf is NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.clipping import ClippingRule
+
+
+def squared_norm_rows(rows: Tensor) -> Tensor:
+    """``rows[B, ...] -> squared norms[B]``, in float32 at least."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=dtype).square()
+
+
+def keep(rows: Tensor, finite: Tensor | None) -> Tensor:
+    """``rows[B, ...]`` with zeros where ``finite[B]`` is False; ``None`` means that all are finite."""
+    return rows if finite is None else rows.where(finite.view(-1, *[1] * (rows.ndim - 1)), 0)
+
+
+def finite_factors(
+    squared_norms: dict[str, Tensor], clipping: ClippingRule
+) -> tuple[dict[str, Tensor], Tensor | None, int]:
+    """Factors ``[B]`` per parameter, 0 for an example without a finite norm; which are finite; how many are not."""
+    finite = torch.stack(list(squared_norms.values())).sum(0).isfinite()
+    num_nonfinite = int((~finite).sum())
+    if not num_nonfinite:
+        return clipping.factors(squared_norms), None, 0
+    factors = clipping.factors({name: n.where(finite, 0) for name, n in squared_norms.items()})
+    return {name: f.where(finite, 0) for name, f in factors.items()}, finite, num_nonfinite

@@ -1,0 +1,83 @@
+"""Normalisation layers: per-example gradients of scale and shift are sums over positions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.engines.contribution import Rows
+from fed_dpsat.engines.linear import Roles
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupNorm:
+    """``x[B, C, *]``, statistics over ``groups`` of channels; InstanceNorm is one group per channel."""
+
+    groups: int
+    eps: float
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output, and what the backward pass needs."""
+        x = x.contiguous(memory_format=_format(x))
+        size = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+        out, mean, rstd = torch.native_group_norm(x, weight, bias, *size, self.groups, self.eps)
+        return out, (x, mean, rstd)
+
+    def backward(
+        self, grad: Tensor, weight: Tensor | None, saved: tuple[Tensor, ...], need_input: bool, roles: tuple[str, ...]
+    ) -> tuple[Tensor | None, Roles]:
+        """Gradient of the input, and the contributions to the parameters in ``roles``."""
+        x, mean, rstd = saved
+        grad = grad.contiguous(memory_format=_format(x))
+        batch, channels, positions = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+        found: Roles = {}
+        shift = grad.flatten(2).sum(2) if grad.ndim > 2 else grad
+        if "weight" in roles:
+            raw = (grad * x).flatten(2).sum(2) if grad.ndim > 2 else grad * x
+            wide = batch, self.groups, channels // self.groups
+            scale = (raw.view(wide) - shift.view(wide) * mean.view(batch, -1, 1)) * rstd.view(batch, -1, 1)
+            found["weight"] = Rows(data=scale.view(batch, channels))
+        if "bias" in roles:
+            found["bias"] = Rows(data=shift)
+        if not need_input:
+            return None, found
+        size = batch, channels, positions, self.groups
+        backward = torch.ops.aten.native_group_norm_backward
+        return backward(grad, x, mean, rstd, weight, *size, [True, False, False])[0], found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm:
+    """``x[B, *, *shape]``, statistics over the last dimensions ``shape``."""
+
+    shape: tuple[int, ...]
+    eps: float
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output, and what the backward pass needs."""
+        out, mean, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        return out, (x, mean, rstd)
+
+    def backward(
+        self, grad: Tensor, weight: Tensor | None, saved: tuple[Tensor, ...], need_input: bool, roles: tuple[str, ...]
+    ) -> tuple[Tensor | None, Roles]:
+        """Gradient of the input, and the contributions to the parameters in ``roles``."""
+        x, mean, rstd = saved
+        found: Roles = {}
+        wide = x.shape[0], -1, *self.shape
+        if "weight" in roles:
+            found["weight"] = Rows(data=(grad * ((x - mean) * rstd)).reshape(wide).sum(1))
+        if "bias" in roles:
+            found["bias"] = Rows(data=grad.reshape(wide).sum(1))
+        if not need_input:
+            return None, found
+        backward = torch.ops.aten.native_layer_norm_backward
+        return backward(grad, x, self.shape, mean, rstd, weight, None, [True, False, False])[0], found
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    plain = x.ndim != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.contiguous_format if plain else torch.channels_last

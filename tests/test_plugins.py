@@ -1,0 +1,149 @@
+import sys
+
+import pytest
+
+from fed_dpsat import plugins
+from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.optimizers.dpsgd import DPSGD
+from fed_dpsat.plugins import PluginError, build, builtin, load, summary
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Makes ``PACKAGES["optimizer"]`` a package of these files, importable for the length of a test."""
+
+    def make(**modules):
+        folder = tmp_path / "plugins_under_test"
+        folder.mkdir()
+        for name, text in {"__init__": "", **modules}.items():
+            (folder / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(plugins.PACKAGES, "optimizer", folder.name)
+        for name in [m for m in sys.modules if m.partition(".")[0] == folder.name]:
+            monkeypatch.delitem(sys.modules, name)
+
+    return make
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Path of a plug-in file."""
+
+    def write(text, folder="."):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / "mine.py"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("optimizer", "dp-sgd"),
+        ("optimizer", "dp-sat"),
+        ("optimizer", "dp-sat-momentum"),
+        ("clipping", "flat"),
+        ("model", "resnet20-gn"),
+        ("dataset", "digits"),
+    ],
+)
+def test_what_ships_has_a_short_name(kind, name):
+    assert name in builtin(kind)
+    assert load(kind, name) is builtin(kind)[name]
+    assert list(builtin(kind)) == sorted(builtin(kind))
+
+
+@pytest.mark.parametrize("kind", plugins.PACKAGES)
+def test_every_kind_has_some_and_each_says_what_it_is(kind):
+    assert builtin(kind)
+    assert all(summary(factory) for factory in builtin(kind).values())
+
+
+def test_every_kind_has_a_table():
+    assert plugins.PACKAGES.keys() == plugins.TABLES.keys()
+
+
+def test_a_dotted_name():
+    assert load("optimizer", "fed_dpsat.optimizers.dpsgd:DPSGD") is DPSGD
+
+
+def test_a_file(file):
+    path = file("from dataclasses import dataclass\n@dataclass\nclass Mine:\n    lr: float\n")
+    assert build("optimizer", f"{path}:Mine", {"lr": 0.5, "rho": 1}).lr == 0.5
+
+
+def test_two_files_of_one_name_are_two_plugins(file):
+    a, b = (file(f"def mine():\n    return {folder!r}\n", folder) for folder in "ab")
+    first, second = load("model", f"{a}:mine"), load("model", f"{b}:mine")
+    assert [first(), second()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dp-sta", "did you mean .*dp-sat"),
+        ("DP_SGD", "did you mean .*dp-sgd"),
+        ("zzz", "did you mean dp-sat, dp-sat-momentum, dp-sgd"),
+        ("", "did you mean dp-sat, dp-sat-momentum, dp-sgd"),
+        ("nowhere.at_all:Thing", "cannot import 'nowhere.at_all'"),
+        ("nowhere/at_all.py:Thing", "cannot import 'nowhere/at_all.py' .*no file"),
+        ("fed_dpsat.optimizers.dpsgd:DPSDG", "has no 'DPSDG'; did you mean DPSGD"),
+        ("fed_dpsat.optimizers.dpsgd:zzz", "has no 'zzz'$"),
+        (":DPSGD", "optimizer=':DPSGD'"),
+        (".dpsgd:DPSGD", r"optimizer='\.dpsgd:DPSGD'"),
+    ],
+)
+def test_a_name_that_leads_nowhere_says_where_it_might(name, message):
+    with pytest.raises(PluginError, match=message):
+        load("optimizer", name)
+
+
+def test_an_error_inside_a_plugin_is_not_hidden(file):
+    path = file("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        load("optimizer", f"{path}:Mine")
+
+
+def test_a_new_file_is_a_new_builtin(package):
+    package(one="OPTIMIZERS = {'one': int}", two="OPTIMIZERS = {'another': str}", three="")
+    assert builtin("optimizer") == {"another": str, "one": int}
+
+
+def test_a_name_defined_twice_is_refused(package):
+    package(one="OPTIMIZERS = {'mine': int}", two="OPTIMIZERS = {'mine': str}")
+    with pytest.raises(PluginError, match="optimizer 'mine' is defined twice in plugins_under_test"):
+        builtin("optimizer")
+
+
+def test_a_factory_gets_the_settings_that_it_names():
+    optimizer = build("optimizer", "dp-sgd", {"lr": 0.5, "momentum": 0.25, "rho": 3, "delta": 1e-5})
+    assert optimizer == DPSGD(lr=0.5, momentum=0.25)
+    assert build("clipping", "flat", {"clip_norm": 2}) == FlatClipping(clip_norm=2)
+
+
+def test_a_setting_that_is_missing_is_named():
+    with pytest.raises(PluginError, match="optimizer='dp-sgd' needs 'lr', which is not a setting; give it a default"):
+        build("optimizer", "dp-sgd", {"rho": 1})
+
+
+def test_variadic_parameters_need_no_setting(file):
+    path = file("def mine(lr, *args, **kwargs):\n    return lr, args, kwargs\n")
+    assert build("optimizer", f"{path}:mine", {"lr": 1, "rho": 2}) == (1, (), {})
+
+
+def test_an_error_of_the_factory_is_its_own():
+    with pytest.raises(ValueError, match=r"lr=-1 is not in \[0, inf\)"):
+        build("optimizer", "dp-sgd", {"lr": -1})
+
+
+def test_a_summary_is_the_first_line_without_its_full_stop():
+    def documented():
+        """Does this.
+
+        And more.
+        """
+
+    assert summary(documented) == "Does this"
+    assert summary(lambda: None) == ""
