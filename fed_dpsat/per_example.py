@@ -13,64 +13,23 @@ a frozen parameter          not in ``params``, so not in the sum
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn import functional
+from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
-from fed_dpsat.errors import ModelError, SettingError
+from fed_dpsat.engines.loss import LossFn, ModelLoss, check_module, cross_entropy
+from fed_dpsat.engines.opacus import opacus_sum
+from fed_dpsat.engines.planned import auto_sum, planned_sum
+from fed_dpsat.engines.vmap import vmap_sum
+from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, zeros_like
 
+__all__ = ["ENGINES", "LossFn", "ModelLoss", "check_module", "clipped_gradient_sum", "cross_entropy"]
 
-class LossFn(Protocol):
-    """Losses ``[B]``, one per example, of a batch whose examples do not mix."""
+Engine = Callable[[LossFn, Params, Tensor, Tensor, ClippingRule], tuple[Params, int]]
 
-    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
-        """``inputs[B, ...], targets[B, ...] -> losses[B]``."""
-
-
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``outputs[B, K], targets[B] -> losses[B]``."""
-    return functional.cross_entropy(outputs, targets, reduction="none")
-
-
-@dataclass(frozen=True)
-class ModelLoss:
-    """The per-example loss of ``module`` as a function of its parameters.
-
-    Raises ``ModelError`` for a module whose examples mix (BatchNorm and the like), naming the layer.
-    """
-
-    module: nn.Module
-    criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-
-    def __post_init__(self) -> None:
-        check_module(self.module)
-
-    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
-        """``inputs[B, ...], targets[B] -> losses[B]`` at ``params``; what is not in them stays as it is."""
-        return self.criterion(functional_call(self.module, params, (inputs,)), targets)
-
-
-def check_module(module: nn.Module) -> None:
-    """Refuse layers that share statistics between examples; Opacus' validator finds them."""
-    from opacus.validators import ModuleValidator  # type: ignore[import-untyped]  # seconds: imported when needed
-
-    was_training = module.training
-    errors = ModuleValidator.validate(module.train(), strict=False)
-    module.train(was_training)
-    if errors:
-        named = [
-            f"{name} ({type(m).__name__})" for name, m in module.named_modules() if "BatchNorm" in type(m).__name__
-        ]
-        raise ModelError(
-            f"{type(module).__name__} has layers that mix examples: {', '.join(named) or errors[0]}; "
-            "use GroupNorm or LayerNorm, or convert it with opacus.validators.ModuleValidator.fix"
-        )
+ENGINES: dict[str, Engine] = {"auto": auto_sum, "vmap": vmap_sum, "planned": planned_sum, "opacus": opacus_sum}
 
 
 def clipped_gradient_sum(
@@ -79,7 +38,7 @@ def clipped_gradient_sum(
     batch: tuple[Tensor, Tensor],
     clipping: ClippingRule,
     *,
-    engine: str = "vmap",
+    engine: str = "auto",
     physical_batch_size: int = 128,
 ) -> tuple[Params, int]:
     """Sum of clipped gradients, one per example of ``(inputs[B, ...], targets[B])``; a sum, not a mean.
@@ -99,26 +58,3 @@ def clipped_gradient_sum(
             num_nonfinite += nonfinite
             clipped_sum = {name: total + chunk[name] for name, total in clipped_sum.items()}
     return clipped_sum, num_nonfinite
-
-
-def _vmap_engine(
-    loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, clipping: ClippingRule
-) -> tuple[Params, int]:
-    """The reference: every per-example gradient in memory, any module that ``torch.func`` can map over."""
-
-    def loss_of_one(p: Params, x: Tensor, y: Tensor) -> Tensor:
-        return loss_fn(p, x[None], y[None]).squeeze(0)
-
-    gradients = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")(params, inputs, targets)
-    rows = {name: g.flatten(1) for name, g in gradients.items()}
-    squared_norms = {name: torch.linalg.vector_norm(g, dim=1).square() for name, g in rows.items()}
-    finite = torch.stack(list(squared_norms.values())).sum(0).isfinite()
-    num_nonfinite = int((~finite).sum())
-    if num_nonfinite:
-        rows = {name: g.where(finite[:, None], 0) for name, g in rows.items()}
-        squared_norms = {name: n.where(finite, 0) for name, n in squared_norms.items()}
-    factors = clipping.factors(squared_norms)
-    return {name: (factors[name] @ g).view_as(params[name]) for name, g in rows.items()}, num_nonfinite
-
-
-ENGINES = {"vmap": _vmap_engine}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -142,7 +143,7 @@ def left_over(session: int) -> list[str]:
         alive = []
         for entry in os.listdir("/proc"):
             try:
-                stat = open(f"/proc/{entry}/stat").read().rpartition(")")[2].split() if entry.isdigit() else None
+                stat = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split() if entry.isdigit() else None
             except OSError:
                 continue
             if stat and stat[0] != "Z" and int(stat[3]) == session:

@@ -71,12 +71,8 @@ def read_task(content: RecordDict) -> Task:
 
 def reply_content(client: int, task: Task, result: LocalResult, num_examples: int) -> RecordDict:
     """All that leaves a client after a round: noised parameters, their event, the public size."""
-    event: dict[str, ConfigRecordValues] = {
-        "client": client,
-        "round": task.round,
-        "attempt": task.attempt,
-        **result.event.to_dict(),
-    }
+    event: dict[str, ConfigRecordValues] = {**result.event.to_dict()}
+    event |= {"client": client, "round": task.round, "attempt": task.attempt}
     return RecordDict(
         {
             ARRAYS: to_arrays(result.params),

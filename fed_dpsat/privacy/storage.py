@@ -199,6 +199,8 @@ def _check_header(connection: sqlite3.Connection, path: Path) -> None:
         )
     if version != SCHEMA_VERSION:
         raise LedgerError(f"{path} has schema {version}, this fed_dpsat reads {SCHEMA_VERSION}; upgrade fed_dpsat")
+    if path.stat().st_size % connection.execute("PRAGMA page_size").fetchone()[0]:
+        raise LedgerError(f"{path} is damaged: it ends inside a page; restore it from a backup")
 
 
 def _create(path: Path) -> None:

@@ -84,7 +84,7 @@ def test_charging_again_is_free_and_a_retry_is_not(path, event):
 def test_a_key_stands_for_one_event_and_a_cohort_is_charged_whole(path, event):
     with PrivacyLedger(path) as ledger:
         ledger.charge(3, 1, 0, event(steps=10))
-        with pytest.raises(LedgerError, match="client=3, round=1, attempt=0 is charged already.*new attempt"):
+        with pytest.raises(LedgerError, match=r"client=3, round=1, attempt=0 is charged already.*new attempt"):
             ledger.charge_many(1, 0, {2: event(steps=10), 3: event(steps=11), 4: event(steps=10)})
         assert ledger.histories() == {3: (event(steps=10),)}
         ledger.verify()

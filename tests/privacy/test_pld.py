@@ -2,7 +2,6 @@ import math
 import random
 
 import pytest
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 from dp_accounting.pld import PLDAccountant
 
@@ -50,7 +49,7 @@ def test_full_batches_have_a_closed_form(event):
 def test_never_below_the_exact_value_and_at_most_3e_4_above(event, noise_multiplier, steps):
     # A rate a little below 1 takes the path of sampled events; its exact value is that of rate 1 to 1e-7.
     history = merge([event(noise_multiplier, 1 - 1e-8, steps)])
-    for delta in (1e-3, 1e-5, 1e-8):
+    for delta in (1e-3, 1e-5, 1e-9):
         exact = get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta)
         error = epsilon_pld(history, delta) / exact - 1
         assert -1e-6 < error < 3e-4
@@ -138,12 +137,3 @@ def test_epsilon_around_700_is_neither_inf_nor_rounded(event, steps):
 
 def test_nothing_released_costs_nothing():
     assert epsilon_pld((), 1e-5) == 0
-
-
-def test_both_directions_are_counted(event):
-    """Adding an example can cost as much as removing one; dp_accounting's own distribution holds the two."""
-    history = merge([event(1.0, 0.5, 1)])
-    single = PLDAccountant(value_discretization_interval=discretization(history))
-    single.compose(PoissonSampledDpEvent(0.5, GaussianDpEvent(1.0)))
-    # By hand: at loss e, removal gives delta(e) = q * (Phi(...) - ...); here only that neither is dropped.
-    assert epsilon_pld(history, 1e-5) == pytest.approx(single.get_epsilon(1e-5), rel=1e-9)

@@ -62,9 +62,8 @@ def test_a_trigger_or_table_that_was_changed_is_found(path):
 
 def test_a_half_written_transaction_is_none(path):
     connection = storage.open_file(path, readonly=False, must_exist=True)
-    with pytest.raises(ZeroDivisionError), storage.transaction(connection, path):
-        chain.append(connection, "charges", [(9, 3, 0, "poisson_gaussian", 1.0, 0.5, 4)])
-        raise ZeroDivisionError
+    with pytest.raises(LedgerError, match="UNIQUE"), storage.transaction(connection, path):
+        chain.append(connection, "charges", [(9, 3, 0, "poisson_gaussian", 1.0, 0.5, 4), ROWS[0]])
     assert chain.head(connection, "charges")[0] == 4
     connection.close()
 
@@ -109,6 +108,12 @@ class TestWhatIsNoLedger:
     def test_cut_off(self, path, readonly, share):
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
         self.refused(path, readonly, "not a ledger|damaged")
+
+    @pytest.mark.parametrize("pages", [1, 2, 5, 6])
+    def test_cut_off_between_pages(self, path, readonly, pages):
+        assert path.stat().st_size == 7 * 4096
+        path.write_bytes(path.read_bytes()[: pages * 4096])
+        self.refused(path, readonly, "damaged")
 
     @pytest.mark.parametrize("page", [1, 2, 3, 4])
     def test_overwritten(self, path, readonly, page):
@@ -201,6 +206,6 @@ def test_a_charge_that_is_none_is_named(path):
     connection = sqlite3.connect(path)
     connection.execute("DROP TRIGGER charges_update")
     connection.execute("UPDATE charges SET sample_rate = 2 WHERE client = 1")
-    with pytest.raises(LedgerError, match=r"client 1 .* sample_rate=2.0"):
+    with pytest.raises(LedgerError, match=r"client 1 .*sample_rate=2\.0"):
         list(storage.read_histories(connection))
     connection.close()

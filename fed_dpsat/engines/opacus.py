@@ -1,0 +1,51 @@
+"""The hooks of Opacus behind the interface of the engines: slow, familiar, a cross-check."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from torch import Tensor
+
+from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.engines.finite import finite_factors, keep, squared_norm_rows
+from fed_dpsat.engines.loss import LossFn, ModelLoss
+from fed_dpsat.errors import SettingError
+from fed_dpsat.params import Params
+
+
+def opacus_sum(
+    loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, clipping: ClippingRule, mode: str = "hooks"
+) -> tuple[Params, int]:
+    """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite.
+
+    ``mode`` is that of Opacus' ``GradSampleModule``: ``hooks``, ``ew`` or ``functorch``. Raises ``SettingError``
+    for a loss that is not a ``ModelLoss``.
+    """
+    if not isinstance(loss_fn, ModelLoss):
+        raise SettingError("engine", "opacus", "for a loss other than ModelLoss", "use 'auto' or 'vmap'")
+    rows = per_example(loss_fn, params, inputs, targets, mode)
+    factors, finite, num_nonfinite = finite_factors({n: squared_norm_rows(g) for n, g in rows.items()}, clipping)
+    total = {name: (factors[name].to(g) @ keep(g, finite).flatten(1)).view(g.shape[1:]) for name, g in rows.items()}
+    return total, num_nonfinite
+
+
+def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, mode: str) -> Params:
+    """Per-example gradients ``[B, *shape]`` by parameter; zeros where Opacus found none."""
+    from opacus.grad_sample.utils import wrap_model  # type: ignore[import-untyped]  # seconds: imported when needed
+
+    module = copy.deepcopy(loss_fn.module)
+    for name, p in module.named_parameters(remove_duplicate=False):
+        p.requires_grad_(name in params)
+        if name in params:
+            p.data = params[name].detach().clone()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        wrapped = wrap_model(module, grad_sample_mode=mode, loss_reduction="sum")
+        loss_fn.criterion(wrapped(inputs), targets).sum().backward()
+    named = dict(module.named_parameters())
+    rows = {}
+    for name, p in params.items():
+        sample = getattr(named[name], "grad_sample", None)
+        rows[name] = p.new_zeros(len(inputs), *p.shape) if sample is None else sample.detach()
+    return rows

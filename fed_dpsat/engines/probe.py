@@ -1,0 +1,81 @@
+"""Whether a module is one that the planned engine is right for: asked once, with made-up examples.
+
+Three things are looked at, on two and three examples: every layer's input starts with the batch dimension, the
+gradient of one example's loss stays in that example's place, and one example's loss does not feel the others.
+What is asked depends on shapes and parameters only, never on data, so every process comes to the same answer.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from fed_dpsat.engines.capture import Capture, Tape
+from fed_dpsat.engines.contribution import Unplanned
+from fed_dpsat.engines.loss import ModelLoss
+from fed_dpsat.engines.routes import ROUTES
+from fed_dpsat.params import Params
+
+Key = tuple[object, ...]
+
+_answers: weakref.WeakKeyDictionary[nn.Module, dict[Key, str]] = weakref.WeakKeyDictionary()
+
+
+def refusal(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> str:
+    """Why not, or nothing."""
+    answers = _answers.setdefault(loss_fn.module, {})
+    training = tuple(m.training for m in loss_fn.module.modules())
+    batches = tuple((t.shape[1:], t.dtype, t.device) for t in (inputs, targets))
+    key = (*batches, tuple(params), training, loss_fn.criterion)
+    if key not in answers:
+        answers[key] = _ask(loss_fn, params, inputs, targets)
+    return answers[key]
+
+
+def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> str:
+    devices = [inputs.device] if inputs.is_cuda else []
+    try:
+        for batch in (2, 3):
+            with torch.random.fork_rng(devices=devices):
+                _probe(loss_fn, params, _made_up(inputs, batch, 0), _made_up(targets, batch, 0) * 0)
+    except Unplanned as reason:
+        return str(reason)
+    except Exception as error:  # whatever a module or a criterion says about made-up examples
+        return f"{type(error).__name__} on made-up examples: {str(error).splitlines()[0] if str(error) else ''}"
+    return ""
+
+
+def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> None:
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    tape = Tape(keep_calls=True)
+    with torch.enable_grad():
+        torch.manual_seed(0)
+        capture = Capture(tape, ROUTES, len(inputs))
+        with capture:
+            losses = loss_fn(leaves, inputs, targets)
+        if losses.shape != (len(inputs),):
+            raise Unplanned(f"losses of shape {tuple(losses.shape)} for {len(inputs)} examples")
+        if not losses.requires_grad:
+            return
+        torch.autograd.grad(losses[1], [capture.anchor, *leaves.values()], allow_unused=True)
+        for grad in tape.gradients:
+            if bool(grad[[i for i in range(len(inputs)) if i != 1]].any()):
+                raise Unplanned("examples mix, or the batch is not the first dimension everywhere")
+        others = _made_up(inputs, len(inputs), 1)
+        others[1] = inputs[1]
+        torch.manual_seed(0)
+        with Capture(Tape(), ROUTES, len(inputs)):
+            again = loss_fn(leaves, others, targets)
+    if not torch.allclose(losses[1], again[1], rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise Unplanned("the loss of one example depends on the others")
+
+
+def _made_up(like: Tensor, batch: int, seed: int) -> Tensor:
+    """``[batch, *like.shape[1:]]``: small numbers, or zeros where only whole numbers fit."""
+    shape = batch, *like.shape[1:]
+    if not like.is_floating_point():
+        return like.new_zeros(shape)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(like)
