@@ -1,10 +1,11 @@
-"""``fed-dpsat``: run, list, calibrate."""
+"""``fed-dpsat``: run, list, calibrate, ledger."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -88,37 +91,81 @@ def list_plugins(as_json: AsJson = False) -> None:
 @app.command()
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
-    from fed_dpsat.experiment import resolve_noise_multiplier
-    from fed_dpsat.privacy.calibration import epsilon_table
+    from fed_dpsat.plans import make_plans
+    from fed_dpsat.privacy import epsilon_table
 
     with _clear_errors():
         settings = RunConfig.load(config, overrides or ())
         if not settings.private:
             raise SettingError("private", False, "true", "a run without noise has no noise multiplier to find")
-        noise = resolve_noise_multiplier(settings)
+        events = sorted({plan.event for plan in make_plans(settings)}, key=lambda event: event.noise_multiplier)
         most = settings.rounds_per_client
         rounds = sorted({max(1, round(most * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
-        rows = epsilon_table(noise, settings.sample_rate, settings.local_steps, rounds, settings.delta)
-    if as_json:
-        schedule = {key: getattr(settings, key) for key in ("sample_rate", "local_steps", "delta", "target_epsilon")}
-        return _print_json(
+        schedules: list[dict[str, Any]] = [
             {
-                "noise_multiplier": noise,
-                "rounds_per_client": most,
-                **schedule,
-                "table": [dataclasses.asdict(row) for row in rows],
+                "noise_multiplier": event.noise_multiplier,
+                "sample_rate": event.sample_rate,
+                "local_steps": event.steps,
+                "delta": settings.delta,
+                "table": epsilon_table(event.noise_multiplier, event.sample_rate, event.steps, rounds, settings.delta),
             }
+            for event in events
+        ]
+    if as_json:
+        for schedule in schedules:
+            schedule["table"] = [dataclasses.asdict(row) for row in schedule["table"]]
+        return _print_json({**schedules[0], "schedules": schedules} if len(schedules) > 1 else schedules[0])
+    for schedule in schedules:
+        table = Table(
+            "rounds",
+            "epsilon (PLD)",
+            "epsilon (RDP)",
+            title=f"noise_multiplier = {schedule['noise_multiplier']:.4f} at sample rate {schedule['sample_rate']:g}, "
+            f"{schedule['local_steps']} local steps, delta {schedule['delta']:g}",
+            caption="one client, against a server that sees its updates",
         )
-    out_console.print(
-        f"noise_multiplier = {noise:.4f}  (sample_rate {settings.sample_rate:g}, "
-        f"{settings.local_steps} local steps, {most} rounds per client, delta {settings.delta:g})"
-    )
+        for row in schedule["table"]:
+            table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", f"{row.epsilon_rdp:.3f}")
+        out_console.print(table)
+    return None
+
+
+@app.command()
+def ledger(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    delta: Annotated[float | None, typer.Option(help="Default: that of the run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
+    from fed_dpsat.statement import read_statement
+
+    with _clear_errors():
+        statement = read_statement(run, delta)
+    if as_json:
+        return _print_json(statement.as_dict())
     table = Table(
-        "rounds", "epsilon (PLD)", "epsilon (RDP)", title="One client, against a server that sees its updates"
-    )
-    for row in rows:
-        table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", f"{row.epsilon_rdp:.3f}")
+        "client", "rounds", "steps", "noise", "PLD", "RDP", "budget", "left", "state",
+        title=f"Epsilon at delta {statement.delta:g}, against a server that sees every update", box=SIMPLE_HEAD,
+    )  # fmt: skip
+    for row in statement.clients:
+        table.add_row(
+            str(row.client),
+            str(row.rounds),
+            str(row.steps),
+            ", ".join(f"{noise:.4g}" for noise in row.noise_multipliers),
+            f"{row.epsilon:.4f}",
+            f"{row.epsilon_rdp:.4f}",
+            "none" if math.isinf(row.budget) else f"{row.budget:g}",
+            "" if math.isinf(row.budget) else f"{row.budget - row.epsilon:.4f}",
+            row.state,
+        )
     out_console.print(table)
+    out_console.print(
+        f"Federation: epsilon {statement.epsilon:.4f} (PLD), {statement.epsilon_rdp:.4f} (RDP) at delta "
+        f"{statement.delta:g}, the maximum over clients.\nIntegrity: {statement.charges} charges, chain unbroken, "
+        f"head {statement.sha256[:16]}.",
+        highlight=False,
+    )
     return None
 
 
@@ -136,24 +183,18 @@ def _simulate(settings: RunConfig, folder: Path, *, quiet: bool) -> dict[str, An
     with Progress(*columns, console=err_console, disable=quiet or not err_console.is_terminal) as progress:
         task = progress.add_task("preparing", total=settings.num_rounds)
 
+        quality = ""
+
         def show(record: dict[str, Any]) -> None:
-            line = _round_line(record)
+            nonlocal quality
+            if record["test_accuracy"] is not None:
+                quality = f"accuracy {record['test_accuracy']:.1%}  loss {record['test_loss']:.3f}  "
+            line = f"{quality}epsilon {record['epsilon']:.2f}"
             progress.update(task, completed=record["round"], description=line)
             if not quiet and progress.disable:
                 err_console.print(f"round {record['round']}/{settings.num_rounds}  {line}")
-            for client, reason in record["dropped"].items():
-                err_console.print(f"round {record['round']}: client {client} dropped: {reason}", markup=False)
 
         return simulate(settings, folder, on_round=show)
-
-
-def _round_line(record: dict[str, Any]) -> str:
-    quality = (
-        ""
-        if record["test_accuracy"] is None
-        else (f"accuracy {record['test_accuracy']:.1%}  loss {record['test_loss']:.3f}  ")
-    )
-    return f"{quality}epsilon {record['epsilon']:.2f}"
 
 
 def _summary_table(result: dict[str, Any]) -> Table:
@@ -187,7 +228,8 @@ def _clear_errors() -> Iterator[None]:
     from flwr.common.logger import FLOWER_LOGGER
 
     FLOWER_LOGGER.setLevel(logging.ERROR)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = RichHandler(console=err_console, show_time=False, show_path=False, show_level=False)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     try:
         yield
     except InputError as error:

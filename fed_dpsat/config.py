@@ -72,6 +72,11 @@ class RunConfig:
         choices=get_args(AscentMemory),
     )
     local_steps: int = _setting(1, "number of private steps a client takes per round", least=1)
+    local_epochs: int = _setting(
+        0,
+        "number of passes over its data a client takes per round, instead of local_steps; 0 is for local_steps",
+        least=0,
+    )
     sample_rate: float = _setting(0.5, "chance of each example to be in a Poisson batch", above=0, most=1)
     physical_batch_size: int = _setting(128, "number of per-example gradients in memory at a time", least=1)
     engine: str = _setting("vmap", "way per-example gradients are computed: vmap", choices=("vmap",))
@@ -84,6 +89,15 @@ class RunConfig:
     target_epsilon: float = _setting(
         0.0, "epsilon of the whole run, noise is calibrated to it; 0 is for noise_multiplier", least=0
     )
+    budget_mode: str = _setting(
+        "calibrate",
+        "way target_epsilon is kept: calibrate finds noise for the schedule, retire takes noise_multiplier and stops "
+        "asking a client whose next round would exceed it",
+        choices=("calibrate", "retire"),
+    )
+    client_table: str = _setting(
+        "", "CSV file of clients that differ: client, target_epsilon, sample_rate, first_round"
+    )
     delta: float = _setting(1e-5, "delta of the guarantee", above=0, most=1)
     accountant: str = _setting("pld", "accountant of the epsilon that is reported: pld, rdp", choices=("pld", "rdp"))
 
@@ -94,6 +108,7 @@ class RunConfig:
     max_rounds_per_client: int = _setting(
         0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
     )
+    min_clients: int = _setting(1, "number of clients a round needs; with fewer left in budget the run ends", least=1)
     join_timeout: float = _setting(60.0, "time in seconds until all clients must have joined", above=0)
     reply_timeout: float = _setting(3600.0, "time in seconds to wait for the replies of a round", above=0)
 
@@ -123,18 +138,23 @@ class RunConfig:
             fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
         if self.momentum >= 1:
             fail("momentum", "in [0, 1)", "0.9 is usual")
-        if self.private and self.noise_multiplier > 0 and self.target_epsilon > 0:
-            fail(
-                "noise_multiplier",
-                f"usable together with target_epsilon={self.target_epsilon}",
-                "keep one and set the other to 0",
-            )
-        if self.private and self.noise_multiplier == 0 and self.target_epsilon == 0:
-            fail(
-                "target_epsilon",
-                "enough to be private while noise_multiplier=0",
-                "set one of the two above 0, or private=false",
-            )
+        if self.private and self.budget_mode == "retire" and self.noise_multiplier == 0:
+            fail("noise_multiplier", "enough for budget_mode='retire'", "that mode spends budgets at a noise you set")
+        if self.private and self.budget_mode == "calibrate":
+            if self.noise_multiplier > 0 and self.target_epsilon > 0:
+                fail(
+                    "noise_multiplier",
+                    f"usable together with target_epsilon={self.target_epsilon}",
+                    "keep one and set the other to 0, or budget_mode=retire to spend a budget at a noise you set",
+                )
+            if self.noise_multiplier == 0 and self.target_epsilon == 0:
+                fail(
+                    "target_epsilon",
+                    "enough to be private while noise_multiplier=0",
+                    "set one of the two above 0, or private=false",
+                )
+        if self.min_clients > self.cohort_size:
+            fail("min_clients", f"at most the {self.cohort_size} clients of a round", "lower it")
         if not self.private and (self.noise_multiplier > 0 or self.target_epsilon > 0):
             fail(
                 "private",
@@ -165,12 +185,12 @@ class RunConfig:
     @property
     def total_steps(self) -> int:
         """Local steps from the first round to the last: what learning rate schedules span."""
-        return self.num_rounds * self.local_steps
+        return self.num_rounds * self.steps_per_round
 
     @property
-    def steps_per_client(self) -> int:
-        """The largest number of private steps that one client can take: what noise is calibrated to."""
-        return self.rounds_per_client * self.local_steps
+    def steps_per_round(self) -> int:
+        """``local_steps``, or the steps in which each example is expected to be seen ``local_epochs`` times."""
+        return math.ceil(self.local_epochs / self.sample_rate) if self.local_epochs else self.local_steps
 
     def settings(self) -> dict[str, Scalar]:
         """Every setting as it stands, in order: a Flower run config, or the body of a TOML file."""
@@ -186,7 +206,11 @@ class RunConfig:
     def with_absolute_paths(self) -> RunConfig:
         """Paths resolved against the working directory, for code that runs elsewhere."""
         return dataclasses.replace(
-            self, data_path=_absolute(self.data_path), cache_dir=_absolute(self.cache_dir), out=_absolute(self.out)
+            self,
+            data_path=_absolute(self.data_path),
+            cache_dir=_absolute(self.cache_dir),
+            out=_absolute(self.out),
+            client_table=_absolute(self.client_table),
         )
 
     @classmethod

@@ -20,19 +20,28 @@ from fed_dpsat.noise import derive_seed
 from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State, set_clock
 from fed_dpsat.params import Params
 from fed_dpsat.per_example import ModelLoss
-from fed_dpsat.privacy.calibration import noise_multiplier_for
-from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.plans import read_table
+from fed_dpsat.privacy import PrivacyEvent
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.training import LocalResult, Streams, train_locally
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the server asks of a client in one round; everything else it knows from the configuration."""
+    """What the server asks of a client in one round, and so what the round costs it."""
 
     round: int
     noise_multiplier: float
+    sample_rate: float
+    local_steps: int
     attempt: int = 0
+
+    @property
+    def event(self) -> PrivacyEvent:
+        """What doing it costs."""
+        return PrivacyEvent(
+            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.local_steps
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,7 @@ class Experiment:
     loss_fn: ModelLoss
     optimizer: PrivateOptimizer
     clipping: ClippingRule
+    budgets: Sequence[float]
     named: bool = True
 
     @classmethod
@@ -96,32 +106,20 @@ class Experiment:
             loss_fn=ModelLoss(model),
             optimizer=optimizer,
             clipping=clipping,
+            budgets=[row.target_epsilon for row in read_table(config)],
             named=named,
         )
 
-    def sampler(self, client: int) -> PoissonSampler:
-        """The batches of ``client``; its number of examples is declared public."""
-        return PoissonSampler(num_examples=len(self.partitions[client]), sample_rate=self.config.sample_rate)
-
-    def event(self, noise_multiplier: float) -> PrivacyEvent:
-        """What one round costs a client that takes part in it."""
-        return PrivacyEvent(
-            noise_multiplier=noise_multiplier,
-            sample_rate=self.config.sample_rate,
-            steps=self.config.local_steps,
-        )
-
     def client_round(
-        self,
-        client: int,
-        task: Task,
-        params: Params,
-        state: State | None,
-        server_ascent: Params | None = None,
+        self, client: int, task: Task, params: Params, state: State | None, server_ascent: Params | None = None
     ) -> LocalResult:
-        """One round of ``client`` from the global ``params``; ``state`` is what it kept from its last one."""
-        config, sampler = self.config, self.sampler(client)
+        """One round of ``client`` from the global ``params``; ``state`` is what it kept from its last one.
+
+        Raises ``SettingError`` for a task that no mechanism or sampler accepts.
+        """
+        config = self.config
         indices = torch.from_numpy(self.partitions[client])
+        sampler = PoissonSampler(num_examples=len(indices), sample_rate=task.sample_rate)
         state = self.optimizer.init(params) if state is None else dict(state)
         if config.ascent_memory != "client":
             state.pop(ASCENT, None)
@@ -137,21 +135,12 @@ class Experiment:
             lambda batch: self.dataset.train.batch(indices[batch]),
             loss_fn=self.loss_fn,
             optimizer=self.optimizer,
-            state=set_clock(state, (task.round - 1) * config.local_steps),
+            state=set_clock(state, (task.round - 1) * config.steps_per_round),
             sampler=sampler,
             clipping=self.clipping,
             mechanism=mechanism,
-            local_steps=config.local_steps,
+            local_steps=task.local_steps,
             streams=Streams(seed=config.seed, client=client, round=task.round, attempt=task.attempt),
             engine=config.engine,
             physical_batch_size=config.physical_batch_size,
         )
-
-
-def resolve_noise_multiplier(config: RunConfig) -> float:
-    """The configured noise multiplier, or the one that spends ``target_epsilon`` over the whole schedule."""
-    if not config.target_epsilon:
-        return config.noise_multiplier
-    return noise_multiplier_for(
-        config.target_epsilon, config.delta, config.sample_rate, config.steps_per_client, config.accountant
-    )

@@ -52,6 +52,8 @@ def clipped_gradient_sum(
         raise SettingError("physical_batch_size", physical_batch_size, "at least 1", "128 suits most CPUs")
     clipped_sum, num_nonfinite = zeros_like(params), 0
     inputs, targets = batch
+    if len(inputs) != len(targets):
+        raise ValueError(f"batch of {len(inputs)} inputs and {len(targets)} targets: their sizes differ")
     for x, y in zip(torch.split(inputs, physical_batch_size), torch.split(targets, physical_batch_size), strict=True):
         if len(x):
             chunk, nonfinite = ENGINES[engine](loss_fn, params, x, y, clipping)

@@ -80,6 +80,11 @@ class RunFolder:
         torch.save({"round": round, "params": params}, temporary)
         os.replace(temporary, self.checkpoint_path)
 
+    def load_model(self) -> Params:
+        """The model that was saved last."""
+        params: Params = torch.load(self.checkpoint_path, weights_only=True)["params"]
+        return params
+
     def close(self, summary: Mapping[str, Any]) -> None:
         """How it ended."""
         _write_atomically(self.path / "summary.json", _json(summary, indent=2) + "\n")

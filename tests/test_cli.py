@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -101,6 +102,29 @@ def test_calibrate_prints_noise_and_epsilon_against_rounds():
     assert 2.98 < found["table"][-1]["epsilon_pld"] <= 3
     assert found["table"][-1]["epsilon_rdp"] > found["table"][-1]["epsilon_pld"]
     assert f"{found['noise_multiplier']:.4f}" in invoke("calibrate", *arguments).output
+
+
+def test_ledger_prints_a_line_per_client_and_totals(tmp_path):
+    folder = tmp_path / "run"
+    invoke("run", "--out", folder, *FAST)
+    found = json.loads(invoke("ledger", folder, "--json").stdout)
+    assert found["clients"][0].keys() >= {"client", "rounds", "steps", "epsilon", "delta", "budget", "state"}
+    assert [row["rounds"] for row in found["clients"]] == [2] * 10
+    assert found["epsilon"] == json.loads((folder / "summary.json").read_text())["epsilon"]
+    shown = invoke("ledger", folder).output
+    assert "20 charges, chain unbroken" in shown
+
+
+def test_ledger_of_an_edited_file_is_an_error(tmp_path):
+    folder = tmp_path / "run"
+    invoke("run", "--out", folder, *FAST)
+    with sqlite3.connect(folder / "ledger.sqlite") as connection:
+        for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {name}")
+        connection.execute("UPDATE charges SET noise_multiplier = 100.0 WHERE client = 3")
+    result = invoke("ledger", folder)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
 
 
 def test_help_names_every_setting():

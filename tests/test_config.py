@@ -51,6 +51,8 @@ def test_every_setting_says_what_it_is():
         ("noise_multiplier=-1", ["noise_multiplier=-1", "at least 0"]),
         ("noise_multiplier=nan", ["noise_multiplier=nan"]),
         ("noise_multiplier=1.0", ["noise_multiplier=1.0", "target_epsilon=3.0", "set the other to 0"]),
+        ("budget_mode=retire", ["noise_multiplier=0.0", "budget_mode='retire'"]),
+        ("min_clients=11", ["min_clients=11", "10 clients of a round"]),
         ("target_epsilon=0", ["target_epsilon=0.0", "noise_multiplier=0", "private=false"]),
         ("private=false", ["private=False", "target_epsilon=3.0"]),
         ("clip_norm=inf", ["clip_norm=inf", "finite"]),
@@ -81,13 +83,18 @@ def test_a_broken_or_missing_file_is_named(tmp_path):
         RunConfig.load(tmp_path / "broken.toml")
 
 
-def test_noise_is_calibrated_to_the_most_steps_one_client_can_take():
+def test_the_most_rounds_one_client_can_take_part_in():
     config = RunConfig(**GOOD, num_rounds=100, local_steps=4)
-    assert config.steps_per_client == 400
+    assert config.rounds_per_client == 100
     sometimes = dataclasses.replace(config, clients_per_round=2)
-    assert sometimes.steps_per_client == 400  # chance may pick one client every time
-    capped = dataclasses.replace(sometimes, max_rounds_per_client=25)
-    assert capped.steps_per_client == 100
+    assert sometimes.rounds_per_client == 100  # chance may pick one client every time
+    assert dataclasses.replace(sometimes, max_rounds_per_client=25).rounds_per_client == 25
+
+
+def test_passes_over_the_data_are_steps():
+    config = RunConfig(**GOOD, local_epochs=2, sample_rate=0.3, num_rounds=10)
+    assert config.steps_per_round == 7  # 2 / 0.3, rounded up
+    assert config.total_steps == 70
 
 
 def test_paths_become_absolute(tmp_path, monkeypatch):

@@ -12,13 +12,13 @@ from torch import nn
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.errors import SettingError
-from fed_dpsat.experiment import Experiment, Task, resolve_noise_multiplier
+from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.optimizers.base import ASCENT, CLOCK
 from fed_dpsat.params import trainable
-from fed_dpsat.privacy import epsilon
+from fed_dpsat.plans import make_plans
 
 CONFIG = RunConfig(noise_multiplier=1.0, num_clients=4, local_steps=2, num_rounds=3, momentum=0.5)
-TASK = Task(round=1, noise_multiplier=1.0)
+TASK = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_round_is_a_function_of_seed_client_and_round(experiment, params):
 
 
 def test_the_event_is_the_one_that_the_server_charges(experiment, params):
-    assert experiment.client_round(0, TASK, params, None).event == experiment.event(1.0)
+    assert experiment.client_round(0, TASK, params, None).event == TASK.event == make_plans(CONFIG)[0].event
 
 
 def test_momentum_and_ascent_stay_with_the_client(experiment, params):
@@ -131,21 +131,13 @@ def test_objects_stand_in_for_names():
 
 
 def test_a_client_with_one_example_trains():
-    config = RunConfig(noise_multiplier=1.0, num_clients=3, sample_rate=0.5, local_steps=5)
-    experiment = Experiment.build(config, dataset=tiny([0, 1, 0]))
-    assert experiment.sampler(0).num_examples == 1
-    result = experiment.client_round(0, TASK, trainable(experiment.loss_fn.module), None)
+    experiment = Experiment.build(RunConfig(noise_multiplier=1.0, num_clients=3), dataset=tiny([0, 1, 0]))
+    assert [len(indices) for indices in experiment.partitions] == [1, 1, 1]
+    task = dataclasses.replace(TASK, local_steps=5)
+    result = experiment.client_round(0, task, trainable(experiment.loss_fn.module), None)
     assert all(torch.isfinite(p).all() for p in result.params.values())
 
 
 def test_more_clients_than_examples_is_refused():
     with pytest.raises(SettingError, match="num_clients=4 is not at most 3"):
         Experiment.build(RunConfig(noise_multiplier=1.0, num_clients=4), dataset=tiny([0, 1, 0]))
-
-
-def test_noise_is_calibrated_to_the_whole_schedule():
-    config = RunConfig(target_epsilon=2.0, delta=1e-4, num_rounds=5, local_steps=2, sample_rate=0.1)
-    experiment = Experiment.build(config)
-    event = experiment.event(resolve_noise_multiplier(config))
-    spent = epsilon([event] * 5, config.delta)
-    assert 1.99 < spent <= 2.0

@@ -97,22 +97,52 @@ def engine(request):
     return request.param
 
 
-@pytest.fixture
-def two_params():
-    """Two parameters of two and one coordinates; ``input_gradient`` takes examples of three."""
-    return {"a": torch.zeros(2), "b": torch.zeros(1)}
+class Dot(nn.Module):
+    """``a . x[:, :2] + b . x[:, 2:]`` at zero: the gradient of an example over both parameters is the example."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False)
+        for p in self.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, x):
+        return self.a(x[:, :2]) + self.b(x[:, 2:])
+
+
+def output(outputs, targets):
+    """A criterion: the one output is the loss."""
+    return outputs[:, 0]
+
+
+def dot_sum(inputs, clipping, **settings):
+    """Sum of the clipped ``inputs[B, 3]`` as a tensor ``[3]``, and how many were not finite."""
+    module = Dot()
+    total, nonfinite = clipped_gradient_sum(
+        ModelLoss(module, criterion=output), trainable(module), no_targets(inputs), clipping, **settings
+    )
+    return flat(total), nonfinite
 
 
 def no_targets(inputs):
     return inputs, torch.zeros(len(inputs))
 
 
-def test_by_hand(engine, input_gradient, two_params):
+def test_by_hand(engine):
     """Examples of norm 5 and 0.5 over both parameters, clipped at 1."""
-    batch = no_targets(torch.tensor([[3.0, 0.0, 4.0], [0.3, 0.0, 0.4]]))
-    total, nonfinite = clipped_gradient_sum(input_gradient, two_params, batch, FlatClipping(clip_norm=1), engine=engine)
-    torch.testing.assert_close(total, {"a": torch.tensor([0.9, 0.0]), "b": torch.tensor([1.2])})
+    examples = torch.tensor([[3.0, 0.0, 4.0], [0.3, 0.0, 0.4]])
+    total, nonfinite = dot_sum(examples, FlatClipping(clip_norm=1), engine=engine)
+    torch.testing.assert_close(total, torch.tensor([0.9, 0.0, 1.2]))
     assert nonfinite == 0
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+def test_a_loss_may_be_any_function(engine, input_gradient):
+    params, examples = {"a": torch.zeros(2), "b": torch.zeros(1)}, torch.tensor([[3.0, 0.0, 4.0], [0.3, 0.0, 0.4]])
+    total, _ = clipped_gradient_sum(
+        input_gradient, params, no_targets(examples), FlatClipping(clip_norm=1), engine=engine
+    )
+    torch.testing.assert_close(total, {"a": torch.tensor([0.9, 0.0]), "b": torch.tensor([1.2])})
 
 
 @pytest.mark.parametrize("name", MODELS | ONLY_LOOP)
@@ -155,20 +185,14 @@ def test_the_empty_batch_is_zero(engine, name, physical, same_bits):
 @pytest.mark.parametrize("physical", [1, 2, 128])
 @pytest.mark.parametrize("clip_norm", [1.0, math.inf])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_counts_and_adds_nothing(engine, bad, clip_norm, physical, input_gradient, two_params):
-    inputs = torch.tensor([[3.0, 0.0, 4.0], [0.0, bad, 0.0], [0.0, 0.3, 0.4], [1.0, 1.0, bad]])
-    clipping = FlatClipping(clip_norm=clip_norm)
-
-    def sum_of(rows):
-        return clipped_gradient_sum(
-            input_gradient, two_params, no_targets(rows), clipping, engine=engine, physical_batch_size=physical
-        )
-
-    total, nonfinite = sum_of(inputs)
-    torch.testing.assert_close(total, sum_of(inputs[[0, 2]])[0])
+def test_what_is_not_finite_counts_and_adds_nothing(engine, bad, clip_norm, physical):
+    examples = torch.tensor([[3.0, 0.0, 4.0], [0.0, bad, 0.0], [0.0, 0.3, 0.4], [1.0, 1.0, bad]])
+    settings = {"clipping": FlatClipping(clip_norm=clip_norm), "engine": engine, "physical_batch_size": physical}
+    total, nonfinite = dot_sum(examples, **settings)
+    torch.testing.assert_close(total, dot_sum(examples[[0, 2]], **settings)[0])
     assert nonfinite == 2
-    nothing, nonfinite = sum_of(inputs[[1, 3]])
-    assert flat(nothing).tolist() == [0, 0, 0]
+    nothing, nonfinite = dot_sum(examples[[1, 3]], **settings)
+    assert nothing.tolist() == [0, 0, 0]
     assert nonfinite == 2
 
 
@@ -187,56 +211,68 @@ def test_a_bad_example_does_not_spread_through_a_network(engine, name, bad):
 
 def test_a_gradient_that_overflows_adds_nothing(engine):
     """d/dw exp(w x) is 2 exp(2) at x = 2 and more than float32 holds at x = 100."""
-
-    def exponential(params, inputs, targets):
-        return torch.exp(inputs[:, 0] * params["w"])
-
+    loss = ModelLoss(nn.Linear(1, 1, bias=False), criterion=lambda outputs, targets: outputs[:, 0].exp())
     batch = no_targets(torch.tensor([[100.0], [2.0]]))
-    total, nonfinite = clipped_gradient_sum(exponential, {"w": torch.ones(1)}, batch, UNCLIPPED, engine=engine)
-    torch.testing.assert_close(total["w"], torch.tensor([2 * math.exp(2)]))
+    total, nonfinite = clipped_gradient_sum(loss, {"weight": torch.ones(1, 1)}, batch, UNCLIPPED, engine=engine)
+    torch.testing.assert_close(total["weight"].item(), 2 * math.exp(2))
     assert nonfinite == 1
 
 
 @pytest.mark.parametrize("huge", [1e18, 1e20, 1e30, 3e38])
-def test_a_norm_whose_square_overflows_is_clipped_or_counted(engine, huge, input_gradient, two_params):
-    batch = no_targets(torch.tensor([[0.0, huge, huge], [0.3, 0.0, 0.4]]))
-    total, nonfinite = clipped_gradient_sum(input_gradient, two_params, batch, FlatClipping(clip_norm=1), engine=engine)
-    added = flat(total) - batch[0][1]
-    assert float(added.norm()) == pytest.approx(0 if nonfinite else 1, abs=1e-6)
+def test_a_norm_whose_square_overflows_is_clipped_or_counted(engine, huge):
+    examples = torch.tensor([[0.0, huge, huge], [0.3, 0.0, 0.4]])
+    total, nonfinite = dot_sum(examples, FlatClipping(clip_norm=1), engine=engine)
+    assert float((total - examples[1]).norm()) == pytest.approx(0 if nonfinite else 1, abs=1e-6)
 
 
-@given(example=st.lists(FLOATS, min_size=3, max_size=3), clip_norm=st.floats(1e-4, 1e4))
 @pytest.mark.parametrize("engine", ENGINES)
+@given(example=st.lists(FLOATS, min_size=3, max_size=3), clip_norm=st.floats(1e-4, 1e4))
 def test_no_example_adds_more_than_the_bound(engine, example, clip_norm):
     """Gradients from 0 to 1e16 times the bound, in two parameters."""
-    inputs = torch.tensor([example])
-
-    def loss(params, x, y):
-        return x @ torch.cat([params["a"], params["b"]])
-
-    params = {"a": torch.zeros(2), "b": torch.zeros(1)}
-    total, _ = clipped_gradient_sum(loss, params, no_targets(inputs), FlatClipping(clip_norm=clip_norm), engine=engine)
-    norm = float(flat(total).double().norm())
+    total, _ = dot_sum(torch.tensor([example]), FlatClipping(clip_norm=clip_norm), engine=engine)
+    norm = float(total.double().norm())
     assert norm <= clip_norm * (1 + 1e-6)
-    assert norm == pytest.approx(min(float(inputs.double().norm()), clip_norm), rel=1e-5, abs=1e-15)
+    assert norm == pytest.approx(min(math.hypot(*example), clip_norm), rel=1e-5, abs=1e-15)
 
 
 @pytest.mark.parametrize("size", [10**4, 3 * 10**6])
 def test_the_bound_holds_for_many_coordinates(engine, size):
     """A norm summed up in float32 comes out up to 0.4 % too small, and the clipped gradient too long."""
-
-    def loss(params, x, y):
-        return x @ params["w"]
-
+    module = nn.Linear(size, 1, bias=False)
+    loss, params, clipping = ModelLoss(module, criterion=output), trainable(module), FlatClipping(clip_norm=1)
     for value in (0.1, 1 / 3, 0.7):
-        total, _ = clipped_gradient_sum(
-            loss,
-            {"w": torch.zeros(size)},
-            no_targets(torch.full((1, size), value)),
-            FlatClipping(clip_norm=1),
-            engine=engine,
-        )
-        assert float(total["w"].double().norm()) <= 1 + 1e-6
+        example = no_targets(torch.full((1, size), value))
+        total, _ = clipped_gradient_sum(loss, params, example, clipping, engine=engine)
+        assert float(flat(total).double().norm()) <= 1 + 1e-6
+
+
+class Difference(nn.Module):
+    """Logits are ``layer`` at the first position minus ``layer`` at the last; positions come second."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        out = self.layer(x)
+        out = out if out.ndim == 3 else out.flatten(2).transpose(1, 2)
+        return out[:, 0] - out[:, -1]
+
+
+@pytest.mark.parametrize(("offset", "contrast"), [(0, 1), (100, 0.1), (1000, 1), (1000, 0.1)])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(64, 64, bias=False), (4, 64)), (nn.Conv2d(32, 32, 3, bias=False), (32, 4, 4))],
+    ids=["linear", "convolution"],
+)
+def test_the_bound_holds_where_a_gradient_cancels(engine, layer, shape, offset, contrast):
+    """Two almost equal positions: a norm that is a difference of large numbers may come out as zero."""
+    torch.manual_seed(0)
+    module, inputs = Difference(layer), offset + contrast * torch.randn(8, *shape)
+    loss, params, clipping = ModelLoss(module), trainable(module), FlatClipping(clip_norm=1e-3)
+    for x in inputs:
+        total, _ = clipped_gradient_sum(loss, params, (x[None], torch.tensor([1])), clipping, engine=engine)
+        assert float(flat(total).double().norm()) <= 1e-3 * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("name", ["linear", "residual"])
@@ -250,11 +286,9 @@ def test_leaving_one_example_out_changes_the_sum_by_at_most_the_bound(engine, na
         assert float((flat(whole) - flat(without)).norm()) == pytest.approx(1e-3, rel=1e-6)
 
 
-def test_a_zero_gradient_stays_zero(engine, input_gradient, two_params):
-    total, nonfinite = clipped_gradient_sum(
-        input_gradient, two_params, no_targets(torch.zeros(3, 3)), FlatClipping(clip_norm=1e-6), engine=engine
-    )
-    assert flat(total).tolist() == [0, 0, 0]
+def test_a_zero_gradient_stays_zero(engine):
+    total, nonfinite = dot_sum(torch.zeros(3, 3), FlatClipping(clip_norm=1e-6), engine=engine)
+    assert total.tolist() == [0, 0, 0]
     assert nonfinite == 0
 
 
@@ -285,49 +319,78 @@ def test_nothing_is_changed_in_place(engine, same_bits):
     assert torch.equal(inputs, batch[0])
 
 
-def test_a_parameter_that_is_one_number(engine):
-    def scaled(params, inputs, targets):
-        return params["scale"] * inputs[:, 0]
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
 
-    batch = no_targets(torch.tensor([[3.0], [0.25]]))
-    params = {"scale": torch.tensor(1.0)}
-    total, _ = clipped_gradient_sum(scaled, params, batch, FlatClipping(clip_norm=1), engine=engine)
+    def forward(self, x):
+        return self.scale * x
+
+
+def test_a_parameter_that_is_one_number(engine):
+    """Gradients 3 and 0.25, clipped at 1."""
+    module, batch = Scale(), no_targets(torch.tensor([[3.0], [0.25]]))
+    loss, clipping = ModelLoss(module, criterion=output), FlatClipping(clip_norm=1)
+    total, _ = clipped_gradient_sum(loss, trainable(module), batch, clipping, engine=engine)
     torch.testing.assert_close(total, {"scale": torch.tensor(1.25)})
 
 
 def test_every_example_has_its_own_dropout(engine):
-    """Equal examples, a shared mask: the bias gradient of the sum would be 64 times that of one."""
+    """64 equal examples keep a half of each input, doubled; with one mask for all it would be none or all."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4))
     batch = torch.ones(64, 4), torch.zeros(64, dtype=torch.int64)
     total, _ = clipped_gradient_sum(ModelLoss(module), trainable(module), batch, UNCLIPPED, engine=engine)
     kept = total["1.weight"][0] / total["1.bias"][0]
-    assert len(set(kept.tolist())) > 1
+    assert all(0.5 < k < 1.5 for k in kept.tolist())
 
 
-def test_an_unknown_engine_lists_the_known_ones(input_gradient, two_params):
+def test_an_unknown_engine_lists_the_known_ones():
     with pytest.raises(SettingError, match=r"engine='gost' is not one of .*vmap.*; "):
-        clipped_gradient_sum(input_gradient, two_params, no_targets(torch.ones(1, 3)), UNCLIPPED, engine="gost")
+        dot_sum(torch.ones(1, 3), UNCLIPPED, engine="gost")
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_a_physical_batch_of_none_is_refused(size, input_gradient, two_params):
+def test_a_physical_batch_of_none_is_refused(size):
     with pytest.raises(SettingError, match=rf"physical_batch_size={size} is not at least 1; "):
-        clipped_gradient_sum(
-            input_gradient, two_params, no_targets(torch.ones(1, 3)), UNCLIPPED, physical_batch_size=size
-        )
+        dot_sum(torch.ones(1, 3), UNCLIPPED, physical_batch_size=size)
 
 
+@pytest.mark.parametrize("targets", [1, 2, 4, 128])
 @pytest.mark.parametrize("examples", [3, 129])
-def test_inputs_without_targets_are_refused(examples, engine):
-    params = {"w": torch.zeros(3)}
-    batch = torch.ones(examples, 3), torch.ones(examples - 1)
+def test_inputs_and_targets_of_different_lengths_are_refused(examples, targets, engine):
+    """Even one target, which would broadcast: a loss summed over the batch would be each example's."""
+    module = nn.Linear(3, 1)
+    loss = ModelLoss(module, criterion=lambda outputs, y: outputs[:, 0] * y)
+    batch = torch.ones(examples, 3), torch.ones(targets)
+    with pytest.raises(ValueError, match=rf"{targets}"):
+        clipped_gradient_sum(loss, trainable(module), batch, UNCLIPPED, engine=engine)
 
-    def loss(params, x, y):
-        return x @ params["w"] * y
 
-    with pytest.raises(ValueError, match=r"shorter|size"):
-        clipped_gradient_sum(loss, params, batch, UNCLIPPED, engine=engine)
+class Centred(nn.Module):
+    """Takes the mean of the batch off every example."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(x - x.mean(0))
+
+
+def test_a_module_of_ones_own_that_mixes_examples_is_refused_or_mapped_over(engine):
+    """Otherwise one example would move the gradients of all the others, each by up to twice the bound."""
+    torch.manual_seed(0)
+    module, inputs, targets = Centred(), torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    inputs[5] *= 100
+    try:
+        loss, params, clipping = ModelLoss(module), trainable(module), FlatClipping(clip_norm=0.1)
+        whole, _ = clipped_gradient_sum(loss, params, (inputs, targets), clipping, engine=engine)
+        without, _ = clipped_gradient_sum(loss, params, (inputs[:5], targets[:5]), clipping, engine=engine)
+    except ValueError:
+        return
+    assert float((flat(whole) - flat(without)).norm()) <= 0.1 * (1 + 1e-6)
 
 
 class OwnBatchNorm(nn.BatchNorm2d):

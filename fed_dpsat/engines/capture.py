@@ -46,7 +46,6 @@ class Tape:
     """Contributions in the order of the backward pass, with the tensor that each is to; ``calls`` forward."""
 
     calls: list[Call] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
     found: list[tuple[Tensor, Contribution, Call]] = field(default_factory=list)
     keep_calls: bool = False
     gradients: list[Tensor] = field(default_factory=list)
@@ -58,6 +57,7 @@ class Capture(TorchFunctionMode):
     def __init__(self, tape: Tape, plan: dict[Callable[..., Any], Callable[..., Call]], batch: int) -> None:
         super().__init__()
         self.tape, self.plan, self.batch = tape, plan, batch
+        self.sequence_first = False
         self.anchor = torch.zeros((), requires_grad=True)
 
     def __torch_function__(
@@ -65,19 +65,39 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Answer ``func`` by a layer where its weights lead to parameters; else call it."""
         kwargs = kwargs or {}
-        if func in COMPOSITE:
-            with self:
-                return COMPOSITE[func](*args, **kwargs)
+        if func is ATTENTION:
+            return self._attention(*args, **kwargs)
         if func not in self.plan or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         call = self.plan[func](*args, **kwargs)
         if not any(t is not None and t.requires_grad for t in (call.weight, call.bias)):
             return func(*args, **kwargs)
+        if self.sequence_first:
+            return self._sequence_first(call)
+        return self._answer(call)
+
+    def _answer(self, call: Call) -> Any:
         if call.x.ndim < 1 or call.x.shape[0] != self.batch:
             raise Unplanned(f"{call.name} of an input that does not start with the batch dimension")
         if self.tape.keep_calls:
             self.tape.calls.append(call)
         return _Planned.apply(self.tape, call, self.anchor, call.x)  # type: ignore[no-untyped-call]
+
+    def _attention(self, *args: Any, **kwargs: Any) -> Any:
+        before, self.sequence_first = self.sequence_first, True
+        try:
+            with self:
+                return UNCHECKED_ATTENTION(*args, **kwargs)
+        finally:
+            self.sequence_first = before
+
+    def _sequence_first(self, call: Call) -> Any:
+        """Inside of torch's attention: ``[T, B, D]``, or that with the first two dimensions in one."""
+        if call.name != "linear" or call.x.numel() % (self.batch * call.x.shape[-1]):
+            raise Unplanned(f"{call.name} in attention")
+        x = call.x.reshape(-1, self.batch, call.x.shape[-1]).transpose(0, 1)
+        out = self._answer(self.plan[torch.nn.functional.linear](x, call.weight, call.bias))
+        return out.transpose(0, 1).contiguous().view(*call.x.shape[:-1], out.shape[-1])
 
 
 class _Planned(torch.autograd.Function):
@@ -96,7 +116,7 @@ class _Planned(torch.autograd.Function):
         if ctx.tape.keep_calls:
             ctx.tape.gradients.append(grad)
         gradient, found = call.layer.backward(
-            grad, _detached(call.weight), ctx.saved_tensors, ctx.needs_input_grad[3], roles
+            grad, _detached(call.weight), tuple(t.detach() for t in ctx.saved_tensors), ctx.needs_input_grad[3], roles
         )
         for role, contribution in found.items():
             ctx.tape.found.append((tensors[role], contribution, call))
@@ -116,6 +136,5 @@ def _unchecked(function: Any) -> Callable[..., Any]:
     return unchecked
 
 
-COMPOSITE: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.nn.functional.multi_head_attention_forward: _unchecked(torch.nn.functional.multi_head_attention_forward)
-}
+ATTENTION = torch.nn.functional.multi_head_attention_forward
+UNCHECKED_ATTENTION = _unchecked(ATTENTION)

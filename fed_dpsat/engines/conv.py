@@ -1,12 +1,14 @@
-"""Convolutions in one, two and three dimensions: four exact ways to per-example gradients, channels last.
+"""Convolutions in one, two and three dimensions: five exact ways to per-example gradients, channels last.
 
 ============ =========================================================== =====================================
 strategy     how                                                         cheap for
 ============ =========================================================== =====================================
 ``product``  norms from Gram matrices of patches, then one ordinary      many channels, few positions
              weight gradient of weighted outputs
-``single``   the weight gradient of one image at a time                  few channels, many positions
-``rows``     batched product of outputs and patches                      1x1 kernels, few of both
+``lines``    batched product of outputs and patches, few images at a     few channels, many positions
+             time and one line of the kernel after another
+``rows``     batched product of outputs and patches                      three dimensions
+``single``   the weight gradient of one image at a time                  groups
 ``channels`` one depthwise weight gradient, examples side by side        depthwise, many channels, few positions
 ============ =========================================================== =====================================
 """
@@ -21,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.engines import patches
-from fed_dpsat.engines.contribution import Contribution, Product, Rows, gram_norms
+from fed_dpsat.engines.contribution import Contribution, Rows
 from fed_dpsat.engines.linear import Roles
+from fed_dpsat.engines.product import gram, gram_norms, product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ class Convolution:
 
     def each(self, x: Tensor, grad: Tensor) -> Tensor:
         """Per-example weight gradients ``[B, *shape]``."""
-        return STRATEGIES["rows"](self, x, grad).rows()
+        return _lines(self, x, grad).rows()
 
 
 def choose(geometry: Geometry, sides: tuple[int, ...]) -> str:
@@ -101,11 +104,11 @@ def choose(geometry: Geometry, sides: tuple[int, ...]) -> str:
     if geometry.groups > 1:
         depthwise = inputs == 1 and out == geometry.groups and len(sides) == 2
         return "channels" if depthwise and math.prod(sides) <= 256 else "single"
+    if len(sides) != 2:
+        return "rows"
     positions = math.prod(geometry.positions(sides))
-    gram = positions * patches.gram_multiplications(geometry, sides) + positions * positions * out
-    if gram < 0.9 * positions * inputs * kernel * out:
-        return "product"
-    return "rows" if kernel == 1 else "single"
+    gram = positions * positions * (inputs * kernel + out)
+    return "product" if gram < 0.6 * positions * inputs * kernel * out else "lines"
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -117,16 +120,33 @@ def channels_last(x: Tensor) -> Tensor:
 
 def _product(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     outputs = grad.flatten(2).transpose(1, 2)
-    norms = gram_norms(patches.gram(layer.geometry, x), torch.bmm(outputs, outputs.transpose(1, 2)))
-    return Product(inputs=x, outputs=grad, norms=norms, of=layer.weight_gradient, each=layer.each)
+    norms = gram_norms(patches.gram(layer.geometry, x), gram(outputs))
+    return product(x, grad, of=layer.weight_gradient, each=layer.each, norms=norms)
 
 
 def _single(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     weight = channels_last(x.new_empty(1).expand(layer.geometry.shape))
     one_by_one = [
-        layer._gradient(a, g, weight, (False, True, False))[1] for a, g in zip(x.split(1), grad.split(1), strict=True)
+        layer._gradient(x[i : i + 1], grad[i : i + 1], weight, (False, True, False))[1] for i in range(len(x))
     ]
     return Rows(data=torch.stack(one_by_one))
+
+
+def _lines(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
+    g, batch = layer.geometry, len(x)
+    (high, wide), (out, channels) = g.kernel, g.shape[:2]
+    parts = patches.slices(g)
+    data = x.new_empty(batch, parts, out, high * wide // parts * channels)
+    outputs = grad.flatten(2)
+    for examples, views in patches.buffers(g, x):
+        for k, view in enumerate(views):
+            torch.bmm(outputs[examples], view, out=data[examples, k])
+
+    def to_shape(rows: Tensor) -> Tensor:
+        apart = rows.view(-1, parts, out, high // parts, wide, channels)
+        return apart.permute(0, 2, 5, 1, 3, 4).reshape(-1, *g.shape)
+
+    return Rows(data=data, to_shape=to_shape)
 
 
 def _rows(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
@@ -159,4 +179,4 @@ def _channels(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     return Rows(data=rows.reshape(batch, *g.shape))
 
 
-STRATEGIES = {"product": _product, "single": _single, "rows": _rows, "channels": _channels}
+STRATEGIES = {"product": _product, "lines": _lines, "single": _single, "rows": _rows, "channels": _channels}

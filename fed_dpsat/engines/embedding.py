@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fed_dpsat.engines.contribution import Product, gram_norms
 from fed_dpsat.engines.linear import Roles
+from fed_dpsat.engines.product import gram, gram_norms, product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +30,8 @@ class Embedding:
         grad = grad.reshape(*words.shape, -1)
         grad = grad.masked_fill((words == self.padding)[..., None], 0)
         same = (words[:, :, None] == words[:, None, :]).to(grad)
-        norms = gram_norms(same, torch.bmm(grad, grad.transpose(1, 2)))
-        return None, {"weight": Product(inputs=words, outputs=grad, norms=norms, of=self._of, each=self._each)}
+        norms = gram_norms(same, gram(grad))
+        return None, {"weight": product(words, grad, of=self._of, each=self._each, norms=norms)}
 
     def _of(self, words: Tensor, grad: Tensor) -> Tensor:
         return grad.new_zeros(self.words, grad.shape[-1]).index_add(0, words.flatten(), grad.flatten(0, 1))

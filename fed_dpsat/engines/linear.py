@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fed_dpsat.engines.contribution import Contribution, Product, Rows, product_norms
+from fed_dpsat.engines.contribution import Contribution, Rows
+from fed_dpsat.engines.product import gram, gram_norms, product, single_norms
 
 Roles = dict[str, Contribution]
 
@@ -33,8 +34,7 @@ class Linear:
         outputs = grad.reshape(len(x), -1, grad.shape[-1])
         if "weight" in roles:
             if self.strategy == "product":
-                norms = product_norms(inputs, outputs)
-                found["weight"] = Product(inputs=inputs, outputs=outputs, norms=norms, of=_of, each=_each)
+                found["weight"] = product(inputs, outputs, of=_of, each=_each, norms=_norms(inputs, outputs))
             else:
                 found["weight"] = Rows(data=_each(inputs, outputs))
         if "bias" in roles:
@@ -46,6 +46,12 @@ def choose(positions: int, in_features: int, out_features: int) -> str:
     """``product`` (norms from two Gram matrices, then one weighted product) or ``rows``, by multiplications."""
     product = positions * (in_features + out_features) if positions > 1 else 0
     return "product" if product < in_features * out_features else "rows"
+
+
+def _norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    if inputs.shape[1] == 1:
+        return single_norms(inputs[:, 0], outputs[:, 0])
+    return gram_norms(gram(inputs), gram(outputs))
 
 
 def _of(inputs: Tensor, outputs: Tensor) -> Tensor:

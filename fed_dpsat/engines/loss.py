@@ -9,9 +9,13 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fed_dpsat.errors import ModelError
 from fed_dpsat.params import Params
+
+BATCH_NORM, INSTANCE_NORM = _BatchNorm, _InstanceNorm
 
 
 class LossFn(Protocol):
@@ -45,17 +49,14 @@ class ModelLoss:
 
 
 def check_module(module: nn.Module) -> None:
-    """Refuse layers that share statistics between examples; Opacus' validator finds them."""
-    from opacus.validators import ModuleValidator  # type: ignore[import-untyped]  # seconds: imported when needed
-
-    was_training = module.training
-    errors = ModuleValidator.validate(module.train(), strict=False)
-    module.train(was_training)
-    if errors:
-        named = [
-            f"{name} ({type(m).__name__})" for name, m in module.named_modules() if "BatchNorm" in type(m).__name__
-        ]
+    """Refuse layers that share statistics between examples: BatchNorm of any kind, InstanceNorm that tracks them."""
+    named = [f"{name} ({type(m).__name__})" for name, m in module.named_modules() if _mixes(m)]
+    if named:
         raise ModelError(
-            f"{type(module).__name__} has layers that mix examples: {', '.join(named) or errors[0]}; "
+            f"{type(module).__name__} has layers that mix examples: {', '.join(named)}; "
             "use GroupNorm or LayerNorm, or convert it with opacus.validators.ModuleValidator.fix"
         )
+
+
+def _mixes(module: nn.Module) -> bool:
+    return isinstance(module, BATCH_NORM) or (isinstance(module, INSTANCE_NORM) and module.track_running_stats)

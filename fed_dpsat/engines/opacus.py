@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import torch
 from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
@@ -42,10 +43,10 @@ def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Ten
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         wrapped = wrap_model(module, grad_sample_mode=mode, loss_reduction="sum")
-        loss_fn.criterion(wrapped(inputs), targets).sum().backward()
+        torch.autograd.backward(loss_fn.criterion(wrapped(inputs), targets).sum())
     named = dict(module.named_parameters())
     rows = {}
-    for name, p in params.items():
+    for name, value in params.items():
         sample = getattr(named[name], "grad_sample", None)
-        rows[name] = p.new_zeros(len(inputs), *p.shape) if sample is None else sample.detach()
+        rows[name] = value.new_zeros(len(inputs), *value.shape) if sample is None else sample.detach()
     return rows

@@ -7,7 +7,7 @@ a parameter that no planned layer uses             zeros
 a parameter that several layers use                the norm is that of the sum of their rows
 a weight that is a function of parameters          rows through its Jacobian
 a layer it does not know, or that mixes examples   ``vmap`` for the whole module, named once in the log
-values above 1e8 where norms are products          ``vmap`` for that chunk
+a norm that cancels, or values above 1e8            rows of that example
 ================================================== ==================================================
 """
 

@@ -20,7 +20,7 @@ def vmap_sum(
         return loss_fn(p, x[None], y[None]).squeeze(0)
 
     gradients = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")(params, inputs, targets)
-    rows = {name: g.flatten(1) for name, g in gradients.items()}
+    rows = {name: g.reshape(len(g), -1) for name, g in gradients.items()}
     factors, finite, num_nonfinite = finite_factors({n: squared_norm_rows(g) for n, g in rows.items()}, clipping)
     total = {name: (factors[name].to(g) @ keep(g, finite)).view_as(params[name]) for name, g in rows.items()}
     return total, num_nonfinite

@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from fed_dpsat.config import RunConfig
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import records
+from fed_dpsat.plans import spend
 from fed_dpsat.process import intra_op_threads, tune_allocator
 
 Provider = Callable[[Mapping[str, Any]], Experiment]
@@ -42,7 +43,11 @@ def make_client_app(provider: Provider) -> ClientApp:
         experiment, client = provider(context.run_config), _client(context)
         if experiment.config.tune_malloc:
             tune_allocator()
+        config = experiment.config
         task = records.read_task(message.content)
+        history = spend(
+            records.load_history(context.state), task.event, experiment.budgets[client], config.delta, config.accountant
+        )
         ascent = message.content.array_records.get(records.ASCENT)
         with intra_op_threads(experiment.config.threads_per_client):
             result = experiment.client_round(
@@ -52,6 +57,7 @@ def make_client_app(provider: Provider) -> ClientApp:
                 records.load_state(context.state),
                 None if ascent is None else records.to_params(ascent),
             )
+        records.save_history(context.state, history)
         records.save_state(context.state, result.state)
         content = records.reply_content(client, task, result, len(experiment.partitions[client]))
         return Message(content, reply_to=message)

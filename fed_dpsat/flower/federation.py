@@ -14,11 +14,12 @@ from flwr.serverapp.strategy import Strategy
 from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.evaluation import Evaluation, evaluate
-from fed_dpsat.experiment import Experiment, resolve_noise_multiplier
+from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import records
-from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.params import trainable
+from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.run_folder import RunFolder
 
@@ -40,6 +41,7 @@ class Recorder:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
         self.evaluation: Evaluation | None = None
         self.rounds_completed = 0
+        self.ended_early: str | None = None
         self.started = self._round_started = time.perf_counter()
 
     def epsilon(self) -> float:
@@ -65,6 +67,7 @@ class Recorder:
             "accepted": len(report.accepted),
             "dropped": report.dropped,
             "unexpected": report.unexpected,
+            "retired": report.retired,
             "kept_model": bool(round) and report.kept_model,
             "seconds": now - self._round_started,
         }
@@ -76,17 +79,26 @@ class Recorder:
             self.on_round(record)
         return None
 
-    def summary(self, status: str, noise_multiplier: float) -> Summary:
+    def end_early(self, reason: str) -> None:
+        """The run is over before its last round: say why, and measure the model it ends with."""
+        log.warning("the run ends: %s", reason)
+        self.ended_early = reason
+        if self.evaluation is None:
+            saved = self.folder.load_model()
+            self.evaluation = evaluate(self.experiment.loss_fn.module, saved, self.experiment.dataset.test)
+
+    def summary(self, status: str) -> Summary:
         """How the run stands, for ``summary.json``."""
         config = self.experiment.config
         return {
             "status": status,
+            "ended_early": self.ended_early,
             "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
             "test_loss": self.evaluation.loss if self.evaluation else None,
             "epsilon": self.epsilon(),
             "delta": config.delta,
             "accountant": config.accountant,
-            "noise_multiplier": noise_multiplier,
+            "noise_multiplier": min(plan.event.noise_multiplier for plan in self.strategy.plans),
             "clip_norm": self.experiment.clipping.clip_norm,
             "sample_rate": config.sample_rate,
             "local_steps": config.local_steps,
@@ -98,6 +110,8 @@ class Recorder:
             "model": config.model,
             "seed": config.seed,
             "seconds": time.perf_counter() - self.started,
+            "retired": self.strategy.retired,
+            "ledger_head": self.strategy.ledger.head._asdict(),
             "privacy_unit": "one example of one client, add-or-remove; maximum over clients",
             "threat_model": "a server that sees every update; no amplification by client sampling",
             "declared_public": DECLARED_PUBLIC,
@@ -119,7 +133,7 @@ def run_federation(
     folder is left readable with a summary whose ``status`` says so.
     """
     config = experiment.config
-    noise_multiplier = resolve_noise_multiplier(config)
+    plans = make_plans(config)
     _warn_about_delta(experiment)
     inner = strategy or build_strategy(config)
     folder.open(config)
@@ -127,11 +141,13 @@ def run_federation(
         private = PrivateStrategy(
             inner,
             ledger,
-            event=experiment.event(noise_multiplier),
-            num_clients=config.num_clients,
+            plans=plans,
+            delta=config.delta,
+            accountant=config.accountant,
             cohort_size=config.cohort_size,
             max_rounds_per_client=config.rounds_per_client,
             seed=config.seed,
+            min_clients=config.min_clients,
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
         )
@@ -146,11 +162,14 @@ def run_federation(
                 evaluate_fn=recorder.after_round,
             )
             status = "completed"
+        except FederationOver as reason:
+            status = "completed"
+            recorder.end_early(str(reason))
         except KeyboardInterrupt:
             status = "interrupted"
             raise
         finally:
-            summary = recorder.summary(status, noise_multiplier)
+            summary = recorder.summary(status)
             folder.close(summary)
     return summary
 

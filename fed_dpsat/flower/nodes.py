@@ -21,6 +21,10 @@ class FederationError(RunError):
     """The federation cannot go on; the text says what happened and what to look at."""
 
 
+class FederationOver(Exception):
+    """Too few clients have budget left: the run ends here, as it should."""
+
+
 def identify_nodes(grid: Grid, num_clients: int, timeout: float) -> dict[int, int]:
     """Client to node id, for clients 0 to ``num_clients - 1``, once all have joined.
 

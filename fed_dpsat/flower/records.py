@@ -5,7 +5,7 @@ record              type           content                                      
 =================== ============== ============================================ =================
 ``arrays``          ArrayRecord    the parameters that are trained              both
 ``config``          ConfigRecord   whatever the inner strategy says             to the client
-``fed_dpsat.task``  ConfigRecord   round, attempt, noise_multiplier             to the client
+``fed_dpsat.task``  ConfigRecord   round, attempt, noise, rate and steps        to the client
 ``fed_dpsat.ascent`` ArrayRecord   last global update, ``ascent_memory=server`` to the client
 ``fed_dpsat.event`` ConfigRecord   client, round, attempt and the PrivacyEvent  to the server
 ``metrics``         MetricRecord   ``num-examples``, declared public            to the server
@@ -18,6 +18,7 @@ Nothing that was computed on private data leaves a client but ``arrays``, which 
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Messa
 from fed_dpsat.experiment import Task
 from fed_dpsat.optimizers.base import State
 from fed_dpsat.params import Params
-from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.privacy.event import History, PrivacyEvent, merge
 from fed_dpsat.training import LocalResult
 
 ARRAYS = "arrays"
@@ -38,6 +39,7 @@ ASCENT = "fed_dpsat.ascent"
 EVENT = "fed_dpsat.event"
 IDENTITY = "fed_dpsat.identity"
 STATE = "fed_dpsat.state"
+HISTORY = "fed_dpsat.history"
 PARTITION_ID = "partition-id"
 
 
@@ -151,6 +153,18 @@ def load_state(content: RecordDict) -> State | None:
         slot, _, name = key.partition("/")
         state.setdefault(slot, {})[name] = value
     return state
+
+
+def save_history(content: RecordDict, history: History) -> None:
+    """Keep what a client has spent, by its own count, in its context."""
+    content[HISTORY] = ConfigRecord({"events": [json.dumps(event.to_dict()) for event in history]})
+
+
+def load_history(content: RecordDict) -> History:
+    """What ``save_history`` kept; empty where there is nothing."""
+    if HISTORY not in content.config_records:
+        return ()
+    return merge(PrivacyEvent.from_dict(json.loads(event)) for event in _config(content, HISTORY)["events"])
 
 
 def _config(content: RecordDict, key: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ their clients. What the inner strategy does with them is its own business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 
@@ -18,10 +18,11 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from fed_dpsat.cohort import draw_cohort
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import records
-from fed_dpsat.flower.nodes import CohortGrid, FederationError, identify_nodes
+from fed_dpsat.flower.nodes import CohortGrid, FederationError, FederationOver, identify_nodes
 from fed_dpsat.flower.records import RecordError
 from fed_dpsat.params import subtract
-from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.plans import ClientPlan, affordable
+from fed_dpsat.privacy import epsilon
 from fed_dpsat.privacy.ledger import PrivacyLedger
 
 log = getLogger("fed_dpsat")
@@ -32,13 +33,14 @@ MAX_FAILED_ROUNDS = 3
 
 @dataclass(kw_only=True)
 class RoundReport:
-    """What came of a round: who was asked, who was dropped and why."""
+    """What came of a round: who was asked, who was dropped and why, who retired with which epsilon."""
 
     round: int
     asked: list[int]
     accepted: list[int] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
+    retired: dict[int, float] = field(default_factory=dict)
 
     @property
     def kept_model(self) -> bool:
@@ -49,8 +51,12 @@ class RoundReport:
 class PrivateStrategy(Strategy):
     """``inner`` with cohorts, charges and checks around it.
 
-    ``event`` is what one round costs a client in it. A client is left out once ``max_rounds_per_client`` rounds
-    are charged to it. Charges are durable before a message is sent and stay, whatever becomes of the reply.
+    ``plans`` say what a round costs each client, what it may spend and when it joins. A client is left out once
+    ``max_rounds_per_client`` rounds are charged to it, and for good once its next round would exceed its budget:
+    both depend on the ledger alone, never on data. Charges are durable before a message is sent and stay, whatever
+    becomes of the reply.
+
+    Raises ``FederationOver`` when fewer than ``min_clients`` are left, ``FederationError`` when all asked fail.
     """
 
     def __init__(
@@ -58,21 +64,25 @@ class PrivateStrategy(Strategy):
         inner: Strategy,
         ledger: PrivacyLedger,
         *,
-        event: PrivacyEvent,
-        num_clients: int,
+        plans: Sequence[ClientPlan],
+        delta: float,
+        accountant: str,
         cohort_size: int,
         max_rounds_per_client: int,
         seed: int,
+        min_clients: int = 1,
         send_ascent: bool = False,
         join_timeout: float = 60.0,
     ) -> None:
         self.inner = inner
         self.ledger = ledger
-        self.event = event
-        self.num_clients = num_clients
+        self.plans = plans
+        self.delta = delta
+        self.accountant = accountant
         self.cohort_size = cohort_size
         self.max_rounds_per_client = max_rounds_per_client
         self.seed = seed
+        self.min_clients = min_clients
         self.send_ascent = send_ascent
         self.join_timeout = join_timeout
         self.report = RoundReport(round=0, asked=[])
@@ -82,6 +92,7 @@ class PrivateStrategy(Strategy):
         self._nodes: dict[int, int] = {}
         self._clients: dict[int, int] = {}
         self._failed_rounds = 0
+        self.retired: dict[int, int] = {}
         _ask_whole_cohort(inner)
 
     def start(
@@ -95,7 +106,7 @@ class PrivateStrategy(Strategy):
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
         """Learn which node holds which partition, then Flower's own loop."""
-        self._nodes = identify_nodes(grid, self.num_clients, self.join_timeout)
+        self._nodes = identify_nodes(grid, len(self.plans), self.join_timeout)
         self._clients = {node: client for client, node in self._nodes.items()}
         return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
@@ -103,9 +114,9 @@ class PrivateStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort, let the inner strategy address it, charge it, and add the task to each message."""
-        eligible = [c for c in self._nodes if self._rounds_used.get(c, 0) < self.max_rounds_per_client]
+        self.report = RoundReport(round=server_round, asked=[])
+        eligible = self._eligible(server_round)
         cohort = draw_cohort(self.seed, server_round, eligible, self.cohort_size)
-        self.report = RoundReport(round=server_round, asked=cohort)
         self._last_arrays, self._arrays = self._arrays or None, arrays
         if not cohort:
             return []
@@ -118,11 +129,11 @@ class PrivateStrategy(Strategy):
                 f"is {cohort}; a strategy asks each node of the grid it is shown at most once"
             )
         self.report.asked = asked
-        self.ledger.charge_many(server_round, 0, dict.fromkeys(asked, self.event))
+        self.ledger.charge_many(server_round, 0, {client: self.plans[client].event for client in asked})
         for client in asked:
             self._rounds_used[client] = self._rounds_used.get(client, 0) + 1
-        extra = self._extra_records(server_round)
-        return [_with_records(message, extra) for message in messages]
+        ascent = self._ascent_record()
+        return [self._with_records(message, server_round, ascent) for message in messages]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -160,13 +171,45 @@ class PrivateStrategy(Strategy):
         """The inner strategy's."""
         self.inner.summary()
 
-    def _extra_records(self, server_round: int) -> dict[str, ConfigRecord | ArrayRecord]:
-        task = Task(round=server_round, noise_multiplier=self.event.noise_multiplier)
-        extra: dict[str, ConfigRecord | ArrayRecord] = {records.TASK: records.task_record(task)}
-        if self.send_ascent and self._last_arrays is not None:
-            before, now = records.to_params(self._last_arrays), records.to_params(self._arrays)
-            extra[records.ASCENT] = records.to_arrays(subtract(before, now))
-        return extra
+    def _eligible(self, server_round: int) -> list[int]:
+        """Clients that are there, have rounds and budget left; retires those whose next round they cannot afford."""
+        for client in sorted(self._nodes.keys() - self.retired.keys()):
+            history = self.ledger.history(client)
+            if not affordable(history, self.plans[client], self.delta, self.accountant):
+                self.retired[client] = server_round
+                self.report.retired[client] = epsilon(history, self.delta, self.accountant)
+        active = self._nodes.keys() - self.retired.keys()
+        if len(active) < self.min_clients:
+            raise FederationOver(
+                f"{len(active)} clients have budget left before round {server_round}, fewer than "
+                f"min_clients={self.min_clients}"
+            )
+        return [
+            c
+            for c in active
+            if self.plans[c].first_round <= server_round and self._rounds_used.get(c, 0) < self.max_rounds_per_client
+        ]
+
+    def _ascent_record(self) -> ArrayRecord | None:
+        if not self.send_ascent or self._last_arrays is None:
+            return None
+        before, now = records.to_params(self._last_arrays), records.to_params(self._arrays)
+        return records.to_arrays(subtract(before, now))
+
+    def _with_records(self, message: Message, server_round: int, ascent: ArrayRecord | None) -> Message:
+        """``message`` with a content of its own: stock strategies let all messages of a round share one."""
+        event = self.plans[self._clients[message.metadata.dst_node_id]].event
+        task = Task(
+            round=server_round,
+            noise_multiplier=event.noise_multiplier,
+            sample_rate=event.sample_rate,
+            local_steps=event.steps,
+        )
+        content = RecordDict({**message.content, records.TASK: records.task_record(task)})
+        if ascent is not None:
+            content[records.ASCENT] = ascent
+        message.content = content
+        return message
 
     def _sort_reply(self, reply: Message, valid: dict[int, Message]) -> None:
         client = self._clients.get(reply.metadata.src_node_id)
@@ -196,8 +239,8 @@ class PrivateStrategy(Strategy):
                 f"says client {said_client}, round {said_round}, attempt {attempt}; "
                 f"asked was client {client}, round {self.report.round}, attempt 0"
             )
-        if event != self.event:
-            raise RecordError(f"its event {event} is not the one that was charged, {self.event}")
+        if event != self.plans[client].event:
+            raise RecordError(f"its event {event} is not the one that was charged, {self.plans[client].event}")
         records.read_num_examples(reply.content)
         records.check_arrays(reply.content, self._arrays)
 
@@ -215,7 +258,7 @@ class PrivateStrategy(Strategy):
     def _end_if_all_failed(self, failures: int) -> None:
         asked = self.report.asked
         self._failed_rounds = self._failed_rounds + 1 if asked and failures >= len(asked) else 0
-        if self._failed_rounds and (len(asked) == self.num_clients or self._failed_rounds == MAX_FAILED_ROUNDS):
+        if self._failed_rounds and (len(asked) == len(self.plans) or self._failed_rounds == MAX_FAILED_ROUNDS):
             reason = next(iter(self.report.dropped.values()))
             raise FederationError(
                 f"every client that was asked failed, {self._failed_rounds} round(s) in a row until round "
@@ -229,9 +272,3 @@ def _ask_whole_cohort(inner: Strategy) -> None:
         inner.fraction_train, inner.fraction_evaluate = 1.0, 0.0
         inner.min_train_nodes = inner.min_available_nodes = 1
         inner.min_evaluate_nodes = 0
-
-
-def _with_records(message: Message, extra: Mapping[str, ConfigRecord | ArrayRecord]) -> Message:
-    """``message`` with a content of its own: stock strategies let all messages of a round share one."""
-    message.content = RecordDict({**message.content, **extra})
-    return message

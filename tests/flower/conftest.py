@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -14,12 +15,19 @@ from flwr.serverapp.strategy import FedAvg
 from fed_dpsat.flower import records
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.plans import ClientPlan
 from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.simulation.in_process import InProcessBackend
 
 NUM_CLIENTS = 4
 EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
+
+
+def plans(**changes: object) -> list[ClientPlan]:
+    plan = ClientPlan(target_epsilon=0.0, sample_rate=0.1, first_round=1, event=EVENT)
+    return [dataclasses.replace(plan, **changes)] * NUM_CLIENTS
+
 
 Tamper = Callable[[int, int, RecordDict], RecordDict]
 
@@ -62,8 +70,8 @@ class Federation:
         self.reports = []
         self.grid = SimulationGrid(InProcessBackend(client_app(tamper), {}, NUM_CLIENTS), NUM_CLIENTS)
         defaults = {
-            "event": EVENT, "num_clients": NUM_CLIENTS, "cohort_size": NUM_CLIENTS, "max_rounds_per_client": 100,
-            "seed": 0, "join_timeout": 0.0, "inner": FedAvg(),
+            "plans": plans(), "delta": 1e-5, "accountant": "pld", "cohort_size": NUM_CLIENTS,
+            "max_rounds_per_client": 100, "seed": 0, "join_timeout": 0.0, "inner": FedAvg(),
         }  # fmt: skip
         merged = {**defaults, **settings}
         self.strategy = PrivateStrategy(merged.pop("inner"), ledger, **merged)
@@ -91,3 +99,8 @@ def federation(ledger: PrivacyLedger) -> Callable[..., Federation]:
 @pytest.fixture
 def make_client_app() -> Callable[..., ClientApp]:
     return client_app
+
+
+@pytest.fixture
+def make_plans() -> Callable[..., list[ClientPlan]]:
+    return plans

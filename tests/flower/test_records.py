@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
@@ -9,12 +11,12 @@ from flwr.app import ConfigRecord, RecordDict
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import records
 from fed_dpsat.flower.records import RecordError
-from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.privacy.event import PrivacyEvent, merge
 from fed_dpsat.training import LocalResult
 
 PARAMS = {"weight": torch.tensor([[1.5, -2.0]]), "scale": torch.tensor(3.0), "count": torch.tensor(7)}
 EVENT = PrivacyEvent(noise_multiplier=1.5, sample_rate=0.25, steps=3)
-TASK = Task(round=4, noise_multiplier=1.5)
+TASK = Task(round=4, noise_multiplier=1.5, sample_rate=0.25, local_steps=3)
 
 
 def reply():
@@ -84,3 +86,11 @@ def test_state_is_kept_whole():
     assert back.keys() == state.keys()
     assert torch.equal(back["ascent"]["0.weight"], state["ascent"]["0.weight"])
     assert int(back["clock"]["step"]) == 5
+
+
+def test_a_clients_own_count_is_kept():
+    kept = RecordDict()
+    assert records.load_history(kept) == ()
+    history = merge([EVENT, EVENT, dataclasses.replace(EVENT, noise_multiplier=2.0)])
+    records.save_history(kept, history)
+    assert records.load_history(kept) == history

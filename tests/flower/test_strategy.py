@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from fed_dpsat.flower import records
-from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.flower.nodes import FederationError, FederationOver
+from fed_dpsat.privacy import PrivacyEvent, epsilon
+
+EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
 
 
 def test_fedavg_inside_is_the_mean_by_public_size(federation):
@@ -204,3 +209,34 @@ def test_the_model_keeps_its_type_whatever_the_strategy_returns(federation):
 def test_a_strategy_that_returns_no_model_ends_the_run(federation, arrays):
     with pytest.raises(FederationError, match="Returning returned"):
         federation(inner=Returning(records.to_arrays(arrays))).run(1)
+
+
+def test_a_client_without_budget_for_a_round_retires_for_good_and_the_run_ends_in_words(federation, ledger, make_plans):
+    plans = make_plans()
+    plans[3] = dataclasses.replace(plans[3], target_epsilon=epsilon([EVENT] * 2, 1e-5))
+    done = federation(plans=plans).run(4)
+    assert ledger.rounds_by_client() == {0: 4, 1: 4, 2: 4, 3: 2}
+    assert done.strategy.retired == {3: 3}
+    assert list(done.reports[3].retired) == [3]
+    with pytest.raises(FederationOver, match="3 clients have budget left before round 1, fewer than min_clients=4"):
+        federation(plans=plans, min_clients=4).run(4)
+
+
+def test_a_client_that_joins_late_is_asked_from_then_on(federation, ledger, make_plans):
+    plans = make_plans()
+    plans[1] = dataclasses.replace(plans[1], first_round=3)
+    federation(plans=plans).run(3)
+    assert ledger.rounds_by_client() == {0: 3, 1: 1, 2: 3, 3: 3}
+
+
+def test_each_client_is_told_and_charged_its_own_event(federation, ledger, make_plans):
+    plans = make_plans()
+    own = dataclasses.replace(EVENT, noise_multiplier=3.0)
+    plans[2] = dataclasses.replace(plans[2], event=own)
+    done = federation(
+        lambda c, r, content: content[records.EVENT].update(own.to_dict()) or content if c == 2 else content,
+        plans=plans,
+    ).run(1)
+    assert done.reports[1].accepted == [0, 1, 2, 3]
+    assert ledger.history(2) == (own,)
+    assert ledger.history(1) == (EVENT,)

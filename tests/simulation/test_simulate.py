@@ -16,8 +16,9 @@ from fed_dpsat.data.digits import digits
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.optimizers import DPSGD
-from fed_dpsat.privacy import PrivacyEvent, PrivacyLedger, epsilon
+from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
 from fed_dpsat.simulation import simulate
+from fed_dpsat.statement import read_statement
 
 CONFIG = RunConfig(
     noise_multiplier=2.0, delta=1e-4, seed=1, num_clients=5, clients_per_round=2, num_rounds=4, local_steps=2
@@ -171,3 +172,32 @@ def test_an_interrupt_leaves_a_readable_folder(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["rounds_completed"]) == ("interrupted", 2)
     assert len(rounds_of(tmp_path / "run")) == 3
+
+
+def test_budgets_are_kept_and_the_run_ends_early_in_words(tmp_path):
+    config = dataclasses.replace(CONFIG, clients_per_round=0, budget_mode="retire", target_epsilon=2.0, num_rounds=50)
+    summary = simulate(config, tmp_path / "run")
+    assert 1.4 < summary["epsilon"] <= 2.0
+    assert "fewer than min_clients=1" in summary["ended_early"]
+    assert set(summary["retired"]) == set(range(5))
+    assert summary["status"] == "completed"
+    assert summary["test_accuracy"] is not None
+    statement = read_statement(tmp_path / "run")
+    assert statement.epsilon == summary["epsilon"]
+    assert {(row.state, row.budget) for row in statement.clients} == {("retired", 2.0)}
+
+
+def test_a_client_that_is_asked_beyond_its_budget_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr("fed_dpsat.flower.strategy.affordable", lambda *_: True)  # a server that does not keep count
+    config = dataclasses.replace(CONFIG, clients_per_round=0, budget_mode="retire", target_epsilon=2.0, num_rounds=50)
+    with pytest.raises(FederationError, match=r"budget=2 is below .* refused, nothing was computed"):
+        simulate(config, tmp_path / "run")
+
+
+def test_a_ledger_that_was_changed_after_the_run_is_found(tmp_path):
+    simulate(CONFIG, tmp_path / "run")
+    read_statement(tmp_path / "run")
+    with PrivacyLedger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        ledger.charge(0, 99, 0, PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1))
+    with pytest.raises(LedgerError, match="changed afterwards"):
+        read_statement(tmp_path / "run")

@@ -1,0 +1,114 @@
+"""What the suites train on: losses whose gradients are known, and comparisons to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.params import Params
+from fed_dpsat.training import LocalResult
+
+TrainLoop = Callable[..., LocalResult]
+"""A training loop with the signature of ``train_locally``."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def prescribed(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
+    """``inputs[B, D], targets[B] -> losses[B]``: the gradient of an example is its input, laid over the parameters."""
+    return inputs @ _flat(params)
+
+
+def quadratic(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
+    """``inputs[B, D], targets[B] -> losses[B]``: the gradient of an example is the parameters minus its input."""
+    return 0.5 * (_flat(params) - inputs).square().sum(1)
+
+
+def size(shapes: Shapes) -> int:
+    """Number of coordinates ``D`` of all tensors together."""
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def filled(shapes: Shapes, value: float = 0.0, dtype: torch.dtype = torch.float32) -> Params:
+    """Tensors of ``shapes`` with one value."""
+    return {name: torch.full(shape, value, dtype=dtype) for name, shape in shapes.items()}
+
+
+def normal_like(params: Params, seed: int) -> Params:
+    """Standard normal tensors with the shapes and types of ``params``."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(p.shape, generator=generator).to(p.dtype) for name, p in params.items()}
+
+
+def copied(params: Params) -> Params:
+    """Tensors of their own with the same values."""
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+def difference(a: Params, b: Params) -> str:
+    """What sets ``a`` apart from ``b`` first, in words; empty where names, shapes, types and bits agree."""
+    if a.keys() != b.keys():
+        return f"names {sorted(a)} and {sorted(b)}"
+    for name, p in a.items():
+        if kind(p) != kind(b[name]):
+            return f"{name} is {kind(p)} and {kind(b[name])}"
+        if p.detach().numpy().tobytes() != b[name].detach().numpy().tobytes():
+            return f"{name} differs, by up to {float((p.detach() - b[name].detach()).abs().max()):.3g}"
+    return ""
+
+
+def kind(tensor: Tensor) -> str:
+    """Type and shape, as ``float32[3, 2]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def flattened(state: State) -> Params:
+    """One level of names, ``slot/name``, as a client's state is stored between rounds."""
+    return {f"{slot}/{name}": value for slot, params in state.items() for name, value in params.items()}
+
+
+def restored(flat: Params) -> State:
+    """The state that ``flattened`` was given; a slot without tensors is not in it."""
+    state: State = {}
+    for key, value in flat.items():
+        slot, _, name = key.partition("/")
+        state.setdefault(slot, {})[name] = value
+    return state
+
+
+def _flat(params: Params) -> Tensor:
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+class Watching:
+    """An optimizer that never moves and keeps every private gradient it is given."""
+
+    def __init__(self) -> None:
+        self.released: list[Params] = []
+
+    def init(self, params: Params) -> State:
+        """Nothing."""
+        return {}
+
+    def query_point(self, params: Params, state: State) -> Params:
+        """The parameters themselves."""
+        return params
+
+    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        """No step."""
+        self.released.append(copied(private_gradient))
+        return params, state
+
+
+def walk(
+    optimizer: PrivateOptimizer, params: Params, state: State, gradients: list[Params], first: int = 0
+) -> Iterator[tuple[Params, State]]:
+    """Parameters and state after each step along given gradients; torch is seeded with the number of the step."""
+    for step, gradient in enumerate(gradients, first):
+        torch.manual_seed(step)
+        optimizer.query_point(params, state)
+        params, state = optimizer.update(params, gradient, state)
+        yield params, state
