@@ -85,6 +85,9 @@ class RunConfig:
     private: bool = _setting(True, "switch: false trains without noise and reports epsilon = inf")
     clipping: str = _setting("flat", "clipping rule")
     clip_norm: float = _setting(0.5, "largest norm of one example's gradient; inf only if not private", above=0)
+    clip_quantile: float = _setting(0.5, "share of examples that adaptive clipping leaves unclipped", above=0, most=1)
+    clip_lr: float = _setting(0.2, "speed at which adaptive clipping follows the quantile", least=0)
+    global_threshold: float = _setting(10.0, "gradient norm beyond which global clipping drops an example", above=0)
     noise_multiplier: float = _setting(0.0, "noise on the sum, in clip norms; 0 is for target_epsilon", least=0)
     target_epsilon: float = _setting(
         0.0, "epsilon of the whole run, noise is calibrated to it; 0 is for noise_multiplier", least=0
@@ -114,6 +117,11 @@ class RunConfig:
 
     # machine
     seed: int = _setting(0, "seed of every draw; the same seed gives the same bits", least=0)
+    noise_source: str = _setting(
+        "seeded",
+        "source of coins and noise: seeded (reproducible, not private) or system (cryptographic)",
+        choices=("seeded", "system"),
+    )
     workers: int = _setting(0, "number of Ray workers; 0 trains in this process", least=0)
     threads_per_client: int = _setting(1, "number of intra-op threads of a client; results depend on it", least=1)
     tune_malloc: bool = _setting(

@@ -140,7 +140,13 @@ class Experiment:
             clipping=self.clipping,
             mechanism=mechanism,
             local_steps=task.local_steps,
-            streams=Streams(seed=config.seed, client=client, round=task.round, attempt=task.attempt),
+            streams=Streams(
+                seed=config.seed,
+                client=client,
+                round=task.round,
+                attempt=task.attempt,
+                noise_source=config.noise_source,
+            ),
             engine=config.engine,
             physical_batch_size=config.physical_batch_size,
         )

@@ -1,13 +1,15 @@
 """Where randomness comes from: generators that are derived, named and never shared.
 
-Every draw of a simulation comes from a generator derived from (run seed, client, round, attempt, purpose).
+Every draw of a seeded simulation comes from a generator derived from (run seed, client, round, attempt, purpose).
 The five are hashed to the 128-bit key of a Philox counter generator, so two different tuples share a stream
 only if BLAKE2b collides. (``torch.Generator`` on CPU keeps just 32 bits of its seed: a few ten thousand
-streams would be enough for two clients to share their noise.)
+streams would be enough for two clients to share their noise.) With ``noise_source=system`` what must stay secret,
+batches and noise, comes from ``fed_dpsat.secure_noise`` instead.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
 
@@ -15,8 +17,29 @@ import numpy as np
 
 Purpose = Literal["sampling", "noise", "model", "cohort", "partition"]
 
+SECRET: frozenset[Purpose] = frozenset({"sampling", "noise"})
+"""What the guarantee needs nobody to know. The other draws are public, and seeded whatever the source."""
+
 SERVER = -1
 """The ``client`` of what is drawn for the run as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSource:
+    """What a run may say of its batches and noise: in the terminal, the summary and the report."""
+
+    reproducible: bool
+    description: str
+
+
+NOISE_SOURCES = {
+    "seeded": NoiseSource(reproducible=True, description="seeded: reproducible, not private"),
+    "system": NoiseSource(
+        reproducible=False,
+        description="system: cryptographic, from operating-system entropy, on a grid against floating-point attacks",
+    ),
+}
+"""The choices of the setting ``noise_source``."""
 
 
 def derive_generator(

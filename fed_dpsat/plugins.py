@@ -89,7 +89,9 @@ def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     factory = load(kind, name)
     parameters = inspect.signature(factory).parameters.values()
     missing = [
-        p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in settings
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in settings
     ]
     if missing:
         raise PluginError(f"{kind}={name!r} needs {missing[0]!r}, which is not a setting; give it a default")
@@ -103,6 +105,10 @@ def summary(factory: Factory) -> str:
 
 def _load_dotted(kind: str, name: str) -> Factory:
     target, _, attribute = name.rpartition(":")
+    if not target.strip(".") or (target.startswith(".") and not target.endswith(".py")):
+        raise PluginError(
+            f"{kind}={name!r} names no module; write package.module:attribute or path/to/file.py:attribute"
+        )
     try:
         module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
     except ImportError as error:

@@ -88,9 +88,9 @@ def std_and_grid(noise_multiplier: float, clip_norm: float, size: int) -> tuple[
 
 
 def _noisy(total: Tensor, std: float, grid: float, generator: SystemGenerator) -> Tensor:
-    noise = generator.standard_normal(total.shape)
-    noise = np.rint(np.multiply(noise, std / grid))
-    steps = torch.from_numpy(noise)
+    noise = generator.standard_normal(total.numel())
+    noise *= std / grid
+    steps = torch.from_numpy(np.rint(noise, out=noise)).view(total.shape)
     # float64 addition rounds the exact sum of the two integers: also beyond 2^53 a function of that sum alone.
     steps += torch.round(total.to("cpu", torch.float64) / grid)
     return (steps * grid).to(total)

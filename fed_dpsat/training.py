@@ -9,14 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, Tally
+from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.noise import Purpose, derive_generator, derive_seed
+from fed_dpsat.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_seed
 from fed_dpsat.optimizers.base import PrivateOptimizer, State
 from fed_dpsat.params import Params
 from fed_dpsat.per_example import LossFn, clipped_gradient_sum
 from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.sampling import PoissonSampler
+from fed_dpsat.secure_noise import system_generator
+
+CLIPPING_SLOT = "clipping"
+"""Where the state keeps what adaptive clipping has learned."""
 
 Batches = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Indices ``[B]`` to ``(inputs[B, ...], targets[B])``."""
@@ -24,15 +29,27 @@ Batches = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Streams:
-    """Whose randomness this is: the generators of one client's attempt at one round."""
+    """Whose randomness this is: the generators of one client's attempt at one round.
+
+    With ``noise_source`` "system", batches and noise have generators that no seed, call or process repeats.
+    """
 
     seed: int
     client: int
     round: int
     attempt: int = 0
+    noise_source: str = "seeded"
+
+    def __post_init__(self) -> None:
+        if self.noise_source not in NOISE_SOURCES:
+            raise SettingError(
+                "noise_source", self.noise_source, f"one of {', '.join(NOISE_SOURCES)}", "choose one of those"
+            )
 
     def generator(self, purpose: Purpose) -> np.random.Generator:
         """A fresh generator at the start of its stream."""
+        if self.noise_source == "system" and purpose in SECRET:
+            return system_generator()
         return derive_generator(self.seed, purpose=purpose, client=self.client, round=self.round, attempt=self.attempt)
 
     def torch_seed(self) -> int:
@@ -67,24 +84,63 @@ def train_locally(
 ) -> LocalResult:
     """``local_steps`` private steps from ``params``; each is one event of ``mechanism``, empty batch or not.
 
-    The data is touched through ``batches`` alone, and only the clipped sum is made of it.
+    The data is touched through ``batches`` alone, and only the clipped sum is made of it. Raises ``SettingError``
+    for a mechanism whose noise is scaled to another bound than ``clipping`` keeps, or batches with more rows than
+    examples: either would cost more than the event says.
     """
+    if mechanism.clip_norm != clipping.clip_norm:
+        raise SettingError(
+            "mechanism.clip_norm",
+            mechanism.clip_norm,
+            f"that of the clipping rule, {clipping.clip_norm}",
+            "noise is scaled to what clipping bounds; give both the same",
+        )
     sampling, noise = streams.generator("sampling"), streams.generator("noise")
+    adaptive = clipping if isinstance(clipping, AdaptiveClipping) else None
+    clip_norm = float(state[CLIPPING_SLOT]["clip_norm"]) if CLIPPING_SLOT in state else clipping.clip_norm
+    rule, of_gradient, of_count = clipping, mechanism, mechanism
     nonfinite = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(streams.torch_seed())
         for indices in sampler.batches(local_steps, sampling):
+            batch = batches(indices)
+            _check_rows(batch, indices)
+            if adaptive:
+                rule = Tally(clip_norm=clip_norm)
+                of_gradient, of_count = _joint(adaptive, mechanism, clip_norm)
             at = optimizer.query_point(params, state)
             clipped_sum, skipped = clipped_gradient_sum(
-                loss_fn,
-                at,
-                batches(indices),
-                clipping,
-                engine=engine,
-                physical_batch_size=physical_batch_size,
+                loss_fn, at, batch, rule, engine=engine, physical_batch_size=physical_batch_size
             )
-            private_gradient = mechanism.privatize(clipped_sum, noise)
+            private_gradient = of_gradient.privatize(clipped_sum, noise)
             params, state = optimizer.update(params, private_gradient, state)
             nonfinite += skipped
+            if adaptive and isinstance(rule, Tally):
+                below = of_count.privatize({"below": torch.tensor(rule.centred)}, noise)["below"]
+                clip_norm = adaptive.next_clip_norm(clip_norm, float(below) + 0.5)
+    if adaptive:
+        state = {**state, CLIPPING_SLOT: {"clip_norm": torch.tensor(clip_norm)}}
     event = mechanism.event(sample_rate=sampler.sample_rate, steps=local_steps)
     return LocalResult(params=params, state=state, event=event, nonfinite_examples=nonfinite)
+
+
+def _joint(
+    adaptive: AdaptiveClipping, mechanism: GaussianMechanism, clip_norm: float
+) -> tuple[GaussianMechanism, GaussianMechanism]:
+    """The mechanisms of gradient and count, which together cost the event of ``mechanism``."""
+    batch_size = mechanism.expected_batch_size
+    gradient, count = adaptive.noise_multipliers(mechanism.noise_multiplier, batch_size)
+    return (
+        GaussianMechanism(noise_multiplier=gradient, clip_norm=clip_norm, expected_batch_size=batch_size),
+        GaussianMechanism(noise_multiplier=count, clip_norm=0.5, expected_batch_size=batch_size),
+    )
+
+
+def _check_rows(batch: tuple[Tensor, Tensor], indices: Tensor) -> None:
+    if len(batch[1]) != len(indices):
+        raise SettingError(
+            "batches",
+            len(batch[1]),
+            f"{len(indices)} rows, one per sampled example",
+            "views of one example belong into its loss, where clipping bounds them together",
+        )

@@ -39,14 +39,15 @@ def as_they_are(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Materialised: ``data[B, ...]`` in any layout, and ``to_shape``: ``[K, ...] -> [K, *shape]``, a view."""
+    """Materialised: ``data[B, ...]`` in any layout, ``to_shape``: ``[K, ...] -> [K, *shape]``, squared ``norms[B]``."""
 
     data: Tensor
     to_shape: Callable[[Tensor], Tensor] = as_they_are
+    norms: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
         """``[B]``."""
-        return squared_norm_rows(self.data)
+        return squared_norm_rows(self.data) if self.norms is None else self.norms
 
     def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
         """One pass over the rows."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fed_dpsat.engines import patches
 from fed_dpsat.engines.contribution import Contribution, Rows
+from fed_dpsat.engines.finite import squared_norm_rows
 from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
 
@@ -108,7 +109,7 @@ def choose(geometry: Geometry, sides: tuple[int, ...]) -> str:
         return "rows"
     positions = math.prod(geometry.positions(sides))
     gram = positions * positions * (inputs * kernel + out)
-    return "product" if gram < 0.6 * positions * inputs * kernel * out else "lines"
+    return "product" if gram < 0.7 * positions * inputs * kernel * out else "lines"
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -137,16 +138,17 @@ def _lines(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     (high, wide), (out, channels) = g.kernel, g.shape[:2]
     parts = patches.slices(g)
     data = x.new_empty(batch, parts, out, high * wide // parts * channels)
-    outputs = grad.flatten(2)
+    norms, outputs = x.new_empty(batch, dtype=torch.float64), grad.flatten(2)
     for examples, views in patches.buffers(g, x):
         for k, view in enumerate(views):
             torch.bmm(outputs[examples], view, out=data[examples, k])
+        norms[examples] = squared_norm_rows(data[examples])  # while they are in the cache
 
     def to_shape(rows: Tensor) -> Tensor:
         apart = rows.view(-1, parts, out, high // parts, wide, channels)
         return apart.permute(0, 2, 5, 1, 3, 4).reshape(-1, *g.shape)
 
-    return Rows(data=data, to_shape=to_shape)
+    return Rows(data=data, to_shape=to_shape, norms=norms)
 
 
 def _rows(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:

@@ -11,6 +11,8 @@ from torch import Tensor
 from fed_dpsat.engines.contribution import Rows
 from fed_dpsat.engines.linear import Roles
 
+FEW_BYTES = 500_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupNorm:
@@ -34,9 +36,9 @@ class GroupNorm:
         grad = grad.contiguous(memory_format=_format(x))
         batch, channels, positions = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         found: Roles = {}
-        shift = grad.flatten(2).sum(2) if grad.ndim > 2 else grad
+        shift = _sums(grad) if roles else grad
         if "weight" in roles:
-            raw = (grad * x).flatten(2).sum(2) if grad.ndim > 2 else grad * x
+            raw = _sums_of_products(grad, x)
             wide = batch, self.groups, channels // self.groups
             scale = (raw.view(wide) - shift.view(wide) * mean.view(batch, -1, 1)) * rstd.view(batch, -1, 1)
             found["weight"] = Rows(data=scale.view(batch, channels))
@@ -76,6 +78,16 @@ class LayerNorm:
             return None, found
         backward = torch.ops.aten.native_layer_norm_backward
         return backward(grad, x, self.shape, mean, rstd, weight, None, [True, False, False])[0], found
+
+
+def _sums(grad: Tensor) -> Tensor:
+    return grad if grad.ndim == 2 else grad.flatten(2).sum(2)
+
+
+def _sums_of_products(grad: Tensor, x: Tensor) -> Tensor:
+    """Sums over positions ``[B, C]``, few examples at a time: the products stay in the cache."""
+    few = max(1, FEW_BYTES // max(1, grad[0].numel() * grad.element_size()))
+    return torch.cat([_sums(grad[i : i + few] * x[i : i + few]) for i in range(0, len(x), few)])
 
 
 def _format(x: Tensor) -> torch.memory_format:

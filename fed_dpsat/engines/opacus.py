@@ -11,7 +11,8 @@ from torch import Tensor
 from fed_dpsat.clipping import ClippingRule
 from fed_dpsat.engines.finite import finite_factors, keep, squared_norm_rows
 from fed_dpsat.engines.loss import LossFn, ModelLoss
-from fed_dpsat.errors import SettingError
+from fed_dpsat.engines.probe import MIXING, refusal
+from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.params import Params
 
 
@@ -21,13 +22,17 @@ def opacus_sum(
     """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite.
 
     ``mode`` is that of Opacus' ``GradSampleModule``: ``hooks``, ``ew`` or ``functorch``. Raises ``SettingError``
-    for a loss that is not a ``ModelLoss``.
+    for a loss that is not a ``ModelLoss``, ``ModelError`` for a module whose examples mix: hooks would not notice.
     """
     if not isinstance(loss_fn, ModelLoss):
         raise SettingError("engine", "opacus", "for a loss other than ModelLoss", "use 'auto' or 'vmap'")
+    if (reason := refusal(loss_fn, params, inputs, targets)) in MIXING:
+        raise ModelError(f"{type(loss_fn.module).__name__}: {reason}")
     rows = per_example(loss_fn, params, inputs, targets, mode)
     factors, finite, num_nonfinite = finite_factors({n: squared_norm_rows(g) for n, g in rows.items()}, clipping)
-    total = {name: (factors[name].to(g) @ keep(g, finite).flatten(1)).view(g.shape[1:]) for name, g in rows.items()}
+    total = {
+        name: (factors[name].to(g) @ keep(g, finite).reshape(len(g), -1)).view(g.shape[1:]) for name, g in rows.items()
+    }
     return total, num_nonfinite
 
 
@@ -36,7 +41,7 @@ def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Ten
     from opacus.grad_sample.utils import wrap_model  # type: ignore[import-untyped]  # seconds: imported when needed
 
     module = copy.deepcopy(loss_fn.module)
-    for name, p in module.named_parameters(remove_duplicate=False):
+    for name, p in module.named_parameters():
         p.requires_grad_(name in params)
         if name in params:
             p.data = params[name].detach().clone()

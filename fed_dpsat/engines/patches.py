@@ -62,7 +62,7 @@ def _layout(geometry: Geometry, sides: tuple[int, ...]) -> tuple[tuple[int, ...]
         lines = sides[0] + 2 * padding
     else:
         down = [_overlap(geometry, sides, 0, i, lines) for i in range(high)]
-    copies = [
+    copies: list[Copy] = [
         ((to_y, to_x, i * wide + j), (from_y, from_x))
         for i, (to_y, from_y) in enumerate(down)
         for j, (to_x, from_x) in enumerate(across)

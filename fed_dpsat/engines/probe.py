@@ -18,6 +18,11 @@ from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.routes import ROUTES
 from fed_dpsat.params import Params
 
+MIXING = (
+    "examples mix, or the batch is not the first dimension everywhere",
+    "the loss of one example depends on the others",
+)
+
 Key = tuple[object, ...]
 
 _answers: weakref.WeakKeyDictionary[nn.Module, dict[Key, str]] = weakref.WeakKeyDictionary()
@@ -62,14 +67,14 @@ def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
         torch.autograd.grad(losses[1], [capture.anchor, *leaves.values()], allow_unused=True)
         for grad in tape.gradients:
             if bool(grad[[i for i in range(len(inputs)) if i != 1]].any()):
-                raise Unplanned("examples mix, or the batch is not the first dimension everywhere")
+                raise Unplanned(MIXING[0])
         others = _made_up(inputs, len(inputs), 1)
         others[1] = inputs[1]
         torch.manual_seed(0)
         with Capture(Tape(), ROUTES, len(inputs)):
             again = loss_fn(leaves, others, targets)
     if not torch.allclose(losses[1], again[1], rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise Unplanned("the loss of one example depends on the others")
+        raise Unplanned(MIXING[1])
 
 
 def _made_up(like: Tensor, batch: int, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import records
 from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.params import trainable
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy.ledger import PrivacyLedger
@@ -101,7 +102,7 @@ class Recorder:
             "noise_multiplier": min(plan.event.noise_multiplier for plan in self.strategy.plans),
             "clip_norm": self.experiment.clipping.clip_norm,
             "sample_rate": config.sample_rate,
-            "local_steps": config.local_steps,
+            "local_steps": config.steps_per_round,
             "rounds_completed": self.rounds_completed,
             "num_clients": config.num_clients,
             "optimizer": config.optimizer,
@@ -115,7 +116,7 @@ class Recorder:
             "privacy_unit": "one example of one client, add-or-remove; maximum over clients",
             "threat_model": "a server that sees every update; no amplification by client sampling",
             "declared_public": DECLARED_PUBLIC,
-            "noise": "seeded: reproducible, not private",
+            "noise": NOISE_SOURCES[config.noise_source].description,
         }
 
 

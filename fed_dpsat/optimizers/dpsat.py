@@ -30,8 +30,8 @@ class DPSAT:
         return self.base.init(params)
 
     def query_point(self, params: Params, state: State) -> Params:
-        """``rho`` up the remembered direction."""
-        return climb(params, state.get(ASCENT), self.rho)
+        """``rho`` up the remembered direction, from where ``base`` looks."""
+        return climb(self.base.query_point(params, state), state.get(ASCENT), self.rho)
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base`` at the unperturbed ``params``; remembers ``private_gradient``."""

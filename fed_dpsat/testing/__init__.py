@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-#from fed_dpsat.testing.accountant import check_accountant
+# from fed_dpsat.testing.accountant import check_accountant
 from fed_dpsat.testing.clipping import check_clipping
 from fed_dpsat.testing.conformance import ConformanceError
-#from fed_dpsat.testing.mechanism import check_mechanism
-#from fed_dpsat.testing.model import check_model
-#from fed_dpsat.testing.optimizer import check_optimizer
+
+# from fed_dpsat.testing.mechanism import check_mechanism
+# from fed_dpsat.testing.model import check_model
+# from fed_dpsat.testing.optimizer import check_optimizer
 
 if TYPE_CHECKING:
     from fed_dpsat.testing.strategy import check_strategy

@@ -1,0 +1,244 @@
+"""Conformance of private optimizers: two functions of public values, with nothing hidden and nothing lost."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State
+from fed_dpsat.params import Params
+from fed_dpsat.testing.conformance import require, run_checks
+from fed_dpsat.testing.problems import (
+    TrainLoop,
+    copied,
+    difference,
+    flattened,
+    kind,
+    normal_like,
+    walk,
+)
+from fed_dpsat.testing.rounds import (
+    Subject,
+    begun,
+    physical_batches_change_nothing,
+    through_bytes,
+    training_is_replayed_from_private_gradients_alone,
+    zero_lr_keeps_every_bit,
+)
+from fed_dpsat.training import train_locally
+
+STEPS = 6
+SIGNATURES = {
+    "init": ("params",),
+    "query_point": ("params", "state"),
+    "update": ("params", "private_gradient", "state"),
+}
+
+
+def check_optimizer(
+    factory: Callable[[], PrivateOptimizer],
+    *,
+    zero_lr: Callable[[], PrivateOptimizer] | None = None,
+    train: TrainLoop = train_locally,
+) -> list[str]:
+    """Run the suite on ``() -> optimizer``; the names of the checks that were made.
+
+    ``zero_lr`` gives the same optimizer with lr = 0, which must leave every bit of the weights. ``train`` is the
+    training loop, for those who write their own. Raises ``ConformanceError``.
+    """
+    checks = CHECKS if zero_lr else [check for check in CHECKS if check is not zero_lr_keeps_every_bit]
+    return run_checks("optimizer", checks, Subject(make=factory, make_still=zero_lr, train=train))
+
+
+def signatures_take_no_data(subject: Subject) -> None:
+    """``init(params)``, ``query_point(params, state)``, ``update(params, private_gradient, state)``: no more."""
+    optimizer = subject.make()
+    for name, wanted in SIGNATURES.items():
+        method = getattr(optimizer, name)
+        taken = list(inspect.signature(method).parameters.values())
+        require(
+            len(taken) == len(wanted) and all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in taken),
+            expected=f"{name}({', '.join(wanted)})",
+            seen=f"{name}({', '.join(map(str, taken))})",
+            remedy="take no batch, raw gradient or loss, not even as an option: all an optimizer computes must be "
+            "post-processing of the private gradient",
+        )
+
+
+def state_is_named_tensors(subject: Subject) -> None:
+    """State is ``{slot: {name: tensor}}``, so that it can be stored between rounds and sent."""
+    for state in _states(subject):
+        for slot, params in state.items():
+            require(
+                isinstance(params, dict) and "/" not in slot,
+                expected="slots of named tensors, without '/' in the slot's name",
+                seen=f"{slot!r}: {type(params).__name__}",
+                remedy="keep numbers as 0-d tensors in a slot, as base.set_clock does",
+            )
+            for name, value in params.items():
+                require(
+                    type(value) is Tensor and not value.requires_grad,
+                    expected="detached tensors in every slot",
+                    seen=f"{slot}/{name}: {type(value).__name__}",
+                    remedy="keep numbers as 0-d tensors, and detach",
+                )
+
+
+def points_are_like_params(subject: Subject) -> None:
+    """Query points and new parameters have the names, shapes and types of ``params``: plain detached tensors."""
+    optimizer = subject.make()
+    expected = {name: kind(p) for name, p in start().items()}
+    params = start()
+    for state in _states(subject):
+        at = optimizer.query_point(params, state)
+        params, _ = optimizer.update(params, _gradient(0), state)
+        for what, point in (("query_point", at), ("update", params)):
+            plain = all(type(p) is Tensor and not p.requires_grad for p in point.values())
+            seen = {name: kind(p) for name, p in point.items()}
+            require(
+                plain and seen == expected,
+                expected=f"plain detached tensors {expected} from {what}",
+                seen=f"{seen}" if plain else "tensors of another class, or that require a gradient",
+                remedy="return one tensor like each parameter; mind 0-d tensors and float64",
+            )
+
+
+def inputs_are_not_changed(subject: Subject) -> None:
+    """``query_point`` and ``update`` leave parameters, gradient and state as they were, to the bit."""
+    optimizer = subject.make()
+    for state in _states(subject):
+        given = {"params": start(), "private_gradient": _gradient(0)} | {
+            f"state {slot}": p for slot, p in state.items()
+        }
+        before, slots = {what: copied(tensors) for what, tensors in given.items()}, list(state)
+        for what, call in (
+            ("query_point", lambda: optimizer.query_point(given["params"], state)),
+            ("update", lambda: optimizer.update(given["params"], given["private_gradient"], state)),
+        ):
+            call()
+            changed = [f"{n}: {said}" for n, tensors in given.items() if (said := difference(before[n], tensors))]
+            require(
+                not changed and list(state) == slots,
+                expected=f"{what} to leave its arguments as they are",
+                seen="; ".join(changed) or f"slots {list(state)}, before {slots}",
+                remedy="no operation in place: weights that are moved and put back drift away when a batch is split",
+            )
+
+
+def same_inputs_give_same_outputs(subject: Subject) -> None:
+    """Calls in between, and another object of the same settings, change no bit: nothing is kept outside the state."""
+    optimizer = subject.make()
+    states = _states(subject)
+    for state in states:
+        first = _outputs(optimizer, state, _gradient(0))
+        _outputs(optimizer, states[-1], _gradient(1))
+        optimizer.init(start())
+        for what, again in (
+            ("after other calls", _outputs(optimizer, state, _gradient(0))),
+            ("from a new object", _outputs(subject.make(), state, _gradient(0))),
+        ):
+            said = difference(first, again)
+            require(
+                not said,
+                expected="the same outputs for the same params, private gradient and state",
+                seen=f"other ones {what}: {said}",
+                remedy="keep momentum and all else in the state: what hides in the object is lost between rounds, "
+                "or shared by clients; draw from torch's global generator, which the loop seeds",
+            )
+
+
+def resumed_equals_uninterrupted(subject: Subject) -> None:
+    """Stored as bytes after any step and taken up by a new object, training goes on to the same bits."""
+    optimizer, gradients = subject.make(), [_gradient(step) for step in range(STEPS)]
+    ends = list(walk(optimizer, start(), begun(optimizer, start()), gradients))
+    for stop in range(len(ends) - 1):
+        params, state = ends[stop]
+        stored = through_bytes(state)
+        resumed, state = list(walk(subject.make(), params, stored, gradients[stop + 1 :], stop + 1))[-1]
+        said = difference(ends[-1][0], resumed) or difference(flattened(ends[-1][1]), flattened(state))
+        require(
+            not said,
+            expected="the parameters and state of a run without interruption",
+            seen=f"others where it was stored after step {stop + 1}: {said}",
+            remedy="keep all that later steps need in the state, as tensors; an empty slot is not stored",
+        )
+
+
+def zero_gradient_stays_finite(subject: Subject) -> None:
+    """After zero gradients, parameters, state and query point are finite: the direction 0 / 0 is 0."""
+    optimizer, params = subject.make(), start()
+    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+    for state in (begun(optimizer, params), _states(subject)[-1]):
+        for _ in range(2):
+            params, state = optimizer.update(params, zeros, state)
+            seen = {"params": params, "query_point": optimizer.query_point(params, state), **state}
+            bad = [s for s, tensors in seen.items() if not all(bool(t.isfinite().all()) for t in tensors.values())]
+            require(
+                not bad,
+                expected="finite values after a private gradient of zero",
+                seen=f"NaN or inf in {', '.join(bad)}",
+                remedy="where a norm is 0, take the direction as 0, as base.climb does",
+            )
+
+
+def a_direction_may_come_or_go(subject: Subject) -> None:
+    """Between rounds ``ascent_memory`` takes the slot "ascent" away, or puts the server's last update there."""
+    optimizer, state = subject.make(), _states(subject)[-1]
+    without = {slot: params for slot, params in state.items() if slot != ASCENT}
+    for changed in (without, {**without, ASCENT: normal_like(start(), 9)}):
+        at = optimizer.query_point(start(), changed)
+        params, _ = optimizer.update(start(), _gradient(0), changed)
+        require(
+            all(bool(t.isfinite().all()) for t in (*at.values(), *params.values())),
+            expected=f"a step with slots {sorted(changed)}",
+            seen="NaN or inf",
+            remedy="read the slot by state.get(ASCENT): without a direction the query point is w",
+        )
+
+
+CHECKS = (
+    signatures_take_no_data,
+    state_is_named_tensors,
+    points_are_like_params,
+    inputs_are_not_changed,
+    same_inputs_give_same_outputs,
+    resumed_equals_uninterrupted,
+    zero_gradient_stays_finite,
+    a_direction_may_come_or_go,
+    training_is_replayed_from_private_gradients_alone,
+    physical_batches_change_nothing,
+    zero_lr_keeps_every_bit,
+)
+
+
+def start() -> Params:
+    """Parameters of several shapes and types, of their own at every call."""
+    return {
+        "weight": torch.linspace(-1, 1, 6).reshape(3, 2),
+        "bias": torch.linspace(0, 1, 3, dtype=torch.float64),
+        "scale": torch.tensor(1.5),
+    }
+
+
+def _gradient(step: int) -> Params:
+    return normal_like(start(), step)
+
+
+def _states(subject: Subject) -> list[State]:
+    """States before the first step and after each of three."""
+    optimizer = subject.make()
+    first = begun(optimizer, start())
+    return [first, *(state for _, state in walk(optimizer, start(), first, [_gradient(step) for step in range(3)]))]
+
+
+def _outputs(optimizer: PrivateOptimizer, state: State, gradient: Params) -> Params:
+    """All that the two functions return, under one level of names."""
+    torch.manual_seed(0)
+    at = optimizer.query_point(start(), state)
+    params, after = optimizer.update(start(), gradient, state)
+    return flattened({"query_point": at, "params": params, **{f"state {slot}": p for slot, p in after.items()}})

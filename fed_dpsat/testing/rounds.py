@@ -1,0 +1,155 @@
+"""The part of the optimizers' suite that trains: rounds, physical batches, and what may be known of the data."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock
+from fed_dpsat.params import Params, global_norm, subtract
+from fed_dpsat.sampling import PoissonSampler
+from fed_dpsat.testing.conformance import require
+from fed_dpsat.testing.problems import TrainLoop, copied, difference, filled, flattened, quadratic, restored
+from fed_dpsat.training import LocalResult, Streams
+
+SHAPES = {"weight": (3, 2), "bias": (3,)}
+ROUNDS, STEPS, EXAMPLES, RATE = 3, 4, 12, 0.5
+PHYSICAL = (100, 3, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """``make()`` gives the optimizer, ``make_still()`` the same with lr = 0, and ``train`` is the loop it runs in."""
+
+    make: Callable[[], PrivateOptimizer]
+    make_still: Callable[[], PrivateOptimizer] | None
+    train: TrainLoop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording(GaussianMechanism):
+    """Keeps every private gradient."""
+
+    released: list[Params] = field(default_factory=list)
+
+    def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
+        """As the Gaussian mechanism."""
+        private = super().privatize(clipped_sum, generator)
+        self.released.append(copied(private))
+        return private
+
+
+def training_is_replayed_from_private_gradients_alone(subject: Subject) -> None:
+    """The private gradients of a client's rounds give its weights to the bit, with no data at hand and the state kept.
+
+    What an optimizer learnt of an example by another way, or forgot between two rounds, would be missing.
+    """
+    params = replayed = filled(SHAPES)
+    state = again = subject.make().init(params)
+    for round in range(1, ROUNDS + 1):
+        mechanism = _mechanism()
+        result = _trained(subject, subject.make(), params, through_bytes(state), round, mechanism=mechanism)
+        params, state = result.params, result.state
+        optimizer, again = subject.make(), set_clock(again, (round - 1) * STEPS)
+        torch.manual_seed(_streams(round).torch_seed())
+        for private_gradient in mechanism.released:
+            optimizer.query_point(replayed, again)
+            replayed, again = optimizer.update(replayed, private_gradient, again)
+        said = difference(params, replayed)
+        require(
+            len(mechanism.released) == STEPS and not said,
+            expected=f"{STEPS} private gradients that give the trained weights when they are stepped along again",
+            seen=f"{len(mechanism.released)} of them, and other weights in round {round}: {said}",
+            remedy="step along the private gradient alone, and carry the state (momentum and all) from round to round",
+        )
+
+
+def physical_batches_change_nothing(subject: Subject) -> None:
+    """Logical batches cut into pieces of 100, 3 or 1 examples end at the same weights, within 1e-5."""
+    whole, *cut = (_all_rounds(subject, subject.make, size) for size in PHYSICAL)
+    for size, params in zip(PHYSICAL[1:], cut, strict=True):
+        away = float(global_norm(subtract(params, whole)))
+        require(
+            away <= 1e-5 * (1 + float(global_norm(whole))),
+            expected=f"the weights of physical_batch_size={PHYSICAL[0]}",
+            seen=f"weights {away:.3g} away at physical_batch_size={size}",
+            remedy="ask for the query point once per step, not once per physical batch, and change nothing in place",
+        )
+
+
+def zero_lr_keeps_every_bit(subject: Subject) -> None:
+    """With lr = 0 the weights stay as they are, to the bit, whatever the physical batch."""
+    make = subject.make_still
+    if make is None:
+        return
+    for size in PHYSICAL:
+        params = _all_rounds(subject, make, size)
+        said = difference(filled(SHAPES), params)
+        require(
+            not said,
+            expected="with lr = 0, weights that stay as they are",
+            seen=f"{said} after {ROUNDS * STEPS} steps at physical_batch_size={size}",
+            remedy="step from the unperturbed weights; do not move to the query point and back",
+        )
+
+
+def through_bytes(state: State) -> State:
+    """``state`` as it comes back from storage, by the flat names and arrays of a client's context."""
+    buffer = io.BytesIO()
+    torch.save({key: torch.from_numpy(value.numpy().copy()) for key, value in flattened(state).items()}, buffer)
+    buffer.seek(0)
+    return restored(torch.load(buffer, weights_only=True))
+
+
+def begun(optimizer: PrivateOptimizer, params: Params) -> State:
+    """The state of a client in its first round."""
+    return set_clock(optimizer.init(params), 0)
+
+
+def _all_rounds(subject: Subject, make: Callable[[], PrivateOptimizer], physical_batch_size: int) -> Params:
+    params = filled(SHAPES)
+    state = make().init(params)
+    for round in range(1, ROUNDS + 1):
+        result = _trained(subject, make(), params, state, round, physical_batch_size=physical_batch_size)
+        params, state = result.params, result.state
+    return params
+
+
+def _trained(
+    subject: Subject,
+    optimizer: PrivateOptimizer,
+    params: Params,
+    state: State,
+    round: int,
+    *,
+    mechanism: GaussianMechanism | None = None,
+    physical_batch_size: int = 100,
+) -> LocalResult:
+    rows = torch.randn(EXAMPLES, 9, generator=torch.Generator().manual_seed(0))
+    return subject.train(
+        params,
+        lambda indices: (rows[indices], torch.zeros(len(indices))),
+        loss_fn=quadratic,
+        optimizer=optimizer,
+        state=set_clock(state, (round - 1) * STEPS),
+        sampler=PoissonSampler(num_examples=EXAMPLES, sample_rate=RATE),
+        clipping=FlatClipping(clip_norm=1.0),
+        mechanism=mechanism or _mechanism(),
+        local_steps=STEPS,
+        streams=_streams(round),
+        physical_batch_size=physical_batch_size,
+    )
+
+
+def _mechanism() -> Recording:
+    return Recording(noise_multiplier=1.0, clip_norm=1.0, expected_batch_size=EXAMPLES * RATE)
+
+
+def _streams(round: int) -> Streams:
+    return Streams(seed=0, client=0, round=round)
