@@ -116,7 +116,7 @@ class RunConfig:
     reply_timeout: float = _setting(3600.0, "time in seconds to wait for the replies of a round", above=0)
 
     # machine
-    seed: int = _setting(0, "seed of every draw; the same seed gives the same bits", least=0)
+    seed: int = _setting(0, "seed of every draw; with noise_source=seeded the same seed gives the same bits", least=0)
     noise_source: str = _setting(
         "seeded",
         "source of coins and noise: seeded (reproducible, not private) or system (cryptographic)",

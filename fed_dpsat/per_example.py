@@ -50,7 +50,8 @@ def clipped_gradient_sum(
         raise SettingError("engine", engine, f"one of {', '.join(ENGINES)}", "choose one of those")
     if physical_batch_size < 1:
         raise SettingError("physical_batch_size", physical_batch_size, "at least 1", "128 suits most CPUs")
-    clipped_sum, num_nonfinite = zeros_like(params), 0
+    clipped_sum: Params = {}
+    num_nonfinite = 0
     inputs, targets = batch
     if len(inputs) != len(targets):
         raise ValueError(f"batch of {len(inputs)} inputs and {len(targets)} targets: their sizes differ")
@@ -58,5 +59,5 @@ def clipped_gradient_sum(
         if len(x):
             chunk, nonfinite = ENGINES[engine](loss_fn, params, x, y, clipping)
             num_nonfinite += nonfinite
-            clipped_sum = {name: total + chunk[name] for name, total in clipped_sum.items()}
-    return clipped_sum, num_nonfinite
+            clipped_sum = {name: clipped_sum[name].add_(c) for name, c in chunk.items()} if clipped_sum else chunk
+    return clipped_sum or zeros_like(params), num_nonfinite

@@ -31,7 +31,7 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
 
-PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy")
+PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
 
 
 class RunFolder:

@@ -2,26 +2,28 @@
 
 The bit generators are randomgen's, the one maintained package that plugs ciphers into numpy (AES-128 in counter
 mode where the CPU has instructions for it, else ChaCha20), because they keep ``np.random.Generator`` whole and
-draw normals as fast as numpy's own do. torchcsprng is dead, the operating system itself needs 20 times longer
+draw normals as fast as numpy's own do. torchcsprng is dead, the operating system itself needs 15 times longer
 for the bits alone, and OpenSSL's keystream (the oracle in our tests) would leave the normals to us.
 
 Protected:
 
-- The draws. A generator's 256 bits of operating-system entropy are used once; no draw tells anything of another.
-- The low bits. float32 noise lands on a lattice that moves with the sum, so one coordinate can prove that
-  the sum was not 1 (Mironov 2012; Jin et al. 2022, arXiv 2112.05307). The sum of 4 Gaussians in Opacus'
-  ``secure_mode`` (Holohan & Braghin 2021) hides the generator's words but not the lattice: in float32 it proves
-  so at 1 coordinate in 20 (tests/test_secure_noise.py). Here the sum is rounded to a grid BEFORE it meets noise on
-  the same grid. The result is the rounded output of the Gaussian mechanism, whatever the data; casting it to
-  float32 is post-processing. Rounding raises the sensitivity to C + grid * sqrt(d): the noise is scaled to that.
+- The draws. A generator's 256 bits of operating-system entropy (AES: key and first counter) are used once; no draw
+  tells anything of another.
+- The low bits. float32 noise lies on a lattice that moves with the sum, so that one coordinate can prove that its
+  sum was not 1 (Mironov 2012; Jin et al. 2022, arXiv 2112.05307). The sum of 4 Gaussians of Opacus'
+  ``secure_mode`` (Holohan & Braghin 2021) hides the generator's words but not the lattice: in float32 one
+  coordinate in 10 still proves it (tests/test_secure_noise.py). Here the sum is rounded to a grid BEFORE it meets
+  noise on the same grid: what comes out is the Gaussian mechanism's result, rounded, whatever the data, and the
+  cast to float32 is post-processing. Rounding raises the sensitivity to C + grid * sqrt(d); the noise is scaled to
+  that.
 
 Not protected:
 
 - The probability of each grid point is that of numpy's float64 ziggurat: some 2^27 floats per cell, so true to
   about one part in 2^27, and porous beyond 9 standard deviations (probability 1e-19). An exact discrete
   Gaussian (Canonne et al. 2020) has neither flaw, is far slower, and its running time tells more.
-- The sum it is given: float32 rounding while examples are added can move it by more than C (Casacuberta et al.
-  2022, arXiv 2207.10635).
+- The sum it is given: float32 rounding while examples are added lets one of them move it by more than C
+  (Casacuberta et al. 2022, arXiv 2207.10635): by 1e-6 C where we looked (tanh-cnn, batch 512), without a proof.
 - Time, which tells the size of the batch and a little of the noise; memory, core dumps and cloned machines.
 """
 
