@@ -87,7 +87,10 @@ def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     One vocabulary makes this work: a factory's parameter has the name of the setting that fills it.
     """
     factory = load(kind, name)
-    parameters = inspect.signature(factory).parameters.values()
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        raise PluginError(f"{kind}={name!r} is no function that says its parameters; wrap it in one") from None
     missing = [
         p.name
         for p in parameters

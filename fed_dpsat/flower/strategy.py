@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
+from typing import Any
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from numpy.typing import NDArray
 
 from fed_dpsat.cohort import draw_cohort
 from fed_dpsat.experiment import Task
@@ -248,7 +251,7 @@ class PrivateStrategy(Strategy):
         """``arrays`` in the model's types (some stock strategies return float64); wrong or not finite is an error."""
         if arrays.keys() != self._arrays.keys():
             raise FederationError(f"{type(self.inner).__name__} returned {list(arrays)}, not {list(self._arrays)}")
-        model = ArrayRecord({k: Array(a.numpy().astype(self._arrays[k].dtype)) for k, a in arrays.items()})
+        model = ArrayRecord({k: Array(_cast(a.numpy(), self._arrays[k].dtype)) for k, a in arrays.items()})
         try:
             records.check_arrays(RecordDict({records.ARRAYS: model}), self._arrays)
         except RecordError as error:
@@ -272,3 +275,9 @@ def _ask_whole_cohort(inner: Strategy) -> None:
         inner.fraction_train, inner.fraction_evaluate = 1.0, 0.0
         inner.min_train_nodes = inner.min_available_nodes = 1
         inner.min_evaluate_nodes = 0
+
+
+def _cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """``array`` as ``dtype``; whole numbers are rounded, since a weighted mean of 17s may be 16.999."""
+    whole = np.issubdtype(np.dtype(dtype), np.integer)
+    return (np.rint(array) if whole else array).astype(dtype)

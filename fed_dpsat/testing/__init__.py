@@ -18,15 +18,15 @@ raises ``ConformanceError``, an ``AssertionError``: which check, what was expect
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
-# from fed_dpsat.testing.accountant import check_accountant
+from fed_dpsat.testing.accountant import check_accountant
 from fed_dpsat.testing.clipping import check_clipping
 from fed_dpsat.testing.conformance import ConformanceError
-
-# from fed_dpsat.testing.mechanism import check_mechanism
-# from fed_dpsat.testing.model import check_model
-# from fed_dpsat.testing.optimizer import check_optimizer
+from fed_dpsat.testing.mechanism import check_mechanism
+from fed_dpsat.testing.model import check_model
+from fed_dpsat.testing.optimizer import check_optimizer
 
 if TYPE_CHECKING:
     from fed_dpsat.testing.strategy import check_strategy
@@ -45,6 +45,4 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name != "check_strategy":
         raise AttributeError(f"module 'fed_dpsat.testing' has no attribute {name!r}")
-    from fed_dpsat.testing import strategy
-
-    return strategy.check_strategy
+    return importlib.import_module("fed_dpsat.testing.strategy").check_strategy

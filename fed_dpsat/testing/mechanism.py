@@ -29,6 +29,7 @@ from fed_dpsat.testing.problems import TrainLoop, Watching, copied, kind, prescr
 from fed_dpsat.training import LocalResult, Streams, train_locally
 
 STEPS, EXAMPLES, RATE, GRADIENT = 30, 8, 0.125, 0.25
+FIRST = Streams(seed=0, client=0, round=1)
 
 
 def check_mechanism(factory: Callable[..., Any], *, train: TrainLoop = train_locally) -> list[str]:
@@ -108,6 +109,21 @@ def empty_batches_are_noised_and_charged(subject: Subject) -> None:
     )
 
 
+def training_noise_is_fresh(subject: Subject) -> None:
+    """In training, no two steps, clients, rounds or attempts release the same noise."""
+    released = []
+    for client, round, attempt in ((0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        streams = Streams(seed=0, client=client, round=round, attempt=attempt)
+        steps, _, _ = _trained(subject, noise_multiplier=1.0, streams=streams)
+        released += [float(step["w"][1]) for step in steps]  # the coordinate without a gradient
+    require(
+        len(set(released)) == len(released),
+        expected=f"{len(released)} different draws in 4 rounds of {STEPS} steps",
+        seen=f"{len(set(released))}",
+        remedy="take one generator per (client, round, attempt), as Streams gives it, and go on with it at each step",
+    )
+
+
 def training_divides_by_a_constant(subject: Subject) -> None:
     """In training without noise, a batch of k equal gradients g releases k g / expected_batch_size."""
     released, sizes, _ = _trained(subject, noise_multiplier=0.0)
@@ -130,11 +146,14 @@ CHECKS = (
     noise_is_fresh_for_every_coordinate,
     event_costs_what_was_done,
     empty_batches_are_noised_and_charged,
+    training_noise_is_fresh,
     training_divides_by_a_constant,
 )
 
 
-def _trained(subject: Subject, noise_multiplier: float) -> tuple[list[Params], list[int], LocalResult]:
+def _trained(
+    subject: Subject, noise_multiplier: float, streams: Streams = FIRST
+) -> tuple[list[Params], list[int], LocalResult]:
     """What a client's round releases, from which batch sizes; every example has the gradient (1, 0) / 4."""
     sampler = PoissonSampler(num_examples=EXAMPLES, sample_rate=RATE)
     optimizer, sizes = Watching(), []
@@ -154,6 +173,6 @@ def _trained(subject: Subject, noise_multiplier: float) -> tuple[list[Params], l
         clipping=FlatClipping(clip_norm=1.0),
         mechanism=make(subject, noise_multiplier, expected_batch_size=sampler.expected_batch_size),
         local_steps=STEPS,
-        streams=Streams(seed=0, client=0, round=1),
+        streams=streams,
     )
     return optimizer.released, sizes, result

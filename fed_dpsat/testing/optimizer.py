@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import io
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -109,18 +107,15 @@ def points_are_like_params(subject: Subject) -> None:
 
 
 def inputs_are_not_changed(subject: Subject) -> None:
-    """``query_point`` and ``update`` leave parameters, gradient and state as they were, to the bit."""
+    """No function changes its arguments: parameters, gradient and state stay as they were, to the bit."""
     optimizer = subject.make()
     for state in _states(subject):
         given = {"params": start(), "private_gradient": _gradient(0)} | {
             f"state {slot}": p for slot, p in state.items()
         }
         before, slots = {what: copied(tensors) for what, tensors in given.items()}, list(state)
-        for what, call in (
-            ("query_point", lambda: optimizer.query_point(given["params"], state)),
-            ("update", lambda: optimizer.update(given["params"], given["private_gradient"], state)),
-        ):
-            call()
+        for what, taken in SIGNATURES.items():
+            getattr(optimizer, what)(*(given.get(name, state) for name in taken))
             changed = [f"{n}: {said}" for n, tensors in given.items() if (said := difference(before[n], tensors))]
             require(
                 not changed and list(state) == slots,

@@ -15,7 +15,16 @@ from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock
 from fed_dpsat.params import Params, global_norm, subtract
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.testing.conformance import require
-from fed_dpsat.testing.problems import TrainLoop, copied, difference, filled, flattened, quadratic, restored
+from fed_dpsat.testing.problems import (
+    TrainLoop,
+    copied,
+    difference,
+    filled,
+    flattened,
+    normal_like,
+    quadratic,
+    restored,
+)
 from fed_dpsat.training import LocalResult, Streams
 
 SHAPES = {"weight": (3, 2), "bias": (3,)}
@@ -50,8 +59,8 @@ def training_is_replayed_from_private_gradients_alone(subject: Subject) -> None:
 
     What an optimizer learnt of an example by another way, or forgot between two rounds, would be missing.
     """
-    params = replayed = filled(SHAPES)
-    state = again = subject.make().init(params)
+    params, replayed = _start(), _start()
+    state, again = subject.make().init(params), subject.make().init(replayed)
     for round in range(1, ROUNDS + 1):
         mechanism = _mechanism()
         result = _trained(subject, subject.make(), params, through_bytes(state), round, mechanism=mechanism)
@@ -90,7 +99,7 @@ def zero_lr_keeps_every_bit(subject: Subject) -> None:
         return
     for size in PHYSICAL:
         params = _all_rounds(subject, make, size)
-        said = difference(filled(SHAPES), params)
+        said = difference(_start(), params)
         require(
             not said,
             expected="with lr = 0, weights that stay as they are",
@@ -112,8 +121,13 @@ def begun(optimizer: PrivateOptimizer, params: Params) -> State:
     return set_clock(optimizer.init(params), 0)
 
 
+def _start() -> Params:
+    """Not zeros: what goes there and back from 0 comes back exactly."""
+    return normal_like(filled(SHAPES), 0)
+
+
 def _all_rounds(subject: Subject, make: Callable[[], PrivateOptimizer], physical_batch_size: int) -> Params:
-    params = filled(SHAPES)
+    params = _start()
     state = make().init(params)
     for round in range(1, ROUNDS + 1):
         result = _trained(subject, make(), params, state, round, physical_batch_size=physical_batch_size)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
-from pytest import mark
 
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.per_example import clipped_gradient_sum
@@ -196,7 +196,7 @@ def test_the_shipped_mechanism_conforms():
     assert len(check_mechanism(GaussianMechanism)) == 10
 
 
-@mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_mechanism_is_caught(case, caught):
     factory, check = BROKEN[case]
     assert caught(check_mechanism, factory) == check
@@ -206,7 +206,7 @@ def test_a_loop_of_your_own_joins_too():
     assert check_mechanism(GaussianMechanism, train=loop) == check_mechanism(GaussianMechanism, train=train_locally)
 
 
-@mark.parametrize("case", LOOPS)
+@pytest.mark.parametrize("case", LOOPS)
 def test_a_broken_loop_is_caught(case, caught):
     mistake, check = LOOPS[case]
     assert caught(check_mechanism, GaussianMechanism, train=lambda *a, **k: loop(*a, **k, **mistake)) == check

@@ -1,0 +1,208 @@
+"""A federation of eight clients that say what a check wants them to say, with a real ledger, strategy and grid."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from fed_dpsat.flower import records
+from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.plans import ClientPlan
+from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.simulation.in_process import InProcessBackend
+
+NUM_CLIENTS = 8
+EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
+PLAN = ClientPlan(target_epsilon=0.0, sample_rate=EVENT.sample_rate, first_round=1, event=EVENT)
+
+Model = Mapping[str, NDArray[Any]]
+Move = Callable[[int, int, Model], Model]
+"""``client, round, global model -> the client's model``."""
+Tamper = Callable[[int, int, RecordDict], RecordDict]
+"""``client, round, an honest reply -> what is sent``."""
+
+
+def start() -> Model:
+    """Parameters of several shapes and types: 0-d, float64 and whole numbers among them."""
+    return {
+        "w": np.linspace(-1, 1, NUM_CLIENTS, dtype=np.float32),
+        "matrix": np.linspace(0, 1, 6).reshape(3, 2),
+        "scale": np.array(0.5, dtype=np.float32),
+        "count": np.array(7, dtype=np.int64),
+    }
+
+
+def drift(client: int, round: int, model: Model) -> Model:
+    """Somewhere of its own for each client and round; whole numbers stay."""
+    generator = np.random.default_rng([client, round])
+    return {n: (a if _whole(a) else a + 0.1 * generator.standard_normal(a.shape)) for n, a in model.items()}
+
+
+def together(client: int, round: int, model: Model) -> Model:
+    """The same way for all: 0.1 up in each coordinate."""
+    return {n: (a if _whole(a) else a + 0.1) for n, a in model.items()}
+
+
+def still(client: int, round: int, model: Model) -> Model:
+    """No update."""
+    return model
+
+
+def as_record(model: Model, like: Model | None = None) -> ArrayRecord:
+    """Arrays in the types of ``like``, or their own."""
+    return ArrayRecord({n: Array(np.asarray(a, dtype=(like or model)[n].dtype)) for n, a in model.items()})
+
+
+def as_model(arrays: ArrayRecord) -> Model:
+    """The arrays by name."""
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+class Federation:
+    """``inner`` in a ``PrivateStrategy``; ``round()`` runs one round and gives the model after it.
+
+    ``answered`` counts what clients were asked, by (client, round); ``uncharged`` are those that were asked before
+    they were charged.
+    """
+
+    def __init__(
+        self,
+        inner: Strategy,
+        *,
+        move: Move = drift,
+        tamper: Tamper | None = None,
+        cohort_size: int = NUM_CLIENTS,
+        model: Model | None = None,
+        after: int = 0,
+    ) -> None:
+        self.answered: Counter[tuple[int, int]] = Counter()
+        self.uncharged: list[tuple[int, int]] = []
+        self.backwards = False
+        self.ledger = PrivacyLedger(":memory:")
+        self.model = as_record(model or start())
+        self._rounds = count(after + 1)
+        self._move, self._tamper = move, tamper
+        self._grid = SimulationGrid(InProcessBackend(self._client_app(), {}, NUM_CLIENTS), NUM_CLIENTS)
+        self.private = PrivateStrategy(
+            inner,
+            self.ledger,
+            plans=[PLAN] * NUM_CLIENTS,
+            delta=1e-5,
+            accountant="rdp",
+            cohort_size=cohort_size,
+            max_rounds_per_client=100,
+            seed=0,
+            join_timeout=0.0,
+        )
+        self.private.start(self._grid, self.model, num_rounds=0)
+
+    def round(self) -> Model:
+        """As Flower's loop does it."""
+        number = next(self._rounds)
+        messages = self.private.configure_train(number, self.model, ConfigRecord(), self._grid)
+        replies = list(self._grid.send_and_receive(messages))
+        if self.backwards:
+            replies.reverse()
+        arrays, _ = self.private.aggregate_train(number, replies)
+        self.model = self.model if arrays is None else arrays
+        return as_model(self.model)
+
+    def rounds(self, number: int) -> Model:
+        """The model after ``number`` rounds."""
+        for _ in range(number):
+            self.round()
+        return as_model(self.model)
+
+    def _client_app(self) -> ClientApp:
+        app = ClientApp()
+
+        @app.query()
+        def identify(message: Message, context: Context) -> Message:
+            return Message(records.identity_content(_client(context), 1), reply_to=message)
+
+        @app.train()
+        def train(message: Message, context: Context) -> Message:
+            return Message(self._answer(_client(context), message.content), reply_to=message)
+
+        return app
+
+    def _answer(self, client: int, content: RecordDict) -> RecordDict:
+        model = as_model(content.array_records[records.ARRAYS])
+        # a message of the strategy's own making has no task: it is asked all the same
+        number = records.read_task(content).round if records.TASK in content.config_records else 0
+        self.answered[client, number] += 1
+        if self.ledger.rounds_by_client().get(client, 0) < len([1 for c, _ in self.answered if c == client]):
+            self.uncharged.append((client, number))
+        event = ConfigRecord({"client": client, "round": number, "attempt": 0, **EVENT.to_dict()})
+        reply = RecordDict(
+            {
+                records.ARRAYS: as_record(self._move(client, number, model), like=model),
+                records.EVENT: event,
+                records.METRICS: MetricRecord({records.NUM_EXAMPLES: client + 1}),
+            }
+        )
+        return self._tamper(client, number, reply) if self._tamper else reply
+
+
+class Backwards(Strategy):
+    """``inner``, handed the replies in the opposite order."""
+
+    def __init__(self, inner: Strategy) -> None:
+        self.inner = inner
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As ``inner``."""
+        return self.inner.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """As ``inner``, of the last client first."""
+        return self.inner.aggregate_train(server_round, list(replies)[::-1])
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nobody."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing."""
+        return None
+
+    def summary(self) -> None:
+        """Nothing."""
+
+
+def _client(context: Context) -> int:
+    return int(context.node_config[records.PARTITION_ID])
+
+
+def _whole(array: NDArray[Any]) -> bool:
+    return bool(np.issubdtype(array.dtype, np.integer))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Flower and the wrapper log of each round."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,154 @@
+"""Conformance of models: examples do not mix, and an engine's per-example gradients are those of single examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.errors import ModelError
+from fed_dpsat.params import Params, global_norm, subtract, trainable, zeros_like
+from fed_dpsat.per_example import Engine, ModelLoss, check_module, clipped_gradient_sum
+from fed_dpsat.testing.conformance import require, run_checks
+from fed_dpsat.testing.problems import copied, difference
+
+DROPOUT = _DropoutNd
+BATCH = 4
+CLIP_NORM = 0.01
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """``make()`` gives the module, for ``x[B, *input_shape]``; ``engine`` takes its per-example gradients."""
+
+    make: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+    num_classes: int
+    engine: str | Engine
+
+
+def check_model(
+    factory: Callable[[], nn.Module],
+    *,
+    input_shape: tuple[int, ...],
+    num_classes: int = 10,
+    engine: str | Engine = "auto",
+) -> list[str]:
+    """Run the suite on ``() -> module`` that maps ``x[B, *input_shape]`` to ``[B, num_classes]``; names of the checks.
+
+    ``engine`` is a name in ``ENGINES``, or your own. Raises ``ConformanceError``.
+    """
+    subject = Subject(make=factory, input_shape=input_shape, num_classes=num_classes, engine=engine)
+    return run_checks("model", CHECKS, subject)
+
+
+def layers_share_no_statistics(subject: Subject) -> None:
+    """No layer is known to mix the examples of a batch, as BatchNorm does."""
+    module = subject.make()
+    try:
+        check_module(module)
+    except ModelError as error:
+        seen, _, remedy = str(error).partition("; ")
+        require(False, expected="layers that keep examples apart", seen=seen, remedy=remedy)
+
+
+def logits_are_one_row_per_example(subject: Subject) -> None:
+    """``x[B, *input_shape] -> logits[B, num_classes]``, for B = 1 too."""
+    for batch in (1, BATCH):
+        logits = subject.make()(_inputs(subject)[:batch])
+        require(
+            tuple(logits.shape) == (batch, subject.num_classes),
+            expected=f"logits of shape ({batch}, {subject.num_classes})",
+            seen=str(tuple(logits.shape)),
+            remedy="keep the batch dimension first, and one logit per class",
+        )
+
+
+def logits_ignore_the_other_examples(subject: Subject) -> None:
+    """An example's logits stay when all others of its batch change, in training mode."""
+    module = subject.make().train()
+    inputs = _inputs(subject)
+    others = torch.cat([inputs[:1], 10 * inputs[1:].flip(0) + 3])
+    rows = []
+    for batch in (inputs, others):
+        torch.manual_seed(0)  # equal masks, where there is dropout
+        rows.append(module(batch)[0].detach())
+    away = float((rows[0] - rows[1]).abs().max())
+    require(
+        away <= TOLERANCE * (1 + float(rows[0].abs().max())),
+        expected="logits of the first example that do not depend on the others",
+        seen=f"a change of {away:.3g}",
+        remedy="no statistics over the batch: GroupNorm or LayerNorm in the place of BatchNorm, no attention across it",
+    )
+
+
+def forward_changes_nothing(subject: Subject) -> None:
+    """A forward pass in training mode leaves its input, the parameters and the buffers as they were."""
+    module = subject.make().train()
+    inputs = _inputs(subject)
+    kept = {**module.state_dict(), "the input": inputs}
+    before = copied(kept)
+    module(inputs)
+    said = difference(before, {**module.state_dict(), "the input": inputs})
+    require(
+        not said,
+        expected="an input, parameters and buffers that a forward pass leaves alone",
+        seen=said,
+        remedy="statistics kept in a buffer leak examples; an operation in place on the input changes the data",
+    )
+
+
+def gradients_are_those_of_single_examples(subject: Subject) -> None:
+    """The engine's clipped sum is the sum over examples that are clipped one by one, with plain autograd."""
+    module = subject.make().train().double()  # no activation within rounding of its kink
+    for layer in module.modules():
+        if isinstance(layer, DROPOUT):
+            layer.eval()
+    loss, params, rule = ModelLoss(module), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
+    inputs, targets = _inputs(subject).double(), torch.arange(BATCH) % subject.num_classes
+    one_by_one = zeros_like(params)
+    for x, y in zip(torch.split(inputs, 1), torch.split(targets, 1), strict=True):
+        gradient = _gradient(loss, params, x.clone(), y)
+        scale = min(1.0, CLIP_NORM / max(float(global_norm(gradient)), 1e-30))
+        one_by_one = {name: total + scale * gradient[name] for name, total in one_by_one.items()}
+    if callable(subject.engine):
+        found, _ = subject.engine(loss, params, inputs.clone(), targets, rule)
+    else:
+        found, _ = clipped_gradient_sum(loss, params, (inputs.clone(), targets), rule, engine=subject.engine)
+    away = float(global_norm(subtract(found, one_by_one)))
+    require(
+        away <= TOLERANCE * BATCH * CLIP_NORM,
+        expected=f"the sum over {BATCH} single examples, each clipped to {CLIP_NORM}",
+        seen=f"a sum {away / (BATCH * CLIP_NORM):.3g} of its bound away with engine {_name(subject.engine)}",
+        remedy="an activation in place (inplace=True) overwrites what hooks kept, a layer used twice counts twice: "
+        "try engine='vmap'",
+    )
+
+
+CHECKS = (
+    layers_share_no_statistics,
+    logits_are_one_row_per_example,
+    forward_changes_nothing,
+    logits_ignore_the_other_examples,
+    gradients_are_those_of_single_examples,
+)
+
+
+def _inputs(subject: Subject) -> Tensor:
+    return torch.randn(BATCH, *subject.input_shape, generator=torch.Generator().manual_seed(0))
+
+
+def _gradient(loss: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Params:
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    total = loss(leaves, inputs, targets).sum()
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found, strict=True)}
+
+
+def _name(engine: str | Engine) -> str:
+    return engine if isinstance(engine, str) else getattr(engine, "__name__", type(engine).__name__)

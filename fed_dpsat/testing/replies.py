@@ -1,0 +1,62 @@
+"""Replies that a strategy must never feel: each spoils an honest one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+
+from fed_dpsat.flower import records
+from fed_dpsat.testing.federation import NUM_CLIENTS, Tamper, as_model, as_record, start
+
+BAD_CLIENT = 2
+
+
+def from_bad_client(spoil: Callable[[RecordDict], RecordDict]) -> Tamper:
+    """All replies are honest but those of one client."""
+    return lambda client, number, reply: spoil(reply) if client == BAD_CLIENT else reply
+
+
+def fail(reply: RecordDict) -> RecordDict:
+    """No reply at all: the client raises."""
+    raise RuntimeError("a client that fails")
+
+
+def nan(reply: RecordDict) -> RecordDict:
+    """One NaN in a 0-d array."""
+    return _replaced(reply, scale=np.array(np.nan, dtype=np.float32))
+
+
+def _replaced(reply: RecordDict, **arrays: object) -> RecordDict:
+    model = {**as_model(reply.array_records[records.ARRAYS]), **arrays}
+    reply[records.ARRAYS] = ArrayRecord({name: Array(np.asarray(a)) for name, a in model.items()})
+    return reply
+
+
+def _without_event(reply: RecordDict) -> RecordDict:
+    del reply[records.EVENT]
+    return reply
+
+
+def _two_models(reply: RecordDict) -> RecordDict:
+    reply["again"] = as_record(start())
+    return reply
+
+
+BAD: dict[str, Callable[[RecordDict], RecordDict]] = {
+    "NaN": nan,
+    "inf": lambda reply: _replaced(reply, w=np.full(NUM_CLIENTS, np.inf, dtype=np.float32)),
+    "a wrong shape": lambda reply: _replaced(reply, w=np.ones((NUM_CLIENTS, 1), dtype=np.float32)),
+    "a wrong type": lambda reply: _replaced(reply, w=np.ones(NUM_CLIENTS)),
+    "a million numbers too many": lambda reply: _replaced(reply, w=np.ones(10**6, dtype=np.float32)),
+    "a parameter too many": lambda reply: _replaced(reply, extra=np.ones(1, dtype=np.float32)),
+    "a second model": _two_models,
+    "no event": _without_event,
+    "a negative size": lambda reply: _resized(reply, -1.0),
+}
+
+
+def _resized(reply: RecordDict, num_examples: float) -> RecordDict:
+    reply[records.METRICS] = MetricRecord({records.NUM_EXAMPLES: num_examples})
+    return reply

@@ -1,0 +1,106 @@
+"""The real handlers: what leaves a client, what stays, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from fed_dpsat.config import RunConfig
+from fed_dpsat.experiment import Experiment, Task
+from fed_dpsat.flower import compat, records
+from fed_dpsat.flower.client_app import app, from_run_config, make_client_app
+from fed_dpsat.flower.grid import FIRST_NODE_ID, answer, node_context
+from fed_dpsat.params import trainable
+from fed_dpsat.privacy import PrivacyEvent, epsilon
+
+CONFIG = RunConfig(noise_multiplier=2.0, delta=1e-4, num_clients=3, target_epsilon=1.5, budget_mode="retire")
+TASK = Task(round=1, noise_multiplier=2.0, sample_rate=0.5, local_steps=1)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return Experiment.build(CONFIG)
+
+
+@pytest.fixture
+def context():
+    compat.identify_process()
+    return node_context(FIRST_NODE_ID + 1, CONFIG.settings(), 3)
+
+
+def ask(experiment, context, task=TASK, message_type=MessageType.TRAIN, **extra):
+    arrays = records.to_arrays(trainable(experiment.loss_fn.module))
+    content = RecordDict({records.ARRAYS: arrays, records.TASK: records.task_record(task), **extra})
+    message = Message(content, context.node_id, message_type)
+    return answer(make_client_app(lambda _: experiment), message, context)
+
+
+def test_nothing_leaves_but_what_the_table_in_records_lists(experiment, context):
+    content = ask(experiment, context).content
+    assert set(content) == {records.ARRAYS, records.EVENT, records.METRICS}
+    assert set(content[records.ARRAYS]) == {name for name, _ in experiment.loss_fn.module.named_parameters()}
+    assert dict(content[records.METRICS]) == {"num-examples": len(experiment.partitions[1])}
+    assert records.read_event(content) == (1, 1, 0, TASK.event)
+
+
+def test_identity_is_partition_and_declared_size(experiment, context):
+    reply = ask(experiment, context, message_type=MessageType.QUERY)
+    assert dict(reply.content[records.IDENTITY]) == {"client": 1, "num_examples": len(experiment.partitions[1])}
+
+
+def test_state_and_its_own_count_stay(experiment, context):
+    ask(experiment, context)
+    assert records.load_history(context.state) == (TASK.event,)
+    assert "ascent" in records.load_state(context.state)
+
+
+def test_it_refuses_beyond_its_budget_whatever_the_server_says(experiment, context):
+    budget, rounds = CONFIG.target_epsilon, 0
+    while (reply := ask(experiment, context, dataclasses.replace(TASK, round=rounds + 1))).has_content():
+        rounds += 1
+    assert "refused, nothing was computed" in reply.error.reason
+    assert epsilon([TASK.event] * rounds, CONFIG.delta) <= budget < epsilon([TASK.event] * (rounds + 1), CONFIG.delta)
+    assert sum(event.steps for event in records.load_history(context.state)) == rounds
+
+
+def test_less_noise_than_planned_is_charged_as_what_it_is(experiment, context):
+    reply = ask(experiment, context, dataclasses.replace(TASK, noise_multiplier=0.5))
+    assert "budget=1.5 is below" in reply.error.reason
+
+
+@pytest.mark.parametrize("task", [{"sample_rate": 1.5}, {"local_steps": 0}, {"noise_multiplier": float("nan")}])
+def test_a_task_that_makes_no_sense_is_an_error_and_computes_nothing(experiment, context, task):
+    reply = ask(experiment, context, dataclasses.replace(TASK, **task))
+    assert reply.has_error()
+    assert not context.state
+
+
+def test_an_unknown_key_in_the_task_is_refused(experiment, context):
+    task = ConfigRecord({**dataclasses.asdict(TASK), "seed": 7})
+    assert "seed" in ask(experiment, context, **{records.TASK: task}).error.reason
+
+
+def test_the_servers_direction_is_used_when_the_run_says_so(context):
+    config = dataclasses.replace(CONFIG, ascent_memory="server", rho=5.0)
+    experiment = Experiment.build(config)
+    ascent = records.to_arrays({n: torch.ones_like(p) for n, p in trainable(experiment.loss_fn.module).items()})
+    fresh = node_context(FIRST_NODE_ID + 1, config.settings(), 3)
+    with_it = ask(experiment, context, **{records.ASCENT: ascent}).content[records.ARRAYS]["1.weight"].numpy()
+    without = ask(experiment, fresh).content[records.ARRAYS]["1.weight"].numpy()
+    assert (with_it != without).any()
+
+
+def test_an_experiment_is_built_once_per_process():
+    assert from_run_config(CONFIG.settings()) is from_run_config(CONFIG.settings())
+
+
+def test_the_app_that_pyproject_names_answers(context):
+    message = Message(RecordDict(), context.node_id, MessageType.QUERY)
+    assert answer(app, message, context).content[records.IDENTITY]["client"] == 1
+
+
+def test_the_event_type_is_ours():
+    assert isinstance(TASK.event, PrivacyEvent)

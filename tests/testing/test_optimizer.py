@@ -1,0 +1,271 @@
+"""check_optimizer passes every shipped optimizer and catches each broken one, and each broken training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fed_dpsat import plugins
+from fed_dpsat.config import RunConfig
+from fed_dpsat.optimizers import DPSAT, DPSGD
+from fed_dpsat.optimizers.base import ASCENT, climb
+from fed_dpsat.params import zeros_like
+from fed_dpsat.per_example import clipped_gradient_sum
+from fed_dpsat.testing import check_optimizer
+from fed_dpsat.training import LocalResult, train_locally
+
+
+def shipped(name, lr=0.1):
+    settings = {
+        **RunConfig(target_epsilon=3.0).settings(),
+        "lr": lr,
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "total_steps": 50,
+    }
+    settings["base"] = plugins.build("optimizer", "dp-sgd", settings)
+    return plugins.build("optimizer", name, settings)
+
+
+def step(params, slope, lr=0.1):
+    return {name: torch.add(p, slope[name], alpha=-lr) for name, p in params.items()}
+
+
+class WantsTheBatch(DPSGD):
+    """Momentum of the raw gradient needs the data, so it does not fit the signature."""
+
+    def update(self, params, private_gradient, state, batch):
+        return super().update(params, private_gradient, state)
+
+
+class TakesTheBatchIfGiven(DPSGD):
+    def update(self, params, private_gradient, state, batch=None):
+        return super().update(params, private_gradient, state)
+
+
+class TakesAnything(DPSGD):
+    def query_point(self, *args, **anything):
+        return args[0]
+
+
+class PerturbsInPlace(DPSAT):
+    """Moves the weights and puts them back, as the official code does."""
+
+    def query_point(self, params, state):
+        there = super().query_point(params, state)
+        for name, p in params.items():
+            p.copy_(there[name])
+        return params
+
+
+class WritesIntoTheGradient(DPSGD):
+    def update(self, params, private_gradient, state):
+        for name, g in private_gradient.items():
+            g.add_(params[name], alpha=0.1)
+        return super().update(params, private_gradient, state)
+
+
+class WritesIntoTheState(DPSGD):
+    def update(self, params, private_gradient, state):
+        slope = state.setdefault("momentum", zeros_like(params))
+        for name, g in private_gradient.items():
+            slope[name].mul_(0.9).add_(g)
+        return step(params, slope), state
+
+
+class HidesMomentum:
+    """Keeps it in the object, which lives for one round: reset every round, or shared by clients."""
+
+    def __init__(self):
+        self.slope = None
+
+    def init(self, params):
+        return {}
+
+    def query_point(self, params, state):
+        return params
+
+    def update(self, params, private_gradient, state):
+        old = self.slope or zeros_like(private_gradient)
+        self.slope = {name: torch.add(g, old[name], alpha=0.9) for name, g in private_gradient.items()}
+        return step(params, self.slope), state
+
+
+class CountsInAnEmptySlot(DPSGD):
+    """Knows that it has begun by a slot without tensors, which storage does not keep."""
+
+    def update(self, params, private_gradient, state):
+        share = 1.0 if "begun" in state else 0.1
+        return step(params, private_gradient, share), {**state, "begun": {}}
+
+
+class KeepsANumber(DPSGD):
+    def update(self, params, private_gradient, state):
+        moved, state = super().update(params, private_gradient, state)
+        return moved, {**state, "norms": {"last": 1.0}}
+
+
+class KeepsAList(DPSGD):
+    def init(self, params):
+        return {**super().init(params), "history": []}
+
+
+class NamesASlash(DPSGD):
+    def init(self, params):
+        return {**super().init(params), "a/b": zeros_like(params)}
+
+
+class Casts(DPSGD):
+    def query_point(self, params, state):
+        return {name: p.float() for name, p in params.items()}
+
+
+class Flattens(DPSGD):
+    def update(self, params, private_gradient, state):
+        moved, state = super().update(params, private_gradient, state)
+        return {name: p.reshape(-1) if p.ndim == 0 else p for name, p in moved.items()}, state
+
+
+class HooksTheRawGradient(DPSGD):
+    """Would see the raw gradient through a leaf."""
+
+    def query_point(self, params, state):
+        return {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
+class DividesByTheNorm(DPSAT):
+    def query_point(self, params, state):
+        if ASCENT not in state:
+            return params
+        norm = torch.sqrt(sum(g.double().square().sum() for g in state[ASCENT].values()))
+        return {name: p + (0.03 * state[ASCENT][name] / norm).to(p) for name, p in params.items()}
+
+
+class NeedsItsDirection(DPSAT):
+    def query_point(self, params, state):
+        return climb(params, state[ASCENT] if state["clock"]["step"] > 0 else None, self.rho)
+
+
+class StepsFromTheQueryPoint(DPSAT):
+    """Comes back by the way it went, which rounds."""
+
+    def update(self, params, private_gradient, state):
+        up = climb(zeros_like(params), state.get(ASCENT), self.rho)
+        moved, after = super().update({name: p + up[name] for name, p in params.items()}, private_gradient, state)
+        return {name: m - up[name] for name, m in moved.items()}, after
+
+
+def made(kind):
+    return lambda: kind(base=DPSGD(lr=0.1), rho=0.03) if issubclass(kind, DPSAT) else kind(lr=0.1)
+
+
+BROKEN = {
+    "un-noised momentum wants the batch": (made(WantsTheBatch), "signatures_take_no_data"),
+    "takes the batch if given": (made(TakesTheBatchIfGiven), "signatures_take_no_data"),
+    "takes anything": (made(TakesAnything), "signatures_take_no_data"),
+    "perturbs in place (official DP-SAT)": (made(PerturbsInPlace), "inputs_are_not_changed"),
+    "writes into the gradient": (made(WritesIntoTheGradient), "inputs_are_not_changed"),
+    "writes into the state": (made(WritesIntoTheState), "inputs_are_not_changed"),
+    "momentum in the object, reset each round": (HidesMomentum, "same_inputs_give_same_outputs"),
+    "an empty slot": (made(CountsInAnEmptySlot), "resumed_equals_uninterrupted"),
+    "a number in the state": (made(KeepsANumber), "state_is_named_tensors"),
+    "a list in the state": (made(KeepsAList), "state_is_named_tensors"),
+    "a slash in a slot": (made(NamesASlash), "state_is_named_tensors"),
+    "casts": (made(Casts), "points_are_like_params"),
+    "flattens a scalar": (made(Flattens), "points_are_like_params"),
+    "hooks the raw gradient": (made(HooksTheRawGradient), "points_are_like_params"),
+    "0 / 0": (made(DividesByTheNorm), "zero_gradient_stays_finite"),
+    "needs its direction": (made(NeedsItsDirection), "a_direction_may_come_or_go"),
+}
+
+
+def loop(params, batches, *, optimizer, sampler, local_steps, streams, physical_batch_size=100, mistake="", **more):
+    """A training loop in short, right unless told otherwise."""
+    mechanism, state, loss = more["mechanism"], more["state"], more["loss_fn"]
+    if mistake == "reset":
+        state = {**optimizer.init(params), "clock": state["clock"]}
+    sampling, noise = streams.generator("sampling"), streams.generator("noise")
+    torch.manual_seed(streams.torch_seed())
+    for indices in sampler.batches(local_steps, sampling):
+        inputs, targets = batches(indices)
+        total, at, before = zeros_like(params), optimizer.query_point(params, state), params
+        pieces = list(zip(inputs.split(physical_batch_size), targets.split(physical_batch_size), strict=True))
+        for number, piece in enumerate(pieces):
+            if mistake == "restore on the last" and number:
+                before, at = at, optimizer.query_point(at, state)
+            chunk, _ = clipped_gradient_sum(loss, at, piece, more["clipping"])
+            total = {name: t + chunk[name] for name, t in total.items()}
+        params = before  # moved as often as there were pieces, put back once
+        private = mechanism.privatize(total, noise)
+        params, state = optimizer.update(params, total if mistake == "raw" else private, state)
+    event = mechanism.event(sample_rate=sampler.sample_rate, steps=local_steps)
+    return LocalResult(params=params, state=state, event=event, nonfinite_examples=0)
+
+
+REPLAY = "training_is_replayed_from_private_gradients_alone"
+LOOPS = {"reset": REPLAY, "raw": REPLAY, "restore on the last": "physical_batches_change_nothing"}
+
+
+@pytest.mark.parametrize("name", plugins.builtin("optimizer"))
+def test_every_shipped_optimizer_conforms(name):
+    assert len(check_optimizer(lambda: shipped(name), zero_lr=lambda: shipped(name, lr=0.0))) == 11
+
+
+def test_without_zero_lr_that_check_is_left_out():
+    assert "zero_lr_keeps_every_bit" not in check_optimizer(lambda: DPSGD(lr=0.1))
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_optimizer_is_caught(case, caught):
+    factory, check = BROKEN[case]
+    assert caught(check_optimizer, factory) == check
+
+
+def test_a_way_there_and_back_is_caught_at_lr_zero(caught):
+    found = caught(
+        check_optimizer,
+        lambda: StepsFromTheQueryPoint(base=DPSGD(lr=0.1), rho=30),
+        zero_lr=lambda: StepsFromTheQueryPoint(base=DPSGD(lr=0), rho=30),
+    )
+    assert found == "zero_lr_keeps_every_bit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peeks(DPSGD):
+    """Reads what somebody left for it: a way around the signature."""
+
+    def update(self, params, private_gradient, state):
+        return super().update(params, LEFT.get("raw") or private_gradient, state)
+
+
+LEFT = {}
+
+
+def leaving(params, batches, **more):
+    def leave(indices):
+        inputs, targets = batches(indices)
+        LEFT["raw"] = {"weight": inputs[:, :6].sum(0).reshape(3, 2), "bias": inputs[:, 6:].sum(0)}
+        return inputs, targets
+
+    try:
+        return train_locally(params, leave, **more)
+    finally:
+        LEFT.clear()
+
+
+def test_a_raw_gradient_by_another_way_is_caught(caught):
+    assert caught(check_optimizer, lambda: Peeks(lr=0.1), train=leaving) == REPLAY
+
+
+def test_a_loop_of_your_own_joins_too():
+    assert REPLAY in check_optimizer(lambda: shipped("dp-sat"), train=loop)
+
+
+@pytest.mark.parametrize("mistake", LOOPS)
+def test_a_broken_loop_is_caught(mistake, caught):
+    def broken(*args, **settings):
+        return loop(*args, **settings, mistake=mistake)
+
+    assert caught(check_optimizer, lambda: shipped("dp-sat"), train=broken) == LOOPS[mistake]
