@@ -280,4 +280,4 @@ def _ask_whole_cohort(inner: Strategy) -> None:
 def _cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """``array`` as ``dtype``; whole numbers are rounded, since a weighted mean of 17s may be 16.999."""
     whole = np.issubdtype(np.dtype(dtype), np.integer)
-    return (np.rint(array) if whole else array).astype(dtype)
+    return np.asarray(np.rint(array) if whole else array, dtype=dtype)

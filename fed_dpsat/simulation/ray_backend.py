@@ -68,7 +68,9 @@ class RayBackend:
     """``num_workers`` processes with one CPU each; a Ray that already runs is joined and left running.
 
     A worker that dies is replaced, and its clients are tried once more with the same message and context: the same
-    bits if noise is seeded. What the dead worker had computed was never released, so one charge is right either way. Raises ``RunError`` if no worker starts within a minute.
+    bits if noise is seeded. What the dead worker had computed was never released, so one charge is right either way.
+
+    Raises ``RunError`` if no worker starts within a minute.
     """
 
     def __init__(self, client_app: ClientApp, run_config: Mapping[str, Any], num_nodes: int, num_workers: int) -> None:
