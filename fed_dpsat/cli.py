@@ -206,6 +206,8 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])
+    if "epsilon_released" in result:
+        table.add_row("of models alone", f"{result['epsilon_released']:.3f}; {result['epsilon_released_assumptions']}")
     table.add_row(
         "noise",
         f"multiplier {result['noise_multiplier']:.4f}, clip norm {result['clip_norm']:g}",

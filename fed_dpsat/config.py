@@ -108,6 +108,11 @@ class RunConfig:
     strategy: str = _setting("fedavg", "server strategy, any Flower strategy")
     num_rounds: int = _setting(30, "number of rounds", least=1)
     clients_per_round: int = _setting(0, "number of clients drawn per round; 0 asks all", least=0)
+    client_sampling: str = _setting(
+        "fixed",
+        "way a cohort is drawn: fixed draws clients_per_round, poisson tosses a coin for each client",
+        choices=("fixed", "poisson"),
+    )
     max_rounds_per_client: int = _setting(
         0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
     )
@@ -184,6 +189,11 @@ class RunConfig:
     def cohort_size(self) -> int:
         """Clients asked per round."""
         return self.clients_per_round or self.num_clients
+
+    @property
+    def client_rate(self) -> float:
+        """The chance of a client to be in a round."""
+        return self.cohort_size / self.num_clients
 
     @property
     def rounds_per_client(self) -> int:

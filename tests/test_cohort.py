@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fed_dpsat.cohort import draw_cohort
+from fed_dpsat.cohort import draw_cohort, toss_cohort
 
 ROUNDS = 3000
 
@@ -68,3 +68,13 @@ def test_rounds_and_seeds_differ_and_do_not_move_global_generators():
     drawn = {tuple(draw_cohort(seed, r, range(1000), 10)) for seed in range(5) for r in range(20)}
     assert len(drawn) == 100
     assert (np.random.get_state()[1] == before).all()
+
+
+def test_tossed_cohorts_are_coins_of_their_own():
+    cohorts = [toss_cohort(0, r, range(10), 0.3) for r in range(3000)]
+    joined = np.array([[client in cohort for client in range(10)] for cohort in cohorts], dtype=float)
+    np.testing.assert_allclose(joined.mean(0), 0.3, atol=0.04)
+    sizes = joined.sum(1)
+    assert abs(sizes.var() - 10 * 0.3 * 0.7) < 0.3  # a fixed size has none
+    assert abs(np.corrcoef(joined.T)[np.triu_indices(10, 1)]).max() < 0.1
+    assert toss_cohort(0, 1, range(10), 1.0) == list(range(10))

@@ -22,6 +22,7 @@ from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.params import trainable
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
 from fed_dpsat.run_folder import RunFolder
 
 log = getLogger("fed_dpsat")
@@ -80,6 +81,17 @@ class Recorder:
             self.on_round(record)
         return None
 
+    def _released(self) -> Summary:
+        """Epsilon against someone who sees the released models alone, where each client has a coin of its own."""
+        config, rounds = self.experiment.config, self.rounds_completed
+        if config.client_sampling != "poisson" or not rounds:
+            return {}
+        events = {plan.event for plan in self.strategy.plans}
+        epsilons = [
+            epsilon_released(event, rounds, config.client_rate, config.delta, config.accountant) for event in events
+        ]
+        return {"epsilon_released": max(epsilons), "epsilon_released_assumptions": ASSUMPTIONS}
+
     def end_early(self, reason: str) -> None:
         """The run is over before its last round: say why, and measure the model it ends with."""
         log.warning("the run ends: %s", reason)
@@ -114,6 +126,7 @@ class Recorder:
             "retired": self.strategy.retired,
             "ledger_head": self.strategy.ledger.head._asdict(),
             "privacy_unit": "one example of one client, add-or-remove; maximum over clients",
+            **self._released(),
             "threat_model": "a server that sees every update; no amplification by client sampling",
             "declared_public": DECLARED_PUBLIC,
             "noise": NOISE_SOURCES[config.noise_source].description,
@@ -148,6 +161,7 @@ def run_federation(
             cohort_size=config.cohort_size,
             max_rounds_per_client=config.rounds_per_client,
             seed=config.seed,
+            client_sampling=config.client_sampling,
             min_clients=config.min_clients,
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,

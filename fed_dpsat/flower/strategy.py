@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from numpy.typing import NDArray
 
-from fed_dpsat.cohort import draw_cohort
+from fed_dpsat.cohort import draw_cohort, toss_cohort
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import records
 from fed_dpsat.flower.nodes import CohortGrid, FederationError, FederationOver, identify_nodes
@@ -73,6 +73,7 @@ class PrivateStrategy(Strategy):
         cohort_size: int,
         max_rounds_per_client: int,
         seed: int,
+        client_sampling: str = "fixed",
         min_clients: int = 1,
         send_ascent: bool = False,
         join_timeout: float = 60.0,
@@ -85,6 +86,7 @@ class PrivateStrategy(Strategy):
         self.cohort_size = cohort_size
         self.max_rounds_per_client = max_rounds_per_client
         self.seed = seed
+        self.client_sampling = client_sampling
         self.min_clients = min_clients
         self.send_ascent = send_ascent
         self.join_timeout = join_timeout
@@ -119,7 +121,10 @@ class PrivateStrategy(Strategy):
         """Draw the cohort, let the inner strategy address it, charge it, and add the task to each message."""
         self.report = RoundReport(round=server_round, asked=[])
         eligible = self._eligible(server_round)
-        cohort = draw_cohort(self.seed, server_round, eligible, self.cohort_size)
+        if self.client_sampling == "poisson":
+            cohort = toss_cohort(self.seed, server_round, eligible, self.cohort_size / len(self.plans))
+        else:
+            cohort = draw_cohort(self.seed, server_round, eligible, self.cohort_size)
         self._last_arrays, self._arrays = self._arrays or None, arrays
         if not cohort:
             return []

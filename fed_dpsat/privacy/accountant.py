@@ -64,12 +64,13 @@ def epsilon_rdp(history: History, delta: float) -> float:
         return 0.0
     if unprotected(history):
         return math.inf
-    divergence = sum(event.steps * _one_step_rdp(event.noise_multiplier, event.sample_rate) for event in history)
+    divergence = sum(event.steps * one_step_rdp(event.noise_multiplier, event.sample_rate) for event in history)
     return float(compute_epsilon(RdpAccountant().orders, divergence, delta)[0])
 
 
 @lru_cache(maxsize=4096)
-def _one_step_rdp(noise_multiplier: float, sample_rate: float) -> NDArray[np.float64]:
+def one_step_rdp(noise_multiplier: float, sample_rate: float) -> NDArray[np.float64]:
+    """Renyi divergences of one sampled Gaussian at dp_accounting's default orders; inf where they do not converge."""
     from dp_accounting.rdp import RdpAccountant
 
     rate = sample_rate if noise_multiplier >= SMALLEST_NOISE else 1.0

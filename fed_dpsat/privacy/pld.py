@@ -69,7 +69,7 @@ def epsilon_pld(history: History, delta: float) -> float:
             f"delta={delta} is below {100 * lost:.1e}, the least that double precision "
             f"resolves over {steps} steps; raise delta or take accountant='rdp'"
         )
-    return _epsilon_of(_composed(plain, sampled, discretization(history)), delta - lost)
+    return _epsilon_of(composed(history), delta - lost)
 
 
 def unprotected(history: History) -> bool:
@@ -109,7 +109,9 @@ def _epsilon_gaussian(precision: float, delta: float) -> float:
         return float(get_epsilon_gaussian(1 / math.sqrt(precision), delta))
 
 
-def _composed(plain: float, sampled: History, grid: float) -> PrivacyLossDistribution:
+def composed(history: History) -> PrivacyLossDistribution:
+    """The privacy loss distribution of a merged history in which something is protected, on its own grid."""
+    (plain, sampled), grid = _split(history), discretization(history)
     parts = [_one_step(event.noise_multiplier, event.sample_rate, grid).self_compose(event.steps) for event in sampled]
     if plain:
         parts.append(_one_step(1 / math.sqrt(plain), 1.0, grid))

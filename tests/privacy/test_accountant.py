@@ -166,7 +166,7 @@ def test_orders_that_do_not_converge_are_left_out_quietly(event, caplog):
 
 
 def test_rdp_composes_by_adding(event):
-    one = accountant._one_step_rdp(5.0, 1.0)
+    one = accountant.one_step_rdp(5.0, 1.0)
     orders = one * 2 * 5.0**2  # a Gaussian's divergence is order / (2 sigma^2)
     assert np.all(np.diff(orders) > 0)
     assert orders[0] == pytest.approx(1.1)

@@ -17,6 +17,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.optimizers import DPSGD
 from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
+from fed_dpsat.privacy.released import epsilon_released
 from fed_dpsat.simulation import simulate
 from fed_dpsat.statement import read_statement
 
@@ -201,3 +202,11 @@ def test_a_ledger_that_was_changed_after_the_run_is_found(tmp_path):
         ledger.charge(0, 99, 0, PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1))
     with pytest.raises(LedgerError, match="changed afterwards"):
         read_statement(tmp_path / "run")
+
+
+def test_the_epsilon_of_released_models_is_given_with_its_assumptions_where_clients_toss_coins(tmp_path, reference):
+    summary = simulate(dataclasses.replace(CONFIG, client_sampling="poisson"), tmp_path / "run")
+    assert "other examples" in summary["epsilon_released_assumptions"]
+    event = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2)
+    assert summary["epsilon_released"] == epsilon_released(event, 4, 2 / 5, 1e-4)
+    assert "epsilon_released" not in reference[1]  # a cohort of fixed size is no set of coins
