@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, list, calibrate, ledger."""
+"""``fed-dpsat``: run, list, calibrate, plan, ledger."""
 
 from __future__ import annotations
 
@@ -128,6 +128,25 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
             table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", f"{row.epsilon_rdp:.3f}")
         out_console.print(table)
     return None
+
+
+@app.command()
+def plan(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    timed: Annotated[bool, typer.Option("--timed", help="Also time every strategy that fits a layer.")] = False,
+) -> None:
+    """How the planned engine computes each layer's per-example gradients in a run."""
+    from fed_dpsat.engines.plan import plan_table, plan_text
+    from fed_dpsat.experiment import Experiment
+
+    with _clear_errors():
+        settings = RunConfig.load(config, overrides or ())
+        experiment = Experiment.build(settings)
+        rows, reason = plan_table(
+            experiment.loss_fn.module, experiment.dataset.input_shape, settings.physical_batch_size, timed=timed
+        )
+    out_console.print(plan_text(rows, reason), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

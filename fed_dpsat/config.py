@@ -79,7 +79,11 @@ class RunConfig:
     )
     sample_rate: float = _setting(0.5, "chance of each example to be in a Poisson batch", above=0, most=1)
     physical_batch_size: int = _setting(128, "number of per-example gradients in memory at a time", least=1)
-    engine: str = _setting("vmap", "way per-example gradients are computed: vmap", choices=("vmap",))
+    engine: str = _setting(
+        "auto",
+        "way per-example gradients are computed: auto, vmap (any module), planned (layer by layer), opacus",
+        choices=("auto", "vmap", "planned", "opacus"),
+    )
 
     # privacy
     private: bool = _setting(True, "switch: false trains without noise and reports epsilon = inf")

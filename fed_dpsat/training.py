@@ -79,7 +79,7 @@ def train_locally(
     mechanism: GaussianMechanism,
     local_steps: int,
     streams: Streams,
-    engine: str = "vmap",
+    engine: str = "auto",
     physical_batch_size: int = 128,
 ) -> LocalResult:
     """``local_steps`` private steps from ``params``; each is one event of ``mechanism``, empty batch or not.

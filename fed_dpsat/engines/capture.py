@@ -7,8 +7,8 @@ gradients are not computed; one that enters it all the same was used in a way th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +36,7 @@ class Call:
 
     name: str
     layer: Layer
-    x: Tensor
+    x: Any
     weight: Tensor | None
     bias: Tensor | None
 
@@ -46,7 +46,7 @@ class Tape:
     """Contributions in the order of the backward pass, with the tensor that each is to; ``calls`` forward."""
 
     calls: list[Call] = field(default_factory=list)
-    found: list[tuple[Tensor, Contribution, Call]] = field(default_factory=list)
+    found: list[tuple[Tensor, Contribution, str]] = field(default_factory=list)
     keep_calls: bool = False
     gradients: list[Tensor] = field(default_factory=list)
 
@@ -81,7 +81,8 @@ class Capture(TorchFunctionMode):
             raise Unplanned(f"{call.name} of an input that does not start with the batch dimension")
         if self.tape.keep_calls:
             self.tape.calls.append(call)
-        return _Planned.apply(self.tape, call, self.anchor, call.x)  # type: ignore[no-untyped-call]
+        held = replace(call, x=None)  # or every input would live until the end of the backward pass
+        return _Planned.apply(self.tape, held, self.anchor, call.x)  # type: ignore[no-untyped-call]
 
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
         before, self.sequence_first = self.sequence_first, True
@@ -119,8 +120,15 @@ class _Planned(torch.autograd.Function):
             grad, _detached(call.weight), tuple(t.detach() for t in ctx.saved_tensors), ctx.needs_input_grad[3], roles
         )
         for role, contribution in found.items():
-            ctx.tape.found.append((tensors[role], contribution, call))
+            ctx.tape.found.append((tensors[role], contribution, call.name))
         return None, None, None, gradient
+
+
+def check_routed(leaves: dict[str, Tensor], direct: Sequence[Tensor | None]) -> None:
+    """Raise ``Unplanned`` for a parameter with a gradient of its own: it was used in the open."""
+    used = [name for name, gradient in zip(leaves, direct, strict=True) if gradient is not None]
+    if used:
+        raise Unplanned(f"parameter {used[0]} is used outside linear, conv, norm and embedding layers")
 
 
 def _detached(t: Tensor | None) -> Tensor | None:

@@ -78,6 +78,10 @@ class Convolution:
             return None, found
         return self._gradient(x, grad, channels_last(weight), (True, False, False))[0], found
 
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution of ``x`` with another weight of the same kernel."""
+        return torch.convolution(channels_last(x), channels_last(weight), None, *self._settings())
+
     def weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The ordinary weight gradient of a batch, a sum."""
         weight = channels_last(x.new_empty(1).expand(self.geometry.shape))
@@ -109,7 +113,18 @@ def choose(geometry: Geometry, sides: tuple[int, ...]) -> str:
         return "rows"
     positions = math.prod(geometry.positions(sides))
     gram = positions * positions * (inputs * kernel + out)
-    return "product" if gram < 0.7 * positions * inputs * kernel * out else "lines"
+    worth = 0.58 if kernel > 1 else 0.4
+    return "product" if gram < worth * positions * inputs * kernel * out else "lines"
+
+
+def fitting(geometry: Geometry) -> list[str]:
+    """The strategies that are right for a convolution, cheap or not."""
+    if len(geometry.kernel) != 2:
+        return ["rows", "single"]
+    if geometry.groups == 1:
+        return ["product", "lines", "rows", "single"]
+    depthwise = geometry.shape[1] == 1 and geometry.shape[0] == geometry.groups
+    return ["rows", "single", *(["channels"] if depthwise else [])]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -121,8 +136,16 @@ def channels_last(x: Tensor) -> Tensor:
 
 def _product(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     outputs = grad.flatten(2).transpose(1, 2)
-    norms = gram_norms(patches.gram(layer.geometry, x), gram(outputs))
-    return product(x, grad, of=layer.weight_gradient, each=layer.each, norms=norms)
+    inputs_gram = patches.gram(layer.geometry, x)
+    return product(
+        x,
+        grad,
+        of=layer.weight_gradient,
+        each=layer.each,
+        norms=gram_norms(inputs_gram, gram(outputs)),
+        inputs_gram=inputs_gram,
+        apply=layer.apply,
+    )
 
 
 def _single(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
@@ -140,9 +163,10 @@ def _lines(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     data = x.new_empty(batch, parts, out, high * wide // parts * channels)
     norms, outputs = x.new_empty(batch, dtype=torch.float64), grad.flatten(2)
     for examples, views in patches.buffers(g, x):
-        for k, view in enumerate(views):
-            torch.bmm(outputs[examples], view, out=data[examples, k])
-        norms[examples] = squared_norm_rows(data[examples])  # while they are in the cache
+        some, rows = outputs[examples], data[examples]
+        for view, part in zip(views, rows.unbind(1), strict=True):
+            torch.bmm(some, view, out=part)
+        norms[examples] = squared_norm_rows(rows)  # while they are in the cache
 
     def to_shape(rows: Tensor) -> Tensor:
         apart = rows.view(-1, parts, out, high // parts, wide, channels)

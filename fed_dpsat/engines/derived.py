@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fed_dpsat.engines import standard
 from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
 from fed_dpsat.params import Params
 
 
-def leaves_of(weight: Tensor, name: str) -> list[int]:
-    """Ids of the parameters that ``weight`` is a function of; ``Unplanned`` if it is one of data too."""
-    leaves, seen, todo = [], set(), [weight.grad_fn]
+def leaves_of(weight: Tensor, name: str) -> list[Tensor]:
+    """The parameters that ``weight`` is a function of; ``Unplanned`` if it is one of data too."""
+    leaves: dict[int, Tensor] = {}
+    seen, todo = set(), [weight.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -24,17 +26,31 @@ def leaves_of(weight: Tensor, name: str) -> list[int]:
         if type(node).__name__ == "_PlannedBackward":
             raise Unplanned(f"{name} with weights that depend on the data")
         if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.append(id(leaf))
+            leaves[id(leaf)] = leaf
         todo += [function for function, _ in node.next_functions]
-    return leaves
+    return list(leaves.values())
 
 
-def spread(weights: list[tuple[Tensor, Contribution]], leaves: Params) -> dict[str, list[Contribution]]:
-    """Contributions to the parameters from contributions to functions of them."""
-    if not weights:
-        return {}
-    outputs, rows = [w for w, _ in weights], [c.rows() for _, c in weights]
-    gradients = torch.autograd.grad(
-        outputs, list(leaves.values()), rows, is_grads_batched=True, allow_unused=True, retain_graph=True
-    )
-    return {name: [Rows(data=g)] for name, g in zip(leaves, gradients, strict=True) if g is not None}
+def spread(weights: list[tuple[Tensor, Contribution, str]], leaves: Params) -> dict[str, list[Contribution]]:
+    """Contributions to the parameters from contributions to functions of them, ``(function, held, layer)``."""
+    found: dict[str, list[Contribution]] = {}
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    others: list[tuple[Tensor, Contribution]] = []
+    for w, held, layer in weights:
+        parents = sorted(leaves_of(w, layer), key=lambda leaf: -leaf.ndim)
+        pair = None
+        if len(parents) == 2 and all(id(leaf) in names for leaf in parents) and standard.matches(w, *parents):
+            pair = standard.contributions(w, held, *parents)
+        if pair is None:
+            others.append((w, held))
+        else:
+            for leaf, contribution in zip(parents, pair, strict=True):
+                found.setdefault(names[id(leaf)], []).append(contribution)
+    for w, held in others:
+        gradients = torch.autograd.grad(
+            w, list(leaves.values()), held.rows(), is_grads_batched=True, allow_unused=True, retain_graph=True
+        )
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                found.setdefault(name, []).append(Rows(data=gradient))
+    return found

@@ -13,9 +13,10 @@ BLOCK = 1024
 def squared_norm_rows(rows: Tensor) -> Tensor:
     """``rows[B, ...] -> squared norms[B]`` in float64; float32 sums of a million squares are off by 1e-5."""
     flat = rows.reshape(len(rows), -1)
+    if flat.shape[1] <= BLOCK:
+        return _squares(flat)
     whole = flat.shape[1] // BLOCK * BLOCK
-    blocks = flat[:, :whole].reshape(len(flat), -1, BLOCK) if whole else flat.new_zeros(len(flat), 1, 1)
-    return _squares(blocks).sum(1) + _squares(flat[:, whole:])
+    return _squares(flat[:, :whole].reshape(len(flat), -1, BLOCK)).sum(1) + _squares(flat[:, whole:])
 
 
 def _squares(rows: Tensor) -> Tensor:

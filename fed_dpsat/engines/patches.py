@@ -44,12 +44,21 @@ def buffers(geometry: Geometry, x: Tensor) -> Iterator[tuple[slice, list[Tensor]
     buffer = x.new_zeros(step, *shape, x.shape[1])
     flat = buffer.view(step, math.prod(shape[:2]), -1)
     shift = geometry.dilation[0] * shape[1]
-    for first in range(0, len(x), step):
-        some = images[first : first + step]
-        for target, source in copies:
-            buffer[(slice(len(some)), *target)].copy_(some[(slice(None), *source)])
-        views = [flat[: len(some), k * shift : k * shift + positions] for k in range(slices(geometry))]
-        yield slice(first, first + len(some)), views
+    views = [flat[:, k * shift : k * shift + positions] for k in range(slices(geometry))]
+    targets = [buffer[(slice(None), *target)] for target, _ in copies]
+    sources = [images[(slice(None), *source)].split_with_sizes(sizes(len(x), step)) for _, source in copies]
+    for first, *parts in zip(range(0, len(x), step), *sources, strict=True):
+        count = len(parts[0])
+        if count < step:
+            views, targets = [v[:count] for v in views], [t[:count] for t in targets]
+        for target, part in zip(targets, parts, strict=True):
+            target.copy_(part)
+        yield slice(first, first + count), views
+
+
+def sizes(total: int, step: int) -> list[int]:
+    """``total`` in parts of ``step``; the last may be smaller."""
+    return [min(step, total - first) for first in range(0, total, step)]
 
 
 def _layout(geometry: Geometry, sides: tuple[int, ...]) -> tuple[tuple[int, ...], list[Copy]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
 from fed_dpsat.engines import derived
-from fed_dpsat.engines.capture import Capture, Tape
+from fed_dpsat.engines.capture import Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
 from fed_dpsat.engines.finite import finite_factors
 from fed_dpsat.engines.loss import LossFn, ModelLoss
@@ -46,18 +46,24 @@ def planned_sum(
     if reason := refusal(loss_fn, params, inputs, targets):
         return _fall_back(reason, loss_fn, params, inputs, targets, clipping)
     try:
-        contributions = per_example(loss_fn, params, inputs, targets)
-    except Unplanned as reason:
-        return _fall_back(str(reason), loss_fn, params, inputs, targets, clipping)
-    norms = {name: c.squared_norms() for name, c in contributions.items()}
-    some = next(iter(norms.values()), inputs.new_zeros(len(inputs)))
-    factors, finite, nonfinite = finite_factors(
-        {name: norms[name] if name in norms else torch.zeros_like(some) for name in params}, clipping
-    )
-    return {
-        name: contributions[name].weighted_sum(factors[name], finite) if name in contributions else torch.zeros_like(p)
-        for name, p in params.items()
-    }, nonfinite
+        return _clipped_sum(per_example(loss_fn, params, inputs, targets), params, len(inputs), clipping)
+    except Unplanned as unplanned:
+        reason = str(unplanned)
+    return _fall_back(reason, loss_fn, params, inputs, targets, clipping)
+
+
+def _clipped_sum(
+    held: dict[str, Contribution], params: Params, batch: int, clipping: ClippingRule
+) -> tuple[Params, int]:
+    """Norms, factors, weighted sums; ``held`` is emptied, so that rows go as soon as they are summed."""
+    unused = torch.zeros(batch, dtype=torch.float64, device=next(iter(params.values())).device)
+    norms = {name: held[name].squared_norms() if name in held else unused for name in params}
+    factors, finite, nonfinite = finite_factors(norms, clipping)
+    total = {}
+    for name, p in params.items():
+        one = held.pop(name, None)
+        total[name] = torch.zeros_like(p) if one is None else one.weighted_sum(factors[name], finite)
+    return total, nonfinite
 
 
 def auto_sum(
@@ -89,22 +95,19 @@ def run(tape: Tape, loss_fn: ModelLoss, leaves: Params, inputs: Tensor, targets:
             return
         wanted = [capture.anchor, *leaves.values()]
         direct = torch.autograd.grad(losses.sum(), wanted, allow_unused=True, materialize_grads=False)
-    used = [name for name, g in zip(leaves, direct[1:], strict=True) if g is not None]
-    if used:
-        raise Unplanned(f"parameter {used[0]} is used outside linear, conv, norm and embedding layers")
+    check_routed(leaves, direct[1:])
 
 
 def _gather(tape: Tape, leaves: Params) -> dict[str, Contribution]:
     """The contributions of the tape by parameter; those of one parameter are added up example by example."""
     names = {id(leaf): name for name, leaf in leaves.items()}
     by_name: dict[str, list[Contribution]] = {}
-    functions: list[tuple[Tensor, Contribution]] = []
-    for tensor, contribution, call in tape.found:
+    functions: list[tuple[Tensor, Contribution, str]] = []
+    for tensor, contribution, layer in tape.found:
         if (name := names.get(id(tensor))) is not None:
             by_name.setdefault(name, []).append(contribution)
         else:
-            derived.leaves_of(tensor, call.name)
-            functions.append((tensor, contribution))
+            functions.append((tensor, contribution, layer))
     for name, more in derived.spread(functions, leaves).items():
         by_name.setdefault(name, []).extend(more)
     return {name: _together(parts) for name, parts in by_name.items()}

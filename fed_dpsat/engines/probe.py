@@ -1,7 +1,8 @@
 """Whether a module is one that the planned engine is right for: asked once, with made-up examples.
 
-Three things are looked at, on two and three examples: every layer's input starts with the batch dimension, the
-gradient of one example's loss stays in that example's place, and one example's loss does not feel the others.
+Four things are looked at, on two and three examples: every operation keeps examples apart (``watch``), every layer's
+input starts with the batch dimension, the gradient of one example's loss stays in that example's place, and one
+example's loss does not feel the others.
 What is asked depends on shapes and parameters only, never on data, so every process comes to the same answer.
 """
 
@@ -12,10 +13,11 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from fed_dpsat.engines.capture import Capture, Tape
+from fed_dpsat.engines.capture import Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import Unplanned
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.routes import ROUTES
+from fed_dpsat.engines.watch import Watch
 from fed_dpsat.params import Params
 
 MIXING = (
@@ -57,14 +59,15 @@ def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
     tape = Tape(keep_calls=True)
     with torch.enable_grad():
         torch.manual_seed(0)
-        capture = Capture(tape, ROUTES, len(inputs))
+        capture = Watch(tape, ROUTES, inputs, targets)
         with capture:
             losses = loss_fn(leaves, inputs, targets)
         if losses.shape != (len(inputs),):
             raise Unplanned(f"losses of shape {tuple(losses.shape)} for {len(inputs)} examples")
         if not losses.requires_grad:
             return
-        torch.autograd.grad(losses[1], [capture.anchor, *leaves.values()], allow_unused=True)
+        wanted = [capture.anchor, *leaves.values()]
+        check_routed(leaves, torch.autograd.grad(losses[1], wanted, allow_unused=True)[1:])
         for grad in tape.gradients:
             if bool(grad[[i for i in range(len(inputs)) if i != 1]].any()):
                 raise Unplanned(MIXING[0])

@@ -31,7 +31,8 @@ class Product:
 
     ``outputs`` are gradients. ``of(inputs, outputs)`` is the ordinary gradient ``[*shape]`` of a whole batch, so
     the weighted sum is that of weighted outputs; ``each`` makes rows ``[K, *shape]``. ``norms[B]`` are squared;
-    ``exact`` holds the rows of the examples ``unsure[B]``, None if there are none.
+    ``exact`` holds the rows of the examples ``unsure[B]``, None if there are none. A convolution leaves the Gram
+    matrices of its patches, and how it applies other weights to inputs, for weights that are functions.
     """
 
     inputs: Tensor
@@ -41,6 +42,8 @@ class Product:
     norms: Tensor
     unsure: Tensor
     exact: Rows | None
+    inputs_gram: Tensor | None = None
+    apply: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def squared_norms(self) -> Tensor:
         """``[B]``."""
@@ -71,6 +74,8 @@ def product(
     of: Callable[[Tensor, Tensor], Tensor],
     each: Callable[[Tensor, Tensor], Tensor],
     norms: tuple[Tensor, Tensor],
+    inputs_gram: Tensor | None = None,
+    apply: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Product:
     """A ``Product`` from its ``norms`` and which of them are unsure, as ``gram_norms`` gives them."""
     squared, unsure = norms
@@ -78,7 +83,17 @@ def product(
     if bool(unsure.any()):
         exact = Rows(data=each(inputs[unsure], outputs[unsure]))
         squared = squared.masked_scatter(unsure, exact.squared_norms())
-    return Product(inputs=inputs, outputs=outputs, of=of, each=each, norms=squared, unsure=unsure, exact=exact)
+    return Product(
+        inputs=inputs,
+        outputs=outputs,
+        of=of,
+        each=each,
+        norms=squared,
+        unsure=unsure,
+        exact=exact,
+        inputs_gram=inputs_gram,
+        apply=apply,
+    )
 
 
 def single_norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:

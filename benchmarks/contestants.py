@@ -1,0 +1,135 @@
+"""One forward and backward pass, each way: functions of no arguments that do one step and keep nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fed_dpsat import plugins
+from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.optimizers import DPSAT, DPSGD
+from fed_dpsat.params import trainable
+from fed_dpsat.per_example import ModelLoss, clipped_gradient_sum
+
+Step = Callable[[], object]
+CLIP_NORM = 1.0
+OPACUS_MODES = ("hooks", "ew", "functorch", "ghost")
+SHAPE, CLASSES = (3, 32, 32), 10
+
+
+def wide_linear_cnn() -> nn.Module:
+    """The small CNN with a wide linear layer: two 3x3 ReLU convolutions, 16 and 32 channels, Linear(2048, 256)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2048, 256),
+        nn.ReLU(),
+        nn.Linear(256, CLASSES),
+    )
+
+
+def build(model: str) -> nn.Module:
+    """A model by its short name, or ``wide-linear-cnn``."""
+    torch.manual_seed(0)
+    if model == "wide-linear-cnn":
+        return wide_linear_cnn()
+    module: nn.Module = plugins.load("model", model)(SHAPE, CLASSES)
+    return module
+
+
+def batch(size: int) -> tuple[Tensor, Tensor]:
+    """Random images and labels."""
+    torch.manual_seed(1)
+    return torch.randn(size, *SHAPE), torch.randint(CLASSES, (size,))
+
+
+def contestants(against: list[str], model: str, size: int, physical: int) -> dict[str, Step]:
+    """Steps by name; ``nonprivate`` and ``opacus`` are several."""
+    steps: dict[str, Step] = {}
+    for name in against:
+        if name == "nonprivate":
+            steps["nonprivate contiguous"] = _nonprivate(model, size, torch.contiguous_format)
+            steps["nonprivate channels-last"] = _nonprivate(model, size, torch.channels_last)
+        elif name == "opacus":
+            steps |= {f"opacus {mode}": _opacus(model, size, mode) for mode in OPACUS_MODES}
+        elif name in ("dp-sgd", "dp-sat"):
+            steps[name] = _optimizer_step(name, model, size, physical)
+        else:
+            steps[name] = _engine(name, model, size, physical)
+    return steps
+
+
+def _nonprivate(model: str, size: int, memory_format: torch.memory_format) -> Step:
+    module = build(model).to(memory_format=memory_format)
+    inputs, targets = batch(size)
+    inputs = inputs.contiguous(memory_format=memory_format)
+    params = list(module.parameters())
+    return lambda: torch.autograd.grad(functional.cross_entropy(module(inputs), targets), params)
+
+
+def _engine(engine: str, model: str, size: int, physical: int) -> Step:
+    module, data = build(model), batch(size)
+    loss, params, clipping = ModelLoss(module), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
+    return lambda: clipped_gradient_sum(loss, params, data, clipping, engine=engine, physical_batch_size=physical)
+
+
+def _optimizer_step(name: str, model: str, size: int, physical: int) -> Step:
+    """A whole private step, noise and update included."""
+    module, data = build(model), batch(size)
+    loss, params, clipping = ModelLoss(module), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
+    base = DPSGD(lr=0.1, momentum=0.9)
+    optimizer = DPSAT(base=base, rho=0.03) if name == "dp-sat" else base
+    mechanism = GaussianMechanism(noise_multiplier=1.0, clip_norm=CLIP_NORM, expected_batch_size=size)
+    generator, memory = np.random.default_rng(0), {"params": params, "state": optimizer.init(params)}
+
+    def step() -> None:
+        params, state = memory["params"], memory["state"]
+        at = optimizer.query_point(params, state)
+        total, _ = clipped_gradient_sum(loss, at, data, clipping, physical_batch_size=physical)
+        params, state = optimizer.update(params, mechanism.privatize(total, generator), state)
+        memory.update(params=params, state=state)
+
+    return step
+
+
+def _opacus(model: str, size: int, mode: str) -> Step:
+    """Backward pass and clipped sum as ``PrivacyEngine.make_private`` sets them up, without noise and update."""
+    from opacus import PrivacyEngine
+
+    warnings.filterwarnings("ignore")
+    module, data = build(model), batch(size)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=size)
+    made = PrivacyEngine().make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=CLIP_NORM,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+    )
+    wrapped, optimizer = made[0], made[1]
+    criterion = made[2] if mode == "ghost" else nn.CrossEntropyLoss()
+    inputs, targets = data
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(wrapped(inputs), targets).backward()
+        if mode != "ghost":
+            optimizer.clip_and_accumulate()
+        for p in optimizer.params:
+            p.summed_grad = None
+
+    return step

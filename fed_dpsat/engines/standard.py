@@ -1,0 +1,124 @@
+"""Standardised filters (WSConv2d): per-example norms of the raw weight without its per-example gradients.
+
+With c = v - mean(v), u = c / |c| and w = gain u, filter by filter, a gradient V of w is one of
+
+    dv    = (gain / |c|) (V - mean(V) - u <u, V>)        and        dgain = <u, V>,
+
+so |dv|^2 = (gain / |c|)^2 (|V|^2 - sum(V)^2 / N - <u, V>^2). Where |c|^2 is at its floor u is linear in v, and the
+last term is absent. The weighted sum goes through the Jacobian once: it is linear, and the same for all examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
+from fed_dpsat.engines.product import CANCELLATION, Product, gram
+
+FLOOR = 1e-4
+"""Least squared norm of a centred filter, as in ``WSConv2d``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """``u[O, ...]``, ``scale[O]`` = gain / |c| and ``free[O]``, 0 where |c|^2 is at its floor, else 1."""
+
+    u: Tensor
+    scale: Tensor
+    free: Tensor
+
+
+def filters(weight: Tensor, gain: Tensor) -> Filters:
+    """What standardisation makes of ``weight[O, ...]`` and ``gain[O]``."""
+    centred = weight - weight.flatten(1).mean(1).view(-1, *[1] * (weight.ndim - 1))
+    squared = centred.flatten(1).square().sum(1)
+    inverse = squared.clamp(min=FLOOR).rsqrt()
+    u = centred * inverse.view(-1, *[1] * (weight.ndim - 1))
+    return Filters(u=u, scale=gain * inverse, free=(squared > FLOOR).to(weight))
+
+
+def matches(w: Tensor, weight: Tensor, gain: Tensor) -> bool:
+    """Whether ``w`` is ``weight`` standardised; that its Jacobian is too, ``weighted_sum`` looks at."""
+    if weight.shape != w.shape or gain.shape != w.shape[:1]:
+        return False
+    f = filters(weight, gain)
+    return torch.allclose(f.u * gain.view(-1, *[1] * (w.ndim - 1)), w, rtol=1e-5, atol=1e-6)
+
+
+def contributions(
+    w: Tensor, held: Contribution, weight: Tensor, gain: Tensor
+) -> tuple[Contribution, Contribution] | None:
+    """To ``weight`` and ``gain``, from those to ``w``; None where a norm would be a difference of large numbers."""
+    f = filters(weight.detach(), gain.detach())
+    if isinstance(held, Rows) and held.data.ndim == 4:
+        squares, sums, along = _of_rows(held, f)
+        total = squares @ f.scale.double().square()
+    elif isinstance(held, Product) and held.exact is None and held.inputs_gram is not None and held.apply is not None:
+        sums, along = _of_product(held, held.apply, f)
+        scaled = held.outputs * f.scale.view(1, -1, *[1] * (held.outputs.ndim - 2))
+        total = (held.inputs_gram * gram(scaled.flatten(2).transpose(1, 2))).sum((1, 2), dtype=torch.float64)
+    else:
+        return None
+    away = sums.double().square() / weight[0].numel() + f.free.double() * along.double().square()
+    norms = total - away @ f.scale.double().square()
+    if bool((total > CANCELLATION * (norms + along.double().square().sum(1))).any()):
+        return None
+    norms = norms + torch.finfo(weight.dtype).eps * total  # what rounding may have taken
+    return Standard(w=w, held=held, weight=weight, filters=f, norms=norms), Rows(data=along)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standard:
+    """Contribution to a raw weight from ``held``, that to the standardised one."""
+
+    w: Tensor
+    held: Contribution
+    weight: Tensor
+    filters: Filters
+    norms: Tensor
+
+    def squared_norms(self) -> Tensor:
+        """``[B]``."""
+        return self.norms
+
+    def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
+        """Through the Jacobian, by autograd; ``Unplanned`` if that is not the Jacobian that the norms are of."""
+        total = self.held.weighted_sum(factors, finite)
+        (found,) = torch.autograd.grad(self.w, self.weight, total, retain_graph=True)
+        f, flat = self.filters, total.flatten(1).double()
+        away = flat.sum(1).square() / flat.shape[1] + f.free * (flat * f.u.flatten(1)).sum(1).square()
+        expected = ((flat.square().sum(1) - away) * f.scale.double().square()).sum()
+        size = (flat.square().sum(1) * f.scale.double().square()).sum()
+        if not torch.allclose(found.double().square().sum(), expected, rtol=1e-3, atol=float(1e-5 * size)):
+            raise Unplanned("a weight with the values of a standardised one, but another gradient")
+        return found
+
+    def rows(self) -> Tensor:
+        """``[B, *shape]``."""
+        rows = self.held.rows()
+        found: Tensor = torch.autograd.grad(self.w, self.weight, rows, is_grads_batched=True, retain_graph=True)[0]
+        return found
+
+
+def _of_rows(held: Rows, f: Filters) -> tuple[Tensor, Tensor, Tensor]:
+    """Per filter ``[B, O]``: squared norms, sums, products with ``u``; of ``data[B, parts, O, width]``."""
+    data = held.data
+    batch, parts, out, width = data.shape
+    places = held.to_shape(torch.arange(data[0].numel()).view(1, *data.shape[1:])).flatten()
+    u = data.new_empty(data[0].numel())
+    u[places] = f.u.flatten()
+    both = torch.stack([u.view(parts * out, width), u.new_ones(parts * out, width)], 2)
+    found = torch.bmm(data.view(batch, parts * out, width).transpose(0, 1), both).view(parts, out, batch, 2).sum(0)
+    squares = torch.linalg.vector_norm(data, dim=-1).double().square().sum(1)
+    return squares, found[..., 1].t(), found[..., 0].t()
+
+
+def _of_product(held: Product, apply: Callable[[Tensor, Tensor], Tensor], f: Filters) -> tuple[Tensor, Tensor]:
+    """Sums and products with ``u``, ``[B, O]``: what the layer makes of filters of ones, and of ``u``."""
+    along = (apply(held.inputs, f.u) * held.outputs).flatten(2).sum(2)
+    patch_sums = apply(held.inputs.sum(1, keepdim=True), torch.ones_like(f.u[:1, :1])).flatten(1)
+    return torch.bmm(held.outputs.flatten(2), patch_sums[..., None])[..., 0], along

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+
+from fed_dpsat.engines.plan import plan_table, plan_text
+from fed_dpsat.models.cnn import tanh_cnn
+from fed_dpsat.models.dpnasnet import dpnasnet_cifar
+from fed_dpsat.models.resnet import wrn16_4_gn
+
+
+def test_few_positions_are_products_and_many_are_lines():
+    rows, reason = plan_table(tanh_cnn((3, 32, 32), 10), (3, 32, 32), 2)
+    assert not reason
+    assert [row.strategy for row in rows] == ["lines"] * 5 + ["product"] * 3
+    assert [row.parameter for row in rows][:2] == ["0.weight", "2.weight"]
+    assert rows[0].input_shape == (2, 3, 32, 32)
+
+
+def test_the_plan_does_not_depend_on_the_batch():
+    module = dpnasnet_cifar((3, 32, 32), 10)
+    plans = [[row.strategy for row in plan_table(module, (3, 32, 32), batch)[0]] for batch in (1, 3)]
+    assert plans[0] == plans[1]
+    assert {"single", "channels", "lines"} <= set(plans[0])
+
+
+def test_timing_tries_what_fits_and_changes_no_choice():
+    module = tanh_cnn((3, 16, 16), 10)
+    plain, timed = (plan_table(module, (3, 16, 16), 2, timed=t, repeats=1)[0] for t in (False, True))
+    assert [row.strategy for row in plain] == [row.strategy for row in timed]
+    assert set(timed[0].seconds) == {"product", "lines", "rows", "single"}
+    assert "lines" in plan_text(timed, "")
+
+
+def test_a_function_of_parameters_says_of_which():
+    rows, _ = plan_table(wrn16_4_gn((3, 8, 8), 10), (3, 8, 8), 2)
+    assert rows[0].parameter == "0.bias"
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_module_that_is_not_planned_says_why(timed):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x * self.scale
+
+    rows, reason = plan_table(Scaled(), (3,), 2, timed=timed)
+    assert "scale" in plan_text(rows, reason)
