@@ -34,8 +34,17 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: str = "pld
 
 
 def epsilons(histories: Iterable[Iterable[PrivacyEvent]], delta: float, accountant: str = "pld") -> list[float]:
-    """``epsilon`` of each history, computed once per distinct one."""
-    return [epsilon(history, delta, accountant) for history in histories]
+    """``epsilon`` of each history, computed once per distinct one; the same tuple again is not even looked at."""
+    known: dict[int, tuple[object, float]] = {}  # holds each history, so that its id stays its own
+    found = []
+    for history in histories:
+        same = known.get(id(history))
+        if same is None:
+            same = history, epsilon(history, delta, accountant)
+            if isinstance(history, tuple):
+                known[id(history)] = same
+        found.append(same[1])
+    return found
 
 
 def federation_epsilon(histories: Iterable[History], delta: float, accountant: str = "pld") -> float:

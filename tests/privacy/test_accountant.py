@@ -177,3 +177,10 @@ def test_the_package_loads_nothing_heavy():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "fed_dpsat.privacy.ledger" in loaded
     assert not {"torch", "flwr", "ray", "dp_accounting", "scipy"} & set(loaded)
+
+
+def test_many_histories_are_those_of_each(event):
+    one, two = (event(1.0, 0.1, 3),), (event(1.0, 0.1, 2), event(2.0, 0.1, 1))
+    fresh = ([e] for e in (event(1.0, 0.1, 3), event(1.0, 0.1, 30)))  # lists that are gone when the next one is made
+    found = accountant.epsilons([one, two, one, (event(1.0, 0.1, 3),), *fresh], 1e-5)
+    assert found == [accountant.epsilon(h, 1e-5) for h in (one, two, one, one, one, (event(1.0, 0.1, 30),))]
