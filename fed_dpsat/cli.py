@@ -232,6 +232,8 @@ def _summary_table(result: dict[str, Any]) -> Table:
         f"multiplier {result['noise_multiplier']:.4f}, clip norm {result['clip_norm']:g}",
     )
     table.add_row("noise source", result["noise"])
+    for release in result["also_released"]:
+        table.add_row("also released", release)
     table.add_row("training", f"{result['optimizer']}, {result['model']} on {result['dataset']}, {result['strategy']}")
     table.add_row(
         "schedule",

@@ -108,6 +108,10 @@ class RunConfig:
     delta: float = _setting(1e-5, "delta of the guarantee", above=0, most=1)
     accountant: str = _setting("pld", "accountant of the epsilon that is reported: pld, rdp", choices=("pld", "rdp"))
 
+    release_counts: bool = _setting(
+        False, "switch: clients send how many examples had no finite gradient; exact, and not covered by epsilon"
+    )
+
     # federation
     strategy: str = _setting("fedavg", "server strategy, any Flower strategy")
     num_rounds: int = _setting(30, "number of rounds", least=1)

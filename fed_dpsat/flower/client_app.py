@@ -59,7 +59,9 @@ def make_client_app(provider: Provider) -> ClientApp:
             )
         records.save_history(context.state, history)
         records.save_state(context.state, result.state)
-        content = records.reply_content(client, task, result, len(experiment.partitions[client]))
+        content = records.reply_content(
+            client, task, result, len(experiment.partitions[client]), release_counts=config.release_counts
+        )
         return Message(content, reply_to=message)
 
     return client_app

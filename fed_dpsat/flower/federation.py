@@ -31,6 +31,7 @@ Summary = dict[str, Any]
 RoundRecord = dict[str, Any]
 OnRound = Callable[[RoundRecord], None]
 
+COUNTS_RELEASED = "examples without a finite gradient, per client and round: exact, not covered by epsilon"
 DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
 
 
@@ -70,6 +71,7 @@ class Recorder:
             "dropped": report.dropped,
             "unexpected": report.unexpected,
             "retired": report.retired,
+            "released": report.released,
             "kept_model": bool(round) and report.kept_model,
             "seconds": now - self._round_started,
         }
@@ -129,6 +131,7 @@ class Recorder:
             **self._released(),
             "threat_model": "a server that sees every update; no amplification by client sampling",
             "declared_public": DECLARED_PUBLIC,
+            "also_released": [COUNTS_RELEASED] if config.release_counts else [],
             "noise": NOISE_SOURCES[config.noise_source].description,
         }
 
@@ -163,6 +166,7 @@ def run_federation(
             seed=config.seed,
             client_sampling=config.client_sampling,
             min_clients=config.min_clients,
+            release_counts=config.release_counts,
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
         )

@@ -1,18 +1,19 @@
 """What crosses the wire, each key defined once.
 
-=================== ============== ============================================ =================
-record              type           content                                      direction
-=================== ============== ============================================ =================
-``arrays``          ArrayRecord    the parameters that are trained              both
-``config``          ConfigRecord   whatever the inner strategy says             to the client
-``fed_dpsat.task``  ConfigRecord   round, attempt, noise, rate and steps        to the client
-``fed_dpsat.ascent`` ArrayRecord   last global update, ``ascent_memory=server`` to the client
-``fed_dpsat.event`` ConfigRecord   client, round, attempt and the PrivacyEvent  to the server
-``metrics``         MetricRecord   ``num-examples``, declared public            to the server
-``fed_dpsat.identity`` ConfigRecord client and num_examples, when asked who     to the server
-=================== ============== ============================================ =================
+====================== ============ ============================================ =============
+record                 type         content                                      direction
+====================== ============ ============================================ =============
+``arrays``             ArrayRecord  the parameters that are trained              both
+``config``             ConfigRecord whatever the inner strategy says             to the client
+``fed_dpsat.task``     ConfigRecord round, attempt, noise, rate and steps        to the client
+``fed_dpsat.ascent``   ArrayRecord  last global update, ``ascent_memory=server`` to the client
+``fed_dpsat.event``    ConfigRecord client, round, attempt and the PrivacyEvent  to the server
+``metrics``            MetricRecord ``num-examples``, declared public            to the server
+``fed_dpsat.identity`` ConfigRecord client and num_examples, when asked who      to the server
+====================== ============ ============================================ =============
 
-Nothing that was computed on private data leaves a client but ``arrays``, which are noised.
+Nothing that was computed on private data leaves a client but ``arrays``, which are noised; and, only if the setting
+``release_counts`` asks for it, ``nonfinite-examples`` in ``metrics``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    Message,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
 
 from fed_dpsat.experiment import Task
 from fed_dpsat.optimizers.base import State
@@ -34,6 +44,7 @@ from fed_dpsat.training import LocalResult
 ARRAYS = "arrays"
 METRICS = "metrics"
 NUM_EXAMPLES = "num-examples"
+NONFINITE = "nonfinite-examples"
 TASK = "fed_dpsat.task"
 ASCENT = "fed_dpsat.ascent"
 EVENT = "fed_dpsat.event"
@@ -71,15 +82,23 @@ def read_task(content: RecordDict) -> Task:
         raise RecordError(f"{TASK}: {error}") from None
 
 
-def reply_content(client: int, task: Task, result: LocalResult, num_examples: int) -> RecordDict:
-    """All that leaves a client after a round: noised parameters, their event, the public size."""
+def reply_content(
+    client: int, task: Task, result: LocalResult, num_examples: int, *, release_counts: bool = False
+) -> RecordDict:
+    """All that leaves a client after a round: noised parameters, their event, the public size.
+
+    With ``release_counts`` also how many examples had no finite gradient: an exact release that no event covers.
+    """
+    metrics: dict[str, MetricRecordValues] = {NUM_EXAMPLES: num_examples}
+    if release_counts:
+        metrics[NONFINITE] = result.nonfinite_examples
     event: dict[str, ConfigRecordValues] = {**result.event.to_dict()}
     event |= {"client": client, "round": task.round, "attempt": task.attempt}
     return RecordDict(
         {
             ARRAYS: to_arrays(result.params),
             EVENT: ConfigRecord(event),
-            METRICS: MetricRecord({NUM_EXAMPLES: num_examples}),
+            METRICS: MetricRecord(metrics),
         }
     )
 
@@ -112,15 +131,17 @@ def check_arrays(content: RecordDict, like: ArrayRecord) -> None:
             raise RecordError(f"{name} has NaN or inf")
 
 
-def read_num_examples(content: RecordDict) -> float:
-    """The declared size in a reply; raises ``RecordError`` unless it is there alone and positive."""
+def check_metrics(content: RecordDict, *, release_counts: bool = False) -> None:
+    """Raise ``RecordError`` unless the declared size is there and positive, alone but for what may be released."""
+    allowed = [NUM_EXAMPLES, NONFINITE] if release_counts else [NUM_EXAMPLES]
     metrics: Any = content.metric_records.get(METRICS)
-    if metrics is None or list(metrics) != [NUM_EXAMPLES] or len(content.metric_records) != 1:
-        raise RecordError(f"metrics are not {NUM_EXAMPLES!r} alone")
+    if metrics is None or list(metrics) != allowed or len(content.metric_records) != 1:
+        raise RecordError(f"metrics are not {', '.join(allowed)} alone")
     num_examples = metrics[NUM_EXAMPLES]
     if not isinstance(num_examples, int | float) or not 0 < num_examples < float("inf"):
         raise RecordError(f"{NUM_EXAMPLES}={num_examples} is not above 0")
-    return num_examples
+    if release_counts and not isinstance(metrics[NONFINITE], int):
+        raise RecordError(f"{NONFINITE}={metrics[NONFINITE]} is no count")
 
 
 def identity_content(client: int, num_examples: int) -> RecordDict:

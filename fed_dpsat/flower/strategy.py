@@ -44,6 +44,7 @@ class RoundReport:
     dropped: dict[int, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     retired: dict[int, float] = field(default_factory=dict)
+    released: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def kept_model(self) -> bool:
@@ -76,6 +77,7 @@ class PrivateStrategy(Strategy):
         client_sampling: str = "fixed",
         min_clients: int = 1,
         send_ascent: bool = False,
+        release_counts: bool = False,
         join_timeout: float = 60.0,
     ) -> None:
         self.inner = inner
@@ -89,6 +91,7 @@ class PrivateStrategy(Strategy):
         self.client_sampling = client_sampling
         self.min_clients = min_clients
         self.send_ascent = send_ascent
+        self.release_counts = release_counts
         self.join_timeout = join_timeout
         self.report = RoundReport(round=0, asked=[])
         self._rounds_used: dict[int, int] = dict(ledger.rounds_by_client())
@@ -156,6 +159,11 @@ class PrivateStrategy(Strategy):
             if client not in valid:
                 self.report.dropped.setdefault(client, "no reply")
         self.report.accepted = sorted(valid)
+        if self.release_counts:
+            self.report.released = {
+                client: {records.NONFINITE: reply.content[records.METRICS][records.NONFINITE]}
+                for client, reply in sorted(valid.items())
+            }
         outcomes = dict.fromkeys(valid, "released") | self.report.dropped
         self.ledger.settle_many(server_round, 0, outcomes)
         self._end_if_all_failed(failures)
@@ -249,7 +257,7 @@ class PrivateStrategy(Strategy):
             )
         if event != self.plans[client].event:
             raise RecordError(f"its event {event} is not the one that was charged, {self.plans[client].event}")
-        records.read_num_examples(reply.content)
+        records.check_metrics(reply.content, release_counts=self.release_counts)
         records.check_arrays(reply.content, self._arrays)
 
     def _as_model(self, arrays: ArrayRecord) -> ArrayRecord:

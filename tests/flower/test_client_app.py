@@ -104,3 +104,12 @@ def test_the_app_that_pyproject_names_answers(context):
 
 def test_the_event_type_is_ours():
     assert isinstance(TASK.event, PrivacyEvent)
+
+
+def test_a_count_leaves_only_if_one_setting_asks_for_it(experiment, context):
+    asked = dataclasses.replace(experiment, config=dataclasses.replace(CONFIG, release_counts=True))
+    content = ask(asked, context).content
+    assert dict(content[records.METRICS]) == {"num-examples": len(experiment.partitions[1]), "nonfinite-examples": 0}
+    records.check_metrics(content, release_counts=True)
+    with pytest.raises(records.RecordError, match="alone"):
+        records.check_metrics(content)

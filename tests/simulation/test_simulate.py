@@ -210,3 +210,21 @@ def test_the_epsilon_of_released_models_is_given_with_its_assumptions_where_clie
     event = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2)
     assert summary["epsilon_released"] == epsilon_released(event, 4, 2 / 5, 1e-4)
     assert "epsilon_released" not in reference[1]  # a cohort of fixed size is no set of coins
+
+
+def test_what_is_released_beyond_the_guarantee_is_repeated(reference, tmp_path):
+    assert reference[1]["also_released"] == []
+    summary = simulate(dataclasses.replace(CONFIG, release_counts=True), tmp_path / "run")
+    assert "not covered by epsilon" in summary["also_released"][0]
+    assert rounds_of(tmp_path / "run")[1]["released"].keys() == {
+        str(c) for c in rounds_of(tmp_path / "run")[1]["asked"]
+    }
+
+
+def test_adaptive_clipping_and_several_passes_are_accounted(tmp_path):
+    config = dataclasses.replace(CONFIG, clipping="adaptive", local_epochs=2, sample_rate=0.4, num_rounds=2)
+    summary = simulate(config, tmp_path / "run")
+    with PrivacyLedger(tmp_path / "run" / "ledger.sqlite", readonly=True) as ledger:
+        events = {event for client in range(5) for event in ledger.history(client)}
+    assert {(e.noise_multiplier, e.sample_rate, e.steps % 5) for e in events} == {(2.0, 0.4, 0)}
+    assert summary["local_steps"] == 5  # 2 passes at 0.4
