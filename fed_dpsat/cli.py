@@ -135,6 +135,7 @@ def plan(
     config: ConfigFile = None,
     overrides: Overrides = None,
     timed: Annotated[bool, typer.Option("--timed", help="Also time every strategy that fits a layer.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """How the planned engine computes each layer's per-example gradients in a run."""
     from fed_dpsat.engines.plan import plan_table, plan_text
@@ -146,7 +147,10 @@ def plan(
         rows, reason = plan_table(
             experiment.loss_fn.module, experiment.dataset.input_shape, settings.physical_batch_size, timed=timed
         )
+    if as_json:
+        return _print_json({"layers": [dataclasses.asdict(row) for row in rows], "vmap_because": reason})
     out_console.print(plan_text(rows, reason), markup=False, highlight=False, soft_wrap=True)
+    return None
 
 
 @app.command()

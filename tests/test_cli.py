@@ -127,6 +127,14 @@ def test_ledger_of_an_edited_file_is_an_error(tmp_path):
     assert "Traceback" not in result.output
 
 
+def test_plan_names_a_strategy_per_layer():
+    arguments = ["--set", "target_epsilon=3", "--set", "model=selu-cnn-small"]
+    found = json.loads(invoke("plan", "--json", *arguments).stdout)
+    assert [row["layer"] for row in found["layers"]] == ["conv2d"] * 3 + ["linear"]
+    assert found["vmap_because"] == ""
+    assert "13.weight" in invoke("plan", *arguments).output
+
+
 def test_help_names_every_setting():
     result = subprocess.run(
         [sys.executable, "-m", "fed_dpsat.cli", "run", "--help"],
