@@ -151,7 +151,10 @@ def test_ctrl_c_leaves_a_readable_folder_and_no_process(tmp_path, workers):
         sys.executable, "-m", "fed_dpsat.cli", "run", "--out", str(folder), "--set", "num_rounds=100000",
         "--set", "noise_multiplier=50.0", "--set", "evaluate_every=1000", "--set", f"workers={workers}",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (folder / "rounds.jsonl").exists() or (folder / "rounds.jsonl").read_text().count("\n") < 4:
         assert process.poll() is None, process.stderr.read().decode()

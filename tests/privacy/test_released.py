@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from scipy import integrate, optimize, stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate, optimize, special, stats
 
-from fed_dpsat.privacy import PrivacyError, PrivacyEvent, epsilon
+from fed_dpsat.privacy import PrivacyError, PrivacyEvent, epsilon, pld
 from fed_dpsat.privacy import released as module
 from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
 
@@ -56,6 +58,77 @@ def test_one_round_against_integrated_densities(sigma, rate, delta):
     assert truth * (1 - 1e-4) <= ours <= truth * 1.003 + 1e-4
 
 
+def two_sampled_steps(sigma, rate, points=1601):
+    """Densities on a grid of pairs of releases, with the example and without it, and the area of a cell."""
+    x, cell = np.linspace(-9 * sigma, 1 + 9 * sigma, points, retstep=True)
+    gone, there = stats.norm(0, sigma).pdf(x), stats.norm(1, sigma).pdf(x)
+    step = (1 - rate) * gone + rate * there
+    return np.outer(step, step), np.outer(gone, gone), cell**2
+
+
+TWO_STEPS = [(1.0, 0.3, 0.2, 1e-5), (0.7, 0.5, 0.1, 1e-6), (2.0, 0.9, 0.6, 1e-4), (0.6, 0.2, 0.05, 1e-7)]
+
+
+def epsilon_of_two_steps(sigma, rate, client_rate, delta):
+    """Oracle: both directions of the mixture's hockey stick, summed over the plane."""
+    there, gone, area = two_sampled_steps(sigma, rate)
+    mixed = client_rate * there + (1 - client_rate) * gone
+
+    def excess(eps):
+        pairs = (mixed, gone), (gone, mixed)
+        return max(np.maximum(one - math.exp(eps) * other, 0).sum() for one, other in pairs) * area - delta
+
+    return optimize.brentq(excess, 0.0, 30.0, xtol=1e-7)
+
+
+@pytest.mark.parametrize(("sigma", "rate", "client_rate", "delta"), TWO_STEPS)
+def test_two_sampled_steps_against_their_densities_on_the_plane(sigma, rate, client_rate, delta):
+    event = PrivacyEvent(noise_multiplier=sigma, sample_rate=rate, steps=2)
+    truth = epsilon_of_two_steps(sigma, rate, client_rate, delta)
+    assert truth * (1 - 1e-5) <= epsilon_released(event, 1, client_rate, delta) <= truth * (1 + 1e-3)
+    assert shortcut(event, 1, client_rate, delta) < 0.9 * truth
+
+
+@pytest.mark.parametrize(("sigma", "rate", "client_rate", "delta"), TWO_STEPS)
+def test_rdp_bounds_the_divergences_of_both_directions(sigma, rate, client_rate, delta):
+    x, width = np.linspace(-40 * sigma, 40 * sigma + 12, 1601, retstep=True)
+    gone, there = stats.norm(0, sigma).logpdf(x), stats.norm(1, sigma).logpdf(x)
+    step = np.logaddexp(math.log(1 - rate) + gone, math.log(rate) + there)
+    gone, there = np.add.outer(gone, gone), np.add.outer(step, step)
+    mixed = np.logaddexp(math.log(1 - client_rate) + gone, math.log(client_rate) + there)
+
+    def divergence(one, other, order):
+        return (special.logsumexp(order * one + (1 - order) * other) + 2 * math.log(width)) / (order - 1)
+
+    of_steps = {order: divergence(there, gone, order) for order in range(2, 9)}
+    for order in of_steps:
+        bound = module._sampled_rdp(order, client_rate, of_steps)
+        removed, added = divergence(mixed, gone, order), divergence(gone, mixed, order)
+        assert max(removed, added) <= bound <= removed + math.log(3) / (order - 1) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("sigma", "steps", "client_rate", "rounds", "delta"),
+    [
+        (5.0, 20, 0.1, 100, 1e-5),
+        (5.0, 20, 0.1, 100, 1e-10),
+        (1.0, 20, 0.1, 100, 1e-5),  # 211; 1e-22 of rounding in the tail of a round must not grow to 1031
+        (2.0, 33, 1.3e-3, 757, 4e-6),  # 12.5
+        (0.3, 2, 0.15, 8, 1e-5),
+        (4.64, 186, 0.83, 649, 3.6e-5),  # 2436, where dp_accounting's search for epsilon alone stops at 2133
+        (0.1, 20, 0.1, 10, 1e-5),  # a loss of a thousand, which exp does not hold
+        (1e4, 3, 1e-6, 10, 1e-5),
+    ],
+)
+def test_a_round_of_full_batches_is_one_gaussian_behind_the_coin(sigma, steps, client_rate, rounds, delta):
+    """Oracle: ``epsilon`` of as many Poisson-sampled Gaussians with noise sigma / sqrt(steps)."""
+    event = PrivacyEvent(noise_multiplier=sigma, sample_rate=1.0, steps=steps)
+    one = PrivacyEvent(noise_multiplier=sigma / math.sqrt(steps), sample_rate=client_rate, steps=rounds)
+    direct = epsilon([one], delta)
+    ours = epsilon_released(event, rounds, client_rate, delta)
+    assert direct * (1 - 1e-3) <= ours <= direct * (1 + 1e-3)
+
+
 @pytest.mark.parametrize("rounds", [1, 30])
 def test_one_unsampled_step_per_round_is_poisson_sampling(rounds):
     step = PrivacyEvent(noise_multiplier=1.2, sample_rate=1.0, steps=1)
@@ -92,6 +165,83 @@ def test_rdp_is_not_below_pld(rate):
         assert epsilon_released(event, 20, rate, 1e-5, "rdp") >= epsilon_released(event, 20, rate, 1e-5) * (1 - 1e-3)
 
 
+@settings(max_examples=8)
+@given(
+    noise_multiplier=st.floats(0.5, 20),
+    sample_rate=st.sampled_from([1.0, 0.5, 0.1, 0.01]),
+    steps=st.integers(1, 40),
+    rounds=st.integers(1, 300),
+    client_rate=st.floats(0.001, 0.99),
+    more=st.floats(1.05, 2),
+)
+def test_any_schedule_is_monotone_and_between_nothing_and_the_server(
+    noise_multiplier, sample_rate, steps, rounds, client_rate, more
+):
+    def of(noise=noise_multiplier, steps=steps, rounds=rounds, rate=client_rate, accountant="pld"):
+        event = PrivacyEvent(noise_multiplier=noise, sample_rate=sample_rate, steps=steps)
+        return epsilon_released(event, rounds, rate, 1e-5, accountant)
+
+    base, slack = of(), 1 - 1e-3
+    whole = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+    assert 0 <= base <= epsilon([whole] * rounds, 1e-5)
+    assert base <= of(accountant="rdp") * (1 + 1e-3)
+    assert of(noise=noise_multiplier / more) >= base * slack
+    assert of(steps=steps + 1) >= base * slack
+    assert of(rounds=rounds + 1) >= base * slack
+    assert of(rate=min(1.0, client_rate * more)) >= base * slack
+
+
+@pytest.mark.parametrize(
+    ("event", "client_rate", "rounds"),
+    [
+        (FULL_BATCH, 0.1, 100),
+        (SAMPLED, 0.2, 50),
+        (PrivacyEvent(noise_multiplier=0.73, sample_rate=1.0, steps=28), 0.28, 1),
+        (PrivacyEvent(noise_multiplier=4.35, sample_rate=1.0, steps=54), 0.0077, 177),
+        (PrivacyEvent(noise_multiplier=0.5, sample_rate=0.02, steps=50), 0.01, 300),
+    ],
+)
+def test_the_grid_costs_no_more_than_declared(monkeypatch, event, client_rate, rounds):
+    ours = epsilon_released(event, rounds, client_rate, 1e-5)
+    for owner in (module, pld):
+        monkeypatch.setattr(owner, "POINTS_PER_DEVIATION", 4 * owner.POINTS_PER_DEVIATION)
+    finer = epsilon_released(event, rounds, client_rate, 1e-5)
+    assert -1e-6 < ours / finer - 1 < 1e-3
+
+
+def test_losses_rounded_down_would_claim_too_little(monkeypatch):
+    """The wrong version: each loss at the point below it."""
+    from dp_accounting.pld.pld_pmf import DensePLDPmf
+
+    def floored(losses, probabilities, infinite, grid):
+        below = np.floor(losses / grid).astype(np.int64)
+        return DensePLDPmf(grid, int(below.min()), np.bincount(below - below.min(), probabilities), infinite, True)
+
+    monkeypatch.setattr(module, "_on_grid", floored)
+    truth = epsilon_of_two_steps(*TWO_STEPS[0])
+    sigma, rate, client_rate, delta = TWO_STEPS[0]
+    event = PrivacyEvent(noise_multiplier=sigma, sample_rate=rate, steps=2)
+    assert epsilon_released(event, 1, client_rate, delta) < truth * (1 - 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("noise", "sample_rate", "steps"), [(1.0, 1.0, 20), (5.0, 1.0, 20), (0.6, 0.5, 50), (1.0, 0.1, 50), (0.1, 1.0, 20)]
+)
+def test_a_round_is_a_pair_of_probabilities(noise, sample_rate, steps):
+    event = PrivacyEvent(noise_multiplier=noise, sample_rate=sample_rate, steps=steps)
+    losses, there, there_alone, gone, gone_alone = module._pair(pld.composed((event,)))
+    assert there.sum() + there_alone == pytest.approx(1, abs=1e-10)
+    assert gone.sum() + gone_alone == pytest.approx(1, abs=1e-10)
+    assert (np.diff(np.sort(losses)) > 0).all()
+    held = (abs(losses) < 300) & (there > 0) & (gone > 0)
+    np.testing.assert_allclose(np.log(there[held] / gone[held]), losses[held], atol=1e-6)
+
+
+def test_a_delta_that_arithmetic_cannot_resolve_gets_the_rdp_bound():
+    assert epsilon_released(FULL_BATCH, 100, 0.1, 1e-13) == epsilon_released(FULL_BATCH, 100, 0.1, 1e-13, "rdp")
+    assert epsilon_released(FULL_BATCH, 100, 0.1, 1e-20) == epsilon_released(FULL_BATCH, 100, 0.1, 1e-20, "rdp")
+
+
 def test_mass_is_kept_under_both_measures():
     losses, probabilities = np.array([-0.31, 0.0, 0.77]), np.array([0.2, 0.5, 0.3])
     pmf = module._on_grid(losses, probabilities, 0.0, 0.25)
@@ -122,5 +272,5 @@ def test_what_makes_no_sense_is_refused(rounds, rate):
 
 
 def test_the_assumptions_name_what_undoes_them():
-    for words in ("released models alone", "kept secret", "other examples", "server's epsilon"):
+    for words in ("released models alone", "kept secret", "carries no state", "other examples", "server's epsilon"):
         assert words in ASSUMPTIONS
