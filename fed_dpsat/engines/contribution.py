@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fed_dpsat.engines.finite import keep, squared_norm_rows
 
+MAY_MIX = "examples may mix"
+"""How a reason ends that would be one against any pass over a whole batch, not just the planned one."""
+
 
 class Unplanned(Exception):
     """A module, or values, that the planned engine has no exact way for; the message says which."""

@@ -14,16 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpsat.engines.capture import Capture, Tape, check_routed
-from fed_dpsat.engines.contribution import Unplanned
+from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.routes import ROUTES
 from fed_dpsat.engines.watch import Watch
 from fed_dpsat.params import Params
-
-MIXING = (
-    "examples mix, or the batch is not the first dimension everywhere",
-    "the loss of one example depends on the others",
-)
 
 Key = tuple[object, ...]
 
@@ -70,14 +65,14 @@ def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
         check_routed(leaves, torch.autograd.grad(losses[1], wanted, allow_unused=True)[1:])
         for grad in tape.gradients:
             if bool(grad[[i for i in range(len(inputs)) if i != 1]].any()):
-                raise Unplanned(MIXING[0])
+                raise Unplanned(f"a gradient leaves the place of its example in the batch: {MAY_MIX}")
         others = _made_up(inputs, len(inputs), 1)
         others[1] = inputs[1]
         torch.manual_seed(0)
         with Capture(Tape(), ROUTES, len(inputs)):
             again = loss_fn(leaves, others, targets)
     if not torch.allclose(losses[1], again[1], rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise Unplanned(MIXING[1])
+        raise Unplanned(f"the loss of one example depends on the others: {MAY_MIX}")
 
 
 def _made_up(like: Tensor, batch: int, seed: int) -> Tensor:

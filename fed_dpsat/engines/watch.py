@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fed_dpsat.engines.capture import ATTENTION, Capture, Tape
-from fed_dpsat.engines.contribution import Unplanned
+from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 
 ABOUT = frozenset(
     {"size", "dim", "numel", "__len__", "is_floating_point", "is_complex", "is_contiguous", "stride", "element_size"}
@@ -65,12 +65,12 @@ class Watch(Capture):
         if self._swaps(name, args, outs):
             return out
         if any(id(flat[i]) in self._batch_second for i in batched) and not planned:
-            raise Unplanned(f"{name} of a tensor whose second dimension is the batch, so examples may mix")
+            raise Unplanned(f"{name} of a tensor whose second dimension is the batch: {MAY_MIX}")
         for leaf in outs:
             if not isinstance(leaf, Tensor):
-                raise Unplanned(f"{name} reads a number off the batch, so examples may mix")
+                raise Unplanned(f"{name} reads a number off the batch: {MAY_MIX}")
             if leaf.ndim < 1 or leaf.shape[0] != self.batch:
-                raise Unplanned(f"{name} leaves the batch dimension, so examples may mix")
+                raise Unplanned(f"{name} leaves the batch dimension: {MAY_MIX}")
             self._batched[id(leaf)] = leaf
         if not planned:  # the layers that are planned for are known to keep examples apart
             self._check_rows(func, name, before, batched, structure, outs, state)
@@ -117,4 +117,4 @@ class Watch(Capture):
         torch.set_rng_state(now)
         for first, second in zip(outs, again, strict=True):
             if not torch.allclose(first[1].detach(), second[1], rtol=1e-4, atol=1e-6, equal_nan=True):
-                raise Unplanned(f"{name} mixes examples of the batch")
+                raise Unplanned(f"{name} feels other rows of the batch: {MAY_MIX}")

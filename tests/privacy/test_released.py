@@ -91,7 +91,7 @@ def test_two_sampled_steps_against_their_densities_on_the_plane(sigma, rate, cli
 
 @pytest.mark.parametrize(("sigma", "rate", "client_rate", "delta"), TWO_STEPS)
 def test_rdp_bounds_the_divergences_of_both_directions(sigma, rate, client_rate, delta):
-    x, width = np.linspace(-40 * sigma, 40 * sigma + 12, 1601, retstep=True)
+    x, width = np.linspace(-40 * sigma, 40 * sigma + 12, 801, retstep=True)
     gone, there = stats.norm(0, sigma).logpdf(x), stats.norm(1, sigma).logpdf(x)
     step = np.logaddexp(math.log(1 - rate) + gone, math.log(rate) + there)
     gone, there = np.add.outer(gone, gone), np.add.outer(step, step)
@@ -104,7 +104,7 @@ def test_rdp_bounds_the_divergences_of_both_directions(sigma, rate, client_rate,
     for order in of_steps:
         bound = module._sampled_rdp(order, client_rate, of_steps)
         removed, added = divergence(mixed, gone, order), divergence(gone, mixed, order)
-        assert max(removed, added) <= bound <= removed + math.log(3) / (order - 1) + 1e-9
+        assert max(removed, added) - 1e-9 <= bound <= removed + math.log(3) / (order - 1) + 1e-9
 
 
 @pytest.mark.parametrize(
