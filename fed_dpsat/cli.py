@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import (
@@ -166,10 +165,10 @@ def ledger(
         statement = read_statement(run, delta)
     if as_json:
         return _print_json(statement.as_dict())
+    out_console.print(f"Epsilon at delta {statement.delta:g}, against a server that sees every update", highlight=False)
     table = Table(
-        "client", "rounds", "steps", "noise", "PLD", "RDP", "budget", "left", "state",
-        title=f"Epsilon at delta {statement.delta:g}, against a server that sees every update", box=SIMPLE_HEAD,
-    )  # fmt: skip
+        "client", "rounds", "steps", "noise", "PLD", "RDP", "budget", "left", "state", box=None, pad_edge=False
+    )
     for row in statement.clients:
         table.add_row(
             str(row.client),
