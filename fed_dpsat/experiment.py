@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from fed_dpsat import plugins
-from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_seed
-from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State, set_clock
-from fed_dpsat.params import Params
+from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, set_clock
+from fed_dpsat.params import Params, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
@@ -109,6 +109,13 @@ class Experiment:
             budgets=[row.target_epsilon for row in read_table(config)],
             named=named,
         )
+
+    def carried_state(self) -> set[str]:
+        """Slots of state that a client takes from one round into its next, found by one update on zeros."""
+        params = zeros_like(trainable(self.loss_fn.module))
+        _, state = self.optimizer.update(params, params, self.optimizer.init(params))
+        forgotten = {CLOCK} if self.config.ascent_memory == "client" else {CLOCK, ASCENT}
+        return (state.keys() - forgotten) | ({"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set())
 
     def client_round(
         self, client: int, task: Task, params: Params, state: State | None, server_ascent: Params | None = None

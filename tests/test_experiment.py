@@ -141,3 +141,18 @@ def test_a_client_with_one_example_trains():
 def test_more_clients_than_examples_is_refused():
     with pytest.raises(SettingError, match="num_clients=4 is not at most 3"):
         Experiment.build(RunConfig(noise_multiplier=1.0, num_clients=4), dataset=tiny([0, 1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "carried"),
+    [
+        ({"momentum": 0.0, "ascent_memory": "server"}, set()),
+        ({"momentum": 0.0, "ascent_memory": "zero"}, set()),
+        ({"momentum": 0.0, "optimizer": "dp-sgd"}, set()),
+        ({"momentum": 0.0}, {"ascent"}),
+        ({"momentum": 0.5, "optimizer": "dp-sgd"}, {"momentum"}),
+        ({"momentum": 0.0, "optimizer": "dp-sgd", "clipping": "adaptive"}, {"clipping"}),
+    ],
+)
+def test_what_a_client_carries_from_round_to_round_is_known(changes, carried):
+    assert Experiment.build(dataclasses.replace(CONFIG, **changes)).carried_state() == carried

@@ -84,9 +84,12 @@ class Recorder:
         return None
 
     def _released(self) -> Summary:
-        """Epsilon against someone who sees the released models alone, where each client has a coin of its own."""
+        """Epsilon against someone who sees the released models alone, where each client has a coin of its own.
+
+        Not given where clients carry state from round to round: a later update would tell of an earlier coin.
+        """
         config, rounds = self.experiment.config, self.rounds_completed
-        if config.client_sampling != "poisson" or not rounds:
+        if config.client_sampling != "poisson" or not rounds or self.experiment.carried_state():
             return {}
         events = {plan.event for plan in self.strategy.plans}
         epsilons = [

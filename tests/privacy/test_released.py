@@ -115,7 +115,8 @@ def test_rdp_bounds_the_divergences_of_both_directions(sigma, rate, client_rate,
         (1.0, 20, 0.1, 100, 1e-5),  # 211; 1e-22 of rounding in the tail of a round must not grow to 1031
         (2.0, 33, 1.3e-3, 757, 4e-6),  # 12.5
         (0.3, 2, 0.15, 8, 1e-5),
-        (4.64, 186, 0.83, 649, 3.6e-5),  # 2436, where dp_accounting's search for epsilon alone stops at 2133
+        (4.64, 186, 0.83, 649, 3.6e-5),  # 2436: exp of it overflows
+        (4.0, 30, 0.5, 1980, 1e-5),  # 721, where dp_accounting's search for epsilon says inf
         (0.1, 20, 0.1, 10, 1e-5),  # a loss of a thousand, which exp does not hold
         (1e4, 3, 1e-6, 10, 1e-5),
     ],
@@ -151,8 +152,9 @@ def test_never_above_the_server_and_monotone(accountant):
     def of(event=SAMPLED, rounds=20, rate=0.2):
         return epsilon_released(event, rounds, rate, 1e-5, accountant)
 
-    base = of()
-    assert base < epsilon([SAMPLED] * 20, 1e-5, accountant)
+    base, server = of(), epsilon([SAMPLED] * 20, 1e-5, accountant)
+    assert base < server
+    assert of(rate=0.999) <= server  # the bound for any mechanism alone says 11.8, where the server has 7.9
     assert of(rate=0.3) > base
     assert of(rounds=30) > base
     assert of(PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=6)) > base
@@ -240,6 +242,28 @@ def test_a_round_is_a_pair_of_probabilities(noise, sample_rate, steps):
 def test_a_delta_that_arithmetic_cannot_resolve_gets_the_rdp_bound():
     assert epsilon_released(FULL_BATCH, 100, 0.1, 1e-13) == epsilon_released(FULL_BATCH, 100, 0.1, 1e-13, "rdp")
     assert epsilon_released(FULL_BATCH, 100, 0.1, 1e-20) == epsilon_released(FULL_BATCH, 100, 0.1, 1e-20, "rdp")
+
+
+def test_outcomes_that_only_one_side_has_by_hand():
+    """P over (a, b, c, d) against Q: c happens only with the example, d only without it."""
+    from dp_accounting.pld.pld_pmf import DensePLDPmf
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+    e, rate = math.e, 0.3
+    there = np.array([0.2 * e, 0.5 / e, 0.0, 0.0])
+    there[2] = 1 - there.sum()  # 0.27
+    gone = np.array([0.2, 0.5, 0.0, 0.3])
+    one_round = PrivacyLossDistribution(
+        DensePLDPmf(1.0, -1, np.array([there[1], 0.0, there[0]]), there[2], True),
+        DensePLDPmf(1.0, -1, np.array([gone[0], 0.0, gone[1]]), gone[3], True),
+    )
+    mixed = rate * there + (1 - rate) * gone
+    behind_coin = module._mixed(one_round, rate)
+    for pmf, one, other in (behind_coin._pmf_remove, mixed, gone), (behind_coin._pmf_add, gone, mixed):
+        for eps in (0.0, 0.1, 0.3, 0.5, 1.0):
+            exact = np.maximum(one - math.exp(eps) * other, 0).sum()
+            assert exact - 1e-12 <= pmf.get_delta_for_epsilon(eps) <= exact + 2e-3
+    assert behind_coin._pmf_remove._infinity_mass == pytest.approx(rate * there[2])
 
 
 def test_mass_is_kept_under_both_measures():

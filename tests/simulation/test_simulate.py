@@ -205,11 +205,14 @@ def test_a_ledger_that_was_changed_after_the_run_is_found(tmp_path):
 
 
 def test_the_epsilon_of_released_models_is_given_with_its_assumptions_where_clients_toss_coins(tmp_path, reference):
-    summary = simulate(dataclasses.replace(CONFIG, client_sampling="poisson"), tmp_path / "run")
+    poisson = dataclasses.replace(CONFIG, client_sampling="poisson", ascent_memory="server")
+    summary = simulate(poisson, tmp_path / "run")
     assert "other examples" in summary["epsilon_released_assumptions"]
     event = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2)
     assert summary["epsilon_released"] == epsilon_released(event, 4, 2 / 5, 1e-4)
     assert "epsilon_released" not in reference[1]  # a cohort of fixed size is no set of coins
+    carrying = simulate(dataclasses.replace(poisson, ascent_memory="client"), tmp_path / "carrying")
+    assert "epsilon_released" not in carrying  # a later update would tell of an earlier coin
 
 
 def test_what_is_released_beyond_the_guarantee_is_repeated(reference, tmp_path):
