@@ -68,7 +68,7 @@ def random_history(seed):
     events = [
         PrivacyEvent(
             noise_multiplier=10 ** draw.uniform(-0.1, 0.9),
-            sample_rate=draw.randint(2, 300) / POPULATION,
+            sample_rate=draw.choice([*range(2, 302, 10), *[POPULATION] * 6]) / POPULATION,
             steps=int(10 ** draw.uniform(0, 2.5)),
         )
         for _ in range(draw.choice([2, 3]))
@@ -76,7 +76,7 @@ def random_history(seed):
     return events, 10 ** draw.uniform(-7, -3)
 
 
-SEEDS = range(8)
+SEEDS = range(6)
 ORDERS = np.asarray(DpAccountingRdp().orders)
 
 
@@ -122,7 +122,7 @@ def test_divergences_are_opacus_own_at_whole_orders_and_never_below(seed):
             q=event.sample_rate, noise_multiplier=event.noise_multiplier, steps=1, orders=ORDERS.tolist()
         )
         assert (ours >= theirs * (1 - 1e-6) - 1e-12).all()
-        whole = np.rint(ORDERS) == ORDERS
+        whole = ORDERS % 1 == 0
         np.testing.assert_allclose(ours[whole], theirs[whole], rtol=1e-6, atol=1e-12)
 
 
