@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fed_dpsat.noise import derive_generator
 
 
-def toss_cohort(seed: int, round: int, eligible: Collection[int], rate: float) -> list[int]:
+def toss_cohort(seed: int, round: int, eligible: Collection[int] | NDArray[np.int64], rate: float) -> list[int]:
     """Each of the ``eligible`` clients by a coin of its own of probability ``rate``, ascending; may be empty."""
-    clients = sorted(eligible)
+    clients = _ascending(eligible)
     coins = derive_generator(seed, purpose="cohort", round=round).random(len(clients))
-    return [client for client, coin in zip(clients, coins, strict=True) if coin < rate]
+    cohort: list[int] = clients[coins < rate].tolist()
+    return cohort
 
 
-def draw_cohort(seed: int, round: int, eligible: Collection[int], size: int) -> list[int]:
+def draw_cohort(seed: int, round: int, eligible: Collection[int] | NDArray[np.int64], size: int) -> list[int]:
     """``size`` of the ``eligible`` clients, uniformly without replacement, ascending; all where fewer are left."""
-    clients = sorted(eligible)
-    if len(clients) <= size:
-        return clients
-    generator = derive_generator(seed, purpose="cohort", round=round)
-    return sorted(int(c) for c in generator.choice(clients, size=size, replace=False, shuffle=False))
+    clients = _ascending(eligible)
+    if len(clients) > size:
+        generator = derive_generator(seed, purpose="cohort", round=round)
+        clients = np.sort(generator.choice(clients, size=size, replace=False, shuffle=False))
+    cohort: list[int] = clients.tolist()
+    return cohort
+
+
+def _ascending(clients: Collection[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.sort(clients if isinstance(clients, np.ndarray) else np.array(list(clients), dtype=np.int64))

@@ -20,6 +20,11 @@ from fed_dpsat.errors import SettingError
 
 Scalar = bool | int | float | str
 
+MACHINE = frozenset(
+    {"workers", "ray_address", "tune_malloc", "out", "resume", "profile", "join_timeout", "reply_timeout", "cache_dir"}
+)
+"""Settings that may change when a run is resumed: they say where and how long, not what."""
+
 AscentMemory = Literal["client", "server", "zero"]
 
 
@@ -125,6 +130,20 @@ class RunConfig:
         0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
     )
     min_clients: int = _setting(1, "number of clients a round needs; with fewer left in budget the run ends", least=1)
+    dropout_rate: float = _setting(
+        0.0, "simulated chance of a client that is asked to be away for the round; it stays charged", least=0, most=1
+    )
+    delay: str = _setting(
+        "none",
+        "simulated time until a reply is there: none, exponential, lognormal; not slept through",
+        choices=("none", "exponential", "lognormal"),
+    )
+    delay_mean: float = _setting(1.0, "mean of the simulated delay in seconds", above=0)
+    client_timeout: float = _setting(
+        0.0,
+        "time in seconds after which a client is given up: a simulated delay, or a worker at one client; 0 is never",
+        least=0,
+    )
     join_timeout: float = _setting(60.0, "time in seconds until all clients must have joined", above=0)
     reply_timeout: float = _setting(3600.0, "time in seconds to wait for the replies of a round", above=0)
 
@@ -136,11 +155,16 @@ class RunConfig:
         choices=("seeded", "system"),
     )
     workers: int = _setting(0, "number of Ray workers; 0 trains in this process", least=0)
+    ray_address: str = _setting(
+        "", "Ray cluster to join and leave running, host:port or auto; by default one is started for the run"
+    )
     threads_per_client: int = _setting(1, "number of intra-op threads of a client; results depend on it", least=1)
     tune_malloc: bool = _setting(
         True, "switch: on glibc, let the allocator keep freed blocks: steps are up to twice as fast"
     )
     out: str = _setting("", "run folder, new or empty; by default one in runs/ that is named after config and time")
+    resume: bool = _setting(False, "switch: go on with the run in out, from its last checkpoint")
+    profile: bool = _setting(False, "switch: write trace.json, who was at work when, for ui.perfetto.dev")
     evaluate_every: int = _setting(1, "number of rounds between evaluations; the last round always is", least=1)
 
     def __post_init__(self) -> None:
@@ -157,6 +181,10 @@ class RunConfig:
 
         if self.delta >= 1:
             fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
+        if self.dropout_rate >= 1:
+            fail("dropout_rate", "in [0, 1)", "nobody would ever reply")
+        if self.ray_address and not self.workers:
+            fail("workers", f"enough for ray_address={self.ray_address!r}", "say how many of its CPUs to use")
         if self.momentum >= 1:
             fail("momentum", "in [0, 1)", "0.9 is usual")
         if self.private and self.budget_mode == "retire" and self.noise_multiplier == 0:
@@ -217,6 +245,12 @@ class RunConfig:
     def steps_per_round(self) -> int:
         """``local_steps``, or the steps in which each example is expected to be seen ``local_epochs`` times."""
         return math.ceil(self.local_epochs / self.sample_rate) if self.local_epochs else self.local_steps
+
+    def same_run(self, other: RunConfig) -> bool:
+        """Whether both describe one run: all that its bits or its account depend on is the same."""
+        return all(
+            getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self) if f.name not in MACHINE
+        )
 
     def settings(self) -> dict[str, Scalar]:
         """Every setting as it stands, in order: a Flower run config, or the body of a TOML file."""

@@ -5,11 +5,17 @@ file               content
 ================== ===========================================================================
 config.toml        every setting, as resolved
 environment.json   versions, machine and command
-rounds.jsonl       one line per round, whole at any time
+rounds.jsonl       one line per round, whole at any time; the same bits for the same seed
+timing.jsonl       one line per round: seconds by phase, throughput, memory
 ledger.sqlite      every charge, durable before the message that it pays for
-checkpoint/        the model after the last round
+checkpoint/        the model after the last round, and what the server has learned
+state/             what simulated clients keep between rounds
 summary.json       how it ended
+trace.json         who was at work when, if ``profile`` asked for it
 ================== ===========================================================================
+
+A round is over when its checkpoint is there. What a killed run had begun beyond it is cut off the two ``jsonl`` files
+when it is resumed, and done again; the ledger forgets nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +26,8 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,19 +35,37 @@ from typing import Any
 import torch
 
 from fed_dpsat.config import RunConfig
-from fed_dpsat.errors import SettingError
+from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.params import Params
 
 PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
 
 
-class RunFolder:
-    """The files of one run under ``path``. Raises ``SettingError`` if something else is there already."""
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The model after ``round``, and plain data of the server's; ``cannot_resume`` says why it is not enough."""
 
-    def __init__(self, path: Path) -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise SettingError("out", str(path), "a new or an empty folder", "name another with --out")
+    round: int
+    params: Params
+    server: Mapping[str, Any]
+    cannot_resume: str = ""
+
+
+class RunFolder:
+    """The files of one run under ``path``; with ``resume`` of one that was begun.
+
+    Raises ``SettingError`` if something else is there already, or to ``resume`` nothing.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        if resume and not (path / "config.toml").is_file():
+            raise SettingError("out", str(path), "the folder of a run", "name the one to resume")
+        if not resume and path.exists() and (not path.is_dir() or any(p.is_file() for p in path.rglob("*"))):
+            raise SettingError(
+                "out", str(path), "a new or an empty folder", "name another with --out, or `fed-dpsat resume` that run"
+            )
         self.path = path
+        self.resumes = resume
 
     @property
     def ledger_path(self) -> Path:
@@ -52,38 +77,82 @@ class RunFolder:
         """Where the model lies; ``torch.load(..., weights_only=True)`` reads it."""
         return self.path / "checkpoint" / "model.pt"
 
-    def open(self, config: RunConfig) -> None:
-        """Create the folder and say what runs in it."""
+    @property
+    def state_path(self) -> Path:
+        """Where the states of simulated clients lie."""
+        return self.path / "state"
+
+    @property
+    def trace_path(self) -> Path:
+        """Where a trace goes."""
+        return self.path / "trace.json"
+
+    def open(self, config: RunConfig, *, objects: Sequence[str] = ()) -> None:
+        """Create the folder and say what runs in it; ``objects`` were given in Python and are not named in ``config``.
+
+        Raises ``SettingError`` where a run is resumed under settings that would make it another run.
+        """
+        if self.resumes:
+            begun = self.config()
+            if not begun.same_run(config):
+                differ = [k for k, v in begun.settings().items() if v != config.settings()[k]]
+                raise SettingError(
+                    "resume", True, f"possible with other settings ({', '.join(differ)})", "start a new run"
+                )
+            return
         self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.toml").write_text(dataclasses.replace(config, out="").to_toml())
         environment = {
             "command": sys.argv,
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
             "packages": {name: version(name) for name in PACKAGES},
+            "objects": list(objects),
         }
         _write_atomically(self.path / "environment.json", _json(environment, indent=2) + "\n")
+        settings = dataclasses.replace(config, out="", resume=False)
+        _write_atomically(self.path / "config.toml", settings.to_toml())
 
-    def append_round(self, record: Mapping[str, Any]) -> None:
-        """One line, in one write."""
-        line = (_json(record) + "\n").encode()
-        descriptor = os.open(self.path / "rounds.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line)
-        finally:
-            os.close(descriptor)
+    def config(self) -> RunConfig:
+        """The settings of the run in this folder."""
+        return RunConfig.load(self.path / "config.toml")
 
-    def save_model(self, params: Params, round: int) -> None:
-        """The model after ``round``, replacing the one before."""
+    def objects(self) -> list[str]:
+        """What was given to the run in Python, so that its settings alone do not describe it."""
+        found: list[str] = json.loads((self.path / "environment.json").read_text())["objects"]
+        return found
+
+    def append_round(self, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        """One line each, in one write."""
+        for name, line in (("timing.jsonl", timing), ("rounds.jsonl", record)):
+            descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, (_json(line) + "\n").encode())
+            finally:
+                os.close(descriptor)
+
+    def cut_off(self, after: int) -> None:
+        """Leave of rounds and timing what is of rounds up to ``after``; a line that was cut short goes too."""
+        for name in ("rounds.jsonl", "timing.jsonl"):
+            path = self.path / name
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            whole = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] <= after]
+            _write_atomically(path, "".join(whole))
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """In the place of the one before; the round is over when this returns."""
         temporary = self.checkpoint_path.with_suffix(".tmp")
-        torch.save({"round": round, "params": params}, temporary)
+        torch.save({f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}, temporary)
         os.replace(temporary, self.checkpoint_path)
 
-    def load_model(self) -> Params:
-        """The model that was saved last."""
-        params: Params = torch.load(self.checkpoint_path, weights_only=True)["params"]
-        return params
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The one that was saved last; None if the run did not come so far. Raises ``RunError`` for a damaged one."""
+        if not self.checkpoint_path.exists():
+            return None
+        try:
+            return Checkpoint(**torch.load(self.checkpoint_path, weights_only=True))
+        except Exception as error:  # whatever torch says of a file that is none
+            raise RunError(f"{self.checkpoint_path} is no checkpoint of this version ({error})") from error
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """How it ended."""

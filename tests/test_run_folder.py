@@ -8,7 +8,7 @@ import torch
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
-from fed_dpsat.run_folder import RunFolder, jsonable
+from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path):
@@ -28,11 +28,11 @@ def test_what_is_written_can_be_read(tmp_path):
     folder.open(config)
     assert RunConfig.load(tmp_path / "run" / "config.toml") == config
     for number in range(3):
-        folder.append_round({"round": number, "epsilon": math.inf})
+        folder.append_round({"round": number, "epsilon": math.inf}, {"round": number, "seconds": 0.1})
         lines = (tmp_path / "run" / "rounds.jsonl").read_text()
         assert lines.endswith("\n")
         assert [json.loads(line)["round"] for line in lines.splitlines()] == list(range(number + 1))
-    folder.save_model({"w": torch.ones(2)}, round=2)
+    folder.save_checkpoint(Checkpoint(round=2, params={"w": torch.ones(2)}, server={"seen": [1]}))
     loaded = torch.load(folder.checkpoint_path, weights_only=True)
     assert loaded["round"] == 2
     assert torch.equal(loaded["params"]["w"], torch.ones(2))

@@ -1,19 +1,74 @@
 """The few internals of Flower 1.41 that a grid of our own needs, in one place.
 
 Flower has no public way to run a simulation in process or to plug a backend in (FLOWER.md). What is touched:
-``TaskIdentity`` (without it ``Message(...)`` raises), ``Run``, ``ErrorCode``, and the id in a message's metadata.
+``TaskIdentity`` (without it ``Message(...)`` raises), ``Run``, ``ErrorCode``, the id in a message's metadata, and the
+fields of ``Array``: Flower's own serialises when it is made, which costs a client that stays in the process a
+millisecond per megabyte and copy.
 ``tests/flower/test_compat.py`` says which of them broke when the version range in pyproject.toml is raised.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import flwr.app
+import numpy as np
 from flwr.app import Message
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode, SType
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from numpy.typing import NDArray
 
+SIMULATED_FAULT = 1000
+"""The error code of a client that a simulation lets drop out or come too late; none of Flower's."""
 SIMULATION_RUN_ID = 1
 SERVER_NODE_ID = 1
+
+
+class Array(flwr.app.Array):
+    """A Flower array that holds its ndarray; the bytes are made when something asks for them, such as a network.
+
+    The name is Flower's, which writes it into what it sends. ``ndarray`` is not copied: nobody may change it any more.
+    """
+
+    def __init__(self, ndarray: NDArray[Any]) -> None:
+        held = ndarray.view()
+        held.flags.writeable = False
+        self.__dict__.update(dtype=str(held.dtype), shape=tuple(held.shape), stype=SType.NUMPY, held=held)
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """What Flower sends."""
+        if "serialised" not in self.__dict__:
+            self.__dict__["serialised"] = flwr.app.Array(self.view()).data
+        data: bytes = self.__dict__["serialised"]
+        return data
+
+    def view(self) -> NDArray[Any]:
+        """The array itself, read-only."""
+        held: NDArray[Any] = self.__dict__["held"]
+        return held
+
+    def numpy(self) -> NDArray[Any]:
+        """A copy, as from Flower's own."""
+        return self.view().copy()
+
+    def __reduce__(self) -> tuple[type[Array], tuple[NDArray[Any]]]:
+        return Array, (self.view(),)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, flwr.app.Array) and _fields(self) == _fields(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as Flower's own
+
+
+def view(array: flwr.app.Array) -> NDArray[Any]:
+    """The values of ``array``, to read: without a copy where it holds them."""
+    return array.view() if isinstance(array, Array) else np.asarray(array.numpy())
+
+
+def _fields(array: flwr.app.Array) -> tuple[object, ...]:
+    return array.dtype, tuple(array.shape), array.stype, array.data
 
 
 def identify_process(run_id: int = SIMULATION_RUN_ID, node_id: int = SERVER_NODE_ID) -> None:
@@ -35,10 +90,13 @@ def set_message_id(message: Message, message_id: str) -> None:
 
 __all__ = [
     "SERVER_NODE_ID",
+    "SIMULATED_FAULT",
     "SIMULATION_RUN_ID",
+    "Array",
     "ErrorCode",
     "Run",
     "empty_run",
     "identify_process",
     "set_message_id",
+    "view",
 ]

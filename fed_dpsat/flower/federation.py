@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from logging import getLogger
 from typing import Any
 
@@ -16,20 +17,25 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.evaluation import Evaluation, evaluate
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import records
+from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.noise import NOISE_SOURCES
-from fed_dpsat.params import trainable
+from fed_dpsat.params import Params, trainable
 from fed_dpsat.plans import make_plans
-from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.privacy import LedgerError
+from fed_dpsat.privacy.ledger import Head, PrivacyLedger
 from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
-from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.run_folder import Checkpoint, RunFolder
+from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
 
 Summary = dict[str, Any]
 RoundRecord = dict[str, Any]
 OnRound = Callable[[RoundRecord], None]
+"""Called after each round with its lines of ``rounds.jsonl`` and, under ``timing``, of ``timing.jsonl``."""
 
 COUNTS_RELEASED = "examples without a finite gradient, per client and round: exact, not covered by epsilon"
 DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
@@ -45,6 +51,7 @@ class Recorder:
         self.evaluation: Evaluation | None = None
         self.rounds_completed = 0
         self.ended_early: str | None = None
+        self.cannot_resume = ""
         self.started = self._round_started = time.perf_counter()
 
     def epsilon(self) -> float:
@@ -57,31 +64,87 @@ class Recorder:
         config, report = self.experiment.config, self.strategy.report
         params = records.to_params(arrays)
         due = round % config.evaluate_every == 0 or round == config.num_rounds
-        self.evaluation = (
-            evaluate(self.experiment.loss_fn.module, params, self.experiment.dataset.test) if due else None
-        )
-        now = time.perf_counter()
-        record: RoundRecord = {
-            "round": round,
-            "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
-            "test_loss": self.evaluation.loss if self.evaluation else None,
-            "epsilon": self.epsilon(),
-            "asked": report.asked,
-            "accepted": len(report.accepted),
-            "dropped": report.dropped,
-            "unexpected": report.unexpected,
-            "retired": report.retired,
-            "released": report.released,
-            "kept_model": bool(round) and report.kept_model,
-            "seconds": now - self._round_started,
-        }
-        self._round_started = now
-        self.rounds_completed = round
-        self.folder.save_model(params, round)
-        self.folder.append_round(record)
+        with self.strategy.phases("evaluate"):
+            self.evaluation = (
+                evaluate(self.experiment.loss_fn.module, params, self.experiment.dataset.test) if due else None
+            )
+        with self.strategy.phases("account"):
+            record: RoundRecord = {
+                "round": round,
+                "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
+                "test_loss": self.evaluation.loss if self.evaluation else None,
+                "epsilon": self.epsilon(),
+                "asked": report.asked,
+                "accepted": len(report.accepted),
+                "dropped": report.dropped,
+                "unexpected": report.unexpected,
+                "retired": report.retired,
+                "released": report.released,
+                "kept_model": bool(round) and report.kept_model,
+            }
+            self.rounds_completed = round
+            timing = self._timing(round)
+            self.folder.append_round(record, timing)
+            self._save_checkpoint(round, params)
         if self.on_round:
-            self.on_round(record)
+            self.on_round({**record, "timing": timing})
         return None
+
+    def begin_again(self, checkpoint: Checkpoint) -> ArrayRecord:
+        """Stand where ``checkpoint`` was made; the model to go on with.
+
+        Raises ``LedgerError`` for a ledger that does not hold what was charged until then, ``FederationError`` where
+        the server's state could not be kept.
+        """
+        if checkpoint.cannot_resume:
+            raise FederationError(f"{self.folder.path} cannot be resumed: {checkpoint.cannot_resume}")
+        head = Head(*checkpoint.server["ledger_head"])
+        if not self.strategy.ledger.extends(head):
+            raise LedgerError(
+                f"{self.folder.ledger_path} does not hold the {head.charges} charges that were in it at round "
+                f"{checkpoint.round}: it is an older copy, or another run's; restore the right one"
+            )
+        self.rounds_completed = checkpoint.round
+        self.folder.cut_off(checkpoint.round)
+        self.strategy.load_state_dict(
+            checkpoint.server["strategy"],
+            next_round=checkpoint.round + 1,
+            same_noise=NOISE_SOURCES[self.experiment.config.noise_source].reproducible,
+        )
+        return records.to_arrays(checkpoint.params)
+
+    def _save_checkpoint(self, round: int, params: Params) -> None:
+        server: dict[str, Any] = {"ledger_head": tuple(self.strategy.ledger.head)}
+        try:
+            server["strategy"] = self.strategy.state_dict()
+        except StrategyStateError as error:
+            if not self.cannot_resume:
+                log.warning("this run cannot be resumed: %s", error)
+            self.cannot_resume = str(error)
+        self.folder.save_checkpoint(
+            Checkpoint(round=round, params=params, server=server, cannot_resume=self.cannot_resume)
+        )
+
+    def _timing(self, round: int) -> dict[str, Any]:
+        """Seconds by phase since the last round (the checkpoint of a round is in the next line), and throughput.
+
+        Examples are those that are expected to be drawn: how many were drawn is not public.
+        """
+        now = time.perf_counter()
+        seconds, self._round_started = now - self._round_started, now
+        accepted, experiment = self.strategy.report.accepted, self.experiment
+        examples = sum(
+            plan.event.steps * plan.event.sample_rate * len(experiment.partitions[client])
+            for client, plan in ((client, self.strategy.plans[client]) for client in accepted)
+        )
+        return {
+            "round": round,
+            "seconds": seconds,
+            "phases": self.strategy.phases.take(),
+            "clients_per_second": len(accepted) / seconds,
+            "examples_per_second": examples / seconds,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
 
     def _released(self) -> Summary:
         """Epsilon against someone who sees the released models alone, where each client has a coin of its own.
@@ -98,16 +161,17 @@ class Recorder:
         return {"epsilon_released": max(epsilons), "epsilon_released_assumptions": ASSUMPTIONS}
 
     def end_early(self, reason: str) -> None:
-        """The run is over before its last round: say why, and measure the model it ends with."""
+        """The run is over before its last round: say why."""
         log.warning("the run ends: %s", reason)
         self.ended_early = reason
-        if self.evaluation is None:
-            saved = self.folder.load_model()
-            self.evaluation = evaluate(self.experiment.loss_fn.module, saved, self.experiment.dataset.test)
 
     def summary(self, status: str) -> Summary:
         """How the run stands, for ``summary.json``."""
         config = self.experiment.config
+        if status == "completed" and self.evaluation is None:  # ended early, or resumed at its end
+            saved = self.folder.load_checkpoint()
+            assert saved is not None  # after_round leaves one, also before the first round
+            self.evaluation = evaluate(self.experiment.loss_fn.module, saved.params, self.experiment.dataset.test)
         return {
             "status": status,
             "ended_early": self.ended_early,
@@ -146,8 +210,12 @@ def run_federation(
     *,
     strategy: Strategy | None = None,
     on_round: OnRound | None = None,
+    objects: Sequence[str] = (),
 ) -> Summary:
     """Train over the nodes of ``grid``; returns what ``summary.json`` holds.
+
+    A ``folder`` that resumes goes on after its last checkpoint, to the same bits as if it had never been
+    interrupted (with system noise: to a run of the same account, plus what the interrupted round had cost).
 
     Raises ``FederationError`` when clients do not join or all fail. Whatever ends the run, also Ctrl-C, the
     folder is left readable with a summary whose ``status`` says so.
@@ -156,8 +224,14 @@ def run_federation(
     plans = make_plans(config)
     _warn_about_delta(experiment)
     inner = strategy or build_strategy(config)
-    folder.open(config)
-    with PrivacyLedger(folder.ledger_path) as ledger:
+    folder.open(config, objects=objects)
+    checkpoint = folder.load_checkpoint() if folder.resumes else None
+    phases = Phases(trace=config.profile)
+    if isinstance(grid, SimulationGrid) and config.profile:
+        grid.on_span = lambda span: phases.add_span(
+            f"client {span.client}", span.worker + 1, span.started, span.seconds
+        )
+    with PrivacyLedger(folder.ledger_path, must_exist=checkpoint is not None) as ledger:
         private = PrivateStrategy(
             inner,
             ledger,
@@ -172,16 +246,23 @@ def run_federation(
             release_counts=config.release_counts,
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
+            phases=phases,
         )
         recorder = Recorder(experiment, private, folder, on_round)
+        arrays = records.to_arrays(trainable(experiment.loss_fn.module))
+        if checkpoint is not None:
+            arrays = recorder.begin_again(checkpoint)
+        elif folder.resumes:
+            folder.cut_off(-1)
         status = "failed"
         try:
             private.start(
                 grid,
-                records.to_arrays(trainable(experiment.loss_fn.module)),
+                arrays,
                 config.num_rounds,
                 config.reply_timeout,
                 evaluate_fn=recorder.after_round,
+                first_round=recorder.rounds_completed + 1,
             )
             status = "completed"
         except FederationOver as reason:
@@ -193,6 +274,11 @@ def run_federation(
         finally:
             summary = recorder.summary(status)
             folder.close(summary)
+            if config.profile:
+                phases.write_trace(
+                    folder.trace_path,
+                    ["server", "clients, here", *(f"worker {i}" for i in range(1, config.workers + 1))],
+                )
     return summary
 
 

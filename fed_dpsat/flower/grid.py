@@ -1,39 +1,71 @@
-"""A Flower ``Grid`` for simulations: nodes are numbers, and a backend answers their messages."""
+"""A Flower ``Grid`` for simulations: nodes are numbers, and a backend answers their messages block by block."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fed_dpsat.flower import compat
+from fed_dpsat.flower import compat, sums
 from fed_dpsat.flower.records import PARTITION_ID
+from fed_dpsat.flower.replies import Failure
+
+FIRST_NODE_ID = compat.SERVER_NODE_ID + 1
+
+
+class Span(NamedTuple):
+    """When a client was at work: seconds since the epoch, and for how long. ``worker`` is 0 in the driver's process."""
+
+    client: int
+    started: float
+    seconds: float
+    worker: int = 0
+
+
+@dataclass(kw_only=True)
+class Answers:
+    """What came of one block: replies in order or their sum, whose state was kept, and who worked when."""
+
+    replies: list[Message] = field(default_factory=list)
+    part: sums.Part | None = None
+    kept: dict[int, int] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
 
 
 class Backend(Protocol):
     """Where client apps run."""
 
-    def run(self, messages: Sequence[Message]) -> Iterator[Message]:
-        """One reply per message, in any order, as they come."""
+    def run(
+        self, blocks: Sequence[Sequence[Message]], *, release_counts: bool | None, timeout: float | None
+    ) -> Iterator[Answers]:
+        """For each block, in order, a reply per message; or their sum, where ``release_counts`` is not None.
+
+        After ``timeout`` seconds, whoever has not replied is an error. Raises ``RunError`` where nobody can be asked.
+        """
 
     def close(self) -> None:
         """Let go of processes and memory."""
 
 
 class SimulationGrid(Grid):
-    """``num_nodes`` nodes on one ``backend``; the node of partition ``p`` has the id ``FIRST_NODE_ID + p``."""
+    """``num_nodes`` nodes on one ``backend``; the node of partition ``p`` has the id ``FIRST_NODE_ID + p``.
 
-    def __init__(self, backend: Backend, num_nodes: int) -> None:
+    ``on_span`` is told when each client was at work.
+    """
+
+    def __init__(self, backend: Backend, num_nodes: int, on_span: Callable[[Span], None] | None = None) -> None:
         compat.identify_process()
         self._backend = backend
         self._nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + num_nodes)
         self._ids = itertools.count(1)
         self._run = compat.empty_run()
         self._replies: dict[str, Message] = {}
+        self.on_span = on_span
 
     def set_run(self, run: compat.Run) -> None:
         """Take over ``run``."""
@@ -59,10 +91,14 @@ class SimulationGrid(Grid):
         """All nodes, always there."""
         return list(self._nodes)
 
+    def nodes_by_client(self, num_clients: int) -> dict[int, int]:
+        """Client to node id, as ``identify_nodes`` would find out by asking."""
+        return {client: FIRST_NODE_ID + client for client in range(num_clients)}
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Answer ``messages`` and hold the replies; returns their ids."""
-        sent = self._number(messages)
-        self._replies |= {reply.metadata.reply_to_message_id: reply for reply in self._backend.run(sent)}
+        sent = list(messages)
+        self._replies |= {reply.metadata.reply_to_message_id: reply for reply in self.stream(sent)}
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -70,30 +106,57 @@ class SimulationGrid(Grid):
         return [self._replies.pop(key) for key in message_ids if key in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """One reply per message, as they come; ``timeout`` is for networks and not used here."""
-        return list(self._backend.run(self._number(messages)))
+        """One reply per message, in order."""
+        return list(self.stream(messages, timeout=timeout))
+
+    def stream(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """One reply per message, in order, as they come."""
+        for answers in self._answers(messages, None, timeout):
+            yield from answers.replies
+
+    def add_up(
+        self, messages: Iterable[Message], *, release_counts: bool, timeout: float | None = None
+    ) -> Iterator[sums.Part]:
+        """The replies to ``messages`` of one training round, added up block by block where they are made."""
+        for answers in self._answers(messages, release_counts, timeout):
+            assert answers.part is not None
+            yield answers.part
 
     def close(self) -> None:
         """Close the backend."""
         self._backend.close()
 
-    def _number(self, messages: Iterable[Message]) -> list[Message]:
+    def _answers(
+        self, messages: Iterable[Message], release_counts: bool | None, timeout: float | None
+    ) -> Iterator[Answers]:
         sent = list(messages)
         for message in sent:
             compat.set_message_id(message, str(next(self._ids)))
-        return sent
+        blocks = list(sums.blocks(sent))
+        for answers in self._backend.run(blocks, release_counts=release_counts, timeout=timeout):
+            if self.on_span:
+                for span in answers.spans:
+                    self.on_span(span)
+            yield answers
 
 
-FIRST_NODE_ID = compat.SERVER_NODE_ID + 1
+def unanswered(messages: Sequence[Message], reason: str, code: int, *, summed: bool) -> Answers:
+    """What came of ``messages`` that nobody will answer any more."""
+    if not summed:
+        return Answers(replies=[error_reply(message, reason, code) for message in messages])
+    failure = Failure(reason=f"failed: {reason}", broken=code != compat.SIMULATED_FAULT)
+    return Answers(part=sums.Part(failed={m.metadata.dst_node_id - FIRST_NODE_ID: failure for m in messages}))
 
 
-def node_context(node_id: int, run_config: Mapping[str, Any], num_nodes: int) -> Context:
-    """The context that Flower's own simulation would give this node, with an empty state."""
+def node_context(
+    node_id: int, run_config: Mapping[str, Any], num_nodes: int, state: RecordDict | None = None
+) -> Context:
+    """The context that Flower's own simulation would give this node, with an empty state or this one."""
     return Context(
         run_id=compat.SIMULATION_RUN_ID,
         node_id=node_id,
         node_config={PARTITION_ID: node_id - FIRST_NODE_ID, "num-partitions": num_nodes},
-        state=RecordDict(),
+        state=RecordDict() if state is None else state,
         run_config=dict(run_config),
     )
 

@@ -36,7 +36,7 @@ def identify_nodes(grid: Grid, num_clients: int, timeout: float) -> dict[int, in
     while True:
         strangers = sorted(set(grid.get_node_ids()) - set(nodes.values()))
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in strangers]
-        for reply in grid.send_and_receive(questions, timeout=timeout) if questions else ():
+        for reply in grid.send_and_receive(questions, timeout=max(timeout, POLL_SECONDS)) if questions else ():
             node = reply.metadata.src_node_id
             try:
                 client = records.read_identity(reply)

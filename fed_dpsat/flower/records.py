@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     ConfigRecordValues,
@@ -34,8 +34,10 @@ from flwr.app import (
     MetricRecordValues,
     RecordDict,
 )
+from torch import Tensor
 
 from fed_dpsat.experiment import Task
+from fed_dpsat.flower import compat
 from fed_dpsat.optimizers.base import State
 from fed_dpsat.params import Params
 from fed_dpsat.privacy.event import History, PrivacyEvent, merge
@@ -58,9 +60,19 @@ class RecordError(ValueError):
     """A message that does not hold what it must; the text says what is missing or wrong."""
 
 
+with warnings.catch_warnings():  # torch says once per process that it cannot keep a read-only array from being written
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.broadcast_to(np.float32(0), 1))
+
+
 def to_arrays(params: Params) -> ArrayRecord:
-    """Tensors to Flower arrays, shapes and types as they are."""
-    return ArrayRecord({name: Array(p.detach().cpu().numpy()) for name, p in params.items()})
+    """Tensors to Flower arrays, shapes and types as they are; they share memory, which nobody may change any more."""
+    return ArrayRecord({name: compat.Array(p.detach().cpu().numpy()) for name, p in params.items()})
+
+
+def to_read(arrays: ArrayRecord) -> dict[str, Tensor]:
+    """Flower arrays to tensors that are only read: without a copy where the arrays hold their values."""
+    return {name: torch.from_numpy(compat.view(array)) for name, array in arrays.items()}
 
 
 def to_params(arrays: ArrayRecord) -> Params:
@@ -124,15 +136,15 @@ def check_arrays(content: RecordDict, like: ArrayRecord) -> None:
         array = record[name]
         if tuple(array.shape) != tuple(expected.shape) or array.dtype != expected.dtype:
             raise RecordError(f"{name} is {array.dtype}{list(array.shape)}, not {expected.dtype}{list(expected.shape)}")
-        values = array.numpy()
+        values = compat.view(array)
         if values.shape != tuple(expected.shape) or str(values.dtype) != expected.dtype:
             raise RecordError(f"{name} holds {values.dtype}{list(values.shape)}, which is not what it says")
         if not np.isfinite(values).all():
             raise RecordError(f"{name} has NaN or inf")
 
 
-def check_metrics(content: RecordDict, *, release_counts: bool = False) -> None:
-    """Raise ``RecordError`` unless the declared size is there and positive, alone but for what may be released."""
+def read_metrics(content: RecordDict, *, release_counts: bool = False) -> dict[str, float]:
+    """The declared size, alone but for what may be released; raises ``RecordError`` unless it is there and positive."""
     allowed = [NUM_EXAMPLES, NONFINITE] if release_counts else [NUM_EXAMPLES]
     metrics: Any = content.metric_records.get(METRICS)
     if metrics is None or list(metrics) != allowed or len(content.metric_records) != 1:
@@ -142,6 +154,7 @@ def check_metrics(content: RecordDict, *, release_counts: bool = False) -> None:
         raise RecordError(f"{NUM_EXAMPLES}={num_examples} is not above 0")
     if release_counts and not isinstance(metrics[NONFINITE], int):
         raise RecordError(f"{NONFINITE}={metrics[NONFINITE]} is no count")
+    return dict(metrics)
 
 
 def identity_content(client: int, num_examples: int) -> RecordDict:

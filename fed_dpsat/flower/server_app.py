@@ -16,7 +16,11 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run, in the folder ``runs/flower-<run id>`` of where Flower runs the app, or in ``out``."""
+    """One run, in the folder ``runs/flower-<run id>`` of where Flower runs the app, or in ``out``.
+
+    With ``resume`` the run in ``out`` goes on.
+    """
     experiment = from_run_config(context.run_config)
-    folder = experiment.config.out or f"runs/flower-{context.run_id}"
-    run_federation(grid, experiment, RunFolder(Path(folder)))
+    config = experiment.config
+    folder = Path(config.out or f"runs/flower-{context.run_id}")
+    run_federation(grid, experiment, RunFolder(folder, resume=config.resume))

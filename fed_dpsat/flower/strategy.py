@@ -2,36 +2,44 @@
 
 It wraps rather than subclasses. Per round it draws the cohort, charges every client in it, shows the inner
 strategy a grid that holds just that cohort, and hands it only the replies that are valid, in the order of
-their clients. What the inner strategy does with them is its own business.
+their clients; or one reply that is their mean, if that is all it uses (``sums``). What it does with them is its own
+business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, MetricRecordValues, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from numpy.typing import NDArray
 
-from fed_dpsat.cohort import draw_cohort, toss_cohort
 from fed_dpsat.experiment import Task
-from fed_dpsat.flower import records
-from fed_dpsat.flower.nodes import CohortGrid, FederationError, FederationOver, identify_nodes
+from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.nodes import CohortGrid, FederationError, identify_nodes
 from fed_dpsat.flower.records import RecordError
+from fed_dpsat.flower.replies import Failure, judge
+from fed_dpsat.flower.roster import Roster
+from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
 from fed_dpsat.params import subtract
-from fed_dpsat.plans import ClientPlan, affordable
+from fed_dpsat.plans import ClientPlan
 from fed_dpsat.privacy import epsilon
+from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
 
 MAX_FAILED_ROUNDS = 3
 """Rounds in a row in which every client that was asked failed, after which a run ends."""
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 @dataclass(kw_only=True)
@@ -79,29 +87,42 @@ class PrivateStrategy(Strategy):
         send_ascent: bool = False,
         release_counts: bool = False,
         join_timeout: float = 60.0,
+        phases: Phases | None = None,
     ) -> None:
         self.inner = inner
         self.ledger = ledger
         self.plans = plans
         self.delta = delta
         self.accountant = accountant
-        self.cohort_size = cohort_size
-        self.max_rounds_per_client = max_rounds_per_client
-        self.seed = seed
-        self.client_sampling = client_sampling
-        self.min_clients = min_clients
         self.send_ascent = send_ascent
         self.release_counts = release_counts
         self.join_timeout = join_timeout
+        self.phases = phases or Phases()
         self.report = RoundReport(round=0, asked=[])
-        self._rounds_used: dict[int, int] = dict(ledger.rounds_by_client())
+        self.roster = Roster(
+            plans,
+            ledger,
+            delta=delta,
+            accountant=accountant,
+            cohort_size=cohort_size,
+            max_rounds_per_client=max_rounds_per_client,
+            seed=seed,
+            client_sampling=client_sampling,
+            min_clients=min_clients,
+        )
+        self._tasks: dict[int, Task] = {}
+        self._attempts: dict[int, int] = {}
         self._arrays = ArrayRecord()
         self._last_arrays: ArrayRecord | None = None
         self._nodes: dict[int, int] = {}
         self._clients: dict[int, int] = {}
         self._failed_rounds = 0
-        self.retired: dict[int, int] = {}
         _ask_whole_cohort(inner)
+
+    @property
+    def retired(self) -> dict[int, int]:
+        """Clients that could not afford another round, with the round before which they left."""
+        return self.roster.retired
 
     def start(
         self,
@@ -111,67 +132,100 @@ class PrivateStrategy(Strategy):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+        *,
+        first_round: int = 1,
     ) -> Result:
-        """Learn which node holds which partition, then Flower's own loop."""
-        self._nodes = identify_nodes(grid, len(self.plans), self.join_timeout)
+        """Learn which node holds which partition; then Flower's loop, from ``first_round`` on.
+
+        ``evaluate_fn`` is called before round 1 and after each round. Nobody is asked to evaluate.
+        """
+        self.meet(grid)
+        config, result = train_config or ConfigRecord(), Result()
+        result.arrays = initial_arrays
+        if evaluate_fn and first_round == 1:
+            evaluate_fn(0, initial_arrays)
+        for round in range(first_round, num_rounds + 1):
+            with self.phases("send"):
+                messages = list(self.configure_train(round, result.arrays, config, grid))
+            arrays, metrics = self._train(round, messages, grid, timeout)
+            result.arrays = arrays or result.arrays
+            if metrics is not None:
+                result.train_metrics_clientapp[round] = metrics
+            if evaluate_fn and (measured := evaluate_fn(round, result.arrays)) is not None:
+                result.evaluate_metrics_serverapp[round] = measured
+        return result
+
+    def meet(self, grid: Grid) -> None:
+        """Learn which node holds which partition; a simulation knows."""
+        if isinstance(grid, SimulationGrid):
+            self._nodes = grid.nodes_by_client(len(self.plans))
+        else:
+            self._nodes = identify_nodes(grid, len(self.plans), self.join_timeout)
         self._clients = {node: client for client, node in self._nodes.items()}
-        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+        self.roster.join(self._nodes)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort, let the inner strategy address it, charge it, and add the task to each message."""
-        self.report = RoundReport(round=server_round, asked=[])
-        eligible = self._eligible(server_round)
-        if self.client_sampling == "poisson":
-            cohort = toss_cohort(self.seed, server_round, eligible, self.cohort_size / len(self.plans))
-        else:
-            cohort = draw_cohort(self.seed, server_round, eligible, self.cohort_size)
+        self.report, self._tasks = RoundReport(round=server_round, asked=[]), {}
+        cohort, retiring = self.roster.cohort(server_round)
+        self.report.retired = {c: epsilon(spent, self.delta, self.accountant) for c, spent in retiring.items()}
         self._last_arrays, self._arrays = self._arrays or None, arrays
         if not cohort:
             return []
         view = CohortGrid(grid, [self._nodes[c] for c in cohort])
         messages = list(self.inner.configure_train(server_round, arrays, config, view))
-        asked = sorted(self._clients.get(m.metadata.dst_node_id, -1) for m in messages)
+        messages.sort(key=lambda message: self._clients.get(message.metadata.dst_node_id, -1))
+        asked = [self._clients.get(m.metadata.dst_node_id, -1) for m in messages]
         if len(set(asked)) != len(asked) or not set(asked) <= set(cohort):
             raise FederationError(
                 f"{type(self.inner).__name__} addressed clients {asked} in round {server_round}, where the cohort "
                 f"is {cohort}; a strategy asks each node of the grid it is shown at most once"
             )
         self.report.asked = asked
-        self.ledger.charge_many(server_round, 0, {client: self.plans[client].event for client in asked})
-        for client in asked:
-            self._rounds_used[client] = self._rounds_used.get(client, 0) + 1
-        ascent = self._ascent_record()
-        return [self._with_records(message, server_round, ascent) for message in messages]
+        self._tasks = {client: self._task(client, server_round) for client in asked}
+        for attempt, events in _by_attempt(self._tasks):
+            self.ledger.charge_many(server_round, attempt, events)
+        self.roster.charged(asked)
+        self._attempts = {}
+        self._add_records(messages)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Drop what is not valid, by name; the rest goes to the inner strategy in the order of clients."""
+        verdicts: dict[int, Mapping[str, float] | Failure] = {}
         valid: dict[int, Message] = {}
-        failures = 0
         for reply in replies:
-            failures += reply.has_error()
-            self._sort_reply(reply, valid)
-        for client in self.report.asked:
-            if client not in valid:
-                self.report.dropped.setdefault(client, "no reply")
-        self.report.accepted = sorted(valid)
-        if self.release_counts:
-            self.report.released = {
-                client: {records.NONFINITE: reply.content[records.METRICS][records.NONFINITE]}
-                for client, reply in sorted(valid.items())
-            }
-        outcomes = dict.fromkeys(valid, "released") | self.report.dropped
-        self.ledger.settle_many(server_round, 0, outcomes)
-        self._end_if_all_failed(failures)
+            client = self._expected(reply, verdicts)
+            if client is not None:
+                verdicts[client] = verdict = judge(
+                    reply,
+                    client=client,
+                    task=self._tasks[client],
+                    like=self._arrays,
+                    release_counts=self.release_counts,
+                )
+                if not isinstance(verdict, Failure):
+                    valid[client] = reply
+        self._note(verdicts)
         if not valid:
-            log.warning("round %d: no valid reply, the model stays as it is", server_round)
-            return None, None
-        arrays, metrics = self.inner.aggregate_train(server_round, [valid[c] for c in sorted(valid)])
-        return arrays if arrays is None else self._as_model(arrays), metrics
+            return self._keep_model()
+        if not sums.only_mean(self.inner):
+            return self._checked(self.inner.aggregate_train(server_round, [valid[c] for c in sorted(valid)]))
+        parts = [sums.part_of(client, valid.get(client), verdicts[client]) for client in self.report.asked]
+        return self._aggregate_mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
+
+    def aggregate_parts(
+        self, server_round: int, parts: Iterable[sums.Part]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """``aggregate_train`` of replies that were judged and added up where they were made."""
+        total = sums.merge(parts)
+        self._note({**total.accepted, **total.failed})
+        return self._aggregate_mean(total) if total.accepted else self._keep_model()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -187,24 +241,64 @@ class PrivateStrategy(Strategy):
         """The inner strategy's."""
         self.inner.summary()
 
-    def _eligible(self, server_round: int) -> list[int]:
-        """Clients that are there, have rounds and budget left; retires those whose next round they cannot afford."""
-        for client in sorted(self._nodes.keys() - self.retired.keys()):
-            history = self.ledger.history(client)
-            if not affordable(history, self.plans[client], self.delta, self.accountant):
-                self.retired[client] = server_round
-                self.report.retired[client] = epsilon(history, self.delta, self.accountant)
-        active = self._nodes.keys() - self.retired.keys()
-        if len(active) < self.min_clients:
-            raise FederationOver(
-                f"{len(active)} clients have budget left before round {server_round}, fewer than "
-                f"min_clients={self.min_clients}"
-            )
-        return [
-            c
-            for c in active
-            if self.plans[c].first_round <= server_round and self._rounds_used.get(c, 0) < self.max_rounds_per_client
-        ]
+    def state_dict(self) -> dict[str, Plain]:
+        """What a checkpoint needs to go on after this round; raises ``StrategyStateError``."""
+        return {
+            "retired": dict(self.retired),
+            "failed_rounds": self._failed_rounds,
+            "sent": records.to_params(self._arrays) if self.send_ascent else {},
+            "inner": capture_state(self.inner),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Plain], *, next_round: int, same_noise: bool) -> None:
+        """Go on with ``next_round``. What was charged of it is done again.
+
+        With the ``same_noise`` (seeded), that is the same release, and no second charge. Else it is another attempt,
+        with a charge of its own.
+        """
+        self.roster.begin_again(next_round, state["retired"], same_noise=same_noise)
+        self._failed_rounds = state["failed_rounds"]
+        self._arrays = records.to_arrays(state["sent"])
+        self._attempts = {} if same_noise else {c: last + 1 for c, last in self.ledger.attempts(next_round).items()}
+        restore_state(self.inner, state["inner"])
+
+    def _train(
+        self, round: int, messages: list[Message], grid: Grid, timeout: float
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        if not isinstance(grid, SimulationGrid):
+            with self.phases("train"):
+                replies = iter(grid.send_and_receive(messages, timeout=timeout))
+        elif sums.only_mean(self.inner):
+            parts = grid.add_up(messages, release_counts=self.release_counts, timeout=timeout)
+            with self.phases("aggregate"):
+                return self.aggregate_parts(round, self.phases.waiting_for("train", parts))
+        else:
+            replies = grid.stream(messages, timeout=timeout)
+        with self.phases("aggregate"):
+            return self.aggregate_train(round, self.phases.waiting_for("train", replies))
+
+    def _task(self, client: int, server_round: int) -> Task:
+        event = self.plans[client].event
+        return Task(
+            round=server_round,
+            noise_multiplier=event.noise_multiplier,
+            sample_rate=event.sample_rate,
+            local_steps=event.steps,
+            attempt=self._attempts.get(client, 0),
+        )
+
+    def _add_records(self, messages: Sequence[Message]) -> None:
+        """Give messages their tasks. Those that shared a content and have equal tasks share one again."""
+        ascent = self._ascent_record()
+        contents: dict[tuple[int, Task], tuple[RecordDict, RecordDict]] = {}
+        for message in messages:
+            given, task = message.content, self._tasks[self._clients[message.metadata.dst_node_id]]
+            if (id(given), task) not in contents:
+                content = RecordDict({**given, records.TASK: records.task_record(task)})
+                if ascent is not None:
+                    content[records.ASCENT] = ascent
+                contents[id(given), task] = given, content
+            message.content = contents[id(given), task][1]
 
     def _ascent_record(self) -> ArrayRecord | None:
         if not self.send_ascent or self._last_arrays is None:
@@ -212,74 +306,81 @@ class PrivateStrategy(Strategy):
         before, now = records.to_params(self._last_arrays), records.to_params(self._arrays)
         return records.to_arrays(subtract(before, now))
 
-    def _with_records(self, message: Message, server_round: int, ascent: ArrayRecord | None) -> Message:
-        """``message`` with a content of its own: stock strategies let all messages of a round share one."""
-        event = self.plans[self._clients[message.metadata.dst_node_id]].event
-        task = Task(
-            round=server_round,
-            noise_multiplier=event.noise_multiplier,
-            sample_rate=event.sample_rate,
-            local_steps=event.steps,
-        )
-        content = RecordDict({**message.content, records.TASK: records.task_record(task)})
-        if ascent is not None:
-            content[records.ASCENT] = ascent
-        message.content = content
-        return message
-
-    def _sort_reply(self, reply: Message, valid: dict[int, Message]) -> None:
-        client = self._clients.get(reply.metadata.src_node_id)
+    def _expected(self, reply: Message, verdicts: Mapping[int, object]) -> int | None:
+        """The client whose first reply this is; None, and a note, for any other reply."""
+        node = reply.metadata.src_node_id
+        client = self._clients.get(node)
         if client is None:
-            self.report.unexpected.append(f"node {reply.metadata.src_node_id} is no known client")
-            return
-        if client not in self.report.asked:
+            self.report.unexpected.append(f"node {node} is no known client")
+        elif client not in self._tasks:
             self.report.unexpected.append(f"client {client} was not asked")
-            return
-        if client in valid or client in self.report.dropped:
+        elif client in verdicts:
             self.report.unexpected.append(f"client {client} replied again")
-            return
-        try:
-            self._check_reply(client, reply)
-        except RecordError as error:
-            self.report.dropped[client] = str(error)
-            log.warning("round %d: client %d dropped: %s", self.report.round, client, error)
         else:
-            valid[client] = reply
+            return client
+        return None
 
-    def _check_reply(self, client: int, reply: Message) -> None:
-        if reply.has_error():
-            raise RecordError(f"failed: {reply.error.reason}")
-        said_client, said_round, attempt, event = records.read_event(reply.content)
-        if (said_client, said_round, attempt) != (client, self.report.round, 0):
-            raise RecordError(
-                f"says client {said_client}, round {said_round}, attempt {attempt}; "
-                f"asked was client {client}, round {self.report.round}, attempt 0"
+    def _note(self, verdicts: dict[int, Mapping[str, float] | Failure]) -> None:
+        """Write down what came of everybody who was asked, and end the run if nothing can come of it."""
+        report = self.report
+        for client in report.asked:
+            verdict = verdicts.setdefault(client, Failure(reason="no reply"))
+            if isinstance(verdict, Failure):
+                report.dropped[client] = verdict.reason
+                log.warning("round %d: client %d dropped: %s", report.round, client, verdict.reason)
+                continue
+            report.accepted.append(client)
+            if self.release_counts:
+                report.released[client] = {records.NONFINITE: verdict[records.NONFINITE]}
+        for attempt, tasks in _by_attempt(self._tasks):
+            settled = self.ledger.outcomes(report.round, attempt)  # by a driver that died before its checkpoint
+            outcomes = {client: report.dropped.get(client, "released") for client in tasks if client not in settled}
+            self.ledger.settle_many(report.round, attempt, outcomes)
+        broken = [v for v in verdicts.values() if isinstance(v, Failure) and v.broken]
+        self._failed_rounds = self._failed_rounds + 1 if broken and len(broken) == len(report.asked) else 0
+        if self._failed_rounds and (len(broken) == len(self.plans) or self._failed_rounds == MAX_FAILED_ROUNDS):
+            raise FederationError(
+                f"every client that was asked failed, {self._failed_rounds} round(s) in a row until round "
+                f"{report.round}; the first said: {broken[0].reason}"
             )
-        if event != self.plans[client].event:
-            raise RecordError(f"its event {event} is not the one that was charged, {self.plans[client].event}")
-        records.check_metrics(reply.content, release_counts=self.release_counts)
-        records.check_arrays(reply.content, self._arrays)
 
-    def _as_model(self, arrays: ArrayRecord) -> ArrayRecord:
-        """``arrays`` in the model's types (some stock strategies return float64); wrong or not finite is an error."""
+    def _keep_model(self) -> tuple[None, None]:
+        log.warning("round %d: no valid reply, the model stays as it is", self.report.round)
+        return None, None
+
+    def _aggregate_mean(self, total: sums.Part) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hand the inner strategy the mean as the one reply there is."""
+        mean = records.to_arrays(total.mean() or {})
+        metrics: dict[str, MetricRecordValues] = {records.NUM_EXAMPLES: total.weight}
+        if self.release_counts:
+            counts = [m[records.NONFINITE] * m[records.NUM_EXAMPLES] for m in total.accepted.values()]
+            metrics[records.NONFINITE] = sum(counts) / total.weight
+        content = RecordDict({records.ARRAYS: mean, records.METRICS: MetricRecord(metrics)})
+        asked = Message(RecordDict(), self._nodes[self.report.accepted[0]], MessageType.TRAIN)
+        return self._checked(self.inner.aggregate_train(self.report.round, [Message(content, reply_to=asked)]))
+
+    def _checked(
+        self, aggregate: tuple[ArrayRecord | None, MetricRecord | None]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The arrays in the model's types (some stock strategies return float64); wrong or not finite is an error."""
+        arrays, metrics = aggregate
+        if arrays is None:
+            return None, metrics
+        name = type(self.inner).__name__
         if arrays.keys() != self._arrays.keys():
-            raise FederationError(f"{type(self.inner).__name__} returned {list(arrays)}, not {list(self._arrays)}")
-        model = ArrayRecord({k: Array(_cast(a.numpy(), self._arrays[k].dtype)) for k, a in arrays.items()})
+            raise FederationError(f"{name} returned {list(arrays)}, not {list(self._arrays)}")
+        model = ArrayRecord({k: compat.Array(_cast(compat.view(a), self._arrays[k].dtype)) for k, a in arrays.items()})
         try:
             records.check_arrays(RecordDict({records.ARRAYS: model}), self._arrays)
         except RecordError as error:
-            raise FederationError(f"{type(self.inner).__name__} returned a model that is none: {error}") from error
-        return model
+            raise FederationError(f"{name} returned a model that is none: {error}") from error
+        return model, metrics
 
-    def _end_if_all_failed(self, failures: int) -> None:
-        asked = self.report.asked
-        self._failed_rounds = self._failed_rounds + 1 if asked and failures >= len(asked) else 0
-        if self._failed_rounds and (len(asked) == len(self.plans) or self._failed_rounds == MAX_FAILED_ROUNDS):
-            reason = next(iter(self.report.dropped.values()))
-            raise FederationError(
-                f"every client that was asked failed, {self._failed_rounds} round(s) in a row until round "
-                f"{self.report.round}; the first said: {reason}"
-            )
+
+def _by_attempt(tasks: Mapping[int, Task]) -> Iterator[tuple[int, dict[int, PrivacyEvent]]]:
+    """The events of each attempt; most rounds have one."""
+    for attempt in sorted({task.attempt for task in tasks.values()}):
+        yield attempt, {client: task.event for client, task in tasks.items() if task.attempt == attempt}
 
 
 def _ask_whole_cohort(inner: Strategy) -> None:

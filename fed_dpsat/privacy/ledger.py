@@ -132,8 +132,11 @@ class PrivacyLedger:
                     )
             chain.append(self._file, "outcomes", new)
 
-    def histories(self) -> dict[int, History]:
-        """Merged history of every client that was ever charged."""
+    def histories(self, before: int | None = None) -> dict[int, History]:
+        """Merged history of every client that was ever charged, or that was in a round ``before`` that one."""
+        if before is not None:
+            with storage.explained(self.path, "read"):
+                return dict(storage.read_histories(self._file, before))
         self._refresh()
         return dict(self._histories)
 
@@ -153,11 +156,22 @@ class PrivacyLedger:
         spent = {history: epsilon(history, delta, accountant) for history in self._clients}
         return {client: spent[history] for client, history in self._histories.items()}
 
-    def rounds_by_client(self) -> dict[int, int]:
-        """Number of rounds in which each client was charged, whatever came of them."""
-        query = "SELECT client, COUNT(DISTINCT round) FROM charges GROUP BY client ORDER BY client"
+    def rounds_by_client(self, before: int | None = None) -> dict[int, int]:
+        """Number of rounds (``before`` that one) in which each client was charged, whatever came of them."""
+        query = "SELECT client, COUNT(DISTINCT round) FROM charges WHERE round < ? GROUP BY client ORDER BY client"
         with storage.explained(self.path, "read"):
-            return dict(self._file.execute(query))
+            return dict(self._file.execute(query, (storage.LAST if before is None else before,)))
+
+    def attempts(self, round: int) -> dict[int, int]:
+        """By client, the number of its last attempt at ``round`` that was charged."""
+        query = "SELECT client, MAX(attempt) FROM charges WHERE round = ? GROUP BY client"
+        with storage.explained(self.path, "read"):
+            return dict(self._file.execute(query, (round,)))
+
+    def outcomes(self, round: int, attempt: int) -> dict[int, str]:
+        """What was settled, by client."""
+        with storage.explained(self.path, "read"):
+            return {client: str(outcome) for client, (outcome,) in self._rows("outcomes", round, attempt).items()}
 
     @property
     def head(self) -> Head:
@@ -165,6 +179,13 @@ class PrivacyLedger:
         with storage.explained(self.path, "read"):
             rows, digest = chain.head(self._file, "charges")
         return Head(rows, digest.hex())
+
+    def extends(self, head: Head) -> bool:
+        """Whether ``head`` was once the head of this chain: an older copy of the file does not know it."""
+        query = "SELECT hash FROM charges WHERE seq = ?"
+        with storage.explained(self.path, "read"):
+            found = self._file.execute(query, (head.charges,)).fetchone()
+        return (found[0] if found else chain.GENESIS if head.charges == 0 else b"").hex() == head.sha256
 
     def verify(self) -> None:
         """Read the whole file; ``LedgerError`` where a row, table or trigger is not as it was written."""

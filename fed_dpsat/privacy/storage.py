@@ -23,6 +23,8 @@ from fed_dpsat.privacy.event import History, PrivacyError, PrivacyEvent
 APPLICATION_ID = 0x46445053  # "FDPS"
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 60.0
+LAST = 2**63 - 1
+"""After every round."""
 _SCHEMA = """
 CREATE TABLE head (chain TEXT PRIMARY KEY, rows INTEGER NOT NULL, hash BLOB NOT NULL);
 CREATE TABLE charges (
@@ -139,14 +141,16 @@ def verify_file(connection: sqlite3.Connection) -> None:
         chain.check(connection, name)
 
 
-def read_histories(connection: sqlite3.Connection) -> Iterator[tuple[int, History]]:
-    """Clients with their merged histories; equal histories are one object."""
+def read_histories(connection: sqlite3.Connection, before: int = LAST) -> Iterator[tuple[int, History]]:
+    """Clients with their merged histories, of rounds ``before`` that one; equal histories are one object."""
     events: dict[tuple[object, ...], PrivacyEvent] = {}
     histories: dict[History, History] = {}
     client, history = -1, list[PrivacyEvent]()
     release = "kind, noise_multiplier, sample_rate"
     for row_client, *row in connection.execute(
-        f"SELECT client, {release}, SUM(steps) FROM charges GROUP BY client, {release} ORDER BY client, {release}"
+        f"SELECT client, {release}, SUM(steps) FROM charges WHERE round < ? "
+        f"GROUP BY client, {release} ORDER BY client, {release}",
+        (before,),
     ):
         if row_client != client and history:
             yield client, histories.setdefault(tuple(history), tuple(history))

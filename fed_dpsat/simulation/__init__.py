@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.config import RunConfig, Scalar
 from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import client_app
+from fed_dpsat.flower import client_app as client_app_module
 from fed_dpsat.flower.federation import OnRound, Summary, run_federation
 from fed_dpsat.flower.grid import Backend, SimulationGrid
 from fed_dpsat.optimizers.base import PrivateOptimizer
 from fed_dpsat.process import tune_allocator
 from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.in_process import InProcessBackend
+from fed_dpsat.simulation.state import kept_rounds
 
 
 def simulate(
@@ -29,41 +33,85 @@ def simulate(
     model: nn.Module | None = None,
     optimizer: PrivateOptimizer | None = None,
     strategy: Strategy | None = None,
+    client_app: ClientApp | None = None,
     on_round: OnRound | None = None,
 ) -> Summary:
     """Train the federation that ``config`` describes and leave a run folder at ``out``.
 
-    An object that is given stands in for what ``config`` names. ``on_round`` is called with each line of
-    ``rounds.jsonl``. Returns what ``summary.json`` holds; raises what ``Experiment.build`` and
-    ``run_federation`` raise.
+    With ``config.resume`` the run at ``out`` goes on from its last checkpoint; objects have to be given again.
+
+    An object that is given stands in for what ``config`` names, and ``client_app`` for the clients' code. ``on_round``
+    is called with each line of ``rounds.jsonl``. Returns what ``summary.json`` holds; raises what ``Experiment.build``
+    and ``run_federation`` raise.
     """
-    folder = RunFolder(Path(out))
+    folder = RunFolder(Path(out), resume=config.resume)
     if config.tune_malloc:
         tune_allocator()
     config = config.with_absolute_paths()
+    given = {"dataset": dataset, "model": model, "optimizer": optimizer, "strategy": strategy, "client_app": client_app}
     experiment = Experiment.build(config, dataset=dataset, model=model, optimizer=optimizer)
-    with simulation_grid(experiment) as grid:
-        return run_federation(grid, experiment, folder, strategy=strategy, on_round=on_round)
+    objects = [name for name, value in given.items() if value is not None]
+    with simulation_grid(experiment, client_app, folder) as grid:
+        return run_federation(grid, experiment, folder, strategy=strategy, on_round=on_round, objects=objects)
+
+
+def resume(
+    run: str | Path, *, overrides: Mapping[str, Scalar] | None = None, on_round: OnRound | None = None
+) -> Summary:
+    """Go on with the run in the folder ``run``, whose settings may be changed where they say how, not what.
+
+    Raises ``SettingError`` for a folder that holds no run, or one that was given objects in Python.
+    """
+    folder = RunFolder(Path(run), resume=True)
+    if objects := folder.objects():
+        raise SettingError(
+            "run",
+            str(run),
+            "described by its settings alone",
+            f"{', '.join(objects)} came from Python; give them again, to simulate(...) with resume=True in its settings",
+        )
+    settings = {**folder.config().settings(), "resume": True, **(overrides or {})}
+    return simulate(RunConfig.from_mapping(settings), run, on_round=on_round)
 
 
 @contextmanager
-def simulation_grid(experiment: Experiment) -> Iterator[SimulationGrid]:
-    """A grid of ``num_clients`` nodes, in this process or on ``workers`` Ray workers; closed at the end."""
-    config = experiment.config
-    backend = _backend(experiment)
-    grid = SimulationGrid(backend, config.num_clients)
+def simulation_grid(
+    experiment: Experiment, client_app: ClientApp | None = None, folder: RunFolder | None = None
+) -> Iterator[SimulationGrid]:
+    """A grid of ``num_clients`` nodes, in this process or on ``workers`` Ray workers; closed at the end.
+
+    Clients' states go into ``folder``; without one they last as long as the grid.
+    """
+    grid = SimulationGrid(_backend(experiment, client_app, folder), experiment.config.num_clients)
     try:
         yield grid
     finally:
         grid.close()
 
 
-def _backend(experiment: Experiment) -> Backend:
+def _backend(experiment: Experiment, client_app: ClientApp | None, folder: RunFolder | None) -> Backend:
     config = experiment.config
     settings, nodes = config.settings(), config.num_clients
-    own_app = client_app.make_client_app(lambda _: experiment)
+    checkpoint = folder.load_checkpoint() if folder and folder.resumes else None
+    state_folder = folder.state_path if folder else None
+    kept = kept_rounds(state_folder, checkpoint.round) if state_folder and checkpoint else {}
+    faults = Faults.of(config)
     if config.workers == 0:
-        return InProcessBackend(own_app, settings, nodes)
+        app = client_app or client_app_module.make_client_app(lambda _: experiment)
+        return InProcessBackend(app, settings, nodes, state_folder=state_folder, kept=kept, faults=faults)
     from fed_dpsat.simulation.ray_backend import RayBackend  # seconds to import: only runs with workers pay
 
-    return RayBackend(client_app.app if experiment.named else own_app, settings, nodes, config.workers)
+    if client_app is None:
+        named = experiment.named
+        client_app = client_app_module.app if named else client_app_module.make_client_app(lambda _: experiment)
+    return RayBackend(
+        client_app,
+        settings,
+        nodes,
+        config.workers,
+        address=config.ray_address,
+        state_folder=state_folder,
+        kept=kept,
+        faults=faults,
+        client_timeout=config.client_timeout,
+    )

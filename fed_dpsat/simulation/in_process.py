@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.flower.grid import answer, node_context
+from fed_dpsat.flower import compat
+from fed_dpsat.flower.grid import Answers, unanswered
+from fed_dpsat.simulation.faults import Faults
+from fed_dpsat.simulation.host import Host
+from fed_dpsat.simulation.state import StateStore
 
 
 class InProcessBackend:
-    """Runs ``client_app`` here; each node's context lives in a dictionary."""
+    """Runs ``client_app`` here. States are filed in ``state_folder``, if any; ``kept`` says which to begin with."""
 
-    def __init__(self, client_app: ClientApp, run_config: Mapping[str, Any], num_nodes: int) -> None:
-        self._client_app = client_app
-        self._run_config = run_config
-        self._num_nodes = num_nodes
-        self._contexts: dict[int, Context] = {}
+    def __init__(
+        self,
+        client_app: ClientApp,
+        run_config: Mapping[str, Any],
+        num_nodes: int,
+        *,
+        state_folder: Path | None = None,
+        kept: Mapping[int, int] | None = None,
+        faults: Faults | None = None,
+    ) -> None:
+        self._host = Host(client_app, run_config, num_nodes, StateStore(state_folder), faults)
+        self._kept = dict(kept or {})
 
-    def run(self, messages: Sequence[Message]) -> Iterator[Message]:
-        """One reply per message, in their order."""
-        for message in messages:
-            node = message.metadata.dst_node_id
-            if node not in self._contexts:
-                self._contexts[node] = node_context(node, self._run_config, self._num_nodes)
-            yield answer(self._client_app, message, self._contexts[node])
+    def run(
+        self, blocks: Sequence[Sequence[Message]], *, release_counts: bool | None, timeout: float | None
+    ) -> Iterator[Answers]:
+        """As ``Backend.run``; a block that has begun is not interrupted."""
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        for block in blocks:
+            if time.monotonic() > deadline:
+                late = f"not begun within reply_timeout={timeout:g} s"
+                yield unanswered(block, late, compat.ErrorCode.NODE_UNAVAILABLE, summed=release_counts is not None)
+                continue
+            answers = self._host.answers(block, self._kept, release_counts=release_counts)
+            self._kept |= answers.kept
+            yield answers
 
     def close(self) -> None:
-        """Forget the contexts."""
-        self._contexts.clear()
+        """Nothing to let go of."""

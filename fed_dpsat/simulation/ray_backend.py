@@ -1,164 +1,247 @@
-"""Clients on Ray workers: the model goes out once per round, few messages are in flight, the dead are replaced.
+"""Clients on Ray workers: blocks go out, answers come back in order, what a dead worker had is tried again.
 
-A worker is an actor in a process of its own that keeps the client app, and with it model and data. A node's
-context is an object in Ray's store: it goes from worker to worker without passing through the driver.
+A worker is an actor in a process of its own that keeps the client app, and with it model, data and the states of the
+clients that were last there.
+
+=============================== ========================================================================
+case                            what happens
+=============================== ========================================================================
+a worker dies                   its block is cut into single clients, which are tried again from the
+                                same state: the same bits if noise is seeded. What it had computed was
+                                never released, so one charge is right either way
+a client's worker dies often    an error in place of its reply, after ``MAX_TRIES``
+a client takes longer than      its worker is killed and replaced; the client, alone, has one more try,
+``client_timeout``              and is an error
+no worker can be had            ``RunError`` within a minute
+the object store is full        ``RunError``
+=============================== ========================================================================
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import math
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Message
 from flwr.clientapp import ClientApp
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower import compat
-from fed_dpsat.flower.grid import answer, error_reply, node_context
+from fed_dpsat.flower import compat, sums
+from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, unanswered
+from fed_dpsat.simulation.cluster import connect, explained
+from fed_dpsat.simulation.faults import Faults
+from fed_dpsat.simulation.ray_pool import Pool, Slot, Work
+from fed_dpsat.simulation.ray_worker import Shelf
 
 log = logging.getLogger("fed_dpsat")
 
 IN_FLIGHT_PER_WORKER = 2
-"""One message trains while the next one waits at the worker."""
-MAX_TRIES = 2
-START_TIMEOUT = 60.0
-
-SharedArrays = list[tuple[str, "ray.ObjectRef[Any]"]]
-
-
-@ray.remote
-class Worker:
-    """A process that answers messages with one client app."""
-
-    def __init__(self, client_app: ClientApp) -> None:
-        self._client_app = client_app
-        self._received: dict[Any, ArrayRecord] = {}
-        compat.identify_process()
-
-    def ready(self) -> bool:
-        """Return when the process is up."""
-        return True
-
-    def answer(self, message: Message, shared: SharedArrays, context: Context) -> tuple[Message, Context]:
-        """The reply to ``message`` with the ``shared`` records put back in, and the context after it."""
-        refs = dict(shared)
-        self._received = {ref: record for ref, record in self._received.items() if ref in refs.values()}
-        for ref in refs.values():
-            if ref not in self._received:
-                self._received[ref] = ArrayRecord({k: Array(a) for k, a in ray.get(ref).items()})
-        message.content = RecordDict({**message.content, **{k: self._received[ref] for k, ref in refs.items()}})
-        return answer(self._client_app, message, context), context
-
-
-@dataclass
-class _Call:
-    message: Message
-    shared: SharedArrays
-    context: Any
-    worker: int
-    tries: int = 1
+"""One block is worked on while the next one waits at the worker."""
+AHEAD_PER_WORKER = 8
+"""Blocks that may be done before an earlier one is: what bounds the memory of the object store."""
+MAX_TRIES = 3
+POLL_SECONDS = 0.2
 
 
 class RayBackend:
-    """``num_workers`` processes with one CPU each; a Ray that already runs is joined and left running.
+    """``num_workers`` processes with one CPU each; a Ray that already runs, or that ``address`` names, is left running.
 
-    A worker that dies is replaced, and its clients are tried once more with the same message and context: the same
-    bits if noise is seeded. What the dead worker had computed was never released, so one charge is right either way.
-
-    Raises ``RunError`` if no worker starts within a minute.
+    States are filed in ``state_folder``; ``kept`` says which to begin with. Raises ``RunError`` as ``Pool`` does.
     """
 
-    def __init__(self, client_app: ClientApp, run_config: Mapping[str, Any], num_nodes: int, num_workers: int) -> None:
-        self._owns_ray = not ray.is_initialized()
-        if self._owns_ray:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        self._app = ray.put(client_app)
-        self._run_config, self._num_nodes = run_config, num_nodes
-        self._contexts: dict[int, Any] = {}
-        self._workers = [self._new_worker() for _ in range(num_workers)]
+    def __init__(
+        self,
+        client_app: ClientApp,
+        run_config: Mapping[str, Any],
+        num_nodes: int,
+        num_workers: int,
+        *,
+        address: str = "",
+        state_folder: Path | None = None,
+        kept: Mapping[int, int] | None = None,
+        faults: Faults | None = None,
+        client_timeout: float = 0.0,
+    ) -> None:
+        self._own_folder = TemporaryDirectory(prefix="fed_dpsat-")
+        folder = state_folder or Path(self._own_folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._kept = dict(kept or {})
+        self._home: dict[int, Slot] = {}
+        self._client_timeout = client_timeout
+        self._disconnect = connect(address, num_workers)
         try:
-            ray.get([worker.ready.remote() for worker in self._workers], timeout=START_TIMEOUT)
-        except (GetTimeoutError, RayActorError) as error:
-            self.close()
-            raise RunError(
-                f"workers={num_workers}: no Ray worker pool within {START_TIMEOUT:g} s ({error}); "
-                "free CPUs, lower workers, or set workers=0"
-            ) from error
+            with explained():
+                arguments = (ray.put(client_app), dict(run_config), num_nodes, folder, faults)
+                self._pool = Pool(num_workers, arguments, client_timeout)
+        except BaseException:
+            self._disconnect()
+            raise
 
-    def run(self, messages: Sequence[Message]) -> Iterator[Message]:
-        """One reply per message, in the order in which they are done."""
-        waiting = list(reversed(messages))
-        shared: dict[int, Any] = {}
-        calls: dict[Any, _Call] = {}
-        free = list(range(len(self._workers))) * IN_FLIGHT_PER_WORKER
-        while waiting or calls:
-            while waiting and free:
-                message = waiting.pop()
-                light, refs = self._split(message, shared)
-                node = message.metadata.dst_node_id
-                context = self._contexts.get(node) or node_context(node, self._run_config, self._num_nodes)
-                self._send(_Call(light, refs, context, free.pop(0)), calls)
-            done, _ = ray.wait(list(calls), num_returns=1, fetch_local=False)
-            call = calls.pop(done[0])
-            reply = self._collect(done[0], call, calls)
-            if reply is not None:
-                free.append(call.worker)
-                yield reply
+    def run(
+        self, blocks: Sequence[Sequence[Message]], *, release_counts: bool | None, timeout: float | None
+    ) -> Iterator[Answers]:
+        """As ``Backend.run``."""
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        with explained():
+            shelf = Shelf()
+            work = [Work(i, 0, block, [shelf.split(message) for message in block]) for i, block in enumerate(blocks)]
+            round = _Round(work, summed=release_counts is not None)
+            while not round.over:
+                self._pool.look_after()
+                self._send(round, release_counts)
+                self._receive(round)
+                if time.monotonic() > deadline:
+                    self._give_up(round, f"no reply within reply_timeout={timeout:g} s")
+                for answers in round.finished():
+                    self._kept |= answers.kept
+                    yield answers
 
     def close(self) -> None:
         """End the workers, and Ray too if it was started here."""
-        for worker in self._workers:
-            ray.kill(worker)
-        self._workers, self._contexts = [], {}
-        if self._owns_ray:
-            ray.shutdown()
+        self._pool.close()
+        self._disconnect()
+        self._own_folder.cleanup()
 
-    def _new_worker(self) -> Any:
-        return Worker.options(num_cpus=1, max_restarts=0).remote(self._app)  # type: ignore[attr-defined]
+    def _send(self, round: _Round, release_counts: bool | None) -> None:
+        ahead = AHEAD_PER_WORKER * len(self._pool.slots)
+        for slot in self._pool.slots:
+            while slot.up and not slot.late and len(slot.sent) < IN_FLIGHT_PER_WORKER:
+                work = round.pick(ahead, lambda client, slot=slot: self._home.get(client) is slot)
+                if work is None:
+                    break
+                clients = [_client(message) for message in work.messages]
+                since = {client: self._kept[client] for client in clients if client in self._kept}
+                answers = slot.actor.answers.remote(work.messages, work.references, since, release_counts)
+                slot.add(answers, work)
+                self._home |= dict.fromkeys(clients, slot)
 
-    def _split(self, message: Message, shared: dict[int, Any]) -> tuple[Message, SharedArrays]:
-        """The message without its array records, and those as references: the same record is stored once."""
-        refs: SharedArrays = []
-        for key, record in message.content.array_records.items():
-            if id(record) not in shared:
-                shared[id(record)] = ray.put({k: array.numpy() for k, array in record.items()})
-            refs.append((key, shared[id(record)]))
-        message.content = RecordDict({k: v for k, v in message.content.items() if not isinstance(v, ArrayRecord)})
-        return message, refs
+    def _receive(self, round: _Round) -> None:
+        """Wait a little for an answer, or for a worker, and take in what is there."""
+        owners = {reference: slot for slot in self._pool.slots for reference, _ in slot.sent}
+        if not owners:
+            starting = [slot.ready for slot in self._pool.slots if not slot.up]
+            if starting:
+                ray.wait(starting, timeout=POLL_SECONDS)
+            return
+        done, _ = ray.wait(list(owners), num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
+        for reference in done:
+            self._take(owners[reference], round)
 
-    def _send(self, call: _Call, calls: dict[Any, _Call]) -> None:
-        method = self._workers[call.worker].answer.options(num_returns=2)
-        reply, context = method.remote(call.message, call.shared, call.context)
-        calls[reply] = call
-        self._contexts[call.message.metadata.dst_node_id] = context
-
-    def _collect(self, ref: Any, call: _Call, calls: dict[Any, _Call]) -> Message | None:
-        """The reply behind ``ref``; None if its worker died and the client is being tried again."""
-        node = call.message.metadata.dst_node_id
+    def _take(self, slot: Slot, round: _Round) -> None:
+        """The oldest answer of a worker: it works in order, and when it dies it fails all that was sent to it."""
         try:
-            reply: Message = ray.get(ref)
-        except RayActorError:
-            self._contexts[node] = call.context
-            self._replace_if_dead(call.worker)
-            if call.tries < MAX_TRIES:
-                log.warning("worker %d died; node %d is tried again", call.worker, node)
-                call.tries += 1
-                self._send(call, calls)
-                return None
-            return error_reply(call.message, "its worker died twice", compat.ErrorCode.NODE_UNAVAILABLE)
+            answers: Answers = ray.get(slot.sent[0][0])
+        except (RayActorError, OutOfMemoryError) as error:
+            self._bury(slot, error, round)
         except RayTaskError as error:
-            self._contexts[node] = call.context
-            return error_reply(call.message, str(error.cause), compat.ErrorCode.CLIENT_APP_CRASHED)
-        return reply
+            if isinstance(error.cause, RunError):
+                raise error.cause from error
+            round.fail(slot.pop(), f"{type(error.cause).__name__}: {error.cause}", tries=1)
+        else:
+            worker = self._pool.slots.index(slot) + 1
+            answers.spans = [span._replace(worker=worker) for span in answers.spans]
+            round.put(slot.pop(), answers)
 
-    def _replace_if_dead(self, index: int) -> None:
-        try:
-            ray.get(self._workers[index].ready.remote(), timeout=START_TIMEOUT)
-        except (RayActorError, GetTimeoutError):
-            self._workers[index] = self._new_worker()
+    def _bury(self, slot: Slot, error: Exception, round: _Round) -> None:
+        at_work, *waiting = (work for _, work in slot.sent)
+        self._pool.replace(slot)
+        round.put_back(waiting)
+        reason = "its worker was out of memory" if isinstance(error, OutOfMemoryError) else "its worker died"
+        if slot.late:
+            reason = f"no reply within client_timeout={self._client_timeout:g} s"
+        log.warning("a worker is gone: %s; %d clients were at work", reason, len(at_work.messages))
+        round.fail(at_work, reason, tries=1 if slot.late else MAX_TRIES)
+
+    def _give_up(self, round: _Round, reason: str) -> None:
+        for slot in list(self._pool.slots):
+            for _, work in slot.sent:
+                round.put_error(work, reason)
+            if slot.sent:
+                self._pool.replace(slot)
+        while (waiting := round.pick(math.inf)) is not None:
+            round.put_error(waiting, reason)
+
+
+class _Round:
+    """What waits and what is done; answers are given in the order of blocks."""
+
+    def __init__(self, work: Sequence[Work], *, summed: bool) -> None:
+        self._waiting = deque(work)
+        self._missing = [len(each.messages) for each in work]
+        self._pieces: list[dict[int, Answers]] = [{} for _ in work]
+        self._next = 0
+        self._summed = summed
+
+    @property
+    def over(self) -> bool:
+        """All answers were given."""
+        return self._next == len(self._missing)
+
+    def pick(self, ahead: float, preferred: Any = lambda client: False) -> Work | None:
+        """The first work that waits, or the first whose client is ``preferred``; none too far ahead of its turn."""
+        chosen = None
+        for work in self._waiting:
+            if work.block >= self._next + ahead:
+                break
+            if chosen is None or preferred(_client(work.messages[0])):
+                chosen = work
+            if preferred(_client(work.messages[0])):
+                break
+        if chosen is not None:
+            self._waiting.remove(chosen)
+        return chosen
+
+    def put_back(self, work: Sequence[Work]) -> None:
+        """It was sent, and nobody began it."""
+        self._waiting.extendleft(reversed(work))
+
+    def fail(self, work: Work, reason: str, *, tries: int) -> None:
+        """Whoever did it is gone: its clients one by one again, or an error after so many tries."""
+        if len(work.messages) > 1:
+            self.put_back(work.alone())
+            return
+        work.tries += 1
+        if work.tries < tries:
+            self.put_back([work])
+        else:
+            self.put_error(work, reason if tries == 1 else f"{reason}, {work.tries} times")
+
+    def put_error(self, work: Work, reason: str) -> None:
+        """Nobody will answer it any more."""
+        self.put(work, unanswered(work.messages, reason, compat.ErrorCode.NODE_UNAVAILABLE, summed=self._summed))
+
+    def put(self, work: Work, answers: Answers) -> None:
+        """It is answered."""
+        self._pieces[work.block][work.position] = answers
+        self._missing[work.block] -= len(work.messages)
+
+    def finished(self) -> Iterator[Answers]:
+        """The answers whose turn it is."""
+        while not self.over and not self._missing[self._next]:
+            pieces, self._pieces[self._next] = self._pieces[self._next], {}
+            self._next += 1
+            yield _together([pieces[position] for position in sorted(pieces)], summed=self._summed)
+
+
+def _together(pieces: list[Answers], *, summed: bool) -> Answers:
+    """The pieces of one block as one, with the bits of one that was never cut."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Answers(
+        replies=[reply for piece in pieces for reply in piece.replies],
+        part=sums.merge(piece.part for piece in pieces if piece.part is not None) if summed else None,
+        kept={client: round for piece in pieces for client, round in piece.kept.items()},
+        spans=[span for piece in pieces for span in piece.spans],
+    )
+
+
+def _client(message: Message) -> int:
+    return message.metadata.dst_node_id - FIRST_NODE_ID

@@ -110,6 +110,6 @@ def test_a_count_leaves_only_if_one_setting_asks_for_it(experiment, context):
     asked = dataclasses.replace(experiment, config=dataclasses.replace(CONFIG, release_counts=True))
     content = ask(asked, context).content
     assert dict(content[records.METRICS]) == {"num-examples": len(experiment.partitions[1]), "nonfinite-examples": 0}
-    records.check_metrics(content, release_counts=True)
+    records.read_metrics(content, release_counts=True)
     with pytest.raises(records.RecordError, match="alone"):
-        records.check_metrics(content)
+        records.read_metrics(content)

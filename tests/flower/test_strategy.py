@@ -132,15 +132,10 @@ def test_a_duplicate_reply_counts_once(federation):
     done = federation()
     send = done.grid.send_and_receive
     done.grid.send_and_receive = lambda messages, **kw: [r for r in send(messages, **kw) for _ in range(2)]
-    know_the_nodes(done)
+    done.strategy.meet(done.grid)
     report = run_one_round(done)
     assert sorted(report.unexpected) == [f"client {c} replied again" for c in range(4)]
     assert report.accepted == [0, 1, 2, 3]
-
-
-def know_the_nodes(done):
-    done.strategy._nodes = {c: c + 2 for c in range(4)}
-    done.strategy._clients = {c + 2: c for c in range(4)}
 
 
 def run_one_round(done):
@@ -152,7 +147,7 @@ def run_one_round(done):
 
 def test_a_reply_from_a_node_nobody_knows_is_named(federation):
     done = federation()
-    know_the_nodes(done)
+    done.strategy.meet(done.grid)
     arrays = records.to_arrays({"w": torch.zeros(2)})
     messages = list(done.strategy.configure_train(1, arrays, ConfigRecord(), done.grid))
     replies = list(done.grid.send_and_receive(messages))
@@ -179,7 +174,7 @@ def test_a_strategy_that_asks_a_node_twice_is_refused(federation):
 
 def test_the_servers_last_update_travels_when_asked_for(federation):
     done = federation(send_ascent=True)
-    know_the_nodes(done)
+    done.strategy.meet(done.grid)
     first = done.strategy.configure_train(
         1, records.to_arrays({"w": torch.tensor([1.0, 2.0])}), ConfigRecord(), done.grid
     )

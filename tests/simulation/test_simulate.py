@@ -189,7 +189,7 @@ def test_budgets_are_kept_and_the_run_ends_early_in_words(tmp_path):
 
 
 def test_a_client_that_is_asked_beyond_its_budget_refuses(tmp_path, monkeypatch):
-    monkeypatch.setattr("fed_dpsat.flower.strategy.affordable", lambda *_: True)  # a server that does not keep count
+    monkeypatch.setattr("fed_dpsat.flower.roster.affordable", lambda *_: True)  # a server that does not keep count
     config = dataclasses.replace(CONFIG, clients_per_round=0, budget_mode="retire", target_epsilon=2.0, num_rounds=50)
     with pytest.raises(FederationError, match=r"budget=2 is below .* refused, nothing was computed"):
         simulate(config, tmp_path / "run")

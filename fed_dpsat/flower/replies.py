@@ -1,0 +1,41 @@
+"""What makes a client's reply valid: it is about what was asked and charged, and its model is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, Message
+
+from fed_dpsat.experiment import Task
+from fed_dpsat.flower import compat, records
+from fed_dpsat.flower.records import RecordError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a reply does not count; ``broken`` if the client failed and was not made to, which ends a run if all do."""
+
+    reason: str
+    broken: bool = False
+
+
+def judge(
+    reply: Message, *, client: int, task: Task, like: ArrayRecord, release_counts: bool
+) -> dict[str, float] | Failure:
+    """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong."""
+    if reply.has_error():
+        return Failure(reason=f"failed: {reply.error.reason}", broken=reply.error.code != compat.SIMULATED_FAULT)
+    try:
+        said_client, said_round, attempt, event = records.read_event(reply.content)
+        if (said_client, said_round, attempt) != (client, task.round, task.attempt):
+            raise RecordError(
+                f"says client {said_client}, round {said_round}, attempt {attempt}; "
+                f"asked was client {client}, round {task.round}, attempt {task.attempt}"
+            )
+        if event != task.event:
+            raise RecordError(f"its event {event} is not the one that was charged, {task.event}")
+        metrics = records.read_metrics(reply.content, release_counts=release_counts)
+        records.check_arrays(reply.content, like)
+    except RecordError as error:
+        return Failure(reason=str(error))
+    return metrics

@@ -1,0 +1,102 @@
+"""Who may be asked in a round: clients that are there, have joined, and have rounds and budget left.
+
+What a round costs depends on the clients that it asks, not on how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from fed_dpsat.cohort import draw_cohort, toss_cohort
+from fed_dpsat.flower.nodes import FederationOver
+from fed_dpsat.plans import ClientPlan, affordable
+from fed_dpsat.privacy.event import History
+from fed_dpsat.privacy.ledger import PrivacyLedger
+
+
+class Roster:
+    """Clients by their ``plans`` and the ``ledger``, both public: eligibility never depends on data."""
+
+    def __init__(
+        self,
+        plans: Sequence[ClientPlan],
+        ledger: PrivacyLedger,
+        *,
+        delta: float,
+        accountant: str,
+        cohort_size: int,
+        max_rounds_per_client: int,
+        seed: int,
+        client_sampling: str,
+        min_clients: int,
+    ) -> None:
+        self.plans, self.ledger = plans, ledger
+        self.delta, self.accountant = delta, accountant
+        self.cohort_size, self.seed = cohort_size, seed
+        self.client_sampling, self.min_clients = client_sampling, min_clients
+        self.max_rounds_per_client = max_rounds_per_client
+        self.retired: dict[int, int] = {}
+        self._first_rounds = np.array([plan.first_round for plan in plans], dtype=np.int64)
+        self._there = np.zeros(len(plans), dtype=bool)
+        self._active = np.ones(len(plans), dtype=bool)
+        self._affordable: dict[tuple[History, ClientPlan], bool] = {}
+        self._count({}, spent_before=None, used_before=None)
+
+    def begin_again(self, round: int, retired: Mapping[int, int], *, same_noise: bool) -> None:
+        """Stand before ``round``, part of which may be charged already, and is about to be done again.
+
+        With the ``same_noise`` that repeats a release and costs nothing more; else it is a second one.
+        """
+        self._count(retired, spent_before=round if same_noise else None, used_before=round)
+
+    def join(self, clients: Iterable[int]) -> None:
+        """They are there."""
+        self._there[list(clients)] = True
+
+    def cohort(self, round: int) -> tuple[list[int], dict[int, History]]:
+        """Clients to ask in ``round``, ascending; and, with what they spent, those who retire as they cannot afford it.
+
+        Raises ``FederationOver`` when fewer than ``min_clients`` have budget left.
+        """
+        retiring = {c: self._history(c) for c in self._unchecked if self._active[c] and not self._can_afford(c)}
+        self.retired |= dict.fromkeys(retiring, round)
+        self._active[list(retiring)] = False
+        self._unchecked = ()
+        active = self._there & self._active
+        if (left := int(active.sum())) < self.min_clients:
+            raise FederationOver(
+                f"{left} clients have budget left before round {round}, fewer than min_clients={self.min_clients}"
+            )
+        eligible = np.flatnonzero(active & (self._first_rounds <= round) & (self._used < self.max_rounds_per_client))
+        if self.client_sampling == "poisson":
+            return toss_cohort(self.seed, round, eligible, self.cohort_size / len(self.plans)), retiring
+        return draw_cohort(self.seed, round, eligible, self.cohort_size), retiring
+
+    def charged(self, clients: Sequence[int]) -> None:
+        """They were charged for the round that was drawn."""
+        self._used[list(clients)] += 1
+        self._spent_since.update(clients)
+        self._unchecked = clients
+
+    def _count(self, retired: Mapping[int, int], *, spent_before: int | None, used_before: int | None) -> None:
+        self.retired = dict(retired)
+        self._active[:] = True
+        self._active[list(self.retired)] = False
+        self._spent = self.ledger.histories(before=spent_before)
+        self._spent_since: set[int] = set()
+        self._used = np.zeros(len(self.plans), dtype=np.int64)
+        for client, rounds in self.ledger.rounds_by_client(before=used_before).items():
+            if client < len(self.plans):
+                self._used[client] = rounds
+        self._unchecked: Iterable[int] = range(len(self.plans))
+
+    def _history(self, client: int) -> History:
+        return self.ledger.history(client) if client in self._spent_since else self._spent.get(client, ())
+
+    def _can_afford(self, client: int) -> bool:
+        key = self._history(client), self.plans[client]
+        if key not in self._affordable:
+            self._affordable[key] = affordable(*key, self.delta, self.accountant)
+        return self._affordable[key]

@@ -1,0 +1,65 @@
+"""Ray found or started, so that a wrong address is an error and not a wait."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+
+from fed_dpsat.errors import RunError, SettingError
+
+CONNECT_SECONDS = 10.0
+
+
+def connect(address: str, num_workers: int) -> Callable[[], None]:
+    """Join the Ray of ``address`` (``host:port`` or ``auto``), or the one that is there, or start one; how to leave it.
+
+    Only a Ray that was started here is ended. Raises ``RunError`` where nothing answers.
+    """
+    if ray.is_initialized():
+        return lambda: None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address:
+        ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        return ray.shutdown
+    _check_reachable(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(f"ray_address={address!r}: no Ray cluster to join ({error}); see `ray status`") from error
+    return ray.shutdown
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What Ray says when it cannot go on, as a ``RunError`` with what to do."""
+    try:
+        yield
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
+            raise RunError(
+                "Ray's object store is full; it holds the model and the sums of a few blocks per worker: lower "
+                "workers, give Ray more (ray start --object-store-memory), or free the disk it spills to"
+            ) from error
+        raise RunError(f"Ray failed: {cause}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray would try for minutes."""
+    host, separator, port = address.rpartition(":")
+    if not separator:
+        if address != "auto":
+            raise SettingError("ray_address", address, "'auto' or host:port", "`ray status` shows a cluster's address")
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"ray_address={address!r}: nothing answers there ({error}); start a cluster with `ray start --head`"
+        ) from error

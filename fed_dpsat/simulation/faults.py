@@ -1,0 +1,56 @@
+"""Clients that drop out or come late, as in the field: drawn from the run's seed, so that a run repeats.
+
+A client that drops out does nothing. One whose delay is over ``client_timeout`` trains, and its reply is thrown away;
+delays are not slept through. Both stay charged: the server cannot know what left the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fed_dpsat.config import RunConfig
+from fed_dpsat.noise import derive_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """``dropout_rate`` in [0, 1); ``delay`` none, exponential or lognormal (sigma 1) of mean ``delay_mean`` seconds."""
+
+    seed: int
+    dropout_rate: float
+    delay: str
+    delay_mean: float
+    client_timeout: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Faults | None:
+        """What ``config`` asks for; None where clients are faultless."""
+        if not config.dropout_rate and config.delay == "none":
+            return None
+        return cls(
+            seed=config.seed,
+            dropout_rate=config.dropout_rate,
+            delay=config.delay,
+            delay_mean=config.delay_mean,
+            client_timeout=config.client_timeout,
+        )
+
+    def drops_out(self, client: int, round: int) -> bool:
+        """Whether ``client`` is away in ``round``."""
+        return bool(self._draw(client, round)[0] < self.dropout_rate)
+
+    def seconds(self, client: int, round: int) -> float:
+        """How much later than it computed the reply of ``client`` in ``round`` is there."""
+        _, exponential, normal = self._draw(client, round)
+        if self.delay == "exponential":
+            return self.delay_mean * exponential
+        return self.delay_mean * math.exp(normal - 0.5) if self.delay == "lognormal" else 0.0
+
+    def comes_late(self, client: int, round: int) -> bool:
+        """Whether the reply of ``client`` in ``round`` comes after ``client_timeout``; 0 is never."""
+        return bool(self.client_timeout and self.seconds(client, round) > self.client_timeout)
+
+    def _draw(self, client: int, round: int) -> tuple[float, float, float]:
+        generator = derive_generator(self.seed, purpose="faults", client=client, round=round)
+        return generator.random(), generator.standard_exponential(), generator.standard_normal()

@@ -1,0 +1,137 @@
+"""Ray workers that are there: started, taken in when they are up, replaced when they are gone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from flwr.app import Message
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from fed_dpsat.errors import RunError
+from fed_dpsat.simulation.ray_worker import References, Worker
+
+log = logging.getLogger("fed_dpsat")
+
+START_TIMEOUT = 50.0
+"""Seconds without a worker after which a run ends."""
+
+
+@dataclass
+class Work:
+    """Some messages of one block, from ``position`` in it on."""
+
+    block: int
+    position: int
+    messages: Sequence[Message]
+    references: Sequence[References]
+    tries: int = 0
+
+    def alone(self) -> list[Work]:
+        """Each message by itself."""
+        pairs = enumerate(zip(self.messages, self.references, strict=True), self.position)
+        return [Work(self.block, position, [m], [references]) for position, (m, references) in pairs]
+
+
+@dataclass
+class Slot:
+    """A worker's place: its actor, what was sent to it, oldest first, and since when the oldest is at work."""
+
+    actor: Any
+    ready: Any
+    up: bool = False
+    since: float = field(default_factory=time.monotonic)
+    sent: deque[tuple[Any, Work]] = field(default_factory=deque)
+    late: bool = False
+
+    def add(self, reference: Any, work: Work) -> None:
+        """``work`` was sent, and ``reference`` will hold what comes of it."""
+        if not self.sent:
+            self.since = time.monotonic()
+        self.sent.append((reference, work))
+
+    def pop(self) -> Work:
+        """The oldest work, which is done; the next one begins."""
+        self.since = time.monotonic()
+        return self.sent.popleft()[1]
+
+
+class Pool:
+    """``num_workers`` workers made of ``arguments``. Raises ``RunError`` if none starts within a minute."""
+
+    def __init__(self, num_workers: int, arguments: tuple[Any, ...], client_timeout: float) -> None:
+        self._arguments, self._client_timeout = arguments, client_timeout
+        self._last_seen = time.monotonic()
+        self.slots = [self._new_slot() for _ in range(num_workers)]
+        self._wait_for_one()
+
+    def look_after(self) -> None:
+        """Take in workers that are up, and kill those whose oldest work takes too long.
+
+        Raises ``RunError`` where no worker is left and none starts, or one does not see the clients' states.
+        """
+        starting = [slot.ready for slot in self.slots if not slot.up]
+        done = set(ray.wait(starting, num_returns=len(starting), timeout=0)[0]) if starting else set()
+        for slot in list(self.slots):
+            if slot.ready in done:
+                self._take_in(slot)
+            limit = self._client_timeout * len(slot.sent[0][1].messages) if slot.sent else 0.0
+            if limit and not slot.late and time.monotonic() - slot.since > limit:
+                slot.late = True
+                ray.kill(slot.actor)
+        if any(slot.up for slot in self.slots):
+            self._last_seen = time.monotonic()
+        elif time.monotonic() - self._last_seen > START_TIMEOUT:
+            raise RunError(f"no Ray worker is left, and none has started within {START_TIMEOUT:g} s; see Ray's logs")
+
+    def replace(self, slot: Slot) -> None:
+        """A new worker in the place of one that is gone, or is to go."""
+        ray.kill(slot.actor)
+        self.slots[self.slots.index(slot)] = self._new_slot()
+
+    def close(self) -> None:
+        """End all."""
+        for slot in self.slots:
+            ray.kill(slot.actor)
+        self.slots = []
+
+    def _new_slot(self) -> Slot:
+        options = Worker.options(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
+        actor = options.remote(*self._arguments)
+        return Slot(actor, actor.ready.remote())
+
+    def _wait_for_one(self) -> None:
+        many = f"workers={len(self.slots)}"
+        ready, _ = ray.wait([slot.ready for slot in self.slots], timeout=START_TIMEOUT)
+        if not ready:
+            free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+            self.close()
+            raise RunError(
+                f"{many}: no Ray worker within {START_TIMEOUT:g} s, where {free:g} CPUs are free; free some, lower "
+                "workers, or set workers=0"
+            )
+        try:
+            ray.get(ready[0], timeout=START_TIMEOUT)
+        except (RayActorError, GetTimeoutError) as error:
+            self.close()
+            raise RunError(
+                f"{many}: a Ray worker does not start ({error}); see Ray's logs, or set workers=0"
+            ) from error
+
+    def _take_in(self, slot: Slot) -> None:
+        try:
+            host, sees_states = ray.get(slot.ready)
+        except RayActorError as error:
+            log.warning("a worker did not start: %s", error)
+            self.replace(slot)
+            return
+        if not sees_states:
+            raise RunError(
+                f"the worker on {host} does not see the clients' states; put the run folder where all hosts see it"
+            )
+        slot.up = True

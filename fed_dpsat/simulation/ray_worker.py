@@ -1,0 +1,85 @@
+"""The Ray actor that holds clients, and how the model gets to it: once per round and node, read where it lies."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+
+from fed_dpsat.flower import compat
+from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers
+from fed_dpsat.simulation.faults import Faults
+from fed_dpsat.simulation.host import Host
+from fed_dpsat.simulation.state import StateStore
+
+References = Mapping[str, "ray.ObjectRef[Any]"]
+"""Record name to the arrays that lie in Ray's object store."""
+
+
+class Shelf:
+    """Array records in Ray's object store, each once while this lives; what is left of a message is light."""
+
+    def __init__(self) -> None:
+        self._stored: dict[int, tuple[ArrayRecord, Any]] = {}
+        self._split: dict[int, tuple[RecordDict, RecordDict, References]] = {}
+
+    def split(self, message: Message) -> References:
+        """Take the array records out of ``message``; messages that shared a content share what is left of it."""
+        content = message.content
+        if id(content) not in self._split:
+            arrays = content.array_records
+            light = RecordDict({key: record for key, record in content.items() if key not in arrays})
+            self._split[id(content)] = content, light, {key: self._store(record) for key, record in arrays.items()}
+        _, message.content, references = self._split[id(content)]
+        return references
+
+    def _store(self, record: ArrayRecord) -> Any:
+        if id(record) not in self._stored:
+            self._stored[id(record)] = record, ray.put({name: compat.view(array) for name, array in record.items()})
+        return self._stored[id(record)][1]
+
+
+@ray.remote
+class Worker:
+    """A process that answers messages with one client app."""
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        run_config: Mapping[str, Any],
+        num_nodes: int,
+        state_folder: Path,
+        faults: Faults | None,
+    ) -> None:
+        compat.identify_process()
+        self._state_folder = state_folder
+        self._host = Host(client_app, run_config, num_nodes, StateStore(state_folder), faults)
+        self._received: dict[Any, ArrayRecord] = {}
+
+    def ready(self) -> tuple[str, bool]:
+        """Build what the client app works with; this host's name, and whether it sees the folder of states."""
+        who = Message(RecordDict(), FIRST_NODE_ID, MessageType.QUERY)
+        self._host.answers([who], {}, release_counts=None)
+        return socket.gethostname(), self._state_folder.is_dir()
+
+    def answers(
+        self,
+        messages: Sequence[Message],
+        references: Sequence[References],
+        since: Mapping[int, int],
+        release_counts: bool | None,
+    ) -> Answers:
+        """As ``Host.answers``, of messages with the records behind ``references`` put back in."""
+        wanted = {reference for each in references for reference in each.values()}
+        self._received = {reference: r for reference, r in self._received.items() if reference in wanted}
+        for reference in wanted - self._received.keys():
+            arrays = ray.get(reference)
+            self._received[reference] = ArrayRecord({name: compat.Array(array) for name, array in arrays.items()})
+        for message, each in zip(messages, references, strict=True):
+            message.content = RecordDict({**message.content, **{k: self._received[r] for k, r in each.items()}})
+        return self._host.answers(messages, since, release_counts=release_counts)

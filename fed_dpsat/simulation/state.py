@@ -1,0 +1,106 @@
+"""What clients keep from round to round: in the memory of who has it, and in files that outlive a process.
+
+A state is filed under the round that made it: ``state/<client>/<round>.pt``. The one before stays until the next round,
+so that a client whose worker or driver died starts its round again from where it was. Nothing is synced to the disk:
+files survive a killed process, not a power cut.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fed_dpsat.errors import RunError
+from fed_dpsat.flower import compat, records
+
+REMEMBERED_BYTES = 1 << 30
+"""Arrays that one process remembers; what is older is read from its file again."""
+
+
+class StateError(RunError):
+    """A client's state that is not where it was put."""
+
+
+class StateStore:
+    """States by client, under ``folder``; without one they live as long as this object."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._remembered: OrderedDict[int, tuple[int, RecordDict]] = OrderedDict()
+        self._bytes = 0
+
+    def load(self, client: int, round: int | None) -> RecordDict:
+        """A fresh container with what ``client`` kept in ``round``; empty for None. Raises ``StateError``."""
+        if round is None:
+            return RecordDict()
+        known = self._remembered.get(client)
+        if known is not None and known[0] == round:
+            self._remembered.move_to_end(client)
+            return RecordDict({**known[1]})
+        if self._folder is None:
+            raise StateError(f"the state of client {client} after round {round} is gone")
+        return _read(_path(self._folder, client, round))
+
+    def save(self, client: int, round: int, state: RecordDict, before: int | None) -> None:
+        """Keep ``state``, and that of the round ``before``; older ones go."""
+        self._forget(client)
+        self._remembered[client] = round, state
+        self._bytes += _size(state)
+        if self._folder is None:
+            return
+        path = _path(self._folder, client, round)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, state)
+        for other in path.parent.iterdir():
+            if other.name not in (path.name, f"{before}.pt"):
+                other.unlink(missing_ok=True)
+        while self._bytes > REMEMBERED_BYTES:
+            self._forget(next(iter(self._remembered)))
+
+    def _forget(self, client: int) -> None:
+        if client in self._remembered:
+            self._bytes -= _size(self._remembered.pop(client)[1])
+
+
+def kept_rounds(folder: Path, up_to: int) -> dict[int, int]:
+    """By client, the last round not after ``up_to`` that left a state in ``folder``."""
+    found: dict[int, int] = {}
+    for path in folder.glob("*/*.pt"):
+        client, round = int(path.parent.name), int(path.stem)
+        if found.get(client, -1) < round <= up_to:
+            found[client] = round
+    return found
+
+
+def _path(folder: Path, client: int, round: int) -> Path:
+    return folder / str(client) / f"{round}.pt"
+
+
+def _size(state: RecordDict) -> int:
+    return sum(compat.view(a).nbytes for record in state.array_records.values() for a in record.values())
+
+
+def _write(path: Path, state: RecordDict) -> None:
+    plain: dict[str, tuple[str, dict[str, Any]]] = {}
+    for key, record in state.items():
+        if isinstance(record, ArrayRecord):
+            plain[key] = "arrays", records.to_read(record)
+        else:
+            plain[key] = ("metrics" if isinstance(record, MetricRecord) else "config"), dict(record)
+    temporary = path.with_suffix(".tmp")
+    torch.save(plain, temporary)
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> RecordDict:
+    try:
+        plain = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise StateError(f"no client state at {path}; workers on several hosts need the run folder in common") from None
+    kinds: dict[str, Any] = {"arrays": records.to_arrays, "metrics": MetricRecord, "config": ConfigRecord}
+    return RecordDict({key: kinds[kind](items) for key, (kind, items) in plain.items()})
