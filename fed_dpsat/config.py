@@ -246,12 +246,6 @@ class RunConfig:
         """``local_steps``, or the steps in which each example is expected to be seen ``local_epochs`` times."""
         return math.ceil(self.local_epochs / self.sample_rate) if self.local_epochs else self.local_steps
 
-    def same_run(self, other: RunConfig) -> bool:
-        """Whether both describe one run: all that its bits or its account depend on is the same."""
-        return all(
-            getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self) if f.name not in MACHINE
-        )
-
     def settings(self) -> dict[str, Scalar]:
         """Every setting as it stands, in order: a Flower run config, or the body of a TOML file."""
         return dataclasses.asdict(self)

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.config import MACHINE, RunConfig
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.params import Params
 
@@ -94,8 +94,8 @@ class RunFolder:
         """
         if self.resumes:
             begun = self.config()
-            if not begun.same_run(config):
-                differ = [k for k, v in begun.settings().items() if v != config.settings()[k]]
+            now = config.settings()
+            if differ := [k for k, v in begun.settings().items() if v != now[k] and k not in MACHINE]:
                 raise SettingError(
                     "resume", True, f"possible with other settings ({', '.join(differ)})", "start a new run"
                 )

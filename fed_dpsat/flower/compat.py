@@ -9,11 +9,12 @@ millisecond per megabyte and copy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flwr.app
 import numpy as np
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.common.constant import ErrorCode, SType
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -62,6 +63,14 @@ class Array(flwr.app.Array):
     __hash__ = None  # type: ignore[assignment]  # as Flower's own
 
 
+def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """``arrays`` in a record that holds them. (``ArrayRecord(dict)`` would serialise each.)"""
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = Array(array)
+    return record
+
+
 def view(array: flwr.app.Array) -> NDArray[Any]:
     """The values of ``array``, to read: without a copy where it holds them."""
     return array.view() if isinstance(array, Array) else np.asarray(array.numpy())
@@ -97,6 +106,7 @@ __all__ = [
     "Run",
     "empty_run",
     "identify_process",
+    "record_of",
     "set_message_id",
     "view",
 ]

@@ -262,7 +262,7 @@ def run_federation(
                 config.num_rounds,
                 config.reply_timeout,
                 evaluate_fn=recorder.after_round,
-                first_round=recorder.rounds_completed + 1,
+                done=checkpoint.round if checkpoint else None,
             )
             status = "completed"
         except FederationOver as reason:

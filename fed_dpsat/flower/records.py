@@ -67,7 +67,7 @@ with warnings.catch_warnings():  # torch says once per process that it cannot ke
 
 def to_arrays(params: Params) -> ArrayRecord:
     """Tensors to Flower arrays, shapes and types as they are; they share memory, which nobody may change any more."""
-    return ArrayRecord({name: compat.Array(p.detach().cpu().numpy()) for name, p in params.items()})
+    return compat.record_of({name: p.detach().cpu().numpy() for name, p in params.items()})
 
 
 def to_read(arrays: ArrayRecord) -> dict[str, Tensor]:

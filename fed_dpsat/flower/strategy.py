@@ -32,6 +32,7 @@ from fed_dpsat.plans import ClientPlan
 from fed_dpsat.privacy import epsilon
 from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.process import intra_op_threads
 from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
@@ -134,18 +135,19 @@ class PrivateStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
         *,
-        first_round: int = 1,
+        done: int | None = None,
     ) -> Result:
-        """Learn which node holds which partition; then Flower's loop, from ``first_round`` on.
+        """Learn which node holds which partition; then Flower's loop, after the rounds that are ``done``.
 
-        ``evaluate_fn`` is called before round 1 and after each round. Nobody is asked to evaluate.
+        ``evaluate_fn`` is called after each round and, where nothing is done, before the first. Nobody else is asked
+        to evaluate.
         """
         self.meet(grid)
         config, result = train_config or ConfigRecord(), Result()
         result.arrays = initial_arrays
-        if evaluate_fn and first_round == 1:
+        if evaluate_fn and done is None:
             evaluate_fn(0, initial_arrays)
-        for round in range(first_round, num_rounds + 1):
+        for round in range((done or 0) + 1, num_rounds + 1):
             with self.phases("send"):
                 messages = list(self.configure_train(round, result.arrays, config, grid))
             arrays, metrics = self._train(round, messages, grid, timeout)
@@ -223,7 +225,8 @@ class PrivateStrategy(Strategy):
         self, server_round: int, parts: Iterable[sums.Part]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """``aggregate_train`` of replies that were judged and added up where they were made."""
-        total = sums.merge(parts)
+        with intra_op_threads(1):  # threads that wait for each other cost more than they add
+            total = sums.merge(parts)
         self._note({**total.accepted, **total.failed})
         return self._aggregate_mean(total) if total.accepted else self._keep_model()
 
@@ -369,7 +372,7 @@ class PrivateStrategy(Strategy):
         name = type(self.inner).__name__
         if arrays.keys() != self._arrays.keys():
             raise FederationError(f"{name} returned {list(arrays)}, not {list(self._arrays)}")
-        model = ArrayRecord({k: compat.Array(_cast(compat.view(a), self._arrays[k].dtype)) for k, a in arrays.items()})
+        model = compat.record_of({k: _cast(compat.view(a), self._arrays[k].dtype) for k, a in arrays.items()})
         try:
             records.check_arrays(RecordDict({records.ARRAYS: model}), self._arrays)
         except RecordError as error:

@@ -27,7 +27,7 @@ from torch import Tensor
 from fed_dpsat.flower import records
 from fed_dpsat.flower.replies import Failure
 
-MAX_BLOCKS = 128
+MAX_BLOCKS = 64
 """Enough to keep many workers busy, and few enough that their sums are cheap to send."""
 
 OF_THE_MEAN = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
@@ -70,7 +70,7 @@ class Part:
             return None
         if self.scale == self.weight:
             return self.total
-        return {name: t * (self.scale / self.weight) for name, t in self.total.items()}
+        return {name: t / (self.weight / self.scale) for name, t in self.total.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         arrays = None if self.total is None else {name: t.numpy() for name, t in self.total.items()}

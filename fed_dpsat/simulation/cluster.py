@@ -14,6 +14,13 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 from fed_dpsat.errors import RunError, SettingError
 
 CONNECT_SECONDS = 10.0
+OWN_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # a freed sum is room for the next one at once: by default Ray gathers a hundred of them or waits a second
+    "RAY_free_objects_batch_size": "4",
+    "RAY_free_objects_period_milliseconds": "20",
+}
+"""Environment of a Ray that is started here, where the user has not set it."""
 
 
 def connect(address: str, num_workers: int) -> Callable[[], None]:
@@ -23,8 +30,9 @@ def connect(address: str, num_workers: int) -> Callable[[], None]:
     """
     if ray.is_initialized():
         return lambda: None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not address:
+        for name, value in OWN_RAY.items():
+            os.environ.setdefault(name, value)
         ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         return ray.shutdown
     _check_reachable(address)

@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from fed_dpsat.flower import compat, records, sums
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, answer, error_reply, node_context
 from fed_dpsat.flower.replies import judge
+from fed_dpsat.process import intra_op_threads
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.state import StateStore
 
@@ -36,13 +37,13 @@ class Host:
     def answers(self, messages: Sequence[Message], since: Since, *, release_counts: bool | None) -> Answers:
         """All replies; or, where ``release_counts`` is not None, the sum of the valid ones."""
         done = Answers()
-        if release_counts is None:
-            done.replies = list(self._replies(messages, since, done))
-        else:
+        with intra_op_threads(1):  # a client app sets its own; threads that wait for each other cost more than they add
             replies = self._replies(messages, since, done)
-            done.part = sums.merge(
-                self._part(message, reply, release_counts) for message, reply in zip(messages, replies, strict=True)
-            )
+            if release_counts is None:
+                done.replies = list(replies)
+            else:
+                pairs = zip(messages, replies, strict=True)
+                done.part = sums.merge(self._part(message, reply, release_counts) for message, reply in pairs)
         return done
 
     def _replies(self, messages: Sequence[Message], since: Since, done: Answers) -> Iterator[Message]:

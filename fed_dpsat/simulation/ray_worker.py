@@ -78,8 +78,7 @@ class Worker:
         wanted = {reference for each in references for reference in each.values()}
         self._received = {reference: r for reference, r in self._received.items() if reference in wanted}
         for reference in wanted - self._received.keys():
-            arrays = ray.get(reference)
-            self._received[reference] = ArrayRecord({name: compat.Array(array) for name, array in arrays.items()})
+            self._received[reference] = compat.record_of(ray.get(reference))
         for message, each in zip(messages, references, strict=True):
             message.content = RecordDict({**message.content, **{k: self._received[r] for k, r in each.items()}})
         return self._host.answers(messages, since, release_counts=release_counts)
