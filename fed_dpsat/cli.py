@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, list, calibrate, plan, ledger."""
+"""``fed-dpsat``: run, resume, list, calibrate, plan, ledger."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.config import RunConfig, parse_overrides
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.plugins import PACKAGES, builtin, summary
 
@@ -56,19 +56,40 @@ def run(
     config: ConfigFile = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; new or empty. Default: runs/NAME-TIME.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Write trace.json: who was at work when.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train; the help text is made from the settings."""
+    from fed_dpsat.simulation import simulate
+
     with _clear_errors():
-        settings = RunConfig.load(config, [*(overrides or ()), *([f"out={out}"] if out else ())])
+        extra = [*([f"out={out}"] if out else ()), *(["profile=true"] if profile else ())]
+        settings = RunConfig.load(config, [*(overrides or ()), *extra])
         name = config.stem if config else "run"
         folder = Path(settings.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        result = _simulate(settings, folder, quiet=as_json)
-    if as_json:
-        _print_json(result)
-    else:
-        out_console.print(_summary_table(result))
-        out_console.print(f"Run folder: {folder}", soft_wrap=True)
+        with _shown(settings.num_rounds, quiet=as_json) as show:
+            result = simulate(settings, folder, on_round=show)
+    _print_result(result, folder, as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run that was interrupted or killed: the same bits and the same account as if it had not been.
+
+    --set takes what says how to run and not what: workers, ray_address, reply_timeout and their kind.
+    """
+    from fed_dpsat import simulation
+    from fed_dpsat.run_folder import RunFolder
+
+    with _clear_errors():
+        settings = RunFolder(run, resume=True).config()
+        with _shown(settings.num_rounds, quiet=as_json) as show:
+            result = simulation.resume(run, overrides=parse_overrides(overrides or ()), on_round=show)
+    _print_result(result, run, as_json)
 
 
 @app.command(name="list")
@@ -191,32 +212,41 @@ def ledger(
     return None
 
 
-def _simulate(settings: RunConfig, folder: Path, *, quiet: bool) -> dict[str, Any]:
-    from fed_dpsat.simulation import simulate
-
+@contextmanager
+def _shown(num_rounds: int, *, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What is to be called after each round: a progress bar on a terminal, else a line."""
     columns = (
         TextColumn("round"),
         MofNCompleteColumn(),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
     )
     with Progress(*columns, console=err_console, disable=quiet or not err_console.is_terminal) as progress:
-        task = progress.add_task("preparing", total=settings.num_rounds)
-
+        task = progress.add_task("preparing", total=num_rounds)
         quality = ""
 
         def show(record: dict[str, Any]) -> None:
             nonlocal quality
             if record["test_accuracy"] is not None:
                 quality = f"accuracy {record['test_accuracy']:.1%}  loss {record['test_loss']:.3f}  "
-            line = f"{quality}epsilon {record['epsilon']:.2f}"
+            rate = f"  {record['timing']['clients_per_second']:.3g} clients/s" if record["round"] else ""
+            line = f"{quality}epsilon {record['epsilon']:.2f}{rate}"
             progress.update(task, completed=record["round"], description=line)
             if not quiet and progress.disable:
-                err_console.print(f"round {record['round']}/{settings.num_rounds}  {line}")
+                err_console.print(f"round {record['round']}/{num_rounds}  {line}", soft_wrap=True)
 
-        return simulate(settings, folder, on_round=show)
+        yield show
+
+
+def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json(result)
+    else:
+        out_console.print(_summary_table(result))
+        out_console.print(f"Run folder: {folder}", soft_wrap=True)
 
 
 def _summary_table(result: dict[str, Any]) -> Table:
@@ -244,7 +274,14 @@ def _summary_table(result: dict[str, Any]) -> Table:
         f"{result['num_clients']} clients, sample rate {result['sample_rate']:g}, "
         f"seed {result['seed']}",
     )
-    table.add_row("time", f"{result['seconds']:.1f} s")
+    longest = sorted(result["phases"], key=lambda name: -result["phases"][name])
+    phases = ", ".join(f"{name} {result['phases'][name]:.1f}" for name in longest)
+    table.add_row("time", f"{result['seconds']:.1f} s ({phases})")
+    table.add_row(
+        "throughput",
+        f"{result['clients_per_second']:.3g} clients/s, {result['examples_per_second']:.3g} examples/s expected; "
+        f"memory {result['peak_memory_mb']:.0f} MB without workers",
+    )
     return table
 
 

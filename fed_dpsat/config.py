@@ -289,16 +289,22 @@ class RunConfig:
                 raise SettingError("config", str(path), "a readable file", error.strerror or "check the path") from None
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise SettingError("config", str(path), "valid TOML", str(error)) from None
-        for override in overrides:
-            key, separator, text = override.partition("=")
-            if not separator:
-                raise SettingError("--set", override, "of the form key=value", "for example --set lr=2.0")
-            values[key.strip()] = _parse(cls, key.strip(), text.strip())
-        return cls.from_mapping(values)
+        return cls.from_mapping({**values, **parse_overrides(overrides)})
 
 
-def _parse(cls: type[RunConfig], key: str, text: str) -> Scalar:
-    kinds = {spec.name: str(spec.type) for spec in dataclasses.fields(cls)}
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
+    """``key=value`` strings as settings, typed; raises ``SettingError`` for what has another form."""
+    values = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise SettingError("--set", override, "of the form key=value", "for example --set lr=2.0")
+        values[key.strip()] = _parse(key.strip(), text.strip())
+    return values
+
+
+def _parse(key: str, text: str) -> Scalar:
+    kinds = {spec.name: str(spec.type) for spec in dataclasses.fields(RunConfig)}
     if kinds.get(key) == "str":
         return text.strip("\"'")
     try:

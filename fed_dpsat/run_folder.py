@@ -122,6 +122,12 @@ class RunFolder:
         found: list[str] = json.loads((self.path / "environment.json").read_text())["objects"]
         return found
 
+    def summary(self) -> dict[str, Any]:
+        """How it ended; empty if it did not come so far."""
+        path = self.path / "summary.json"
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
     def append_round(self, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """One line each, in one write."""
         for name, line in (("timing.jsonl", timing), ("rounds.jsonl", record)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from logging import getLogger
 from typing import Any
@@ -52,6 +53,8 @@ class Recorder:
         self.rounds_completed = 0
         self.ended_early: str | None = None
         self.cannot_resume = ""
+        self.phases: Counter[str] = Counter()
+        self.clients = self.examples = 0.0
         self.started = self._round_started = time.perf_counter()
 
     def epsilon(self) -> float:
@@ -137,13 +140,16 @@ class Recorder:
             plan.event.steps * plan.event.sample_rate * len(experiment.partitions[client])
             for client, plan in ((client, self.strategy.plans[client]) for client in accepted)
         )
+        phases = self.strategy.phases.take()
+        self.phases.update(phases)
+        self.clients, self.examples = self.clients + len(accepted), self.examples + examples
         return {
             "round": round,
             "seconds": seconds,
-            "phases": self.strategy.phases.take(),
+            "phases": phases,
             "clients_per_second": len(accepted) / seconds,
             "examples_per_second": examples / seconds,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_memory_mb": _peak_memory_mb(),
         }
 
     def _released(self) -> Summary:
@@ -159,6 +165,17 @@ class Recorder:
             epsilon_released(event, rounds, config.client_rate, config.delta, config.accountant) for event in events
         ]
         return {"epsilon_released": max(epsilons), "epsilon_released_assumptions": ASSUMPTIONS}
+
+    def _totals(self) -> Summary:
+        """Time and throughput of this process; a resumed run counts from there."""
+        seconds = time.perf_counter() - self.started
+        return {
+            "seconds": seconds,
+            "phases": dict(self.phases),
+            "clients_per_second": self.clients / seconds,
+            "examples_per_second": self.examples / seconds,
+            "peak_memory_mb": _peak_memory_mb(),
+        }
 
     def end_early(self, reason: str) -> None:
         """The run is over before its last round: say why."""
@@ -191,7 +208,7 @@ class Recorder:
             "dataset": config.dataset,
             "model": config.model,
             "seed": config.seed,
-            "seconds": time.perf_counter() - self.started,
+            **self._totals(),
             "retired": self.strategy.retired,
             "ledger_head": self.strategy.ledger.head._asdict(),
             "privacy_unit": "one example of one client, add-or-remove; maximum over clients",
@@ -288,6 +305,11 @@ def build_strategy(config: RunConfig) -> Strategy:
     if not isinstance(inner, Strategy):
         raise FederationError(f"strategy={config.strategy!r} made a {type(inner).__name__}, not a Flower Strategy")
     return inner
+
+
+def _peak_memory_mb() -> float:
+    """Of this process, without its workers."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _warn_about_delta(experiment: Experiment) -> None:

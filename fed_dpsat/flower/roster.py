@@ -42,6 +42,7 @@ class Roster:
         self._there = np.zeros(len(plans), dtype=bool)
         self._active = np.ones(len(plans), dtype=bool)
         self._affordable: dict[tuple[History, ClientPlan], bool] = {}
+        self._unchecked: Sequence[int] = ()
         self._count({}, spent_before=None, used_before=None)
 
     def begin_again(self, round: int, retired: Mapping[int, int], *, same_noise: bool) -> None:
@@ -90,7 +91,7 @@ class Roster:
         for client, rounds in self.ledger.rounds_by_client(before=used_before).items():
             if client < len(self.plans):
                 self._used[client] = rounds
-        self._unchecked: Iterable[int] = range(len(self.plans))
+        self._unchecked = range(len(self.plans))
 
     def _history(self, client: int) -> History:
         return self.ledger.history(client) if client in self._spent_since else self._spent.get(client, ())

@@ -60,6 +60,7 @@ def resume(
 ) -> Summary:
     """Go on with the run in the folder ``run``, whose settings may be changed where they say how, not what.
 
+    Of a run that is complete it is the summary.
     Raises ``SettingError`` for a folder that holds no run, or one that was given objects in Python.
     """
     folder = RunFolder(Path(run), resume=True)
@@ -68,8 +69,10 @@ def resume(
             "run",
             str(run),
             "described by its settings alone",
-            f"{', '.join(objects)} came from Python; give them again, to simulate(...) with resume=True in its settings",
+            f"{', '.join(objects)} came from Python; give them again, to simulate(...) with resume=True",
         )
+    if (summary := folder.summary()).get("status") == "completed":
+        return summary
     settings = {**folder.config().settings(), "resume": True, **(overrides or {})}
     return simulate(RunConfig.from_mapping(settings), run, on_round=on_round)
 

@@ -43,8 +43,6 @@ from fed_dpsat.simulation.ray_worker import Shelf
 
 log = logging.getLogger("fed_dpsat")
 
-IN_FLIGHT_PER_WORKER = 2
-"""One block is worked on while the next one waits at the worker."""
 AHEAD_PER_WORKER = 8
 """Blocks that may be done before an earlier one is: what bounds the memory of the object store."""
 MAX_TRIES = 3
@@ -113,7 +111,7 @@ class RayBackend:
     def _send(self, round: _Round, release_counts: bool | None) -> None:
         ahead = AHEAD_PER_WORKER * len(self._pool.slots)
         for slot in self._pool.slots:
-            while slot.up and not slot.late and len(slot.sent) < IN_FLIGHT_PER_WORKER:
+            while slot.has_room:
                 work = round.pick(ahead, lambda client, slot=slot: self._home.get(client) is slot)
                 if work is None:
                     break

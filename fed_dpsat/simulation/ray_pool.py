@@ -18,6 +18,8 @@ from fed_dpsat.simulation.ray_worker import References, Worker
 
 log = logging.getLogger("fed_dpsat")
 
+QUICK_SECONDS = 0.2
+"""Work that takes less has its successor waiting at the worker, so that the way there costs nothing."""
 START_TIMEOUT = 50.0
 """Seconds without a worker after which a run ends."""
 
@@ -47,7 +49,13 @@ class Slot:
     up: bool = False
     since: float = field(default_factory=time.monotonic)
     sent: deque[tuple[Any, Work]] = field(default_factory=deque)
+    quick: bool = False
     late: bool = False
+
+    @property
+    def has_room(self) -> bool:
+        """Work may be sent: to who is idle, or who will soon be. Behind a slow client it would wait for nothing."""
+        return self.up and not self.late and len(self.sent) < (2 if self.quick else 1)
 
     def add(self, reference: Any, work: Work) -> None:
         """``work`` was sent, and ``reference`` will hold what comes of it."""
@@ -57,6 +65,7 @@ class Slot:
 
     def pop(self) -> Work:
         """The oldest work, which is done; the next one begins."""
+        self.quick = time.monotonic() - self.since < QUICK_SECONDS
         self.since = time.monotonic()
         return self.sent.popleft()[1]
 

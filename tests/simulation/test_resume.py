@@ -96,9 +96,10 @@ def test_a_driver_killed_anywhere_and_resumed_ends_as_if_it_had_not_been(uninter
     summary = resume(tmp_path / "run")
     assert what_came_of(tmp_path / "run") == uninterrupted
     assert (summary["status"], summary["rounds_completed"]) == ("completed", 4)
-    assert summary["test_accuracy"] == json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[-1])[
-        "test_accuracy"
-    ]
+    assert (
+        summary["test_accuracy"]
+        == json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[-1])["test_accuracy"]
+    )
 
 
 def test_it_may_be_killed_again_and_again_and_a_torn_line_is_cut_off(uninterrupted, tmp_path):

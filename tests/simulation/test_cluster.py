@@ -1,0 +1,175 @@
+"""Nothing hangs: a wrong address, an empty pool, a full store and late clients each end in words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import ray
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from ray.exceptions import ObjectStoreFullError
+
+from fed_dpsat.errors import RunError, SettingError
+from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.simulation import cluster, ray_backend, ray_pool
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    """As if no Ray ran yet: the session's is not touched."""
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_an_address_where_nothing_is_ends_at_once(no_ray):
+    with pytest.raises(RunError, match=r"nothing answers there.*ray start --head"):
+        cluster.connect(f"127.0.0.1:{free_port()}", 1)
+    with pytest.raises(SettingError, match="host:port"):
+        cluster.connect("the cluster", 1)
+
+
+def test_an_address_of_something_else_is_an_error(no_ray, monkeypatch):
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("no Ray here")))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(RunError, match="no Ray cluster to join"):
+            cluster.connect(f"127.0.0.1:{other.getsockname()[1]}", 1)
+
+
+def app(folder):
+    """Clients say who answered; client 3 of a first round hangs if the folder holds ``hang``."""
+    made = ClientApp()
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        client = int(context.node_config["partition-id"])
+        (folder / f"pid-{os.getpid()}").touch()
+        if client == 3 and (folder / "hang").exists():
+            time.sleep(3600)
+        time.sleep(0.05)
+        return Message(RecordDict({"said": ConfigRecord({"client": client})}), reply_to=message)
+
+    return made
+
+
+def messages(count):
+    compat.identify_process()
+    content = RecordDict({records.ARRAYS: records.to_arrays({})})
+    made = [Message(content, node, MessageType.TRAIN) for node in range(2, count + 2)]
+    for number, message in enumerate(made):
+        compat.set_message_id(message, str(number))
+    return made
+
+
+def ask(backend, count, timeout=None):
+    answers = backend.run(list(sums.blocks(messages(count))), release_counts=None, timeout=timeout)
+    return [reply for each in answers for reply in each.replies]
+
+
+@pytest.fixture
+def start(ray_cluster, tmp_path):
+    backends = []
+
+    def make(**settings):
+        backends.append(ray_backend.RayBackend(app(tmp_path), {}, 300, 2, **settings))
+        return backends[-1]
+
+    yield make
+    for backend in backends:
+        backend.close()
+
+
+def said(replies):
+    return [r.content["said"]["client"] if r.has_content() else r.error.reason for r in replies]
+
+
+def test_workers_killed_again_and_again_cost_their_clients_a_retry_and_nothing_else(start, tmp_path):
+    backend = start()
+    stop = threading.Event()
+    killed = []
+
+    def kill():
+        while not stop.is_set() and len(killed) < 4:
+            for path in tmp_path.glob("pid-*"):
+                pid = int(path.name.removeprefix("pid-"))
+                path.unlink()
+                time.sleep(0.3)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+            time.sleep(0.1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    replies = ask(backend, 150)
+    stop.set()
+    killer.join()
+    assert said(replies) == list(range(150))  # each once, in order
+    assert len(killed) >= 2
+
+
+def test_a_client_that_hangs_is_given_up_and_the_rest_is_there(start, tmp_path):
+    (tmp_path / "hang").touch()
+    replies = said(ask(start(client_timeout=1.0), 100))
+    assert replies[3] == "no reply within client_timeout=1 s"
+    assert replies[:3] + replies[4:] == [0, 1, 2, *range(4, 100)]
+
+
+def test_a_round_ends_after_its_time_whoever_hangs(start, tmp_path):
+    (tmp_path / "hang").touch()
+    backend = start()
+    replies = said(ask(backend, 5, timeout=3.0))
+    assert replies == [0, 1, 2, "no reply within reply_timeout=3 s", 4]
+    (tmp_path / "hang").unlink()
+    assert said(ask(backend, 5, timeout=60.0)) == [0, 1, 2, 3, 4]
+
+
+def test_a_pool_that_gets_no_cpu_ends_in_words(start, monkeypatch):
+    start()._pool._wait_for_one()  # holds both CPUs
+    monkeypatch.setattr(ray_pool, "START_TIMEOUT", 2.0)
+    with pytest.raises(RunError, match=r"no Ray worker within 2 s, where 0 CPUs are free"):
+        start()
+
+
+def test_workers_that_all_die_and_do_not_start_again_end_the_run(start, monkeypatch, tmp_path):
+    backend = start()
+    monkeypatch.setattr(ray_pool, "START_TIMEOUT", 2.0)
+    slots = backend._pool.slots
+    blocker = ray.remote(num_cpus=2)(lambda: time.sleep(3600)).remote()
+    for slot in slots:
+        ray.kill(slot.actor)
+    with pytest.raises(RunError, match="no Ray worker is left"):
+        ask(backend, 4)
+    ray.cancel(blocker, force=True)
+
+
+def test_a_full_object_store_ends_the_run_in_words(start, monkeypatch):
+    backend = start()
+
+    def full(value):
+        raise ObjectStoreFullError("full")
+
+    monkeypatch.setattr("fed_dpsat.simulation.ray_worker.ray.put", full)
+    with pytest.raises(RunError, match=r"object store is full.*lower workers"):
+        ask(backend, 2)
+
+
+def test_a_worker_that_does_not_see_the_states_ends_the_run(start, tmp_path):
+    backend = start(state_folder=tmp_path / "state")
+    for slot in backend._pool.slots:
+        slot.up = False
+    backend._pool.slots[0].ready = ray.put(("far-away", False))
+    with pytest.raises(RunError, match="far-away does not see the clients' states"):
+        ask(backend, 1)
