@@ -21,13 +21,11 @@ from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByUser
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
-from pfl.callback import (
-    AggregateMetricsToDisk,
-    CentralEvaluationCallback,
-    StopwatchCallback,
-    TrackBestOverallMetrics,
-    TrainingProcessCallback,
-)
+from pfl.callback.aggregate_metrics_to_disk import AggregateMetricsToDisk
+from pfl.callback.base import TrainingProcessCallback
+from pfl.callback.central_evaluation import CentralEvaluationCallback
+from pfl.callback.stopwatch import StopwatchCallback
+from pfl.callback.track_best_overall_metrics import TrackBestOverallMetrics
 from pfl.data import ArtificialFederatedDataset
 from pfl.data.pytorch import PyTorchTensorDataset
 from pfl.data.sampling import get_data_sampler
@@ -133,6 +131,6 @@ def train(data: Path, cohort: int, rounds: int, noise: str, turn: Turn) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002 - pfl draws users from the global generator
+    np.random.seed(0)  # pfl draws users from the global generator
     torch.set_num_threads(1)
     train(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], turn_from_stdin())

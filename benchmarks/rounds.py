@@ -277,9 +277,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sleeping", type=_numbers, default=[], help="Ray workers whose clients sleep, by commas")
     parser.add_argument("--sleep", type=float, default=0.1, help="seconds that a client sleeps")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured, after one that warms up")
-    parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds for a start or a round, then it is left out"
-    )
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a start or a round may take")
     parser.add_argument("--pfl-python", default=sys.executable if importlib.util.find_spec("pfl") else "")
     parser.add_argument(
         "--data-path",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import torch
 from torch.nn import functional
@@ -21,11 +20,14 @@ from fed_dpsat.training import Streams
 def loop(config: RunConfig, turn: Turn) -> Params:
     """The model after ``num_rounds`` rounds of ``config``, by the same draws as ``simulate``.
 
-    Not private: ``backward`` and ``torch.optim.SGD``. Private: ``clipped_gradient_sum``, noise, the same step.
+    Not private: ``backward`` and ``torch.optim.SGD``, channels last, which is the faster layout (and the one in which
+    the planned engine draws dropout). Private: ``clipped_gradient_sum``, noise, the same step.
     """
     tune_allocator()
     experiment = Experiment.build(config)
     train_client = _private_client if config.private else _plain_client
+    if not config.private:
+        experiment.loss_fn.module.to(memory_format=torch.channels_last)
     model = trainable(experiment.loss_fn.module)
     turn()
     for round in range(1, config.num_rounds + 1):
@@ -45,6 +47,7 @@ def _plain_client(experiment: Experiment, model: Params, client: int, round: int
     indices, sampler, streams = _draws(experiment, client, round)
     for batch in sampler.batches(config.local_steps, streams.generator("sampling")):
         inputs, targets = data.batch(indices[batch])
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
         losses = functional.cross_entropy(module(inputs), targets, reduction="sum")
         (losses / sampler.expected_batch_size).backward()
