@@ -1,0 +1,221 @@
+"""Seconds of one federated round, ours and others': ``python -m benchmarks.rounds --clients 1000 --workers 2 --json``.
+
+================================ ====================================================================================
+option                           what is measured
+================================ ====================================================================================
+``--clients N --model-mb M``     idle: N clients that return the model as they got it; with ``--against flower`` stock
+                                 Flower beside it
+``--against loop,pfl``           training: 50 clients, 50 CIFAR-10 images each, 5 steps of batch 10, CNN of 1.6 M
+                                 parameters, beside the bare PyTorch loop and pfl-research; also with local noise
+``--population N1,N2 --cohort K`` K clients of N train; the start is timed too
+``--scaling 1,2``                training, by number of Ray workers
+``--sleeping 1,2,4``             clients that sleep ``--sleep`` seconds, by number of Ray workers
+================================ ====================================================================================
+
+Every contestant is a process that takes turns with those it is compared with. Medians over ``--rounds`` rounds after a
+warm-up round. ``parent_mb`` is the peak resident set of the process that drives the round, ``growth_mb`` what it
+gained from the warm-up round to the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.rounds_contestants import Setting
+from benchmarks.rounds_measure import Entry, Row, entry, measure
+from benchmarks.rounds_plugins import cifar_clients
+from fed_dpsat.config import RunConfig
+
+COHORT = 50
+MAX_FLOWER_CLIENTS, MAX_FLOWER_ROUNDS = 1000, 3
+DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+HOW_TO_INSTALL_PFL = (
+    "pfl: not installed here, so it is left out; it wants other versions than ours, so give it an environment: "
+    "`python -m venv pfl-env && pfl-env/bin/pip install 'pfl[pytorch]'`, then --pfl-python pfl-env/bin/python"
+)
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+ALLOCATOR |= {"MALLOC_TOP_PAD_": str(256 << 20)}
+"""What ``tune_allocator`` sets, for a contestant that does not import it."""
+
+
+def idle(args: argparse.Namespace) -> list[Row]:
+    """Clients that do nothing, ours and stock Flower's."""
+    setting = Setting(clients=args.clients, rounds=args.rounds, model_mb=args.model_mb)
+    entries = []
+    for workers in args.workers:
+        entries.append(entry("idle", "ours", "ours-idle", dataclasses.replace(setting, workers=workers)))
+    if "flower" in args.against and args.clients > MAX_FLOWER_CLIENTS:
+        print(f"flower is left out above {MAX_FLOWER_CLIENTS} clients: its polling is quadratic", file=sys.stderr)
+    elif "flower" in args.against:
+        rounds = min(args.rounds, MAX_FLOWER_ROUNDS)
+        stock = dataclasses.replace(setting, workers=max(1, *args.workers), rounds=rounds)
+        entries.append(entry("idle", "flower", "flower", stock))
+    return measure(entries, args.timeout)
+
+
+def training(args: argparse.Namespace) -> list[Row]:
+    """The round that pfl's benchmark trains, ours, the bare loop's and pfl's, without and with local noise."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.npz"
+        if "pfl" in args.against and args.pfl_python:
+            _write_data(data, args.data_path)
+        elif "pfl" in args.against:
+            print(HOW_TO_INSTALL_PFL, file=sys.stderr)
+        for noise in args.noise:
+            setting = Setting(
+                clients=COHORT, rounds=args.rounds, data_path=args.data_path, private=noise == "local", model_mb=6.5
+            )
+            entries = []
+            for workers in args.workers:
+                entries.append(_train_entry("ours", dataclasses.replace(setting, workers=workers), noise))
+            if "loop" in args.against:
+                entries.append(_train_entry("loop", setting, noise))
+            if data.exists():
+                entries.append(_pfl_entry(args.pfl_python, data, setting, noise))
+            rows += _with_ratios(measure(entries, args.timeout))
+    return rows
+
+
+def _train_entry(engine: str, setting: Setting, noise: str) -> Entry:
+    data = "cifar10" if setting.data_path else "random images"
+    return entry("train", engine, engine, setting, noise=noise, data=data)
+
+
+def _pfl_entry(python: str, data: Path, setting: Setting, noise: str) -> Entry:
+    arguments = [str(data), str(COHORT), str(setting.rounds + 1), noise]
+    return dataclasses.replace(
+        _train_entry("pfl", setting, noise),
+        command=[python, "-m", "benchmarks.pfl_baseline", *arguments],
+        env=ALLOCATOR,
+    )
+
+
+def _with_ratios(rows: list[Row]) -> list[Row]:
+    """Seconds of each over those of the others' references: the loop, pfl."""
+    medians = {row["engine"]: row["seconds_per_round"] for row in rows}
+    for row in rows:
+        for reference in ("loop", "pfl"):
+            if reference in medians:
+                row[f"ratio_to_{reference}"] = round(row["seconds_per_round"] / medians[reference], 3)  # type: ignore[operator]
+    return rows
+
+
+def population(args: argparse.Namespace) -> list[Row]:
+    """A cohort of few out of many; one population after the other."""
+    rows = []
+    for clients in args.population:
+        for workers in args.workers:
+            setting = Setting(clients=clients, cohort=args.cohort, rounds=args.rounds, workers=workers)
+            labels = {"population": clients}
+            rows += measure([entry("population", "ours", "ours-population", setting, **labels)], args.timeout)
+    return rows
+
+
+def scaling(args: argparse.Namespace) -> list[Row]:
+    """Compute-bound rounds by number of workers, taking turns; ``speedup`` is over the first."""
+    setting = Setting(clients=COHORT, rounds=args.rounds, data_path=args.data_path, model_mb=6.5)
+    entries = [_train_entry("ours", dataclasses.replace(setting, workers=w), "none") for w in args.scaling]
+    rows = measure(entries, args.timeout)
+    for row in rows:
+        row["speedup"] = round(rows[0]["seconds_per_round"] / row["seconds_per_round"], 3)  # type: ignore[operator]
+    return rows
+
+
+def sleeping(args: argparse.Namespace) -> list[Row]:
+    """Clients that sleep, by number of workers; ``ideal_seconds`` is ceil(clients / workers) * sleep."""
+    rows = []
+    setting = Setting(clients=args.clients, rounds=args.rounds, model_mb=args.model_mb, sleep=args.sleep)
+    for workers in args.sleeping:
+        ideal = math.ceil(args.clients / workers) * args.sleep
+        for engine in ["ours", *(["flower"] if "flower" in args.against else [])]:
+            contestant = "ours-idle" if engine == "ours" else engine
+            one = entry("sleeping", engine, contestant, dataclasses.replace(setting, workers=workers))
+            for row in measure([one], args.timeout):
+                rows.append({**row, "ideal_seconds": ideal, "over_ideal": _over(row, ideal)})
+    return rows
+
+
+def _over(row: Row, ideal: float) -> float:
+    seconds = row["seconds_per_round"]
+    assert isinstance(seconds, float)
+    return round(seconds / ideal, 3)
+
+
+def _write_data(path: Path, data_path: str) -> None:
+    """pfl's users draw from the images that our clients hold, normalised as ours are."""
+    settings = RunConfig(private=False)
+    examples = cifar_clients(COHORT, "parquet", data_path, settings.cache_dir).train
+    inputs, labels = examples.batch(torch.arange(len(examples)))
+    np.savez(path, inputs=inputs.numpy(), labels=labels.numpy())
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as Markdown; columns are all keys that a row has."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    args = _arguments()
+    rows = []
+    if args.population or args.scaling or args.sleeping:
+        rows += population(args) if args.population else []
+        rows += scaling(args) if args.scaling else []
+        rows += sleeping(args) if args.sleeping else []
+    else:
+        rows += idle(args) if args.clients else []
+        rows += training(args) if {"loop", "pfl"} & set(args.against) else []
+    print(json.dumps(rows, indent=1) if args.json else table(rows))
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(name) for name in _names(text)]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=0, help="idle or sleeping clients; 0 measures none")
+    parser.add_argument("--model-mb", type=float, default=2.0, help="their model, in 10^6 bytes")
+    parser.add_argument("--workers", type=_numbers, default=[0], help="Ray workers, by commas; 0 is in process")
+    parser.add_argument("--against", type=_names, default=[], help="flower, loop, pfl, by commas")
+    parser.add_argument("--noise", type=_names, default=["none", "local"], help="training without, with local noise")
+    parser.add_argument("--population", type=_numbers, default=[], help="clients there are, by commas")
+    parser.add_argument("--cohort", type=int, default=100, help="clients of them that train in a round")
+    parser.add_argument("--scaling", type=_numbers, default=[], help="Ray workers that train, by commas")
+    parser.add_argument("--sleeping", type=_numbers, default=[], help="Ray workers whose clients sleep, by commas")
+    parser.add_argument("--sleep", type=float, default=0.1, help="seconds that a client sleeps")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds measured, after one that warms up")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a start or a round may take")
+    parser.add_argument("--pfl-python", default=sys.executable if importlib.util.find_spec("pfl") else "")
+    parser.add_argument(
+        "--data-path",
+        default=str(DATA) if DATA.is_dir() else "",
+        help="folder of CIFAR-10 in Parquet; '' is random images",
+    )
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if unknown := set(args.against) - {"flower", "loop", "pfl"}:
+        parser.error(f"--against {sorted(unknown)[0]}: not one of flower, loop, pfl")
+    return args
+
+
+if __name__ == "__main__":
+    main()

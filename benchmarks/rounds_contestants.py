@@ -1,0 +1,197 @@
+"""The contestants of the round benchmark: functions that train and call ``turn`` when set up and after each round.
+
+``python -m benchmarks.rounds_contestants NAME JSON`` runs one as a process that takes turns (``benchmarks.turns``).
+All of them train with one thread; ours and the loop with the same allocator settings.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from benchmarks.rounds_loop import loop
+from benchmarks.rounds_plugins import Padded, one_example_each
+from benchmarks.turns import Turn, turn_from_stdin
+from fed_dpsat.config import RunConfig
+from fed_dpsat.flower import records
+from fed_dpsat.params import Params, trainable
+from fed_dpsat.simulation import simulate
+from fed_dpsat.training import LocalResult
+
+NOISE_MULTIPLIER = 1.0
+FLOWER_ARRAYS, FLOWER_METRICS = "arrays", "metrics"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one contestant does. ``cohort`` 0 asks all clients; ``sleep`` is seconds that an idle client sleeps."""
+
+    clients: int
+    rounds: int
+    workers: int = 0
+    model_mb: float = 0.0
+    private: bool = False
+    cohort: int = 0
+    sleep: float = 0.0
+    data_path: str = ""
+
+
+def training_config(setting: Setting) -> RunConfig:
+    """pfl's cifar10_iid round: 50 images a client, 5 steps of (expected) batch 10, learning rate 0.1.
+
+    Without privacy, gradients as they are; else clipped example by example to 0.4 (pfl's bound), noise 1.
+    """
+    private: dict[str, Any] = {"noise_multiplier": NOISE_MULTIPLIER, "clip_norm": 0.4}
+    return RunConfig(
+        dataset="benchmarks.rounds_plugins:cifar_clients",
+        data_source="parquet",
+        data_path=setting.data_path,
+        model="benchmarks.rounds_plugins:pfl_cnn",
+        num_clients=setting.clients,
+        optimizer="dp-sgd",
+        lr=0.1,
+        local_steps=5,
+        sample_rate=0.2,
+        num_rounds=setting.rounds,
+        evaluate_every=setting.rounds,
+        workers=setting.workers,
+        private=setting.private,
+        **(private if setting.private else {"clip_norm": float("inf")}),
+    )
+
+
+def ours(setting: Setting, turn: Turn) -> Params:
+    """The whole of fed_dpsat: private strategy, ledger on disk, run folder. Returns the last model."""
+    return _simulate(training_config(setting), turn)
+
+
+def ours_population(setting: Setting, turn: Turn) -> Params:
+    """A linear model of 170 parameters, one example per client, ``cohort`` of many clients train in a round."""
+    config = _tiny_config(setting, dataset="benchmarks.rounds_plugins:one_example_each")
+    return _simulate(config, turn)
+
+
+def ours_idle(setting: Setting, turn: Turn) -> Params:
+    """Clients that return the model as they got it, with a valid event: everything but the training."""
+    return _simulate(
+        _tiny_config(setting),
+        turn,
+        client_app=idle_app(setting.sleep),
+        dataset=one_example_each(setting.clients),
+        model=_padded(setting),
+    )
+
+
+def idle_app(sleep: float) -> ClientApp:
+    """A client of the federation that does nothing but unpack the model, sleep, and pack it again."""
+    app = ClientApp()
+
+    @app.query()
+    def identify(message: Message, context: Context) -> Message:
+        client = int(context.node_config[records.PARTITION_ID])
+        return Message(records.identity_content(client, 1), reply_to=message)
+
+    @app.train()
+    def do_nothing(message: Message, context: Context) -> Message:
+        task = records.read_task(message.content)
+        params = records.to_params(message.content.array_records[records.ARRAYS])
+        time.sleep(sleep)
+        result = LocalResult(params=params, state={}, event=task.event, nonfinite_examples=0)
+        client = int(context.node_config[records.PARTITION_ID])
+        return Message(records.reply_content(client, task, result, 1), reply_to=message)
+
+    return app
+
+
+def flower(setting: Setting, turn: Turn) -> None:
+    """Stock Flower: ``run_simulation``, FedAvg, and clients that echo."""
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    client, server, everyone = ClientApp(), ServerApp(), setting.clients
+    model = records.to_arrays(trainable(_padded(setting)))
+
+    @client.train()
+    def echo(message: Message, context: Context) -> Message:
+        time.sleep(setting.sleep)
+        content = {
+            FLOWER_ARRAYS: message.content[FLOWER_ARRAYS],
+            FLOWER_METRICS: MetricRecord({"num-examples": 1}),
+        }
+        return Message(RecordDict(content), reply_to=message)
+
+    def after_round(round: int, arrays: ArrayRecord) -> None:
+        turn()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = FedAvg(
+            fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=everyone, min_available_nodes=everyone
+        )
+        strategy.start(grid, model, setting.rounds, evaluate_fn=after_round)
+
+    cpus = max(setting.workers, 1)
+    run_simulation(
+        server,
+        client,
+        everyone,
+        backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0}, "init_args": {"num_cpus": cpus}},
+    )
+
+
+CONTESTANTS: dict[str, Callable[[Setting, Turn], object]] = {
+    "ours": ours,
+    "ours-idle": ours_idle,
+    "ours-population": ours_population,
+    "loop": lambda setting, turn: loop(training_config(setting), turn),
+    "flower": flower,
+}
+
+
+def _simulate(config: RunConfig, turn: Turn, **objects: Any) -> Params:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        simulate(config, out, on_round=lambda _: turn(), **objects)
+        params: Params = torch.load(out / "checkpoint" / "model.pt", weights_only=True)["params"]
+        return params
+
+
+def _tiny_config(setting: Setting, **settings: Any) -> RunConfig:
+    return RunConfig(
+        num_clients=setting.clients,
+        clients_per_round=setting.cohort,
+        num_rounds=setting.rounds,
+        evaluate_every=setting.rounds,
+        workers=setting.workers,
+        optimizer="dp-sgd",
+        sample_rate=1.0,
+        noise_multiplier=NOISE_MULTIPLIER,
+        **settings,
+    )
+
+
+def _padded(setting: Setting) -> Padded:
+    torch.manual_seed(0)
+    return Padded(setting.model_mb)
+
+
+def main() -> None:
+    """Run one contestant."""
+    name, setting = sys.argv[1:]
+    torch.set_num_threads(1)
+    CONTESTANTS[name](Setting(**json.loads(setting)), turn_from_stdin())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The bare PyTorch loop: the arithmetic of a federated round and nothing else. No records, ledger, checks or files."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from benchmarks.turns import Turn
+from fed_dpsat.config import RunConfig
+from fed_dpsat.experiment import Experiment
+from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.params import Params, trainable
+from fed_dpsat.per_example import clipped_gradient_sum
+from fed_dpsat.process import tune_allocator
+from fed_dpsat.sampling import PoissonSampler
+from fed_dpsat.training import Streams
+
+
+def loop(config: RunConfig, turn: Turn) -> Params:
+    """The model after ``num_rounds`` rounds of ``config``, by the same draws as ``simulate``.
+
+    Not private: ``backward`` and ``torch.optim.SGD``, channels last, which is the faster layout (and the one in which
+    the planned engine draws dropout). Private: ``clipped_gradient_sum``, noise, the same step.
+    """
+    tune_allocator()
+    experiment = Experiment.build(config)
+    train_client = _private_client if config.private else _plain_client
+    if not config.private:
+        experiment.loss_fn.module.to(memory_format=torch.channels_last)
+    model = trainable(experiment.loss_fn.module)
+    turn()
+    for round in range(1, config.num_rounds + 1):
+        total: Params = {}
+        for client in range(config.num_clients):
+            trained = train_client(experiment, model, client, round)
+            total = {name: total[name].add_(p) for name, p in trained.items()} if total else trained
+        model = {name: p / config.num_clients for name, p in total.items()}
+        turn()
+    return model
+
+
+def _plain_client(experiment: Experiment, model: Params, client: int, round: int) -> Params:
+    module, data, config = experiment.loss_fn.module, experiment.dataset.train, experiment.config
+    module.load_state_dict(model)
+    optimizer = torch.optim.SGD(module.parameters(), lr=config.lr)
+    indices, sampler, streams = _draws(experiment, client, round)
+    for batch in sampler.batches(config.local_steps, streams.generator("sampling")):
+        inputs, targets = data.batch(indices[batch])
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        optimizer.zero_grad()
+        losses = functional.cross_entropy(module(inputs), targets, reduction="sum")
+        (losses / sampler.expected_batch_size).backward()
+        optimizer.step()
+    return trainable(module)
+
+
+def _private_client(experiment: Experiment, model: Params, client: int, round: int) -> Params:
+    data, config = experiment.dataset.train, experiment.config
+    params = {name: p.clone() for name, p in model.items()}
+    indices, sampler, streams = _draws(experiment, client, round)
+    mechanism = GaussianMechanism(
+        noise_multiplier=config.noise_multiplier,
+        clip_norm=config.clip_norm,
+        expected_batch_size=sampler.expected_batch_size,
+    )
+    noise = streams.generator("noise")
+    for batch in sampler.batches(config.local_steps, streams.generator("sampling")):
+        examples = data.batch(indices[batch])
+        clipped_sum, _ = clipped_gradient_sum(experiment.loss_fn, params, examples, experiment.clipping)
+        for name, gradient in mechanism.privatize(clipped_sum, noise).items():
+            params[name].sub_(gradient, alpha=config.lr)
+    return params
+
+
+def _draws(experiment: Experiment, client: int, round: int) -> tuple[torch.Tensor, PoissonSampler, Streams]:
+    """Whose examples, how they are sampled, and the client's generators; seeds torch for dropout."""
+    indices = torch.from_numpy(np.asarray(experiment.partitions[client]))
+    streams = Streams(seed=experiment.config.seed, client=client, round=round)
+    torch.manual_seed(streams.torch_seed())
+    sampler = PoissonSampler(num_examples=len(indices), sample_rate=experiment.config.sample_rate)
+    return indices, sampler, streams
