@@ -1,0 +1,37 @@
+"""Without a bound, the sum of per-example gradients is the gradient of the summed loss: one ordinary pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.clipping import ClippingRule, FlatClipping
+from fed_dpsat.engines.loss import LossFn
+from fed_dpsat.params import Params
+
+
+def unbounded(clipping: ClippingRule) -> bool:
+    """Whether ``clipping`` leaves every finite gradient as it is, and looks at no norm."""
+    return type(clipping) is FlatClipping and math.isinf(clipping.clip_norm)
+
+
+def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Params | None:
+    """Sum of gradients over ``inputs[B, ...]``; None, and torch's generator as before, where it is not finite.
+
+    inf and NaN never cancel in a sum, so a finite one has no example to drop. Else the examples have to be looked at.
+    """
+    state = torch.get_rng_state()
+    if inputs.ndim == 4:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad():
+        total = loss_fn(leaves, inputs, targets).sum()
+        if not total.requires_grad:
+            return {name: torch.zeros_like(p) for name, p in params.items()}
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    if not all(bool(gradient.sum().isfinite()) for gradient in found):
+        torch.set_rng_state(state)
+        return None
+    return dict(zip(params, found, strict=True))

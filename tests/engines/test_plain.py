@@ -1,0 +1,70 @@
+"""Training without a bound takes an ordinary pass, to the sum that the reference engine gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fed_dpsat.clipping import AutomaticClipping, FlatClipping
+from fed_dpsat.engines import plain, planned
+from fed_dpsat.per_example import ModelLoss, clipped_gradient_sum
+
+UNBOUNDED = FlatClipping(clip_norm=float("inf"))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+
+
+def batch(size=6):
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(size, 3, 8, 8, generator=draw), torch.randint(3, (size,), generator=draw)
+
+
+def sums(module, data, engine):
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    return clipped_gradient_sum(ModelLoss(module), params, data, UNBOUNDED, engine=engine)
+
+
+def test_it_is_taken_and_agrees_with_the_reference(monkeypatch):
+    module, data, taken = network(), batch(), []
+    plain_sum = plain.plain_sum
+    monkeypatch.setattr(planned, "plain_sum", lambda *a: taken.append(1) or plain_sum(*a))
+    total, skipped = sums(module, data, "auto")
+    expected, _ = sums(module, data, "vmap")
+    assert taken == [1]
+    assert skipped == 0
+    for name, value in expected.items():
+        torch.testing.assert_close(total[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_an_example_that_is_not_finite_is_still_dropped_and_counted(bad):
+    module, (inputs, targets) = network(), batch()
+    inputs[2, 0, 0, 0] = bad
+    total, skipped = sums(module, (inputs, targets), "auto")
+    rest = [0, 1, 3, 4, 5]
+    expected, _ = sums(module, (inputs[rest], targets[rest]), "vmap")
+    assert skipped == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(total[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_draws_once_whether_or_not_the_pass_is_thrown_away():
+    module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 3))
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    inputs, targets = batch()
+    inputs[2] = float("nan")
+    torch.manual_seed(5)
+    assert plain.plain_sum(ModelLoss(module), params, inputs, targets) is None
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_no_other_rule_is_taken_for_unbounded():
+    assert plain.unbounded(UNBOUNDED)
+    assert not plain.unbounded(FlatClipping(clip_norm=1e30))
+    assert not plain.unbounded(AutomaticClipping(clip_norm=1.0))
