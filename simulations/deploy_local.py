@@ -1,4 +1,4 @@
-"""A real federation on one machine: TLS, registered keys, a SuperLink, three devices with data of their own, `flwr run`.
+"""A real federation on one machine: TLS, registered keys, a SuperLink, three devices with their own data, `flwr run`.
 
 Claims: the apps of the simulation train unchanged over a network, each device by its own policy and ledger. The
 digits are dealt to three devices: one has a folder of images by class, one a Parquet file, one a function. Needs
@@ -76,7 +76,9 @@ def make_certificates(folder: Path, name: str = "ca", names: str = "IP:127.0.0.1
 
     server = f"{name}-server"
     subject = ("-nodes", "-newkey", "rsa:3072", "-subj")
-    openssl("req", "-x509", *subject, "/CN=example authority", "-days", 30, "-keyout", f"{name}.key", "-out", f"{name}.crt")
+    openssl(
+        "req", "-x509", *subject, "/CN=example authority", "-days", 30, "-keyout", f"{name}.key", "-out", f"{name}.crt"
+    )
     openssl("req", *subject, "/CN=localhost", "-keyout", f"{server}.key", "-out", f"{server}.csr")
     (folder / f"{server}.ext").write_text(f"subjectAltName={names}\n")
     signed = ("-CA", f"{name}.crt", "-CAkey", f"{name}.key", "-CAcreateserial", "-extfile", f"{server}.ext")
@@ -137,6 +139,7 @@ class Deployment:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.run_ids: dict[str, str] = {}
         make_certificates(self.folder)
         for client, source in enumerate(sources):
             make_device(self.device_folder(client), client, self.port, source)
@@ -146,6 +149,7 @@ class Deployment:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "PYTHONPATH": str(ROOT),
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
         }
@@ -161,12 +165,12 @@ class Deployment:
         """What a process wrote."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def start(self, name: str, *command: object) -> subprocess.Popen[bytes]:
-        """Start a process in a group of its own, its output in ``name.log``."""
+    def start(self, name: str, *command: object, **changes: str) -> subprocess.Popen[bytes]:
+        """Start a process in a group of its own, its output in ``name.log``, with ``changes`` to its environment."""
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [str(part) for part in command],
-                stdout=log, stderr=log, env=self.environment, cwd=self.folder, start_new_session=True,
+                stdout=log, stderr=log, env={**self.environment, **changes}, cwd=self.folder, start_new_session=True,
             )  # fmt: skip
         self.processes[name] = process
         return process
@@ -206,15 +210,21 @@ class Deployment:
         policy = self.device_folder(client) / "policy.toml"
         if not (self.device_folder(client) / "ledger").exists():
             self.call("fed-dpsat", "device", "init", policy)
-        return self.start(f"device{client}", "fed-dpsat", "device", "run", policy)
+        home = str(self.device_folder(client) / "ledger" / "flwr")
+        return self.start(f"device{client}", "fed-dpsat", "device", "run", policy, FLWR_HOME=home)
 
     def submit(self, settings: Mapping[str, Any], name: str = "run") -> Path:
         """``flwr run``; returns the folder that the run writes to."""
         out = self.folder / name
         values = {**SETTINGS, **settings, "out": str(out)}
         written = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
-        self.call("flwr", "run", ROOT, "deployment", "-c", written)
+        told = self.call("flwr", "run", ROOT, "deployment", "-c", written, "--format", "json")
+        self.run_ids[name] = str(json.loads(told[told.index("{") :])["run-id"])
         return out
+
+    def run_log(self, name: str = "run") -> str:
+        """What the server's side of a run wrote."""
+        return self.call("flwr", "log", self.run_ids[name], "deployment", "--show")
 
     def wait(self, out: Path, seconds: float = 180.0) -> dict[str, Any]:
         """The summary of a run, once it has one that says how it ended."""

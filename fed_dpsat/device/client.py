@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.config import MACHINE, RunConfig
 from fed_dpsat.device.data import own_data
 from fed_dpsat.device.journal import Refusal, Request
 from fed_dpsat.device.policy import Policy
@@ -57,7 +57,7 @@ def answer(
         run=str(run),
         round=task.round,
         attempt=task.attempt,
-        settings=_digest(settings),
+        settings=_digest({name: value for name, value in settings.items() if name not in MACHINE}),
         digest=_digest(settings, record, params, ascent),
     )
 

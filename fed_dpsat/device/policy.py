@@ -185,6 +185,7 @@ _LOCAL: dict[str, Any] = {
     "cache_dir": "",
     "client_table": "",
     "out": "",
+    "resume": False,
     "num_clients": 1,
     "partition": "fed_dpsat.device.data:whole",
     "clients_per_round": 0,

@@ -73,6 +73,9 @@ def run_device(policy_path: Path, port: int = 0) -> int:
     finally:
         node.terminate()
         code = node.wait()
+    log.error(
+        "the SuperNode ended with exit code %d; if the server did not let it in, register this device's key", code
+    )
     return code
 
 
