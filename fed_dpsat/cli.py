@@ -25,6 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from fed_dpsat import device_cli
 from fed_dpsat.config import RunConfig, parse_overrides
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.plugins import PACKAGES, builtin, summary
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Private federated learning with client-side DP-SAT.",
 )
+app.add_typer(device_cli.app, name="device")
 out_console, err_console = Console(), Console(stderr=True)
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import records
+from fed_dpsat.flower import on_device, records
 from fed_dpsat.plans import spend
 from fed_dpsat.process import intra_op_threads, tune_allocator
 
@@ -35,11 +35,15 @@ def make_client_app(provider: Provider) -> ClientApp:
 
     @client_app.query()
     def identify(message: Message, context: Context) -> Message:
+        if on_device.POLICY in context.node_config:
+            return on_device.identify(message, context)
         experiment, client = provider(context.run_config), _client(context)
         return Message(records.identity_content(client, len(experiment.partitions[client])), reply_to=message)
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
+        if on_device.POLICY in context.node_config:
+            return on_device.train(message, context)
         experiment, client = provider(context.run_config), _client(context)
         if experiment.config.tune_malloc:
             tune_allocator()

@@ -22,6 +22,15 @@ from numpy.typing import NDArray
 
 SIMULATED_FAULT = 1000
 """The error code of a client that a simulation lets drop out or come too late; none of Flower's."""
+ABSENT = frozenset(
+    {
+        SIMULATED_FAULT,
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        ErrorCode.MESSAGE_UNAVAILABLE,
+    }
+)
+"""Error codes of clients that are gone, which says nothing of what they would have answered."""
 SIMULATION_RUN_ID = 1
 SERVER_NODE_ID = 1
 
@@ -98,6 +107,7 @@ def set_message_id(message: Message, message_id: str) -> None:
 
 
 __all__ = [
+    "ABSENT",
     "SERVER_NODE_ID",
     "SIMULATED_FAULT",
     "SIMULATION_RUN_ID",

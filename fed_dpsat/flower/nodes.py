@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from logging import getLogger
 
 from flwr.app import Message, MessageType, RecordDict
@@ -15,6 +15,7 @@ from fed_dpsat.flower import compat, records
 log = getLogger("fed_dpsat")
 
 POLL_SECONDS = 1.0
+ASK_SECONDS = 10.0
 
 
 class FederationError(RunError):
@@ -61,6 +62,22 @@ def identify_nodes(grid: Grid, num_clients: int, timeout: float) -> dict[int, in
     for node, problem in problems.items():
         if node not in nodes.values():
             log.warning("node %d is left out: %s", node, problem)
+    return nodes
+
+
+def who_is_there(grid: Grid, known: Mapping[int, int], num_clients: int) -> dict[int, int]:
+    """Client to node id of those that are connected now; a stranger may be a client that came back by another id."""
+    connected = set(grid.get_node_ids())
+    nodes = {client: node for client, node in known.items() if node in connected}
+    questions = [Message(RecordDict(), n, MessageType.QUERY) for n in sorted(connected - set(nodes.values()))]
+    for reply in grid.send_and_receive(questions, timeout=ASK_SECONDS) if questions else ():
+        try:
+            client = records.read_identity(reply)
+        except records.RecordError:
+            continue
+        if 0 <= client < num_clients and client not in nodes:
+            nodes[client] = reply.metadata.src_node_id
+            log.info("client %d is now node %d", client, nodes[client])
     return nodes
 
 

@@ -24,7 +24,7 @@ def judge(
 ) -> dict[str, float] | Failure:
     """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong."""
     if reply.has_error():
-        return Failure(reason=f"failed: {reply.error.reason}", broken=reply.error.code != compat.SIMULATED_FAULT)
+        return Failure(reason=f"failed: {reply.error.reason}", broken=reply.error.code not in compat.ABSENT)
     try:
         said_client, said_round, attempt, event = records.read_event(reply.content)
         if (said_client, said_round, attempt) != (client, task.round, task.attempt):

@@ -53,7 +53,8 @@ class Roster:
         self._count(retired, spent_before=round if same_noise else None, used_before=round)
 
     def join(self, clients: Iterable[int]) -> None:
-        """They are there."""
+        """They are there, and nobody else."""
+        self._there[:] = False
         self._there[list(clients)] = True
 
     def cohort(self, round: int) -> tuple[list[int], dict[int, History]]:

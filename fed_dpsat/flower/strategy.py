@@ -8,6 +8,7 @@ business.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import compat, records, sums
 from fed_dpsat.flower.grid import SimulationGrid
-from fed_dpsat.flower.nodes import CohortGrid, FederationError, identify_nodes
+from fed_dpsat.flower.nodes import POLL_SECONDS, CohortGrid, FederationError, identify_nodes, who_is_there
 from fed_dpsat.flower.records import RecordError
 from fed_dpsat.flower.replies import Failure, judge
 from fed_dpsat.flower.roster import Roster
@@ -112,6 +113,7 @@ class PrivateStrategy(Strategy):
             min_clients=min_clients,
         )
         self._tasks: dict[int, Task] = {}
+        self._sent: list[Message] = []
         self._attempts: dict[int, int] = {}
         self._arrays = ArrayRecord()
         self._last_arrays: ArrayRecord | None = None
@@ -171,7 +173,9 @@ class PrivateStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort, let the inner strategy address it, charge it, and add the task to each message."""
-        self.report, self._tasks = RoundReport(round=server_round, asked=[]), {}
+        self.report, self._tasks, self._sent = RoundReport(round=server_round, asked=[]), {}, []
+        if not isinstance(grid, SimulationGrid):
+            self._see_who_is_there(grid)
         cohort, retiring = self.roster.cohort(server_round)
         self.report.retired = {c: epsilon(spent, self.delta, self.accountant) for c, spent in retiring.items()}
         self._last_arrays, self._arrays = self._arrays or None, arrays
@@ -193,6 +197,7 @@ class PrivateStrategy(Strategy):
         self.roster.charged(asked)
         self._attempts = {}
         self._add_records(messages)
+        self._sent = messages
         return messages
 
     def aggregate_train(
@@ -265,6 +270,19 @@ class PrivateStrategy(Strategy):
         self._attempts = {} if same_noise else {c: last + 1 for c, last in self.ledger.attempts(next_round).items()}
         restore_state(self.inner, state["inner"])
 
+    def _see_who_is_there(self, grid: Grid) -> None:
+        """Clients come, go and come back by other nodes; wait ``join_timeout`` for as many as a round needs."""
+        deadline, least = time.monotonic() + self.join_timeout, self.roster.min_clients
+        while len(nodes := who_is_there(grid, self._nodes, len(self.plans))) < least:
+            if time.monotonic() > deadline:
+                raise FederationError(
+                    f"{len(nodes)} clients are connected before round {self.report.round}, fewer than "
+                    f"min_clients={least}, after {self.join_timeout:g} s; look at the network and the devices' logs"
+                )
+            time.sleep(POLL_SECONDS)
+        self._nodes, self._clients = nodes, {node: client for client, node in nodes.items()}
+        self.roster.join(nodes)
+
     def _train(
         self, round: int, messages: list[Message], grid: Grid, timeout: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -312,6 +330,9 @@ class PrivateStrategy(Strategy):
     def _expected(self, reply: Message, verdicts: Mapping[int, object]) -> int | None:
         """The client whose first reply this is; None, and a note, for any other reply."""
         node = reply.metadata.src_node_id
+        if node == compat.SERVER_NODE_ID:  # Flower speaks for a node that died
+            asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._sent}
+            node = asked.get(reply.metadata.reply_to_message_id, node)
         client = self._clients.get(node)
         if client is None:
             self.report.unexpected.append(f"node {node} is no known client")

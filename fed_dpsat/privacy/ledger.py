@@ -173,6 +173,20 @@ class PrivacyLedger:
         with storage.explained(self.path, "read"):
             return {client: str(outcome) for client, (outcome,) in self._rows("outcomes", round, attempt).items()}
 
+    def last_round(self, client: int) -> int:
+        """The highest round that was charged to ``client``; -1 where there is none."""
+        with storage.explained(self.path, "read"):
+            found = self._file.execute("SELECT MAX(round) FROM charges WHERE client = ?", (client,)).fetchone()[0]
+        return -1 if found is None else int(found)
+
+    def outcome(self, client: int, round: int, attempt: int) -> str | None:
+        """What ``settle`` noted; "" while nothing was, None for what was never charged."""
+        with storage.explained(self.path, "read"):
+            if client not in self._rows("charges", round, attempt):
+                return None
+            found = self._rows("outcomes", round, attempt).get(client, ("",))[0]
+        return str(found)
+
     @property
     def head(self) -> Head:
         """What to publish beside epsilon."""

@@ -42,7 +42,7 @@ class InProcessBackend:
         for block in blocks:
             if time.monotonic() > deadline:
                 late = f"not begun within reply_timeout={timeout:g} s"
-                yield unanswered(block, late, compat.ErrorCode.NODE_UNAVAILABLE, summed=release_counts is not None)
+                yield unanswered(block, late, compat.ErrorCode.CLIENT_APP_CRASHED, summed=release_counts is not None)
                 continue
             answers = self._host.answers(block, self._kept, release_counts=release_counts)
             self._kept |= answers.kept

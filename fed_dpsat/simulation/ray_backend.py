@@ -214,7 +214,7 @@ class _Round:
 
     def put_error(self, work: Work, reason: str) -> None:
         """Nobody will answer it any more."""
-        self.put(work, unanswered(work.messages, reason, compat.ErrorCode.NODE_UNAVAILABLE, summed=self._summed))
+        self.put(work, unanswered(work.messages, reason, compat.ErrorCode.CLIENT_APP_CRASHED, summed=self._summed))
 
     def put(self, work: Work, answers: Answers) -> None:
         """It is answered."""

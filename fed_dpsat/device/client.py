@@ -1,0 +1,143 @@
+"""One question of a server, answered by a device: admitted, charged, computed on its own data, kept."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fed_dpsat.config import MACHINE, RunConfig
+from fed_dpsat.device.data import own_data
+from fed_dpsat.device.journal import Refusal, Request
+from fed_dpsat.device.policy import Policy
+from fed_dpsat.device.release import release
+from fed_dpsat.errors import InputError
+from fed_dpsat.experiment import Experiment, Task
+from fed_dpsat.optimizers.base import State
+from fed_dpsat.params import Params, trainable
+from fed_dpsat.process import intra_op_threads
+from fed_dpsat.training import LocalResult
+
+ReadParams = Callable[[Params], Params]
+"""Reads the parameters of a message, which must be like those given; raises ``Refusal``."""
+
+
+def num_examples(policy: Policy, run: int, settings: Mapping[str, Any]) -> int:
+    """The declared size of the device's data, for a run that the policy admits."""
+    policy.admit(run, settings)
+    return len(own_data(policy).train)
+
+
+def answer(
+    policy: Policy,
+    run: int,
+    settings: Mapping[str, Any],
+    record: Mapping[str, Any],
+    read_params: ReadParams,
+    read_ascent: ReadParams | None = None,
+) -> tuple[Task, LocalResult]:
+    """The task in ``record`` and what came of it; its parameters and event may leave.
+
+    Raises ``Refusal`` in words that may leave. Any other error may tell of data and may not.
+    """
+    config = policy.admit(run, settings)
+    task = policy.admit_task(record)
+    experiment = _experiment(policy, config)
+    own = trainable(experiment.loss_fn.module)
+    params = read_params(own)
+    ascent = read_ascent(own) if read_ascent and config.ascent_memory == "server" else None
+    request = Request(
+        run=str(run),
+        round=task.round,
+        attempt=task.attempt,
+        settings=_digest({name: value for name, value in settings.items() if name not in MACHINE}),
+        digest=_digest(settings, record, params, ascent),
+    )
+
+    def compute(state: bytes | None) -> tuple[bytes, bytes]:
+        kept = None if state is None else unflatten(unpack(state))
+        with intra_op_threads(policy.threads):
+            result = experiment.client_round(0, task, params, kept, ascent)
+        counted = torch.tensor(result.nonfinite_examples)
+        reply = {f"params/{name}": value for name, value in result.params.items()} | {"nonfinite": counted}
+        return pack(reply), pack(flatten(result.state))
+
+    reply = unpack(
+        release(
+            Path(policy.folder),
+            request,
+            task.event,
+            epsilon=policy.largest_epsilon,
+            delta=policy.largest_delta,
+            compute=compute,
+        )
+    )
+    nonfinite = int(reply.pop("nonfinite"))
+    released = {name.partition("/")[2]: value for name, value in reply.items()}
+    return task, LocalResult(params=released, state={}, event=task.event, nonfinite_examples=nonfinite)
+
+
+@lru_cache(maxsize=1)
+def _experiment(policy: Policy, config: RunConfig) -> Experiment:
+    """The run as this device trains it; names are loaded here, all of them on the policy's lists."""
+    data = own_data(policy)
+    try:
+        experiment = Experiment.build(config, dataset=data)
+    except InputError as error:
+        raise Refusal(str(error)) from None
+    count = sum(p.numel() for p in trainable(experiment.loss_fn.module).values())
+    if count > policy.largest_parameters:
+        raise Refusal(
+            f"model={config.model!r} has {count} parameters, above the {policy.largest_parameters} of this device; "
+            "choose a smaller one"
+        )
+    return experiment
+
+
+def flatten(state: State) -> Params:
+    """``state`` under flat names, slot and name."""
+    return {f"{slot}/{name}": value for slot, params in state.items() for name, value in params.items()}
+
+
+def unflatten(flat: Params) -> State:
+    """What ``flatten`` was given."""
+    state: State = {}
+    for key, value in flat.items():
+        slot, _, name = key.partition("/")
+        state.setdefault(slot, {})[name] = value
+    return state
+
+
+def pack(tensors: Params) -> bytes:
+    """Tensors as bytes, without pickle."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: value.detach().cpu().numpy() for name, value in tensors.items()})  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def unpack(packed: bytes) -> Params:
+    """What ``pack`` was given."""
+    with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def _digest(*parts: Mapping[str, Any] | None) -> bytes:
+    """SHA-256 of scalars as JSON and of tensors as names, types, shapes and bytes, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"|")
+        for name, value in sorted((part or {}).items()):
+            if isinstance(value, torch.Tensor):
+                array = np.ascontiguousarray(value.numpy())
+                digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+                digest.update(array.data if array.size else b"")
+            else:
+                digest.update(json.dumps([name, value.hex() if isinstance(value, float) else value]).encode())
+    return digest.digest()

@@ -1,0 +1,225 @@
+"""What the owner of a device allows, in a TOML file on the device; a server can ask for less, never for more.
+
+A policy is as flat as a ``RunConfig`` and uses its words; what bounds a setting is called ``largest_`` or ``least_``
+and its name. Everything that a server says is checked here before any data is touched, and before any name is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from fed_dpsat.config import RunConfig
+from fed_dpsat.device.journal import Refusal
+from fed_dpsat.errors import InputError, SettingError
+from fed_dpsat.experiment import Task
+from fed_dpsat.privacy.event import PrivacyError
+
+SANE_NOISE = 1e6
+"""Nobody needs more; beyond it float32 has no room for a gradient."""
+SANE_NUMBER = 2**31
+DEFAULT_OPTIMIZERS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
+
+
+class PolicyError(InputError):
+    """A policy file that makes no sense; the text says which key."""
+
+
+def _key(doc: str, default: Any = dataclasses.MISSING) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """One device. Raises ``PolicyError`` for a bound that bounds nothing."""
+
+    folder: str = _key("folder of ledger, journal and log; on a disk that keeps what it was told to")
+    client: int = _key("number of this device in the federation")
+
+    server: str = _key("address of the SuperLink, host:port; the only one `fed-dpsat device run` talks to", "")
+    root_certificates: str = _key("file of the certificate authority that the server's certificate must be of", "")
+    private_key: str = _key("file of this device's private key, whose public one the server registered", "")
+    runs: tuple[int, ...] = _key("run ids that are served; none listed is any", ())
+
+    dataset: str = _key("name that a run must give as its dataset: what this data may be used for")
+    data_source: str = _key("images (a folder per class), parquet, or function")
+    data_path: str = _key("folder of the data, or module:function that returns Examples or a Dataset")
+    class_names: tuple[str, ...] = _key("all classes of the federation in order, also those that are not here", ())
+    shape: tuple[int, ...] = _key("channels, height and width of an image", ())
+    mean: tuple[float, ...] = _key("per channel, of pixels scaled to 0..1; a public constant", ())
+    std: tuple[float, ...] = _key("per channel, of pixels scaled to 0..1; a public constant", ())
+    image_column: str = _key("column of a Parquet file with struct<bytes, path>", "image")
+    label_column: str = _key("column of a Parquet file with class numbers", "label")
+
+    largest_epsilon: float = _key("budget for all that ever leaves, over all runs, at largest_delta")
+    largest_delta: float = _key("delta of the budget, and the largest that a run may report its epsilon at")
+    least_noise_multiplier: float = _key("least noise on the sum, in clip norms")
+    largest_clip_norm: float = _key("largest norm of one example's gradient", 10.0)
+    largest_local_steps: int = _key("largest number of private steps in one round", 100)
+    least_sample_rate: float = _key("least chance of an example to be in a batch", 1e-6)
+    largest_sample_rate: float = _key("largest chance of an example to be in a batch", 1.0)
+    models: tuple[str, ...] = _key("networks it trains, as the run names them")
+    optimizers: tuple[str, ...] = _key("optimizers it runs, base optimizers too", DEFAULT_OPTIMIZERS)
+    clippings: tuple[str, ...] = _key("clipping rules it runs", ("flat",))
+    largest_parameters: int = _key("largest number of trained parameters", 50_000_000)
+    largest_physical_batch_size: int = _key("largest number of per-example gradients in memory", 1024)
+    release_counts: bool = _key("whether a run may count examples without a finite gradient; exact, not private", False)
+    threads: int = _key("number of intra-op threads", 1)
+
+    def __post_init__(self) -> None:
+        def check(name: str, good: bool, bound: str, remedy: str) -> None:
+            if not good:
+                raise PolicyError(str(SettingError(name, getattr(self, name), bound, remedy)))
+
+        positive = "above 0 and finite"
+        check("client", self.client >= 0, "at least 0", "number devices from 0")
+        check("largest_epsilon", 0 < self.largest_epsilon < math.inf, positive, "a budget that is inf is none")
+        check("largest_delta", 0 < self.largest_delta < 1, "in (0, 1)", "below 1 / examples of the device is usual")
+        noise = self.least_noise_multiplier
+        check("least_noise_multiplier", 0 < noise <= SANE_NOISE, f"in (0, {SANE_NOISE:g}]", "without noise no privacy")
+        check("largest_clip_norm", 0 < self.largest_clip_norm < math.inf, positive, "0.1 to 10 is usual")
+        check("largest_local_steps", self.largest_local_steps >= 1, "at least 1", "100 is plenty")
+        check("largest_sample_rate", 0 < self.largest_sample_rate <= 1, "in (0, 1]", "1 is no sampling")
+        low = 0 < self.least_sample_rate <= self.largest_sample_rate
+        check("least_sample_rate", low, "in (0, largest_sample_rate]", "lower it")
+        check("models", bool(self.models), "a list with a name", "list the networks that this device trains")
+        check("largest_parameters", self.largest_parameters >= 1, "at least 1", "50000000 is the default")
+        check("largest_physical_batch_size", self.largest_physical_batch_size >= 1, "at least 1", "128 suits most CPUs")
+        check("threads", 1 <= self.threads <= 1024, "in [1, 1024]", "at most the cores of the device")
+
+    @classmethod
+    def load(cls, path: Path) -> Policy:
+        """From a TOML file; relative paths are relative to it. Raises ``PolicyError``."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise PolicyError(f"policy {path}: {error}") from None
+        try:
+            policy = cls(**_typed(cls, values))
+        except PolicyError as error:
+            raise PolicyError(f"policy {path}: {error}") from None
+        return dataclasses.replace(
+            policy,
+            folder=_beside(path, policy.folder),
+            root_certificates=_beside(path, policy.root_certificates),
+            private_key=_beside(path, policy.private_key),
+            data_path=policy.data_path if policy.data_source == "function" else _beside(path, policy.data_path),
+        )
+
+    def admit(self, run: int, settings: Mapping[str, Any]) -> RunConfig:
+        """The run's settings as this device follows them: no path, cohort or seed of the server's is left in them.
+
+        Raises ``Refusal`` for an unknown setting, a wrong value, or what the policy does not allow. No name is loaded.
+        """
+        if self.runs and run not in self.runs:
+            raise Refusal(f"run {run} is not among the runs that this device serves")
+        try:
+            config = RunConfig.from_mapping(settings)
+            steps = config.steps_per_round
+        except OverflowError:
+            raise Refusal(f"local_epochs={config.local_epochs} is more local_steps than can be counted") from None
+        except (InputError, TypeError) as error:
+            raise Refusal(str(error)) from None
+        if config.noise_source != "system":
+            raise Refusal(
+                f"noise_source={config.noise_source!r} is not 'system'; a device draws its noise from the operating "
+                "system, and takes no seed for it: set noise_source=system"
+            )
+        if not config.private:
+            raise Refusal("private=False is not allowed on this device; set private=true and add noise")
+        if config.release_counts and not self.release_counts:
+            raise Refusal("release_counts=True is not allowed on this device; set release_counts=false")
+        self._listed("dataset", config.dataset, (self.dataset,))
+        self._listed("model", config.model, self.models)
+        self._listed("optimizer", config.optimizer, self.optimizers)
+        self._listed("base_optimizer", config.base_optimizer, self.optimizers)
+        self._listed("clipping", config.clipping, self.clippings)
+        self._bounded("clip_norm", config.clip_norm, 0, self.largest_clip_norm)
+        self._bounded("delta", config.delta, 0, self.largest_delta)
+        self._bounded("local_steps", steps, 1, self.largest_local_steps)
+        self._bounded("num_rounds", config.num_rounds, 1, SANE_NUMBER)
+        rows = min(config.physical_batch_size, self.largest_physical_batch_size)
+        own = {**_LOCAL, "physical_batch_size": rows, "threads_per_client": self.threads}
+        return dataclasses.replace(config, **own)
+
+    def admit_task(self, record: Mapping[str, Any]) -> Task:
+        """What a message asks for; raises ``Refusal`` unless it is whole, of the right types and within bounds."""
+        kinds = {"round": int, "attempt": int, "noise_multiplier": float, "sample_rate": float, "local_steps": int}
+        if record.keys() != kinds.keys():
+            raise Refusal(f"the task has keys {sorted(map(str, record))[:10]}, not {sorted(kinds)}; send those alone")
+        for name, value in record.items():
+            if type(value) is not kinds[name]:
+                raise Refusal(f"{name} is a {type(value).__name__}, not a {kinds[name].__name__}; send one")
+        self._bounded("round", record["round"], 1, SANE_NUMBER)
+        self._bounded("attempt", record["attempt"], 0, SANE_NUMBER)
+        self._bounded("noise_multiplier", record["noise_multiplier"], self.least_noise_multiplier, SANE_NOISE)
+        self._bounded("sample_rate", record["sample_rate"], self.least_sample_rate, self.largest_sample_rate)
+        self._bounded("local_steps", record["local_steps"], 1, self.largest_local_steps)
+        task = Task(**record)
+        try:
+            _ = task.event
+        except PrivacyError as error:
+            raise Refusal(str(error)) from None
+        return task
+
+    def _listed(self, name: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise Refusal(f"{name}={value!r} is not allowed on this device, which takes {', '.join(allowed)}")
+
+    def _bounded(self, name: str, value: float, least: float, largest: float) -> None:
+        if not least <= value <= largest:
+            raise Refusal(
+                f"{name}={value!r} is not in [{least:g}, {largest:g}], which this device allows; ask within that"
+            )
+
+
+_LOCAL: dict[str, Any] = {
+    "data_source": "embedded",
+    "data_path": "",
+    "cache_dir": "",
+    "client_table": "",
+    "out": "",
+    "resume": False,
+    "num_clients": 1,
+    "partition": "fed_dpsat.device.data:whole",
+    "clients_per_round": 0,
+    "max_rounds_per_client": 0,
+    "min_clients": 1,
+    "workers": 0,
+}
+"""Settings that are the server's own business. A path of a server's is never opened here."""
+
+
+def _typed(cls: type[Policy], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with lists as tuples; ``PolicyError`` for an unknown, missing or mistyped key."""
+    hints = get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            raise PolicyError(f"{name} is not a key of a policy" + (f"; did you mean {near[0]}?" if near else ""))
+    for spec in dataclasses.fields(cls):
+        if spec.default is dataclasses.MISSING and spec.name not in values:
+            raise PolicyError(f"{spec.name} is missing: {spec.metadata['doc']}")
+    return {name: _value(name, value, hints[name]) for name, value in values.items()}
+
+
+def _value(name: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise PolicyError(f"{name}={value!r} is not a list; write [...]")
+        return tuple(_value(name, item, get_args(kind)[0]) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise PolicyError(f"{name}={value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _beside(path: Path, name: str) -> str:
+    return str((path.absolute().parent / Path(name).expanduser()).resolve()) if name else name

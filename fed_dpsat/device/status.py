@@ -1,0 +1,56 @@
+"""How a device stands: what it has spent and has left, whom it answered, and whether its ledger is whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fed_dpsat.device.journal import open_journal
+from fed_dpsat.device.log import last_line
+from fed_dpsat.device.policy import Policy
+from fed_dpsat.device.release import ACCOUNTANT, CLIENT, journal_path, ledger_path
+from fed_dpsat.privacy import LedgerError, PrivacyLedger, epsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceStatus:
+    """``epsilon_spent`` of ``epsilon_budget`` at ``delta``; ``integrity`` is "unbroken" or what is wrong."""
+
+    client: int
+    epsilon_spent: float
+    epsilon_budget: float
+    delta: float
+    rounds: int
+    rounds_by_run: dict[str, int]
+    last_contact: str
+    charges: int
+    sha256: str
+    integrity: str
+
+    @property
+    def epsilon_left(self) -> float:
+        """What the budget has left; 0 where the policy was lowered below what is spent."""
+        return max(self.epsilon_budget - self.epsilon_spent, 0.0)
+
+
+def read_status(policy: Policy) -> DeviceStatus:
+    """The status of the device; a broken ledger is told in ``integrity``. Raises ``LedgerError`` if there is none."""
+    folder = Path(policy.folder)
+    with PrivacyLedger(ledger_path(folder), readonly=True) as ledger, open_journal(journal_path(folder)) as journal:
+        integrity = "unbroken"
+        try:
+            ledger.verify()
+        except LedgerError as error:
+            integrity = str(error)
+        return DeviceStatus(
+            client=policy.client,
+            epsilon_spent=epsilon(ledger.history(CLIENT), policy.largest_delta, ACCOUNTANT),
+            epsilon_budget=policy.largest_epsilon,
+            delta=policy.largest_delta,
+            rounds=ledger.rounds_by_client().get(CLIENT, 0),
+            rounds_by_run=journal.rounds(),
+            last_contact=last_line(folder),
+            charges=ledger.head.charges,
+            sha256=ledger.head.sha256,
+            integrity=integrity,
+        )

@@ -1,0 +1,195 @@
+"""A device as a Flower node: a SuperNode that talks to the policy's server, and this process, which answers.
+
+Flower's own runner (``flower-superexec``) installs the app that the server sends and runs that: the server's code, on
+the device, beside the data. Here the SuperNode is started with ``--isolation process`` and its messages are answered by
+``fed_dpsat.flower.client_app`` as it is installed on the device; the server's bundle is never unpacked. It is also
+faster, since nothing is started per message. What it takes of Flower 1.41's runtime is in this module alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from contextlib import closing
+from importlib.metadata import version
+from logging import getLogger
+from pathlib import Path
+from types import FrameType
+
+from flwr.app import Context, Error, Message
+from flwr.common.constant import SubStatus
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.run import Run
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from fed_dpsat.device.log import device_log, one_line
+from fed_dpsat.device.policy import Policy, PolicyError
+from fed_dpsat.errors import RunError
+from fed_dpsat.flower import compat
+from fed_dpsat.flower.client_app import app
+from fed_dpsat.flower.grid import answer
+from fed_dpsat.flower.on_device import POLICY
+
+log = getLogger("fed_dpsat")
+
+PACKAGE = "fed-dpsat"
+POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1
+
+
+class ServerError(RunError):
+    """The policy's server is not the one that answers."""
+
+
+def run_device(policy_path: Path, port: int = 0) -> int:
+    """Serve until the SuperNode ends or this process is stopped; the SuperNode's exit code.
+
+    Raises ``PolicyError`` for a policy without a server, ``ServerError`` for a server whose certificate is not of the
+    policy's authority.
+    """
+    policy = Policy.load(policy_path)
+    if not (policy.server and policy.root_certificates and policy.private_key):
+        raise PolicyError(f"policy {policy_path}: server, root_certificates and private_key are needed to run")
+    check_server(policy.server, policy.root_certificates)
+    port = port or free_port()
+    node = subprocess.Popen(
+        _supernode(policy, policy_path, port), env=_environment(policy), preexec_fn=_end_with_parent
+    )
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        _serve(node, f"127.0.0.1:{port}", policy_path, Path(policy.folder))
+    finally:
+        node.terminate()
+        code = node.wait()
+    log.error(
+        "the SuperNode ended with exit code %d; if the server did not let it in, register this device's key", code
+    )
+    return code
+
+
+def check_server(server: str, root_certificates: str) -> None:
+    """Raise ``ServerError`` if the server shows a certificate that is not of the authority; it may be down, though."""
+    host, _, port = server.rpartition(":")
+    try:
+        context = ssl.create_default_context(cafile=root_certificates)
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as raw:
+            context.wrap_socket(raw, server_hostname=host.strip("[]")).close()
+    except ssl.SSLError as error:
+        raise ServerError(
+            f"server={server!r} does not show a certificate of root_certificates={root_certificates!r} ({error}); "
+            "nothing was sent: check both with whoever runs it"
+        ) from None
+    except FileNotFoundError:
+        raise PolicyError(
+            f"root_certificates={root_certificates!r} is not a file; ask the server's operator for it"
+        ) from None
+    except ValueError:
+        raise PolicyError(f"server={server!r} is not of the form host:port") from None
+    except OSError as error:
+        log.warning("server %s is not there yet (%s); the SuperNode goes on trying", server, error)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def other_version(run: Run) -> str:
+    """Why a run of another app, or another version of this one, is not answered; "" where it is ours."""
+    mine = version(PACKAGE)
+    name = run.fab_id.rpartition("/")[2]
+    if name != PACKAGE:
+        return f"the run is of the app {run.fab_id!r}, this device answers {PACKAGE!r} alone"
+    if run.fab_version != mine:
+        return f"the server runs {PACKAGE} {run.fab_version}, this device has {mine}; install the same on both"
+    return ""
+
+
+def answer_one(address: str, token: str, policy_path: Path, folder: Path) -> None:
+    """One message: pulled from the SuperNode, answered by the installed app, given back."""
+    client = _client(address, "flwr-clientapp", RuntimeTokenHttpInterceptor(token))
+    with closing(client):
+        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat.start()
+        try:
+            message, context, run, _ = pull_task_input(client)
+            reply = _reply(message, context, run, policy_path, folder)
+            push_message(client, reply, context)
+            push_task_output(client, context, SubStatus.COMPLETED, "")
+        finally:
+            if heartbeat.is_running:
+                heartbeat.stop()
+
+
+def _reply(message: Message, context: Context, run: Run, policy_path: Path, folder: Path) -> Message:
+    context.node_config = {**context.node_config, POLICY: str(policy_path)}
+    if reason := other_version(run):
+        device_log(folder).warning("run %s: refused: %s", run.run_id, one_line(reason))
+        return Message(Error(compat.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, one_line(reason)), reply_to=message)
+    return answer(app, message, context)
+
+
+def _serve(node: subprocess.Popen[bytes], address: str, policy_path: Path, folder: Path) -> None:
+    client = _client(address, "SuperExec")
+    with closing(client):
+        while node.poll() is None:
+            try:
+                found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+                if found.HasField("task") and found.token:
+                    answer_one(address, found.token, policy_path, folder)
+                    continue
+            except Exception as error:  # a message that cannot be had or given back is no reason to stop serving
+                if node.poll() is None:
+                    log.warning("a message was not answered: %s", one_line(f"{type(error).__name__}: {error}"))
+            time.sleep(POLL_SECONDS)
+
+
+def _client(address: str, component: str, *more: ProtobufClientInterceptor) -> RuntimeHttpClient:
+    retry = make_simple_http_retry_invoker()
+    retry.max_tries, retry.max_time = 5, 30.0
+    return RuntimeHttpClient.from_server_address(
+        server_address=address,
+        insecure=True,
+        root_certificates=None,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name=component), *more],
+        retry_invoker=retry,
+    )
+
+
+def _supernode(policy: Policy, policy_path: Path, port: int) -> list[str]:
+    start = "from flwr.supernode.cli import flower_supernode; flower_supernode()"
+    return [
+        *(sys.executable, "-c", start, "--isolation", "process", "--host", "127.0.0.1", "--port", str(port)),
+        *("--superlink", policy.server, "--root-certificates", policy.root_certificates),
+        *("--auth-supernode-private-key", policy.private_key),
+        *("--node-config", f"partition-id={policy.client}"),
+    ]
+
+
+def _environment(policy: Policy) -> dict[str, str]:
+    own = {"FLWR_HOME": str(Path(policy.folder) / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
+    return {**own, "FLWR_DISABLE_UPDATE_CHECK": "1", **os.environ}
+
+
+def _end_with_parent() -> None:
+    """Linux ends the SuperNode with this process, kill -9 included."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

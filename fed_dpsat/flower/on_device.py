@@ -1,0 +1,144 @@
+"""A device's answers to Flower's messages: what they carry is looked at before it is used, and no error tells of data.
+
+A node is a device where its own configuration names a ``policy``; Flower hands that over from the command that started
+the SuperNode, never from the server.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from logging import INFO, WARNING, getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from numpy.lib import format as npy
+
+from fed_dpsat.device import client
+from fed_dpsat.device.data import own_data
+from fed_dpsat.device.journal import Refusal
+from fed_dpsat.device.log import device_log, one_line
+from fed_dpsat.device.policy import Policy, PolicyError
+from fed_dpsat.errors import RunError
+from fed_dpsat.flower import records
+from fed_dpsat.params import Params
+from fed_dpsat.process import tune_allocator
+
+POLICY = "policy"
+"""The key of a node's configuration that makes it a device."""
+
+KNOWN = {records.ARRAYS, records.TASK, records.ASCENT, "config"}
+"""Records that a question may hold. ``config`` is for strategies; no device reads it."""
+
+LARGEST_HEADER = 1024
+
+
+class DeviceError(RunError):
+    """A device could not answer; why is in its own log, since the reason may tell of data."""
+
+
+def identify(message: Message, context: Context) -> Message:
+    """Who the device is and how many examples it declares, for a run that its policy admits."""
+
+    def ask(policy: Policy) -> RecordDict:
+        size = client.num_examples(policy, context.run_id, context.run_config)
+        return records.identity_content(policy.client, size)
+
+    return Message(_answered(context, "who it is", ask), reply_to=message)
+
+
+def train(message: Message, context: Context) -> Message:
+    """One private round, charged on the device before its reply is made."""
+
+    def ask(policy: Policy) -> RecordDict:
+        content = message.content
+        if unknown := set(content) - KNOWN:
+            raise Refusal(f"the message has a record {sorted(unknown)[0]!r}, which no device takes; leave it out")
+        task = content.config_records.get(records.TASK)
+        ascent = content.array_records.get(records.ASCENT)
+        if task is None:
+            raise Refusal(f"the message has no {records.TASK!r} record; say what is asked")
+        tune_allocator()
+        done, result = client.answer(
+            policy,
+            context.run_id,
+            context.run_config,
+            dict(task),
+            lambda like: read_arrays(content.array_records.get(records.ARRAYS), like),
+            None if ascent is None else lambda like: read_arrays(ascent, like),
+        )
+        counts = bool(context.run_config.get("release_counts")) and policy.release_counts
+        size = len(own_data(policy).train)
+        return records.reply_content(policy.client, done, result, size, release_counts=counts)
+
+    return Message(_answered(context, "a round", ask), reply_to=message)
+
+
+def read_arrays(arrays: ArrayRecord | None, like: Params) -> Params:
+    """The tensors of a message; raises ``Refusal`` unless names, shapes, types and bytes are just those of ``like``.
+
+    Lengths are compared before anything is allocated, and nothing is unpickled.
+    """
+    if arrays is None:
+        raise Refusal(f"the message has no {records.ARRAYS!r} record; send the model")
+    if len(arrays) != len(like) or list(arrays) != list(like):
+        raise Refusal(f"the message has {len(arrays)} arrays that are not the {len(like)} of the model in order")
+    return {name: _read_array(name, arrays[name], like[name]) for name in like}
+
+
+def _read_array(name: str, array: Array, like: torch.Tensor) -> torch.Tensor:
+    expected = like.numpy()
+    wanted = f"{expected.dtype}{list(expected.shape)}"
+    raw = array.data
+    if array.stype != "numpy.ndarray" or not expected.nbytes <= len(raw) <= expected.nbytes + LARGEST_HEADER:
+        raise Refusal(
+            f"{name} has {len(raw)} bytes of {one_line(str(array.stype))!r}, not those of {wanted}; send that"
+        )
+    stream = io.BytesIO(raw)
+    try:
+        version = npy.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"version {version}")
+        shape, fortran, dtype = npy.read_array_header_1_0(stream, max_header_size=LARGEST_HEADER)
+    except Exception as error:  # a header is a Python literal, and a broken one raises whatever the parser raises
+        raise Refusal(f"{name} is no array ({type(error).__name__}); send {wanted}") from None
+    body = raw[stream.tell() :]
+    transposed = fortran and len(shape) > 1
+    if shape != expected.shape or dtype != expected.dtype or transposed or len(body) != expected.nbytes:
+        raise Refusal(f"{name} is {dtype}{list(shape)} in {len(body)} bytes, not {wanted}; send that")
+    values = np.frombuffer(body, dtype=expected.dtype).reshape(expected.shape).copy()
+    if not np.isfinite(values).all():
+        raise Refusal(f"{name} has NaN or inf; send finite numbers")
+    return torch.from_numpy(values)
+
+
+def _answered(context: Context, what: str, ask: Callable[[Policy], RecordDict]) -> RecordDict:
+    """The content of an answer, with a line in the log; raises ``Refusal`` or ``DeviceError``, which may leave."""
+    try:
+        policy = Policy.load(Path(str(context.node_config[POLICY])))
+    except PolicyError as error:
+        getLogger("fed_dpsat").error("%s", error)
+        raise DeviceError("the device has no valid policy; its own log says why, and nothing was released") from None
+    log = device_log(Path(policy.folder))
+    asked = f"run {context.run_id}: {what}"
+    try:
+        content = ask(policy)
+    except Refusal as refusal:
+        said = one_line(str(refusal))
+        log.log(WARNING, "%s: refused: %s", asked, said)
+        raise Refusal(said) from None
+    except Exception as error:  # its text may tell of data: it stays here
+        log.error("%s: failed: %s", asked, one_line(f"{type(error).__name__}: {error}"), exc_info=True)
+        raise DeviceError("the device could not answer; its own log says why, and nothing was released") from None
+    log.log(INFO, "%s: answered%s", asked, _of(content))
+    return content
+
+
+def _of(content: RecordDict) -> str:
+    if records.EVENT not in content.config_records:
+        return ""
+    event: Any = content.config_records[records.EVENT]
+    return f": round {event['round']}, attempt {event['attempt']}, noise_multiplier {event['noise_multiplier']:g}"

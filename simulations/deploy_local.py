@@ -1,0 +1,277 @@
+"""A real federation on one machine: TLS, registered keys, a SuperLink, three devices with their own data, `flwr run`.
+
+Claims: the apps of the simulation train unchanged over a network, each device by its own policy and ledger. The
+digits are dealt to three devices: one has a folder of images by class, one a Parquet file, one a function. Needs
+``openssl`` and ``ssh-keygen``; about a minute on two cores. Seeds: none, devices draw their noise from the system.
+
+    python -m simulations.deploy_local FOLDER [--rounds 3]
+
+leaves everything in FOLDER (certificates, keys, policies, ledgers, logs, the run in ``run``) and nothing running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from fed_dpsat.data.digits import MEAN, STD, digits
+from fed_dpsat.flower.device_node import free_port
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+NUM_DEVICES = 3
+SETTINGS: dict[str, Any] = {
+    "dataset": "digits", "num_clients": NUM_DEVICES, "num_rounds": 3, "local_steps": 5, "sample_rate": 0.2, "lr": 1.0,
+    "target_epsilon": 4.0, "delta": 1e-4, "noise_source": "system", "join_timeout": 90.0, "reply_timeout": 120.0,
+}  # fmt: skip
+POLICY = """
+folder = "ledger"
+client = {client}
+server = "127.0.0.1:{port}"
+root_certificates = "../ca.crt"
+private_key = "key"
+dataset = "digits"
+data_source = "{source}"
+data_path = "{data}"
+class_names = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
+shape = [1, 8, 8]
+mean = [{mean}]
+std = [{std}]
+largest_epsilon = 8.0
+largest_delta = 1e-4
+least_noise_multiplier = 0.5
+largest_local_steps = 20
+models = ["linear", "mlp"]
+"""
+FUNCTION = """
+import numpy as np, torch
+from pathlib import Path
+from fed_dpsat.data import Examples
+
+def examples():
+    own = np.load(Path(__file__).with_name("own.npz"))
+    return Examples(inputs=torch.from_numpy(own["inputs"]), labels=torch.from_numpy(own["labels"]),
+                    mean=({mean},), std=({std},))
+"""
+
+
+def make_certificates(folder: Path, name: str = "ca", names: str = "IP:127.0.0.1,DNS:localhost") -> None:
+    """An authority ``name.crt`` and, of it, the server's certificate ``name-server.pem`` with its key."""
+
+    def openssl(*arguments: object) -> None:
+        subprocess.run(["openssl", *map(str, arguments)], check=True, cwd=folder, capture_output=True)
+
+    server = f"{name}-server"
+    subject = ("-nodes", "-newkey", "rsa:3072", "-subj")
+    openssl(
+        "req", "-x509", *subject, "/CN=example authority", "-days", 30, "-keyout", f"{name}.key", "-out", f"{name}.crt"
+    )
+    openssl("req", *subject, "/CN=localhost", "-keyout", f"{server}.key", "-out", f"{server}.csr")
+    (folder / f"{server}.ext").write_text(f"subjectAltName={names}\n")
+    signed = ("-CA", f"{name}.crt", "-CAkey", f"{name}.key", "-CAcreateserial", "-extfile", f"{server}.ext")
+    openssl("x509", "-req", "-in", f"{server}.csr", *signed, "-days", 30, "-out", f"{server}.pem")
+
+
+def make_device(folder: Path, client: int, port: int, source: str) -> None:
+    """A device's key, its third of the digits in the shape of ``source``, and its policy."""
+    folder.mkdir()
+    keygen = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(folder / "key")]
+    subprocess.run(keygen, check=True)
+    train = digits().train
+    inputs, labels = train.inputs.numpy()[client::NUM_DEVICES], train.labels.numpy()[client::NUM_DEVICES]
+    path = {"images": _as_images, "parquet": _as_parquet, "function": _as_function}[source](folder, inputs, labels)
+    values = {"client": client, "port": port, "source": source, "data": path, "mean": MEAN[0], "std": STD[0]}
+    (folder / "policy.toml").write_text(POLICY.format(**values))
+
+
+def _png(image: np.ndarray) -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.rint(image[0] * 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _as_images(folder: Path, inputs: np.ndarray, labels: np.ndarray) -> str:
+    for number, (image, label) in enumerate(zip(inputs, labels, strict=True)):
+        place = folder / "images" / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.png").write_bytes(_png(image))
+    return "images"
+
+
+def _as_parquet(folder: Path, inputs: np.ndarray, labels: np.ndarray) -> str:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    (folder / "parquet").mkdir()
+    images = [{"bytes": _png(image), "path": f"{number}.png"} for number, image in enumerate(inputs)]
+    pq.write_table(pa.table({"image": images, "label": labels}), folder / "parquet" / "own.parquet")
+    return "parquet"
+
+
+def _as_function(folder: Path, inputs: np.ndarray, labels: np.ndarray) -> str:
+    np.savez(folder / "own.npz", inputs=inputs, labels=labels)
+    (folder / "own.py").write_text(FUNCTION.format(mean=MEAN[0], std=STD[0]))
+    return f"{folder / 'own.py'}:examples"
+
+
+class Deployment:
+    """What runs in ``folder``: a SuperLink, devices by number, and runs. Leaving it ends what it started."""
+
+    def __init__(self, folder: Path, sources: tuple[str, ...] = ("images", "parquet", "function")) -> None:
+        self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.run_ids: dict[str, str] = {}
+        make_certificates(self.folder)
+        for client, source in enumerate(sources):
+            make_device(self.device_folder(client), client, self.port, source)
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("FLWR_")},
+            "FLWR_HOME": str(self.folder / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+        }
+        (self.folder / "flwr").mkdir()
+        connection = f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.folder / "ca.crt"}"\n'
+        (self.folder / "flwr" / "config.toml").write_text(f"[superlink.deployment]\n{connection}")
+
+    def device_folder(self, client: int) -> Path:
+        """Where the device keeps all that is its own."""
+        return self.folder / f"device{client}"
+
+    def log(self, name: str) -> str:
+        """What a process wrote."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def start(self, name: str, *command: object, **changes: str) -> subprocess.Popen[bytes]:
+        """Start a process in a group of its own, its output in ``name.log``, with ``changes`` to its environment."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                stdout=log, stderr=log, env={**self.environment, **changes}, cwd=self.folder, start_new_session=True,
+            )  # fmt: skip
+        self.processes[name] = process
+        return process
+
+    def call(self, *command: object) -> str:
+        """Run a command to its end; its output, or an error with it."""
+        done = subprocess.run(
+            [str(part) for part in command], env=self.environment, cwd=self.folder, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def start_superlink(self) -> None:
+        """With TLS, and closed to keys that are not registered; waits until it answers."""
+        self.start(
+            *("superlink", "flower-superlink", "--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "ca-server.pem"),
+            *("--ssl-keyfile", "ca-server.key", "--enable-supernode-auth", "--host", "127.0.0.1"),
+            *("--port", self.port, "--database", "superlink.db", "--disable-runtime-dependency-installation"),
+        )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline or self.processes["superlink"].poll() is not None:
+                    raise RuntimeError(f"the SuperLink did not start: {self.log('superlink')[-2000:]}") from None
+                time.sleep(0.2)
+
+    def register(self, client: int) -> None:
+        """Let the device's key in."""
+        self.call("flwr", "supernode", "register", self.device_folder(client) / "key.pub", "deployment")
+
+    def start_device(self, client: int) -> subprocess.Popen[bytes]:
+        """``fed-dpsat device run``; begins its ledger first if it has none."""
+        policy = self.device_folder(client) / "policy.toml"
+        if not (self.device_folder(client) / "ledger").exists():
+            self.call("fed-dpsat", "device", "init", policy)
+        home = str(self.device_folder(client) / "ledger" / "flwr")
+        return self.start(f"device{client}", "fed-dpsat", "device", "run", policy, FLWR_HOME=home)
+
+    def submit(self, settings: Mapping[str, Any], name: str = "run") -> Path:
+        """``flwr run``; returns the folder that the run writes to."""
+        out = self.folder / name
+        values = {**SETTINGS, **settings, "out": str(out)}
+        written = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+        told = self.call("flwr", "run", ROOT, "deployment", "-c", written, "--format", "json")
+        self.run_ids[name] = str(json.loads(told[told.index("{") :])["run-id"])
+        return out
+
+    def run_log(self, name: str = "run") -> str:
+        """What the server's side of a run wrote."""
+        return self.call("flwr", "log", self.run_ids[name], "deployment", "--show")
+
+    def wait(self, out: Path, seconds: float = 180.0) -> dict[str, Any]:
+        """The summary of a run, once it has one that says how it ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with suppress(FileNotFoundError):
+                summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+                if summary["status"] != "running":
+                    return summary
+            time.sleep(0.5)
+        raise RuntimeError(f"no summary in {out} after {seconds:g} s; see {self.folder / 'superlink.log'}")
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """End a process and all that it started."""
+        process = self.processes.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for name in list(self.processes):
+            self.kill(name)
+
+
+def main() -> None:
+    """The whole of it, from certificates to the devices' statements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=SETTINGS["num_rounds"])
+    arguments = parser.parse_args()
+    with Deployment(arguments.folder) as deployment:
+        deployment.start_superlink()
+        for client in range(NUM_DEVICES):
+            deployment.register(client)
+            deployment.start_device(client)
+        out = deployment.submit({"num_rounds": arguments.rounds})
+        print(f"run submitted to 127.0.0.1:{deployment.port}; logs in {deployment.folder}")
+        summary = deployment.wait(out)
+        print(json.dumps({key: summary[key] for key in ("status", "test_accuracy", "epsilon", "seconds")}))
+        for client in range(NUM_DEVICES):
+            print(deployment.call("fed-dpsat", "device", "status", deployment.device_folder(client) / "policy.toml"))
+
+
+if __name__ == "__main__":
+    main()
