@@ -119,6 +119,7 @@ class RunConfig:
 
     # federation
     strategy: str = _setting("fedavg", "server strategy, any Flower strategy")
+    strategy_args: str = _setting("", "arguments of the strategy that no setting fills: eta = 0.02, tau = 1e-3")
     num_rounds: int = _setting(30, "number of rounds", least=1)
     clients_per_round: int = _setting(0, "number of clients drawn per round; 0 asks all", least=0)
     client_sampling: str = _setting(
