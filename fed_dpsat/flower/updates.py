@@ -120,7 +120,7 @@ class UpdateStrategy(FedAvg):
         super().__init__()
         if known_noise.unknown:
             raise known_noise.unknown
-        self.known_noise = known_noise
+        self._variance = known_noise.variance
         self._before = ArrayRecord()
 
     def move(self, round: int, updates: Updates) -> Vector:
@@ -150,7 +150,7 @@ class UpdateStrategy(FedAvg):
             moves=np.stack([_flat(reply.content.array_records[records.ARRAYS]) - before for reply in replies]),
             shares=np.asarray(sizes) / math.fsum(sizes),
             variances=np.asarray(
-                [self.known_noise.variance(event, size, round) for event, size in zip(events, sizes, strict=True)]
+                [self._variance(event, size, round) for event, size in zip(events, sizes, strict=True)]
             ),
         )
 

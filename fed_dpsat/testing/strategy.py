@@ -190,11 +190,11 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
     zero_update_stays_finite,
     equal_replies_move_that_way,
     new_strategies_agree,
+    only_mean_is_true,
     reply_order_changes_nothing,
     bad_replies_do_not_spread,
     empty_rounds_keep_the_model,
     state_survives_checkpoint_and_resume,
-    only_mean_is_true,
     weights_are_not_negative_and_sum_to_one,
 )
 AVERAGING = (weights_are_not_negative_and_sum_to_one,)
