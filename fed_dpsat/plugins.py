@@ -13,6 +13,7 @@ model      ``fed_dpsat.models``        ``MODELS``
 dataset    ``fed_dpsat.data``          ``DATASETS``
 partition  ``fed_dpsat.data``          ``PARTITIONS``
 strategy   ``strategies``              ``STRATEGIES``
+attack     ``fed_dpsat.attacks``       ``ATTACKS``
 ========== =========================== ==============
 """
 
@@ -39,6 +40,7 @@ PACKAGES = {
     "dataset": "fed_dpsat.data",
     "partition": "fed_dpsat.data",
     "strategy": "strategies",
+    "attack": "fed_dpsat.attacks",
 }
 TABLES = {
     "optimizer": "OPTIMIZERS",
@@ -47,6 +49,7 @@ TABLES = {
     "dataset": "DATASETS",
     "partition": "PARTITIONS",
     "strategy": "STRATEGIES",
+    "attack": "ATTACKS",
 }
 
 Factory = Callable[..., Any]
