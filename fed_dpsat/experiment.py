@@ -20,6 +20,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_generator, derive_seed
 from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.plans import read_table
@@ -124,13 +125,21 @@ class Experiment:
         return (state.keys() - forgotten) | ({"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set())
 
     def client_round(
-        self, client: int, task: Task, params: Params, state: State | None, server_ascent: Params | None = None
+        self,
+        client: int,
+        task: Task,
+        params: Params,
+        state: State | None,
+        server_ascent: Params | None = None,
+        proximal_mu: float = 0.0,
     ) -> LocalResult:
         """One round of ``client`` from the global ``params``; ``state`` is what it kept from its last one.
 
+        ``proximal_mu`` is what FedProx asks for.
+
         Raises ``SettingError`` for a task that no mechanism or sampler accepts.
         """
-        result = self._train(client, task, params, state, server_ascent)
+        result = self._train(client, task, params, state, server_ascent, proximal_mu)
         if self.attackers is None or client not in self.attackers.clients:
             return result
         honest = subtract(result.params, params)
@@ -141,7 +150,7 @@ class Experiment:
                 colluders=lambda: [
                     honest,
                     *(
-                        subtract(self._train(other, task, params, None, server_ascent).params, params)
+                        subtract(self._train(other, task, params, None, server_ascent, proximal_mu).params, params)
                         for other in others
                     ),
                 ],
@@ -155,7 +164,13 @@ class Experiment:
         return dataclasses.replace(result, params={name: params[name] + u for name, u in forged.items()})
 
     def _train(
-        self, client: int, task: Task, params: Params, state: State | None, server_ascent: Params | None
+        self,
+        client: int,
+        task: Task,
+        params: Params,
+        state: State | None,
+        server_ascent: Params | None,
+        proximal_mu: float,
     ) -> LocalResult:
         config = self.config
         indices = torch.from_numpy(self.partitions[client])
@@ -165,6 +180,9 @@ class Experiment:
             state.pop(ASCENT, None)
         if config.ascent_memory == "server" and server_ascent is not None:
             state[ASCENT] = server_ascent
+        optimizer = self.optimizer
+        if proximal_mu:
+            optimizer = Proximal(base=optimizer, anchor=params, proximal_mu=proximal_mu)
         mechanism = GaussianMechanism(
             noise_multiplier=task.noise_multiplier,
             clip_norm=self.clipping.clip_norm,
@@ -174,7 +192,7 @@ class Experiment:
             params,
             lambda batch: self.dataset.train.batch(indices[batch]),
             loss_fn=self.loss_fn,
-            optimizer=self.optimizer,
+            optimizer=optimizer,
             state=set_clock(state, (task.round - 1) * config.steps_per_round),
             sampler=sampler,
             clipping=self.clipping,

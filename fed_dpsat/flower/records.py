@@ -97,6 +97,14 @@ def read_task(content: RecordDict) -> Task:
         raise RecordError(f"{TASK}: {error}") from None
 
 
+def read_proximal_mu(content: RecordDict) -> float:
+    """What stock FedProx asks of a client; 0 where the strategy is another. Raises ``RecordError`` below 0."""
+    mu = content.config_records.get("config", ConfigRecord()).get("proximal-mu", 0.0)
+    if not isinstance(mu, int | float) or not 0 <= mu < float("inf"):
+        raise RecordError(f"proximal-mu={mu!r} is not in [0, inf)")
+    return float(mu)
+
+
 def reply_content(
     client: int, task: Task, result: LocalResult, num_examples: int, *, release_counts: bool = False
 ) -> RecordDict:

@@ -5,7 +5,7 @@ import pytest
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.updates import KnownNoise
-from strategies.trimmed import outliers, trimmed
+from strategies.trimmed import noise_around_median, outliers, trimmed
 
 
 def test_one_that_is_far_is_an_outlier(updates):
@@ -30,6 +30,21 @@ def test_a_client_with_more_noise_of_its_own_is_none(updates):
     moves = generator.standard_normal((10, 400)) * np.sqrt(variances)[:, None]
     assert not outliers(updates(moves, variances), trim=0.3, factor=2.0).any()
     assert outliers(updates(moves, 1.0), trim=0.3, factor=2.0).tolist() == [False] * 9 + [True]
+
+
+def test_a_precise_client_among_noisy_ones_is_none(updates):
+    """The noise of the median lies between it and the precise client."""
+    variances = np.array([1.0] * 8 + [0.01] * 2)
+    for seed in range(10):
+        moves = np.random.default_rng(seed).standard_normal((10, 400)) * np.sqrt(variances)[:, None]
+        assert not outliers(updates(moves, variances), trim=0.3, factor=2.0).any()
+
+
+def test_the_noise_around_the_median_by_a_known_case():
+    """Of two, the median is the mean, so each is half the difference away: variance (a + b) / 4."""
+    assert noise_around_median(np.array([1.0, 3.0])) == pytest.approx([1.0, 1.0], rel=0.1)
+    assert noise_around_median(np.full(101, 2.0)) == pytest.approx(np.full(101, 2.0), rel=0.15)
+    assert noise_around_median(np.zeros(3)).tolist() == [0, 0, 0]
 
 
 def test_an_attacker_beyond_the_noise_is_one(noisy):
