@@ -119,6 +119,7 @@ class RunConfig:
 
     # federation
     strategy: str = _setting("fedavg", "server strategy, any Flower strategy")
+    strategy_args: str = _setting("", "arguments of the strategy that no setting fills: eta = 0.02, tau = 1e-3")
     num_rounds: int = _setting(30, "number of rounds", least=1)
     clients_per_round: int = _setting(0, "number of clients drawn per round; 0 asks all", least=0)
     client_sampling: str = _setting(
@@ -130,6 +131,9 @@ class RunConfig:
         0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
     )
     min_clients: int = _setting(1, "number of clients a round needs; with fewer left in budget the run ends", least=1)
+    attack: str = _setting("", "what attackers do, in a simulation of it; empty is for no attackers")
+    attack_args: str = _setting("", "arguments of the attack: factor = 10")
+    attackers: float = _setting(0.0, "share of clients that attack, drawn from the seed", least=0, most=1)
     dropout_rate: float = _setting(
         0.0, "simulated chance of a client that is asked to be away for the round; it stays charged", least=0, most=1
     )
@@ -181,6 +185,10 @@ class RunConfig:
 
         if self.delta >= 1:
             fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
+        if bool(self.attack) != (self.attackers > 0):
+            fail("attackers", f"possible with attack={self.attack!r}", "give both a share of clients and an attack")
+        if self.attack and self.noise_source != "seeded":
+            fail("attack", "possible with noise_source='system'", "colluders' noise is drawn twice: simulate it seeded")
         if self.dropout_rate >= 1:
             fail("dropout_rate", "in [0, 1)", "nobody would ever reply")
         if self.ray_address and not self.workers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch
 from torch import nn
 
 from fed_dpsat import plugins
+from fed_dpsat.attacks import Attackers, Scene, choose_attackers
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.noise import derive_seed
+from fed_dpsat.noise import derive_generator, derive_seed
 from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, set_clock
-from fed_dpsat.params import Params, trainable, zeros_like
+from fed_dpsat.optimizers.proximal import Proximal
+from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
@@ -48,7 +51,8 @@ class Task:
 class Experiment:
     """The objects of a run. Clients and server build the same ones from the same configuration.
 
-    ``named`` says that every object came from a name in it, so that another process can build them too.
+    ``named`` says that every object came from a name in it, so that another process can build them too. ``attackers``
+    train on labels of their own in ``dataset``, and forge what they send.
     """
 
     config: RunConfig
@@ -59,6 +63,7 @@ class Experiment:
     clipping: ClippingRule
     budgets: Sequence[float]
     named: bool = True
+    attackers: Attackers | None = None
 
     @classmethod
     def build(
@@ -99,15 +104,17 @@ class Experiment:
             settings["base"] = plugins.build("optimizer", config.base_optimizer, settings)
             optimizer = plugins.build("optimizer", config.optimizer, settings)
         clipping = clipping or plugins.build("clipping", config.clipping, settings)
+        attackers = _attackers(config, settings)
         return cls(
             config=config,
-            dataset=dataset,
+            dataset=attackers.poisoned(dataset, partitions) if attackers else dataset,
             partitions=partitions,
             loss_fn=ModelLoss(model),
             optimizer=optimizer,
             clipping=clipping,
             budgets=[row.target_epsilon for row in read_table(config)],
             named=named,
+            attackers=attackers,
         )
 
     def carried_state(self) -> set[str]:
@@ -118,12 +125,53 @@ class Experiment:
         return (state.keys() - forgotten) | ({"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set())
 
     def client_round(
-        self, client: int, task: Task, params: Params, state: State | None, server_ascent: Params | None = None
+        self,
+        client: int,
+        task: Task,
+        params: Params,
+        state: State | None,
+        server_ascent: Params | None = None,
+        proximal_mu: float = 0.0,
     ) -> LocalResult:
         """One round of ``client`` from the global ``params``; ``state`` is what it kept from its last one.
 
+        ``proximal_mu`` is what FedProx asks for.
+
         Raises ``SettingError`` for a task that no mechanism or sampler accepts.
         """
+        result = self._train(client, task, params, state, server_ascent, proximal_mu)
+        if self.attackers is None or client not in self.attackers.clients:
+            return result
+        honest = subtract(result.params, params)
+        others = [other for other in self.attackers.clients if other != client]
+        forged = self.attackers.attack.forge(
+            Scene(
+                update=honest,
+                colluders=lambda: [
+                    honest,
+                    *(
+                        subtract(self._train(other, task, params, None, server_ascent, proximal_mu).params, params)
+                        for other in others
+                    ),
+                ],
+                num_clients=self.config.num_clients,
+                num_attackers=len(self.attackers.clients),
+                generator=derive_generator(
+                    self.config.seed, purpose="attack", client=client, round=task.round, attempt=task.attempt
+                ),
+            )
+        )
+        return dataclasses.replace(result, params={name: params[name] + u for name, u in forged.items()})
+
+    def _train(
+        self,
+        client: int,
+        task: Task,
+        params: Params,
+        state: State | None,
+        server_ascent: Params | None,
+        proximal_mu: float,
+    ) -> LocalResult:
         config = self.config
         indices = torch.from_numpy(self.partitions[client])
         sampler = PoissonSampler(num_examples=len(indices), sample_rate=task.sample_rate)
@@ -132,6 +180,9 @@ class Experiment:
             state.pop(ASCENT, None)
         if config.ascent_memory == "server" and server_ascent is not None:
             state[ASCENT] = server_ascent
+        optimizer = self.optimizer
+        if proximal_mu:
+            optimizer = Proximal(base=optimizer, anchor=params, proximal_mu=proximal_mu)
         mechanism = GaussianMechanism(
             noise_multiplier=task.noise_multiplier,
             clip_norm=self.clipping.clip_norm,
@@ -141,7 +192,7 @@ class Experiment:
             params,
             lambda batch: self.dataset.train.batch(indices[batch]),
             loss_fn=self.loss_fn,
-            optimizer=self.optimizer,
+            optimizer=optimizer,
             state=set_clock(state, (task.round - 1) * config.steps_per_round),
             sampler=sampler,
             clipping=self.clipping,
@@ -157,3 +208,10 @@ class Experiment:
             engine=config.engine,
             physical_batch_size=config.physical_batch_size,
         )
+
+
+def _attackers(config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:
+    if not config.attack:
+        return None
+    attack = plugins.build("attack", config.attack, settings, config.attack_args)
+    return Attackers(attack=attack, clients=choose_attackers(config.num_clients, config.attackers, config.seed))

@@ -13,6 +13,7 @@ model      ``fed_dpsat.models``        ``MODELS``
 dataset    ``fed_dpsat.data``          ``DATASETS``
 partition  ``fed_dpsat.data``          ``PARTITIONS``
 strategy   ``strategies``              ``STRATEGIES``
+attack     ``fed_dpsat.attacks``       ``ATTACKS``
 ========== =========================== ==============
 """
 
@@ -24,6 +25,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +40,7 @@ PACKAGES = {
     "dataset": "fed_dpsat.data",
     "partition": "fed_dpsat.data",
     "strategy": "strategies",
+    "attack": "fed_dpsat.attacks",
 }
 TABLES = {
     "optimizer": "OPTIMIZERS",
@@ -46,6 +49,7 @@ TABLES = {
     "dataset": "DATASETS",
     "partition": "PARTITIONS",
     "strategy": "STRATEGIES",
+    "attack": "ATTACKS",
 }
 
 Factory = Callable[..., Any]
@@ -81,16 +85,19 @@ def load(kind: str, name: str) -> Factory:
     )
 
 
-def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
-    """Call the factory with those of ``settings`` that its signature names.
+def build(kind: str, name: str, settings: Mapping[str, Any], arguments: str = "") -> Any:
+    """Call the factory with those of ``settings`` that its signature names, and with all of ``arguments``.
 
-    One vocabulary makes this work: a factory's parameter has the name of the setting that fills it.
+    One vocabulary makes this work: a factory's parameter has the name of the setting that fills it. What no setting
+    fills can be given as ``arguments``, ``"eta = 0.02, tau = 1e-3"``, as in a TOML inline table.
     """
     factory = load(kind, name)
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
         raise PluginError(f"{kind}={name!r} is no function that says its parameters; wrap it in one") from None
+    given = _arguments(kind, name, arguments)
+    settings = {**settings, **given}
     missing = [
         p.name
         for p in parameters
@@ -98,12 +105,24 @@ def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     ]
     if missing:
         raise PluginError(f"{kind}={name!r} needs {missing[0]!r}, which is not a setting; give it a default")
-    return factory(**{p.name: settings[p.name] for p in parameters if p.name in settings})
+    named = {p.name for p in parameters}
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters) and (unknown := given.keys() - named):
+        near = difflib.get_close_matches(wrong := min(unknown), named, n=3) or sorted(named)
+        raise PluginError(f"{kind}={name!r} takes no {wrong!r}; did you mean {', '.join(near) or 'nothing'}?")
+    return factory(**{key: settings[key] for key in named & settings.keys() | given.keys()})
 
 
 def summary(factory: Factory) -> str:
     """The first line of the factory's docstring."""
     return (inspect.getdoc(factory) or "").partition("\n")[0].rstrip(".")
+
+
+def _arguments(kind: str, name: str, text: str) -> dict[str, Any]:
+    try:
+        (found,) = tomllib.loads(f"arguments = {{{text}}}").values()
+    except ValueError as error:
+        raise PluginError(f"{kind}_args={text!r} are no arguments for {name!r} ({error}); write a = 1, b = 2") from None
+    return dict(found)
 
 
 def _load_dotted(kind: str, name: str) -> Factory:

@@ -147,3 +147,34 @@ def test_a_summary_is_the_first_line_without_its_full_stop():
 
     assert summary(documented) == "Does this"
     assert summary(lambda: None) == ""
+
+
+def test_arguments_fill_what_no_setting_does():
+    assert build("optimizer", "dp-sgd", {"lr": 0.5}, "momentum = 0.25, lr = 2") == DPSGD(lr=2, momentum=0.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("momentun = 0.5", "optimizer='dp-sgd' takes no 'momentun'; did you mean momentum"),
+        ("momentum 0.5", "optimizer_args='momentum 0.5' are no arguments .*write a = 1, b = 2"),
+        ("momentum = 0.5} \n x = {", "are no arguments"),
+    ],
+)
+def test_arguments_that_lead_nowhere_say_where_they_might(arguments, message):
+    with pytest.raises(PluginError, match=message):
+        build("optimizer", "dp-sgd", {"lr": 0.5}, arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedProx", "FedMedian", "FedTrimmedAvg", "Krum", "Bulyan"]
+)
+def test_a_stock_strategy_is_named_as_it_is(name):
+    made = build("strategy", f"flwr.serverapp.strategy:{name}", {"num_rounds": 3})
+    assert type(made).__name__ == name
+
+
+def test_arguments_reach_a_stock_strategy():
+    assert build("strategy", "flwr.serverapp.strategy:FedTrimmedAvg", {}, "beta = 0.3").beta == 0.3
+    with pytest.raises(PluginError, match="has no 'FedTrimedAvg'; did you mean FedTrimmedAvg"):
+        load("strategy", "flwr.serverapp.strategy:FedTrimedAvg")

@@ -60,6 +60,7 @@ def make_client_app(provider: Provider) -> ClientApp:
                 records.to_params(message.content.array_records[records.ARRAYS]),
                 records.load_state(context.state),
                 None if ascent is None else records.to_params(ascent),
+                records.read_proximal_mu(message.content),
             )
         records.save_history(context.state, history)
         records.save_state(context.state, result.state)

@@ -22,6 +22,7 @@ from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
+from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.params import Params, trainable
 from fed_dpsat.plans import make_plans
@@ -301,7 +302,8 @@ def run_federation(
 
 def build_strategy(config: RunConfig) -> Strategy:
     """The inner strategy that ``config`` names; raises ``PluginError`` or ``FederationError`` if it is none."""
-    inner = plugins.build("strategy", config.strategy, config.settings())
+    settings = {**config.settings(), "known_noise": KnownNoise.of(config)}
+    inner = plugins.build("strategy", config.strategy, settings, config.strategy_args)
     if not isinstance(inner, Strategy):
         raise FederationError(f"strategy={config.strategy!r} made a {type(inner).__name__}, not a Flower Strategy")
     return inner

@@ -55,6 +55,9 @@ STATE = "fed_dpsat.state"
 HISTORY = "fed_dpsat.history"
 PARTITION_ID = "partition-id"
 
+LARGEST = 1e14
+"""Beyond it no reply is one: the squares of a billion such numbers still add up in float32."""
+
 
 class RecordError(ValueError):
     """A message that does not hold what it must; the text says what is missing or wrong."""
@@ -92,6 +95,14 @@ def read_task(content: RecordDict) -> Task:
         return Task(**record)
     except TypeError as error:
         raise RecordError(f"{TASK}: {error}") from None
+
+
+def read_proximal_mu(content: RecordDict) -> float:
+    """What stock FedProx asks of a client; 0 where the strategy is another. Raises ``RecordError`` below 0."""
+    mu = content.config_records.get("config", ConfigRecord()).get("proximal-mu", 0.0)
+    if not isinstance(mu, int | float) or not 0 <= mu < float("inf"):
+        raise RecordError(f"proximal-mu={mu!r} is not in [0, inf)")
+    return float(mu)
 
 
 def reply_content(
@@ -139,8 +150,9 @@ def check_arrays(content: RecordDict, like: ArrayRecord) -> None:
         values = compat.view(array)
         if values.shape != tuple(expected.shape) or str(values.dtype) != expected.dtype:
             raise RecordError(f"{name} holds {values.dtype}{list(values.shape)}, which is not what it says")
-        if not np.isfinite(values).all():
-            raise RecordError(f"{name} has NaN or inf")
+        if not (values.max(initial=0) <= LARGEST and values.min(initial=0) >= -LARGEST):  # NaN is neither
+            what = f"numbers beyond {LARGEST:g}" if np.isfinite(values).all() else "NaN or inf"
+            raise RecordError(f"{name} has {what}")
 
 
 def read_metrics(content: RecordDict, *, release_counts: bool = False) -> dict[str, float]:

@@ -50,6 +50,7 @@ BAD: dict[str, Callable[[RecordDict], RecordDict]] = {
     "a wrong shape": lambda reply: _replaced(reply, w=np.ones((NUM_CLIENTS, 1), dtype=np.float32)),
     "a wrong type": lambda reply: _replaced(reply, w=np.ones(NUM_CLIENTS)),
     "a million numbers too many": lambda reply: _replaced(reply, w=np.ones(10**6, dtype=np.float32)),
+    "numbers that cannot be squared": lambda reply: _replaced(reply, w=np.full(NUM_CLIENTS, 1e30, dtype=np.float32)),
     "a parameter too many": lambda reply: _replaced(reply, extra=np.ones(1, dtype=np.float32)),
     "a second model": _two_models,
     "no event": _without_event,

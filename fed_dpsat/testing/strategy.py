@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +9,16 @@ from dataclasses import replace
 import numpy as np
 from flwr.serverapp.strategy import Strategy
 
+from fed_dpsat.flower.strategy_state import capture_state, restore_state
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.federation import (
     EVENT,
     NUM_CLIENTS,
-    Backwards,
     Federation,
+    Handed,
     Model,
+    averaged,
+    backwards,
     quiet,
     start,
     still,
@@ -91,8 +92,7 @@ def reply_order_changes_nothing(make: Make) -> None:
     shuffled.backwards = True
     said = _apart(forwards, shuffled.rounds(3))
     require(not said, expected="the same model", seen=said, remedy="keep state by client, not by arrival")
-    turned = Federation(inner := make())
-    turned.private.inner = Backwards(inner)
+    turned = Federation(Handed(make(), backwards))
     said = _apart(forwards, turned.rounds(3), tolerance=1e-4)
     require(
         not said,
@@ -129,25 +129,19 @@ def empty_rounds_keep_the_model(make: Make) -> None:
 
 
 def state_survives_checkpoint_and_resume(make: Make) -> None:
-    """Stored after round 2 and taken up again, a strategy ends where one ends that was never stored."""
+    """A new strategy that takes up the state of round 2 ends where one ends that was never interrupted."""
     federation = Federation(make())
     middle = federation.rounds(2)
-    try:
-        stored = _stored(federation.private.inner)
-    except Exception as error:
-        require(
-            False,
-            expected="a strategy that can be stored",
-            seen=f"{type(error).__name__}: {error}",
-            remedy="keep arrays and numbers in attributes: no open files, locks or generators",
-        )
+    state = capture_state(federation.private.inner)
     end = federation.rounds(2)
-    said = _apart(end, Federation(stored(), model=middle, after=2).rounds(2))
+    restore_state(resumed := make(), state)
+    said = _apart(end, Federation(resumed, model=middle, after=2).rounds(2))
     require(
         not said,
         expected="the model of a run without interruption",
         seen=said,
-        remedy="keep all that later rounds need in attributes of the object, not in its class, module or closure",
+        remedy="keep all that later rounds need in attributes of numbers and arrays, or define state_dict and "
+        "load_state_dict",
     )
 
 
@@ -176,12 +170,27 @@ def weights_are_not_negative_and_sum_to_one(make: Make) -> None:
         )
 
 
+def only_mean_is_true(make: Make) -> None:
+    """A strategy that declares ``only_mean`` does with the mean of the replies what it does with all of them."""
+    if not getattr(make(), "only_mean", False):
+        return
+    every, mean = (Federation(Handed(make(), turn)).rounds(3) for turn in (list, averaged))
+    said = _apart(every, mean, tolerance=1e-4)
+    require(
+        not said,
+        expected="one reply, their mean weighted by num-examples, to give the model that all replies give",
+        seen=said,
+        remedy="leave only_mean unset: this strategy looks at single replies",
+    )
+
+
 CHECKS: tuple[Callable[[Make], None], ...] = (
     model_keeps_names_shapes_and_types,
     charges_are_exactly_for_what_was_asked,
     zero_update_stays_finite,
     equal_replies_move_that_way,
     new_strategies_agree,
+    only_mean_is_true,
     reply_order_changes_nothing,
     bad_replies_do_not_spread,
     empty_rounds_keep_the_model,
@@ -189,21 +198,6 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
     weights_are_not_negative_and_sum_to_one,
 )
 AVERAGING = (weights_are_not_negative_and_sum_to_one,)
-
-
-def _stored(strategy: Strategy) -> Callable[[], Strategy]:
-    """As bytes; where a class cannot be found by name, or holds a lambda, as a deep copy."""
-    try:
-        data = pickle.dumps(strategy)
-    except (pickle.PicklingError, AttributeError, TypeError):
-        kept = copy.deepcopy(strategy)
-        return lambda: kept
-
-    def load() -> Strategy:
-        found: Strategy = pickle.loads(data)
-        return found
-
-    return load
 
 
 def _apart(a: Model, b: Model, tolerance: float = 0.0) -> str:

@@ -94,3 +94,15 @@ def test_a_clients_own_count_is_kept():
     history = merge([EVENT, EVENT, dataclasses.replace(EVENT, noise_multiplier=2.0)])
     records.save_history(kept, history)
     assert records.load_history(kept) == history
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(float("nan"), "NaN or inf"), (-float("inf"), "NaN or inf"), (-2e14, "beyond 1e"), (2e14, "beyond 1e")],
+)
+def test_numbers_that_would_spread_are_none(value, what):
+    like = records.to_arrays({"w": torch.zeros(2)})
+    records.check_arrays(RecordDict({records.ARRAYS: records.to_arrays({"w": torch.tensor([1e14, -1e14])})}), like)
+    spoiled = RecordDict({records.ARRAYS: records.to_arrays({"w": torch.tensor([0.0, value])})})
+    with pytest.raises(RecordError, match=what):
+        records.check_arrays(spoiled, like)

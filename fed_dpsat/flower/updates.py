@@ -1,0 +1,175 @@
+"""A strategy as one function of the clients' updates, with the noise that each of them is known to hold.
+
+What a strategy may know of a reply is public or already noised: the update, ``num-examples``, and the event that the
+reply carries (noise multiplier, sample rate, steps), which is the one that was charged. With ``lr`` and ``clip_norm``
+from the configuration that gives the variance of the noise in an update, without looking at it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
+
+from fed_dpsat.config import RunConfig
+from fed_dpsat.errors import SettingError
+from fed_dpsat.flower import records
+from fed_dpsat.optimizers.dpsgd import SCHEDULES
+from fed_dpsat.privacy.event import PrivacyEvent
+
+Vector = NDArray[np.floating]
+
+SGD_STEPS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
+"""Optimizers whose step is ``-lr`` times the private gradient, so that its noise arrives as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownNoise:
+    """The variance of the noise in a client's update: that of ``event.steps`` SGD steps at ``lr``, added up.
+
+    Noise of one step is ``lr * noise_multiplier * clip_norm / (sample_rate * num_examples)`` per coordinate. With
+    ``weight_decay`` that is a bound from above. ``unknown`` says why the noise of a run depends on more than this.
+    """
+
+    lr: float
+    clip_norm: float
+    lr_schedule: str = "constant"
+    num_rounds: int = 1
+    unknown: SettingError | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> KnownNoise:
+        """As ``config`` says; unknown for momentum, adaptive clipping and steps that are not those of SGD."""
+        wrong = [
+            SettingError(name, getattr(config, name), f"{bound}, so noise is unknown to {config.strategy!r}", remedy)
+            for name, good, bound, remedy in (
+                ("momentum", config.momentum == 0, "0", "set it to 0, or try strategy='low-pass'"),
+                ("clipping", config.clipping != "adaptive", "of a fixed bound", "use flat clipping"),
+                ("optimizer", config.optimizer in SGD_STEPS, f"one of {', '.join(SGD_STEPS)}", "choose one of those"),
+                ("base_optimizer", config.base_optimizer == "dp-sgd", "dp-sgd", "use that"),
+            )
+            if not good
+        ]
+        return cls(
+            lr=config.lr,
+            clip_norm=config.clip_norm,
+            lr_schedule=config.lr_schedule,
+            num_rounds=config.num_rounds,
+            unknown=wrong[0] if wrong else None,
+        )
+
+    def variance(self, event: PrivacyEvent, num_examples: float, round: int) -> float:
+        """Per coordinate of the update that a client of ``num_examples`` sends in ``round`` (from 1)."""
+        if event.noise_multiplier == 0:
+            return 0.0
+        total, first = self.num_rounds * event.steps, (round - 1) * event.steps
+        rates = [self.lr * SCHEDULES[self.lr_schedule](min(s / total, 1)) for s in range(first, first + event.steps)]
+        of_one_step = event.noise_multiplier * self.clip_norm / (event.sample_rate * num_examples)
+        return math.fsum(rate**2 for rate in rates) * of_one_step**2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Updates:
+    """The valid replies of a round, in the order of clients.
+
+    ``moves[K, d]``: each client's model minus the global one, flat; ``shares[K]``: ``num-examples`` over their sum;
+    ``variances[K]``: of the known noise, per coordinate of the move.
+    """
+
+    moves: Vector
+    shares: Vector
+    variances: Vector
+
+    @property
+    def mean(self) -> Vector:
+        """``[d]``, weighted by size: the step of FedAvg."""
+        move: Vector = self.shares @ self.moves
+        return move
+
+    @property
+    def mean_variance(self) -> float:
+        """Of the noise in ``mean``, per coordinate."""
+        return float(self.shares**2 @ self.variances)
+
+    def excess(self, center: Vector | float = 0.0) -> Vector:
+        """``[K]``: squared distances from ``center`` less what noise alone is expected to add, at least 0."""
+        squared = np.square(self.moves - center).sum(axis=1)
+        beyond: Vector = np.maximum(squared - self.moves.shape[1] * self.variances, 0.0)
+        return beyond
+
+    @property
+    def spread(self) -> Vector:
+        """``[K]``: the standard deviation of a squared norm of noise alone, sqrt(2 d) variances (chi-squared)."""
+        found: Vector = math.sqrt(2 * self.moves.shape[1]) * self.variances
+        return found
+
+
+class UpdateStrategy(FedAvg):
+    """The global model plus ``move(round, updates)``; that is the method to write.
+
+    Whole numbers are not trained and stay as they are. Raises ``SettingError`` where the noise is unknown.
+    """
+
+    def __init__(self, known_noise: KnownNoise) -> None:
+        super().__init__()
+        if known_noise.unknown:
+            raise known_noise.unknown
+        self._variance = known_noise.variance
+        self._before = ArrayRecord()
+
+    def move(self, round: int, updates: Updates) -> Vector:
+        """``[d]``: where the global model goes from here."""
+        raise NotImplementedError
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As FedAvg, remembering what was sent."""
+        self._before = arrays
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The model that was sent, moved."""
+        updates = self._read(server_round, list(replies))
+        before, self._before = self._before, ArrayRecord()
+        return _moved(before, self.move(server_round, updates)), None
+
+    def _read(self, round: int, replies: Sequence[Message]) -> Updates:
+        before = _flat(self._before)
+        events = [records.read_event(reply.content)[-1] for reply in replies]
+        sizes = [float(reply.content[records.METRICS][records.NUM_EXAMPLES]) for reply in replies]  # type: ignore
+        return Updates(
+            moves=np.stack([_flat(reply.content.array_records[records.ARRAYS]) - before for reply in replies]),
+            shares=np.asarray(sizes) / math.fsum(sizes),
+            variances=np.asarray(
+                [self._variance(event, size, round) for event, size in zip(events, sizes, strict=True)]
+            ),
+        )
+
+
+def _is_float(array: Array) -> bool:
+    return np.issubdtype(np.dtype(array.dtype), np.floating)
+
+
+def _flat(arrays: ArrayRecord) -> Vector:
+    return np.concatenate([a.numpy().ravel() for a in arrays.values() if _is_float(a)])
+
+
+def _moved(before: ArrayRecord, move: Vector) -> ArrayRecord:
+    after, start = ArrayRecord(), 0
+    for name, array in before.items():
+        if not _is_float(array):
+            after[name] = array
+            continue
+        values = array.numpy()
+        step = move[start : start + values.size].reshape(values.shape)
+        after[name], start = Array(np.asarray(values + step, dtype=values.dtype)), start + values.size
+    return after

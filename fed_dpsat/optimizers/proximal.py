@@ -1,0 +1,39 @@
+"""The proximal term of FedProx (Li et al., MLSys 2020, arXiv 1812.06127, equation 2), on the client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fed_dpsat.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.params import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proximal:
+    """``base`` on the private gradient plus ``proximal_mu * (w - anchor)``, the slope of ``mu / 2 |w - anchor|^2``.
+
+    ``anchor`` is the global model, so the term is a function of released quantities: it costs nothing. It is 0 in the
+    first step of a round.
+    """
+
+    base: PrivateOptimizer
+    anchor: Params
+    proximal_mu: float
+
+    def init(self, params: Params) -> State:
+        """As ``base``."""
+        return self.base.init(params)
+
+    def query_point(self, params: Params, state: State) -> Params:
+        """As ``base``."""
+        return self.base.query_point(params, state)
+
+    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        """The step of ``base``, pulled towards the anchor."""
+        slope = {
+            name: torch.add(g, params[name] - self.anchor[name], alpha=self.proximal_mu)
+            for name, g in private_gradient.items()
+        }
+        return self.base.update(params, slope, state)

@@ -1,0 +1,45 @@
+"""A Kalman filter over the aggregated private update: weigh what was believed against what is seen, by known noise.
+
+*Reason*: the mean update of a round is a slowly changing signal plus Gaussian noise whose variance R is known exactly.
+The filter that is optimal for a random walk of variance Q seen through such noise (Kalman 1960; on the client, DiSK,
+arXiv 2410.03883) believes ``m + K (update - m)`` with ``K = (P + Q) / (P + Q + R)``. One scalar P for all coordinates;
+Q is estimated from the innovations, whose mean square is P + Q + R in expectation.
+
+*Bias*: the belief lags behind an update that turns, by a factor of 1 - K a round. Without noise K = 1: FedAvg.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.serverapp.strategy import Strategy
+
+from fed_dpsat.flower.updates import KnownNoise, Updates, UpdateStrategy, Vector
+
+MEMORY = 0.8
+"""Share of the old estimate of Q that a round keeps."""
+
+
+class Kalman(UpdateStrategy):
+    """Moves by the belief ``m`` of variance ``p`` per coordinate, where the signal drifts by ``q`` a round."""
+
+    def __init__(self, known_noise: KnownNoise) -> None:
+        super().__init__(known_noise)
+        self.m, self.p, self.q = np.zeros(0), 0.0, -1.0
+
+    def move(self, round: int, updates: Updates) -> Vector:
+        seen, r = updates.mean, updates.mean_variance
+        believed = self.m if self.m.size else np.zeros_like(seen)
+        drift = max(0.0, float(np.square(seen - believed).mean()) - self.p - r)
+        self.q = drift if self.q < 0 else MEMORY * self.q + (1 - MEMORY) * drift
+        prior = self.p + self.q
+        gain = prior / (prior + r) if r > 0 else 1.0
+        self.m, self.p = believed + gain * (seen - believed), (1 - gain) * prior
+        return self.m
+
+
+def kalman(known_noise: KnownNoise) -> Strategy:
+    """Kalman filter over the mean update, with the known variance of its noise."""
+    return Kalman(known_noise)
+
+
+STRATEGIES = {"kalman": kalman}

@@ -1,0 +1,35 @@
+"""Every shipped strategy conforms, with and without privacy noise, as a run would build it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fed_dpsat import RunConfig, plugins
+from fed_dpsat.errors import SettingError
+from fed_dpsat.flower.federation import build_strategy
+from fed_dpsat.testing import check_strategy
+
+AVERAGING = {"fedavg", "noise-aware"}
+USING_NOISE = sorted(plugins.builtin("strategy").keys() - {"fedavg", "low-pass"})
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("name", plugins.builtin("strategy"))
+def test_every_shipped_strategy_conforms(name, private):
+    config = RunConfig(strategy=name, private=private, noise_multiplier=float(private), lr=0.1)
+    made = check_strategy(lambda: build_strategy(config), averaging=name in AVERAGING)
+    assert len(made) == 10 + (name in AVERAGING)
+
+
+@pytest.mark.parametrize("name", USING_NOISE)
+@pytest.mark.parametrize(
+    ("setting", "value"), [("momentum", 0.9), ("clipping", "adaptive"), ("optimizer", "a.b:c"), ("base_optimizer", "d")]
+)
+def test_what_uses_known_noise_refuses_where_it_is_unknown(name, setting, value):
+    with pytest.raises(SettingError, match=f"{setting}=.*noise is unknown to '{name}'"):
+        build_strategy(RunConfig(strategy=name, noise_multiplier=1.0, **{setting: value}))
+
+
+def test_the_others_do_not_care():
+    for name in ("fedavg", "low-pass"):
+        build_strategy(RunConfig(strategy=name, noise_multiplier=1.0, momentum=0.9))
