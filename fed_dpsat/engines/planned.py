@@ -8,6 +8,7 @@ a parameter that several layers use                the norm is that of the sum o
 a weight that is a function of parameters          rows through its Jacobian
 a layer it does not know, or that mixes examples   ``vmap`` for the whole module, named once in the log
 a norm that cancels, or values above 1e8            rows of that example
+a rule that bounds nothing                         an ordinary pass (``plain``)
 ================================================== ==================================================
 """
 
@@ -25,6 +26,7 @@ from fed_dpsat.engines.capture import Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
 from fed_dpsat.engines.finite import finite_factors
 from fed_dpsat.engines.loss import LossFn, ModelLoss
+from fed_dpsat.engines.plain import plain_sum, unbounded
 from fed_dpsat.engines.probe import refusal
 from fed_dpsat.engines.routes import ROUTES
 from fed_dpsat.engines.vmap import vmap_sum
@@ -45,6 +47,8 @@ def planned_sum(
         raise SettingError("engine", "planned", "for a loss other than ModelLoss", "use 'auto' or 'vmap'")
     if reason := refusal(loss_fn, params, inputs, targets):
         return _fall_back(reason, loss_fn, params, inputs, targets, clipping)
+    if unbounded(clipping) and (total := plain_sum(loss_fn, params, inputs, targets)) is not None:
+        return total, 0
     try:
         return _clipped_sum(per_example(loss_fn, params, inputs, targets), params, len(inputs), clipping)
     except Unplanned as unplanned:

@@ -16,6 +16,7 @@ from fed_dpsat.errors import RunError, SettingError
 CONNECT_SECONDS = 10.0
 OWN_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns that this will be its default
     # a freed sum is room for the next one at once: by default Ray gathers a hundred of them or waits a second
     "RAY_free_objects_batch_size": "4",
     "RAY_free_objects_period_milliseconds": "20",

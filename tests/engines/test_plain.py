@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fed_dpsat.clipping import AutomaticClipping, FlatClipping
+from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.clipping.automatic import AutomaticClipping
 from fed_dpsat.engines import plain, planned
 from fed_dpsat.per_example import ModelLoss, clipped_gradient_sum
 
