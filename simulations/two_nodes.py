@@ -37,7 +37,9 @@ def main() -> None:
                 for name in ("nodes", "here")
             ]
         same = all(torch.equal(models[0][name], models[1][name]) for name in models[1])
-        print(f"{len(cluster.list_all_nodes())} nodes at {cluster.address}, 2 workers: {summary['test_accuracy']:.1%} at")
+        print(
+            f"{len(cluster.list_all_nodes())} nodes at {cluster.address}, 2 workers: {summary['test_accuracy']:.1%} at"
+        )
         print(f"epsilon {summary['epsilon']:.2f}; bits {'the same as' if same else 'OTHER than'} in one process")
         if not same:
             raise SystemExit(1)

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from fed_dpsat.errors import RunError
 from fed_dpsat.flower import compat, records
+from fed_dpsat.flower.grid import SimulationGrid
 
 log = getLogger("fed_dpsat")
 
@@ -79,6 +80,51 @@ def who_is_there(grid: Grid, known: Mapping[int, int], num_clients: int) -> dict
             nodes[client] = reply.metadata.src_node_id
             log.info("client %d is now node %d", client, nodes[client])
     return nodes
+
+
+class Directory:
+    """Which node holds which client; on a network clients come, go and come back by other nodes."""
+
+    def __init__(self, num_clients: int, join_timeout: float) -> None:
+        self.num_clients, self.join_timeout = num_clients, join_timeout
+        self.nodes: dict[int, int] = {}
+        self._clients: dict[int, int] = {}
+
+    def meet(self, grid: Grid) -> None:
+        """Learn who is who, once all are there; a simulation knows."""
+        if isinstance(grid, SimulationGrid):
+            self._set(grid.nodes_by_client(self.num_clients))
+        else:
+            self._set(identify_nodes(grid, self.num_clients, self.join_timeout))
+
+    def look_again(self, grid: Grid, least: int) -> None:
+        """See who is there now; wait ``join_timeout`` for ``least`` clients, or raise ``FederationError``."""
+        if isinstance(grid, SimulationGrid):
+            return
+        deadline = time.monotonic() + self.join_timeout
+        while len(nodes := who_is_there(grid, self.nodes, self.num_clients)) < least:
+            if time.monotonic() > deadline:
+                raise FederationError(
+                    f"{len(nodes)} clients are connected, fewer than min_clients={least}, after "
+                    f"{self.join_timeout:g} s; look at the network and the devices' logs"
+                )
+            time.sleep(POLL_SECONDS)
+        self._set(nodes)
+
+    def client_at(self, node: int) -> int | None:
+        """The client that ``node`` holds, if any."""
+        return self._clients.get(node)
+
+    def sender(self, reply: Message, sent: Iterable[Message]) -> int:
+        """The node that ``reply`` is of: where Flower speaks for one that died, the one that was asked."""
+        node = reply.metadata.src_node_id
+        if node != compat.SERVER_NODE_ID:
+            return node
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
+        return asked.get(reply.metadata.reply_to_message_id, node)
+
+    def _set(self, nodes: dict[int, int]) -> None:
+        self.nodes, self._clients = nodes, {node: client for client, node in nodes.items()}
 
 
 class CohortGrid(Grid):

@@ -8,9 +8,7 @@ business.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import getLogger
 from typing import Any
 
@@ -23,43 +21,22 @@ from numpy.typing import NDArray
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import compat, records, sums
 from fed_dpsat.flower.grid import SimulationGrid
-from fed_dpsat.flower.nodes import POLL_SECONDS, CohortGrid, FederationError, identify_nodes, who_is_there
+from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
 from fed_dpsat.flower.records import RecordError
 from fed_dpsat.flower.replies import Failure, judge
+from fed_dpsat.flower.report import RoundReport, Verdicts, by_attempt
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
 from fed_dpsat.params import subtract
 from fed_dpsat.plans import ClientPlan
 from fed_dpsat.privacy import epsilon
-from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.process import intra_op_threads
 from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
 
-MAX_FAILED_ROUNDS = 3
-"""Rounds in a row in which every client that was asked failed, after which a run ends."""
-
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-
-
-@dataclass(kw_only=True)
-class RoundReport:
-    """What came of a round: who was asked, who was dropped and why, who retired with which epsilon."""
-
-    round: int
-    asked: list[int]
-    accepted: list[int] = field(default_factory=list)
-    dropped: dict[int, str] = field(default_factory=dict)
-    unexpected: list[str] = field(default_factory=list)
-    retired: dict[int, float] = field(default_factory=dict)
-    released: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def kept_model(self) -> bool:
-        """No valid reply, so the model stays as it was."""
-        return not self.accepted
 
 
 class PrivateStrategy(Strategy):
@@ -98,9 +75,8 @@ class PrivateStrategy(Strategy):
         self.accountant = accountant
         self.send_ascent = send_ascent
         self.release_counts = release_counts
-        self.join_timeout = join_timeout
         self.phases = phases or Phases()
-        self.report = RoundReport(round=0, asked=[])
+        self.report = RoundReport(round=0)
         self.roster = Roster(
             plans,
             ledger,
@@ -113,12 +89,11 @@ class PrivateStrategy(Strategy):
             min_clients=min_clients,
         )
         self._tasks: dict[int, Task] = {}
-        self._sent: list[Message] = []
+        self._sent: dict[int, Message] = {}
         self._attempts: dict[int, int] = {}
         self._arrays = ArrayRecord()
         self._last_arrays: ArrayRecord | None = None
-        self._nodes: dict[int, int] = {}
-        self._clients: dict[int, int] = {}
+        self._directory = Directory(len(plans), join_timeout)
         self._failed_rounds = 0
         _ask_whole_cohort(inner)
 
@@ -162,43 +137,39 @@ class PrivateStrategy(Strategy):
 
     def meet(self, grid: Grid) -> None:
         """Learn which node holds which partition; a simulation knows."""
-        if isinstance(grid, SimulationGrid):
-            self._nodes = grid.nodes_by_client(len(self.plans))
-        else:
-            self._nodes = identify_nodes(grid, len(self.plans), self.join_timeout)
-        self._clients = {node: client for client, node in self._nodes.items()}
-        self.roster.join(self._nodes)
+        self._directory.meet(grid)
+        self.roster.join(self._directory.nodes)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort, let the inner strategy address it, charge it, and add the task to each message."""
-        self.report, self._tasks, self._sent = RoundReport(round=server_round, asked=[]), {}, []
-        if not isinstance(grid, SimulationGrid):
-            self._see_who_is_there(grid)
+        self.report, self._tasks, self._sent = RoundReport(round=server_round), {}, {}
+        self._directory.look_again(grid, self.roster.min_clients)
+        self.roster.join(self._directory.nodes)
         cohort, retiring = self.roster.cohort(server_round)
         self.report.retired = {c: epsilon(spent, self.delta, self.accountant) for c, spent in retiring.items()}
         self._last_arrays, self._arrays = self._arrays or None, arrays
         if not cohort:
             return []
-        view = CohortGrid(grid, [self._nodes[c] for c in cohort])
+        view = CohortGrid(grid, [self._directory.nodes[c] for c in cohort])
         messages = list(self.inner.configure_train(server_round, arrays, config, view))
-        messages.sort(key=lambda message: self._clients.get(message.metadata.dst_node_id, -1))
-        asked = [self._clients.get(m.metadata.dst_node_id, -1) for m in messages]
-        if len(set(asked)) != len(asked) or not set(asked) <= set(cohort):
+        by_client = {self._directory.client_at(message.metadata.dst_node_id): message for message in messages}
+        if len(by_client) < len(messages) or not by_client.keys() <= set(cohort):
             raise FederationError(
-                f"{type(self.inner).__name__} addressed clients {asked} in round {server_round}, where the cohort "
-                f"is {cohort}; a strategy asks each node of the grid it is shown at most once"
+                f"{type(self.inner).__name__} addressed nodes {[m.metadata.dst_node_id for m in messages]} in round "
+                f"{server_round}, where the cohort is {cohort}; a strategy asks each node of the grid it is shown "
+                "at most once"
             )
-        self.report.asked = asked
+        self.report.asked = asked = [client for client in cohort if client in by_client]
         self._tasks = {client: self._task(client, server_round) for client in asked}
-        for attempt, events in _by_attempt(self._tasks):
+        for attempt, events in by_attempt(self._tasks):
             self.ledger.charge_many(server_round, attempt, events)
         self.roster.charged(asked)
         self._attempts = {}
-        self._add_records(messages)
-        self._sent = messages
-        return messages
+        self._sent = {client: by_client[client] for client in asked}
+        self._add_records(self._sent)
+        return list(self._sent.values())
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -223,7 +194,7 @@ class PrivateStrategy(Strategy):
             return self._keep_model()
         if not sums.only_mean(self.inner):
             return self._checked(self.inner.aggregate_train(server_round, [valid[c] for c in sorted(valid)]))
-        parts = [sums.part_of(client, valid.get(client), verdicts[client]) for client in self.report.asked]
+        parts = [sums.part_of(client, valid.get(client), verdicts.get(client)) for client in self.report.asked]
         return self._aggregate_mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
 
     def aggregate_parts(
@@ -270,19 +241,6 @@ class PrivateStrategy(Strategy):
         self._attempts = {} if same_noise else {c: last + 1 for c, last in self.ledger.attempts(next_round).items()}
         restore_state(self.inner, state["inner"])
 
-    def _see_who_is_there(self, grid: Grid) -> None:
-        """Clients come, go and come back by other nodes; wait ``join_timeout`` for as many as a round needs."""
-        deadline, least = time.monotonic() + self.join_timeout, self.roster.min_clients
-        while len(nodes := who_is_there(grid, self._nodes, len(self.plans))) < least:
-            if time.monotonic() > deadline:
-                raise FederationError(
-                    f"{len(nodes)} clients are connected before round {self.report.round}, fewer than "
-                    f"min_clients={least}, after {self.join_timeout:g} s; look at the network and the devices' logs"
-                )
-            time.sleep(POLL_SECONDS)
-        self._nodes, self._clients = nodes, {node: client for client, node in nodes.items()}
-        self.roster.join(nodes)
-
     def _train(
         self, round: int, messages: list[Message], grid: Grid, timeout: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -308,12 +266,12 @@ class PrivateStrategy(Strategy):
             attempt=self._attempts.get(client, 0),
         )
 
-    def _add_records(self, messages: Sequence[Message]) -> None:
+    def _add_records(self, messages: Mapping[int, Message]) -> None:
         """Give messages their tasks. Those that shared a content and have equal tasks share one again."""
         ascent = self._ascent_record()
         contents: dict[tuple[int, Task], tuple[RecordDict, RecordDict]] = {}
-        for message in messages:
-            given, task = message.content, self._tasks[self._clients[message.metadata.dst_node_id]]
+        for client, message in messages.items():
+            given, task = message.content, self._tasks[client]
             if (id(given), task) not in contents:
                 content = RecordDict({**given, records.TASK: records.task_record(task)})
                 if ascent is not None:
@@ -329,11 +287,8 @@ class PrivateStrategy(Strategy):
 
     def _expected(self, reply: Message, verdicts: Mapping[int, object]) -> int | None:
         """The client whose first reply this is; None, and a note, for any other reply."""
-        node = reply.metadata.src_node_id
-        if node == compat.SERVER_NODE_ID:  # Flower speaks for a node that died
-            asked = {message.metadata.message_id: message.metadata.dst_node_id for message in self._sent}
-            node = asked.get(reply.metadata.reply_to_message_id, node)
-        client = self._clients.get(node)
+        node = self._directory.sender(reply, self._sent.values())
+        client = self._directory.client_at(node)
         if client is None:
             self.report.unexpected.append(f"node {node} is no known client")
         elif client not in self._tasks:
@@ -344,29 +299,10 @@ class PrivateStrategy(Strategy):
             return client
         return None
 
-    def _note(self, verdicts: dict[int, Mapping[str, float] | Failure]) -> None:
-        """Write down what came of everybody who was asked, and end the run if nothing can come of it."""
-        report = self.report
-        for client in report.asked:
-            verdict = verdicts.setdefault(client, Failure(reason="no reply"))
-            if isinstance(verdict, Failure):
-                report.dropped[client] = verdict.reason
-                log.warning("round %d: client %d dropped: %s", report.round, client, verdict.reason)
-                continue
-            report.accepted.append(client)
-            if self.release_counts:
-                report.released[client] = {records.NONFINITE: verdict[records.NONFINITE]}
-        for attempt, tasks in _by_attempt(self._tasks):
-            settled = self.ledger.outcomes(report.round, attempt)  # by a driver that died before its checkpoint
-            outcomes = {client: report.dropped.get(client, "released") for client in tasks if client not in settled}
-            self.ledger.settle_many(report.round, attempt, outcomes)
-        broken = [v for v in verdicts.values() if isinstance(v, Failure) and v.broken]
-        self._failed_rounds = self._failed_rounds + 1 if broken and len(broken) == len(report.asked) else 0
-        if self._failed_rounds and (len(broken) == len(self.plans) or self._failed_rounds == MAX_FAILED_ROUNDS):
-            raise FederationError(
-                f"every client that was asked failed, {self._failed_rounds} round(s) in a row until round "
-                f"{report.round}; the first said: {broken[0].reason}"
-            )
+    def _note(self, verdicts: Verdicts) -> None:
+        self.report.note(verdicts, release_counts=self.release_counts)
+        self.report.settle(self.ledger, self._tasks)
+        self._failed_rounds = self.report.failed_rounds(self._failed_rounds, len(self.plans))
 
     def _keep_model(self) -> tuple[None, None]:
         log.warning("round %d: no valid reply, the model stays as it is", self.report.round)
@@ -380,7 +316,7 @@ class PrivateStrategy(Strategy):
             counts = [m[records.NONFINITE] * m[records.NUM_EXAMPLES] for m in total.accepted.values()]
             metrics[records.NONFINITE] = sum(counts) / total.weight
         content = RecordDict({records.ARRAYS: mean, records.METRICS: MetricRecord(metrics)})
-        asked = Message(RecordDict(), self._nodes[self.report.accepted[0]], MessageType.TRAIN)
+        asked = Message(RecordDict(), self._directory.nodes[self.report.accepted[0]], MessageType.TRAIN)
         return self._checked(self.inner.aggregate_train(self.report.round, [Message(content, reply_to=asked)]))
 
     def _checked(
@@ -399,12 +335,6 @@ class PrivateStrategy(Strategy):
         except RecordError as error:
             raise FederationError(f"{name} returned a model that is none: {error}") from error
         return model, metrics
-
-
-def _by_attempt(tasks: Mapping[int, Task]) -> Iterator[tuple[int, dict[int, PrivacyEvent]]]:
-    """The events of each attempt; most rounds have one."""
-    for attempt in sorted({task.attempt for task in tasks.values()}):
-        yield attempt, {client: task.event for client, task in tasks.items() if task.attempt == attempt}
 
 
 def _ask_whole_cohort(inner: Strategy) -> None:

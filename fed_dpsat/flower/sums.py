@@ -82,9 +82,9 @@ class Part:
         self.total = None if arrays is None else {name: torch.from_numpy(a) for name, a in arrays.items()}
 
 
-def part_of(client: int, reply: Message | None, verdict: Mapping[str, float] | Failure) -> Part:
-    """One client's reply; its arrays are read and not copied."""
-    if reply is None or isinstance(verdict, Failure):
+def part_of(client: int, reply: Message | None, verdict: Mapping[str, float] | Failure | None) -> Part:
+    """One client's reply, if there was one; its arrays are read and not copied."""
+    if reply is None or verdict is None or isinstance(verdict, Failure):
         return Part(failed={client: verdict} if isinstance(verdict, Failure) else {})
     total = records.to_read(reply.content.array_records[records.ARRAYS])
     return Part(accepted={client: verdict}, total=total, scale=verdict[records.NUM_EXAMPLES])

@@ -137,5 +137,5 @@ def test_all_nodes_dying_in_one_round_is_no_reason_to_end(net, go):
 
 
 def test_too_few_that_stay_away_end_the_run_in_words(net, go):
-    with pytest.raises(FederationError, match="1 clients are connected before round 2, fewer than min_clients=2"):
+    with pytest.raises(FederationError, match="1 clients are connected, fewer than min_clients=2"):
         go(2, {2: lambda: net.absent.update(list(net.nodes)[:3])}, min_clients=2)

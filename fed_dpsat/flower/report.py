@@ -1,0 +1,81 @@
+"""What came of a round: written down for the reader, settled in the ledger, an end where nobody works any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from logging import getLogger
+from typing import Any
+
+from fed_dpsat.experiment import Task
+from fed_dpsat.flower import records
+from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.flower.replies import Failure
+from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.privacy.ledger import PrivacyLedger
+
+log = getLogger("fed_dpsat")
+
+MAX_FAILED_ROUNDS = 3
+"""Rounds in a row in which every client that was asked failed, after which a run ends."""
+
+Verdicts = Mapping[int, Mapping[str, float] | Failure]
+"""Client to the metrics of its valid reply, or to what was wrong with it."""
+
+
+@dataclass(kw_only=True)
+class RoundReport:
+    """Who was asked, who was dropped and why, who retired with which epsilon."""
+
+    round: int
+    asked: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    dropped: dict[int, str] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    retired: dict[int, float] = field(default_factory=dict)
+    released: dict[int, dict[str, Any]] = field(default_factory=dict)
+    broken: list[int] = field(default_factory=list)
+
+    @property
+    def kept_model(self) -> bool:
+        """No valid reply, so the model stays as it was."""
+        return not self.accepted
+
+    def note(self, verdicts: Verdicts, *, release_counts: bool) -> None:
+        """What became of everybody who was asked."""
+        for client in self.asked:
+            verdict = verdicts.get(client, Failure(reason="no reply"))
+            if not isinstance(verdict, Failure):
+                self.accepted.append(client)
+                if release_counts:
+                    self.released[client] = {records.NONFINITE: verdict[records.NONFINITE]}
+                continue
+            self.dropped[client] = verdict.reason
+            if verdict.broken:
+                self.broken.append(client)
+            log.warning("round %d: client %d dropped: %s", self.round, client, verdict.reason)
+
+    def settle(self, ledger: PrivacyLedger, tasks: Mapping[int, Task]) -> None:
+        """Write outcomes beside the charges, but for those that a driver wrote before it died."""
+        for attempt, events in by_attempt(tasks):
+            settled = ledger.outcomes(self.round, attempt)
+            outcomes = {c: self.dropped.get(c, "released") for c in events if c not in settled}
+            ledger.settle_many(self.round, attempt, outcomes)
+
+    def failed_rounds(self, before: int, num_clients: int) -> int:
+        """Rounds in a row in which all failed, after ``before`` of them; enough are a ``FederationError``."""
+        if not self.broken or len(self.broken) < len(self.asked):
+            return 0
+        failed = before + 1
+        if len(self.broken) == num_clients or failed == MAX_FAILED_ROUNDS:
+            raise FederationError(
+                f"every client that was asked failed, {failed} round(s) in a row until round {self.round}; "
+                f"the first said: {self.dropped[self.broken[0]]}"
+            )
+        return failed
+
+
+def by_attempt(tasks: Mapping[int, Task]) -> Iterator[tuple[int, dict[int, PrivacyEvent]]]:
+    """The events of each attempt; most rounds have one."""
+    for attempt in sorted({task.attempt for task in tasks.values()}):
+        yield attempt, {client: task.event for client, task in tasks.items() if task.attempt == attempt}
