@@ -1,32 +1,34 @@
-"""Convolutions in one, two and three dimensions: five exact ways to per-example gradients, channels last.
+"""Convolutions in one, two and three dimensions: four exact ways to per-example gradients.
 
 ============ =========================================================== =====================================
 strategy     how                                                         cheap for
 ============ =========================================================== =====================================
 ``product``  norms from Gram matrices of patches, then one ordinary      many channels, few positions
              weight gradient of weighted outputs
-``lines``    batched product of outputs and patches, few images at a     few channels, many positions
-             time and one line of the kernel after another
-``rows``     batched product of outputs and patches                      three dimensions
-``single``   the weight gradient of one image at a time                  groups
-``channels`` one depthwise weight gradient, examples side by side        depthwise, many channels, few positions
+``channels`` one grouped weight gradient for a few examples side by      two dimensions, many positions
+             side as channels
+``rows``     batched product of outputs and patches                      kernels of 1x1; other dimensions
+``single``   the weight gradient of one image at a time                  groups in other dimensions
 ============ =========================================================== =====================================
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fed_dpsat.engines import patches
-from fed_dpsat.engines.contribution import Contribution, Rows
-from fed_dpsat.engines.finite import squared_norm_rows
+from fed_dpsat.engines.contribution import Contribution, Rows, together, wide
+from fed_dpsat.engines.finite import filter_squares
+from fed_dpsat.engines.formats import alike, dense, is_channels_last
 from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
+
+ABREAST_BYTES, ABREAST_CHANNELS = 1_800_000, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,37 +56,42 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """``x[B, C, *] -> [B, O, *]``."""
+    """``x[B, C, *] -> [B, O, *]``; the weight of a ``derived`` one is a function of parameters."""
 
     geometry: Geometry
     strategy: str
+    derived: bool = False
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output, and what the backward pass needs of ``x``."""
-        x = channels_last(x)
-        return torch.convolution(x, channels_last(weight), bias, *self._settings()), (x,)
+        x = dense(x)
+        if not self.derived or self.strategy != "product":
+            return torch.convolution(x, alike(weight, x), bias, *self._settings()), (x,)
+        made = torch.convolution(x, alike(weight, x), None, *self._settings())
+        return (made.clone() if bias is None else made + bias.view(-1, 1, 1)), (x, made)
 
     def backward(
         self, grad: Tensor, weight: Tensor, saved: tuple[Tensor, ...], need_input: bool, roles: tuple[str, ...]
     ) -> tuple[Tensor | None, Roles]:
         """Gradient of the input, and the contributions to the parameters in ``roles``."""
-        (x,) = saved
-        grad, found = channels_last(grad), {}
+        x, made = saved[0], saved[1] if len(saved) > 1 else None
+        grad, found = alike(grad, x), {}
         if "weight" in roles:
-            found["weight"] = STRATEGIES[self.strategy](self, x, grad)
+            found["weight"] = STRATEGIES[self.strategy](self, x, grad, weight, made)
         if "bias" in roles:
-            found["bias"] = Rows(data=grad.flatten(2).sum(2))
+            found["bias"] = Rows(data=wide(grad).flatten(2).sum(2))
         if not need_input:
             return None, found
-        return self._gradient(x, grad, channels_last(weight), (True, False, False))[0], found
+        return self._gradient(x, grad, alike(weight, x), (True, False, False))[0], found
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of ``x`` with another weight of the same kernel."""
-        return torch.convolution(channels_last(x), channels_last(weight), None, *self._settings())
+        x = dense(x)
+        return torch.convolution(x, alike(weight, x), None, *self._settings())
 
     def weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The ordinary weight gradient of a batch, a sum."""
-        weight = channels_last(x.new_empty(1).expand(self.geometry.shape))
+        weight = alike(x.new_empty(1).expand(self.geometry.shape), x)
         gradient: Tensor = self._gradient(x, grad, weight, (False, True, False))[1]
         return gradient
 
@@ -97,44 +104,35 @@ class Convolution:
 
     def each(self, x: Tensor, grad: Tensor) -> Tensor:
         """Per-example weight gradients ``[B, *shape]``."""
-        return _lines(self, x, grad).rows()
+        return _rows(self, x, grad, x, None).rows()
 
 
-def choose(geometry: Geometry, sides: tuple[int, ...]) -> str:
+def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool) -> str:
     """The cheapest strategy by a count of multiplications: the same on every machine, so are the bits.
 
     Weights were fitted to times on one core with AVX-512; ``fed-dpsat plan`` shows times beside choices.
     """
-    out, inputs, kernel = geometry.shape[0], geometry.shape[1], math.prod(geometry.kernel)
-    if geometry.groups > 1:
-        depthwise = inputs == 1 and out == geometry.groups and len(sides) == 2
-        return "channels" if depthwise and math.prod(sides) <= 256 else "single"
     if len(sides) != 2:
-        return "rows"
-    positions = math.prod(geometry.positions(sides))
-    gram = positions * positions * (inputs * kernel + out)
-    worth = 0.58 if kernel > 1 else 0.4
-    return "product" if gram < worth * positions * inputs * kernel * out else "lines"
+        return "single" if geometry.groups > 1 else "rows"
+    if geometry.groups > 1:
+        return "channels"
+    out, inputs, kernel = geometry.shape[0], geometry.shape[1], math.prod(geometry.kernel)
+    positions, weights = math.prod(geometry.positions(sides)), out * inputs * kernel
+    ordinary = positions * weights
+    rows = 2.5 * ordinary if kernel == 1 else ordinary + (150 if channels_last else 90) * weights
+    product = ordinary + 2.5 * (patches.gram_cost(geometry, sides) + positions**2 * (out + 80))
+    return "product" if product < rows else "rows" if kernel == 1 else "channels"
 
 
 def fitting(geometry: Geometry) -> list[str]:
     """The strategies that are right for a convolution, cheap or not."""
     if len(geometry.kernel) != 2:
         return ["rows", "single"]
-    if geometry.groups == 1:
-        return ["product", "lines", "rows", "single"]
-    depthwise = geometry.shape[1] == 1 and geometry.shape[0] == geometry.groups
-    return ["rows", "single", *(["channels"] if depthwise else [])]
+    return [*(["product"] if geometry.groups == 1 else []), "channels", "rows", "single"]
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` with its channels side by side in memory, where torch has a name for that."""
-    if x.ndim == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.ndim == 5 else x.contiguous()
-
-
-def _product(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
+def _product(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
+    x, grad = wide(x), wide(grad)
     outputs = grad.flatten(2).transpose(1, 2)
     inputs_gram = patches.gram(layer.geometry, x)
     return product(
@@ -145,42 +143,24 @@ def _product(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
         norms=gram_norms(inputs_gram, gram(outputs)),
         inputs_gram=inputs_gram,
         apply=layer.apply,
+        made=None if made is None else wide(made),
     )
 
 
-def _single(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
-    weight = channels_last(x.new_empty(1).expand(layer.geometry.shape))
+def _single(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
+    weight = alike(weight, x)
     one_by_one = [
         layer._gradient(x[i : i + 1], grad[i : i + 1], weight, (False, True, False))[1] for i in range(len(x))
     ]
-    return Rows(data=torch.stack(one_by_one))
+    return Rows(data=wide(torch.stack(one_by_one)))
 
 
-def _lines(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
-    g, batch = layer.geometry, len(x)
-    (high, wide), (out, channels) = g.kernel, g.shape[:2]
-    parts = patches.slices(g)
-    data = x.new_empty(batch, parts, out, high * wide // parts * channels)
-    norms, outputs = x.new_empty(batch, dtype=torch.float64), grad.flatten(2)
-    for examples, views in patches.buffers(g, x):
-        some, rows = outputs[examples], data[examples]
-        for view, part in zip(views, rows.unbind(1), strict=True):
-            torch.bmm(some, view, out=part)
-        norms[examples] = squared_norm_rows(rows)  # while they are in the cache
-
-    def to_shape(rows: Tensor) -> Tensor:
-        apart = rows.view(-1, parts, out, high // parts, wide, channels)
-        return apart.permute(0, 2, 5, 1, 3, 4).reshape(-1, *g.shape)
-
-    return Rows(data=data, to_shape=to_shape, norms=norms)
-
-
-def _rows(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
+def _rows(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
     g = layer.geometry
     batch, groups, out = len(x), g.groups, g.shape[0] // g.groups
     inputs = patches.unfold(g, x)
     outputs = grad.flatten(2).view(batch, groups, out, -1) if groups > 1 else grad.flatten(2)[:, None]
-    data = torch.matmul(outputs, inputs)
+    data = wide(torch.matmul(outputs, inputs))
 
     def to_shape(rows: Tensor) -> Tensor:
         apart = rows.view(-1, groups * out, math.prod(g.kernel), g.shape[1])
@@ -189,20 +169,37 @@ def _rows(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     return Rows(data=data, to_shape=to_shape)
 
 
-def _channels(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
-    batch, g = len(x), layer.geometry
-    wide = Convolution(
-        geometry=Geometry(
-            shape=(batch * g.shape[0], *g.shape[1:]),
-            stride=g.stride,
-            padding=g.padding,
-            dilation=g.dilation,
-            groups=batch * g.groups,
-        ),
-        strategy="",
-    )
-    rows = wide.weight_gradient(patches.side_by_side(x), patches.side_by_side(grad))
-    return Rows(data=rows.reshape(batch, *g.shape))
+def _channels(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
+    g = layer.geometry
+    step, last = _abreast(g, x, grad), is_channels_last(x)
+
+    def to_shape(rows: Tensor) -> Tensor:
+        if not last:
+            return rows.view(-1, *g.shape)
+        return rows.view(-1, g.shape[0], *g.kernel, g.shape[1]).permute(0, 1, 4, 2, 3)
+
+    filter_rows = wide(weight.movedim(1, -1) if last else weight).flatten(1)
+    parts = []
+    for some, outputs in zip(torch.split(x, step), torch.split(grad, step), strict=True):
+        count = len(some)
+        abreast = Convolution(
+            geometry=replace(g, shape=(count * g.shape[0], *g.shape[1:]), groups=count * g.groups), strategy=""
+        )
+        found = abreast.weight_gradient(patches.side_by_side(some), patches.side_by_side(outputs))
+        data = wide(found.permute(0, 2, 3, 1) if last else found).reshape(count, g.shape[0], -1)
+        squares = filter_squares(data)  # while it is in the cache
+        filters = (squares, data.sum(2), (data * filter_rows).sum(2)) if layer.derived else None
+        parts.append(Rows(data=data, to_shape=to_shape, norms=squares.sum(1), filters=filters))
+    return together(parts)
 
 
-STRATEGIES = {"product": _product, "lines": _lines, "single": _single, "rows": _rows, "channels": _channels}
+def _abreast(geometry: Geometry, x: Tensor, grad: Tensor) -> int:
+    """How many examples side by side: their pixels stay within reach of one another, and all of them in the cache."""
+    fit = ABREAST_BYTES // ((x[0].numel() + grad[0].numel()) * x.element_size())
+    if geometry.shape[1] > 1:
+        most = ABREAST_CHANNELS if is_channels_last(x) else 2 * ABREAST_CHANNELS
+        fit = min(fit, most // max(x.shape[1], grad.shape[1]))
+    return max(1, fit)
+
+
+STRATEGIES = {"product": _product, "channels": _channels, "rows": _rows, "single": _single}
