@@ -50,7 +50,7 @@ def _plain_client(experiment: Experiment, model: Params, client: int, round: int
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
         losses = functional.cross_entropy(module(inputs), targets, reduction="sum")
-        (losses / sampler.expected_batch_size).backward()
+        torch.autograd.backward(losses / sampler.expected_batch_size)
         optimizer.step()
     return trainable(module)
 
