@@ -23,6 +23,8 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) 
     inf and NaN never cancel in a sum, so a finite one has no example to drop. Else the examples have to be looked at.
     """
     state = torch.get_rng_state()
+    if inputs.ndim > 4:
+        inputs = inputs.contiguous()  # torch's GroupNorm crashes on volumes whose channels are last
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     with torch.enable_grad():
         total = loss_fn(leaves, inputs, targets).sum()

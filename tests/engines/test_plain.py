@@ -69,3 +69,15 @@ def test_no_other_rule_is_taken_for_unbounded():
     assert plain.unbounded(UNBOUNDED)
     assert not plain.unbounded(FlatClipping(clip_norm=1e30))
     assert not plain.unbounded(AutomaticClipping(clip_norm=1.0))
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3), (6, 2, 3, 2), (6, 5)])
+def test_norms_in_every_format(shape):
+    inputs = torch.randn(5, *shape, generator=torch.Generator().manual_seed(2))
+    if inputs.ndim > 3:
+        inputs = inputs.to(memory_format=torch.channels_last if inputs.ndim == 4 else torch.channels_last_3d)
+    module = nn.Sequential(nn.Tanh(), nn.GroupNorm(3, 6), nn.Flatten(), nn.Linear(inputs[0].numel(), 3))
+    data = inputs, torch.arange(5) % 3
+    expected, _ = sums(module, data, "vmap")
+    for name, value in sums(module, data, "auto")[0].items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
