@@ -12,6 +12,7 @@ a worker dies                   its block is cut into single clients, which are 
 a client's worker dies often    an error in place of its reply, after ``MAX_TRIES``
 a client takes longer than      its worker is killed and replaced; the client, alone, has one more try,
 ``client_timeout``              and is an error
+workers die and nobody is done  ``RunError`` after ``MAX_TRIES`` deaths of each, and some
 no worker can be had            ``RunError`` within a minute
 the object store is full        ``RunError``
 =============================== ========================================================================
@@ -46,6 +47,8 @@ log = logging.getLogger("fed_dpsat")
 AHEAD_PER_WORKER = 8
 """Blocks that may be done before an earlier one is: what bounds the memory of the object store."""
 MAX_TRIES = 3
+MORE_DEATHS = 12
+"""A few clients that kill workers are dropped; so many deaths with no answer in between are everybody's."""
 POLL_SECONDS = 0.2
 
 
@@ -74,6 +77,7 @@ class RayBackend:
         self._kept = dict(kept or {})
         self._home: dict[int, Slot] = {}
         self._client_timeout = client_timeout
+        self._deaths = 0
         self._disconnect = connect(address, num_workers)
         try:
             with explained():
@@ -144,6 +148,7 @@ class RayBackend:
                 raise error.cause from error
             round.fail(slot.pop(), f"{type(error.cause).__name__}: {error.cause}", tries=1)
         else:
+            self._deaths = 0
             worker = self._pool.slots.index(slot) + 1
             answers.spans = [span._replace(worker=worker) for span in answers.spans]
             round.put(slot.pop(), answers)
@@ -156,6 +161,12 @@ class RayBackend:
         if slot.late:
             reason = f"no reply within client_timeout={self._client_timeout:g} s"
         log.warning("a worker is gone: %s; %d clients were at work", reason, len(at_work.messages))
+        self._deaths += not slot.late
+        if self._deaths > MAX_TRIES * len(self._pool.slots) + MORE_DEATHS:
+            raise RunError(
+                f"workers died {self._deaths} times and no client was done in between; the last: "
+                f"{str(error).splitlines()[0]} If it is memory, lower workers or physical_batch_size"
+            )
         round.fail(at_work, reason, tries=1 if slot.late else MAX_TRIES)
 
     def _give_up(self, round: _Round, reason: str) -> None:

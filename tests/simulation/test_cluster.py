@@ -49,13 +49,15 @@ def test_an_address_of_something_else_is_an_error(no_ray, monkeypatch):
 
 
 def app(folder):
-    """Clients say who answered; client 3 of a first round hangs if the folder holds ``hang``."""
+    """Clients say who answered; client 3 hangs if the folder holds ``hang``, all die if it holds ``die``."""
     made = ClientApp()
 
     @made.train()
     def train(message: Message, context: Context) -> Message:
         client = int(context.node_config["partition-id"])
         (folder / f"pid-{os.getpid()}").touch()
+        if (folder / "die").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
         if client == 3 and (folder / "hang").exists():
             time.sleep(3600)
         time.sleep(0.05)
@@ -118,6 +120,15 @@ def test_workers_killed_again_and_again_cost_their_clients_a_retry_and_nothing_e
     killer.join()
     assert said(replies) == list(range(150))  # each once, in order
     assert len(killed) >= 2
+
+
+def test_workers_that_die_of_whatever_they_do_end_the_run(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_backend, "MORE_DEATHS", 0)  # each costs the start of a worker
+    monkeypatch.setattr(ray_backend, "MAX_TRIES", 1)
+    backend = start()
+    (tmp_path / "die").touch()
+    with pytest.raises(RunError, match=r"workers died 3 times and no client was done in between.*lower workers"):
+        ask(backend, 200)
 
 
 def test_a_client_that_hangs_is_given_up_and_the_rest_is_there(start, tmp_path):
