@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fed_dpsat.engines.finite import keep, squared_norm_rows
@@ -60,3 +61,33 @@ class Rows:
     def rows(self) -> Tensor:
         """The rows themselves."""
         return self.to_shape(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Rows of a few examples each, one after the other: a copy into one tensor would cost a pass over them."""
+
+    parts: list[Rows]
+
+    def squared_norms(self) -> Tensor:
+        """``[B]``."""
+        return torch.cat([part.squared_norms() for part in self.parts])
+
+    def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
+        """One pass over the rows."""
+        sizes = [len(part.data) for part in self.parts]
+        kept = [None] * len(sizes) if finite is None else finite.split(sizes)
+        total = self.parts[0].data.new_zeros(self.parts[0].data[0].numel())
+        for part, some, good in zip(self.parts, factors.to(total).split(sizes), kept, strict=True):
+            total.addmv_(keep(part.data, good).reshape(len(some), -1).t(), some)
+        first = self.parts[0]
+        return first.to_shape(total.view(1, *first.data.shape[1:]))[0]
+
+    def rows(self) -> Tensor:
+        """All rows in one tensor."""
+        return torch.cat([part.rows() for part in self.parts])
+
+
+def together(parts: list[Rows]) -> Contribution:
+    """The examples of ``parts``, at least one, in their order."""
+    return parts[0] if len(parts) == 1 else Parts(parts=parts)

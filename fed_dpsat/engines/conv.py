@@ -1,33 +1,33 @@
-"""Convolutions in one, two and three dimensions: five exact ways to per-example gradients, channels last.
+"""Convolutions in one, two and three dimensions: four exact ways to per-example gradients, channels last.
 
 ============ =========================================================== =====================================
 strategy     how                                                         cheap for
 ============ =========================================================== =====================================
 ``product``  norms from Gram matrices of patches, then one ordinary      many channels, few positions
              weight gradient of weighted outputs
-``lines``    batched product of outputs and patches, few images at a     few channels, many positions
-             time and one line of the kernel after another
-``rows``     batched product of outputs and patches                      three dimensions
-``single``   the weight gradient of one image at a time                  groups
-``channels`` one depthwise weight gradient, examples side by side        depthwise, many channels, few positions
+``channels`` one grouped weight gradient for a few examples side by      two dimensions, many positions
+             side as channels
+``rows``     batched product of outputs and patches                      kernels of 1x1; other dimensions
+``single``   the weight gradient of one image at a time                  groups in other dimensions
 ============ =========================================================== =====================================
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fed_dpsat.engines import patches
-from fed_dpsat.engines.contribution import Contribution, Rows
+from fed_dpsat.engines.contribution import Contribution, Rows, together
 from fed_dpsat.engines.finite import squared_norm_rows
 from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
 
+ABREAST_BYTES, ABREAST_CHANNELS = 1_800_000, 512
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -97,7 +97,7 @@ class Convolution:
 
     def each(self, x: Tensor, grad: Tensor) -> Tensor:
         """Per-example weight gradients ``[B, *shape]``."""
-        return _lines(self, x, grad).rows()
+        return _rows(self, x, grad).rows()
 
 
 def choose(geometry: Geometry, sides: tuple[int, ...]) -> str:
@@ -105,26 +105,23 @@ def choose(geometry: Geometry, sides: tuple[int, ...]) -> str:
 
     Weights were fitted to times on one core with AVX-512; ``fed-dpsat plan`` shows times beside choices.
     """
-    out, inputs, kernel = geometry.shape[0], geometry.shape[1], math.prod(geometry.kernel)
-    if geometry.groups > 1:
-        depthwise = inputs == 1 and out == geometry.groups and len(sides) == 2
-        return "channels" if depthwise and math.prod(sides) <= 256 else "single"
     if len(sides) != 2:
-        return "rows"
-    positions = math.prod(geometry.positions(sides))
-    gram = positions * positions * (inputs * kernel + out)
-    worth = 0.58 if kernel > 1 else 0.4
-    return "product" if gram < worth * positions * inputs * kernel * out else "lines"
+        return "single" if geometry.groups > 1 else "rows"
+    if geometry.groups > 1:
+        return "channels"
+    out, inputs, kernel = geometry.shape[0], geometry.shape[1], math.prod(geometry.kernel)
+    positions, weights = math.prod(geometry.positions(sides)), out * inputs * kernel
+    ordinary = positions * weights
+    rows = 2.5 * ordinary if kernel == 1 else ordinary + 160 * weights
+    product = ordinary + 2.5 * (patches.gram_cost(geometry, sides) + positions**2 * (out + 80))
+    return "product" if product < rows else "rows" if kernel == 1 else "channels"
 
 
 def fitting(geometry: Geometry) -> list[str]:
     """The strategies that are right for a convolution, cheap or not."""
     if len(geometry.kernel) != 2:
         return ["rows", "single"]
-    if geometry.groups == 1:
-        return ["product", "lines", "rows", "single"]
-    depthwise = geometry.shape[1] == 1 and geometry.shape[0] == geometry.groups
-    return ["rows", "single", *(["channels"] if depthwise else [])]
+    return [*(["product"] if geometry.groups == 1 else []), "channels", "rows", "single"]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -156,25 +153,6 @@ def _single(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     return Rows(data=torch.stack(one_by_one))
 
 
-def _lines(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
-    g, batch = layer.geometry, len(x)
-    (high, wide), (out, channels) = g.kernel, g.shape[:2]
-    parts = patches.slices(g)
-    data = x.new_empty(batch, parts, out, high * wide // parts * channels)
-    norms, outputs = x.new_empty(batch, dtype=torch.float64), grad.flatten(2)
-    for examples, views in patches.buffers(g, x):
-        some, rows = outputs[examples], data[examples]
-        for view, part in zip(views, rows.unbind(1), strict=True):
-            torch.bmm(some, view, out=part)
-        norms[examples] = squared_norm_rows(rows)  # while they are in the cache
-
-    def to_shape(rows: Tensor) -> Tensor:
-        apart = rows.view(-1, parts, out, high // parts, wide, channels)
-        return apart.permute(0, 2, 5, 1, 3, 4).reshape(-1, *g.shape)
-
-    return Rows(data=data, to_shape=to_shape, norms=norms)
-
-
 def _rows(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     g = layer.geometry
     batch, groups, out = len(x), g.groups, g.shape[0] // g.groups
@@ -190,19 +168,29 @@ def _rows(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
 
 
 def _channels(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
-    batch, g = len(x), layer.geometry
-    wide = Convolution(
-        geometry=Geometry(
-            shape=(batch * g.shape[0], *g.shape[1:]),
-            stride=g.stride,
-            padding=g.padding,
-            dilation=g.dilation,
-            groups=batch * g.groups,
-        ),
-        strategy="",
-    )
-    rows = wide.weight_gradient(patches.side_by_side(x), patches.side_by_side(grad))
-    return Rows(data=rows.reshape(batch, *g.shape))
+    g = layer.geometry
+    step = _abreast(g, x, grad)
+
+    def to_shape(rows: Tensor) -> Tensor:
+        return rows.view(-1, g.shape[0], *g.kernel, g.shape[1]).permute(0, 1, 4, 2, 3)
+
+    parts = []
+    for some, outputs in zip(torch.split(x, step), torch.split(grad, step), strict=True):
+        count = len(some)
+        wide = Convolution(
+            geometry=replace(g, shape=(count * g.shape[0], *g.shape[1:]), groups=count * g.groups), strategy=""
+        )
+        found = wide.weight_gradient(patches.side_by_side(some), patches.side_by_side(outputs))
+        data = found.permute(0, 2, 3, 1).reshape(count, g.shape[0], -1)
+        parts.append(Rows(data=data, to_shape=to_shape, norms=squared_norm_rows(data)))  # while it is in the cache
+    return together(parts)
 
 
-STRATEGIES = {"product": _product, "lines": _lines, "single": _single, "rows": _rows, "channels": _channels}
+def _abreast(geometry: Geometry, x: Tensor, grad: Tensor) -> int:
+    """How many examples side by side: their pixels stay within reach of one another, and all of them in the cache."""
+    fit = ABREAST_BYTES // ((x[0].numel() + grad[0].numel()) * x.element_size())
+    depthwise = geometry.shape[1] == 1
+    return max(1, fit if depthwise else min(fit, ABREAST_CHANNELS // max(x.shape[1], grad.shape[1])))
+
+
+STRATEGIES = {"product": _product, "channels": _channels, "rows": _rows, "single": _single}

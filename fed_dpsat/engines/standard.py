@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
+from fed_dpsat.engines.contribution import Contribution, Parts, Rows, Unplanned
 from fed_dpsat.engines.product import CANCELLATION, Product, gram
 
 FLOOR = 1e-4
@@ -54,7 +54,7 @@ def contributions(
 ) -> tuple[Contribution, Contribution] | None:
     """To ``weight`` and ``gain``, from those to ``w``; None where a norm would be a difference of large numbers."""
     f = filters(weight.detach(), gain.detach())
-    if isinstance(held, Rows) and held.data.ndim == 4:
+    if isinstance(held, Rows | Parts):
         squares, sums, along = _of_rows(held, f)
         total = squares @ f.scale.double().square()
     elif isinstance(held, Product) and held.exact is None and held.inputs_gram is not None and held.apply is not None:
@@ -104,17 +104,22 @@ class Standard:
         return found
 
 
-def _of_rows(held: Rows, f: Filters) -> tuple[Tensor, Tensor, Tensor]:
-    """Per filter ``[B, O]``: squared norms, sums, products with ``u``; of ``data[B, parts, O, width]``."""
-    data = held.data
-    batch, parts, out, width = data.shape
-    places = held.to_shape(torch.arange(data[0].numel()).view(1, *data.shape[1:])).flatten()
+def _of_rows(held: Rows | Parts, f: Filters) -> tuple[Tensor, Tensor, Tensor]:
+    """Per filter ``[B, O]``: squared norms, sums, products with ``u``."""
+    found = [_of_part(part, f) for part in (held.parts if isinstance(held, Parts) else [held])]
+    squares, sums, along = (torch.cat(each) for each in zip(*found, strict=True))
+    return squares, sums, along
+
+
+def _of_part(held: Rows, f: Filters) -> tuple[Tensor, Tensor, Tensor]:
+    data = held.data.reshape(len(held.data), len(f.u), -1)  # both layouts have the filter first
+    places = held.to_shape(torch.arange(data[0].numel()).view(1, *held.data.shape[1:])).flatten()
     u = data.new_empty(data[0].numel())
     u[places] = f.u.flatten()
-    both = torch.stack([u.view(parts * out, width), u.new_ones(parts * out, width)], 2)
-    found = torch.bmm(data.view(batch, parts * out, width).transpose(0, 1), both).view(parts, out, batch, 2).sum(0)
-    squares = torch.linalg.vector_norm(data, dim=-1).double().square().sum(1)
-    return squares, found[..., 1].t(), found[..., 0].t()
+    both = torch.stack([u.view(*data.shape[1:]), torch.ones_like(data[0])], 2)
+    found = torch.bmm(data.transpose(0, 1), both).transpose(0, 1)
+    squares = torch.linalg.vector_norm(data, dim=-1).double().square()
+    return squares, found[..., 1], found[..., 0]
 
 
 def _of_product(held: Product, apply: Callable[[Tensor, Tensor], Tensor], f: Filters) -> tuple[Tensor, Tensor]:

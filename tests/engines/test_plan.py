@@ -8,10 +8,10 @@ from fed_dpsat.models.dpnasnet import dpnasnet_cifar
 from fed_dpsat.models.resnet import wrn16_4_gn
 
 
-def test_few_positions_are_products_and_many_are_lines():
+def test_few_positions_are_products_and_many_are_side_by_side():
     rows, reason = plan_table(tanh_cnn((3, 32, 32), 10), (3, 32, 32), 2)
     assert not reason
-    assert [row.strategy for row in rows] == ["lines"] * 5 + ["product"] * 3
+    assert [row.strategy for row in rows] == ["channels"] * 4 + ["product"] * 4
     assert [row.parameter for row in rows][:2] == ["0.weight", "2.weight"]
     assert rows[0].input_shape == (2, 3, 32, 32)
 
@@ -20,15 +20,15 @@ def test_the_plan_does_not_depend_on_the_batch():
     module = dpnasnet_cifar((3, 32, 32), 10)
     plans = [[row.strategy for row in plan_table(module, (3, 32, 32), batch)[0]] for batch in (1, 3)]
     assert plans[0] == plans[1]
-    assert {"single", "channels", "lines"} <= set(plans[0])
+    assert {"product", "channels", "rows"} <= set(plans[0])
 
 
 def test_timing_tries_what_fits_and_changes_no_choice():
     module = tanh_cnn((3, 16, 16), 10)
     plain, timed = (plan_table(module, (3, 16, 16), 2, timed=t, repeats=1)[0] for t in (False, True))
     assert [row.strategy for row in plain] == [row.strategy for row in timed]
-    assert set(timed[0].seconds) == {"product", "lines", "rows", "single"}
-    assert "lines" in plan_text(timed, "")
+    assert set(timed[0].seconds) == {"product", "channels", "rows", "single"}
+    assert "channels" in plan_text(timed, "")
 
 
 def test_a_function_of_parameters_says_of_which():

@@ -179,7 +179,7 @@ def test_every_strategy_of_a_convolution(seed, channels, out, side, high, wide, 
     expected = conv.Convolution(geometry=geometry, strategy="single").backward(
         grad, torch.zeros(geometry.shape).double(), (x,), False, ("weight",)
     )[1]["weight"]
-    for strategy in ("product", "lines", "rows", "single"):
+    for strategy in ("product", "channels", "rows", "single"):
         layer = conv.Convolution(geometry=geometry, strategy=strategy)
         found = layer.backward(grad, torch.zeros(geometry.shape).double(), (x,), False, ("weight",))[1]["weight"]
         torch.testing.assert_close(found.rows(), expected.rows())
