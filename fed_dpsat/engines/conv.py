@@ -1,4 +1,4 @@
-"""Convolutions in one, two and three dimensions: four exact ways to per-example gradients, channels last.
+"""Convolutions in one, two and three dimensions: four exact ways to per-example gradients.
 
 ============ =========================================================== =====================================
 strategy     how                                                         cheap for
@@ -24,6 +24,7 @@ from torch import Tensor
 from fed_dpsat.engines import patches
 from fed_dpsat.engines.contribution import Contribution, Rows, together
 from fed_dpsat.engines.finite import squared_norm_rows
+from fed_dpsat.engines.formats import alike, dense, is_channels_last
 from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
 
@@ -61,30 +62,31 @@ class Convolution:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output, and what the backward pass needs of ``x``."""
-        x = channels_last(x)
-        return torch.convolution(x, channels_last(weight), bias, *self._settings()), (x,)
+        x = dense(x)
+        return torch.convolution(x, alike(weight, x), bias, *self._settings()), (x,)
 
     def backward(
         self, grad: Tensor, weight: Tensor, saved: tuple[Tensor, ...], need_input: bool, roles: tuple[str, ...]
     ) -> tuple[Tensor | None, Roles]:
         """Gradient of the input, and the contributions to the parameters in ``roles``."""
         (x,) = saved
-        grad, found = channels_last(grad), {}
+        grad, found = alike(grad, x), {}
         if "weight" in roles:
             found["weight"] = STRATEGIES[self.strategy](self, x, grad)
         if "bias" in roles:
             found["bias"] = Rows(data=grad.flatten(2).sum(2))
         if not need_input:
             return None, found
-        return self._gradient(x, grad, channels_last(weight), (True, False, False))[0], found
+        return self._gradient(x, grad, alike(weight, x), (True, False, False))[0], found
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of ``x`` with another weight of the same kernel."""
-        return torch.convolution(channels_last(x), channels_last(weight), None, *self._settings())
+        x = dense(x)
+        return torch.convolution(x, alike(weight, x), None, *self._settings())
 
     def weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The ordinary weight gradient of a batch, a sum."""
-        weight = channels_last(x.new_empty(1).expand(self.geometry.shape))
+        weight = alike(x.new_empty(1).expand(self.geometry.shape), x)
         gradient: Tensor = self._gradient(x, grad, weight, (False, True, False))[1]
         return gradient
 
@@ -124,13 +126,6 @@ def fitting(geometry: Geometry) -> list[str]:
     return [*(["product"] if geometry.groups == 1 else []), "channels", "rows", "single"]
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` with its channels side by side in memory, where torch has a name for that."""
-    if x.ndim == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.ndim == 5 else x.contiguous()
-
-
 def _product(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     outputs = grad.flatten(2).transpose(1, 2)
     inputs_gram = patches.gram(layer.geometry, x)
@@ -146,7 +141,7 @@ def _product(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
 
 
 def _single(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
-    weight = channels_last(x.new_empty(1).expand(layer.geometry.shape))
+    weight = alike(x.new_empty(1).expand(layer.geometry.shape), x)
     one_by_one = [
         layer._gradient(x[i : i + 1], grad[i : i + 1], weight, (False, True, False))[1] for i in range(len(x))
     ]
@@ -169,9 +164,11 @@ def _rows(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
 
 def _channels(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     g = layer.geometry
-    step = _abreast(g, x, grad)
+    step, last = _abreast(g, x, grad), is_channels_last(x)
 
     def to_shape(rows: Tensor) -> Tensor:
+        if not last:
+            return rows.view(-1, *g.shape)
         return rows.view(-1, g.shape[0], *g.kernel, g.shape[1]).permute(0, 1, 4, 2, 3)
 
     parts = []
@@ -181,7 +178,7 @@ def _channels(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
             geometry=replace(g, shape=(count * g.shape[0], *g.shape[1:]), groups=count * g.groups), strategy=""
         )
         found = wide.weight_gradient(patches.side_by_side(some), patches.side_by_side(outputs))
-        data = found.permute(0, 2, 3, 1).reshape(count, g.shape[0], -1)
+        data = (found.permute(0, 2, 3, 1) if last else found).reshape(count, g.shape[0], -1)
         parts.append(Rows(data=data, to_shape=to_shape, norms=squared_norm_rows(data)))  # while it is in the cache
     return together(parts)
 
@@ -189,8 +186,10 @@ def _channels(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
 def _abreast(geometry: Geometry, x: Tensor, grad: Tensor) -> int:
     """How many examples side by side: their pixels stay within reach of one another, and all of them in the cache."""
     fit = ABREAST_BYTES // ((x[0].numel() + grad[0].numel()) * x.element_size())
-    depthwise = geometry.shape[1] == 1
-    return max(1, fit if depthwise else min(fit, ABREAST_CHANNELS // max(x.shape[1], grad.shape[1])))
+    if geometry.shape[1] > 1:
+        most = ABREAST_CHANNELS if is_channels_last(x) else 2 * ABREAST_CHANNELS
+        fit = min(fit, most // max(x.shape[1], grad.shape[1]))
+    return max(1, fit)
 
 
 STRATEGIES = {"product": _product, "channels": _channels, "rows": _rows, "single": _single}

@@ -1,4 +1,8 @@
-"""Normalisation layers: per-example gradients of scale and shift are sums over positions."""
+"""Normalisation layers: per-example gradients of scale and shift are sums over positions.
+
+Where channels have planes, torch's own backward pass finds those sums: to it, a batch is one example with the channels
+of all. Channels last takes another pass over the layer's input and gradient.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.engines.contribution import Rows
+from fed_dpsat.engines.formats import alike, dense, is_channels_last
 from fed_dpsat.engines.linear import Roles
 
 FEW_BYTES = 500_000
@@ -23,7 +28,7 @@ class GroupNorm:
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output, and what the backward pass needs."""
-        x = x.contiguous(memory_format=_format(x))
+        x = dense(x)
         size = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         out, mean, rstd = torch.native_group_norm(x, weight, bias, *size, self.groups, self.eps)
         return out, (x, mean, rstd)
@@ -33,8 +38,10 @@ class GroupNorm:
     ) -> tuple[Tensor | None, Roles]:
         """Gradient of the input, and the contributions to the parameters in ``roles``."""
         x, mean, rstd = saved
-        grad = grad.contiguous(memory_format=_format(x))
+        grad = alike(grad, x)
         batch, channels, positions = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+        if roles and not is_channels_last(x) and weight is not None:
+            return self._one_pass(grad, weight, saved, need_input, roles)
         found: Roles = {}
         shift = _sums(grad) if roles else grad
         if "weight" in roles:
@@ -49,6 +56,28 @@ class GroupNorm:
         size = batch, channels, positions, self.groups
         backward = torch.ops.aten.native_group_norm_backward
         return backward(grad, x, mean, rstd, weight, *size, [True, False, False])[0], found
+
+    def _one_pass(
+        self, grad: Tensor, weight: Tensor, saved: tuple[Tensor, ...], need_input: bool, roles: tuple[str, ...]
+    ) -> tuple[Tensor | None, Roles]:
+        x, mean, rstd = saved
+        batch, channels = x.shape[:2]
+        size = 1, batch * channels, math.prod(x.shape[2:]), batch * self.groups
+        wanted = [need_input, "weight" in roles, "bias" in roles]
+        found = torch.ops.aten.native_group_norm_backward(
+            grad.view(1, batch * channels, -1),
+            x.view(1, batch * channels, -1),
+            mean.view(1, -1),
+            rstd.view(1, -1),
+            weight.repeat(batch),
+            *size,
+            wanted,
+        )
+        rows = zip(("weight", "bias"), found[1:], strict=True)
+        return (
+            found[0].view_as(x) if need_input else None,
+            {role: Rows(data=row.view(batch, channels)) for role, row in rows if role in roles},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +117,3 @@ def _sums_of_products(grad: Tensor, x: Tensor) -> Tensor:
     """Sums over positions ``[B, C]``, few examples at a time: the products stay in the cache."""
     few = max(1, FEW_BYTES // max(1, grad[0].numel() * grad.element_size()))
     return torch.cat([_sums(grad[i : i + few] * x[i : i + few]) for i in range(0, len(x), few)])
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    plain = x.ndim != 4 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-    return torch.contiguous_format if plain else torch.channels_last

@@ -1,4 +1,4 @@
-"""Patches of channels-last images: what a convolution multiplies its weight with, and their inner products."""
+"""Patches of images: what a convolution multiplies its weight with, and their inner products."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fed_dpsat.engines.formats import is_channels_last
 
 if TYPE_CHECKING:
     from fed_dpsat.engines.conv import Geometry
@@ -22,8 +24,8 @@ def gram(geometry: Geometry, x: Tensor) -> Tensor:
     if set(geometry.stride) != {1}:
         patches = unfold(geometry, x)[:, 0]
         return torch.bmm(patches, patches.transpose(1, 2))
-    batch, channels, *sides = x.shape
-    pixels = x.permute(0, 2, 3, 1).reshape(batch, math.prod(sides), channels)
+    batch, _, *sides = x.shape
+    pixels = x.flatten(2).transpose(1, 2)
     inner = torch.bmm(pixels, pixels.transpose(1, 2)).view(batch, *sides, *sides)
     (high, wide), (across, down) = _padded(geometry, tuple(sides)), geometry.padding[::-1]
     inner = functional.pad(inner, (across, across, down, down) * 2).view(batch, -1)
@@ -62,6 +64,8 @@ def _shifted_sum(flat: Tensor, count: int, shift: int) -> Tensor:
 
 def unfold(geometry: Geometry, x: Tensor) -> Tensor:
     """Patches ``[B, groups, positions, kernel * C / groups]``, kernel position first; any dimensions."""
+    if set(geometry.kernel) == set(geometry.stride) == {1} and not any(geometry.padding) and geometry.groups == 1:
+        return x.flatten(2).transpose(1, 2)[:, None]
     widths = [width for p in reversed(geometry.padding) for width in (p, p)]
     padded = functional.pad(x.movedim(1, -1), (0, 0, *widths)).contiguous()
     batch, channels = len(x), x.shape[1]
@@ -80,7 +84,9 @@ def unfold(geometry: Geometry, x: Tensor) -> Tensor:
 
 
 def side_by_side(x: Tensor) -> Tensor:
-    """``[B, C, H, W] -> [1, B * C, H, W]``, channels last."""
+    """``[B, C, H, W] -> [1, B * C, H, W]``, in the format of ``x``; where channels have planes, without a copy."""
     batch, channels, height, width = x.shape
+    if not is_channels_last(x):
+        return x.reshape(1, batch * channels, height, width)
     pixels = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
     return torch.cat(pixels.unbind(0), 1).view(1, height, width, batch * channels).permute(0, 3, 1, 2)

@@ -25,9 +25,10 @@ from fed_dpsat.engines import derived
 from fed_dpsat.engines.capture import Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
 from fed_dpsat.engines.finite import finite_factors
+from fed_dpsat.engines.formats import laid_out
 from fed_dpsat.engines.loss import LossFn, ModelLoss
 from fed_dpsat.engines.plain import plain_sum, unbounded
-from fed_dpsat.engines.probe import refusal
+from fed_dpsat.engines.probe import ask
 from fed_dpsat.engines.routes import ROUTES
 from fed_dpsat.engines.vmap import vmap_sum
 from fed_dpsat.errors import SettingError
@@ -45,10 +46,12 @@ def planned_sum(
     """
     if not isinstance(loss_fn, ModelLoss):
         raise SettingError("engine", "planned", "for a loss other than ModelLoss", "use 'auto' or 'vmap'")
-    if reason := refusal(loss_fn, params, inputs, targets):
-        return _fall_back(reason, loss_fn, params, inputs, targets, clipping)
+    answer = ask(loss_fn, params, inputs, targets)
+    if answer.refusal:
+        return _fall_back(answer.refusal, loss_fn, params, inputs, targets, clipping)
     if unbounded(clipping) and (total := plain_sum(loss_fn, params, inputs, targets)) is not None:
         return total, 0
+    inputs = laid_out(inputs, answer.channels_last)
     try:
         return _clipped_sum(per_example(loss_fn, params, inputs, targets), params, len(inputs), clipping)
     except Unplanned as unplanned:

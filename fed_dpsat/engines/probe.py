@@ -9,24 +9,45 @@ What is asked depends on shapes and parameters only, never on data, so every pro
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from fed_dpsat.engines.capture import Capture, Tape, check_routed
+from fed_dpsat.engines.capture import Call, Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
+from fed_dpsat.engines.conv import Convolution
 from fed_dpsat.engines.loss import ModelLoss
+from fed_dpsat.engines.norm import GroupNorm
 from fed_dpsat.engines.routes import ROUTES
 from fed_dpsat.engines.watch import Watch
 from fed_dpsat.params import Params
 
 Key = tuple[object, ...]
 
-_answers: weakref.WeakKeyDictionary[nn.Module, dict[Key, str]] = weakref.WeakKeyDictionary()
+POOLS = (functional.max_pool2d, functional.avg_pool2d, torch.max_pool2d)
+"""Ten times slower where channels have planes."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``refusal``: why not, or nothing; ``channels_last``: the memory format that suits the module's layers."""
+
+    refusal: str
+    channels_last: bool = True
+
+
+_answers: weakref.WeakKeyDictionary[nn.Module, dict[Key, Answer]] = weakref.WeakKeyDictionary()
 
 
 def refusal(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> str:
     """Why not, or nothing."""
+    return ask(loss_fn, params, inputs, targets).refusal
+
+
+def ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Answer:
+    """Whether, and in which format."""
     answers = _answers.setdefault(loss_fn.module, {})
     training = tuple(m.training for m in loss_fn.module.modules())
     batches = tuple((t.shape[1:], t.dtype, t.device) for t in (inputs, targets))
@@ -36,20 +57,23 @@ def refusal(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor)
     return answers[key]
 
 
-def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> str:
+def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Answer:
     devices = [inputs.device] if inputs.is_cuda else []
+    last = True
     try:
         for batch in (2, 3):
             with torch.random.fork_rng(devices=devices):
-                _probe(loss_fn, params, _made_up(inputs, batch, 0), _made_up(targets, batch, 0) * 0)
+                last = _probe(loss_fn, params, _made_up(inputs, batch, 0), _made_up(targets, batch, 0) * 0)
     except Unplanned as reason:
-        return str(reason)
+        return Answer(str(reason))
     except Exception as error:  # whatever a module or a criterion says about made-up examples
-        return f"{type(error).__name__} on made-up examples: {str(error).splitlines()[0] if str(error) else ''}"
-    return ""
+        return Answer(
+            f"{type(error).__name__} on made-up examples: {str(error).splitlines()[0] if str(error) else ''}"
+        )
+    return Answer("", channels_last=last)
 
 
-def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> None:
+def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> bool:
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     tape = Tape(keep_calls=True)
     with torch.enable_grad():
@@ -60,7 +84,7 @@ def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
         if losses.shape != (len(inputs),):
             raise Unplanned(f"losses of shape {tuple(losses.shape)} for {len(inputs)} examples")
         if not losses.requires_grad:
-            return
+            return True
         wanted = [capture.anchor, *leaves.values()]
         check_routed(leaves, torch.autograd.grad(losses[1], wanted, allow_unused=True)[1:])
         for grad in tape.gradients:
@@ -73,6 +97,15 @@ def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
             again = loss_fn(leaves, others, targets)
     if not torch.allclose(losses[1], again[1], rtol=1e-3, atol=1e-4, equal_nan=True):
         raise Unplanned(f"the loss of one example depends on the others: {MAY_MIX}")
+    return _suits_channels_last(tape.calls, capture.functions)
+
+
+def _suits_channels_last(calls: list[Call], functions: set[object]) -> bool:
+    """True but where normalisation with scale and shift tips the scales, which it cannot against pools and groups."""
+    images = [call for call in calls if call.x.ndim == 4]
+    affine = any(isinstance(call.layer, GroupNorm) for call in images)
+    groups = any(isinstance(call.layer, Convolution) and call.layer.geometry.groups > 1 for call in images)
+    return not affine or groups or any(pool in functions for pool in POOLS)
 
 
 def _made_up(like: Tensor, batch: int, seed: int) -> Tensor:

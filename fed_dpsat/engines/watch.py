@@ -36,6 +36,7 @@ class Watch(Capture):
         self._batch_second: set[int] = set()
         self._keep: list[Tensor] = []  # so that no id is given away
         self._inside_layer = False
+        self.functions: set[object] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -43,6 +44,7 @@ class Watch(Capture):
         """Call ``func``, and look at what it made of batched tensors."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
+        self.functions.add(func)
         flat, structure = tree_flatten((args, kwargs))
         batched = [i for i, leaf in enumerate(flat) if self._follows(leaf)]
         if not batched or name in ABOUT or self._inside_layer:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fed_dpsat.clipping import FlatClipping
 from fed_dpsat.engines import planned
+from fed_dpsat.engines.probe import refusal
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.cnn import tanh_cnn, tanh_cnn_small
 from fed_dpsat.models.dpnasnet import dpnasnet_cifar, dpnasnet_fashion_mnist
@@ -86,7 +87,7 @@ def check(module, inputs, *, physical=128, criterion=total_square, must_plan=Tru
     targets = torch.zeros(len(inputs), dtype=torch.int64)
     loss = ModelLoss(module, criterion)
     if must_plan:
-        assert planned.refusal(loss, trainable(module), inputs, targets) == ""
+        assert refusal(loss, trainable(module), inputs, targets) == ""
     norms = global_norm(oracle(loss, module, inputs, targets, UNCLIPPED)) / len(inputs)
     rules = [UNCLIPPED, FlatClipping(clip_norm=float(norms) + 1e-3), PerLayer(clip_norm=float(norms) + 1e-3), Global()]
     for clipping in rules:
@@ -288,7 +289,7 @@ def test_weights_made_from_the_data_go_to_vmap(caplog):
 
 def test_examples_that_mix_are_found():
     module = Function(lambda parts, x: parts.layer(x - x.mean(0)), layer=nn.Linear(3, 2))
-    reason = planned.refusal(ModelLoss(module, total_square), trainable(module), seeded(0, 4, 3), torch.zeros(4))
+    reason = refusal(ModelLoss(module, total_square), trainable(module), seeded(0, 4, 3), torch.zeros(4))
     assert "mix" in reason
 
 
@@ -364,7 +365,7 @@ def test_the_networks_of_this_project(name):
     module = make(shape, 4).double()
     loss, params = ModelLoss(module), trainable(module)
     batch = torch.randn(3, *shape).double(), torch.tensor([0, 1, 2])
-    assert planned.refusal(loss, params, *batch) == ""
+    assert refusal(loss, params, *batch) == ""
     whole, _ = clipped_gradient_sum(loss, params, batch, UNCLIPPED, engine="vmap")
     clipping = FlatClipping(clip_norm=0.3 * float(global_norm(whole)))
     expected, _ = clipped_gradient_sum(loss, params, batch, clipping, engine="vmap")
@@ -460,7 +461,7 @@ def test_gradients_of_nobody_ask_for_no_gradient():
 
 def test_a_parameter_of_the_wrong_place_is_found_by_the_probe():
     module = Function(lambda parts, x: parts.layer(x) * parts.layer.bias, layer=nn.Linear(3, 3))
-    reason = planned.refusal(ModelLoss(module, total_square), trainable(module), seeded(0, 4, 3), torch.zeros(4))
+    reason = refusal(ModelLoss(module, total_square), trainable(module), seeded(0, 4, 3), torch.zeros(4))
     assert "parameter parts.layer.bias" in reason
 
 
