@@ -30,6 +30,7 @@ from fed_dpsat.engines.product import gram, gram_norms, product
 
 ABREAST_BYTES, ABREAST_CHANNELS = 1_800_000, 512
 
+
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
     """What a convolution is, but for its batch: sizes per dimension, ``shape`` that of the weight."""
@@ -55,24 +56,28 @@ class Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """``x[B, C, *] -> [B, O, *]``."""
+    """``x[B, C, *] -> [B, O, *]``; the weight of a ``derived`` one is a function of parameters."""
 
     geometry: Geometry
     strategy: str
+    derived: bool = False
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output, and what the backward pass needs of ``x``."""
         x = dense(x)
-        return torch.convolution(x, alike(weight, x), bias, *self._settings()), (x,)
+        if not self.derived or self.strategy != "product":
+            return torch.convolution(x, alike(weight, x), bias, *self._settings()), (x,)
+        made = torch.convolution(x, alike(weight, x), None, *self._settings())
+        return (made.clone() if bias is None else made + bias.view(-1, 1, 1)), (x, made)
 
     def backward(
         self, grad: Tensor, weight: Tensor, saved: tuple[Tensor, ...], need_input: bool, roles: tuple[str, ...]
     ) -> tuple[Tensor | None, Roles]:
         """Gradient of the input, and the contributions to the parameters in ``roles``."""
-        (x,) = saved
+        x, made = saved[0], saved[1] if len(saved) > 1 else None
         grad, found = alike(grad, x), {}
         if "weight" in roles:
-            found["weight"] = STRATEGIES[self.strategy](self, x, grad)
+            found["weight"] = STRATEGIES[self.strategy](self, x, grad, made)
         if "bias" in roles:
             found["bias"] = Rows(data=grad.flatten(2).sum(2))
         if not need_input:
@@ -102,7 +107,7 @@ class Convolution:
         return _rows(self, x, grad).rows()
 
 
-def choose(geometry: Geometry, sides: tuple[int, ...]) -> str:
+def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool) -> str:
     """The cheapest strategy by a count of multiplications: the same on every machine, so are the bits.
 
     Weights were fitted to times on one core with AVX-512; ``fed-dpsat plan`` shows times beside choices.
@@ -114,7 +119,7 @@ def choose(geometry: Geometry, sides: tuple[int, ...]) -> str:
     out, inputs, kernel = geometry.shape[0], geometry.shape[1], math.prod(geometry.kernel)
     positions, weights = math.prod(geometry.positions(sides)), out * inputs * kernel
     ordinary = positions * weights
-    rows = 2.5 * ordinary if kernel == 1 else ordinary + 160 * weights
+    rows = 2.5 * ordinary if kernel == 1 else ordinary + (150 if channels_last else 90) * weights
     product = ordinary + 2.5 * (patches.gram_cost(geometry, sides) + positions**2 * (out + 80))
     return "product" if product < rows else "rows" if kernel == 1 else "channels"
 
@@ -126,7 +131,7 @@ def fitting(geometry: Geometry) -> list[str]:
     return [*(["product"] if geometry.groups == 1 else []), "channels", "rows", "single"]
 
 
-def _product(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
+def _product(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
     outputs = grad.flatten(2).transpose(1, 2)
     inputs_gram = patches.gram(layer.geometry, x)
     return product(
@@ -137,10 +142,11 @@ def _product(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
         norms=gram_norms(inputs_gram, gram(outputs)),
         inputs_gram=inputs_gram,
         apply=layer.apply,
+        made=made,
     )
 
 
-def _single(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
+def _single(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
     weight = alike(x.new_empty(1).expand(layer.geometry.shape), x)
     one_by_one = [
         layer._gradient(x[i : i + 1], grad[i : i + 1], weight, (False, True, False))[1] for i in range(len(x))
@@ -148,7 +154,7 @@ def _single(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     return Rows(data=torch.stack(one_by_one))
 
 
-def _rows(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
+def _rows(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
     g = layer.geometry
     batch, groups, out = len(x), g.groups, g.shape[0] // g.groups
     inputs = patches.unfold(g, x)
@@ -162,7 +168,7 @@ def _rows(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
     return Rows(data=data, to_shape=to_shape)
 
 
-def _channels(layer: Convolution, x: Tensor, grad: Tensor) -> Contribution:
+def _channels(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
     g = layer.geometry
     step, last = _abreast(g, x, grad), is_channels_last(x)
 

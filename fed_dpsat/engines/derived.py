@@ -39,7 +39,7 @@ def spread(weights: list[tuple[Tensor, Contribution, str]], leaves: Params) -> d
     for w, held, layer in weights:
         parents = sorted(leaves_of(w, layer), key=lambda leaf: -leaf.ndim)
         pair = None
-        if len(parents) == 2 and all(id(leaf) in names for leaf in parents) and standard.matches(w, *parents):
+        if len(parents) == 2 and all(id(leaf) in names for leaf in parents):
             pair = standard.contributions(w, held, *parents)
         if pair is None:
             others.append((w, held))

@@ -12,13 +12,22 @@ LEAST, BLOCK = 64, 1024
 
 def squared_norm_rows(rows: Tensor) -> Tensor:
     """``rows[B, ...] -> squared norms[B]`` in float64; float32 sums of a million squares are off by 1e-5."""
-    if rows.ndim == 3 and LEAST < rows.shape[2] <= BLOCK:
-        return _squares(rows).sum(1)
+    if rows.ndim == 3 and rows.shape[2] > LEAST:
+        return filter_squares(rows).sum(1)
     flat = rows.reshape(len(rows), -1)
     if flat.shape[1] <= BLOCK:
         return _squares(flat)
     whole = flat.shape[1] // BLOCK * BLOCK
     return _squares(flat[:, :whole].reshape(len(flat), -1, BLOCK)).sum(1) + _squares(flat[:, whole:])
+
+
+def filter_squares(rows: Tensor) -> Tensor:
+    """``rows[B, O, width] -> squared norms[B, O]`` in float64."""
+    width = rows.shape[2]
+    if width <= BLOCK:
+        return _squares(rows)
+    blocks = next(n for n in range(2, width + 1) if width % n == 0 and width // n <= BLOCK)
+    return _squares(rows.unflatten(2, (blocks, -1))).sum(2)
 
 
 def _squares(rows: Tensor) -> Tensor:

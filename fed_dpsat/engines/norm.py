@@ -1,7 +1,7 @@
 """Normalisation layers: per-example gradients of scale and shift are sums over positions.
 
 Where channels have planes, torch's own backward pass finds those sums: to it, a batch is one example with the channels
-of all. Channels last takes another pass over the layer's input and gradient.
+of all. Channels last, the pass is written out here, since it needs the sums anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fed_dpsat.engines.contribution import Rows
 from fed_dpsat.engines.formats import alike, dense, is_channels_last
 from fed_dpsat.engines.linear import Roles
 
-FEW_BYTES = 500_000
+FEW_BYTES, LEAST_RUN = 1_000_000, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,45 +39,71 @@ class GroupNorm:
         """Gradient of the input, and the contributions to the parameters in ``roles``."""
         x, mean, rstd = saved
         grad = alike(grad, x)
-        batch, channels, positions = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-        if roles and not is_channels_last(x) and weight is not None:
-            return self._one_pass(grad, weight, saved, need_input, roles)
-        found: Roles = {}
-        shift = _sums(grad) if roles else grad
-        if "weight" in roles:
-            raw = _sums_of_products(grad, x)
-            wide = batch, self.groups, channels // self.groups
-            scale = (raw.view(wide) - shift.view(wide) * mean.view(batch, -1, 1)) * rstd.view(batch, -1, 1)
-            found["weight"] = Rows(data=scale.view(batch, channels))
-        if "bias" in roles:
-            found["bias"] = Rows(data=shift)
-        if not need_input:
-            return None, found
-        size = batch, channels, positions, self.groups
-        backward = torch.ops.aten.native_group_norm_backward
-        return backward(grad, x, mean, rstd, weight, *size, [True, False, False])[0], found
+        if weight is None or not roles:  # a shift alone has no gradient that needs the input
+            size = x.shape[0], x.shape[1], math.prod(x.shape[2:]), self.groups
+            wanted = [need_input, False, False]
+            found = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *size, wanted)
+            return found[0] if need_input else None, {role: Rows(data=_sums(grad)) for role in roles}
+        by_format = self._last if is_channels_last(x) else self._planes
+        gradient, rows = by_format(grad, weight, saved, need_input)
+        return gradient, {role: Rows(data=rows[role]) for role in roles}
 
-    def _one_pass(
-        self, grad: Tensor, weight: Tensor, saved: tuple[Tensor, ...], need_input: bool, roles: tuple[str, ...]
-    ) -> tuple[Tensor | None, Roles]:
+    def _planes(
+        self, grad: Tensor, weight: Tensor, saved: tuple[Tensor, ...], need_input: bool
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         x, mean, rstd = saved
         batch, channels = x.shape[:2]
-        size = 1, batch * channels, math.prod(x.shape[2:]), batch * self.groups
-        wanted = [need_input, "weight" in roles, "bias" in roles]
+        one = 1, batch * channels
         found = torch.ops.aten.native_group_norm_backward(
-            grad.view(1, batch * channels, -1),
-            x.view(1, batch * channels, -1),
+            grad.view(*one, -1),
+            x.view(*one, -1),
             mean.view(1, -1),
             rstd.view(1, -1),
             weight.repeat(batch),
-            *size,
-            wanted,
+            *one,
+            math.prod(x.shape[2:]),
+            batch * self.groups,
+            [need_input, True, True],
         )
-        rows = zip(("weight", "bias"), found[1:], strict=True)
-        return (
-            found[0].view_as(x) if need_input else None,
-            {role: Rows(data=row.view(batch, channels)) for role, row in rows if role in roles},
-        )
+        scale, shift = (rows.view(batch, channels) for rows in found[1:])
+        return found[0].view_as(x) if need_input else None, {"weight": scale, "bias": shift}
+
+    def _last(
+        self, grad: Tensor, weight: Tensor, saved: tuple[Tensor, ...], need_input: bool
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The input's gradient is a x + b grad + c, coefficients from the sums of ``grad`` and ``grad * x``."""
+        x, mean, rstd = saved
+        batch, channels = x.shape[:2]
+        tile = next(n for n in range(max(1, LEAST_RUN // channels), 0, -1) if x[0, 0].numel() % n == 0)
+        runs = batch, x[0, 0].numel() // tile, tile * channels
+        inputs, outputs = (t.movedim(1, -1).reshape(runs) for t in (x, grad))
+        found = torch.empty_like(inputs)
+        means, rstds = mean.view(batch, self.groups, 1), rstd.view(batch, self.groups, 1)
+        weights, size = weight.view(1, self.groups, -1), x[0].numel() // self.groups
+        sums = x.new_empty(2, batch, channels)
+        few = max(1, FEW_BYTES // (x[0].numel() * x.element_size()))
+        for i in range(0, batch, few):
+            some, slopes, out = inputs[i : i + few], outputs[i : i + few], found[i : i + few]
+            torch.mul(some, slopes, out=out)
+            for total, each in zip(sums, (out, slopes), strict=True):
+                total[i : i + few] = each.sum(1).view(-1, tile, channels).sum(1)
+            if not need_input:
+                continue
+            s, b = ((t[i : i + few].view(-1, *weights.shape[1:]) * weights).sum(2, keepdim=True) for t in sums)
+            m, r = means[i : i + few], rstds[i : i + few]
+            of_input = (b * m - s) * r**3 / size
+            constant = -of_input * m - b * r / size
+            wide = (
+                t.expand(-1, -1, weights.shape[2]).reshape(-1, 1, channels).repeat(1, 1, tile)
+                for t in (of_input, constant)
+            )
+            slope = (r * weights).reshape(-1, 1, channels).repeat(1, 1, tile)
+            of_input, constant = wide
+            torch.addcmul(constant, some, of_input, out=out).addcmul_(slopes, slope)
+        raw, shift = (t.view(batch, self.groups, -1) for t in sums)
+        rows = {"weight": ((raw - shift * means) * rstds).view(batch, channels), "bias": sums[1]}
+        gradient = found.view(batch, *x.shape[2:], channels).movedim(-1, 1) if need_input else None
+        return gradient, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +137,3 @@ class LayerNorm:
 
 def _sums(grad: Tensor) -> Tensor:
     return grad if grad.ndim == 2 else grad.flatten(2).sum(2)
-
-
-def _sums_of_products(grad: Tensor, x: Tensor) -> Tensor:
-    """Sums over positions ``[B, C]``, few examples at a time: the products stay in the cache."""
-    few = max(1, FEW_BYTES // max(1, grad[0].numel() * grad.element_size()))
-    return torch.cat([_sums(grad[i : i + few] * x[i : i + few]) for i in range(0, len(x), few)])

@@ -32,7 +32,8 @@ class Product:
     ``outputs`` are gradients. ``of(inputs, outputs)`` is the ordinary gradient ``[*shape]`` of a whole batch, so
     the weighted sum is that of weighted outputs; ``each`` makes rows ``[K, *shape]``. ``norms[B]`` are squared;
     ``exact`` holds the rows of the examples ``unsure[B]``, None if there are none. A convolution leaves the Gram
-    matrices of its patches, and how it applies other weights to inputs, for weights that are functions.
+    matrices of its patches, how it applies other weights to inputs, and what it ``made`` of them without its bias, for
+    weights that are functions.
     """
 
     inputs: Tensor
@@ -44,6 +45,7 @@ class Product:
     exact: Rows | None
     inputs_gram: Tensor | None = None
     apply: Callable[[Tensor, Tensor], Tensor] | None = None
+    made: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
         """``[B]``."""
@@ -76,6 +78,7 @@ def product(
     norms: tuple[Tensor, Tensor],
     inputs_gram: Tensor | None = None,
     apply: Callable[[Tensor, Tensor], Tensor] | None = None,
+    made: Tensor | None = None,
 ) -> Product:
     """A ``Product`` from its ``norms`` and which of them are unsure, as ``gram_norms`` gives them."""
     squared, unsure = norms
@@ -93,6 +96,7 @@ def product(
         exact=exact,
         inputs_gram=inputs_gram,
         apply=apply,
+        made=made,
     )
 
 

@@ -14,6 +14,7 @@ from fed_dpsat.engines import conv, linear
 from fed_dpsat.engines.capture import Call
 from fed_dpsat.engines.contribution import Unplanned
 from fed_dpsat.engines.embedding import Embedding
+from fed_dpsat.engines.formats import is_channels_last
 from fed_dpsat.engines.norm import GroupNorm, LayerNorm
 
 Size = int | tuple[int, ...] | list[int]
@@ -52,7 +53,8 @@ def _convolution(dimensions: int) -> Callable[..., Call]:
             dilation=dilations,
             groups=groups,
         )
-        layer = conv.Convolution(geometry=geometry, strategy=conv.choose(geometry, tuple(input.shape[2:])))
+        strategy = conv.choose(geometry, tuple(input.shape[2:]), is_channels_last(input))
+        layer = conv.Convolution(geometry=geometry, strategy=strategy, derived=not weight.is_leaf)
         return Call(name=name, layer=layer, x=input, weight=weight, bias=bias)
 
     return route

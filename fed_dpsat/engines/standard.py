@@ -10,17 +10,20 @@ last term is absent. The weighted sum goes through the Jacobian once: it is line
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fed_dpsat.engines.contribution import Contribution, Parts, Rows, Unplanned
+from fed_dpsat.engines.finite import filter_squares, squared_norm_rows
 from fed_dpsat.engines.product import CANCELLATION, Product, gram
 
 FLOOR = 1e-4
 """Least squared norm of a centred filter, as in ``WSConv2d``."""
+
+LEAST_GAIN = 1e-6
+"""Below it, outputs over gain might not be what a layer makes of ``u``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +44,25 @@ def filters(weight: Tensor, gain: Tensor) -> Filters:
     return Filters(u=u, scale=gain * inverse, free=(squared > FLOOR).to(weight))
 
 
-def matches(w: Tensor, weight: Tensor, gain: Tensor) -> bool:
-    """Whether ``w`` is ``weight`` standardised; that its Jacobian is too, ``weighted_sum`` looks at."""
-    if weight.shape != w.shape or gain.shape != w.shape[:1]:
-        return False
-    f = filters(weight, gain)
-    return torch.allclose(f.u * gain.view(-1, *[1] * (w.ndim - 1)), w, rtol=1e-5, atol=1e-6)
-
-
 def contributions(
     w: Tensor, held: Contribution, weight: Tensor, gain: Tensor
 ) -> tuple[Contribution, Contribution] | None:
-    """To ``weight`` and ``gain``, from those to ``w``; None where a norm would be a difference of large numbers."""
-    f = filters(weight.detach(), gain.detach())
+    """To ``weight`` and ``gain``, from those to ``w``; None where ``w`` has other values than ``weight`` standardised,
+    or where a norm would be a difference of large numbers. That its Jacobian is that too, ``weighted_sum`` looks at.
+    """
+    if weight.shape != w.shape or gain.shape != w.shape[:1]:
+        return None
+    gain = gain.detach()
+    f = filters(weight.detach(), gain)
+    again = f.u * _wide(gain, w)
+    if not bool(((again - w.detach()).abs() <= 1e-6 + 1e-5 * again.abs()).all()):
+        return None
     if isinstance(held, Rows | Parts):
         squares, sums, along = _of_rows(held, f)
         total = squares @ f.scale.double().square()
-    elif isinstance(held, Product) and held.exact is None and held.inputs_gram is not None and held.apply is not None:
-        sums, along = _of_product(held, held.apply, f)
-        scaled = held.outputs * f.scale.view(1, -1, *[1] * (held.outputs.ndim - 2))
+    elif isinstance(held, Product) and held.exact is None and held.inputs_gram is not None:
+        sums, along = _of_product(held, gain, f)
+        scaled = held.outputs * _wide(f.scale, held.outputs[0])
         total = (held.inputs_gram * gram(scaled.flatten(2).transpose(1, 2))).sum((1, 2), dtype=torch.float64)
     else:
         return None
@@ -89,11 +92,12 @@ class Standard:
         """Through the Jacobian, by autograd; ``Unplanned`` if that is not the Jacobian that the norms are of."""
         total = self.held.weighted_sum(factors, finite)
         (found,) = torch.autograd.grad(self.w, self.weight, total, retain_graph=True)
-        f, flat = self.filters, total.flatten(1).double()
-        away = flat.sum(1).square() / flat.shape[1] + f.free * (flat * f.u.flatten(1)).sum(1).square()
-        expected = ((flat.square().sum(1) - away) * f.scale.double().square()).sum()
-        size = (flat.square().sum(1) * f.scale.double().square()).sum()
-        if not torch.allclose(found.double().square().sum(), expected, rtol=1e-3, atol=float(1e-5 * size)):
+        f, flat, scales = self.filters, total.flatten(1), self.filters.scale.double().square()
+        along = (flat * f.u.flatten(1)).sum(1)
+        away = flat.sum(1).double().square() / flat.shape[1] + f.free * along.double().square()
+        squares = squared_norm_rows(flat)
+        expected, size = ((squares - away) * scales).sum(), (squares * scales).sum()
+        if not torch.allclose(squared_norm_rows(found).sum(), expected, rtol=1e-3, atol=float(1e-5 * size)):
             raise Unplanned("a weight with the values of a standardised one, but another gradient")
         return found
 
@@ -116,14 +120,22 @@ def _of_part(held: Rows, f: Filters) -> tuple[Tensor, Tensor, Tensor]:
     places = held.to_shape(torch.arange(data[0].numel()).view(1, *held.data.shape[1:])).flatten()
     u = data.new_empty(data[0].numel())
     u[places] = f.u.flatten()
-    both = torch.stack([u.view(*data.shape[1:]), torch.ones_like(data[0])], 2)
-    found = torch.bmm(data.transpose(0, 1), both).transpose(0, 1)
-    squares = torch.linalg.vector_norm(data, dim=-1).double().square()
-    return squares, found[..., 1], found[..., 0]
+    u = u.view(data.shape[1:])
+    return filter_squares(data), data.sum(2), (data * u).sum(2)
 
 
-def _of_product(held: Product, apply: Callable[[Tensor, Tensor], Tensor], f: Filters) -> tuple[Tensor, Tensor]:
+def _of_product(held: Product, gain: Tensor, f: Filters) -> tuple[Tensor, Tensor]:
     """Sums and products with ``u``, ``[B, O]``: what the layer makes of filters of ones, and of ``u``."""
-    along = (apply(held.inputs, f.u) * held.outputs).flatten(2).sum(2)
-    patch_sums = apply(held.inputs.sum(1, keepdim=True), torch.ones_like(f.u[:1, :1])).flatten(1)
+    assert held.apply is not None
+    assert held.made is not None
+    if bool((gain.abs() > LEAST_GAIN).all()):
+        along = (held.made * held.outputs).flatten(2).sum(2) / gain
+    else:
+        along = (held.apply(held.inputs, f.u) * held.outputs).flatten(2).sum(2)
+    patch_sums = held.apply(held.inputs.sum(1, keepdim=True), torch.ones_like(f.u[:1, :1])).flatten(1)
     return torch.bmm(held.outputs.flatten(2), patch_sums[..., None])[..., 0], along
+
+
+def _wide(filters: Tensor, like: Tensor) -> Tensor:
+    """``[O] -> [O, 1, ...]``, to be multiplied with ``like[O, ...]``."""
+    return filters.view(-1, *[1] * (like.ndim - 1))
