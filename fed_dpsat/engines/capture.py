@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from fed_dpsat.engines.contribution import Contribution, Unplanned
 
+NARROW = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+"""Layers that compute in the dtype of ``torch.autocast``, where that is on; contributions are in float32 even so."""
+
 
 class Layer(Protocol):
     """One call with parameters: its forward pass, and a backward pass that keeps per-example contributions."""
@@ -82,7 +85,11 @@ class Capture(TorchFunctionMode):
         if self.tape.keep_calls:
             self.tape.calls.append(call)
         held = replace(call, x=None)  # or every input would live until the end of the backward pass
-        return _Planned.apply(self.tape, held, self.anchor, call.x)  # type: ignore[no-untyped-call]
+        x, device = call.x, call.x.device.type
+        if call.name in NARROW and x.is_floating_point() and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return _Planned.apply(self.tape, held, self.anchor, x)  # type: ignore[no-untyped-call]
 
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
         before, self.sequence_first = self.sequence_first, True
@@ -105,7 +112,7 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: Tape, call: Call, anchor: Tensor, x: Tensor) -> Tensor:
         ctx.tape, ctx.call = tape, call
-        out, saved = call.layer.forward(x, _detached(call.weight), _detached(call.bias))
+        out, saved = call.layer.forward(x, _detached(call.weight, call, x), _detached(call.bias, call, x))
         ctx.save_for_backward(*saved)
         return out
 
@@ -116,9 +123,8 @@ class _Planned(torch.autograd.Function):
         roles = tuple(role for role, t in tensors.items() if t is not None and t.requires_grad)
         if ctx.tape.keep_calls:
             ctx.tape.gradients.append(grad)
-        gradient, found = call.layer.backward(
-            grad, _detached(call.weight), tuple(t.detach() for t in ctx.saved_tensors), ctx.needs_input_grad[3], roles
-        )
+        saved, weight = tuple(t.detach() for t in ctx.saved_tensors), _detached(call.weight, call, ctx.saved_tensors[0])
+        gradient, found = call.layer.backward(grad, weight, saved, ctx.needs_input_grad[3], roles)
         for role, contribution in found.items():
             ctx.tape.found.append((tensors[role], contribution, call.name))
         return None, None, None, gradient
@@ -131,8 +137,11 @@ def check_routed(leaves: dict[str, Tensor], direct: Sequence[Tensor | None]) -> 
         raise Unplanned(f"parameter {used[0]} is used outside linear, conv, norm and embedding layers")
 
 
-def _detached(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach()
+def _detached(t: Tensor | None, call: Call, x: Tensor) -> Tensor | None:
+    """As narrow as the input, where the layer is one that may be."""
+    if t is None:
+        return None
+    return t.detach().to(x.dtype) if call.name in NARROW else t.detach()
 
 
 def _unchecked(function: Any) -> Callable[..., Any]:

@@ -36,6 +36,11 @@ class Contribution(Protocol):
         """``[B, *shape]``, for a parameter that several layers share."""
 
 
+def wide(t: Tensor) -> Tensor:
+    """``t`` in float32 at least: what is clipped has to be what is summed, to more digits than bfloat16 has."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def as_they_are(rows: Tensor) -> Tensor:
     """``[K, *shape] -> [K, *shape]``."""
     return rows
@@ -76,9 +81,9 @@ class Parts:
     def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
         """One pass over the rows."""
         sizes = [len(part.data) for part in self.parts]
-        kept = [None] * len(sizes) if finite is None else finite.split(sizes)
+        kept = [None] * len(sizes) if finite is None else list(torch.split(finite, sizes))
         total = self.parts[0].data.new_zeros(self.parts[0].data[0].numel())
-        for part, some, good in zip(self.parts, factors.to(total).split(sizes), kept, strict=True):
+        for part, some, good in zip(self.parts, torch.split(factors.to(total), sizes), kept, strict=True):
             total.addmv_(keep(part.data, good).reshape(len(some), -1).t(), some)
         first = self.parts[0]
         return first.to_shape(total.view(1, *first.data.shape[1:]))[0]

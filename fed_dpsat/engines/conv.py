@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.engines import patches
-from fed_dpsat.engines.contribution import Contribution, Rows, together
+from fed_dpsat.engines.contribution import Contribution, Rows, together, wide
 from fed_dpsat.engines.finite import squared_norm_rows
 from fed_dpsat.engines.formats import alike, dense, is_channels_last
 from fed_dpsat.engines.linear import Roles
@@ -79,7 +79,7 @@ class Convolution:
         if "weight" in roles:
             found["weight"] = STRATEGIES[self.strategy](self, x, grad, made)
         if "bias" in roles:
-            found["bias"] = Rows(data=grad.flatten(2).sum(2))
+            found["bias"] = Rows(data=wide(grad).flatten(2).sum(2))
         if not need_input:
             return None, found
         return self._gradient(x, grad, alike(weight, x), (True, False, False))[0], found
@@ -132,6 +132,7 @@ def fitting(geometry: Geometry) -> list[str]:
 
 
 def _product(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
+    x, grad = wide(x), wide(grad)
     outputs = grad.flatten(2).transpose(1, 2)
     inputs_gram = patches.gram(layer.geometry, x)
     return product(
@@ -142,7 +143,7 @@ def _product(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = 
         norms=gram_norms(inputs_gram, gram(outputs)),
         inputs_gram=inputs_gram,
         apply=layer.apply,
-        made=made,
+        made=None if made is None else wide(made),
     )
 
 
@@ -151,7 +152,7 @@ def _single(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = N
     one_by_one = [
         layer._gradient(x[i : i + 1], grad[i : i + 1], weight, (False, True, False))[1] for i in range(len(x))
     ]
-    return Rows(data=torch.stack(one_by_one))
+    return Rows(data=wide(torch.stack(one_by_one)))
 
 
 def _rows(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
@@ -159,7 +160,7 @@ def _rows(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = Non
     batch, groups, out = len(x), g.groups, g.shape[0] // g.groups
     inputs = patches.unfold(g, x)
     outputs = grad.flatten(2).view(batch, groups, out, -1) if groups > 1 else grad.flatten(2)[:, None]
-    data = torch.matmul(outputs, inputs)
+    data = wide(torch.matmul(outputs, inputs))
 
     def to_shape(rows: Tensor) -> Tensor:
         apart = rows.view(-1, groups * out, math.prod(g.kernel), g.shape[1])
@@ -180,11 +181,11 @@ def _channels(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None =
     parts = []
     for some, outputs in zip(torch.split(x, step), torch.split(grad, step), strict=True):
         count = len(some)
-        wide = Convolution(
+        abreast = Convolution(
             geometry=replace(g, shape=(count * g.shape[0], *g.shape[1:]), groups=count * g.groups), strategy=""
         )
-        found = wide.weight_gradient(patches.side_by_side(some), patches.side_by_side(outputs))
-        data = (found.permute(0, 2, 3, 1) if last else found).reshape(count, g.shape[0], -1)
+        found = abreast.weight_gradient(patches.side_by_side(some), patches.side_by_side(outputs))
+        data = wide(found.permute(0, 2, 3, 1) if last else found).reshape(count, g.shape[0], -1)
         parts.append(Rows(data=data, to_shape=to_shape, norms=squared_norm_rows(data)))  # while it is in the cache
     return together(parts)
 

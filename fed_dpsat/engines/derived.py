@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.engines import standard
-from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
+from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned, wide
 from fed_dpsat.params import Params
 
 
@@ -52,5 +52,5 @@ def spread(weights: list[tuple[Tensor, Contribution, str]], leaves: Params) -> d
         )
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
-                found.setdefault(name, []).append(Rows(data=gradient))
+                found.setdefault(name, []).append(Rows(data=wide(gradient)))
     return found

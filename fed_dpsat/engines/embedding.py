@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from fed_dpsat.engines.contribution import wide
 from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
 
@@ -27,7 +28,7 @@ class Embedding:
     ) -> tuple[Tensor | None, Roles]:
         """No gradient of words; the contribution to the table."""
         words = saved[0].reshape(len(grad), -1)
-        grad = grad.reshape(*words.shape, -1)
+        grad = wide(grad).reshape(*words.shape, -1)
         grad = grad.masked_fill((words == self.padding)[..., None], 0)
         same = (words[:, :, None] == words[:, None, :]).to(grad)
         norms = gram_norms(same, gram(grad))

@@ -27,7 +27,7 @@ def filter_squares(rows: Tensor) -> Tensor:
     if width <= BLOCK:
         return _squares(rows)
     blocks = next(n for n in range(2, width + 1) if width % n == 0 and width // n <= BLOCK)
-    return _squares(rows.unflatten(2, (blocks, -1))).sum(2)
+    return _squares(rows.reshape(*rows.shape[:2], blocks, -1)).sum(2)
 
 
 def _squares(rows: Tensor) -> Tensor:

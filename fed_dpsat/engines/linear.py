@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fed_dpsat.engines.contribution import Contribution, Rows
+from fed_dpsat.engines.contribution import Contribution, Rows, wide
 from fed_dpsat.engines.product import gram, gram_norms, product, single_norms
 
 Roles = dict[str, Contribution]
@@ -32,6 +32,7 @@ class Linear:
         (x,) = saved
         inputs = x.reshape(len(x), -1, x.shape[-1])
         outputs = grad.reshape(len(x), -1, grad.shape[-1])
+        inputs, outputs = wide(inputs), wide(outputs)
         if "weight" in roles:
             if self.strategy == "product":
                 found["weight"] = product(inputs, outputs, of=_of, each=_each, norms=_norms(inputs, outputs))

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fed_dpsat.errors import ModelError
+from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.params import Params
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 BATCH_NORM, INSTANCE_NORM = _BatchNorm, _InstanceNorm
 
@@ -34,18 +37,27 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 class ModelLoss:
     """The per-example loss of ``module`` as a function of its parameters.
 
+    With ``precision`` "bfloat16" linear and convolution layers compute in that (``torch.autocast``), losses do not.
+    Norms, sums and noise are in float32 whatever it is: what is rounded is one example's gradient, before clipping.
     Raises ``ModelError`` for a module whose examples mix (BatchNorm and the like), naming the layer.
     """
 
     module: nn.Module
     criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         check_module(self.module)
+        if self.precision not in PRECISIONS:
+            raise SettingError("precision", self.precision, f"one of {', '.join(PRECISIONS)}", "choose one of those")
 
     def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
         """``inputs[B, ...], targets[B] -> losses[B]`` at ``params``; what is not in them stays as it is."""
-        return self.criterion(functional_call(self.module, params, (inputs,)), targets)
+        if self.precision == "float32":
+            return self.criterion(functional_call(self.module, params, (inputs,)), targets)
+        with torch.autocast(inputs.device.type, dtype=PRECISIONS[self.precision]):
+            outputs = functional_call(self.module, params, (inputs,))
+        return self.criterion(outputs.float(), targets)
 
 
 def check_module(module: nn.Module) -> None:

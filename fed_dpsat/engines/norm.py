@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fed_dpsat.engines.contribution import Rows
+from fed_dpsat.engines.contribution import Rows, wide
 from fed_dpsat.engines.formats import alike, dense, is_channels_last
 from fed_dpsat.engines.linear import Roles
 
@@ -43,10 +43,10 @@ class GroupNorm:
             size = x.shape[0], x.shape[1], math.prod(x.shape[2:]), self.groups
             wanted = [need_input, False, False]
             found = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *size, wanted)
-            return found[0] if need_input else None, {role: Rows(data=_sums(grad)) for role in roles}
+            return found[0] if need_input else None, {role: Rows(data=_sums(wide(grad))) for role in roles}
         by_format = self._last if is_channels_last(x) else self._planes
         gradient, rows = by_format(grad, weight, saved, need_input)
-        return gradient, {role: Rows(data=rows[role]) for role in roles}
+        return gradient, {role: Rows(data=wide(rows[role])) for role in roles}
 
     def _planes(
         self, grad: Tensor, weight: Tensor, saved: tuple[Tensor, ...], need_input: bool
@@ -76,11 +76,11 @@ class GroupNorm:
         batch, channels = x.shape[:2]
         tile = next(n for n in range(max(1, LEAST_RUN // channels), 0, -1) if x[0, 0].numel() % n == 0)
         runs = batch, x[0, 0].numel() // tile, tile * channels
-        inputs, outputs = (t.movedim(1, -1).reshape(runs) for t in (x, grad))
+        inputs, outputs = (wide(t).movedim(1, -1).reshape(runs) for t in (x, grad))
         found = torch.empty_like(inputs)
         means, rstds = mean.view(batch, self.groups, 1), rstd.view(batch, self.groups, 1)
         weights, size = weight.view(1, self.groups, -1), x[0].numel() // self.groups
-        sums = x.new_empty(2, batch, channels)
+        sums = inputs.new_empty(2, batch, channels)
         few = max(1, FEW_BYTES // (x[0].numel() * x.element_size()))
         for i in range(0, batch, few):
             some, slopes, out = inputs[i : i + few], outputs[i : i + few], found[i : i + few]
@@ -91,18 +91,14 @@ class GroupNorm:
                 continue
             s, b = ((t[i : i + few].view(-1, *weights.shape[1:]) * weights).sum(2, keepdim=True) for t in sums)
             m, r = means[i : i + few], rstds[i : i + few]
-            of_input = (b * m - s) * r**3 / size
-            constant = -of_input * m - b * r / size
-            wide = (
-                t.expand(-1, -1, weights.shape[2]).reshape(-1, 1, channels).repeat(1, 1, tile)
-                for t in (of_input, constant)
-            )
+            a = (b * m - s) * r**3 / size
+            c = -a * m - b * r / size
+            a, c = (t.expand(-1, -1, weights.shape[2]).reshape(-1, 1, channels).repeat(1, 1, tile) for t in (a, c))
             slope = (r * weights).reshape(-1, 1, channels).repeat(1, 1, tile)
-            of_input, constant = wide
-            torch.addcmul(constant, some, of_input, out=out).addcmul_(slopes, slope)
+            torch.addcmul(c, some, a, out=out).addcmul_(slopes, slope)
         raw, shift = (t.view(batch, self.groups, -1) for t in sums)
         rows = {"weight": ((raw - shift * means) * rstds).view(batch, channels), "bias": sums[1]}
-        gradient = found.view(batch, *x.shape[2:], channels).movedim(-1, 1) if need_input else None
+        gradient = found.view(batch, *x.shape[2:], channels).movedim(-1, 1).to(x.dtype) if need_input else None
         return gradient, rows
 
 
@@ -124,11 +120,11 @@ class LayerNorm:
         """Gradient of the input, and the contributions to the parameters in ``roles``."""
         x, mean, rstd = saved
         found: Roles = {}
-        wide = x.shape[0], -1, *self.shape
+        rows = x.shape[0], -1, *self.shape
         if "weight" in roles:
-            found["weight"] = Rows(data=(grad * ((x - mean) * rstd)).reshape(wide).sum(1))
+            found["weight"] = Rows(data=(wide(grad) * ((x - mean) * rstd)).reshape(rows).sum(1))
         if "bias" in roles:
-            found["bias"] = Rows(data=grad.reshape(wide).sum(1))
+            found["bias"] = Rows(data=wide(grad).reshape(rows).sum(1))
         if not need_input:
             return None, found
         backward = torch.ops.aten.native_layer_norm_backward

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ def ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> 
 
 def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Answer:
     devices = [inputs.device] if inputs.is_cuda else []
+    loss_fn = replace(loss_fn, precision="float32")  # what mixes does so at any precision; rounding must not hide it
     last = True
     try:
         for batch in (2, 3):
