@@ -48,11 +48,15 @@ def as_they_are(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Materialised: ``data[B, ...]`` in any layout, ``to_shape``: ``[K, ...] -> [K, *shape]``, squared ``norms[B]``."""
+    """Materialised: ``data[B, ...]`` in any layout, ``to_shape``: ``[K, ...] -> [K, *shape]``, squared ``norms[B]``.
+
+    ``filters``, for weights that are functions: squared norms, sums, and products with the weight, each ``[B, O]``.
+    """
 
     data: Tensor
     to_shape: Callable[[Tensor], Tensor] = as_they_are
     norms: Tensor | None = None
+    filters: tuple[Tensor, Tensor, Tensor] | None = None
 
     def squared_norms(self) -> Tensor:
         """``[B]``."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fed_dpsat.engines import patches
 from fed_dpsat.engines.contribution import Contribution, Rows, together, wide
-from fed_dpsat.engines.finite import squared_norm_rows
+from fed_dpsat.engines.finite import filter_squares
 from fed_dpsat.engines.formats import alike, dense, is_channels_last
 from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
@@ -77,7 +77,7 @@ class Convolution:
         x, made = saved[0], saved[1] if len(saved) > 1 else None
         grad, found = alike(grad, x), {}
         if "weight" in roles:
-            found["weight"] = STRATEGIES[self.strategy](self, x, grad, made)
+            found["weight"] = STRATEGIES[self.strategy](self, x, grad, weight, made)
         if "bias" in roles:
             found["bias"] = Rows(data=wide(grad).flatten(2).sum(2))
         if not need_input:
@@ -104,7 +104,7 @@ class Convolution:
 
     def each(self, x: Tensor, grad: Tensor) -> Tensor:
         """Per-example weight gradients ``[B, *shape]``."""
-        return _rows(self, x, grad).rows()
+        return _rows(self, x, grad, x, None).rows()
 
 
 def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool) -> str:
@@ -131,7 +131,7 @@ def fitting(geometry: Geometry) -> list[str]:
     return [*(["product"] if geometry.groups == 1 else []), "channels", "rows", "single"]
 
 
-def _product(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
+def _product(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
     x, grad = wide(x), wide(grad)
     outputs = grad.flatten(2).transpose(1, 2)
     inputs_gram = patches.gram(layer.geometry, x)
@@ -147,15 +147,15 @@ def _product(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = 
     )
 
 
-def _single(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
-    weight = alike(x.new_empty(1).expand(layer.geometry.shape), x)
+def _single(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
+    weight = alike(weight, x)
     one_by_one = [
         layer._gradient(x[i : i + 1], grad[i : i + 1], weight, (False, True, False))[1] for i in range(len(x))
     ]
     return Rows(data=wide(torch.stack(one_by_one)))
 
 
-def _rows(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
+def _rows(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
     g = layer.geometry
     batch, groups, out = len(x), g.groups, g.shape[0] // g.groups
     inputs = patches.unfold(g, x)
@@ -169,7 +169,7 @@ def _rows(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = Non
     return Rows(data=data, to_shape=to_shape)
 
 
-def _channels(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None = None) -> Contribution:
+def _channels(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
     g = layer.geometry
     step, last = _abreast(g, x, grad), is_channels_last(x)
 
@@ -178,6 +178,7 @@ def _channels(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None =
             return rows.view(-1, *g.shape)
         return rows.view(-1, g.shape[0], *g.kernel, g.shape[1]).permute(0, 1, 4, 2, 3)
 
+    filter_rows = wide(weight.movedim(1, -1) if last else weight).flatten(1)
     parts = []
     for some, outputs in zip(torch.split(x, step), torch.split(grad, step), strict=True):
         count = len(some)
@@ -186,7 +187,9 @@ def _channels(layer: Convolution, x: Tensor, grad: Tensor, made: Tensor | None =
         )
         found = abreast.weight_gradient(patches.side_by_side(some), patches.side_by_side(outputs))
         data = wide(found.permute(0, 2, 3, 1) if last else found).reshape(count, g.shape[0], -1)
-        parts.append(Rows(data=data, to_shape=to_shape, norms=squared_norm_rows(data)))  # while it is in the cache
+        squares = filter_squares(data)  # while it is in the cache
+        filters = (squares, data.sum(2), (data * filter_rows).sum(2)) if layer.derived else None
+        parts.append(Rows(data=data, to_shape=to_shape, norms=squares.sum(1), filters=filters))
     return together(parts)
 
 

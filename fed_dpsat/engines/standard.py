@@ -58,7 +58,7 @@ def contributions(
     if not bool(((again - w.detach()).abs() <= 1e-6 + 1e-5 * again.abs()).all()):
         return None
     if isinstance(held, Rows | Parts):
-        squares, sums, along = _of_rows(held, f)
+        squares, sums, along = _of_rows(held, gain, f)
         total = squares @ f.scale.double().square()
     elif isinstance(held, Product) and held.exact is None and held.inputs_gram is not None:
         sums, along = _of_product(held, gain, f)
@@ -108,14 +108,17 @@ class Standard:
         return found
 
 
-def _of_rows(held: Rows | Parts, f: Filters) -> tuple[Tensor, Tensor, Tensor]:
+def _of_rows(held: Rows | Parts, gain: Tensor, f: Filters) -> tuple[Tensor, Tensor, Tensor]:
     """Per filter ``[B, O]``: squared norms, sums, products with ``u``."""
-    found = [_of_part(part, f) for part in (held.parts if isinstance(held, Parts) else [held])]
+    found = [_of_part(part, gain, f) for part in (held.parts if isinstance(held, Parts) else [held])]
     squares, sums, along = (torch.cat(each) for each in zip(*found, strict=True))
     return squares, sums, along
 
 
-def _of_part(held: Rows, f: Filters) -> tuple[Tensor, Tensor, Tensor]:
+def _of_part(held: Rows, gain: Tensor, f: Filters) -> tuple[Tensor, Tensor, Tensor]:
+    if held.filters is not None and bool((gain.abs() > LEAST_GAIN).all()):
+        squares, sums, along = held.filters
+        return squares, sums, along / gain
     data = held.data.reshape(len(held.data), len(f.u), -1)  # both layouts have the filter first
     places = held.to_shape(torch.arange(data[0].numel()).view(1, *held.data.shape[1:])).flatten()
     u = data.new_empty(data[0].numel())
