@@ -45,7 +45,7 @@ def _measure(args: argparse.Namespace, model: str, size: int) -> list[Row]:
             steps[name]()
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(t) for name, t in times.items()}
-    plain = min(m for name, m in medians.items() if name.startswith("nonprivate"))
+    plain = min(m for name, m in medians.items() if name in ("nonprivate contiguous", "nonprivate channels-last"))
     return [
         {
             "engine": name,
@@ -77,8 +77,8 @@ def _peak_in_a_process(name: str, model: str, size: int, physical: int) -> float
 
 
 def _peak_mb(name: str, model: str, size: int, physical: int) -> float:
-    group = name.split()[0]
-    step = contestants([group], model, size, physical)[name]
+    first, _, second = name.partition(" ")
+    step = contestants([second if second == "bfloat16" else first], model, size, physical)[name]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here, not from the parent process's
     before = _status_mb("VmRSS")
     step()
@@ -113,7 +113,7 @@ def _arguments() -> argparse.Namespace:
         "--against",
         type=lambda t: t.split(","),
         default=["nonprivate", "vmap"],
-        help="nonprivate, vmap, opacus (all modes), dp-sgd, dp-sat (whole steps)",
+        help="nonprivate, vmap, opacus (all modes), bfloat16 (nonprivate and planned), dp-sgd, dp-sat (whole steps)",
     )
     parser.add_argument("--physical", type=int, default=128, help="physical_batch_size")
     parser.add_argument("--repeats", type=int, default=9)
