@@ -55,7 +55,7 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
 
 
 def contestants(against: list[str], model: str, size: int, physical: int) -> dict[str, Step]:
-    """Steps by name; ``nonprivate`` and ``opacus`` are several."""
+    """Steps by name; ``nonprivate``, ``opacus`` and ``bfloat16`` are several."""
     steps: dict[str, Step] = {}
     for name in against:
         if name == "nonprivate":
@@ -63,6 +63,9 @@ def contestants(against: list[str], model: str, size: int, physical: int) -> dic
             steps["nonprivate channels-last"] = _nonprivate(model, size, torch.channels_last)
         elif name == "opacus":
             steps |= {f"opacus {mode}": _opacus(model, size, mode) for mode in OPACUS_MODES}
+        elif name == "bfloat16":
+            steps |= {f"nonprivate {name}": _nonprivate(model, size, torch.channels_last, narrow=True)}
+            steps |= {f"planned {name}": _engine("planned", model, size, physical, precision=name)}
         elif name in ("dp-sgd", "dp-sat"):
             steps[name] = _optimizer_step(name, model, size, physical)
         else:
@@ -70,17 +73,27 @@ def contestants(against: list[str], model: str, size: int, physical: int) -> dic
     return steps
 
 
-def _nonprivate(model: str, size: int, memory_format: torch.memory_format) -> Step:
+def _nonprivate(model: str, size: int, memory_format: torch.memory_format, narrow: bool = False) -> Step:
     module = build(model).to(memory_format=memory_format)
     inputs, targets = batch(size)
     inputs = inputs.contiguous(memory_format=memory_format)
     params = list(module.parameters())
-    return lambda: torch.autograd.grad(functional.cross_entropy(module(inputs), targets), params)
+
+    def step() -> object:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            outputs = module(inputs)
+        return torch.autograd.grad(functional.cross_entropy(outputs.float(), targets), params)
+
+    return step
 
 
-def _engine(engine: str, model: str, size: int, physical: int) -> Step:
+def _engine(engine: str, model: str, size: int, physical: int, precision: str = "float32") -> Step:
     module, data = build(model), batch(size)
-    loss, params, clipping = ModelLoss(module), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
+    loss, params, clipping = (
+        ModelLoss(module, precision=precision),
+        trainable(module),
+        FlatClipping(clip_norm=CLIP_NORM),
+    )
     return lambda: clipped_gradient_sum(loss, params, data, clipping, engine=engine, physical_batch_size=physical)
 
 

@@ -1,6 +1,7 @@
 """``python -m benchmarks.step``: medians of one step each way, and ratios to the fastest ordinary one.
 
-Contestants take turns, on one core, allocator tuned, so that whatever else the machine does meets them alike.
+Contestants take turns, on one core, allocator tuned, so that whatever else the machine does meets them alike. Seconds
+are the processor's, which on one thread are those of an idle machine's wall; what waits for the processor adds none.
 Peak memory is that of a process of its own: what one step adds to the resident set.
 """
 
@@ -18,6 +19,8 @@ import torch
 
 from benchmarks.contestants import Step, contestants
 from fed_dpsat.process import tune_allocator
+
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 Row = dict[str, str | int | float | None]
 
@@ -38,14 +41,15 @@ def _measure(args: argparse.Namespace, model: str, size: int) -> list[Row]:
     names = list(dict.fromkeys([*args.against, "nonprivate", *args.engine]))
     steps = contestants(names, model, size, args.physical)
     failed = {name for name, step in steps.items() if not _works(name, step)}
+    clock = CLOCKS[args.clock]
     times: dict[str, list[float]] = {name: [] for name in steps if name not in failed}
     for _ in range(args.repeats):
         for name in times:
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     medians = {name: statistics.median(t) for name, t in times.items()}
-    plain = min(m for name, m in medians.items() if name.startswith("nonprivate"))
+    plain = min(m for name, m in medians.items() if name in ("nonprivate contiguous", "nonprivate channels-last"))
     return [
         {
             "engine": name,
@@ -77,8 +81,8 @@ def _peak_in_a_process(name: str, model: str, size: int, physical: int) -> float
 
 
 def _peak_mb(name: str, model: str, size: int, physical: int) -> float:
-    group = name.split()[0]
-    step = contestants([group], model, size, physical)[name]
+    first, _, second = name.partition(" ")
+    step = contestants([second if second == "bfloat16" else first], model, size, physical)[name]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here, not from the parent process's
     before = _status_mb("VmRSS")
     step()
@@ -113,10 +117,11 @@ def _arguments() -> argparse.Namespace:
         "--against",
         type=lambda t: t.split(","),
         default=["nonprivate", "vmap"],
-        help="nonprivate, vmap, opacus (all modes), dp-sgd, dp-sat (whole steps)",
+        help="nonprivate, vmap, opacus (all modes), bfloat16 (nonprivate and planned), dp-sgd, dp-sat (whole steps)",
     )
     parser.add_argument("--physical", type=int, default=128, help="physical_batch_size")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="seconds of this process's one thread, or wall")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

@@ -89,6 +89,12 @@ class RunConfig:
         "way per-example gradients are computed: auto, vmap (any module), planned (layer by layer), opacus",
         choices=("auto", "vmap", "planned", "opacus"),
     )
+    precision: str = _setting(
+        "float32",
+        "precision of linear and convolution layers; bfloat16 is faster on CPUs that have it and rounds each example's "
+        "gradient before clipping",
+        choices=("float32", "bfloat16"),
+    )
 
     # privacy
     private: bool = _setting(True, "switch: false trains without noise and reports epsilon = inf")

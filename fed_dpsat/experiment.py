@@ -109,7 +109,7 @@ class Experiment:
             config=config,
             dataset=attackers.poisoned(dataset, partitions) if attackers else dataset,
             partitions=partitions,
-            loss_fn=ModelLoss(model),
+            loss_fn=ModelLoss(model, precision=config.precision),
             optimizer=optimizer,
             clipping=clipping,
             budgets=[row.target_epsilon for row in read_table(config)],

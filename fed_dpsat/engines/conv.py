@@ -24,7 +24,7 @@ from torch import Tensor
 from fed_dpsat.engines import patches
 from fed_dpsat.engines.contribution import Contribution, Rows, together, wide
 from fed_dpsat.engines.finite import filter_squares
-from fed_dpsat.engines.formats import alike, dense, is_channels_last
+from fed_dpsat.engines.formats import alike, dense, is_channels_last, unset
 from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
 
@@ -91,7 +91,7 @@ class Convolution:
 
     def weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The ordinary weight gradient of a batch, a sum."""
-        weight = alike(x.new_empty(1).expand(self.geometry.shape), x)
+        weight = unset(self.geometry.shape, x)  # only its shape is looked at
         gradient: Tensor = self._gradient(x, grad, weight, (False, True, False))[1]
         return gradient
 

@@ -30,3 +30,9 @@ def dense(x: Tensor) -> Tensor:
 def alike(y: Tensor, x: Tensor) -> Tensor:
     """``y`` in the format of ``x``, both of as many dimensions."""
     return laid_out(y, is_channels_last(x))
+
+
+def unset(shape: tuple[int, ...], x: Tensor) -> Tensor:
+    """Room for ``shape``, of as many dimensions as ``x``, in its format."""
+    memory_format = FORMATS[x.ndim] if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)

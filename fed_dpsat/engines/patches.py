@@ -14,6 +14,9 @@ from fed_dpsat.engines.formats import is_channels_last
 if TYPE_CHECKING:
     from fed_dpsat.engines.conv import Geometry
 
+MANY = 8
+"""From so many on, a strided copy is as fast as ``torch.cat``, which is twice as fast for two."""
+
 
 def gram(geometry: Geometry, x: Tensor) -> Tensor:
     """Inner products ``[B, positions, positions]`` of the patches of one image ``x[B, C, H, W]``; one group.
@@ -89,4 +92,5 @@ def side_by_side(x: Tensor) -> Tensor:
     if not is_channels_last(x):
         return x.reshape(1, batch * channels, height, width)
     pixels = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-    return torch.cat(pixels.unbind(0), 1).view(1, height, width, batch * channels).permute(0, 3, 1, 2)
+    abreast = torch.cat(pixels.unbind(0), 1) if batch < MANY else pixels.transpose(0, 1).reshape(height * width, -1)
+    return abreast.view(1, height, width, batch * channels).permute(0, 3, 1, 2)

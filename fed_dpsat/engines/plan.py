@@ -16,19 +16,21 @@ from torch import Tensor, nn
 
 from fed_dpsat.engines import conv, linear
 from fed_dpsat.engines.capture import Call, Capture, Tape
+from fed_dpsat.engines.formats import is_channels_last, laid_out
 from fed_dpsat.engines.loss import ModelLoss
-from fed_dpsat.engines.probe import refusal
+from fed_dpsat.engines.probe import ask
 from fed_dpsat.engines.routes import ROUTES
 from fed_dpsat.params import trainable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One layer: its first parameter, the shape of its input, its strategy, and seconds by strategy if timed."""
+    """One layer: its first parameter, its input, its strategy, and seconds by strategy if timed."""
 
     parameter: str
     layer: str
     input_shape: tuple[int, ...]
+    channels_last: bool
     strategy: str
     seconds: dict[str, float]
 
@@ -43,8 +45,10 @@ def plan_table(
     loss, params = ModelLoss(module, _any_loss), trainable(module)
     inputs = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
     targets = torch.zeros(batch)
-    if reason := refusal(loss, params, inputs, targets):
-        return [], reason
+    answer = ask(loss, params, inputs, targets)
+    if answer.refusal:
+        return [], answer.refusal
+    inputs = laid_out(inputs, answer.channels_last)
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     tape = Tape(keep_calls=True)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), Capture(tape, ROUTES, batch):
@@ -54,13 +58,13 @@ def plan_table(
 
 
 def plan_text(rows: list[Row], reason: str) -> str:
-    """The table to print: one line per layer, times in milliseconds."""
+    """The table to print: one line per layer, times in milliseconds; "last" says where the channels are in memory."""
     if reason:
         return f"vmap for the whole module: {reason}"
     lines = [f"{'parameter':32} {'layer':12} {'input':22} strategy"]
     for row in rows:
         times = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in row.seconds.items())
-        shape = "x".join(map(str, row.input_shape))
+        shape = "x".join(map(str, row.input_shape)) + (" last" if row.channels_last else "")
         lines.append(f"{row.parameter:32} {row.layer:12} {shape:22} {row.strategy:10} {times}".rstrip())
     return "\n".join(lines)
 
@@ -76,6 +80,7 @@ def _row(call: Call, names: dict[int, str], repeats: int) -> Row:
         parameter=parameter,
         layer=call.name,
         input_shape=tuple(call.x.shape),
+        channels_last=is_channels_last(call.x),
         strategy=getattr(call.layer, "strategy", "rows"),
         seconds={name: _median(step, repeats) for name, step in _alternatives(call).items()} if repeats else {},
     )

@@ -5,7 +5,7 @@ from torch import nn
 from fed_dpsat.engines.plan import plan_table, plan_text
 from fed_dpsat.models.cnn import tanh_cnn
 from fed_dpsat.models.dpnasnet import dpnasnet_cifar
-from fed_dpsat.models.resnet import wrn16_4_gn
+from fed_dpsat.models.resnet import resnet20_gn, wrn16_4_gn
 
 
 def test_few_positions_are_products_and_many_are_side_by_side():
@@ -14,6 +14,14 @@ def test_few_positions_are_products_and_many_are_side_by_side():
     assert [row.strategy for row in rows] == ["channels"] * 4 + ["product"] * 4
     assert [row.parameter for row in rows][:2] == ["0.weight", "2.weight"]
     assert rows[0].input_shape == (2, 3, 32, 32)
+    assert "2x3x32x32 last" in plan_text(rows, "")
+
+
+def test_the_plan_is_of_the_format_that_the_engine_uses():
+    """Side by side is cheaper where channels have planes: 64 channels at 8x8 are that there, products elsewhere."""
+    rows, _ = plan_table(resnet20_gn((3, 32, 32), 10), (3, 32, 32), 2)
+    assert not any(row.channels_last for row in rows)
+    assert {row.strategy for row in rows if row.layer == "conv2d" and row.input_shape[1] == 64} == {"channels"}
 
 
 def test_the_plan_does_not_depend_on_the_batch():

@@ -223,13 +223,12 @@ def test_embedding(seed, batch, extra, padding):
     check(module, words)
 
 
-def attention(batch_first):
-    layer = nn.MultiheadAttention(6, 2, batch_first=batch_first)
-    return Function(lambda parts, x: parts.attention(x, x, x, need_weights=False)[0], attention=layer)
-
-
-def test_attention_through_its_linears():
-    check(attention(batch_first=True), seeded(0, 4, 5, 6))
+@settings(max_examples=10)
+@given(SEEDS, BATCHES, st.integers(1, 6), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_attention_through_its_linears(seed, batch, length, heads, width, bias):
+    layer = nn.MultiheadAttention(heads * width, heads, bias=bias, batch_first=True)
+    module = Function(lambda parts, x: parts.attention(x, x, x, need_weights=False)[0], attention=layer)
+    check(module, seeded(seed, batch, length, heads * width), physical=3)
 
 
 def test_attention_with_other_keys():
@@ -313,6 +312,19 @@ def test_functions_of_weights():
     check(Function(lambda parts, x: nn.functional.linear(x, parts.layer.weight.t()), layer=layer), seeded(0, 5, 4))
     check(nn.Sequential(WSConv2d(3, 5, 3, stride=2), nn.Tanh(), WSConv2d(5, 2, 1)), seeded(0, 4, 3, 6, 6))
     check(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), seeded(0, 5, 3))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("channels", [2, 32])
+def test_convolutions_whose_weights_are_functions(channels, bias):
+    """Mirrored kernels, side by side and by products; what is changed in place after the layer is not what it kept."""
+
+    def forward(parts, x):
+        out = nn.functional.conv2d(x, parts.layer.weight.flip(-1), parts.layer.bias, padding=1)
+        return nn.functional.relu(out, inplace=True)
+
+    module = Function(forward, layer=nn.Conv2d(channels, channels, 3, bias=bias))
+    check(nn.Sequential(module, nn.Flatten(), nn.Linear(16 * channels, 3)), seeded(0, 5, channels, 4, 4), physical=2)
 
 
 def test_unused_and_frozen_parameters(same_bits):
