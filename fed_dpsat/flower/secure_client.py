@@ -48,6 +48,8 @@ def hide(client: int, content: RecordDict, state: RecordDict, reply: RecordDict)
     """
     asked: dict[str, Any] = dict(content.config_records[SECURE])
     own, kept = _kept(client, str(records.read_task(content).round), state)
+    if "present" in kept:
+        raise ValueError(f"client {client} has sent its update of round {own.round}: two under one mask would tell")
     present, threshold = list(asked["clients"]), int(kept["threshold"])
     if len(present) < threshold or client not in present or not set(present) <= set(kept["clients"]):
         raise ValueError(f"{len(present)} clients have shared, threshold={threshold}: nothing is sent")

@@ -148,6 +148,13 @@ def test_a_client_that_expects_the_other_sends_nothing(secure, tmp_path):
     assert not [m for m in other.sent if m.has_content() and m.content.array_records]
 
 
+def test_an_update_is_sent_once_under_a_mask():
+    with simulation_grid(Experiment.build(dataclasses.replace(SECRET, num_rounds=1))) as grid:
+        asked = Asked(grid)
+        again = asked.masked(asked.until_masked())
+        assert "two under one mask" in again[0].error.reason
+
+
 def test_shares_are_opened_once():
     """A second question, with other clients said to have arrived, would give the server both secrets of one."""
     with simulation_grid(Experiment.build(dataclasses.replace(SECRET, num_rounds=1))) as grid:
@@ -183,10 +190,18 @@ class Asked:
         )
 
     def until_open(self, arrived):
+        self.until_masked()
+        return self.open(arrived)
+
+    def until_masked(self):
         keys = [r.content[SECURE] for r in self.ask([{"phase": "keys"}] * 6)]
         listed = {"clients": list(range(6)), "seal": [k["seal"] for k in keys], "mask": [k["mask"] for k in keys]}
         shares = [r.content[SECURE] for r in self.ask([{"phase": "shares", "threshold": 5, **listed}] * 6)]
-        self.ask(
+        assert all(reply.has_content() for reply in self.masked(shares))
+        return shares
+
+    def masked(self, shares):
+        return self.ask(
             [
                 {
                     "phase": "masked",
@@ -197,7 +212,6 @@ class Asked:
                 for client in range(6)
             ]
         )
-        return self.open(arrived)
 
     def open(self, arrived):
         return self.ask([{"phase": "open", "arrived": arrived}])[0]
