@@ -263,7 +263,7 @@ class PrivateStrategy(Strategy):
                     grid,
                     messages,
                     self._tasks,
-                    self._clients,
+                    {node: client for client, node in self._directory.nodes.items()},
                     threshold_share=self.secure_threshold,
                     release_counts=self.release_counts,
                     timeout=timeout,
