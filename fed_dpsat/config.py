@@ -137,6 +137,15 @@ class RunConfig:
         0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
     )
     min_clients: int = _setting(1, "number of clients a round needs; with fewer left in budget the run ends", least=1)
+    secure_aggregation: bool = _setting(
+        False, "switch: the server sees sums of updates and no single one; epsilon stays that of one who sees all"
+    )
+    secure_threshold: float = _setting(
+        0.67,
+        "share of a cohort that must stay to the end of a round, or its sum is lost; a majority",
+        above=0.5,
+        most=1,
+    )
     attack: str = _setting("", "what attackers do, in a simulation of it; empty is for no attackers")
     attack_args: str = _setting("", "arguments of the attack: factor = 10")
     attackers: float = _setting(0.0, "share of clients that attack, drawn from the seed", least=0, most=1)
@@ -191,6 +200,8 @@ class RunConfig:
 
         if self.delta >= 1:
             fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
+        if self.secure_aggregation and self.cohort_size < 3:
+            fail("secure_aggregation", f"possible with {self.cohort_size} clients a round", "3 or more hide each other")
         if bool(self.attack) != (self.attackers > 0):
             fail("attackers", f"possible with attack={self.attack!r}", "give both a share of clients and an attack")
         if self.attack and self.noise_source != "seeded":

@@ -11,7 +11,8 @@ from flwr.clientapp import ClientApp
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import on_device, records
+from fed_dpsat.flower import on_device, records, secure_client
+from fed_dpsat.flower.records import RecordError
 from fed_dpsat.plans import spend
 from fed_dpsat.process import intra_op_threads, tune_allocator
 
@@ -42,9 +43,17 @@ def make_client_app(provider: Provider) -> ClientApp:
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
+        secure = secure_client.SECURE in message.content.config_records
+        if secure and on_device.POLICY in context.node_config:
+            raise RecordError("a device with a policy takes no part in secure aggregation yet; nothing was computed")
         if on_device.POLICY in context.node_config:
             return on_device.train(message, context)
         experiment, client = provider(context.run_config), _client(context)
+        if secure != experiment.config.secure_aggregation:
+            raise RecordError("the server and this client do not agree on secure_aggregation; nothing was computed")
+        if secure and message.content.config_records[secure_client.SECURE]["phase"] != secure_client.MASKED:
+            size = len(experiment.partitions[client])
+            return Message(secure_client.answer(client, message.content, context.state, size), reply_to=message)
         if experiment.config.tune_malloc:
             tune_allocator()
         config = experiment.config
@@ -67,6 +76,8 @@ def make_client_app(provider: Provider) -> ClientApp:
         content = records.reply_content(
             client, task, result, len(experiment.partitions[client]), release_counts=config.release_counts
         )
+        if secure:
+            content = secure_client.hide(client, message.content, context.state, content)
         return Message(content, reply_to=message)
 
     return client_app

@@ -264,6 +264,7 @@ def run_federation(
             release_counts=config.release_counts,
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
+            secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
             phases=phases,
         )
         recorder = Recorder(experiment, private, folder, on_round)

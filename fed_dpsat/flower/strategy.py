@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from numpy.typing import NDArray
 
+from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import compat, records, sums
 from fed_dpsat.flower.grid import SimulationGrid
@@ -26,6 +27,7 @@ from fed_dpsat.flower.records import RecordError
 from fed_dpsat.flower.replies import Failure, judge
 from fed_dpsat.flower.report import RoundReport, Verdicts, by_attempt
 from fed_dpsat.flower.roster import Roster
+from fed_dpsat.flower.secure_server import secure_sum
 from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
 from fed_dpsat.params import subtract
 from fed_dpsat.plans import ClientPlan
@@ -66,6 +68,7 @@ class PrivateStrategy(Strategy):
         send_ascent: bool = False,
         release_counts: bool = False,
         join_timeout: float = 60.0,
+        secure_threshold: float = 0.0,
         phases: Phases | None = None,
     ) -> None:
         self.inner = inner
@@ -75,6 +78,14 @@ class PrivateStrategy(Strategy):
         self.accountant = accountant
         self.send_ascent = send_ascent
         self.release_counts = release_counts
+        self.secure_threshold = secure_threshold
+        if secure_threshold and not sums.only_mean(inner):
+            raise SettingError(
+                "strategy",
+                type(inner).__name__,
+                "one that uses only the mean of replies",
+                "secure_aggregation hides them",
+            )
         self.phases = phases or Phases()
         self.report = RoundReport(round=0)
         self.roster = Roster(
@@ -244,6 +255,21 @@ class PrivateStrategy(Strategy):
     def _train(
         self, round: int, messages: list[Message], grid: Grid, timeout: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        if self.secure_threshold:
+            if not messages:
+                return self.aggregate_parts(round, [])
+            with self.phases("train"):
+                part = secure_sum(
+                    grid,
+                    messages,
+                    self._tasks,
+                    {node: client for client, node in self._directory.nodes.items()},
+                    threshold_share=self.secure_threshold,
+                    release_counts=self.release_counts,
+                    timeout=timeout,
+                )
+            with self.phases("aggregate"):
+                return self.aggregate_parts(round, [part])
         if not isinstance(grid, SimulationGrid):
             with self.phases("train"):
                 replies = iter(grid.send_and_receive(messages, timeout=timeout))

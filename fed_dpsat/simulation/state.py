@@ -56,9 +56,10 @@ class StateStore:
         path = _path(self._folder, client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, state)
-        for other in path.parent.iterdir():
-            if other.name not in (path.name, f"{before}.pt"):
-                other.unlink(missing_ok=True)
+        if before != round:  # a client may be asked several times in one round, and goes back to the last one
+            for other in path.parent.iterdir():
+                if other.name not in (path.name, f"{before}.pt"):
+                    other.unlink(missing_ok=True)
         while self._bytes > REMEMBERED_BYTES:
             self._forget(next(iter(self._remembered)))
 

@@ -72,9 +72,11 @@ def flower_home(tmp_path):
                 os.kill(int(entry.name), signal.SIGKILL)
 
 
-def test_flwr_run_trains_to_the_same_bits(flower_home, tmp_path):
+@pytest.mark.parametrize("secure", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["open", "secure"])
+def test_flwr_run_trains_to_the_same_bits(flower_home, tmp_path, secure):
     out = tmp_path / "run"
-    overrides = " ".join(f"{k}={v}" for k, v in SETTINGS.items()) + f' out="{out}"'
+    settings = {**SETTINGS, "clients_per_round": 3, "secure_aggregation": True} if secure else SETTINGS
+    overrides = " ".join(f"{k}={str(v).lower()}" for k, v in settings.items()) + f' out="{out}"'
     command = [
         "flwr", "run", str(ROOT), "local", "--stream", "-c", overrides,
         "--federation-config", "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=2",
@@ -88,7 +90,7 @@ def test_flwr_run_trains_to_the_same_bits(flower_home, tmp_path):
     assert summary["status"] == "completed"
     assert summary["rounds_completed"] == 2
 
-    simulate(RunConfig(**SETTINGS, delta=1e-4), tmp_path / "here")
+    simulate(RunConfig(**settings, delta=1e-4), tmp_path / "here")
     models = [torch.load(f / "checkpoint" / "model.pt", weights_only=True)["params"] for f in (out, tmp_path / "here")]
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])

@@ -1,0 +1,116 @@
+"""A client's side of secure aggregation: what it answers in each phase, and what it keeps in between.
+
+Secrets live in the context's state and go when shares are opened: a second question about one round is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from fed_dpsat.flower import compat, records
+from fed_dpsat.secagg.fixed_point import encode, fraction_bits
+from fed_dpsat.secagg.rounds import PublicKeys, Secrets, mask, open_shares, share
+
+SECURE = "fed_dpsat.secure"
+"""The record of a phase, in questions and answers."""
+
+SECRETS = "fed_dpsat.secrets"
+"""The record that a client keeps and never sends."""
+
+KEYS, LISTS = ("seal_key", "mask_key", "seed"), ("seal", "mask", "sealed")
+"""What of that record is bytes, and lists of bytes."""
+
+MASKED = "masked"
+
+
+def answer(client: int, content: RecordDict, state: RecordDict, num_examples: int) -> RecordDict:
+    """The answer to a question of the phases keys, shares or open; raises ``ValueError`` for one out of turn."""
+    asked: dict[str, Any] = dict(content.config_records[SECURE])
+    round = str(records.read_task(content).round)
+    answers: dict[str, Callable[[], dict[str, Any]]] = {
+        "keys": lambda: _keys(client, round, state, num_examples),
+        "shares": lambda: _shares(client, round, state, asked),
+        "open": lambda: _open(client, round, state, asked),
+    }
+    if asked["phase"] not in answers:
+        raise ValueError(f"phase={asked['phase']!r} is not one of {', '.join(answers)}")
+    return RecordDict({SECURE: ConfigRecord({"client": client, **answers[asked["phase"]]()})})
+
+
+def hide(client: int, content: RecordDict, state: RecordDict, reply: RecordDict) -> RecordDict:
+    """``reply`` with the masked, weighted update in the place of the model.
+
+    Raises ``ValueError`` where fewer than the threshold have shared: their masks could be opened.
+    """
+    asked: dict[str, Any] = dict(content.config_records[SECURE])
+    own, kept = _kept(client, str(records.read_task(content).round), state)
+    if "present" in kept:
+        raise ValueError(f"client {client} has sent its update of round {own.round}: two under one mask would tell")
+    present, threshold = list(asked["clients"]), int(kept["threshold"])
+    if len(present) < threshold or client not in present or not set(present) <= set(kept["clients"]):
+        raise ValueError(f"{len(present)} clients have shared, threshold={threshold}: nothing is sent")
+    before, after = (flat(record.array_records[records.ARRAYS]) for record in (content, reply))
+    size: Any = reply.metric_records[records.METRICS][records.NUM_EXAMPLES]
+    weight = float(size)
+    encoded = encode(after - before, weight, fraction_bits(asked["total_examples"]))
+    masked = mask(own, _roster(kept), present, encoded)
+    _keep(state, {**kept, "present": present, "sealed": list(asked["sealed"])})
+    return RecordDict({**reply, records.ARRAYS: ArrayRecord({MASKED: compat.Array(masked)})})
+
+
+def flat(arrays: ArrayRecord) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """All arrays one after the other; raises ``ValueError`` for whole numbers, of which there is no mean."""
+    views = [compat.view(array) for array in arrays.values()]
+    if wrong := [name for name, view in zip(arrays, views, strict=True) if view.dtype.kind != "f"]:
+        raise ValueError(f"secure aggregation is of floating point parameters, and {wrong[0]} is none")
+    return np.concatenate([view.ravel().astype(np.float64) for view in views])
+
+
+def _keys(client: int, round: str, state: RecordDict, num_examples: int) -> dict[str, Any]:
+    own = Secrets.new(client, round)
+    _keep(state, {"round": round, "seal_key": own.seal_key, "mask_key": own.mask_key, "seed": own.seed})
+    return {"seal": own.public.seal, "mask": own.public.mask, "num_examples": num_examples}
+
+
+def _shares(client: int, round: str, state: RecordDict, asked: dict[str, Any]) -> dict[str, Any]:
+    own, kept = _kept(client, round, state)
+    if "threshold" in kept:
+        raise ValueError(f"client {client} has shared its secrets of round {round} already")
+    sealed = share(own, _roster(asked), asked["threshold"])
+    _keep(state, {**kept, **{key: asked[key] for key in ("threshold", "clients", "seal", "mask")}})
+    return {"holders": list(sealed), "sealed": list(sealed.values())}
+
+
+def _open(client: int, round: str, state: RecordDict, asked: dict[str, Any]) -> dict[str, Any]:
+    own, kept = _kept(client, round, state)
+    if "present" not in kept:
+        raise ValueError(f"client {client} has sent nothing in round {round}")
+    del state[SECRETS]
+    sealed = dict(zip(kept["present"], kept["sealed"], strict=True))
+    opened = open_shares(own, _roster(kept), sealed, asked["arrived"], kept["threshold"])
+    return {"owners": list(opened), "opened": list(opened.values())}
+
+
+def _keep(state: RecordDict, values: dict[str, Any]) -> None:
+    """As text, since ``torch.load`` takes no bytes where it takes no code."""
+    text = {key: [v.hex() for v in values[key]] for key in LISTS if key in values}
+    text |= {key: values[key].hex() for key in KEYS}
+    state[SECRETS] = ConfigRecord({**values, **text})
+
+
+def _kept(client: int, round: str, state: RecordDict) -> tuple[Secrets, dict[str, Any]]:
+    kept: dict[str, Any] = dict(state.config_records.get(SECRETS, ConfigRecord()))
+    if kept.get("round") != round:
+        raise ValueError(f"client {client} has no secrets of round {round}: it was restarted, or answered already")
+    kept |= {key: [bytes.fromhex(v) for v in kept[key]] for key in LISTS if key in kept}
+    kept |= {key: bytes.fromhex(kept[key]) for key in KEYS}
+    return Secrets(round=round, client=client, **{key: kept[key] for key in KEYS}), kept
+
+
+def _roster(values: dict[str, Any]) -> dict[int, PublicKeys]:
+    triples = zip(values["clients"], values["seal"], values["mask"], strict=True)
+    return {client: PublicKeys(seal=seal, mask=mask) for client, seal, mask in triples}

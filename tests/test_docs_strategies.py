@@ -1,0 +1,77 @@
+"""docs/strategies.md works: its files run and conform, its commands parse, what it names exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fed_dpsat import RunConfig, plugins
+from fed_dpsat.cli import app
+from fed_dpsat.testing.strategy import CHECKS
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "strategies.md").read_text()
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, flags=re.DOTALL))
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL) for line in block.splitlines() if line
+]
+
+
+@pytest.fixture
+def tutorial(tmp_path, monkeypatch):
+    """A folder that holds just the files of the tutorial."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_tutorial_is_short():
+    assert list(FILES) == ["bounded_mean.py", "test_bounded_mean.py"]
+    assert sum(len(text.splitlines()) for text in FILES.values()) <= 36
+
+
+def test_its_strategy_runs_by_its_command(tutorial):
+    (command,) = (line for line in COMMANDS if "bounded_mean" in line)
+    program, *arguments = shlex.split(command)
+    result = CliRunner().invoke(app, [*arguments, "--out", "run", "--json"])
+    assert program == "fed-dpsat"
+    assert result.exit_code == 0, result.output
+    assert '"strategy": "bounded_mean.py:bounded_mean"' in (tutorial / "run" / "summary.json").read_text()
+
+
+def test_its_conformance_test_passes_and_can_fail(tutorial):
+    names: dict[str, object] = {}
+    exec(compile(FILES["test_bounded_mean.py"], "test_bounded_mean.py", "exec"), names)
+    names["test_it_conforms"]()
+    spoiled = FILES["bounded_mean.py"].replace("return (updates", "return -(updates")
+    (tutorial / "bounded_mean.py").write_text(spoiled)
+    with pytest.raises(AssertionError, match="equal_replies_move_that_way"):
+        names["test_it_conforms"]()
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "bounded_mean" not in line])
+def test_the_other_commands_are_valid(command):
+    program, verb, path, *rest = shlex.split(command)
+    config = RunConfig.load(ROOT / path, [value for value in rest if value != "--set"])
+    assert (program, verb) == ("fed-dpsat", "run")
+    if "path/to" not in config.strategy:
+        plugins.load("strategy", config.strategy)
+    if config.attack:
+        plugins.load("attack", config.attack)
+
+
+def test_it_names_every_check_strategy_and_attack():
+    for name in [*(check.__name__ for check in CHECKS), *plugins.builtin("strategy"), *plugins.builtin("attack")]:
+        assert f"`{name}`" in TEXT, name
+
+
+def test_files_that_it_names_exist():
+    for path in re.findall(r"`((?:fed_dpsat|strategies|simulations|docs|tests)/[\w/]+\.\w+)`", TEXT):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([\w/.]+)\)", TEXT):
+        assert (ROOT / "docs" / path).exists(), path
