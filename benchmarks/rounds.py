@@ -24,6 +24,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -171,6 +172,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Parse, measure, print."""
     args = _arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the contestants too
     rows = []
     if args.population or args.scaling or args.sleeping:
         rows += population(args) if args.population else []
