@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from benchmarks.rounds_contestants import Setting
-from benchmarks.rounds_measure import Entry, Row, entry, measure
+from benchmarks.rounds_measure import Entry, Row, entry, measure, seconds, table
 from benchmarks.rounds_plugins import cifar_clients
 from fed_dpsat.config import RunConfig
 
@@ -104,11 +104,11 @@ def _pfl_entry(python: str, data: Path, setting: Setting, noise: str) -> Entry:
 
 def _with_ratios(rows: list[Row]) -> list[Row]:
     """Seconds of each over those of the others' references: the loop, pfl."""
-    medians = {row["engine"]: row["seconds_per_round"] for row in rows}
+    medians = {row["engine"]: seconds(row) for row in rows}
     for row in rows:
         for reference in ("loop", "pfl"):
             if reference in medians:
-                row[f"ratio_to_{reference}"] = round(row["seconds_per_round"] / medians[reference], 3)  # type: ignore[operator]
+                row[f"ratio_to_{reference}"] = round(seconds(row) / medians[reference], 3)
     return rows
 
 
@@ -129,7 +129,7 @@ def scaling(args: argparse.Namespace) -> list[Row]:
     entries = [_train_entry("ours", dataclasses.replace(setting, workers=w), "none") for w in args.scaling]
     rows = measure(entries, args.timeout)
     for row in rows:
-        row["speedup"] = round(rows[0]["seconds_per_round"] / row["seconds_per_round"], 3)  # type: ignore[operator]
+        row["speedup"] = round(seconds(rows[0]) / seconds(row), 3)
     return rows
 
 
@@ -143,14 +143,8 @@ def sleeping(args: argparse.Namespace) -> list[Row]:
             contestant = "ours-idle" if engine == "ours" else engine
             one = entry("sleeping", engine, contestant, dataclasses.replace(setting, workers=workers))
             for row in measure([one], args.timeout):
-                rows.append({**row, "ideal_seconds": ideal, "over_ideal": _over(row, ideal)})
+                rows.append({**row, "ideal_seconds": ideal, "over_ideal": round(seconds(row) / ideal, 3)})
     return rows
-
-
-def _over(row: Row, ideal: float) -> float:
-    seconds = row["seconds_per_round"]
-    assert isinstance(seconds, float)
-    return round(seconds / ideal, 3)
 
 
 def _write_data(path: Path, data_path: str) -> None:
@@ -159,14 +153,6 @@ def _write_data(path: Path, data_path: str) -> None:
     examples = cifar_clients(COHORT, "parquet", data_path, settings.cache_dir).train
     inputs, labels = examples.batch(torch.arange(len(examples)))
     np.savez(path, inputs=inputs.numpy(), labels=labels.numpy())
-
-
-def table(rows: list[Row]) -> str:
-    """Rows as Markdown; columns are all keys that a row has."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def main() -> None:

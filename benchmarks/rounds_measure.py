@@ -43,13 +43,13 @@ def measure(entries: Sequence[Entry], timeout: float) -> list[Row]:
     """One row per contestant that lasted; those of one call take turns."""
     running: dict[int, Contestant] = {}
     warm: dict[int, float] = {}
-    seconds: dict[int, list[float]] = {i: [] for i in range(len(entries))}
+    times: dict[int, list[float]] = {i: [] for i in range(len(entries))}
 
     def attempt(i: int, round: int) -> None:
         try:
             if i not in running:
                 running[i] = Contestant(entries[i].command, {**QUIET, **entries[i].env}, timeout)
-            seconds[i].append(running[i].round())
+            times[i].append(running[i].round())
             if not round:
                 warm[i] = running[i].memory_mb("VmRSS")
         except ContestantError as error:
@@ -63,23 +63,38 @@ def measure(entries: Sequence[Entry], timeout: float) -> list[Row]:
         for round in range(1, max((one.rounds for one in entries), default=0) + 1):
             for i in [i for i in running if round <= entries[i].rounds]:
                 attempt(i, round)
-        return [_row(entries[i], running[i], warm[i], seconds[i][1:]) for i in running]
+        return [_row(entries[i], running[i], warm[i], times[i][1:]) for i in running]
     finally:
         for contestant in running.values():
             contestant.end()
 
 
-def _row(one: Entry, contestant: Contestant, warm: float, seconds: list[float]) -> Row:
-    median = statistics.median(seconds)
+def _row(one: Entry, contestant: Contestant, warm: float, times: list[float]) -> Row:
+    median = statistics.median(times)
     clients = one.labels["clients"]
     assert isinstance(clients, int)
     return {
         **one.labels,
-        "rounds": len(seconds),
+        "rounds": len(times),
         "seconds_per_round": round(median, 4),
-        "slowest_seconds": round(max(seconds), 4),
+        "slowest_seconds": round(max(times), 4),
         "ms_per_client": round(1000 * median / clients, 4),
         "parent_mb": round(contestant.memory_mb("VmHWM"), 1),
         "growth_mb": round(contestant.memory_mb("VmRSS") - warm, 1),
         "start_seconds": round(contestant.start_seconds, 2),
     }
+
+
+def seconds(row: Row) -> float:
+    """``seconds_per_round``."""
+    median = row["seconds_per_round"]
+    assert isinstance(median, float)
+    return median
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as Markdown; columns are all keys that a row has."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)

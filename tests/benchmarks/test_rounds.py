@@ -11,7 +11,7 @@ import torch
 from benchmarks import rounds
 from benchmarks.rounds_contestants import Setting, ours, ours_idle, ours_population, training_config
 from benchmarks.rounds_loop import loop
-from benchmarks.rounds_measure import Entry, Row, measure
+from benchmarks.rounds_measure import Entry, Row, measure, table
 from benchmarks.turns import Contestant, ContestantError
 
 KEYS = {"engine", "clients", "model_mb", "workers", "seconds_per_round", "ms_per_client", "parent_mb", "growth_mb"}
@@ -69,7 +69,7 @@ def test_a_row_per_contestant_that_lasts(capsys: pytest.CaptureFixture[str]) -> 
     assert row.keys() >= KEYS
     assert row["rounds"] == 2
     assert "OSError: 7" in capsys.readouterr().err
-    assert rounds.table([row]).splitlines()[0].startswith("| work | engine |")
+    assert table([row]).splitlines()[0].startswith("| work | engine |")
 
 
 def test_a_contestant_that_hangs_is_ended() -> None:
