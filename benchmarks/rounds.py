@@ -13,8 +13,9 @@ option                           what is measured
 ================================ ====================================================================================
 
 Every contestant is a process that takes turns with those it is compared with. Medians over ``--rounds`` rounds after a
-warm-up round. ``parent_mb`` is the peak resident set of the process that drives the round, ``growth_mb`` what it
-gained from the warm-up round to the last one.
+warm-up round. ``parent_cpu_seconds`` is the mean processor time per round of the process that drives it, without its
+workers: on a busy machine the steadier figure. ``parent_mb`` is its peak resident set, ``growth_mb`` what it gained
+from the warm-up round to the last one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.rounds_contestants import Setting
-from benchmarks.rounds_measure import Entry, Row, entry, measure, seconds, table
+from benchmarks.rounds_measure import CPU, Entry, Row, entry, measure, seconds, table
 from benchmarks.rounds_plugins import cifar_clients
 from fed_dpsat.config import RunConfig
 
@@ -103,12 +104,13 @@ def _pfl_entry(python: str, data: Path, setting: Setting, noise: str) -> Entry:
 
 
 def _with_ratios(rows: list[Row]) -> list[Row]:
-    """Seconds of each over those of the others' references: the loop, pfl."""
-    medians = {row["engine"]: seconds(row) for row in rows}
+    """Seconds of each over those of the loop and of pfl; in process also processor time, which is steadier."""
+    references = {row["engine"]: row for row in rows if row["engine"] != "ours"}
     for row in rows:
-        for reference in ("loop", "pfl"):
-            if reference in medians:
-                row[f"ratio_to_{reference}"] = round(seconds(row) / medians[reference], 3)
+        for engine, reference in references.items():
+            row[f"ratio_to_{engine}"] = round(seconds(row) / seconds(reference), 3)
+            if row["workers"] == 0:
+                row[f"cpu_ratio_to_{engine}"] = round(seconds(row, CPU) / seconds(reference, CPU), 3)
     return rows
 
 

@@ -13,6 +13,7 @@ from benchmarks.rounds_contestants import Setting
 from benchmarks.turns import Contestant, ContestantError
 
 Row = dict[str, str | int | float | None]
+CPU = "parent_cpu_seconds"
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -42,7 +43,7 @@ def entry(work: str, engine: str, contestant: str, setting: Setting, **labels: s
 def measure(entries: Sequence[Entry], timeout: float) -> list[Row]:
     """One row per contestant that lasted; those of one call take turns."""
     running: dict[int, Contestant] = {}
-    warm: dict[int, float] = {}
+    warm: dict[int, tuple[float, float]] = {}
     times: dict[int, list[float]] = {i: [] for i in range(len(entries))}
 
     def attempt(i: int, round: int) -> None:
@@ -51,7 +52,7 @@ def measure(entries: Sequence[Entry], timeout: float) -> list[Row]:
                 running[i] = Contestant(entries[i].command, {**QUIET, **entries[i].env}, timeout)
             times[i].append(running[i].round())
             if not round:
-                warm[i] = running[i].memory_mb("VmRSS")
+                warm[i] = running[i].memory_mb("VmRSS"), running[i].cpu_seconds()
         except ContestantError as error:
             print(f"{entries[i].labels} is left out: {error}", file=sys.stderr)
             if i in running:
@@ -69,7 +70,7 @@ def measure(entries: Sequence[Entry], timeout: float) -> list[Row]:
             contestant.end()
 
 
-def _row(one: Entry, contestant: Contestant, warm: float, times: list[float]) -> Row:
+def _row(one: Entry, contestant: Contestant, warm: tuple[float, float], times: list[float]) -> Row:
     median = statistics.median(times)
     clients = one.labels["clients"]
     assert isinstance(clients, int)
@@ -79,17 +80,18 @@ def _row(one: Entry, contestant: Contestant, warm: float, times: list[float]) ->
         "seconds_per_round": round(median, 4),
         "slowest_seconds": round(max(times), 4),
         "ms_per_client": round(1000 * median / clients, 4),
+        CPU: round((contestant.cpu_seconds() - warm[1]) / len(times), 4),
         "parent_mb": round(contestant.memory_mb("VmHWM"), 1),
-        "growth_mb": round(contestant.memory_mb("VmRSS") - warm, 1),
+        "growth_mb": round(contestant.memory_mb("VmRSS") - warm[0], 1),
         "start_seconds": round(contestant.start_seconds, 2),
     }
 
 
-def seconds(row: Row) -> float:
-    """``seconds_per_round``."""
-    median = row["seconds_per_round"]
-    assert isinstance(median, float)
-    return median
+def seconds(row: Row, key: str = "seconds_per_round") -> float:
+    """A number of seconds in a row."""
+    value = row[key]
+    assert isinstance(value, float)
+    return value
 
 
 def table(rows: list[Row]) -> str:
