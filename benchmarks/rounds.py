@@ -13,8 +13,9 @@ option                           what is measured
 ================================ ====================================================================================
 
 Every contestant is a process that takes turns with those it is compared with. Medians over ``--rounds`` rounds after a
-warm-up round. ``parent_mb`` is the peak resident set of the process that drives the round, ``growth_mb`` what it
-gained from the warm-up round to the last one.
+warm-up round. ``parent_cpu_seconds`` is the mean processor time per round of the process that drives it, without its
+workers: on a busy machine the steadier figure. ``parent_mb`` is its peak resident set, ``growth_mb`` what it gained
+from the warm-up round to the last one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.rounds_contestants import Setting
-from benchmarks.rounds_measure import Entry, Row, entry, measure
+from benchmarks.rounds_measure import CPU, Entry, Row, entry, measure, seconds, table
 from benchmarks.rounds_plugins import cifar_clients
 from fed_dpsat.config import RunConfig
 
@@ -102,12 +104,13 @@ def _pfl_entry(python: str, data: Path, setting: Setting, noise: str) -> Entry:
 
 
 def _with_ratios(rows: list[Row]) -> list[Row]:
-    """Seconds of each over those of the others' references: the loop, pfl."""
-    medians = {row["engine"]: row["seconds_per_round"] for row in rows}
+    """Seconds of each over those of the loop and of pfl; in process also processor time, which is steadier."""
+    references = {row["engine"]: row for row in rows if row["engine"] != "ours"}
     for row in rows:
-        for reference in ("loop", "pfl"):
-            if reference in medians:
-                row[f"ratio_to_{reference}"] = round(row["seconds_per_round"] / medians[reference], 3)  # type: ignore[operator]
+        for engine, reference in references.items():
+            row[f"ratio_to_{engine}"] = round(seconds(row) / seconds(reference), 3)
+            if row["workers"] == 0:
+                row[f"cpu_ratio_to_{engine}"] = round(seconds(row, CPU) / seconds(reference, CPU), 3)
     return rows
 
 
@@ -128,7 +131,7 @@ def scaling(args: argparse.Namespace) -> list[Row]:
     entries = [_train_entry("ours", dataclasses.replace(setting, workers=w), "none") for w in args.scaling]
     rows = measure(entries, args.timeout)
     for row in rows:
-        row["speedup"] = round(rows[0]["seconds_per_round"] / row["seconds_per_round"], 3)  # type: ignore[operator]
+        row["speedup"] = round(seconds(rows[0]) / seconds(row), 3)
     return rows
 
 
@@ -142,14 +145,8 @@ def sleeping(args: argparse.Namespace) -> list[Row]:
             contestant = "ours-idle" if engine == "ours" else engine
             one = entry("sleeping", engine, contestant, dataclasses.replace(setting, workers=workers))
             for row in measure([one], args.timeout):
-                rows.append({**row, "ideal_seconds": ideal, "over_ideal": _over(row, ideal)})
+                rows.append({**row, "ideal_seconds": ideal, "over_ideal": round(seconds(row) / ideal, 3)})
     return rows
-
-
-def _over(row: Row, ideal: float) -> float:
-    seconds = row["seconds_per_round"]
-    assert isinstance(seconds, float)
-    return round(seconds / ideal, 3)
 
 
 def _write_data(path: Path, data_path: str) -> None:
@@ -160,17 +157,10 @@ def _write_data(path: Path, data_path: str) -> None:
     np.savez(path, inputs=inputs.numpy(), labels=labels.numpy())
 
 
-def table(rows: list[Row]) -> str:
-    """Rows as Markdown; columns are all keys that a row has."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Parse, measure, print."""
     args = _arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the contestants too
     rows = []
     if args.population or args.scaling or args.sleeping:
         rows += population(args) if args.population else []

@@ -13,6 +13,7 @@ from benchmarks.rounds_contestants import Setting
 from benchmarks.turns import Contestant, ContestantError
 
 Row = dict[str, str | int | float | None]
+CPU = "parent_cpu_seconds"
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -42,16 +43,16 @@ def entry(work: str, engine: str, contestant: str, setting: Setting, **labels: s
 def measure(entries: Sequence[Entry], timeout: float) -> list[Row]:
     """One row per contestant that lasted; those of one call take turns."""
     running: dict[int, Contestant] = {}
-    warm: dict[int, float] = {}
-    seconds: dict[int, list[float]] = {i: [] for i in range(len(entries))}
+    warm: dict[int, tuple[float, float]] = {}
+    times: dict[int, list[float]] = {i: [] for i in range(len(entries))}
 
     def attempt(i: int, round: int) -> None:
         try:
             if i not in running:
                 running[i] = Contestant(entries[i].command, {**QUIET, **entries[i].env}, timeout)
-            seconds[i].append(running[i].round())
+            times[i].append(running[i].round())
             if not round:
-                warm[i] = running[i].memory_mb("VmRSS")
+                warm[i] = running[i].memory_mb("VmRSS"), running[i].cpu_seconds()
         except ContestantError as error:
             print(f"{entries[i].labels} is left out: {error}", file=sys.stderr)
             if i in running:
@@ -63,23 +64,39 @@ def measure(entries: Sequence[Entry], timeout: float) -> list[Row]:
         for round in range(1, max((one.rounds for one in entries), default=0) + 1):
             for i in [i for i in running if round <= entries[i].rounds]:
                 attempt(i, round)
-        return [_row(entries[i], running[i], warm[i], seconds[i][1:]) for i in running]
+        return [_row(entries[i], running[i], warm[i], times[i][1:]) for i in running]
     finally:
         for contestant in running.values():
             contestant.end()
 
 
-def _row(one: Entry, contestant: Contestant, warm: float, seconds: list[float]) -> Row:
-    median = statistics.median(seconds)
+def _row(one: Entry, contestant: Contestant, warm: tuple[float, float], times: list[float]) -> Row:
+    median = statistics.median(times)
     clients = one.labels["clients"]
     assert isinstance(clients, int)
     return {
         **one.labels,
-        "rounds": len(seconds),
+        "rounds": len(times),
         "seconds_per_round": round(median, 4),
-        "slowest_seconds": round(max(seconds), 4),
+        "slowest_seconds": round(max(times), 4),
         "ms_per_client": round(1000 * median / clients, 4),
+        CPU: round((contestant.cpu_seconds() - warm[1]) / len(times), 4),
         "parent_mb": round(contestant.memory_mb("VmHWM"), 1),
-        "growth_mb": round(contestant.memory_mb("VmRSS") - warm, 1),
+        "growth_mb": round(contestant.memory_mb("VmRSS") - warm[0], 1),
         "start_seconds": round(contestant.start_seconds, 2),
     }
+
+
+def seconds(row: Row, key: str = "seconds_per_round") -> float:
+    """A number of seconds in a row."""
+    value = row[key]
+    assert isinstance(value, float)
+    return value
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as Markdown; columns are all keys that a row has."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
+    return "\n".join(lines)

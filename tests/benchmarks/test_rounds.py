@@ -11,7 +11,7 @@ import torch
 from benchmarks import rounds
 from benchmarks.rounds_contestants import Setting, ours, ours_idle, ours_population, training_config
 from benchmarks.rounds_loop import loop
-from benchmarks.rounds_measure import Entry, Row, measure
+from benchmarks.rounds_measure import Entry, Row, measure, table
 from benchmarks.turns import Contestant, ContestantError
 
 KEYS = {"engine", "clients", "model_mb", "workers", "seconds_per_round", "ms_per_client", "parent_mb", "growth_mb"}
@@ -69,7 +69,7 @@ def test_a_row_per_contestant_that_lasts(capsys: pytest.CaptureFixture[str]) -> 
     assert row.keys() >= KEYS
     assert row["rounds"] == 2
     assert "OSError: 7" in capsys.readouterr().err
-    assert rounds.table([row]).splitlines()[0].startswith("| work | engine |")
+    assert table([row]).splitlines()[0].startswith("| work | engine |")
 
 
 def test_a_contestant_that_hangs_is_ended() -> None:
@@ -79,10 +79,12 @@ def test_a_contestant_that_hangs_is_ended() -> None:
 
 def test_ratios_are_to_the_loop_and_to_pfl() -> None:
     rows: list[Row] = [
-        {"engine": "ours", "seconds_per_round": 3.0},
-        {"engine": "loop", "seconds_per_round": 2.0},
-        {"engine": "pfl", "seconds_per_round": 4.0},
+        {"engine": "ours", "workers": 0, "seconds_per_round": 3.0, "parent_cpu_seconds": 2.2},
+        {"engine": "ours", "workers": 1, "seconds_per_round": 3.0, "parent_cpu_seconds": 0.1},
+        {"engine": "loop", "workers": 0, "seconds_per_round": 2.0, "parent_cpu_seconds": 2.0},
+        {"engine": "pfl", "workers": 0, "seconds_per_round": 4.0, "parent_cpu_seconds": 4.0},
     ]
-    ours_row, loop_row, _ = rounds._with_ratios(rows)
-    assert (ours_row["ratio_to_loop"], ours_row["ratio_to_pfl"]) == (1.5, 0.75)
-    assert loop_row["ratio_to_loop"] == 1.0
+    here, on_ray, bare, _ = rounds._with_ratios(rows)
+    assert (here["ratio_to_loop"], here["ratio_to_pfl"], here["cpu_ratio_to_loop"]) == (1.5, 0.75, 1.1)
+    assert "cpu_ratio_to_loop" not in on_ray
+    assert bare["ratio_to_loop"] == 1.0
