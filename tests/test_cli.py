@@ -186,3 +186,30 @@ def left_over(session: int) -> list[str]:
         if not alive or time.monotonic() > deadline:
             return alive
         time.sleep(0.5)
+
+
+def test_resume_goes_on_and_a_complete_run_is_shown_again(tmp_path):
+    folder = tmp_path / "run"
+    assert invoke("run", "--out", folder, "--profile", *FAST).exit_code == 0
+    assert (folder / "trace.json").exists()
+    (folder / "summary.json").unlink()  # as if it had been killed before it wrote it
+    result = invoke("resume", folder, "--set", "reply_timeout=60")
+    assert result.exit_code == 0, result.output
+    assert "clients/s" in result.output
+    first = (folder / "summary.json").read_bytes()
+    assert invoke("resume", folder, "--json").exit_code == 0
+    assert (folder / "summary.json").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("lr=1.0", "other settings (lr)"), ("lrr=1", "lrr=1 is not a setting"), ("lr", "of the form key=value")],
+)
+def test_resume_refuses_in_one_line(tmp_path, change, words):
+    folder = tmp_path / "run"
+    invoke("run", "--out", folder, *FAST)
+    (folder / "summary.json").unlink()
+    result = invoke("resume", folder, "--set", change)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert invoke("resume", tmp_path / "nothing").exit_code == 2
