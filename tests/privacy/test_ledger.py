@@ -287,7 +287,7 @@ def test_kill_9_never_leaves_a_release_that_is_not_charged(path, tmp_path, kills
     whole = [line for line in released.read_text().splitlines(keepends=True) if line.endswith("]\n")]
     keys = {tuple(json.loads(line)) for line in whole}
     assert keys <= charged
-    assert len(keys) > 100
+    assert len(keys) > kills  # else nothing was put to the test
     assert len(charged) - len(keys) <= 4 * kills  # at most the cohort that each kill interrupted
     assert len(charged) % 4 == 0  # no half cohort
     with PrivacyLedger(path) as ledger:

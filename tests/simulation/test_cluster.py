@@ -141,6 +141,9 @@ def test_a_client_that_hangs_is_given_up_and_the_rest_is_there(start, tmp_path):
 def test_a_round_ends_after_its_time_whoever_hangs(start, tmp_path):
     (tmp_path / "hang").touch()
     backend = start()
+    while not all(slot.up for slot in backend._pool.slots):
+        backend._pool.look_after()
+        time.sleep(0.1)
     replies = said(ask(backend, 5, timeout=3.0))
     assert replies == [0, 1, 2, "no reply within reply_timeout=3 s", 4]
     (tmp_path / "hang").unlink()
