@@ -44,7 +44,7 @@ from fed_dpsat.simulation.ray_worker import Shelf
 
 log = logging.getLogger("fed_dpsat")
 
-AHEAD_PER_WORKER = 8
+AHEAD_PER_WORKER = 16
 """Blocks that may be done before an earlier one is: what bounds the memory of the object store."""
 MAX_TRIES = 3
 MORE_DEATHS = 12
