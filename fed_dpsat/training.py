@@ -101,7 +101,8 @@ def train_locally(
     rule, of_gradient, of_count = clipping, mechanism, mechanism
     nonfinite = 0
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(streams.torch_seed())
+        # not torch.manual_seed, which without a GPU queues a call for one, with its stack, at each client
+        torch.default_generator.manual_seed(streams.torch_seed())
         for indices in sampler.batches(local_steps, sampling):
             batch = batches(indices)
             _check_rows(batch, indices)

@@ -66,7 +66,7 @@ def training_is_replayed_from_private_gradients_alone(subject: Subject) -> None:
         result = _trained(subject, subject.make(), params, through_bytes(state), round, mechanism=mechanism)
         params, state = result.params, result.state
         optimizer, again = subject.make(), set_clock(again, (round - 1) * STEPS)
-        torch.manual_seed(_streams(round).torch_seed())
+        torch.default_generator.manual_seed(_streams(round).torch_seed())
         for private_gradient in mechanism.released:
             optimizer.query_point(replayed, again)
             replayed, again = optimizer.update(replayed, private_gradient, again)
