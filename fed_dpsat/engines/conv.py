@@ -24,11 +24,14 @@ from torch import Tensor
 from fed_dpsat.engines import patches
 from fed_dpsat.engines.contribution import Contribution, Rows, together, wide
 from fed_dpsat.engines.finite import filter_squares
-from fed_dpsat.engines.formats import alike, dense, is_channels_last, unset
+from fed_dpsat.engines.formats import alike, dense, is_channels_last, laid_out, unset
 from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
 
 ABREAST_BYTES, ABREAST_CHANNELS = 1_800_000, 512
+
+FEW_CHANNELS = 8
+"""oneDNN fills planes up to 16 of them, group by group; the channels of colour images are better off last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +122,7 @@ def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool) -> s
     out, inputs, kernel = geometry.shape[0], geometry.shape[1], math.prod(geometry.kernel)
     positions, weights = math.prod(geometry.positions(sides)), out * inputs * kernel
     ordinary = positions * weights
-    rows = 2.5 * ordinary if kernel == 1 else ordinary + (150 if channels_last else 90) * weights
+    rows = 2.5 * ordinary if kernel == 1 else ordinary + (150 if channels_last else 110) * weights
     product = ordinary + 2.5 * (patches.gram_cost(geometry, sides) + positions**2 * (out + 80))
     return "product" if product < rows else "rows" if kernel == 1 else "channels"
 
@@ -171,6 +174,8 @@ def _rows(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Ten
 
 def _channels(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
     g = layer.geometry
+    if g.groups == 1 and x.shape[1] < FEW_CHANNELS:
+        x, grad = laid_out(x, True), laid_out(grad, True)
     step, last = _abreast(g, x, grad), is_channels_last(x)
 
     def to_shape(rows: Tensor) -> Tensor:
