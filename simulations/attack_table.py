@@ -24,8 +24,8 @@ STRATEGIES = {
     "norm-bound": ("norm-bound", ""),
     "FedMedian": (f"{STOCK}FedMedian", ""),
     "FedTrimmedAvg": (f"{STOCK}FedTrimmedAvg", "beta = 0.2"),
-    "Krum": (f"{STOCK}Krum", "num_malicious_nodes = 3"),
     "MultiKrum": (f"{STOCK}MultiKrum", "num_malicious_nodes = 3, num_nodes_to_select = 12"),
+    "Krum": (f"{STOCK}Krum", "num_malicious_nodes = 3"),
     "Bulyan": (f"{STOCK}Bulyan", "num_malicious_nodes = 3"),
 }
 """The stock ones are told the number of attackers, which in the field nobody knows; the built-in ones are not."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower import records
+from fed_dpsat.flower import compat, records
 from fed_dpsat.optimizers.dpsgd import SCHEDULES
 from fed_dpsat.privacy.event import PrivacyEvent
 
@@ -160,7 +160,7 @@ def _is_float(array: Array) -> bool:
 
 
 def _flat(arrays: ArrayRecord) -> Vector:
-    return np.concatenate([a.numpy().ravel() for a in arrays.values() if _is_float(a)])
+    return np.concatenate([compat.view(a).ravel() for a in arrays.values() if _is_float(a)])
 
 
 def _moved(before: ArrayRecord, move: Vector) -> ArrayRecord:
@@ -169,7 +169,7 @@ def _moved(before: ArrayRecord, move: Vector) -> ArrayRecord:
         if not _is_float(array):
             after[name] = array
             continue
-        values = array.numpy()
+        values = compat.view(array)
         step = move[start : start + values.size].reshape(values.shape)
-        after[name], start = Array(np.asarray(values + step, dtype=values.dtype)), start + values.size
+        after[name], start = compat.Array(np.asarray(values + step, dtype=values.dtype)), start + values.size
     return after
