@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from numpy.typing import NDArray
 
 from fed_dpsat.experiment import Task
-from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.flower import codec, compat, records, sums
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
 from fed_dpsat.flower.records import RecordError
@@ -169,6 +169,7 @@ class PrivateStrategy(Strategy):
         self._attempts = {}
         self._sent = {client: by_client[client] for client in asked}
         self._add_records(self._sent)
+        self.report.bytes_down = sum(codec.num_bytes(message.content) for message in self._sent.values())
         return list(self._sent.values())
 
     def aggregate_train(
