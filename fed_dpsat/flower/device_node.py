@@ -82,6 +82,8 @@ def run_device(policy_path: Path, port: int = 0) -> int:
 def check_server(server: str, root_certificates: str) -> None:
     """Raise ``ServerError`` if the server shows a certificate that is not of the authority; it may be down, though."""
     host, _, port = server.rpartition(":")
+    if not host or not port.isdigit():
+        raise PolicyError(f"server={server!r} is not of the form host:port; give its address as that")
     try:
         context = ssl.create_default_context(cafile=root_certificates)
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as raw:
@@ -95,8 +97,6 @@ def check_server(server: str, root_certificates: str) -> None:
         raise PolicyError(
             f"root_certificates={root_certificates!r} is not a file; ask the server's operator for it"
         ) from None
-    except ValueError:
-        raise PolicyError(f"server={server!r} is not of the form host:port") from None
     except OSError as error:
         log.warning("server %s is not there yet (%s); the SuperNode goes on trying", server, error)
 

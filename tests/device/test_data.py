@@ -1,0 +1,92 @@
+"""A device's own data by path: the same examples from a folder of images, from Parquet and from a function."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from fed_dpsat.data.dataset import DataError
+from fed_dpsat.device.data import own_data
+
+CLASSES = ("cat", "dog", "owl")
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((2, 3), value, dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def policy(device):
+    """A device without an owl: two cats and a dog."""
+    (device.path / "images" / "cat").mkdir(parents=True)
+    (device.path / "images" / "dog").mkdir()
+    for name, value in (("cat/a.png", 10), ("cat/b.PNG", 20), ("dog/c.png", 30), ("dog/readme.txt", 0)):
+        (device.path / "images" / name).write_bytes(png(value) if value else b"no image")
+    return dataclasses.replace(
+        device.policy, data_source="images", data_path=str(device.path / "images"), class_names=CLASSES,
+        shape=(1, 2, 3), mean=(0.5,), std=(0.25,),
+    )  # fmt: skip
+
+
+def seen(policy):
+    inputs, labels = own_data(policy).train.batch(torch.arange(3))
+    return inputs[:, 0, 0, 0], labels
+
+
+EXPECTED = (torch.tensor([10.0, 20.0, 30.0]) / 255 - 0.5) / 0.25
+
+
+def test_a_folder_of_images_by_class(policy):
+    inputs, labels = seen(policy)
+    torch.testing.assert_close(inputs, EXPECTED)
+    assert labels.tolist() == [0, 0, 1]
+    data = own_data(policy)
+    assert (data.num_classes, data.input_shape, len(data.test), data.name) == (3, (1, 2, 3), 0, "pixels")
+
+
+def test_parquet(policy, tmp_path):
+    images = [{"bytes": png(value), "path": None} for value in (10, 20, 30)]
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table({"image": images[:2], "label": [0, 0]}), tmp_path / "parquet" / "a.parquet")
+    pq.write_table(pa.table({"image": images[2:], "label": [1]}), tmp_path / "parquet" / "b.parquet")
+    inputs, labels = seen(dataclasses.replace(policy, data_source="parquet", data_path=str(tmp_path / "parquet")))
+    torch.testing.assert_close(inputs, EXPECTED)
+    assert labels.tolist() == [0, 0, 1]
+
+
+def test_a_function(device):
+    data = own_data(device.policy)
+    assert (len(data.train), data.input_shape, data.class_names) == (20, (1, 2), ("dark", "light"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"class_names": ("cat", "owl")}, "dog is not one of class_names"),
+        ({"shape": (3, 2, 3), "mean": (), "std": ()}, "a 3x2 L image, not 3x2 RGB"),
+        ({"shape": ()}, r"give \[channels, height, width\] and all classes"),
+        ({"data_path": "/nowhere/at/all"}, "is not a folder"),
+        ({"data_source": "hub"}, "data_source='hub' is not one of images, parquet, function"),
+        ({"data_source": "parquet"}, "holds no examples"),
+        ({"data_source": "function", "data_path": "json:dumps"}, "needs 'obj'"),
+        ({"data_source": "function", "data_path": "os:getcwd"}, "returned a str, not Examples"),
+    ],
+)
+def test_data_that_is_not_there_is_told(policy, changes, says):
+    with pytest.raises(ValueError, match=says) as raised:
+        own_data(dataclasses.replace(policy, **changes))
+    assert isinstance(raised.value, DataError) or "needs" in says
+
+
+def test_what_is_decoded_lies_on_the_device(policy, device):
+    own_data(dataclasses.replace(policy, largest_epsilon=3.0))
+    assert [p.name.rpartition("-")[0] for p in (device.folder / "cache").iterdir()] == ["pixels"]
