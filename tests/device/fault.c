@@ -1,10 +1,11 @@
-/* A file system that stops: the n-th change below a folder named "device" kills the process, before, in the middle of
-   or instead of the call. Preloaded by test_crashes.py. */
+/* A file system that stops: the n-th change in the folder of FAULT_FOLDER kills the process, before or in the middle of
+   the call, or fails from there on. Preloaded by test_crashes.py. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
 #include <unistd.h>
@@ -15,13 +16,18 @@ static int mode = OFF, left = 0, count = 0;
 void arm(int new_mode, int n) { mode = new_mode; left = n; count = 0; }
 int counted(void) { return count; }
 
+static int inside(const char *path) {
+    const char *folder = getenv("FAULT_FOLDER");
+    return folder && !strncmp(path, folder, strlen(folder));
+}
+
 static int ours(int fd) {
     char name[64], path[4096];
     snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(name, path, sizeof path - 1);
     if (length < 0) return 0;
     path[length] = 0;
-    return strstr(path, "/device/") != NULL || (length > 7 && !strcmp(path + length - 7, "/device"));
+    return inside(path);
 }
 
 /* whether this call is the one, or after it where the disk is full */
@@ -52,6 +58,6 @@ int ftruncate64(int fd, off64_t size) { REAL(ftruncate64); if (ours(fd) && now()
 int ftruncate(int fd, off_t size) { return ftruncate64(fd, size); }
 int unlink(const char *path) {
     REAL(unlink);
-    if (strstr(path, "/device/") && now()) STOP();
+    if (inside(path) && now()) STOP();
     return real(path);
 }

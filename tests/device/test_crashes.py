@@ -83,8 +83,9 @@ while kills < 200:
         round += 1
     if rng.random() < 0.1:
         codes.append(ended(child(rng.randint(1, round))))
-for again in range(round - 20, round + 20):
-    codes.append(ended(child(again)))
+while codes[-1] != 3:  # on until the budget is spent
+    round += 1
+    codes.append(ended(child(round)))
 print(json.dumps(codes))
 """
 )
@@ -108,7 +109,7 @@ print(json.dumps(found))
 
 
 def run(script: str, folder: Path, *arguments: object, preload: Path | None = None) -> list:
-    environment = {**os.environ, **({"LD_PRELOAD": str(preload)} if preload else {})}
+    environment = {**os.environ, **({"LD_PRELOAD": str(preload), "FAULT_FOLDER": str(folder)} if preload else {})}
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder), *map(str, arguments)],
         capture_output=True, text=True, env=environment, timeout=120,
