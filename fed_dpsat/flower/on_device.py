@@ -6,7 +6,6 @@ the SuperNode, never from the server.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
-from numpy.lib import format as npy
 
 from fed_dpsat.device import client
 from fed_dpsat.device.data import own_data
@@ -24,6 +22,7 @@ from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import RunError
 from fed_dpsat.flower import records
+from fed_dpsat.flower.wire import read_array
 from fed_dpsat.params import Params
 from fed_dpsat.process import tune_allocator
 
@@ -32,8 +31,6 @@ POLICY = "policy"
 
 KNOWN = {records.ARRAYS, records.TASK, records.ASCENT, "config"}
 """Records that a question may hold. ``config`` is for strategies; no device reads it."""
-
-LARGEST_HEADER = 1024
 
 
 class DeviceError(RunError):
@@ -91,28 +88,13 @@ def read_arrays(arrays: ArrayRecord | None, like: Params) -> Params:
 
 def _read_array(name: str, array: Array, like: torch.Tensor) -> torch.Tensor:
     expected = like.numpy()
-    wanted = f"{expected.dtype}{list(expected.shape)}"
-    raw = array.data
-    if array.stype != "numpy.ndarray" or not expected.nbytes <= len(raw) <= expected.nbytes + LARGEST_HEADER:
-        raise Refusal(
-            f"{name} has {len(raw)} bytes of {one_line(str(array.stype))!r}, not those of {wanted}; send that"
-        )
-    stream = io.BytesIO(raw)
     try:
-        version = npy.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"version {version}")
-        shape, fortran, dtype = npy.read_array_header_1_0(stream, max_header_size=LARGEST_HEADER)
-    except Exception as error:  # a header is a Python literal, and a broken one raises whatever the parser raises
-        raise Refusal(f"{name} is no array ({type(error).__name__}); send {wanted}") from None
-    body = raw[stream.tell() :]
-    transposed = fortran and len(shape) > 1
-    if shape != expected.shape or dtype != expected.dtype or transposed or len(body) != expected.nbytes:
-        raise Refusal(f"{name} is {dtype}{list(shape)} in {len(body)} bytes, not {wanted}; send that")
-    values = np.frombuffer(body, dtype=expected.dtype).reshape(expected.shape).copy()
+        values = read_array(array, expected.shape, expected.dtype)
+    except ValueError as error:
+        raise Refusal(f"{name} {error}; send that") from None
     if not np.isfinite(values).all():
         raise Refusal(f"{name} has NaN or inf; send finite numbers")
-    return torch.from_numpy(values)
+    return torch.from_numpy(values.copy())
 
 
 def _answered(context: Context, what: str, ask: Callable[[Policy], RecordDict]) -> RecordDict:

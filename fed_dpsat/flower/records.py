@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import (
+    Array,
     ArrayRecord,
     ConfigRecord,
     ConfigRecordValues,
@@ -35,10 +36,12 @@ from flwr.app import (
     MetricRecordValues,
     RecordDict,
 )
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import compat
+from fed_dpsat.flower.wire import read_array
 from fed_dpsat.optimizers.base import State
 from fed_dpsat.params import Params
 from fed_dpsat.privacy.event import History, PrivacyEvent, merge
@@ -148,14 +151,25 @@ def check_arrays(content: RecordDict, like: ArrayRecord) -> None:
         array = record[name]
         if tuple(array.shape) != tuple(expected.shape) or array.dtype != expected.dtype:
             raise RecordError(f"{name} is {array.dtype}{list(array.shape)}, not {expected.dtype}{list(expected.shape)}")
-        values = compat.view(array)
-        if values.shape != tuple(expected.shape) or str(values.dtype) != expected.dtype:
-            raise RecordError(f"{name} holds {values.dtype}{list(values.shape)}, which is not what it says")
+        try:
+            values = _values(array, expected)
+        except ValueError as error:
+            raise RecordError(f"{name} {error}") from None
         if values.dtype.kind == "u":  # masked: any number is one
             continue
         if not (values.max(initial=0) <= LARGEST and values.min(initial=0) >= -LARGEST):  # NaN is neither
             what = f"numbers beyond {LARGEST:g}" if np.isfinite(values).all() else "NaN or inf"
             raise RecordError(f"{name} has {what}")
+
+
+def _values(array: Array, like: Array) -> NDArray[Any]:
+    """The values of ``array``, to read; ``ValueError`` if it came from a network and holds other than what it says."""
+    if not isinstance(array, compat.Array):
+        return read_array(array, tuple(like.shape), np.dtype(like.dtype))
+    values = array.view()
+    if values.shape != tuple(like.shape) or str(values.dtype) != like.dtype:
+        raise ValueError(f"holds {values.dtype}{list(values.shape)}, which is not what it says")
+    return values
 
 
 def read_metrics(content: RecordDict, *, release_counts: bool = False) -> dict[str, float]:

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 import pytest
 
 from fed_dpsat.device.release import CLIENT, ledger_path
-from fed_dpsat.privacy import PrivacyLedger, epsilon
+from fed_dpsat.privacy import LedgerError, PrivacyLedger, epsilon
 from simulations.deploy_local import Deployment, make_certificates, make_device
 
 pytestmark = pytest.mark.slow
@@ -139,6 +139,8 @@ def test_a_killed_server_resumes_with_the_devices_as_they_are(deployment):
     out = deployment.submit(settings, "killed")
     wait_for(has_round(out, 2))
     deployment.kill("superlink")
+    wait_for(lambda: not is_written(out / "ledger.sqlite"))  # the server app has a process group of its own
+    (out / "summary.json").unlink(missing_ok=True)
     done = rounds(out)[-1]["round"]
     deployment.start_superlink()
     summary = deployment.wait(deployment.submit({**settings, "resume": True}, "killed"), 200)
@@ -148,6 +150,14 @@ def test_a_killed_server_resumes_with_the_devices_as_they_are(deployment):
     for client in range(3):
         charged = (len_of(spent(deployment, client)) - before[client]) // 2
         assert 6 <= charged <= 7  # the round that was cut off is a second release, if it had been asked
+
+
+def is_written(path):
+    try:
+        with PrivacyLedger(path):
+            return False
+    except LedgerError:
+        return True
 
 
 MODEL = """
