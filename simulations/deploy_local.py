@@ -238,11 +238,16 @@ class Deployment:
         raise RuntimeError(f"no summary in {out} after {seconds:g} s; see {self.folder / 'superlink.log'}")
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """End a process and all that it started."""
-        process = self.processes.pop(name)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        process.wait()
+        """End a process and all that it started, whatever groups they made."""
+        self.signal(name, number)
+        self.processes.pop(name).wait()
+
+    def signal(self, name: str, number: int) -> None:
+        """Send a signal to a process and all that it started."""
+        pid = self.processes[name].pid
+        for receiver in [pid, *_descendants(pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(receiver, number)
 
     def __enter__(self) -> Self:
         return self
@@ -252,6 +257,15 @@ class Deployment:
     ) -> None:
         for name in list(self.processes):
             self.kill(name)
+
+
+def _descendants(pid: int) -> list[int]:
+    lines = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in lines.splitlines()]
+    found = [pid]
+    for parent in found:  # grows
+        found += [child for child, of in pairs if of == parent]
+    return found[1:]
 
 
 def main() -> None:
