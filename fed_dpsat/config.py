@@ -126,6 +126,12 @@ class RunConfig:
     # federation
     strategy: str = _setting("fedavg", "server strategy, any Flower strategy")
     strategy_args: str = _setting("", "arguments of the strategy that no setting fills: eta = 0.02, tau = 1e-3")
+    update_codec: str = _setting(
+        "fp32",
+        "way a client's update is written for the network: fp32, bf16, top-k (largest changes), random-k (unbiased)",
+        choices=("fp32", "bf16", "top-k", "random-k"),
+    )
+    update_share: float = _setting(0.1, "share of the coordinates that top-k and random-k send", above=0, most=1)
     num_rounds: int = _setting(30, "number of rounds", least=1)
     clients_per_round: int = _setting(0, "number of clients drawn per round; 0 asks all", least=0)
     client_sampling: str = _setting(

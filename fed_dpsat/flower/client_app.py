@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import on_device, records, secure_client
+from fed_dpsat.flower import codec, on_device, records, secure_client
 from fed_dpsat.flower.records import RecordError
 from fed_dpsat.plans import spend
 from fed_dpsat.process import intra_op_threads, tune_allocator
@@ -62,11 +62,12 @@ def make_client_app(provider: Provider) -> ClientApp:
             records.load_history(context.state), task.event, experiment.budgets[client], config.delta, config.accountant
         )
         ascent = message.content.array_records.get(records.ASCENT)
+        params = records.to_params(message.content.array_records[records.ARRAYS])
         with intra_op_threads(experiment.config.threads_per_client):
             result = experiment.client_round(
                 client,
                 task,
-                records.to_params(message.content.array_records[records.ARRAYS]),
+                params,
                 records.load_state(context.state),
                 None if ascent is None else records.to_params(ascent),
                 records.read_proximal_mu(message.content),
@@ -78,6 +79,8 @@ def make_client_app(provider: Provider) -> ClientApp:
         )
         if secure:
             content = secure_client.hide(client, message.content, context.state, content)
+        else:
+            content = codec.encode(content, params, config.update_codec, config.update_share)
         return Message(content, reply_to=message)
 
     return client_app

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from logging import getLogger
+from statistics import fmean
 from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
@@ -56,6 +57,7 @@ class Recorder:
         self.cannot_resume = ""
         self.phases: Counter[str] = Counter()
         self.clients = self.examples = 0.0
+        self.bytes: list[tuple[int, int]] = []
         self.started = self._round_started = time.perf_counter()
 
     def epsilon(self) -> float:
@@ -144,10 +146,14 @@ class Recorder:
         phases = self.strategy.phases.take()
         self.phases.update(phases)
         self.clients, self.examples = self.clients + len(accepted), self.examples + examples
+        down, up = self.strategy.report.bytes_down, self.strategy.report.bytes_up
+        self.bytes += [(down, up)] if round else []
         return {
             "round": round,
             "seconds": seconds,
             "phases": phases,
+            "bytes_down": down,
+            "bytes_up": up,
             "clients_per_second": len(accepted) / seconds,
             "examples_per_second": examples / seconds,
             "peak_memory_mb": _peak_memory_mb(),
@@ -173,10 +179,15 @@ class Recorder:
         return {
             "seconds": seconds,
             "phases": dict(self.phases),
+            "bytes_per_round": self._bytes_per_round(),
             "clients_per_second": self.clients / seconds,
             "examples_per_second": self.examples / seconds,
             "peak_memory_mb": _peak_memory_mb(),
         }
+
+    def _bytes_per_round(self) -> dict[str, float]:
+        """Of all clients together: models and what goes with them down, valid updates up, as they were written."""
+        return {way: fmean(sent[at] for sent in self.bytes) for at, way in enumerate(("down", "up")) if self.bytes}
 
     def end_early(self, reason: str) -> None:
         """The run is over before its last round: say why."""
@@ -206,6 +217,7 @@ class Recorder:
             "num_clients": config.num_clients,
             "optimizer": config.optimizer,
             "strategy": config.strategy,
+            "update_codec": config.update_codec,
             "dataset": config.dataset,
             "model": config.model,
             "seed": config.seed,

@@ -21,7 +21,7 @@ from fed_dpsat.device.journal import Refusal
 from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower import records
+from fed_dpsat.flower import codec, records
 from fed_dpsat.flower.wire import read_array
 from fed_dpsat.params import Params
 from fed_dpsat.process import tune_allocator
@@ -58,6 +58,7 @@ def train(message: Message, context: Context) -> Message:
         ascent = content.array_records.get(records.ASCENT)
         if task is None:
             raise Refusal(f"the message has no {records.TASK!r} record; say what is asked")
+        config = policy.admit(context.run_id, context.run_config)
         tune_allocator()
         done, result = client.answer(
             policy,
@@ -69,7 +70,9 @@ def train(message: Message, context: Context) -> Message:
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts
         size = len(own_data(policy).train)
-        return records.reply_content(policy.client, done, result, size, release_counts=counts)
+        reply = records.reply_content(policy.client, done, result, size, release_counts=counts)
+        start = read_arrays(content.array_records.get(records.ARRAYS), result.params)
+        return codec.encode(reply, start, config.update_codec, config.update_share)
 
     return Message(_answered(context, "a round", ask), reply_to=message)
 

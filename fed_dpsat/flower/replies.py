@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message
 
 from fed_dpsat.experiment import Task
-from fed_dpsat.flower import compat, records
+from fed_dpsat.flower import codec, compat, records
 from fed_dpsat.flower.records import RecordError
+
+BYTES = "bytes"
+"""The size of a reply's arrays, beside its metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,9 @@ def judge(
     """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong."""
     if reply.has_error():
         return Failure(reason=f"failed: {reply.error.reason}", broken=reply.error.code not in compat.ABSENT)
+    received = codec.num_bytes(reply.content)
     try:
+        reply.content = codec.decode(reply.content, like)
         said_client, said_round, attempt, event = records.read_event(reply.content)
         if (said_client, said_round, attempt) != (client, task.round, task.attempt):
             raise RecordError(
@@ -38,4 +43,4 @@ def judge(
         records.check_arrays(reply.content, like)
     except RecordError as error:
         return Failure(reason=str(error))
-    return metrics
+    return {**metrics, BYTES: received}

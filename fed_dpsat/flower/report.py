@@ -10,7 +10,7 @@ from typing import Any
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import records
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.flower.replies import Failure
+from fed_dpsat.flower.replies import BYTES, Failure
 from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.privacy.ledger import PrivacyLedger
 
@@ -35,6 +35,8 @@ class RoundReport:
     retired: dict[int, float] = field(default_factory=dict)
     released: dict[int, dict[str, Any]] = field(default_factory=dict)
     broken: list[int] = field(default_factory=list)
+    bytes_down: int = 0
+    bytes_up: int = 0
 
     @property
     def kept_model(self) -> bool:
@@ -47,6 +49,7 @@ class RoundReport:
             verdict = verdicts.get(client, Failure(reason="no reply"))
             if not isinstance(verdict, Failure):
                 self.accepted.append(client)
+                self.bytes_up += int(verdict[BYTES])
                 if release_counts:
                     self.released[client] = {records.NONFINITE: verdict[records.NONFINITE]}
                 continue

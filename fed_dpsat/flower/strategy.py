@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Task
-from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.flower import codec, compat, records, sums
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
 from fed_dpsat.flower.records import RecordError
@@ -180,6 +180,7 @@ class PrivateStrategy(Strategy):
         self._attempts = {}
         self._sent = {client: by_client[client] for client in asked}
         self._add_records(self._sent)
+        self.report.bytes_down = sum(codec.num_bytes(message.content) for message in self._sent.values())
         return list(self._sent.values())
 
     def aggregate_train(

@@ -150,6 +150,7 @@ def test_a_killed_server_resumes_with_the_devices_as_they_are(deployment):
         assert 6 <= charged <= 7  # the round that was cut off is a second release, if it had been asked
 
 
+BF16 = {"update_codec": "bf16", "noise_multiplier": 1.0, "target_epsilon": 0.0}
 MODEL = """
 from torch import nn
 def model(input_shape, num_classes):
@@ -171,9 +172,12 @@ def test_a_model_of_40_mb_goes_there_and_back(deployment):
         "lr": 0.01,
         "rho": 0.0,
     }
-    summary = deployment.wait(deployment.submit({**settings, "noise_multiplier": 1.0, "target_epsilon": 0.0}, "large"))
+    summary = deployment.wait(deployment.submit({**settings, **BF16}, "large"))
     assert summary["status"] == "completed"
     assert rounds(deployment.folder / "large")[-1]["accepted"] == 3
+    sent = summary["bytes_per_round"]
+    assert sent["down"] > 3 * 40e6
+    assert sent["up"] == pytest.approx(sent["down"] / 2, rel=0.001)
     assert (deployment.folder / "large" / "checkpoint").exists()
 
 
