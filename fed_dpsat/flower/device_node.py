@@ -15,6 +15,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from fed_dpsat.device.log import device_log, one_line
@@ -46,6 +48,8 @@ log = getLogger("fed_dpsat")
 
 PACKAGE = "fed-dpsat"
 POLL_SECONDS = 0.2
+MOST_AT_A_TIME = 32
+_COMPUTING = threading.Lock()
 PR_SET_PDEATHSIG = 1
 
 
@@ -119,16 +123,18 @@ def other_version(run: Run) -> str:
     return ""
 
 
-def answer_one(address: str, token: str, policy_path: Path, folder: Path) -> None:
-    """One message: pulled from the SuperNode, answered by the installed app, given back."""
+def answer_one(address: str, token: str, task_id: int, policy_path: Path, folder: Path) -> None:
+    """One message: pulled from the SuperNode, answered by the installed app, given back. One at a time computes."""
     client = _client(address, "flwr-clientapp", RuntimeTokenHttpInterceptor(token))
     with closing(client):
         heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         heartbeat.start()
         try:
             message, context, run, _ = pull_task_input(client)
-            reply = _reply(message, context, run, policy_path, folder)
-            push_message(client, reply, context)
+            with _COMPUTING:
+                TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, run.run_id, context.node_id
+                reply = _reply(message, context, run, policy_path, folder)
+                push_message(client, reply, context)
             push_task_output(client, context, SubStatus.COMPLETED, "")
         finally:
             if heartbeat.is_running:
@@ -144,17 +150,29 @@ def _reply(message: Message, context: Context, run: Run, policy_path: Path, fold
 
 
 def _serve(node: subprocess.Popen[bytes], address: str, policy_path: Path, folder: Path) -> None:
-    client = _client(address, "SuperExec")
+    """Answer each message in a thread of its own: one of a run that ended never comes whole, and others go on."""
+
+    def attempt(token: str, task_id: int) -> None:
+        try:
+            answer_one(address, token, task_id, policy_path, folder)
+        except Exception as error:  # a message that cannot be had or given back is no reason to stop serving
+            log.warning("a message was not answered: %s", one_line(f"{type(error).__name__}: {error}"))
+
+    client, threads = _client(address, "SuperExec"), list[threading.Thread]()
     with closing(client):
         while node.poll() is None:
+            threads = [thread for thread in threads if thread.is_alive()]
             try:
-                found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
-                if found.HasField("task") and found.token:
-                    answer_one(address, found.token, policy_path, folder)
-                    continue
-            except Exception as error:  # a message that cannot be had or given back is no reason to stop serving
+                if len(threads) < MOST_AT_A_TIME:
+                    found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+                    if found.HasField("task") and found.token:
+                        threads.append(
+                            threading.Thread(target=attempt, args=(found.token, found.task.task_id), daemon=True)
+                        )
+                        threads[-1].start()
+            except Exception as error:  # the SuperNode may not be there yet
                 if node.poll() is None:
-                    log.warning("a message was not answered: %s", one_line(f"{type(error).__name__}: {error}"))
+                    log.warning("the SuperNode does not answer: %s", one_line(f"{type(error).__name__}: {error}"))
             time.sleep(POLL_SECONDS)
 
 
