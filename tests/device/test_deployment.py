@@ -134,7 +134,7 @@ def len_of(history):
 
 def test_a_killed_server_resumes_with_the_devices_as_they_are(deployment):
     before = {client: len_of(spent(deployment, client)) for client in range(3)}
-    settings = {"num_rounds": 6, "local_steps": 2}
+    settings = {"num_rounds": 6, "local_steps": 2, "noise_multiplier": 2.0, "target_epsilon": 0.0}
     out = deployment.submit(settings, "killed")
     wait_for(has_round(out, 2))
     deployment.kill("superlink")
