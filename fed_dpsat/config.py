@@ -207,7 +207,7 @@ class RunConfig:
         if self.delta >= 1:
             fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
         if self.secure_aggregation and self.update_codec != "fp32":
-            fail("update_codec", "possible with secure_aggregation", "masks hide whole updates: use fp32")
+            fail("update_codec", "possible with secure_aggregation", "masked sums need every coordinate; use fp32")
         if self.secure_aggregation and self.cohort_size < 3:
             fail("secure_aggregation", f"possible with {self.cohort_size} clients a round", "3 or more hide each other")
         if bool(self.attack) != (self.attackers > 0):

@@ -42,6 +42,7 @@ def answer(
     record: Mapping[str, Any],
     read_params: ReadParams,
     read_ascent: ReadParams | None = None,
+    proximal_mu: float = 0.0,
 ) -> tuple[Task, LocalResult]:
     """The task in ``record`` and what came of it; its parameters and event may leave.
 
@@ -58,13 +59,13 @@ def answer(
         round=task.round,
         attempt=task.attempt,
         settings=_digest({name: value for name, value in settings.items() if name not in MACHINE}),
-        digest=_digest(settings, record, params, ascent),
+        digest=_digest(settings, record, params, ascent, {"proximal_mu": proximal_mu}),
     )
 
     def compute(state: bytes | None) -> tuple[bytes, bytes]:
         kept = None if state is None else unflatten(unpack(state))
         with intra_op_threads(policy.threads):
-            result = experiment.client_round(0, task, params, kept, ascent)
+            result = experiment.client_round(0, task, params, kept, ascent, proximal_mu)
         counted = torch.tensor(result.nonfinite_examples)
         reply = {f"params/{name}": value for name, value in result.params.items()} | {"nonfinite": counted}
         return pack(reply), pack(flatten(result.state))

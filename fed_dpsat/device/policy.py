@@ -135,6 +135,8 @@ class Policy:
             raise Refusal("private=False is not allowed on this device; set private=true and add noise")
         if config.release_counts and not self.release_counts:
             raise Refusal("release_counts=True is not allowed on this device; set release_counts=false")
+        if config.secure_aggregation:
+            raise Refusal("secure_aggregation=True is not possible on a device with a policy yet; set it to false")
         self._listed("dataset", config.dataset, (self.dataset,))
         self._listed("model", config.model, self.models)
         self._listed("optimizer", config.optimizer, self.optimizers)
@@ -146,7 +148,10 @@ class Policy:
         self._bounded("num_rounds", config.num_rounds, 1, SANE_NUMBER)
         rows = min(config.physical_batch_size, self.largest_physical_batch_size)
         own = {**_LOCAL, "physical_batch_size": rows, "threads_per_client": self.threads}
-        return dataclasses.replace(config, **own)
+        try:
+            return dataclasses.replace(config, **own)
+        except SettingError as error:
+            raise Refusal(str(error)) from None
 
     def admit_task(self, record: Mapping[str, Any]) -> Task:
         """What a message asks for; raises ``Refusal`` unless it is whole, of the right types and within bounds."""

@@ -80,6 +80,8 @@ def make_client_app(provider: Provider) -> ClientApp:
         content = codec.encode(content, params, config.update_codec, config.update_share)
         if secure:
             content = secure_client.hide(client, message.content, context.state, content)
+        else:
+            content = codec.encode(content, params, config.update_codec, config.update_share)
         return Message(content, reply_to=message)
 
     return client_app

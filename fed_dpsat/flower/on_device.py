@@ -30,7 +30,7 @@ POLICY = "policy"
 """The key of a node's configuration that makes it a device."""
 
 KNOWN = {records.ARRAYS, records.TASK, records.ASCENT, "config"}
-"""Records that a question may hold. ``config`` is for strategies; no device reads it."""
+"""Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it."""
 
 
 class DeviceError(RunError):
@@ -67,6 +67,7 @@ def train(message: Message, context: Context) -> Message:
             dict(task),
             lambda like: read_arrays(content.array_records.get(records.ARRAYS), like),
             None if ascent is None else lambda like: read_arrays(ascent, like),
+            _proximal_mu(content),
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts
         size = len(own_data(policy).train)
@@ -75,6 +76,13 @@ def train(message: Message, context: Context) -> Message:
         return codec.encode(reply, start, config.update_codec, config.update_share)
 
     return Message(_answered(context, "a round", ask), reply_to=message)
+
+
+def _proximal_mu(content: RecordDict) -> float:
+    try:
+        return records.read_proximal_mu(content)
+    except records.RecordError as error:
+        raise Refusal(str(error)) from None
 
 
 def read_arrays(arrays: ArrayRecord | None, like: Params) -> Params:

@@ -83,29 +83,37 @@ def test_a_run_that_the_policies_refuse_says_why_at_the_server(deployment):
     assert "refused: noise_source='seeded'" in (deployment.device_folder(0) / "ledger" / "device.log").read_text()
 
 
-def test_the_federation_goes_on_without_a_killed_and_a_stalled_device_and_takes_them_back(deployment):
-    """Device 0 is killed with all its processes and comes back; device 1 stands still beyond the reply timeout."""
+def test_killed_and_stalled_devices_and_a_killed_server_are_taken_back_as_they_are(deployment):
+    """Device 0 is killed with all its processes, device 1 stands still beyond the reply timeout, then the server dies."""
     before = {client: len_of(spent(deployment, client)) for client in range(3)}
-    out = deployment.submit({"num_rounds": 14, "reply_timeout": 12.0, "join_timeout": 60.0, "local_steps": 2}, "faults")
+    settings = {
+        "num_rounds": 8, "reply_timeout": 12.0, "join_timeout": 150.0, "local_steps": 2, "noise_multiplier": 2.0,
+        "target_epsilon": 0.0,
+    }  # fmt: skip
+    out = deployment.submit(settings, "faults")
     wait_for(has_round(out, 1))
     deployment.kill("device0")
-    wait_for(has_round(out, 3), 120)
+    wait_for(has_round(out, 2))
     with kept_up(deployment, 0):
         deployment.signal("device1", signal.SIGSTOP)
-        wait_for(has_round(out, 5), 120)
+        wait_for(has_round(out, 4))
         deployment.signal("device1", signal.SIGCONT)
-        summary = deployment.wait(out, 240)
-    assert summary["status"] == "completed"
-    assert summary["rounds_completed"] == 14
+        deployment.kill("superlink")
+        done = rounds(out)[-1]["round"]
+        (out / "summary.json").unlink(missing_ok=True)
+        deployment.start_superlink()
+        summary = deployment.wait(deployment.submit({**settings, "resume": True}, "faults"), 240)
     lines = rounds(out)[1:]
-    assert any("0" in line["dropped"] or 0 not in line["asked"] for line in lines)
-    assert any("1" in line["dropped"] for line in lines)
-    assert lines[-1]["accepted"] == 3  # both are back
+    assert (summary["status"], summary["rounds_completed"]) == ("completed", 8)
+    assert [line["round"] for line in lines] == list(range(1, 9))
+    assert {client for line in lines[:done] for client in line["dropped"]} == {"0", "1"}
+    assert all(line["accepted"] >= 1 for line in lines)  # it goes on
+    assert [line["accepted"] for line in lines[done:]] == [3] * (8 - done)  # both are back
     for client in range(3):
         asked = sum(client in line["asked"] for line in lines)
-        charged = len_of(spent(deployment, client)) - before[client]
         answered = sum(client in line["asked"] and str(client) not in line["dropped"] for line in lines)
-        assert answered * 2 <= charged <= asked * 2  # steps; no answer without a charge, none charged twice
+        charged = (len_of(spent(deployment, client)) - before[client]) // 2
+        assert answered <= charged <= asked + 1  # no answer without a charge; the round that was cut off is asked again
 
 
 @contextmanager
@@ -130,24 +138,6 @@ def kept_up(deployment, client):
 
 def len_of(history):
     return sum(event.steps for event in history)
-
-
-def test_a_killed_server_resumes_with_the_devices_as_they_are(deployment):
-    before = {client: len_of(spent(deployment, client)) for client in range(3)}
-    settings = {"num_rounds": 6, "local_steps": 2}
-    out = deployment.submit(settings, "killed")
-    wait_for(has_round(out, 2))
-    deployment.kill("superlink")
-    (out / "summary.json").unlink(missing_ok=True)
-    done = rounds(out)[-1]["round"]
-    deployment.start_superlink()
-    summary = deployment.wait(deployment.submit({**settings, "resume": True}, "killed"), 200)
-    assert (summary["status"], summary["rounds_completed"]) == ("completed", 6)
-    assert [line["round"] for line in rounds(out)] == list(range(7))
-    assert [line["accepted"] for line in rounds(out)[done + 1 :]] == [3] * (6 - done)
-    for client in range(3):
-        charged = (len_of(spent(deployment, client)) - before[client]) // 2
-        assert 6 <= charged <= 7  # the round that was cut off is a second release, if it had been asked
 
 
 BF16 = {"update_codec": "bf16", "noise_multiplier": 1.0, "target_epsilon": 0.0}

@@ -90,6 +90,11 @@ def test_an_unknown_key_in_the_task_is_refused(device, task, key):
         ({"clipping": "evil:clipping"}, "clipping='evil:clipping' is not allowed"),
         ({"clipping": "adaptive"}, "clipping='adaptive' is not allowed"),
         ({"engine": "evil:engine"}, "engine='evil:engine' is not one of"),
+        (
+            {"attack": "evil:attack", "attackers": 0.5},
+            "attack='evil:attack' is not possible with noise_source='system'",
+        ),
+        ({"secure_aggregation": True}, "secure_aggregation=True is not possible on a device"),
         ({"surprise": 1}, "surprise=1 is not a setting"),
         ({"lr": "fast"}, "lr='fast' is not of type float"),
         ({"model": "x" * 10_000_000}, "model='xxxx"),
