@@ -77,7 +77,6 @@ def make_client_app(provider: Provider) -> ClientApp:
         content = records.reply_content(
             client, task, result, len(experiment.partitions[client]), release_counts=config.release_counts
         )
-        content = codec.encode(content, params, config.update_codec, config.update_share)
         if secure:
             content = secure_client.hide(client, message.content, context.state, content)
         else:
