@@ -112,7 +112,7 @@ def run(script: str, folder: Path, *arguments: object, preload: Path | None = No
     environment = {**os.environ, **({"LD_PRELOAD": str(preload), "FAULT_FOLDER": str(folder)} if preload else {})}
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=120,
+        capture_output=True, text=True, env=environment, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
