@@ -23,7 +23,14 @@ def test_every_shipped_strategy_conforms(name, private):
 
 @pytest.mark.parametrize("name", USING_NOISE)
 @pytest.mark.parametrize(
-    ("setting", "value"), [("momentum", 0.9), ("clipping", "adaptive"), ("optimizer", "a.b:c"), ("base_optimizer", "d")]
+    ("setting", "value"),
+    [
+        ("momentum", 0.9),
+        ("clipping", "adaptive"),
+        ("optimizer", "a.b:c"),
+        ("base_optimizer", "d"),
+        ("update_codec", "top-k"),
+    ],
 )
 def test_what_uses_known_noise_refuses_where_it_is_unknown(name, setting, value):
     with pytest.raises(SettingError, match=f"{setting}=.*noise is unknown to '{name}'"):
