@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fed_dpsat.clipping import ClippingRule, FlatClipping
-from fed_dpsat.engines.loss import LossFn
+from fed_dpsat.engines.loss import LossFn, ModelLoss
 from fed_dpsat.params import Params
 
 
@@ -26,12 +26,20 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) 
     if inputs.ndim > 4:
         inputs = inputs.contiguous()  # torch's GroupNorm crashes on volumes whose channels are last
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    wanted = list(leaves.values())
+    if inputs.is_floating_point() and _has_group_norm(loss_fn):
+        inputs = inputs.detach().requires_grad_()  # and on images whose gradient nobody asks for
+        wanted.append(inputs)
     with torch.enable_grad():
         total = loss_fn(leaves, inputs, targets).sum()
         if not total.requires_grad:
             return {name: torch.zeros_like(p) for name, p in params.items()}
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)[: len(leaves)]
     if not all(bool(gradient.sum().isfinite()) for gradient in found):
         torch.set_rng_state(state)
         return None
     return dict(zip(params, found, strict=True))
+
+
+def _has_group_norm(loss_fn: LossFn) -> bool:
+    return isinstance(loss_fn, ModelLoss) and any(isinstance(m, nn.GroupNorm) for m in loss_fn.module.modules())

@@ -76,8 +76,11 @@ def test_norms_in_every_format(shape):
     inputs = torch.randn(5, *shape, generator=torch.Generator().manual_seed(2))
     if inputs.ndim > 3:
         inputs = inputs.to(memory_format=torch.channels_last if inputs.ndim == 4 else torch.channels_last_3d)
-    module = nn.Sequential(nn.Tanh(), nn.GroupNorm(3, 6), nn.Flatten(), nn.Linear(inputs[0].numel(), 3))
+    module = nn.Sequential(nn.GroupNorm(3, 6), nn.Tanh(), nn.Flatten(), nn.Linear(inputs[0].numel(), 3))
     data = inputs, torch.arange(5) % 3
     expected, _ = sums(module, data, "vmap")
     for name, value in sums(module, data, "auto")[0].items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    found = plain.plain_sum(ModelLoss(module), params, *data)  # also in the format that the engine would not choose
+    assert all(torch.allclose(found[name], value, rtol=1e-5, atol=1e-6) for name, value in expected.items())
