@@ -9,6 +9,7 @@ option                           what is measured
                                  parameters, beside the bare PyTorch loop and pfl-research; also with local noise
 ``--population N1,N2 --cohort K`` K clients of N train; the start is timed too
 ``--scaling 1,2``                training, by number of Ray workers
+``--stack 1,8,32``               training of ``--clients`` small clients (256 by default), so many in one kernel
 ``--sleeping 1,2,4``             clients that sleep ``--sleep`` seconds, by number of Ray workers
 ================================ ====================================================================================
 
@@ -39,6 +40,7 @@ from benchmarks.rounds_plugins import cifar_clients
 from fed_dpsat.config import RunConfig
 
 COHORT = 50
+STACKED_CLIENTS, STACKED_MODELS = 256, ("linear", "mlp", "tanh-cnn-small")
 MAX_FLOWER_CLIENTS, MAX_FLOWER_ROUNDS = 1000, 3
 DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 HOW_TO_INSTALL_PFL = (
@@ -157,15 +159,32 @@ def _write_data(path: Path, data_path: str) -> None:
     np.savez(path, inputs=inputs.numpy(), labels=labels.numpy())
 
 
+def stacking(args: argparse.Namespace) -> list[Row]:
+    """Small clients by how many of them train in one kernel, taking turns; ``speedup`` is over the first."""
+    rows = []
+    for model in STACKED_MODELS:
+        setting = Setting(clients=args.clients or STACKED_CLIENTS, rounds=args.rounds, model=model)
+        entries = []
+        for stack in args.stack:
+            one = dataclasses.replace(setting, stack=stack)
+            entries.append(entry("stacking", "ours", "ours-stacked", one, model=model, stack=stack))
+        measured = measure(entries, args.timeout)
+        for row in measured:
+            row["speedup"] = round(measured[0]["seconds_per_round"] / row["seconds_per_round"], 3)  # type: ignore[operator]
+        rows += measured
+    return rows
+
+
 def main() -> None:
     """Parse, measure, print."""
     args = _arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the contestants too
     rows = []
-    if args.population or args.scaling or args.sleeping:
+    if args.population or args.scaling or args.sleeping or args.stack:
         rows += population(args) if args.population else []
         rows += scaling(args) if args.scaling else []
         rows += sleeping(args) if args.sleeping else []
+        rows += stacking(args) if args.stack else []
     else:
         rows += idle(args) if args.clients else []
         rows += training(args) if {"loop", "pfl"} & set(args.against) else []
@@ -191,6 +210,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cohort", type=int, default=100, help="clients of them that train in a round")
     parser.add_argument("--scaling", type=_numbers, default=[], help="Ray workers that train, by commas")
     parser.add_argument("--sleeping", type=_numbers, default=[], help="Ray workers whose clients sleep, by commas")
+    parser.add_argument("--stack", type=_numbers, default=[], help="clients that train in one kernel, by commas")
     parser.add_argument("--sleep", type=float, default=0.1, help="seconds that a client sleeps")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured, after one that warms up")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a start or a round may take")

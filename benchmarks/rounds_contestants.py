@@ -44,6 +44,8 @@ class Setting:
     cohort: int = 0
     sleep: float = 0.0
     data_path: str = ""
+    stack: int = 1
+    model: str = ""
 
 
 def training_config(setting: Setting) -> RunConfig:
@@ -78,6 +80,25 @@ def ours(setting: Setting, turn: Turn) -> Params:
 def ours_population(setting: Setting, turn: Turn) -> Params:
     """A linear model of 170 parameters, one example per client, ``cohort`` of many clients train in a round."""
     config = _tiny_config(setting, dataset="benchmarks.rounds_plugins:one_example_each")
+    return _simulate(config, turn)
+
+
+def ours_stacked(setting: Setting, turn: Turn) -> Params:
+    """DP-SAT on random 1x8x8 images: 4 steps of (expected) batch 16 per client, ``stack`` clients in one kernel."""
+    config = RunConfig(
+        dataset="benchmarks.rounds_plugins:small_images",
+        model=setting.model,
+        num_clients=setting.clients,
+        lr=0.1,
+        local_steps=4,
+        sample_rate=0.25,
+        num_rounds=setting.rounds,
+        evaluate_every=setting.rounds,
+        workers=setting.workers,
+        noise_multiplier=NOISE_MULTIPLIER,
+        physical_batch_size=max(128, 32 * setting.stack),
+        stack_clients=setting.stack,
+    )
     return _simulate(config, turn)
 
 
@@ -154,6 +175,7 @@ CONTESTANTS: dict[str, Callable[[Setting, Turn], object]] = {
     "ours": ours,
     "ours-idle": ours_idle,
     "ours-population": ours_population,
+    "ours-stacked": ours_stacked,
     "loop": lambda setting, turn: loop(training_config(setting), turn),
     "flower": flower,
 }

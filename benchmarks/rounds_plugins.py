@@ -50,6 +50,19 @@ def one_example_each(num_clients: int) -> Dataset:
     return Dataset(name="one-example-each", train=examples(num_clients, 1), test=examples(100, 2), class_names=names)
 
 
+def small_images(num_clients: int) -> Dataset:
+    """64 random images of 1x8x8 per client, 100 to test on."""
+    names = tuple("0123456789")
+    train, test = _noise(64 * num_clients, 1), _noise(100, 2)
+    return Dataset(name="small-images", train=train, test=test, class_names=names)
+
+
+def _noise(size: int, seed: int) -> Examples:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, 1, 8, 8, generator=generator)
+    return Examples(inputs=inputs, labels=torch.randint(CLASSES, (size,), generator=generator), mean=(0.0,), std=(1.0,))
+
+
 def pfl_cnn(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """The CNN of pfl-research's CIFAR-10 benchmark: 1,626,442 parameters at 3x32x32.
 

@@ -184,6 +184,12 @@ class RunConfig:
         "", "Ray cluster to join and leave running, host:port or auto; by default one is started for the run"
     )
     threads_per_client: int = _setting(1, "number of intra-op threads of a client; results depend on it", least=1)
+    stack_clients: int = _setting(
+        1,
+        "number of clients that one process trains together in one kernel, for small models and GPUs; the last bits of "
+        "results depend on it",
+        least=1,
+    )
     tune_malloc: bool = _setting(
         True, "switch: on glibc, let the allocator keep freed blocks: steps are up to twice as fast"
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import logging
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +28,12 @@ from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
 from fed_dpsat.sampling import PoissonSampler
+from fed_dpsat.stacked import Member, Unstackable, alike, train_stacked
 from fed_dpsat.training import LocalResult, Streams, train_locally
+
+log = logging.getLogger("fed_dpsat")
+
+STACKING_ENGINES = ("auto", "vmap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,18 @@ class Task:
         return PrivacyEvent(
             noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.local_steps
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One client's round: the arguments of ``Experiment.client_round``."""
+
+    client: int
+    task: Task
+    params: Params
+    state: State | None
+    server_ascent: Params | None = None
+    proximal_mu: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +182,49 @@ class Experiment:
         )
         return dataclasses.replace(result, params={name: params[name] + u for name, u in forged.items()})
 
+    def client_rounds(self, requests: Sequence[Request]) -> list[LocalResult]:
+        """As ``client_round`` for each, to about 1e-6 relative: trained together where they can be.
+
+        Together are those with the same task but for noise and rate, the same ``params`` object and states of one
+        form. Who attacks trains alone; and so does everyone under an engine that was chosen by name, or with a loss,
+        rule or optimizer that cannot be stacked, which the log says once. Raises what ``client_round`` raises.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        members = [self._member(request) for request in requests]
+        for i, (request, member) in enumerate(zip(requests, members, strict=True)):
+            groups.setdefault(self._kind(request, member), []).append(i)
+        results: dict[int, LocalResult] = {}
+        for group in groups.values():
+            together = self._together([requests[i] for i in group], [members[i] for i in group])
+            results |= zip(group, together, strict=True)
+        return [results[i] for i in range(len(requests))]
+
+    def _kind(self, request: Request, member: Member) -> Hashable:
+        if self.attackers is not None and request.client in self.attackers.clients:
+            return request.client
+        return request.task.local_steps, request.proximal_mu, id(request.params), alike(member.state)
+
+    def _together(self, requests: Sequence[Request], members: Sequence[Member]) -> list[LocalResult]:
+        first, config = requests[0], self.config
+        if len(requests) > 1:
+            try:
+                if config.engine not in STACKING_ENGINES:
+                    raise Unstackable(f"engine={config.engine}, which trains one client at a time")
+                if config.precision != "float32":
+                    raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
+                return train_stacked(
+                    first.params,
+                    members,
+                    loss_fn=self.loss_fn,
+                    optimizer=self._optimizer(first.params, first.proximal_mu),
+                    clipping=self.clipping,
+                    local_steps=first.task.local_steps,
+                    physical_batch_size=config.physical_batch_size,
+                )
+            except Unstackable as unstackable:
+                _say_once(str(unstackable))
+        return [self.client_round(**vars(request)) for request in requests]
+
     def _train(
         self,
         client: int,
@@ -172,42 +234,68 @@ class Experiment:
         server_ascent: Params | None,
         proximal_mu: float,
     ) -> LocalResult:
-        config = self.config
-        indices = torch.from_numpy(self.partitions[client])
+        request = Request(
+            client=client,
+            task=task,
+            params=params,
+            state=state,
+            server_ascent=server_ascent,
+            proximal_mu=proximal_mu,
+        )
+        member = self._member(request)
+        return train_locally(
+            params,
+            member.batches,
+            loss_fn=self.loss_fn,
+            optimizer=self._optimizer(params, proximal_mu),
+            state=member.state,
+            sampler=member.sampler,
+            clipping=self.clipping,
+            mechanism=member.mechanism,
+            local_steps=task.local_steps,
+            streams=member.streams,
+            engine=self.config.engine,
+            physical_batch_size=self.config.physical_batch_size,
+        )
+
+    def _optimizer(self, params: Params, proximal_mu: float) -> PrivateOptimizer:
+        if not proximal_mu:
+            return self.optimizer
+        return Proximal(base=self.optimizer, anchor=params, proximal_mu=proximal_mu)
+
+    def _member(self, request: Request) -> Member:
+        """What is the client's own of its round: data, state, sampler, mechanism, streams."""
+        config, task = self.config, request.task
+        indices = torch.from_numpy(self.partitions[request.client])
         sampler = PoissonSampler(num_examples=len(indices), sample_rate=task.sample_rate)
-        state = self.optimizer.init(params) if state is None else dict(state)
+        state = self.optimizer.init(request.params) if request.state is None else dict(request.state)
         if config.ascent_memory != "client":
             state.pop(ASCENT, None)
-        if config.ascent_memory == "server" and server_ascent is not None:
-            state[ASCENT] = server_ascent
-        optimizer = self.optimizer
-        if proximal_mu:
-            optimizer = Proximal(base=optimizer, anchor=params, proximal_mu=proximal_mu)
+        if config.ascent_memory == "server" and request.server_ascent is not None:
+            state[ASCENT] = request.server_ascent
         mechanism = GaussianMechanism(
             noise_multiplier=task.noise_multiplier,
             clip_norm=self.clipping.clip_norm,
             expected_batch_size=sampler.expected_batch_size,
         )
-        return train_locally(
-            params,
-            lambda batch: self.dataset.train.batch(indices[batch]),
-            loss_fn=self.loss_fn,
-            optimizer=optimizer,
+        return Member(
+            batches=lambda batch: self.dataset.train.batch(indices[batch]),
             state=set_clock(state, (task.round - 1) * config.steps_per_round),
             sampler=sampler,
-            clipping=self.clipping,
             mechanism=mechanism,
-            local_steps=task.local_steps,
             streams=Streams(
                 seed=config.seed,
-                client=client,
+                client=request.client,
                 round=task.round,
                 attempt=task.attempt,
                 noise_source=config.noise_source,
             ),
-            engine=config.engine,
-            physical_batch_size=config.physical_batch_size,
         )
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning("stack_clients: clients train one after the other: %s", reason)
 
 
 def _attackers(config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:

@@ -88,13 +88,7 @@ def train_locally(
     for a mechanism whose noise is scaled to another bound than ``clipping`` keeps, or batches with more rows than
     examples: either would cost more than the event says.
     """
-    if mechanism.clip_norm != clipping.clip_norm:
-        raise SettingError(
-            "mechanism.clip_norm",
-            mechanism.clip_norm,
-            f"that of the clipping rule, {clipping.clip_norm}",
-            "noise is scaled to what clipping bounds; give both the same",
-        )
+    check_bound(mechanism, clipping)
     sampling, noise = streams.generator("sampling"), streams.generator("noise")
     adaptive = clipping if isinstance(clipping, AdaptiveClipping) else None
     clip_norm = float(state[CLIPPING_SLOT]["clip_norm"]) if CLIPPING_SLOT in state else clipping.clip_norm
@@ -105,7 +99,7 @@ def train_locally(
         torch.default_generator.manual_seed(streams.torch_seed())
         for indices in sampler.batches(local_steps, sampling):
             batch = batches(indices)
-            _check_rows(batch, indices)
+            check_rows(batch, indices)
             if adaptive:
                 rule = Tally(clip_norm=clip_norm)
                 of_gradient, of_count = _joint(adaptive, mechanism, clip_norm)
@@ -137,7 +131,19 @@ def _joint(
     )
 
 
-def _check_rows(batch: tuple[Tensor, Tensor], indices: Tensor) -> None:
+def check_bound(mechanism: GaussianMechanism, clipping: ClippingRule) -> None:
+    """Raise ``SettingError`` where noise is scaled to another bound than examples keep."""
+    if mechanism.clip_norm != clipping.clip_norm:
+        raise SettingError(
+            "mechanism.clip_norm",
+            mechanism.clip_norm,
+            f"that of the clipping rule, {clipping.clip_norm}",
+            "noise is scaled to what clipping bounds; give both the same",
+        )
+
+
+def check_rows(batch: tuple[Tensor, Tensor], indices: Tensor) -> None:
+    """Raise ``SettingError`` where a batch has more rows, or fewer, than examples were sampled."""
     if len(batch[1]) != len(indices):
         raise SettingError(
             "batches",

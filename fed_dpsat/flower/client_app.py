@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fed_dpsat.config import RunConfig
-from fed_dpsat.experiment import Experiment
+from fed_dpsat.experiment import Experiment, Request
 from fed_dpsat.flower import codec, on_device, records, secure_client
 from fed_dpsat.flower.records import RecordError
+from fed_dpsat.params import Params
 from fed_dpsat.plans import spend
+from fed_dpsat.privacy.event import History
 from fed_dpsat.process import intra_op_threads, tune_allocator
+from fed_dpsat.training import LocalResult
 
 Provider = Callable[[Mapping[str, Any]], Experiment]
 """Flower's run config to the experiment that this process works on."""
@@ -30,9 +33,24 @@ def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
     return _experiment(tuple(sorted(run_config.items())))
 
 
+TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message] | None]
+
+
+class StackingClientApp(ClientApp):
+    """A client app that can also train several clients of one process at once; a simulation asks it to.
+
+    ``train_together`` answers as many training messages, in order, and keeps as many states. Or none: it raises, or
+    is None for messages that have to be answered one by one; then no context has changed.
+    """
+
+    def __init__(self, train_together: TrainTogether) -> None:
+        super().__init__()
+        self.train_together = train_together
+
+
 def make_client_app(provider: Provider) -> ClientApp:
     """A client that trains on the experiment of ``provider``, under the partition its node is configured with."""
-    client_app = ClientApp()
+    client_app = StackingClientApp(lambda messages, contexts: _train_together(provider, messages, contexts))
 
     @client_app.query()
     def identify(message: Message, context: Context) -> Message:
@@ -48,42 +66,95 @@ def make_client_app(provider: Provider) -> ClientApp:
             raise RecordError("a device with a policy takes no part in secure aggregation yet; nothing was computed")
         if on_device.POLICY in context.node_config:
             return on_device.train(message, context)
-        experiment, client = provider(context.run_config), _client(context)
+        experiment = provider(context.run_config)
         if secure != experiment.config.secure_aggregation:
             raise RecordError("the server and this client do not agree on secure_aggregation; nothing was computed")
         if secure and message.content.config_records[secure_client.SECURE]["phase"] != secure_client.MASKED:
+            client = _client(context)
             size = len(experiment.partitions[client])
             return Message(secure_client.answer(client, message.content, context.state, size), reply_to=message)
         if experiment.config.tune_malloc:
             tune_allocator()
-        config = experiment.config
-        task = records.read_task(message.content)
-        history = spend(
-            records.load_history(context.state), task.event, experiment.budgets[client], config.delta, config.accountant
-        )
-        ascent = message.content.array_records.get(records.ASCENT)
-        params = records.to_params(message.content.array_records[records.ARRAYS])
+        request, history = _request(experiment, message, context, {})
         with intra_op_threads(experiment.config.threads_per_client):
-            result = experiment.client_round(
-                client,
-                task,
-                params,
-                records.load_state(context.state),
-                None if ascent is None else records.to_params(ascent),
-                records.read_proximal_mu(message.content),
-            )
-        records.save_history(context.state, history)
-        records.save_state(context.state, result.state)
-        content = records.reply_content(
-            client, task, result, len(experiment.partitions[client]), release_counts=config.release_counts
-        )
+            result = experiment.client_round(**vars(request))
+        content = _reply(experiment, request, result)
+        _keep(context, history, result)
         if secure:
-            content = secure_client.hide(client, message.content, context.state, content)
+            content = secure_client.hide(request.client, message.content, context.state, content)
         else:
-            content = codec.encode(content, params, config.update_codec, config.update_share)
+            content = _encoded(experiment, request, content)
         return Message(content, reply_to=message)
 
     return client_app
+
+
+def _train_together(
+    provider: Provider, messages: Sequence[Message], contexts: Sequence[Context]
+) -> list[Message] | None:
+    experiment = provider(contexts[0].run_config)
+    secure = any(secure_client.SECURE in message.content.config_records for message in messages)
+    if secure or experiment.config.secure_aggregation or any(on_device.POLICY in c.node_config for c in contexts):
+        return None  # masks and devices' journals are made client by client, in ``train``
+    if experiment.config.tune_malloc:
+        tune_allocator()
+    unpacked: dict[int, Params] = {}
+    asked = [_request(experiment, m, c, unpacked) for m, c in zip(messages, contexts, strict=True)]
+    with intra_op_threads(experiment.config.threads_per_client):
+        results = experiment.client_rounds([request for request, _ in asked])
+    contents = [
+        _encoded(experiment, request, _reply(experiment, request, result))
+        for (request, _), result in zip(asked, results, strict=True)
+    ]
+    for context, (_, history), result in zip(contexts, asked, results, strict=True):
+        _keep(context, history, result)
+    return [Message(content, reply_to=message) for content, message in zip(contents, messages, strict=True)]
+
+
+def _request(
+    experiment: Experiment, message: Message, context: Context, unpacked: dict[int, Params]
+) -> tuple[Request, History]:
+    """What is asked, and the client's history with it; a record that is in ``unpacked`` is shared. Raises if spent."""
+    client, task = _client(context), records.read_task(message.content)
+    kept = records.load_history(context.state)
+    history = spend(kept, task.event, experiment.budgets[client], experiment.config.delta, experiment.config.accountant)
+
+    def unpack(key: str) -> Params | None:
+        record = message.content.array_records.get(key)
+        if record is None:
+            return None
+        if id(record) not in unpacked:
+            unpacked[id(record)] = records.to_params(record)
+        return unpacked[id(record)]
+
+    params = unpack(records.ARRAYS)
+    if params is None:
+        raise RecordError(f"no {records.ARRAYS!r} to train from")
+    request = Request(
+        client=client,
+        task=task,
+        params=params,
+        state=records.load_state(context.state),
+        server_ascent=unpack(records.ASCENT),
+        proximal_mu=records.read_proximal_mu(message.content),
+    )
+    return request, history
+
+
+def _reply(experiment: Experiment, request: Request, result: LocalResult) -> RecordDict:
+    size = len(experiment.partitions[request.client])
+    release_counts = experiment.config.release_counts
+    return records.reply_content(request.client, request.task, result, size, release_counts=release_counts)
+
+
+def _encoded(experiment: Experiment, request: Request, content: RecordDict) -> RecordDict:
+    config = experiment.config
+    return codec.encode(content, request.params, config.update_codec, config.update_share)
+
+
+def _keep(context: Context, history: History, result: LocalResult) -> None:
+    records.save_history(context.state, history)
+    records.save_state(context.state, result.state)
 
 
 def _client(context: Context) -> int:

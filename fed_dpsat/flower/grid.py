@@ -55,16 +55,24 @@ class Backend(Protocol):
 class SimulationGrid(Grid):
     """``num_nodes`` nodes on one ``backend``; the node of partition ``p`` has the id ``FIRST_NODE_ID + p``.
 
-    ``on_span`` is told when each client was at work.
+    ``on_span`` is told when each client was at work. Blocks hold whole stacks of ``stack_clients``.
     """
 
-    def __init__(self, backend: Backend, num_nodes: int, on_span: Callable[[Span], None] | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        num_nodes: int,
+        on_span: Callable[[Span], None] | None = None,
+        *,
+        stack_clients: int = 1,
+    ) -> None:
         compat.identify_process()
         self._backend = backend
         self._nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + num_nodes)
         self._ids = itertools.count(1)
         self._run = compat.empty_run()
         self._replies: dict[str, Message] = {}
+        self._stack_clients = stack_clients
         self.on_span = on_span
 
     def set_run(self, run: compat.Run) -> None:
@@ -132,7 +140,7 @@ class SimulationGrid(Grid):
         sent = list(messages)
         for message in sent:
             compat.set_message_id(message, str(next(self._ids)))
-        blocks = list(sums.blocks(sent))
+        blocks = list(sums.blocks(sent, self._stack_clients))
         for answers in self._backend.run(blocks, release_counts=release_counts, timeout=timeout):
             if self.on_span:
                 for span in answers.spans:

@@ -36,9 +36,9 @@ OF_THE_MEAN = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
 T = TypeVar("T")
 
 
-def blocks(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Runs of equal length, at most ``MAX_BLOCKS`` of them."""
-    size = max(1, -(-len(items) // MAX_BLOCKS))
+def blocks(items: Sequence[T], multiple_of: int = 1) -> Iterator[Sequence[T]]:
+    """Runs of equal length, a multiple of ``multiple_of``; at most ``MAX_BLOCKS`` of them."""
+    size = max(1, -(-len(items) // (MAX_BLOCKS * multiple_of))) * multiple_of
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

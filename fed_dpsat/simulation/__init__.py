@@ -85,7 +85,8 @@ def simulation_grid(
 
     Clients' states go into ``folder``; without one they last as long as the grid.
     """
-    grid = SimulationGrid(_backend(experiment, client_app, folder), experiment.config.num_clients)
+    backend, config = _backend(experiment, client_app, folder), experiment.config
+    grid = SimulationGrid(backend, config.num_clients, stack_clients=config.stack_clients)
     try:
         yield grid
     finally:

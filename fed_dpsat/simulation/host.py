@@ -1,15 +1,23 @@
-"""The clients of a simulation in one process: they are asked one after the other, and keep their state in between."""
+"""The clients of a simulation in one process: they are asked one after the other, and keep their state in between.
+
+Where ``stack_clients`` is above 1 and the client app can, so many of a block are trained together. Stacks are cut by
+place in the block, so they are the same whoever has the block.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.flower.client_app import StackingClientApp
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, answer, error_reply, node_context
 from fed_dpsat.flower.replies import judge
 from fed_dpsat.process import intra_op_threads
@@ -18,6 +26,20 @@ from fed_dpsat.simulation.state import StateStore
 
 Since = Mapping[int, int]
 """Client to the round that left its state."""
+
+
+log = logging.getLogger("fed_dpsat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A message and whom it is for: ``before`` is the round that left ``context.state``."""
+
+    message: Message
+    client: int
+    round: int | None
+    before: int | None
+    context: Context
 
 
 class Host:
@@ -33,6 +55,7 @@ class Host:
     ) -> None:
         self._client_app, self._run_config, self._num_nodes = client_app, run_config, num_nodes
         self._store, self._faults = store, faults
+        self._stack_clients = int(run_config.get("stack_clients", 1))
 
     def answers(self, messages: Sequence[Message], since: Since, *, release_counts: bool | None) -> Answers:
         """All replies; or, where ``release_counts`` is not None, the sum of the valid ones."""
@@ -47,30 +70,59 @@ class Host:
         return done
 
     def _replies(self, messages: Sequence[Message], since: Since, done: Answers) -> Iterator[Message]:
-        for message in messages:
-            started, clock = time.time(), time.perf_counter()
-            client = message.metadata.dst_node_id - FIRST_NODE_ID
-            before = since.get(client)
-            round = _round(message.content)
-            state = self._store.load(client, before)
-            reply = self._reply(message, client, round, state)
+        for start in range(0, len(messages), self._stack_clients):
+            yield from self._stack(messages[start : start + self._stack_clients], since, done)
+
+    def _stack(self, messages: Sequence[Message], since: Since, done: Answers) -> Iterator[Message]:
+        started, clock = time.time(), time.perf_counter()
+        asked = [self._asked(message, since) for message in messages]
+        present = [i for i, one in enumerate(asked) if not self._drops_out(one)]
+        answers = dict(zip(present, self._answers_of([asked[i] for i in present]), strict=True))
+        share = (time.perf_counter() - clock) / len(asked)
+        for i, one in enumerate(asked):
+            clock = time.perf_counter()
+            reply = self._judged(one, answers.get(i))
             trained = reply.has_content() or reply.error.code == compat.SIMULATED_FAULT
-            if trained and state and message.metadata.message_type == MessageType.TRAIN:
-                kept = (before or 0) + 1 if round is None else round
-                self._store.save(client, kept, state, before)
-                done.kept[client] = kept
-            done.spans.append(Span(client, started, time.perf_counter() - clock))
+            if trained and one.context.state and one.message.metadata.message_type == MessageType.TRAIN:
+                kept = (one.before or 0) + 1 if one.round is None else one.round
+                self._store.save(one.client, kept, one.context.state, one.before)
+                done.kept[one.client] = kept
+            done.spans.append(Span(one.client, started + i * share, share + time.perf_counter() - clock))
             yield reply
 
-    def _reply(self, message: Message, client: int, round: int | None, state: RecordDict) -> Message:
-        faults = self._faults if round is not None else None
-        if faults and round and faults.drops_out(client, round):
-            return error_reply(message, "dropped out (simulated)", compat.SIMULATED_FAULT)
-        context = node_context(message.metadata.dst_node_id, self._run_config, self._num_nodes, state)
-        reply = answer(self._client_app, message, context)
+    def _asked(self, message: Message, since: Since) -> _Asked:
+        node_id = message.metadata.dst_node_id
+        client = node_id - FIRST_NODE_ID
+        before = since.get(client)
+        state = self._store.load(client, before)
+        context = node_context(node_id, self._run_config, self._num_nodes, state)
+        return _Asked(message=message, client=client, round=_round(message.content), before=before, context=context)
+
+    def _answers_of(self, asked: Sequence[_Asked]) -> list[Message]:
+        """In order; one after the other where together they fail, so that one takes no other down."""
+        app = self._client_app
+        training = [one for one in asked if one.message.metadata.message_type == MessageType.TRAIN]
+        if len(training) > 1 and len(training) == len(asked) and isinstance(app, StackingClientApp):
+            try:
+                replies = app.train_together([one.message for one in asked], [one.context for one in asked])
+                if replies is not None:
+                    return replies
+                _say_once("secure aggregation and devices answer one by one")
+            except Exception as error:  # whoever it was, fails again alone
+                log.warning("stack_clients: %d clients one after the other, since one failed: %s", len(asked), error)
+        return [answer(app, one.message, one.context) for one in asked]
+
+    def _drops_out(self, one: _Asked) -> bool:
+        return bool(self._faults and one.round and self._faults.drops_out(one.client, one.round))
+
+    def _judged(self, one: _Asked, reply: Message | None) -> Message:
+        """The reply, or what a simulated fault makes of it; None is of a client that dropped out."""
+        if reply is None:
+            return error_reply(one.message, "dropped out (simulated)", compat.SIMULATED_FAULT)
+        faults, client, round = self._faults, one.client, one.round
         if faults and round and faults.comes_late(client, round) and reply.has_content():
             late = f"reply after {faults.seconds(client, round):.3g} s, client_timeout={faults.client_timeout:g}"
-            return error_reply(message, f"{late} (simulated)", compat.SIMULATED_FAULT)
+            return error_reply(one.message, f"{late} (simulated)", compat.SIMULATED_FAULT)
         return reply
 
     def _part(self, message: Message, reply: Message, release_counts: bool) -> sums.Part:
@@ -88,3 +140,8 @@ class Host:
 def _round(content: RecordDict) -> int | None:
     task = content.config_records.get(records.TASK)
     return None if task is None else int(task["round"])  # type: ignore[arg-type]
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning("stack_clients: clients train one after the other: %s", reason)
