@@ -25,4 +25,4 @@ def subtract(a: Params, b: Params) -> Params:
 
 def global_norm(params: Params) -> Tensor:
     """Euclidean norm over all tensors together, a scalar; 0 for no tensors."""
-    return torch.nn.utils.get_total_norm(list(params.values()))
+    return torch.nn.utils.get_total_norm(list(params.values()), foreach=False)  # vmap has no rule for foreach
