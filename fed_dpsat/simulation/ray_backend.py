@@ -6,9 +6,10 @@ clients that were last there.
 =============================== ========================================================================
 case                            what happens
 =============================== ========================================================================
-a worker dies                   its block is cut into single clients, which are tried again from the
-                                same state: the same bits if noise is seeded. What it had computed was
-                                never released, so one charge is right either way
+a worker dies                   its block is cut into stacks (of ``stack_clients``), and those that fail
+                                again into clients, which are tried again from the same state: the same
+                                bits if noise is seeded (but for the last ones where a stack was cut).
+                                What it had computed was never released, so one charge is right either way
 a client's worker dies often    an error in place of its reply, after ``MAX_TRIES``
 a client takes longer than      its worker is killed and replaced; the client, alone, has one more try,
 ``client_timeout``              and is an error
@@ -77,6 +78,7 @@ class RayBackend:
         self._kept = dict(kept or {})
         self._home: dict[int, Slot] = {}
         self._client_timeout = client_timeout
+        self._stack = int(run_config.get("stack_clients", 1))
         self._deaths = 0
         self._disconnect = connect(address, num_workers)
         try:
@@ -95,7 +97,7 @@ class RayBackend:
         with explained():
             shelf = Shelf()
             work = [Work(i, 0, block, [shelf.split(message) for message in block]) for i, block in enumerate(blocks)]
-            round = _Round(work, summed=release_counts is not None)
+            round = _Round(work, summed=release_counts is not None, stack=self._stack)
             while not round.over:
                 self._pool.look_after()
                 self._send(round, release_counts)
@@ -182,12 +184,12 @@ class RayBackend:
 class _Round:
     """What waits and what is done; answers are given in the order of blocks."""
 
-    def __init__(self, work: Sequence[Work], *, summed: bool) -> None:
+    def __init__(self, work: Sequence[Work], *, summed: bool, stack: int) -> None:
         self._waiting = deque(work)
         self._missing = [len(each.messages) for each in work]
         self._pieces: list[dict[int, Answers]] = [{} for _ in work]
         self._next = 0
-        self._summed = summed
+        self._summed, self._stack = summed, stack
 
     @property
     def over(self) -> bool:
@@ -215,7 +217,7 @@ class _Round:
     def fail(self, work: Work, reason: str, *, tries: int) -> None:
         """Whoever did it is gone: its clients one by one again, or an error after so many tries."""
         if len(work.messages) > 1:
-            self.put_back(work.alone())
+            self.put_back(work.cut(self._stack))
             return
         work.tries += 1
         if work.tries < tries:

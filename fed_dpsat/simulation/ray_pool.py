@@ -34,10 +34,13 @@ class Work:
     references: Sequence[References]
     tries: int = 0
 
-    def alone(self) -> list[Work]:
-        """Each message by itself."""
-        pairs = enumerate(zip(self.messages, self.references, strict=True), self.position)
-        return [Work(self.block, position, [m], [references]) for position, (m, references) in pairs]
+    def cut(self, stack: int) -> list[Work]:
+        """Its stacks of clients that train together, in one piece each; of a single stack, each message by itself."""
+        size = stack if len(self.messages) > stack else 1
+        return [
+            Work(self.block, self.position + i, self.messages[i : i + size], self.references[i : i + size])
+            for i in range(0, len(self.messages), size)
+        ]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fed_dpsat.flower import compat, records, sums
-from fed_dpsat.simulation import ray_backend, ray_worker
+from fed_dpsat.simulation import ray_backend, ray_pool, ray_worker
 
 
 def app_that_dies(folder: Path, times: int) -> ClientApp:
@@ -108,3 +108,14 @@ def test_the_model_is_stored_once_a_round(start, monkeypatch):
 def test_a_ray_that_was_there_before_is_left_running(start):
     start(times=0).close()
     assert ray_backend.ray.is_initialized()
+
+
+def test_what_failed_is_cut_into_stacks_and_those_into_clients():
+    work = ray_pool.Work(3, 10, list(range(5)), [{}] * 5)
+    assert [(w.block, w.position, list(w.messages)) for w in work.cut(2)] == [
+        (3, 10, [0, 1]),
+        (3, 12, [2, 3]),
+        (3, 14, [4]),
+    ]
+    assert [(w.position, list(w.messages)) for w in work.cut(1)] == [(10 + i, [i]) for i in range(5)]
+    assert [list(w.messages) for w in work.cut(2)[1].cut(2)] == [[2], [3]]
