@@ -8,6 +8,7 @@ from the configuration that gives the variance of the noise in an update, withou
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -124,9 +125,9 @@ class UpdateStrategy(FedAvg):
         self._variance = known_noise.variance
         self._before = ArrayRecord()
 
+    @abstractmethod
     def move(self, round: int, updates: Updates) -> Vector:
         """``[d]``: where the global model goes from here."""
-        raise NotImplementedError
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
