@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, resume, list, calibrate, plan, ledger."""
+"""``fed-dpsat``: run, resume, sweep, list, calibrate, plan, ledger."""
 
 from __future__ import annotations
 
@@ -214,6 +214,39 @@ def ledger(
     return None
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML file with a base, a [grid] and perhaps [tune].")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; one that was begun is gone on with. Default: runs/FILE.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Runs at a time, each on a Ray worker; 0 is this process.")] = 0,
+    budget: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="Leave seeds and rounds out until it fits, and say which.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a grid of methods, settings and seeds; tune on validation examples first; one table of all.
+
+    docs/sweeps.md says what is in FILE. --set overrides a setting of its base.
+    """
+    from fed_dpsat.sweep import run_sweep
+    from fed_dpsat.sweep.show import print_sweep, shown
+
+    folder = out or Path("runs") / file.stem
+    with _clear_errors(), shown(err_console, quiet=as_json) as show:
+        swept = run_sweep(file, folder, workers=workers, budget=budget, overrides=overrides or (), show=show)
+    if as_json:
+        failed = [{"run": outcome.run.name, "error": outcome.error} for outcome in swept.failed]
+        more = {"failed": failed, "left_out": swept.left_out, "privacy": swept.privacy}
+        _print_json({"folder": str(folder), "summary": swept.summary, **more})
+    else:
+        print_sweep(out_console, swept, folder)
+    if swept.failed:
+        raise typer.Exit(FAILED)
+
+
 @contextmanager
 def _shown(num_rounds: int, *, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """What is to be called after each round: a progress bar on a terminal, else a line."""
@@ -255,8 +288,9 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table = Table(show_header=False, title="Result", title_justify="left")
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
-    table.add_row("test accuracy", f"{result['test_accuracy']:.2%}")
-    table.add_row("test loss", f"{result['test_loss']:.4f} nats")
+    split = result.get("evaluated_on", "test")
+    table.add_row(f"{split} accuracy", f"{result['test_accuracy']:.2%}")
+    table.add_row(f"{split} loss", f"{result['test_loss']:.4f} nats")
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])

@@ -206,6 +206,7 @@ class Recorder:
             "ended_early": self.ended_early,
             "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
             "test_loss": self.evaluation.loss if self.evaluation else None,
+            "evaluated_on": "validation" if config.validation_share else "test",
             "epsilon": self.epsilon(),
             "delta": config.delta,
             "accountant": config.accountant,
