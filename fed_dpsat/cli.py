@@ -224,6 +224,9 @@ def sweep(
     budget: Annotated[
         float | None, typer.Option(metavar="MINUTES", help="Leave seeds and rounds out until it fits, and say which.")
     ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="AXIS=LABEL,LABEL", help="A part of the grid; in a folder of its own.")
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -236,7 +239,9 @@ def sweep(
 
     folder = out or Path("runs") / file.stem
     with _clear_errors(), shown(err_console, quiet=as_json) as show:
-        swept = run_sweep(file, folder, workers=workers, budget=budget, overrides=overrides or (), show=show)
+        swept = run_sweep(
+            file, folder, workers=workers, budget=budget, overrides=overrides or (), only=only or (), show=show
+        )
     if as_json:
         failed = [{"run": outcome.run.name, "error": outcome.error} for outcome in swept.failed]
         more = {"failed": failed, "left_out": swept.left_out, "privacy": swept.privacy}

@@ -71,6 +71,7 @@ def run_sweep(
     workers: int = 0,
     budget: float | None = None,
     overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
     show: Shown | None = None,
 ) -> Swept:
     """Run what the sweep file ``path`` asks for into the folder ``out``, or go on there.
@@ -80,7 +81,7 @@ def run_sweep(
 
     Raises ``InputError`` before anything runs, where the file, a run's settings or the folder do not allow it.
     """
-    spec = Spec.load(path, overrides)
+    spec = Spec.load(path, overrides, only)
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError("--budget", budget, "in (0, inf) minutes", "leave it out for no limit")
     if (out / "config.toml").exists() or (out.exists() and not out.is_dir()):

@@ -125,8 +125,11 @@ class Spec:
     rounds_share: float = 1.0
 
     @classmethod
-    def load(cls, path: Path, overrides: Iterable[str] = ()) -> Spec:
-        """From a TOML file; ``key=value`` strings win over its base. Raises ``InputError`` for any mistake."""
+    def load(cls, path: Path, overrides: Iterable[str] = (), only: Iterable[str] = ()) -> Spec:
+        """From a TOML file; ``key=value`` strings win over its base. Raises ``InputError`` for any mistake.
+
+        ``only``, ``AXIS=LABEL,LABEL`` each, leaves the other labels of an axis out.
+        """
         raw = _read(path)
         _known("table", raw, ("base", "grid", "tune"), str(path))
         base = {**_base(raw.get("base", {}), path), **parse_overrides(overrides)}
@@ -138,7 +141,8 @@ class Spec:
             raise SweepError(f"{path}: [grid] is empty; give at least one axis, for instance seed = [0, 1, 2]")
         axes = {name: _axis(name, values) for name, values in grid.items() if name != "seed"}
         seeds = _seeds("grid.seed", grid.get("seed", [base.get("seed", _DEFAULTS["seed"])]))
-        spec = cls(base=base, axes=axes, seeds=seeds, **_tune(raw.get("tune", {}), axes))
+        tune = _tune(raw.get("tune", {}), axes)
+        spec = cls(base=base, axes=_only(axes, only), seeds=seeds, **tune)
         if both := set(spec.seeds) & set(spec.tune_seeds):
             raise SweepError(
                 f"seed {min(both)} is in grid.seed and in tune.seeds; what is chosen on a seed flatters it"
@@ -261,6 +265,18 @@ def _axis(name: str, values: object) -> Axis:
     if not axis:
         raise SweepError(f"{where} is empty; give it a value, or leave it out")
     return axis
+
+
+def _only(axes: Mapping[str, Axis], only: Iterable[str]) -> Mapping[str, Axis]:
+    for choice in only:
+        name, separator, labels = choice.partition("=")
+        if not separator:
+            raise SettingError("--only", choice, "of the form AXIS=LABEL,LABEL", "for example --only method=dp-sgd")
+        _known("axis of the grid", [name], axes, "--only")
+        wanted = labels.split(",")
+        _known(f"label of grid.{name}", wanted, axes[name], "--only")
+        axes = {**axes, name: {label: axes[name][label] for label in axes[name] if label in wanted}}
+    return axes
 
 
 def _tune(table: object, axes: Mapping[str, Axis]) -> dict[str, Any]:

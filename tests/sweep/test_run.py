@@ -12,12 +12,16 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fed_dpsat.cli import app
+from fed_dpsat.data.digits import digits
 from fed_dpsat.errors import InputError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.sweep import run_sweep
+from fed_dpsat.sweep.budget import Cost
+from fed_dpsat.sweep.spec import Spec
 
 SMALL = """
 base = { num_rounds = 2, delta = 1e-4, num_clients = 2, sample_rate = 0.2, noise_multiplier = 1.0 }
@@ -80,19 +84,15 @@ def test_the_better_candidate_runs_on_the_test_split(whole):
     assert float(row["accuracy_sd"]) == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
 
 
-def test_tuning_never_evaluates_on_the_test_split(file, tmp_path, monkeypatch):
-    """Labels of the test split that were read in the tuning would be out of range of this one's."""
-    original, sizes = Experiment.build.__func__, []
-
-    def build(cls, config, **objects):
-        experiment = original(cls, config, **objects)
-        sizes.append((config.seed, len(experiment.dataset.train), len(experiment.dataset.test)))
-        return experiment
-
-    monkeypatch.setattr(Experiment, "build", classmethod(build))
-    run_sweep(file, tmp_path / "out")
-    assert {size for size in sizes if size[0] == 7} == {(7, 1437 - 144, 144)}
-    assert {size[1:] for size in sizes if size[0] != 7} == {(1437, 360)}
+def test_in_a_tuning_run_the_test_split_is_not_there(file):
+    spec = Spec.load(file)
+    (cell, _), test = spec.cells(), digits().test
+    tuning, final = (
+        Experiment.build(runs[0].config).dataset for runs in (spec.tune_runs(cell), spec.final_runs(cell, {}))
+    )
+    assert (len(tuning.train), len(tuning.test)) == (1437 - 144, 144)
+    assert not {row.tobytes() for row in tuning.test.inputs.numpy()} & {row.tobytes() for row in test.inputs.numpy()}
+    assert torch.equal(final.test.inputs, test.inputs)
 
 
 def test_what_is_complete_is_not_run_again(file, whole, monkeypatch):
@@ -173,23 +173,27 @@ def test_a_failure_is_shown_tried_once_more_and_then_reported(tmp_path, failures
     assert len(list((tmp_path / "out" / "runs").glob("*.failed-1"))) == 1
 
 
-def test_a_budget_is_kept_in_what_is_run_and_said(file, tmp_path):
-    costs = "fed_dpsat.sweep.run._Sweep._measure"
-    from fed_dpsat.sweep.budget import Cost
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(SMALL[: SMALL.index("[tune]")].replace("[0, 1]", "[0]"))
+    return path
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, lambda self: {(m,): Cost(fixed=0.0, rounds=60.0) for m in ("dp-sgd", "dp-sat")})
-        swept = run_sweep(file, tmp_path / "out", budget=4.0)  # of the eight minutes that eight runs would take
+
+def test_a_budget_is_kept_in_what_is_run_and_said(tiny, tmp_path, monkeypatch):
+    costs = {(method,): Cost(fixed=0.0, rounds=60.0) for method in ("dp-sgd", "dp-sat")}
+    monkeypatch.setattr("fed_dpsat.sweep.run._Sweep._measure", lambda self: costs)
+    swept = run_sweep(tiny, tmp_path / "out", budget=1.0)  # of the two minutes that two runs would take
     assert swept.left_out == ["50% of the rounds of every run"]
-    assert {row["rounds"] for row in table(tmp_path / "out", "results")} == {"1"}
+    assert [row["rounds"] for row in table(tmp_path / "out", "results")] == ["1", "1"]
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["left_out"] == swept.left_out
-    again = run_sweep(file, tmp_path / "out", budget=4.0)  # decided: nothing is measured, nothing is run
-    assert again.left_out == swept.left_out
+    monkeypatch.setattr("fed_dpsat.sweep.run._Sweep._measure", None)  # it is decided
+    monkeypatch.setattr("fed_dpsat.sweep.run.execute", None)
+    assert run_sweep(tiny, tmp_path / "out", budget=1.0).left_out == swept.left_out
 
 
-def test_measured_costs_are_those_of_a_run_of_each_kind(file, tmp_path):
-    swept = run_sweep(file, tmp_path / "out", budget=600.0)
-    assert swept.left_out == []
+def test_measured_costs_are_those_of_a_run_of_each_kind(tiny, tmp_path):
+    assert run_sweep(tiny, tmp_path / "out", budget=600.0).left_out == []
     plan = json.loads((tmp_path / "out" / "sweep.json").read_text())["plan"]
     assert [cost["kind"] for cost in plan["costs"]] == ["dp-sgd", "dp-sat"]
     assert all(cost["rounds"] > 0 for cost in plan["costs"])
@@ -232,6 +236,7 @@ def test_json_has_the_summary(file, whole):
     assert "dp-sat" in shown
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_table(file, whole, tmp_path):
     """In a process of its own: a Ray of two CPUs is started and ended."""
     out = tmp_path / "out"

@@ -16,10 +16,10 @@ TUNE = "[tune]\nseeds = [7, 8]\nlr = [1, 2]\n[tune.dp-sat]\nrho = [0, 0.1, 0.2]\
 
 @pytest.fixture
 def load(tmp_path):
-    def load(text, overrides=()):
+    def load(text, overrides=(), only=()):
         path = tmp_path / "sweep.toml"
         path.write_text(text)
-        return Spec.load(path, overrides)
+        return Spec.load(path, overrides, only)
 
     return load
 
@@ -55,6 +55,21 @@ def test_tuning_is_on_validation_examples_and_other_seeds_and_the_final_runs_are
 def test_a_list_of_a_bundle_wins_over_the_one_for_all(load):
     spec = load(BASE + "[grid]\nseed = [0]\n" + METHODS + TUNE + "lr = [9]\n")
     assert [list(cell.tune["lr"]) for cell in spec.cells()] == [[1, 2], [9]]
+
+
+def test_only_a_part_of_an_axis(load):
+    text = BASE + "[grid]\nlr = [1, 2.5]\nseed = [0]\n" + METHODS
+    assert [cell.key for cell in load(text, only=["lr=2.5", "method=dp-sat,dp-sgd"]).cells()] == [
+        ("2.5", "dp-sgd"),
+        ("2.5", "dp-sat"),
+    ]
+    for choice, words in (
+        ("method", "of the form AXIS=LABEL"),
+        ("methods=dp-sgd", "did you mean method"),
+        ("method=dp-sta", "did you mean dp-sat"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load(text, only=[choice])
 
 
 def test_base_may_be_a_file_beside_it_and_set_wins(load, tmp_path):
