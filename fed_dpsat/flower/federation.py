@@ -19,6 +19,7 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.evaluation import Evaluation, evaluate
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import records
+from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
@@ -86,7 +87,9 @@ class Recorder:
                 "unexpected": report.unexpected,
                 "retired": report.retired,
                 "released": report.released,
-                "kept_model": bool(round) and report.kept_model,
+                "kept_model": report.kept_model,
+                **({} if report.simulated_seconds is None else {"simulated_seconds": report.simulated_seconds}),
+                **({} if report.arrived is None else {"arrived": report.arrived}),
             }
             self.rounds_completed = round
             timing = self._timing(round)
@@ -277,6 +280,7 @@ def run_federation(
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
             secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
+            buffer=_buffer(config),
             phases=phases,
         )
         recorder = Recorder(experiment, private, folder, on_round)
@@ -320,6 +324,17 @@ def build_strategy(config: RunConfig) -> Strategy:
     if not isinstance(inner, Strategy):
         raise FederationError(f"strategy={config.strategy!r} made a {type(inner).__name__}, not a Flower Strategy")
     return inner
+
+
+def _buffer(config: RunConfig) -> Buffer | None:
+    if not config.buffer_size:
+        return None
+    return Buffer(
+        size=config.buffer_size,
+        in_flight=config.cohort_size,
+        staleness_exponent=config.staleness_exponent,
+        seed=config.seed,
+    )
 
 
 def _peak_memory_mb() -> float:
