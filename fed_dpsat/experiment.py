@@ -27,6 +27,7 @@ from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
+from fed_dpsat.query import first_point
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.stacked import Member, Unstackable, alike, train_stacked
 from fed_dpsat.training import LocalResult, Streams, train_locally
@@ -139,7 +140,10 @@ class Experiment:
     def carried_state(self) -> set[str]:
         """Slots of state that a client takes from one round into its next, found by one update on zeros."""
         params = zeros_like(trainable(self.loss_fn.module))
-        _, state = self.optimizer.update(params, params, self.optimizer.init(params))
+        state = self.optimizer.init(params)
+        with torch.random.fork_rng(devices=[]):
+            nothing = zeros_like(first_point(self.optimizer.query_point(params, state)))
+        _, state = self.optimizer.update(params, nothing, state)
         forgotten = {CLOCK} if self.config.ascent_memory == "client" else {CLOCK, ASCENT}
         return (state.keys() - forgotten) | ({"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set())
 
