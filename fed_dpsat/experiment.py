@@ -21,7 +21,7 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_generator, derive_seed
-from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
@@ -146,7 +146,7 @@ class Experiment:
         with torch.random.fork_rng(devices=[]):
             for _ in range(2 - self.config.steps_per_round % 2):
                 _, state = self.optimizer.update(params, params, state)
-        forgotten = {CLOCK} if self.config.ascent_memory == "client" else {CLOCK, ASCENT}
+        forgotten = {CLOCK, NOISE} if self.config.ascent_memory == "client" else {CLOCK, NOISE, ASCENT}
         return (state.keys() - forgotten) | ({"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set())
 
     def client_round(

@@ -27,7 +27,7 @@ from fed_dpsat.privacy.event import PrivacyEvent
 
 Vector = NDArray[np.floating]
 
-SGD_STEPS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
+SGD_STEPS = ("dp-sgd", "dp-sat", "dp-sat-momentum", "extrapolated")
 """Optimizers whose step is ``-lr`` times the private gradient, so that its noise arrives as it is."""
 
 

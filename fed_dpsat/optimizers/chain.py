@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from fed_dpsat import plugins
-from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_clock
 from fed_dpsat.params import Params
 from fed_dpsat.plugins import Factory, PluginError
 
@@ -130,7 +130,7 @@ def _given(links: Sequence[_Link], settings: Mapping[str, Any], arguments: str) 
     return given
 
 
-SHARED = frozenset({CLOCK})
+SHARED = frozenset({CLOCK, NOISE})
 """Slots that the loop fills, for whoever reads them."""
 
 
