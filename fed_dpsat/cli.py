@@ -91,7 +91,7 @@ def resume(
 
 @app.command(name="list")
 def list_plugins(as_json: AsJson = False) -> None:
-    """Built-in optimizers, models, data sets, partitions, clipping rules and strategies."""
+    """Built-in optimizers, models, data sets, partitions, clipping rules, strategies, attacks and loggers."""
     with _clear_errors():
         found = {kind: {name: summary(factory) for name, factory in builtin(kind).items()} for kind in PACKAGES}
     if as_json:
