@@ -21,7 +21,18 @@ from fed_dpsat.errors import SettingError
 Scalar = bool | int | float | str
 
 MACHINE = frozenset(
-    {"workers", "ray_address", "tune_malloc", "out", "resume", "profile", "join_timeout", "reply_timeout", "cache_dir"}
+    {
+        "workers",
+        "ray_address",
+        "tune_malloc",
+        "out",
+        "resume",
+        "profile",
+        "loggers",
+        "join_timeout",
+        "reply_timeout",
+        "cache_dir",
+    }
 )
 """Settings that may change when a run is resumed: they say where and how long, not what."""
 
@@ -207,6 +218,7 @@ class RunConfig:
     out: str = _setting("", "run folder, new or empty; by default one in runs/ that is named after config and time")
     resume: bool = _setting(False, "switch: go on with the run in out, from its last checkpoint")
     profile: bool = _setting(False, "switch: write trace.json, who was at work when, for ui.perfetto.dev")
+    loggers: str = _setting("", "loggers besides the run folder, comma-separated: tensorboard, mlflow, wandb, your own")
     evaluate_every: int = _setting(1, "number of rounds between evaluations; the last round always is", least=1)
 
     def __post_init__(self) -> None:

@@ -25,13 +25,14 @@ from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.updates import KnownNoise
+from fed_dpsat.loggers import Loggers
 from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.params import Params, trainable
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import LedgerError
 from fed_dpsat.privacy.ledger import Head, PrivacyLedger
 from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
-from fed_dpsat.run_folder import Checkpoint, RunFolder
+from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
 from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
@@ -49,9 +50,15 @@ class Recorder:
     """Turns rounds into lines: evaluates, asks the ledger, writes, and tells whoever watches."""
 
     def __init__(
-        self, experiment: Experiment, strategy: PrivateStrategy, folder: RunFolder, on_round: OnRound | None
+        self,
+        experiment: Experiment,
+        strategy: PrivateStrategy,
+        folder: RunFolder,
+        on_round: OnRound | None,
+        loggers: Loggers,
     ) -> None:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
+        self.loggers = loggers
         self.evaluation: Evaluation | None = None
         self.rounds_completed = 0
         self.ended_early: str | None = None
@@ -94,6 +101,9 @@ class Recorder:
             self.rounds_completed = round
             timing = self._timing(round)
             self.folder.append_round(record, timing)
+            if self.loggers:  # before the checkpoint: a round that is logged twice is better than one never
+                with self.strategy.phases("log"):
+                    self.loggers.round(jsonable({**record, "timing": timing}))
             self._save_checkpoint(round, params)
         if self.on_round:
             self.on_round({**record, "timing": timing})
@@ -259,6 +269,7 @@ def run_federation(
     plans = make_plans(config)
     _warn_about_delta(experiment)
     inner = strategy or build_strategy(config)
+    loggers = Loggers.of(config)
     folder.open(config, objects=objects)
     checkpoint = folder.load_checkpoint() if folder.resumes else None
     phases = Phases(trace=config.profile)
@@ -285,12 +296,13 @@ def run_federation(
             buffer=_buffer(config),
             phases=phases,
         )
-        recorder = Recorder(experiment, private, folder, on_round)
+        recorder = Recorder(experiment, private, folder, on_round, loggers)
         arrays = records.to_arrays(trainable(experiment.loss_fn.module))
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)
         elif folder.resumes:
             folder.cut_off(-1)
+        loggers.begin(config, folder.path, checkpoint.round + 1 if checkpoint else 0)
         status = "failed"
         try:
             private.start(
@@ -311,6 +323,7 @@ def run_federation(
         finally:
             summary = recorder.summary(status)
             folder.close(summary)
+            loggers.end(jsonable(summary))
             if config.profile:
                 phases.write_trace(
                     folder.trace_path,
