@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,20 +15,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from fed_dpsat import device_cli
 from fed_dpsat.config import RunConfig, parse_overrides
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.plugins import PACKAGES, builtin, summary
+from fed_dpsat.watch import watched
 
 app = typer.Typer(
     add_completion=False,
@@ -69,7 +62,7 @@ def run(
         settings = RunConfig.load(config, [*(overrides or ()), *extra])
         name = config.stem if config else "run"
         folder = Path(settings.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        with _shown(settings.num_rounds, quiet=as_json) as show:
+        with watched(settings, name=name, console=err_console, quiet=as_json) as show:
             result = simulate(settings, folder, on_round=show)
     _print_result(result, folder, as_json)
 
@@ -88,15 +81,17 @@ def resume(
     from fed_dpsat.run_folder import RunFolder
 
     with _clear_errors():
-        settings = RunFolder(run, resume=True).config()
-        with _shown(settings.num_rounds, quiet=as_json) as show:
+        folder = RunFolder(run, resume=True)
+        with watched(
+            folder.config(), name=run.name, console=err_console, quiet=as_json, earlier=folder.rounds()
+        ) as show:
             result = simulation.resume(run, overrides=parse_overrides(overrides or ()), on_round=show)
     _print_result(result, run, as_json)
 
 
 @app.command(name="list")
 def list_plugins(as_json: AsJson = False) -> None:
-    """Built-in optimizers, models, data sets, partitions, clipping rules and strategies."""
+    """Built-in optimizers, models, data sets, partitions, clipping rules, strategies, attacks and loggers."""
     with _clear_errors():
         found = {kind: {name: summary(factory) for name, factory in builtin(kind).items()} for kind in PACKAGES}
     if as_json:
@@ -252,35 +247,6 @@ def sweep(
         raise typer.Exit(FAILED)
 
 
-@contextmanager
-def _shown(num_rounds: int, *, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What is to be called after each round: a progress bar on a terminal, else a line."""
-    columns = (
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=12),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=err_console, disable=quiet or not err_console.is_terminal) as progress:
-        task = progress.add_task("preparing", total=num_rounds)
-        quality = ""
-
-        def show(record: dict[str, Any]) -> None:
-            nonlocal quality
-            if record["test_accuracy"] is not None:
-                quality = f"accuracy {record['test_accuracy']:.1%}  loss {record['test_loss']:.3f}  "
-            rate = f"  {record['timing']['clients_per_second']:.3g} clients/s" if record["round"] else ""
-            line = f"{quality}epsilon {record['epsilon']:.2f}{rate}"
-            progress.update(task, completed=record["round"], description=line)
-            if not quiet and progress.disable:
-                err_console.print(f"round {record['round']}/{num_rounds}  {line}", soft_wrap=True)
-
-        yield show
-
-
 def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         _print_json(result)
@@ -308,7 +274,10 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table.add_row("noise source", result["noise"])
     for release in result["also_released"]:
         table.add_row("also released", release)
-    table.add_row("training", f"{result['optimizer']}, {result['model']} on {result['dataset']}, {result['strategy']}")
+    from fed_dpsat.optimizers.chain import described
+
+    method = described(result["optimizer"], result["base_optimizer"])
+    table.add_row("training", f"{method}, {result['model']} on {result['dataset']}, {result['strategy']}")
     table.add_row(
         "schedule",
         f"{result['rounds_completed']} rounds x {result['local_steps']} local steps, "

@@ -21,7 +21,18 @@ from fed_dpsat.errors import SettingError
 Scalar = bool | int | float | str
 
 MACHINE = frozenset(
-    {"workers", "ray_address", "tune_malloc", "out", "resume", "profile", "join_timeout", "reply_timeout", "cache_dir"}
+    {
+        "workers",
+        "ray_address",
+        "tune_malloc",
+        "out",
+        "resume",
+        "profile",
+        "loggers",
+        "join_timeout",
+        "reply_timeout",
+        "cache_dir",
+    }
 )
 """Settings that may change when a run is resumed: they say where and how long, not what."""
 
@@ -68,7 +79,10 @@ class RunConfig:
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
     optimizer: str = _setting("dp-sat", "private optimizer")
-    base_optimizer: str = _setting("dp-sgd", "the step that dp-sat and its kind make, itself an optimizer")
+    base_optimizer: str = _setting(
+        "dp-sgd", "the step that dp-sat and its kind make, itself an optimizer; disk+adam is disk over adam"
+    )
+    optimizer_args: str = _setting("", "arguments of the optimizers that no setting fills: beta2 = 0.99, floor = 0.1")
     lr: float = _setting(2.0, "learning rate", least=0)
     lr_schedule: str = _setting(
         "constant",
@@ -146,6 +160,14 @@ class RunConfig:
         "way a cohort is drawn: fixed draws clients_per_round, poisson tosses a coin for each client",
         choices=("fixed", "poisson"),
     )
+    buffer_size: int = _setting(
+        0,
+        "number of arrivals that make a round (FedBuff), while clients_per_round are under way; 0 waits for the cohort",
+        least=0,
+    )
+    staleness_exponent: float = _setting(
+        0.5, "discount of updates that set out s rounds ago, (1 + s) to the power of minus this", least=0
+    )
     max_rounds_per_client: int = _setting(
         0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
     )
@@ -203,6 +225,7 @@ class RunConfig:
     out: str = _setting("", "run folder, new or empty; by default one in runs/ that is named after config and time")
     resume: bool = _setting(False, "switch: go on with the run in out, from its last checkpoint")
     profile: bool = _setting(False, "switch: write trace.json, who was at work when, for ui.perfetto.dev")
+    loggers: str = _setting("", "loggers besides the run folder, comma-separated: tensorboard, mlflow, wandb, your own")
     evaluate_every: int = _setting(1, "number of rounds between evaluations; the last round always is", least=1)
 
     def __post_init__(self) -> None:
@@ -221,6 +244,14 @@ class RunConfig:
             fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
         if self.secure_aggregation and self.update_codec != "fp32":
             fail("update_codec", "possible with secure_aggregation", "masked sums need every coordinate; use fp32")
+        if self.buffer_size > self.cohort_size:
+            fail("buffer_size", f"at most the {self.cohort_size} clients that are under way", "lower it")
+        if self.buffer_size and self.delay == "none":
+            fail("delay", "enough for buffer_size", "clients arrive in the order of simulated delays: lognormal, say")
+        if self.buffer_size and self.client_sampling != "fixed":
+            fail("client_sampling", f"possible with buffer_size={self.buffer_size}", "places are filled: use fixed")
+        if self.secure_aggregation and self.buffer_size:
+            fail("buffer_size", "possible with secure_aggregation", "masks cancel within one cohort; set it to 0")
         if self.secure_aggregation and self.cohort_size < 3:
             fail("secure_aggregation", f"possible with {self.cohort_size} clients a round", "3 or more hide each other")
         if bool(self.attack) != (self.attackers > 0):
@@ -260,10 +291,10 @@ class RunConfig:
             fail("clip_norm", "finite in a private run", "noise needs a bound; 0.1 to 1 is usual")
         if self.clients_per_round > self.num_clients:
             fail("clients_per_round", f"at most num_clients={self.num_clients}", "lower it, or 0 for all")
-        if self.num_clients * self.rounds_per_client < self.num_rounds * self.cohort_size:
+        if self.num_clients * self.rounds_per_client < self.num_rounds * (self.buffer_size or self.cohort_size):
             fail(
                 "max_rounds_per_client",
-                f"enough for num_rounds={self.num_rounds} of {self.cohort_size} clients",
+                f"enough for num_rounds={self.num_rounds} of {self.buffer_size or self.cohort_size} clients",
                 "raise it, or ask fewer clients per round",
             )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import resource
 import time
 from collections import Counter
@@ -10,27 +12,30 @@ from logging import getLogger
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
-from fed_dpsat.evaluation import Evaluation, evaluate
+from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, predict, quality_of
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import records
+from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.updates import KnownNoise
+from fed_dpsat.loggers import Loggers
 from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.params import Params, trainable
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import LedgerError
 from fed_dpsat.privacy.ledger import Head, PrivacyLedger
 from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
-from fed_dpsat.run_folder import Checkpoint, RunFolder
+from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
 from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
@@ -43,15 +48,26 @@ OnRound = Callable[[RoundRecord], None]
 COUNTS_RELEASED = "examples without a finite gradient, per client and round: exact, not covered by epsilon"
 DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
 
+MAX_LABEL_COUNTS = 10**6
+
 
 class Recorder:
     """Turns rounds into lines: evaluates, asks the ledger, writes, and tells whoever watches."""
 
     def __init__(
-        self, experiment: Experiment, strategy: PrivateStrategy, folder: RunFolder, on_round: OnRound | None
+        self,
+        experiment: Experiment,
+        strategy: PrivateStrategy,
+        folder: RunFolder,
+        on_round: OnRound | None,
+        loggers: Loggers,
+        known_noise: KnownNoise | None = None,
     ) -> None:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
+        self.loggers, self.known_noise = loggers, known_noise
         self.evaluation: Evaluation | None = None
+        self.predictions: tuple[int, Predictions] | None = None
+        self._before: Params | None = None
         self.rounds_completed = 0
         self.ended_early: str | None = None
         self.cannot_resume = ""
@@ -71,9 +87,7 @@ class Recorder:
         params = records.to_params(arrays)
         due = round % config.evaluate_every == 0 or round == config.num_rounds
         with self.strategy.phases("evaluate"):
-            self.evaluation = (
-                evaluate(self.experiment.loss_fn.module, params, self.experiment.dataset.test) if due else None
-            )
+            self.evaluation = self._evaluate(round, params) if due else None
         with self.strategy.phases("account"):
             record: RoundRecord = {
                 "round": round,
@@ -86,11 +100,17 @@ class Recorder:
                 "unexpected": report.unexpected,
                 "retired": report.retired,
                 "released": report.released,
-                "kept_model": bool(round) and report.kept_model,
+                "kept_model": report.kept_model,
+                **({} if report.simulated_seconds is None else {"simulated_seconds": report.simulated_seconds}),
+                **({} if report.arrived is None else {"arrived": report.arrived}),
+                **self._movement(round, params),
             }
             self.rounds_completed = round
             timing = self._timing(round)
             self.folder.append_round(record, timing)
+            if self.loggers:  # before the checkpoint: a round that is logged twice is better than one never
+                with self.strategy.phases("log"):
+                    self.loggers.round(jsonable({**record, "timing": timing}))
             self._save_checkpoint(round, params)
         if self.on_round:
             self.on_round({**record, "timing": timing})
@@ -111,6 +131,7 @@ class Recorder:
                 f"{checkpoint.round}: it is an older copy, or another run's; restore the right one"
             )
         self.rounds_completed = checkpoint.round
+        self._before = checkpoint.params
         self.folder.cut_off(checkpoint.round)
         self.strategy.load_state_dict(
             checkpoint.server["strategy"],
@@ -118,6 +139,43 @@ class Recorder:
             same_noise=NOISE_SOURCES[self.experiment.config.noise_source].reproducible,
         )
         return records.to_arrays(checkpoint.params)
+
+    def _evaluate(self, round: int, params: Params) -> Evaluation:
+        self.predictions = round, predict(self.experiment.loss_fn.module, params, self.experiment.dataset.test)
+        return evaluation_of(self.predictions[1])
+
+    def _movement(self, round: int, params: Params) -> dict[str, float | None]:
+        """How far the global model went, and how far the noise alone in it was to take it: both public.
+
+        ``noise_norm`` is the root of the expected square, of the mean of the replies by size; None where it is unknown.
+        """
+        before, self._before = self._before, params
+        accepted = self.strategy.report.accepted
+        if not round or before is None:
+            return {"update_norm": None, "noise_norm": None}
+        # numpy adds in one order, whatever the number of threads: the same bits on each machine
+        squared = sum(float(np.square((p - before[name]).double().numpy()).sum()) for name, p in params.items())
+        noise = None
+        if accepted and self.known_noise:
+            sizes = [len(self.experiment.partitions[client]) for client in accepted]
+            events = [self.strategy.plans[client].event for client in accepted]
+            variances = [self.known_noise.variance(e, n, round) for e, n in zip(events, sizes, strict=True)]
+            of_mean = math.fsum(n**2 * v for n, v in zip(sizes, variances, strict=True)) / sum(sizes) ** 2
+            noise = math.sqrt(sum(p.numel() for p in params.values()) * of_mean)
+        return {"update_norm": math.sqrt(squared), "noise_norm": noise}
+
+    def quality(self) -> Summary | None:
+        """Of the model that was evaluated last, on the public test split, for ``quality.json``."""
+        if self.predictions is None:
+            return None
+        dataset = self.experiment.dataset
+        round, predictions = self.predictions
+        return {
+            "round": round,
+            "measured_on": f"public test split of {dataset.name}",
+            "class_names": dataset.class_names,
+            **dataclasses.asdict(quality_of(predictions, dataset.num_classes)),
+        }
 
     def _save_checkpoint(self, round: int, params: Params) -> None:
         server: dict[str, Any] = {"ledger_head": tuple(self.strategy.ledger.head)}
@@ -200,7 +258,7 @@ class Recorder:
         if status == "completed" and self.evaluation is None:  # ended early, or resumed at its end
             saved = self.folder.load_checkpoint()
             assert saved is not None  # after_round leaves one, also before the first round
-            self.evaluation = evaluate(self.experiment.loss_fn.module, saved.params, self.experiment.dataset.test)
+            self.evaluation = self._evaluate(saved.round, saved.params)
         return {
             "status": status,
             "ended_early": self.ended_early,
@@ -217,6 +275,8 @@ class Recorder:
             "rounds_completed": self.rounds_completed,
             "num_clients": config.num_clients,
             "optimizer": config.optimizer,
+            "base_optimizer": config.base_optimizer,
+            "optimizer_args": config.optimizer_args,
             "strategy": config.strategy,
             "update_codec": config.update_codec,
             "dataset": config.dataset,
@@ -255,7 +315,10 @@ def run_federation(
     plans = make_plans(config)
     _warn_about_delta(experiment)
     inner = strategy or build_strategy(config)
+    loggers = Loggers.of(config)
     folder.open(config, objects=objects)
+    if isinstance(grid, SimulationGrid) and not folder.resumes:
+        folder.save_simulation(*_holdings(experiment))
     checkpoint = folder.load_checkpoint() if folder.resumes else None
     phases = Phases(trace=config.profile)
     if isinstance(grid, SimulationGrid) and config.profile:
@@ -278,14 +341,16 @@ def run_federation(
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
             secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
+            buffer=_buffer(config),
             phases=phases,
         )
-        recorder = Recorder(experiment, private, folder, on_round)
+        recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects))
         arrays = records.to_arrays(trainable(experiment.loss_fn.module))
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)
         elif folder.resumes:
             folder.cut_off(-1)
+        loggers.begin(config, folder.path, checkpoint.round + 1 if checkpoint else 0)
         status = "failed"
         try:
             private.start(
@@ -305,7 +370,10 @@ def run_federation(
             raise
         finally:
             summary = recorder.summary(status)
+            if (quality := recorder.quality()) is not None:
+                folder.save_quality(quality)
             folder.close(summary)
+            loggers.end(jsonable(summary))
             if config.profile:
                 phases.write_trace(
                     folder.trace_path,
@@ -321,6 +389,34 @@ def build_strategy(config: RunConfig) -> Strategy:
     if not isinstance(inner, Strategy):
         raise FederationError(f"strategy={config.strategy!r} made a {type(inner).__name__}, not a Flower Strategy")
     return inner
+
+
+def _buffer(config: RunConfig) -> Buffer | None:
+    if not config.buffer_size:
+        return None
+    return Buffer(
+        size=config.buffer_size,
+        in_flight=config.cohort_size,
+        staleness_exponent=config.staleness_exponent,
+        seed=config.seed,
+    )
+
+
+def _noise_of_mean(config: RunConfig, objects: Sequence[str]) -> KnownNoise | None:
+    """What is known of the noise in a round's global step; None unless that is the mean of honest SGD steps."""
+    known = KnownNoise.of(config)
+    unknown = known.unknown or config.attack or config.strategy != "fedavg" or set(objects) - {"dataset", "model"}
+    return None if unknown else known
+
+
+def _holdings(experiment: Experiment) -> tuple[list[int], list[list[int]] | None]:
+    """Examples per client, and per client and class; those only where they stay a file of a few megabytes."""
+    partitions, num_classes = experiment.partitions, experiment.dataset.num_classes
+    sizes = [len(indices) for indices in partitions]
+    if len(sizes) * num_classes > MAX_LABEL_COUNTS:
+        return sizes, None
+    labels = experiment.dataset.train.labels.numpy()
+    return sizes, [np.bincount(labels[indices], minlength=num_classes).tolist() for indices in partitions]
 
 
 def _peak_memory_mb() -> float:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Task
-from fed_dpsat.flower import codec, compat, records, sums
+from fed_dpsat.flower import buffered, codec, compat, records, sums
+from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
 from fed_dpsat.flower.records import RecordError
@@ -32,6 +33,7 @@ from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
 from fed_dpsat.params import subtract
 from fed_dpsat.plans import ClientPlan
 from fed_dpsat.privacy import epsilon
+from fed_dpsat.privacy.event import History
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.process import intra_op_threads
 from fed_dpsat.timing import Phases
@@ -69,6 +71,7 @@ class PrivateStrategy(Strategy):
         release_counts: bool = False,
         join_timeout: float = 60.0,
         secure_threshold: float = 0.0,
+        buffer: Buffer | None = None,
         phases: Phases | None = None,
     ) -> None:
         self.inner = inner
@@ -79,6 +82,7 @@ class PrivateStrategy(Strategy):
         self.send_ascent = send_ascent
         self.release_counts = release_counts
         self.secure_threshold = secure_threshold
+        self.buffer = buffer
         if secure_threshold and not sums.only_mean(inner):
             raise SettingError(
                 "strategy",
@@ -106,6 +110,7 @@ class PrivateStrategy(Strategy):
         self._last_arrays: ArrayRecord | None = None
         self._directory = Directory(len(plans), join_timeout)
         self._failed_rounds = 0
+        self._simulated_seconds = 0.0
         _ask_whole_cohort(inner)
 
     @property
@@ -130,6 +135,8 @@ class PrivateStrategy(Strategy):
         ``evaluate_fn`` is called after each round and, where nothing is done, before the first. Nobody else is asked
         to evaluate.
         """
+        if self.buffer and not (isinstance(grid, SimulationGrid) and grid.seconds):
+            raise FederationError("buffer_size needs simulated delays, and no network; set it to 0 on a network")
         self.meet(grid)
         config, result = train_config or ConfigRecord(), Result()
         result.arrays = initial_arrays
@@ -158,7 +165,7 @@ class PrivateStrategy(Strategy):
         self.report, self._tasks, self._sent = RoundReport(round=server_round), {}, {}
         self._directory.look_again(grid, self.roster.min_clients)
         self.roster.join(self._directory.nodes)
-        cohort, retiring = self.roster.cohort(server_round)
+        cohort, retiring = self._cohort(server_round, grid)
         self.report.retired = {c: epsilon(spent, self.delta, self.accountant) for c, spent in retiring.items()}
         self._last_arrays, self._arrays = self._arrays or None, arrays
         if not cohort:
@@ -187,27 +194,8 @@ class PrivateStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Drop what is not valid, by name; the rest goes to the inner strategy in the order of clients."""
-        verdicts: dict[int, Mapping[str, float] | Failure] = {}
-        valid: dict[int, Message] = {}
-        for reply in replies:
-            client = self._expected(reply, verdicts)
-            if client is not None:
-                verdicts[client] = verdict = judge(
-                    reply,
-                    client=client,
-                    task=self._tasks[client],
-                    like=self._arrays,
-                    release_counts=self.release_counts,
-                )
-                if not isinstance(verdict, Failure):
-                    valid[client] = reply
-        self._note(verdicts)
-        if not valid:
-            return self._keep_model()
-        if not sums.only_mean(self.inner):
-            return self._checked(self.inner.aggregate_train(server_round, [valid[c] for c in sorted(valid)]))
-        parts = [sums.part_of(client, valid.get(client), verdicts.get(client)) for client in self.report.asked]
-        return self._aggregate_mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
+        valid, verdicts = self._judged(replies)
+        return self._aggregate(self.report.asked, valid, verdicts) if valid else self._keep_model()
 
     def aggregate_parts(
         self, server_round: int, parts: Iterable[sums.Part]
@@ -237,8 +225,10 @@ class PrivateStrategy(Strategy):
         return {
             "retired": dict(self.retired),
             "failed_rounds": self._failed_rounds,
+            "simulated_seconds": self._simulated_seconds,
             "sent": records.to_params(self._arrays) if self.send_ascent else {},
             "inner": capture_state(self.inner),
+            **({"buffer": self.buffer.state_dict()} if self.buffer else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Plain], *, next_round: int, same_noise: bool) -> None:
@@ -249,13 +239,32 @@ class PrivateStrategy(Strategy):
         """
         self.roster.begin_again(next_round, state["retired"], same_noise=same_noise)
         self._failed_rounds = state["failed_rounds"]
+        self._simulated_seconds = state["simulated_seconds"]
         self._arrays = records.to_arrays(state["sent"])
         self._attempts = {} if same_noise else {c: last + 1 for c, last in self.ledger.attempts(next_round).items()}
         restore_state(self.inner, state["inner"])
+        if self.buffer:
+            self.buffer.load_state_dict(state["buffer"])
+
+    def _cohort(self, round: int, grid: Grid) -> tuple[list[int], dict[int, History]]:
+        if self.buffer is None:
+            return self.roster.cohort(round)
+        assert isinstance(grid, SimulationGrid)
+        assert grid.seconds
+        eligible, retiring = self.roster.eligible(round)
+        return self.buffer.set_out(round, eligible, grid.seconds), retiring
+
+    def _pass_time(self, round: int, grid: Grid) -> None:
+        """A round takes, in simulated time, as long as its slowest client; or until its buffer is full."""
+        if isinstance(grid, SimulationGrid) and grid.seconds:
+            slowest = max((grid.seconds(client, round) for client in self.report.asked), default=0.0)
+            self._simulated_seconds = self.buffer.now if self.buffer else self._simulated_seconds + slowest
+            self.report.simulated_seconds = self._simulated_seconds
 
     def _train(
         self, round: int, messages: list[Message], grid: Grid, timeout: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self._pass_time(round, grid)
         if self.secure_threshold:
             if not messages:
                 return self.aggregate_parts(round, [])
@@ -271,6 +280,11 @@ class PrivateStrategy(Strategy):
                 )
             with self.phases("aggregate"):
                 return self.aggregate_parts(round, [part])
+        if self.buffer and isinstance(grid, SimulationGrid):
+            with self.phases("train"):
+                valid, _ = self._judged(grid.stream(messages, timeout=timeout))
+            with self.phases("aggregate"):
+                return self._aggregate_arrivals(self.buffer, valid)
         if not isinstance(grid, SimulationGrid):
             with self.phases("train"):
                 replies = iter(grid.send_and_receive(messages, timeout=timeout))
@@ -312,6 +326,25 @@ class PrivateStrategy(Strategy):
         before, now = records.to_params(self._last_arrays), records.to_params(self._arrays)
         return records.to_arrays(subtract(before, now))
 
+    def _judged(self, replies: Iterable[Message]) -> tuple[dict[int, Message], Verdicts]:
+        """The valid ones by client, and what became of everybody's, which is noted."""
+        verdicts: dict[int, Mapping[str, float] | Failure] = {}
+        valid: dict[int, Message] = {}
+        for reply in replies:
+            client = self._expected(reply, verdicts)
+            if client is not None:
+                verdicts[client] = verdict = judge(
+                    reply,
+                    client=client,
+                    task=self._tasks[client],
+                    like=self._arrays,
+                    release_counts=self.release_counts,
+                )
+                if not isinstance(verdict, Failure):
+                    valid[client] = reply
+        self._note(verdicts)
+        return valid, verdicts
+
     def _expected(self, reply: Message, verdicts: Mapping[int, object]) -> int | None:
         """The client whose first reply this is; None, and a note, for any other reply."""
         node = self._directory.sender(reply, self._sent.values())
@@ -332,8 +365,40 @@ class PrivateStrategy(Strategy):
         self._failed_rounds = self.report.failed_rounds(self._failed_rounds, len(self.plans))
 
     def _keep_model(self) -> tuple[None, None]:
+        self.report.kept_model = True
         log.warning("round %d: no valid reply, the model stays as it is", self.report.round)
         return None, None
+
+    def _aggregate_arrivals(
+        self, buffer: Buffer, valid: Mapping[int, Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What was computed is kept until it arrives; what arrives moves the model of now."""
+        model = records.to_params(self._arrays)
+        for client, reply in valid.items():
+            buffer.put(client, buffered.cargo_of(reply.content, model))
+        arrived = buffer.arrive()
+        self.report.arrived = {client: self.report.round - flight.round for client, flight in arrived.items()}
+        replies, metrics = {}, {}
+        for client, flight in arrived.items():
+            if flight.cargo is not None:
+                content = buffered.moved(flight.cargo, model, buffer.share(self.report.arrived[client]))
+                replies[client] = Message(content, reply_to=self._question(client))
+                metrics[client] = flight.cargo.metrics
+        if not replies:
+            return self._keep_model()
+        return self._aggregate(list(arrived), replies, metrics)
+
+    def _question(self, client: int) -> Message:
+        return Message(RecordDict(), self._directory.nodes[client], MessageType.TRAIN)
+
+    def _aggregate(
+        self, order: Sequence[int], valid: Mapping[int, Message], verdicts: Verdicts
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hand the ``valid`` replies to the inner strategy; ``order`` is of all clients they might be from."""
+        if not sums.only_mean(self.inner):
+            return self._checked(self.inner.aggregate_train(self.report.round, [valid[c] for c in sorted(valid)]))
+        parts = [sums.part_of(client, valid.get(client), verdicts.get(client)) for client in order]
+        return self._aggregate_mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
 
     def _aggregate_mean(self, total: sums.Part) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Hand the inner strategy the mean as the one reply there is."""
@@ -343,8 +408,8 @@ class PrivateStrategy(Strategy):
             counts = [m[records.NONFINITE] * m[records.NUM_EXAMPLES] for m in total.accepted.values()]
             metrics[records.NONFINITE] = sum(counts) / total.weight
         content = RecordDict({records.ARRAYS: mean, records.METRICS: MetricRecord(metrics)})
-        asked = Message(RecordDict(), self._directory.nodes[self.report.accepted[0]], MessageType.TRAIN)
-        return self._checked(self.inner.aggregate_train(self.report.round, [Message(content, reply_to=asked)]))
+        reply = Message(content, reply_to=self._question(min(total.accepted)))
+        return self._checked(self.inner.aggregate_train(self.report.round, [reply]))
 
     def _checked(
         self, aggregate: tuple[ArrayRecord | None, MetricRecord | None]

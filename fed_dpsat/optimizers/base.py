@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, global_norm
+from fed_dpsat.query import At
 
 State = dict[str, Params]
 """Slots of named tensors, so that any state can be stored, sent between processes and resumed."""
@@ -22,6 +24,9 @@ ASCENT = "ascent"
 
 CLOCK = "clock"
 
+NOISE = "noise"
+"""The slot in which the loop says how much noise is in a private gradient; who needs that makes it in ``init``."""
+
 
 class PrivateOptimizer(Protocol):
     """State goes in and comes out; nothing is changed in place."""
@@ -29,8 +34,8 @@ class PrivateOptimizer(Protocol):
     def init(self, params: Params) -> State:
         """The state before the first step."""
 
-    def query_point(self, params: Params, state: State) -> Params:
-        """Where the next gradient is taken; public information only."""
+    def query_point(self, params: Params, state: State) -> At:
+        """Where the next gradient is taken, or a ``Query``; public information only."""
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The next parameters and state; pure post-processing of ``private_gradient``."""
@@ -41,10 +46,28 @@ def set_clock(state: State, step: int) -> State:
     return {**state, CLOCK: {"step": torch.tensor(step)}}
 
 
+def set_noise(state: State, std: float) -> State:
+    """``state`` with the standard deviation of the noise in a coordinate of the private gradient, if it asks for it.
+
+    A public number: ``noise_multiplier * clip_norm / expected_batch_size`` of the step.
+    """
+    return {**state, NOISE: {"std": torch.tensor(std, dtype=torch.float64)}} if NOISE in state else state
+
+
 def climb(params: Params, direction: Params | None, rho: float) -> Params:
-    """``params + rho * direction / |direction|``, norm over all parameters; 0/0 is 0, so is no direction."""
+    """``params + rho * direction / |direction|``, norm over all parameters; 0/0 is 0, so is no direction.
+
+    Raises ``SettingError`` for a direction of other names: a base that asks for its gradient in another space.
+    """
     if direction is None or rho == 0:
         return params
+    if direction.keys() != params.keys():
+        raise SettingError(
+            "rho",
+            rho,
+            f"possible at a point of {sorted(params)} along a direction of {sorted(direction)}",
+            "set it to 0, or take a base optimizer whose private gradient is one of the model's parameters",
+        )
     norm = global_norm(direction)
     scale: Tensor = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
     return {name: torch.addcmul(p, scale.to(p), direction[name]) for name, p in params.items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fed_dpsat.errors import SettingError
 from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State, climb
 from fed_dpsat.params import Params, subtract
+from fed_dpsat.query import At, map_points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,9 @@ class DPSAT:
         """The state of ``base``; no direction to climb yet."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
-        """``rho`` up the remembered direction, from where ``base`` looks."""
-        return climb(self.base.query_point(params, state), state.get(ASCENT), self.rho)
+    def query_point(self, params: Params, state: State) -> At:
+        """``rho`` up the remembered direction, from wherever ``base`` looks: every point of its query."""
+        return map_points(self.base.query_point(params, state), lambda at: climb(at, state.get(ASCENT), self.rho))
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base`` at the unperturbed ``params``; remembers ``private_gradient``."""

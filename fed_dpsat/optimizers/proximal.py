@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fed_dpsat.errors import SettingError
 from fed_dpsat.optimizers.base import PrivateOptimizer, State
 from fed_dpsat.params import Params
+from fed_dpsat.query import At
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +28,19 @@ class Proximal:
         """As ``base``."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def query_point(self, params: Params, state: State) -> At:
         """As ``base``."""
         return self.base.query_point(params, state)
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base``, pulled towards the anchor."""
+        if private_gradient.keys() != params.keys():
+            raise SettingError(
+                "proximal_mu",
+                self.proximal_mu,
+                "0, for an optimizer whose private gradient is no gradient of the model's parameters",
+                "use another strategy than FedProx",
+            )
         slope = {
             name: torch.add(g, params[name] - self.anchor[name], alpha=self.proximal_mu)
             for name, g in private_gradient.items()
