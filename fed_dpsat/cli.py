@@ -256,6 +256,12 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
     table.add_row("test accuracy", f"{result['test_accuracy']:.2%}")
+    if "personal_accuracy" in result:
+        table.add_row(
+            "personal models",
+            f"{result['personal_accuracy']:.2%} mean of {result['personal_clients']} clients on their shares of the "
+            f"test split, worst decile {result['personal_worst_decile']:.2%}",
+        )
     table.add_row("test loss", f"{result['test_loss']:.4f} nats")
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])

@@ -60,6 +60,11 @@ class RunConfig:
 
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
+    personal_layers: str = _setting(
+        "",
+        "layers that stay on the client, are never sent and never averaged: head (the last one) or names, with commas; "
+        "empty shares all",
+    )
     optimizer: str = _setting("dp-sat", "private optimizer")
     base_optimizer: str = _setting("dp-sgd", "the step that dp-sat and its kind make, itself an optimizer")
     lr: float = _setting(2.0, "learning rate", least=0)

@@ -25,6 +25,7 @@ from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, se
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
+from fed_dpsat.personal import PERSONAL, deal_test, only, personal_names, without
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
 from fed_dpsat.sampling import PoissonSampler
@@ -71,7 +72,8 @@ class Experiment:
     """The objects of a run. Clients and server build the same ones from the same configuration.
 
     ``named`` says that every object came from a name in it, so that another process can build them too. ``attackers``
-    train on labels of their own in ``dataset``, and forge what they send.
+    train on labels of their own in ``dataset``, and forge what they send. ``personal`` names the parameters that stay
+    on the client.
     """
 
     config: RunConfig
@@ -83,6 +85,7 @@ class Experiment:
     budgets: Sequence[float]
     named: bool = True
     attackers: Attackers | None = None
+    personal: frozenset[str] = frozenset()
 
     @classmethod
     def build(
@@ -134,14 +137,34 @@ class Experiment:
             budgets=[row.target_epsilon for row in read_table(config)],
             named=named,
             attackers=attackers,
+            personal=personal_names(trainable(model), config.personal_layers),
         )
+
+    def shared(self) -> Params:
+        """The initial parameters that leave clients and are averaged: all but the ``personal`` ones."""
+        return without(trainable(self.loss_fn.module), self.personal)
+
+    def whole(self, shared: Params, state: State | None) -> Params:
+        """A client's model: the ``shared`` part and its own, kept in ``state`` or else the initial one."""
+        if not self.personal:
+            return shared
+        initial = trainable(self.loss_fn.module)
+        own = (state or {}).get(PERSONAL, only(initial, self.personal))
+        return {name: own[name] if name in self.personal else shared[name] for name in initial}
+
+    @functools.cached_property
+    def test_shares(self) -> list[np.ndarray]:
+        """By client, its share of the public test split."""
+        labels, public = self.dataset.train.labels.numpy(), self.dataset.test.labels.numpy()
+        return deal_test(labels, public, self.partitions, derive_seed(self.config.seed, purpose="partition"))
 
     def carried_state(self) -> set[str]:
         """Slots of state that a client takes from one round into its next, found by one update on zeros."""
         params = zeros_like(trainable(self.loss_fn.module))
         _, state = self.optimizer.update(params, params, self.optimizer.init(params))
         forgotten = {CLOCK} if self.config.ascent_memory == "client" else {CLOCK, ASCENT}
-        return (state.keys() - forgotten) | ({"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set())
+        kept = {"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set()
+        return (state.keys() - forgotten) | kept | ({PERSONAL} if self.personal else set())
 
     def client_round(
         self,
@@ -212,8 +235,8 @@ class Experiment:
                     raise Unstackable(f"engine={config.engine}, which trains one client at a time")
                 if config.precision != "float32":
                     raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
-                return train_stacked(
-                    first.params,
+                results = train_stacked(
+                    self.whole(first.params, first.state),
                     members,
                     loss_fn=self.loss_fn,
                     optimizer=self._optimizer(first.params, first.proximal_mu),
@@ -221,6 +244,7 @@ class Experiment:
                     local_steps=first.task.local_steps,
                     physical_batch_size=config.physical_batch_size,
                 )
+                return [self._kept_apart(result) for result in results]
             except Unstackable as unstackable:
                 _say_once(str(unstackable))
         return [self.client_round(**vars(request)) for request in requests]
@@ -243,8 +267,8 @@ class Experiment:
             proximal_mu=proximal_mu,
         )
         member = self._member(request)
-        return train_locally(
-            params,
+        result = train_locally(
+            self.whole(params, state),
             member.batches,
             loss_fn=self.loss_fn,
             optimizer=self._optimizer(params, proximal_mu),
@@ -257,6 +281,14 @@ class Experiment:
             engine=self.config.engine,
             physical_batch_size=self.config.physical_batch_size,
         )
+        return self._kept_apart(result)
+
+    def _kept_apart(self, result: LocalResult) -> LocalResult:
+        """``result`` with the client's own parameters in its state, and no longer in what may leave."""
+        if not self.personal:
+            return result
+        state = {**result.state, PERSONAL: only(result.params, self.personal)}
+        return dataclasses.replace(result, params=without(result.params, self.personal), state=state)
 
     def _optimizer(self, params: Params, proximal_mu: float) -> PrivateOptimizer:
         if not proximal_mu:
@@ -268,11 +300,13 @@ class Experiment:
         config, task = self.config, request.task
         indices = torch.from_numpy(self.partitions[request.client])
         sampler = PoissonSampler(num_examples=len(indices), sample_rate=task.sample_rate)
-        state = self.optimizer.init(request.params) if request.state is None else dict(request.state)
+        whole = self.whole(request.params, request.state)
+        state = self.optimizer.init(whole) if request.state is None else dict(request.state)
+        state.pop(PERSONAL, None)
         if config.ascent_memory != "client":
             state.pop(ASCENT, None)
         if config.ascent_memory == "server" and request.server_ascent is not None:
-            state[ASCENT] = request.server_ascent
+            state[ASCENT] = {**zeros_like(whole), **request.server_ascent}
         mechanism = GaussianMechanism(
             noise_multiplier=task.noise_multiplier,
             clip_norm=self.clipping.clip_norm,
@@ -283,6 +317,7 @@ class Experiment:
             state=set_clock(state, (task.round - 1) * config.steps_per_round),
             sampler=sampler,
             mechanism=mechanism,
+            own=only(whole, self.personal),
             streams=Streams(
                 seed=config.seed,
                 client=request.client,

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.experiment import Experiment, Request
-from fed_dpsat.flower import codec, on_device, records, secure_client
+from fed_dpsat.flower import codec, on_device, personal, records, secure_client
 from fed_dpsat.flower.records import RecordError
 from fed_dpsat.params import Params
 from fed_dpsat.plans import spend
@@ -85,6 +85,10 @@ def make_client_app(provider: Provider) -> ClientApp:
         else:
             content = _encoded(experiment, request, content)
         return Message(content, reply_to=message)
+
+    @client_app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(personal.answer(provider, message, context), reply_to=message)
 
     return client_app
 

@@ -18,14 +18,14 @@ from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.evaluation import Evaluation, evaluate
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import records
+from fed_dpsat.flower import personal, records
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.noise import NOISE_SOURCES
-from fed_dpsat.params import Params, trainable
+from fed_dpsat.params import Params
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import LedgerError
 from fed_dpsat.privacy.ledger import Head, PrivacyLedger
@@ -40,6 +40,10 @@ RoundRecord = dict[str, Any]
 OnRound = Callable[[RoundRecord], None]
 """Called after each round with its lines of ``rounds.jsonl`` and, under ``timing``, of ``timing.jsonl``."""
 
+PERSONAL_RELEASED = (
+    "accuracy of clients' own models on shares of the public test split that follow their label counts: exact, not "
+    "covered by epsilon, and a figure of simulations alone"
+)
 COUNTS_RELEASED = "examples without a finite gradient, per client and round: exact, not covered by epsilon"
 DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
 
@@ -48,10 +52,17 @@ class Recorder:
     """Turns rounds into lines: evaluates, asks the ledger, writes, and tells whoever watches."""
 
     def __init__(
-        self, experiment: Experiment, strategy: PrivateStrategy, folder: RunFolder, on_round: OnRound | None
+        self,
+        experiment: Experiment,
+        strategy: PrivateStrategy,
+        folder: RunFolder,
+        on_round: OnRound | None,
+        grid: Grid | None = None,
     ) -> None:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
+        self.grid = grid if experiment.personal and isinstance(grid, SimulationGrid) else None
         self.evaluation: Evaluation | None = None
+        self.personal: dict[str, float | int] = {}
         self.rounds_completed = 0
         self.ended_early: str | None = None
         self.cannot_resume = ""
@@ -74,11 +85,14 @@ class Recorder:
             self.evaluation = (
                 evaluate(self.experiment.loss_fn.module, params, self.experiment.dataset.test) if due else None
             )
+            if self.grid and due:
+                self.personal = personal.measure(self.grid, arrays, config.num_clients)
         with self.strategy.phases("account"):
             record: RoundRecord = {
                 "round": round,
                 "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
                 "test_loss": self.evaluation.loss if self.evaluation else None,
+                **(self.personal if due else {}),
                 "epsilon": self.epsilon(),
                 "asked": report.asked,
                 "accepted": len(report.accepted),
@@ -206,6 +220,7 @@ class Recorder:
             "ended_early": self.ended_early,
             "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
             "test_loss": self.evaluation.loss if self.evaluation else None,
+            **self.personal,
             "epsilon": self.epsilon(),
             "delta": config.delta,
             "accountant": config.accountant,
@@ -228,7 +243,10 @@ class Recorder:
             **self._released(),
             "threat_model": "a server that sees every update; no amplification by client sampling",
             "declared_public": DECLARED_PUBLIC,
-            "also_released": [COUNTS_RELEASED] if config.release_counts else [],
+            "also_released": [
+                *([COUNTS_RELEASED] if config.release_counts else []),
+                *([PERSONAL_RELEASED] if self.grid else []),
+            ],
             "noise": NOISE_SOURCES[config.noise_source].description,
         }
 
@@ -279,8 +297,8 @@ def run_federation(
             secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
             phases=phases,
         )
-        recorder = Recorder(experiment, private, folder, on_round)
-        arrays = records.to_arrays(trainable(experiment.loss_fn.module))
+        recorder = Recorder(experiment, private, folder, on_round, grid)
+        arrays = records.to_arrays(experiment.shared())
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)
         elif folder.resumes:
