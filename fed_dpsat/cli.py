@@ -113,8 +113,10 @@ def list_plugins(as_json: AsJson = False) -> None:
 @app.command()
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
+    from fed_dpsat.flower.federation import threat_model
     from fed_dpsat.plans import make_plans
     from fed_dpsat.privacy import epsilon_table
+    from fed_dpsat.privacy.event import UNITS
 
     with _clear_errors():
         settings = RunConfig.load(config, overrides or ())
@@ -129,6 +131,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
                 "sample_rate": event.sample_rate,
                 "local_steps": event.steps,
                 "delta": settings.delta,
+                "privacy_unit": UNITS[settings.privacy_unit],
                 "table": epsilon_table(event.noise_multiplier, event.sample_rate, event.steps, rounds, settings.delta),
             }
             for event in events
@@ -142,14 +145,20 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
             "rounds",
             "epsilon (PLD)",
             "epsilon (RDP)",
-            title=f"noise_multiplier = {schedule['noise_multiplier']:.4f} at sample rate {schedule['sample_rate']:g}, "
-            f"{schedule['local_steps']} local steps, delta {schedule['delta']:g}",
-            caption="one client, against a server that sees its updates",
+            title=f"noise_multiplier = {schedule['noise_multiplier']:.4f} at {_schedule(settings, schedule)}, "
+            f"delta {schedule['delta']:g}",
+            caption=f"Protects {schedule['privacy_unit']}.\nAgainst {threat_model(settings)}.",
         )
         for row in schedule["table"]:
             table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", f"{row.epsilon_rdp:.3f}")
         out_console.print(table)
     return None
+
+
+def _schedule(settings: RunConfig, schedule: dict[str, Any]) -> str:
+    if settings.privacy_unit == "client":
+        return f"client rate {schedule['sample_rate']:g}, one release a round"
+    return f"sample rate {schedule['sample_rate']:g}, {schedule['local_steps']} local steps"
 
 
 @app.command()
@@ -182,13 +191,15 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
+    from fed_dpsat.flower.federation import threat_model
     from fed_dpsat.statement import read_statement
 
     with _clear_errors():
         statement = read_statement(run, delta)
     if as_json:
         return _print_json(statement.as_dict())
-    out_console.print(f"Epsilon at delta {statement.delta:g}, against a server that sees every update", highlight=False)
+    out_console.print(f"Epsilon at delta {statement.delta:g}; protects {statement.unit}", highlight=False)
+    out_console.print(f"Against {threat_model(RunConfig.load(run / 'config.toml'))}", highlight=False)
     table = Table(
         "client", "rounds", "steps", "noise", "PLD", "RDP", "budget", "left", "state", box=None, pad_edge=False
     )

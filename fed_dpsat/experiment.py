@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fed_dpsat import plugins
+from fed_dpsat import client_level, plugins
 from fed_dpsat.attacks import Attackers, Scene, choose_attackers
-from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
+from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
@@ -28,6 +29,7 @@ from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.personal import PERSONAL, deal_test, only, personal_names, without
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
+from fed_dpsat.privacy.event import CLIENTS
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.stacked import Member, Unstackable, alike, train_stacked
 from fed_dpsat.training import LocalResult, Streams, train_locally
@@ -39,17 +41,26 @@ STACKING_ENGINES = ("auto", "vmap")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the server asks of a client in one round, and so what the round costs it."""
+    """What the server asks of a client in one round, and so what the round costs it.
+
+    Under the ``unit`` "client" noise is the server's: the round is one release, of clients drawn at ``client_rate``.
+    """
 
     round: int
     noise_multiplier: float
     sample_rate: float
     local_steps: int
     attempt: int = 0
+    unit: str = "example"
+    client_rate: float = 1.0
 
     @property
     def event(self) -> PrivacyEvent:
         """What doing it costs."""
+        if self.unit == "client":
+            return PrivacyEvent(
+                noise_multiplier=self.noise_multiplier, sample_rate=self.client_rate, steps=1, kind=CLIENTS
+            )
         return PrivacyEvent(
             noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.local_steps
         )
@@ -158,6 +169,11 @@ class Experiment:
         labels, public = self.dataset.train.labels.numpy(), self.dataset.test.labels.numpy()
         return deal_test(labels, public, self.partitions, derive_seed(self.config.seed, purpose="partition"))
 
+    @property
+    def local_clipping(self) -> ClippingRule:
+        """What bounds an example in local training: nothing, where it is the client's whole change that is bounded."""
+        return self.clipping if self.config.privacy_unit == "example" else FlatClipping(clip_norm=math.inf)
+
     def carried_state(self) -> set[str]:
         """Slots of state that a client takes from one round into its next, found by one update on zeros."""
         params = zeros_like(trainable(self.loss_fn.module))
@@ -240,11 +256,11 @@ class Experiment:
                     members,
                     loss_fn=self.loss_fn,
                     optimizer=self._optimizer(first.params, first.proximal_mu),
-                    clipping=self.clipping,
+                    clipping=self.local_clipping,
                     local_steps=first.task.local_steps,
                     physical_batch_size=config.physical_batch_size,
                 )
-                return [self._kept_apart(result) for result in results]
+                return [self._to_send(*pair) for pair in zip(requests, results, strict=True)]
             except Unstackable as unstackable:
                 _say_once(str(unstackable))
         return [self.client_round(**vars(request)) for request in requests]
@@ -274,21 +290,26 @@ class Experiment:
             optimizer=self._optimizer(params, proximal_mu),
             state=member.state,
             sampler=member.sampler,
-            clipping=self.clipping,
+            clipping=self.local_clipping,
             mechanism=member.mechanism,
             local_steps=task.local_steps,
             streams=member.streams,
             engine=self.config.engine,
             physical_batch_size=self.config.physical_batch_size,
         )
-        return self._kept_apart(result)
+        return self._to_send(request, result)
 
-    def _kept_apart(self, result: LocalResult) -> LocalResult:
-        """``result`` with the client's own parameters in its state, and no longer in what may leave."""
-        if not self.personal:
+    def _to_send(self, request: Request, result: LocalResult) -> LocalResult:
+        """``result`` without the client's own parameters, which its state keeps, and bounded as the unit wants it."""
+        if self.personal:
+            state = {**result.state, PERSONAL: only(result.params, self.personal)}
+            result = dataclasses.replace(result, params=without(result.params, self.personal), state=state)
+        if self.config.privacy_unit == "example":
             return result
-        state = {**result.state, PERSONAL: only(result.params, self.personal)}
-        return dataclasses.replace(result, params=without(result.params, self.personal), state=state)
+        params = client_level.bounded_model(
+            result.params, request.params, clip_norm=self.clipping.clip_norm, keep_share=self.config.keep_share
+        )
+        return dataclasses.replace(result, params=params, event=request.task.event)
 
     def _optimizer(self, params: Params, proximal_mu: float) -> PrivateOptimizer:
         if not proximal_mu:
@@ -308,8 +329,8 @@ class Experiment:
         if config.ascent_memory == "server" and request.server_ascent is not None:
             state[ASCENT] = {**zeros_like(whole), **request.server_ascent}
         mechanism = GaussianMechanism(
-            noise_multiplier=task.noise_multiplier,
-            clip_norm=self.clipping.clip_norm,
+            noise_multiplier=task.noise_multiplier if config.privacy_unit == "example" else 0.0,
+            clip_norm=self.local_clipping.clip_norm,
             expected_batch_size=sampler.expected_batch_size,
         )
         return Member(

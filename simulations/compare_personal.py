@@ -49,7 +49,7 @@ def figures(config: RunConfig) -> list[float]:
             found = summary
         else:
             params = torch.load(f"{folder}/run/checkpoint/model.pt", weights_only=True)["params"]
-            found = summarised(_accuracies(Experiment.build(config), params))
+            found = summarised(client_accuracies(Experiment.build(config), params))
     return [100 * found[key] for key in FIGURES]
 
 
@@ -100,7 +100,8 @@ def _by_figure(keep: Path | None, key: str, settings: dict[str, Any], seeds: Ite
     return {name: [values[i] for values in found] for i, name in enumerate(FIGURES)}
 
 
-def _accuracies(experiment: Experiment, params: dict[str, torch.Tensor]) -> dict[int, float]:
+def client_accuracies(experiment: Experiment, params: dict[str, torch.Tensor]) -> dict[int, float]:
+    """Of one model for all, on each client's share of the public test split."""
     test, module = experiment.dataset.test, experiment.loss_fn.module
 
     def rows(share: Any) -> Examples:

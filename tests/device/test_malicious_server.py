@@ -95,6 +95,7 @@ def test_an_unknown_key_in_the_task_is_refused(device, task, key):
             "attack='evil:attack' is not possible with noise_source='system'",
         ),
         ({"secure_aggregation": True}, "secure_aggregation=True is not possible on a device"),
+        ({"privacy_unit": "client"}, "privacy_unit='client' leaves the noise to the server"),
         ({"surprise": 1}, "surprise=1 is not a setting"),
         ({"lr": "fast"}, "lr='fast' is not of type float"),
         ({"model": "x" * 10_000_000}, "model='xxxx"),

@@ -1,9 +1,10 @@
-"""Private heads on Ray workers: the same heads, model and figures as in one process."""
+"""Private heads and whole clients as the unit on Ray workers: the same bits and figures as in one process."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 
 from fed_dpsat.config import RunConfig
@@ -19,11 +20,15 @@ CONFIG = RunConfig(
     clients_per_round=3,
     num_rounds=3,
 )
+OF_CLIENTS = dataclasses.replace(
+    CONFIG, privacy_unit="client", client_sampling="poisson", optimizer="dp-sgd", clip_norm=0.1, keep_share=0.5
+)
 
 
-def test_the_same_on_ray(tmp_path, ray_cluster, same_bits):
-    simulate(CONFIG, tmp_path / "here")
-    simulate(dataclasses.replace(CONFIG, workers=2), tmp_path / "there")
+@pytest.mark.parametrize("config", [CONFIG, OF_CLIENTS], ids=["private heads", "of whole clients too"])
+def test_the_same_on_ray(config, tmp_path, ray_cluster, same_bits):
+    simulate(config, tmp_path / "here")
+    simulate(dataclasses.replace(config, workers=2), tmp_path / "there")
     here, there = (
         torch.load(tmp_path / name / "checkpoint" / "model.pt", weights_only=True)["params"]
         for name in ("here", "there")
