@@ -22,7 +22,8 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_generator, derive_seed
-from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
@@ -134,8 +135,7 @@ class Experiment:
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
                 model = plugins.build("model", config.model, settings)
         if optimizer is None:
-            settings["base"] = plugins.build("optimizer", config.base_optimizer, settings)
-            optimizer = plugins.build("optimizer", config.optimizer, settings)
+            optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         clipping = clipping or plugins.build("clipping", config.clipping, settings)
         attackers = _attackers(config, settings)
         return cls(
@@ -175,10 +175,16 @@ class Experiment:
         return self.clipping if self.config.privacy_unit == "example" else FlatClipping(clip_norm=math.inf)
 
     def carried_state(self) -> set[str]:
-        """Slots of state that a client takes from one round into its next, found by one update on zeros."""
+        """Slots of state that a client takes from one round into its next, found by updates on zeros.
+
+        One update, or two where a round has an even number: a two-step method has finished then.
+        """
         params = zeros_like(trainable(self.loss_fn.module))
-        _, state = self.optimizer.update(params, params, self.optimizer.init(params))
-        forgotten = {CLOCK} if self.config.ascent_memory == "client" else {CLOCK, ASCENT}
+        state = self.optimizer.init(params)
+        with torch.random.fork_rng(devices=[]):
+            for _ in range(2 - self.config.steps_per_round % 2):
+                _, state = self.optimizer.update(params, params, state)
+        forgotten = {CLOCK, NOISE} if self.config.ascent_memory == "client" else {CLOCK, NOISE, ASCENT}
         kept = {"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set()
         return (state.keys() - forgotten) | kept | ({PERSONAL} if self.personal else set())
 

@@ -22,6 +22,9 @@ ASCENT = "ascent"
 
 CLOCK = "clock"
 
+NOISE = "noise"
+"""The slot in which the loop says how much noise is in a private gradient; who needs that makes it in ``init``."""
+
 
 class PrivateOptimizer(Protocol):
     """State goes in and comes out; nothing is changed in place."""
@@ -39,6 +42,14 @@ class PrivateOptimizer(Protocol):
 def set_clock(state: State, step: int) -> State:
     """``state`` with its step count set: learning rate schedules follow the federation, not the client."""
     return {**state, CLOCK: {"step": torch.tensor(step)}}
+
+
+def set_noise(state: State, std: float) -> State:
+    """``state`` with the standard deviation of the noise in a coordinate of the private gradient, if it asks for it.
+
+    A public number: ``noise_multiplier * clip_norm / expected_batch_size`` of the step.
+    """
+    return {**state, NOISE: {"std": torch.tensor(std, dtype=torch.float64)}} if NOISE in state else state
 
 
 def climb(params: Params, direction: Params | None, rho: float) -> Params:

@@ -11,6 +11,7 @@ from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.optimizers import DPSAT, DPSGD
 from fed_dpsat.optimizers.base import ASCENT, climb
+from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.params import zeros_like
 from fed_dpsat.per_example import clipped_gradient_sum
 from fed_dpsat.testing import check_optimizer
@@ -24,9 +25,9 @@ def shipped(name, lr=0.1):
         "momentum": 0.9,
         "weight_decay": 0.01,
         "total_steps": 50,
+        "private": name != "sam",
     }
-    settings["base"] = plugins.build("optimizer", "dp-sgd", settings)
-    return plugins.build("optimizer", name, settings)
+    return build_optimizer(name, "dp-sgd", settings)
 
 
 def step(params, slope, lr=0.1):
