@@ -21,7 +21,7 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_generator, derive_seed
-from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, set_clock, subspace_of
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
@@ -30,6 +30,7 @@ from fed_dpsat.privacy import PrivacyEvent
 from fed_dpsat.query import first_point
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.stacked import Member, Unstackable, alike, train_stacked
+from fed_dpsat.subspace import Coordinates, Span, laid_end_to_end
 from fed_dpsat.training import LocalResult, Streams, train_locally
 
 log = logging.getLogger("fed_dpsat")
@@ -101,6 +102,7 @@ class Experiment:
         """
         named = dataset is None and model is None and optimizer is None and clipping is None
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
+        settings["steps_per_round"] = config.steps_per_round
         dataset = dataset or plugins.build("dataset", config.dataset, settings)
         if config.num_clients > len(dataset.train):
             raise SettingError(
@@ -146,6 +148,16 @@ class Experiment:
         _, state = self.optimizer.update(params, nothing, state)
         forgotten = {CLOCK} if self.config.ascent_memory == "client" else {CLOCK, ASCENT}
         return (state.keys() - forgotten) | ({"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set())
+
+    def subspace(self, round: int) -> Coordinates | Span | None:
+        """What ``round`` (from 1) can change, if the optimizer says so; None where replies are whole models.
+
+        They are under secure aggregation, whose masks need every coordinate, and unless parameters are float32.
+        """
+        params = [p for p in self.loss_fn.module.parameters() if p.requires_grad]
+        if self.config.secure_aggregation or any(p.dtype != torch.float32 for p in params):
+            return None
+        return subspace_of(self.optimizer, round, sum(p.numel() for p in params))
 
     def client_round(
         self,
@@ -247,7 +259,7 @@ class Experiment:
             proximal_mu=proximal_mu,
         )
         member = self._member(request)
-        return train_locally(
+        result = train_locally(
             params,
             member.batches,
             loss_fn=self.loss_fn,
@@ -261,6 +273,10 @@ class Experiment:
             engine=self.config.engine,
             physical_batch_size=self.config.physical_batch_size,
         )
+        within = self.subspace(task.round)
+        if isinstance(within, Coordinates):
+            within.check(laid_end_to_end(params), laid_end_to_end(result.params))
+        return result
 
     def _optimizer(self, params: Params, proximal_mu: float) -> PrivateOptimizer:
         if not proximal_mu:

@@ -24,6 +24,7 @@ def shipped(name, lr=0.1):
         "momentum": 0.9,
         "weight_decay": 0.01,
         "total_steps": 50,
+        "steps_per_round": 4,
     }
     settings["base"] = plugins.build("optimizer", "dp-sgd", settings)
     return plugins.build("optimizer", name, settings)
