@@ -278,6 +278,7 @@ def run_federation(
             join_timeout=config.join_timeout,
             secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
             phases=phases,
+            within=experiment.subspace,
         )
         recorder = Recorder(experiment, private, folder, on_round)
         arrays = records.to_arrays(trainable(experiment.loss_fn.module))

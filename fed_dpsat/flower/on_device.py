@@ -25,6 +25,7 @@ from fed_dpsat.flower import codec, records
 from fed_dpsat.flower.wire import read_array
 from fed_dpsat.params import Params
 from fed_dpsat.process import tune_allocator
+from fed_dpsat.subspace import Coordinates, Span
 
 POLICY = "policy"
 """The key of a node's configuration that makes it a device."""
@@ -73,7 +74,7 @@ def train(message: Message, context: Context) -> Message:
         size = len(own_data(policy).train)
         reply = records.reply_content(policy.client, done, result, size, release_counts=counts)
         start = read_arrays(content.array_records.get(records.ARRAYS), result.params)
-        return codec.encode(reply, start, config.update_codec, config.update_share)
+        return codec.encode(reply, start, config.update_codec, config.update_share, _within(content))
 
     return Message(_answered(context, "a round", ask), reply_to=message)
 
@@ -81,6 +82,13 @@ def train(message: Message, context: Context) -> Message:
 def _proximal_mu(content: RecordDict) -> float:
     try:
         return records.read_proximal_mu(content)
+    except records.RecordError as error:
+        raise Refusal(str(error)) from None
+
+
+def _within(content: RecordDict) -> Coordinates | Span | None:
+    try:
+        return records.read_within(content)
     except records.RecordError as error:
         raise Refusal(str(error)) from None
 

@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, Message
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import codec, compat, records
 from fed_dpsat.flower.records import RecordError
+from fed_dpsat.subspace import Coordinates, Span
 
 BYTES = "bytes"
 """The size of a reply's arrays, beside its metrics."""
@@ -23,14 +24,23 @@ class Failure:
 
 
 def judge(
-    reply: Message, *, client: int, task: Task, like: ArrayRecord, release_counts: bool
+    reply: Message,
+    *,
+    client: int,
+    task: Task,
+    like: ArrayRecord,
+    release_counts: bool,
+    within: Coordinates | Span | None = None,
 ) -> dict[str, float] | Failure:
-    """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong."""
+    """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong.
+
+    ``within`` is what the server said that the round can change.
+    """
     if reply.has_error():
         return Failure(reason=f"failed: {reply.error.reason}", broken=reply.error.code not in compat.ABSENT)
     received = codec.num_bytes(reply.content)
     try:
-        reply.content = codec.decode(reply.content, like)
+        reply.content = codec.decode(reply.content, like, within)
         said_client, said_round, attempt, event = records.read_event(reply.content)
         if (said_client, said_round, attempt) != (client, task.round, task.attempt):
             raise RecordError(

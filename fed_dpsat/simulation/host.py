@@ -133,6 +133,7 @@ class Host:
             task=records.read_task(message.content),
             like=message.content.array_records[records.ARRAYS],
             release_counts=release_counts,
+            within=records.read_within(message.content),
         )
         return sums.part_of(client, reply, verdict)
 
