@@ -265,3 +265,25 @@ def test_a_subspace_of_other_steps_than_the_task_is_refused():
     asked[records.SUBSPACE] = ConfigRecord({"kind": "line"})
     with pytest.raises(records.RecordError, match="describes no subspace"):
         records.read_within(asked)
+
+
+def test_whole_models_travel_where_a_subspace_would_not_do(freezing):
+    """Masks of secure aggregation need every coordinate, and numbers are float32."""
+    experiment, _ = freezing
+    assert experiment.subspace(4) == Coordinates(seed=0, round=4, frozen=455)
+    assert experiment.subspace(1) is None
+    secure = dataclasses.replace(experiment, config=dataclasses.replace(FREEZE, secure_aggregation=True))
+    assert secure.subspace(4) is None
+    double = Experiment.build(FREEZE, model=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10).double()))
+    assert double.subspace(4) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["random-freeze", "zeroth-order"])
+def test_workers_read_and_add_up_the_same_bits(tmp_path, optimizer):
+    config = dataclasses.replace(FREEZE, optimizer=optimizer, momentum=0.0)
+    here = simulate(config, tmp_path / "0")
+    there = simulate(dataclasses.replace(config, workers=2), tmp_path / "2")
+    assert here["bytes_per_round"] == there["bytes_per_round"]
+    one, other = (RunFolder(tmp_path / name, resume=True).load_checkpoint().params for name in ("0", "2"))
+    assert torch.equal(flat(one), flat(other))
