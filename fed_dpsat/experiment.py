@@ -22,7 +22,7 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_generator, derive_seed
-from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock, subspace_of
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
@@ -34,6 +34,7 @@ from fed_dpsat.privacy.event import CLIENTS
 from fed_dpsat.query import first_point
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.stacked import Member, Unstackable, alike, train_stacked
+from fed_dpsat.subspace import Coordinates, Span, laid_end_to_end
 from fed_dpsat.training import LocalResult, Streams, train_locally
 
 log = logging.getLogger("fed_dpsat")
@@ -116,6 +117,7 @@ class Experiment:
         """
         named = dataset is None and model is None and optimizer is None and clipping is None
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
+        settings["steps_per_round"] = config.steps_per_round
         dataset = dataset or plugins.build("dataset", config.dataset, settings)
         if config.num_clients > len(dataset.train):
             raise SettingError(
@@ -189,6 +191,17 @@ class Experiment:
         forgotten = {CLOCK, NOISE} if self.config.ascent_memory == "client" else {CLOCK, NOISE, ASCENT}
         kept = {"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set()
         return (state.keys() - forgotten) | kept | ({PERSONAL} if self.personal else set())
+
+    def subspace(self, round: int) -> Coordinates | Span | None:
+        """What ``round`` (from 1) can change, if the optimizer says so; None where replies are whole models.
+
+        They are under secure aggregation, whose masks need every coordinate, with layers that stay on clients, and
+        unless parameters are float32.
+        """
+        params = [p for p in self.loss_fn.module.parameters() if p.requires_grad]
+        if self.config.secure_aggregation or self.personal or any(p.dtype != torch.float32 for p in params):
+            return None
+        return subspace_of(self.optimizer, round, sum(p.numel() for p in params))
 
     def client_round(
         self,
@@ -305,6 +318,9 @@ class Experiment:
             engine=self.config.engine,
             physical_batch_size=self.config.physical_batch_size,
         )
+        within = self.subspace(task.round)
+        if isinstance(within, Coordinates):
+            within.check(laid_end_to_end(params), laid_end_to_end(result.params))
         return self._to_send(request, result)
 
     def _to_send(self, request: Request, result: LocalResult) -> LocalResult:

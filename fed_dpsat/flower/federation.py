@@ -385,6 +385,7 @@ def run_federation(
             release=ClientRelease.of(config, plans[0].event.noise_multiplier),
             buffer=_buffer(config),
             phases=phases,
+            within=experiment.subspace,
         )
         recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
         arrays = records.to_arrays(experiment.shared())

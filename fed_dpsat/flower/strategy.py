@@ -38,11 +38,15 @@ from fed_dpsat.privacy import epsilon
 from fed_dpsat.privacy.event import History
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.process import intra_op_threads
+from fed_dpsat.subspace import Coordinates, Span
 from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+Within = Callable[[int], Coordinates | Span | None]
+"""A round, from 1, to what it can change: replies are then the numbers of that subspace; None is whole models."""
 
 
 class PrivateStrategy(Strategy):
@@ -77,6 +81,7 @@ class PrivateStrategy(Strategy):
         release: ClientRelease | None = None,
         buffer: Buffer | None = None,
         phases: Phases | None = None,
+        within: Within = lambda round: None,
     ) -> None:
         self.inner = inner
         self.ledger = ledger
@@ -96,6 +101,7 @@ class PrivateStrategy(Strategy):
                 "privacy_unit=client releases nothing else" if release else "secure_aggregation hides them",
             )
         self.phases = phases or Phases()
+        self._within = within
         self.report = RoundReport(round=0)
         self.roster = Roster(
             plans,
@@ -330,7 +336,7 @@ class PrivateStrategy(Strategy):
 
     def _add_records(self, messages: Mapping[int, Message]) -> None:
         """Give messages their tasks. Those that shared a content and have equal tasks share one again."""
-        ascent = self._ascent_record()
+        ascent, within = self._ascent_record(), self._within(self.report.round)
         contents: dict[tuple[int, Task], tuple[RecordDict, RecordDict]] = {}
         for client, message in messages.items():
             given, task = message.content, self._tasks[client]
@@ -338,6 +344,8 @@ class PrivateStrategy(Strategy):
                 content = RecordDict({**given, records.TASK: records.task_record(task)})
                 if ascent is not None:
                     content[records.ASCENT] = ascent
+                if within is not None:
+                    content[records.SUBSPACE] = records.subspace_record(within)
                 contents[id(given), task] = given, content
             message.content = contents[id(given), task][1]
 
@@ -361,6 +369,7 @@ class PrivateStrategy(Strategy):
                     like=self._arrays,
                     release_counts=self.release_counts,
                     clip_norm=self._clip_norm,
+                    within=self._within(self.report.round),
                 )
                 if not isinstance(verdict, Failure):
                     valid[client] = reply
