@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, resume, list, calibrate, plan, ledger."""
+"""``fed-dpsat``: run, resume, list, calibrate, plan, ledger, report, compare."""
 
 from __future__ import annotations
 
@@ -217,6 +217,28 @@ def ledger(
         f"head {statement.sha256[:16]}.",
         highlight=False,
     )
+    return None
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write, for one run. Default: report.html in it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One page per run, with figures beside it as SVG and PNG: what privacy cost and what it bought."""
+    from fed_dpsat.report.page import write_report
+
+    with _clear_errors():
+        if out is not None and len(runs) > 1:
+            raise SettingError(
+                "--out", str(out), f"possible with {len(runs)} runs", "each has its own page; leave it out"
+            )
+        pages = [write_report(run, out) for run in runs]
+    if as_json:
+        return _print_json({"pages": [str(page) for page in pages]})
+    for page in pages:
+        out_console.print(str(page), soft_wrap=True, highlight=False)
     return None
 
 
