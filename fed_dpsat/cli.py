@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, resume, list, calibrate, plan, ledger, report, compare."""
+"""``fed-dpsat``: run, resume, sweep, list, calibrate, plan, ledger, report, compare."""
 
 from __future__ import annotations
 
@@ -221,6 +221,44 @@ def ledger(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML file with a base, a [grid] and perhaps [tune].")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; one that was begun is gone on with. Default: runs/FILE.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Runs at a time, each on a Ray worker; 0 is this process.")] = 0,
+    budget: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="Leave seeds and rounds out until it fits, and say which.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="AXIS=LABEL,LABEL", help="A part of the grid; in a folder of its own.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a grid of methods, settings and seeds; tune on validation examples first; one table of all.
+
+    docs/sweeps.md says what is in FILE. --set overrides a setting of its base.
+    """
+    from fed_dpsat.sweep import run_sweep
+    from fed_dpsat.sweep.show import print_sweep, shown
+
+    folder = out or Path("runs") / file.stem
+    with _clear_errors(), shown(err_console, quiet=as_json) as show:
+        swept = run_sweep(
+            file, folder, workers=workers, budget=budget, overrides=overrides or (), only=only or (), show=show
+        )
+    if as_json:
+        failed = [{"run": outcome.run.name, "error": outcome.error} for outcome in swept.failed]
+        more = {"failed": failed, "left_out": swept.left_out, "privacy": swept.privacy}
+        _print_json({"folder": str(folder), "summary": swept.summary, **more})
+    else:
+        print_sweep(out_console, swept, folder)
+    if swept.failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[Path | None, typer.Option(help="Page to write, for one run. Default: report.html in it.")] = None,
@@ -254,14 +292,15 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table = Table(show_header=False, title="Result", title_justify="left")
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
-    table.add_row("test accuracy", f"{result['test_accuracy']:.2%}")
+    split = result.get("evaluated_on", "test")
+    table.add_row(f"{split} accuracy", f"{result['test_accuracy']:.2%}")
     if "personal_accuracy" in result:
         table.add_row(
             "personal models",
             f"{result['personal_accuracy']:.2%} mean of {result['personal_clients']} clients on their shares of the "
             f"test split, worst decile {result['personal_worst_decile']:.2%}",
         )
-    table.add_row("test loss", f"{result['test_loss']:.4f} nats")
+    table.add_row(f"{split} loss", f"{result['test_loss']:.4f} nats")
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])

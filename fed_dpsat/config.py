@@ -63,6 +63,13 @@ class RunConfig:
     data_source: str = _setting("embedded", "place it comes from: embedded, parquet, torchvision, download, hub")
     data_path: str = _setting("", "folder of the data set, for the sources that have one")
     cache_dir: str = _setting("~/.cache/fed_dpsat", "folder for decoded data, shared by runs and workers")
+    validation_share: float = _setting(
+        0.0,
+        "share of the training examples that no client gets and that is evaluated on in place of the test split, to "
+        "choose settings on; drawn from the seed",
+        least=0,
+        most=1,
+    )
     num_clients: int = _setting(10, "number of clients in the federation", least=1)
     partition: str = _setting("iid", "way examples are dealt to clients")
     dirichlet_alpha: float = _setting(0.3, "concentration of the dirichlet partition; small is skewed", above=0)

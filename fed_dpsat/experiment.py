@@ -19,6 +19,7 @@ from fed_dpsat.attacks import Attackers, Scene, choose_attackers
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.validation import hold_out
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_generator, derive_seed
@@ -119,6 +120,8 @@ class Experiment:
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
         settings["steps_per_round"] = config.steps_per_round
         dataset = dataset or plugins.build("dataset", config.dataset, settings)
+        if config.validation_share:
+            dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
         if config.num_clients > len(dataset.train):
             raise SettingError(
                 "num_clients",

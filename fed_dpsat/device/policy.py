@@ -198,6 +198,7 @@ _LOCAL: dict[str, Any] = {
     "data_source": "embedded",
     "data_path": "",
     "cache_dir": "",
+    "validation_share": 0.0,
     "client_table": "",
     "out": "",
     "resume": False,

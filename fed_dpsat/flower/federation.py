@@ -303,6 +303,7 @@ class Recorder:
             "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
             "test_loss": self.evaluation.loss if self.evaluation else None,
             **self.personal,
+            "evaluated_on": "validation" if config.validation_share else "test",
             "epsilon": self.epsilon(),
             "delta": config.delta,
             "accountant": config.accountant,
