@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -78,6 +78,11 @@ class RunConfig:
 
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
+    personal_layers: str = _setting(
+        "",
+        "layers that stay on the client, are never sent and never averaged: head (the last one) or names, with commas; "
+        "empty shares all",
+    )
     optimizer: str = _setting("dp-sat", "private optimizer")
     base_optimizer: str = _setting(
         "dp-sgd", "the step that dp-sat and its kind make, itself an optimizer; disk+adam is disk over adam"
@@ -118,9 +123,20 @@ class RunConfig:
     )
 
     # privacy
+    privacy_unit: str = _setting(
+        "example",
+        "what epsilon protects: example (of one client; noise on the client) or client (with all its examples; noise "
+        "by a trusted server)",
+        choices=("example", "client"),
+    )
     private: bool = _setting(True, "switch: false trains without noise and reports epsilon = inf")
     clipping: str = _setting("flat", "clipping rule")
-    clip_norm: float = _setting(0.5, "largest norm of one example's gradient; inf only if not private", above=0)
+    clip_norm: float = _setting(
+        0.5,
+        "largest norm of one example's gradient, or of a client's whole change if that is the unit; inf only if not "
+        "private",
+        above=0,
+    )
     clip_quantile: float = _setting(0.5, "share of examples that adaptive clipping leaves unclipped", above=0, most=1)
     clip_lr: float = _setting(0.2, "speed at which adaptive clipping follows the quantile", least=0)
     global_threshold: float = _setting(10.0, "gradient norm beyond which global clipping drops an example", above=0)
@@ -147,6 +163,13 @@ class RunConfig:
     # federation
     strategy: str = _setting("fedavg", "server strategy, any Flower strategy")
     strategy_args: str = _setting("", "arguments of the strategy that no setting fills: eta = 0.02, tau = 1e-3")
+    keep_share: float = _setting(
+        1.0,
+        "share of the coordinates of its change that a client keeps, the largest, before it is clipped; below 1 with "
+        "privacy_unit=client",
+        above=0,
+        most=1,
+    )
     update_codec: str = _setting(
         "fp32",
         "way a client's update is written for the network: fp32, bf16, top-k (largest changes), random-k (unbiased)",
@@ -250,6 +273,8 @@ class RunConfig:
             fail("delay", "enough for buffer_size", "clients arrive in the order of simulated delays: lognormal, say")
         if self.buffer_size and self.client_sampling != "fixed":
             fail("client_sampling", f"possible with buffer_size={self.buffer_size}", "places are filled: use fixed")
+        if self.privacy_unit == "client" and self.buffer_size:
+            fail("buffer_size", "possible with privacy_unit='client'", "its sum is over one cohort; set it to 0")
         if self.secure_aggregation and self.buffer_size:
             fail("buffer_size", "possible with secure_aggregation", "masks cancel within one cohort; set it to 0")
         if self.secure_aggregation and self.cohort_size < 3:
@@ -258,6 +283,10 @@ class RunConfig:
             fail("attackers", f"possible with attack={self.attack!r}", "give both a share of clients and an attack")
         if self.attack and self.noise_source != "seeded":
             fail("attack", "possible with noise_source='system'", "colluders' noise is drawn twice: simulate it seeded")
+        if self.privacy_unit == "client":
+            self._check_client_unit(fail)
+        elif self.keep_share < 1:
+            fail("keep_share", "1 with privacy_unit='example'", "update_codec=top-k sends the largest changes")
         if self.dropout_rate >= 1:
             fail("dropout_rate", "in [0, 1)", "nobody would ever reply")
         if self.ray_address and not self.workers:
@@ -297,6 +326,27 @@ class RunConfig:
                 f"enough for num_rounds={self.num_rounds} of {self.buffer_size or self.cohort_size} clients",
                 "raise it, or ask fewer clients per round",
             )
+
+    def _check_client_unit(self, fail: Callable[[str, str, str], None]) -> None:
+        """A client's change is bounded once, by flat clipping, and the server has to see it to bound it again."""
+        unit = "with privacy_unit='client'"
+        if self.clipping != "flat":
+            fail("clipping", f"flat {unit}", "a client's whole change is clipped, once")
+        if self.secure_aggregation:
+            fail("secure_aggregation", f"false {unit}", "the server bounds each change again, which a sum hides")
+        if self.update_codec not in ("fp32", "top-k"):
+            fail("update_codec", f"fp32 or top-k {unit}", "the others send changes beyond the bound")
+        if self.client_table:
+            fail("client_table", f"empty {unit}", "one noise serves all clients")
+        if self.release_counts:
+            fail("release_counts", f"false {unit}", "exact counts are covered by no epsilon")
+        if self.client_sampling == "poisson" and self.rounds_per_client < self.num_rounds:
+            fail("max_rounds_per_client", f"0 {unit}, client_sampling='poisson'", "each round costs every client")
+
+    @property
+    def amplifying_rate(self) -> float:
+        """The chance of a client to be in a round where that may be counted on: coins of their own, else 1."""
+        return self.client_rate if self.client_sampling == "poisson" else 1.0
 
     @property
     def cohort_size(self) -> int:

@@ -13,7 +13,7 @@ a mask that is False everywhere an empty vector; ``spread`` gives zeros
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -87,6 +87,13 @@ def map_points(at: At, move: Callable[[Params], Params]) -> At:
     if not isinstance(at, Query):
         return move(at)
     return Query(points=tuple((weight, move(point)) for weight, point in at.points), active=at.active, loss=at.loss)
+
+
+def mixture(parts: Sequence[tuple[float, At]]) -> At:
+    """Weighted queries of the same mask and loss as one; those of weight 0 are not asked."""
+    first = as_query(parts[0][1])
+    points = tuple((w * weight, point) for w, at in parts if w for weight, point in as_query(at).points)
+    return simplified(Query(points=points, active=first.active, loss=first.loss))
 
 
 def first_point(at: At) -> Params:

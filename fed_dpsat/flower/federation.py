@@ -21,8 +21,9 @@ from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, predict, quality_of
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import records
+from fed_dpsat.flower import personal, records
 from fed_dpsat.flower.buffered import Buffer
+from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
@@ -30,9 +31,10 @@ from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.loggers import Loggers
 from fed_dpsat.noise import NOISE_SOURCES
-from fed_dpsat.params import Params, trainable
+from fed_dpsat.params import Params
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import LedgerError
+from fed_dpsat.privacy.event import UNITS
 from fed_dpsat.privacy.ledger import Head, PrivacyLedger
 from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
 from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
@@ -45,8 +47,32 @@ RoundRecord = dict[str, Any]
 OnRound = Callable[[RoundRecord], None]
 """Called after each round with its lines of ``rounds.jsonl`` and, under ``timing``, of ``timing.jsonl``."""
 
+PERSONAL_RELEASED = (
+    "accuracy of clients' own models on shares of the public test split that follow their label counts: exact, not "
+    "covered by epsilon, and a figure of simulations alone"
+)
 COUNTS_RELEASED = "examples without a finite gradient, per client and round: exact, not covered by epsilon"
 DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
+TRUSTED_SERVER = (
+    "someone who sees every released model; the server is trusted: it sees each client's bounded change and adds noise"
+)
+
+
+def threat_model(config: RunConfig) -> str:
+    """Whom epsilon is against, as it is printed beside it."""
+    if config.privacy_unit == "example":
+        return "a server that sees every update; no amplification by client sampling"
+    if config.client_sampling == "poisson":
+        return f"{TRUSTED_SERVER}; who was drawn, the seed and the run folder stay with it"
+    return f"{TRUSTED_SERVER}; who takes part is known, no amplification by client sampling"
+
+
+def declared_public(config: RunConfig) -> tuple[str, ...]:
+    """What no epsilon covers, by declaration: a client's size and its coins are not, where the unit is the client."""
+    if config.privacy_unit == "example":
+        return DECLARED_PUBLIC
+    return DECLARED_PUBLIC[1:2] if config.client_sampling == "poisson" else DECLARED_PUBLIC[1:]
+
 
 MAX_LABEL_COUNTS = 10**6
 
@@ -62,10 +88,13 @@ class Recorder:
         on_round: OnRound | None,
         loggers: Loggers,
         known_noise: KnownNoise | None = None,
+        grid: Grid | None = None,
     ) -> None:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
         self.loggers, self.known_noise = loggers, known_noise
+        self.grid = grid if experiment.personal and isinstance(grid, SimulationGrid) else None
         self.evaluation: Evaluation | None = None
+        self.personal: dict[str, float | int] = {}
         self.predictions: tuple[int, Predictions] | None = None
         self._before: Params | None = None
         self.rounds_completed = 0
@@ -88,11 +117,14 @@ class Recorder:
         due = round % config.evaluate_every == 0 or round == config.num_rounds
         with self.strategy.phases("evaluate"):
             self.evaluation = self._evaluate(round, params) if due else None
+            if self.grid and due:
+                self.personal = personal.measure(self.grid, arrays, config.num_clients)
         with self.strategy.phases("account"):
             record: RoundRecord = {
                 "round": round,
                 "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
                 "test_loss": self.evaluation.loss if self.evaluation else None,
+                **(self.personal if due else {}),
                 "epsilon": self.epsilon(),
                 "asked": report.asked,
                 "accepted": len(report.accepted),
@@ -100,7 +132,7 @@ class Recorder:
                 "unexpected": report.unexpected,
                 "retired": report.retired,
                 "released": report.released,
-                "kept_model": report.kept_model,
+                "kept_model": report.kept_model and self.strategy.release is None,
                 **({} if report.simulated_seconds is None else {"simulated_seconds": report.simulated_seconds}),
                 **({} if report.arrived is None else {"arrived": report.arrived}),
                 **self._movement(round, params),
@@ -197,9 +229,14 @@ class Recorder:
         now = time.perf_counter()
         seconds, self._round_started = now - self._round_started, now
         accepted, experiment = self.strategy.report.accepted, self.experiment
-        examples = sum(
-            plan.event.steps * plan.event.sample_rate * len(experiment.partitions[client])
-            for client, plan in ((client, self.strategy.plans[client]) for client in accepted)
+        of_clients = experiment.config.privacy_unit == "client"  # whose sizes are not public
+        examples = (
+            0.0
+            if of_clients
+            else sum(
+                plan.event.steps * plan.event.sample_rate * len(experiment.partitions[client])
+                for client, plan in ((client, self.strategy.plans[client]) for client in accepted)
+            )
         )
         phases = self.strategy.phases.take()
         self.phases.update(phases)
@@ -223,7 +260,8 @@ class Recorder:
         Not given where clients carry state from round to round: a later update would tell of an earlier coin.
         """
         config, rounds = self.experiment.config, self.rounds_completed
-        if config.client_sampling != "poisson" or not rounds or self.experiment.carried_state():
+        unlike = config.client_sampling != "poisson" or config.privacy_unit != "example"
+        if unlike or not rounds or self.experiment.carried_state():
             return {}
         events = {plan.event for plan in self.strategy.plans}
         epsilons = [
@@ -264,6 +302,7 @@ class Recorder:
             "ended_early": self.ended_early,
             "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
             "test_loss": self.evaluation.loss if self.evaluation else None,
+            **self.personal,
             "evaluated_on": "validation" if config.validation_share else "test",
             "epsilon": self.epsilon(),
             "delta": config.delta,
@@ -285,11 +324,14 @@ class Recorder:
             **self._totals(),
             "retired": self.strategy.retired,
             "ledger_head": self.strategy.ledger.head._asdict(),
-            "privacy_unit": "one example of one client, add-or-remove; maximum over clients",
+            "privacy_unit": UNITS[config.privacy_unit],
             **self._released(),
-            "threat_model": "a server that sees every update; no amplification by client sampling",
-            "declared_public": DECLARED_PUBLIC,
-            "also_released": [COUNTS_RELEASED] if config.release_counts else [],
+            "threat_model": threat_model(config),
+            "declared_public": declared_public(config),
+            "also_released": [
+                *([COUNTS_RELEASED] if config.release_counts else []),
+                *([PERSONAL_RELEASED] if self.grid else []),
+            ],
             "noise": NOISE_SOURCES[config.noise_source].description,
         }
 
@@ -341,11 +383,13 @@ def run_federation(
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
             secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
+            release=ClientRelease.of(config, plans[0].event.noise_multiplier),
             buffer=_buffer(config),
             phases=phases,
+            within=experiment.subspace,
         )
-        recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects))
-        arrays = records.to_arrays(trainable(experiment.loss_fn.module))
+        recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
+        arrays = records.to_arrays(experiment.shared())
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)
         elif folder.resumes:
@@ -427,6 +471,14 @@ def _peak_memory_mb() -> float:
 def _warn_about_delta(experiment: Experiment) -> None:
     smallest = min(len(indices) for indices in experiment.partitions)
     delta = experiment.config.delta
+    if experiment.config.privacy_unit == "client":
+        if experiment.config.private and delta > 1 / experiment.config.num_clients:
+            log.warning(
+                "delta=%g is above 1/%d, one of the clients, whom epsilon is about; set it below",
+                delta,
+                experiment.config.num_clients,
+            )
+        return
     if experiment.config.private and delta > 1 / smallest:
         log.warning(
             "delta=%g is above 1/%d: the smallest client has %d examples, and a guarantee is usually asked to fail "

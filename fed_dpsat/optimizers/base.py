@@ -15,6 +15,7 @@ from torch import Tensor
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, global_norm
 from fed_dpsat.query import At
+from fed_dpsat.subspace import Coordinates, Span
 
 State = dict[str, Params]
 """Slots of named tensors, so that any state can be stored, sent between processes and resumed."""
@@ -54,20 +55,35 @@ def set_noise(state: State, std: float) -> State:
     return {**state, NOISE: {"std": torch.tensor(std, dtype=torch.float64)}} if NOISE in state else state
 
 
-def climb(params: Params, direction: Params | None, rho: float) -> Params:
-    """``params + rho * direction / |direction|``, norm over all parameters; 0/0 is 0, so is no direction.
+def check_space(setting: str, value: object, params: Params, other: Params) -> None:
+    """Raise ``SettingError`` unless ``other``, a point or a gradient, is one of the parameters."""
+    if other.keys() != params.keys():
+        raise SettingError(
+            setting,
+            value,
+            f"possible around a base whose private gradient is of {sorted(other)}, not of the model's parameters",
+            "take another base optimizer",
+        )
 
-    Raises ``SettingError`` for a direction of other names: a base that asks for its gradient in another space.
+
+def subspace_of(optimizer: PrivateOptimizer, round: int, d: int) -> Coordinates | Span | None:
+    """Where ``optimizer`` can take ``d`` coordinates in ``round`` (from 1); None where it says nothing.
+
+    Its own ``subspace(round, d)``; or that of its base, for one with ``moves_like_base``: each of its updates is one of
+    ``base``, from the same parameters.
     """
+    own = getattr(optimizer, "subspace", None)
+    if own is not None:
+        found: Coordinates | Span | None = own(round, d)
+        return found
+    base = getattr(optimizer, "base", None)
+    return subspace_of(base, round, d) if base is not None and getattr(optimizer, "moves_like_base", False) else None
+
+
+def climb(params: Params, direction: Params | None, rho: float) -> Params:
+    """``params + rho * direction / |direction|``, norm over all parameters; 0/0 is 0, so is no direction."""
     if direction is None or rho == 0:
         return params
-    if direction.keys() != params.keys():
-        raise SettingError(
-            "rho",
-            rho,
-            f"possible at a point of {sorted(params)} along a direction of {sorted(direction)}",
-            "set it to 0, or take a base optimizer whose private gradient is one of the model's parameters",
-        )
     norm = global_norm(direction)
     scale: Tensor = torch.where(norm > 0, rho / norm, torch.zeros_like(norm))
     return {name: torch.addcmul(p, scale.to(p), direction[name]) for name, p in params.items()}

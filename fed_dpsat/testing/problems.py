@@ -27,12 +27,16 @@ class Quadratic:
     """``inputs[B, D], targets[B] -> losses[B]``: the gradient of an example is the parameters minus its input."""
 
     def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
-        """Half the squared norm of the outputs."""
-        return 0.5 * self.outputs(params, inputs).square().sum(1)
+        """The criterion of the outputs."""
+        return self.criterion(self.outputs(params, inputs), targets)
 
     def outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
-        """``[B, D]``, parameters minus inputs: what methods compare that look at outputs."""
+        """``[B, D]``, parameters minus inputs."""
         return _flat(params) - inputs
+
+    def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Half the squared norm of the outputs."""
+        return 0.5 * outputs.square().sum(1)
 
 
 quadratic = Quadratic()

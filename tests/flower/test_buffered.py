@@ -143,6 +143,7 @@ def test_a_network_has_no_simulated_time(federation):
         ("delay", {"delay": "none"}),
         ("buffer_size", {"buffer_size": 5}),
         ("buffer_size", {"secure_aggregation": True}),
+        ("buffer_size", {"privacy_unit": "client", "dropout_rate": 0.0, "max_rounds_per_client": 0}),
         ("client_sampling", {"client_sampling": "poisson"}),
         ("max_rounds_per_client", {"max_rounds_per_client": 1}),
     ],
