@@ -269,7 +269,10 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table.add_row("noise source", result["noise"])
     for release in result["also_released"]:
         table.add_row("also released", release)
-    table.add_row("training", f"{result['optimizer']}, {result['model']} on {result['dataset']}, {result['strategy']}")
+    from fed_dpsat.optimizers.chain import described
+
+    method = described(result["optimizer"], result["base_optimizer"])
+    table.add_row("training", f"{method}, {result['model']} on {result['dataset']}, {result['strategy']}")
     table.add_row(
         "schedule",
         f"{result['rounds_completed']} rounds x {result['local_steps']} local steps, "

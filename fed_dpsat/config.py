@@ -61,7 +61,10 @@ class RunConfig:
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
     optimizer: str = _setting("dp-sat", "private optimizer")
-    base_optimizer: str = _setting("dp-sgd", "the step that dp-sat and its kind make, itself an optimizer")
+    base_optimizer: str = _setting(
+        "dp-sgd", "the step that dp-sat and its kind make, itself an optimizer; disk+adam is disk over adam"
+    )
+    optimizer_args: str = _setting("", "arguments of the optimizers that no setting fills: beta2 = 0.99, floor = 0.1")
     lr: float = _setting(2.0, "learning rate", least=0)
     lr_schedule: str = _setting(
         "constant",

@@ -21,7 +21,8 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_generator, derive_seed
-from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, set_clock, subspace_of
+from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock, subspace_of
+from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
@@ -123,8 +124,7 @@ class Experiment:
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
                 model = plugins.build("model", config.model, settings)
         if optimizer is None:
-            settings["base"] = plugins.build("optimizer", config.base_optimizer, settings)
-            optimizer = plugins.build("optimizer", config.optimizer, settings)
+            optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         clipping = clipping or plugins.build("clipping", config.clipping, settings)
         attackers = _attackers(config, settings)
         return cls(
@@ -140,13 +140,17 @@ class Experiment:
         )
 
     def carried_state(self) -> set[str]:
-        """Slots of state that a client takes from one round into its next, found by one update on zeros."""
+        """Slots of state that a client takes from one round into its next, found by updates on zeros.
+
+        One update, or two where a round has an even number: a two-step method has finished then.
+        """
         params = zeros_like(trainable(self.loss_fn.module))
         state = self.optimizer.init(params)
         with torch.random.fork_rng(devices=[]):
-            nothing = zeros_like(first_point(self.optimizer.query_point(params, state)))
-        _, state = self.optimizer.update(params, nothing, state)
-        forgotten = {CLOCK} if self.config.ascent_memory == "client" else {CLOCK, ASCENT}
+            for _ in range(2 - self.config.steps_per_round % 2):
+                nothing = zeros_like(first_point(self.optimizer.query_point(params, state)))
+                _, state = self.optimizer.update(params, nothing, state)
+        forgotten = {CLOCK, NOISE} if self.config.ascent_memory == "client" else {CLOCK, NOISE, ASCENT}
         return (state.keys() - forgotten) | ({"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set())
 
     def subspace(self, round: int) -> Coordinates | Span | None:

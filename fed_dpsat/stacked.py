@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.engines.finite import squared_norm_rows
 from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State
+from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_noise
 from fed_dpsat.params import Params
 from fed_dpsat.query import At, LossFn, Query, simplified
 from fed_dpsat.sampling import PoissonSampler
@@ -100,6 +100,7 @@ def train_stacked(
                 member.mechanism.privatize(_at(sums, k), noise)
                 for k, (member, noise) in enumerate(zip(members, noises, strict=True))
             ]
+            state = _with_noise(state, members)
             stack, state = steps.update(stack, _stacked(private), state)
             skipped += nonfinite.cpu()
     return [
@@ -173,6 +174,13 @@ def stacked_state(states: Sequence[State]) -> State:
     """Slots with a leading dimension for clients; the clock, which is the same for all, as it is."""
     first = states[0]
     return {slot: p if slot == CLOCK else _stacked([state[slot] for state in states]) for slot, p in first.items()}
+
+
+def _with_noise(state: State, members: Sequence[Member]) -> State:
+    """Each client's own noise, in the slot of those who ask for it."""
+    if NOISE not in state:
+        return state
+    return {**state, NOISE: _stacked([set_noise(state, member.mechanism.noise_std)[NOISE] for member in members])}
 
 
 class _Draws:

@@ -216,6 +216,8 @@ class Recorder:
             "rounds_completed": self.rounds_completed,
             "num_clients": config.num_clients,
             "optimizer": config.optimizer,
+            "base_optimizer": config.base_optimizer,
+            "optimizer_args": config.optimizer_args,
             "strategy": config.strategy,
             "update_codec": config.update_codec,
             "dataset": config.dataset,

@@ -25,6 +25,9 @@ ASCENT = "ascent"
 
 CLOCK = "clock"
 
+NOISE = "noise"
+"""The slot in which the loop says how much noise is in a private gradient; who needs that makes it in ``init``."""
+
 
 class PrivateOptimizer(Protocol):
     """State goes in and comes out; nothing is changed in place."""
@@ -67,6 +70,14 @@ def subspace_of(optimizer: PrivateOptimizer, round: int, d: int) -> Coordinates 
         return found
     base = getattr(optimizer, "base", None)
     return subspace_of(base, round, d) if base is not None and getattr(optimizer, "moves_like_base", False) else None
+
+
+def set_noise(state: State, std: float) -> State:
+    """``state`` with the standard deviation of the noise in a coordinate of the private gradient, if it asks for it.
+
+    A public number: ``noise_multiplier * clip_norm / expected_batch_size`` of the step.
+    """
+    return {**state, NOISE: {"std": torch.tensor(std, dtype=torch.float64)}} if NOISE in state else state
 
 
 def climb(params: Params, direction: Params | None, rho: float) -> Params:

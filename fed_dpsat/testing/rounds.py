@@ -11,7 +11,7 @@ import torch
 
 from fed_dpsat.clipping import FlatClipping
 from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock, set_noise
 from fed_dpsat.params import Params, global_norm, subtract
 from fed_dpsat.query import spread
 from fed_dpsat.sampling import PoissonSampler
@@ -70,6 +70,7 @@ def training_is_replayed_from_private_gradients_alone(subject: Subject) -> None:
         torch.default_generator.manual_seed(_streams(round).torch_seed())
         for private_gradient in mechanism.released:
             at = optimizer.query_point(replayed, again)
+            again = set_noise(again, mechanism.noise_std)
             replayed, again = optimizer.update(replayed, spread(at, private_gradient), again)
         said = difference(params, replayed)
         require(

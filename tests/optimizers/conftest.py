@@ -1,4 +1,4 @@
-"""A problem whose gradients a reader can write down, and the loop around an optimizer without the library's loop."""
+"""What the methods' tests share: private gradients to walk along, and a problem with gradients to write down."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.optimizers.base import set_clock
 from fed_dpsat.per_example import clipped_gradient_sum
 from fed_dpsat.query import spread
 
@@ -95,3 +96,31 @@ class Problem:
 @pytest.fixture
 def problem():
     return Problem()
+
+
+@pytest.fixture
+def vectors():
+    """``[51, 3]`` normals: a start and 50 private gradients."""
+    return np.random.default_rng(0).standard_normal((STEPS + 1, 3))
+
+
+@pytest.fixture
+def walk():
+    """``(optimizer, vectors) -> [(query point, parameters after the step, state)]``, vectors over two tensors."""
+
+    def split(vector):
+        return {"a": torch.from_numpy(vector[:2].copy()), "b": torch.from_numpy(vector[2:].copy())}
+
+    def joined(params):
+        return np.concatenate([params["a"].numpy(), params["b"].numpy()])
+
+    def go(optimizer, vectors):
+        params, gradients = split(vectors[0]), vectors[1:]
+        state, seen = set_clock(optimizer.init(params), 0), []
+        for gradient in gradients:
+            at = joined(optimizer.query_point(params, state))
+            params, state = optimizer.update(params, split(gradient), state)
+            seen.append((at, joined(params), state))
+        return seen
+
+    return go

@@ -11,6 +11,7 @@ from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.optimizers import DPSAT, DPSGD
 from fed_dpsat.optimizers.base import ASCENT, climb
+from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.params import zeros_like
 from fed_dpsat.per_example import clipped_gradient_sum
 from fed_dpsat.query import Query
@@ -26,9 +27,9 @@ def shipped(name, lr=0.1):
         "weight_decay": 0.01,
         "total_steps": 50,
         "steps_per_round": 4,
+        "private": name != "sam",
     }
-    settings["base"] = plugins.build("optimizer", "dp-sgd", settings)
-    return plugins.build("optimizer", name, settings)
+    return build_optimizer(name, "dp-sgd", settings)
 
 
 def step(params, slope, lr=0.1):
