@@ -60,6 +60,21 @@ class RunConfig:
 
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
+    start_from: str = _setting(
+        "", "weights to start from, public: safetensors, a state dict of torch, or a run folder; empty starts anew"
+    )
+    start_head: str = _setting(
+        "loaded",
+        "head (last layer) to start with: loaded from start_from, or new, for another number of classes",
+        choices=("loaded", "new"),
+    )
+    train_layers: str = _setting(
+        "all",
+        "layers that are trained, sent and noised: all, the last few, the head alone, or the head until unfreeze_round",
+        choices=("all", "last", "head", "head-then-all"),
+    )
+    last_layers: int = _setting(1, "number of layers that train_layers=last trains", least=1)
+    unfreeze_round: int = _setting(0, "first round in which train_layers=head-then-all trains all", least=0)
     optimizer: str = _setting("dp-sat", "private optimizer")
     base_optimizer: str = _setting(
         "dp-sgd", "the step that dp-sat and its kind make, itself an optimizer; disk+adam is disk over adam"
@@ -244,6 +259,14 @@ class RunConfig:
                     "enough to be private while noise_multiplier=0",
                     "set one of the two above 0, or private=false",
                 )
+        if self.start_head == "new" and not self.start_from:
+            fail("start_head", "possible without start_from", "a model that starts anew has a new head anyway")
+        if self.last_layers > 1 and self.train_layers != "last":
+            fail("last_layers", f"possible with train_layers={self.train_layers!r}", "set train_layers=last")
+        if self.train_layers == "head-then-all" and not 2 <= self.unfreeze_round <= self.num_rounds:
+            fail("unfreeze_round", f"in [2, num_rounds={self.num_rounds}]", "say from which round all is trained")
+        if self.unfreeze_round and self.train_layers != "head-then-all":
+            fail("unfreeze_round", f"possible with train_layers={self.train_layers!r}", "use head-then-all, or 0")
         if self.min_clients > self.cohort_size:
             fail("min_clients", f"at most the {self.cohort_size} clients of a round", "lower it")
         if not self.private and (self.noise_multiplier > 0 or self.target_epsilon > 0):
@@ -307,6 +330,7 @@ class RunConfig:
             cache_dir=_absolute(self.cache_dir),
             out=_absolute(self.out),
             client_table=_absolute(self.client_table),
+            start_from=_absolute(self.start_from),
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -20,11 +21,12 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.noise import derive_generator, derive_seed
 from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
-from fed_dpsat.params import Params, subtract, trainable, zeros_like
+from fed_dpsat.params import Params, subtract, zeros_like
 from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
@@ -68,6 +70,15 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """Names that are trained, and those from ``unfreeze_round`` on if there is one; the SHA-256 of ``start_from``."""
+
+    names: tuple[str, ...]
+    later_names: tuple[str, ...] = ()
+    sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """The objects of a run. Clients and server build the same ones from the same configuration.
 
@@ -84,6 +95,7 @@ class Experiment:
     budgets: Sequence[float]
     named: bool = True
     attackers: Attackers | None = None
+    start: Start
 
     @classmethod
     def build(
@@ -120,6 +132,7 @@ class Experiment:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
                 model = plugins.build("model", config.model, settings)
+        model, start = _started(model, config)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         clipping = clipping or plugins.build("clipping", config.clipping, settings)
@@ -134,14 +147,21 @@ class Experiment:
             budgets=[row.target_epsilon for row in read_table(config)],
             named=named,
             attackers=attackers,
+            start=start,
         )
+
+    def trained(self, round: int) -> Params:
+        """What is trained in ``round``, and so sent and noised, at its initial values."""
+        later = self.start.later_names if 0 < self.config.unfreeze_round <= round else ()
+        names = later or self.start.names
+        return {name: p.detach().clone() for name, p in self.loss_fn.module.named_parameters() if name in names}
 
     def carried_state(self) -> set[str]:
         """Slots of state that a client takes from one round into its next, found by updates on zeros.
 
         One update, or two where a round has an even number: a two-step method has finished then.
         """
-        params = zeros_like(trainable(self.loss_fn.module))
+        params = zeros_like(self.trained(self.config.num_rounds))
         state = self.optimizer.init(params)
         with torch.random.fork_rng(devices=[]):
             for _ in range(2 - self.config.steps_per_round % 2):
@@ -269,12 +289,19 @@ class Experiment:
             return self.optimizer
         return Proximal(base=self.optimizer, anchor=params, proximal_mu=proximal_mu)
 
+    def _outgrown(self, request: Request) -> bool:
+        """Whether the client's state is of the head alone, and all layers are trained now: it begins anew."""
+        first, slots = set(self.start.names), (request.state or {}).values()
+        grown = bool(self.config.unfreeze_round) and request.params.keys() != first
+        return grown and any(slot.keys() == first for slot in slots)
+
     def _member(self, request: Request) -> Member:
         """What is the client's own of its round: data, state, sampler, mechanism, streams."""
         config, task = self.config, request.task
         indices = torch.from_numpy(self.partitions[request.client])
         sampler = PoissonSampler(num_examples=len(indices), sample_rate=task.sample_rate)
-        state = self.optimizer.init(request.params) if request.state is None else dict(request.state)
+        known = request.state is not None and not self._outgrown(request)
+        state = dict(request.state or {}) if known else self.optimizer.init(request.params)
         if config.ascent_memory != "client":
             state.pop(ASCENT, None)
         if config.ascent_memory == "server" and request.server_ascent is not None:
@@ -302,6 +329,23 @@ class Experiment:
 @functools.cache
 def _say_once(reason: str) -> None:
     log.warning("stack_clients: clients train one after the other: %s", reason)
+
+
+def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
+    """``model``, or a copy of it, with the weights of ``start_from`` and frozen as ``train_layers`` says."""
+    sha256 = ""
+    if config.start_from or config.train_layers != "all":
+        model = copy.deepcopy(model)
+    if config.start_from:
+        weights, sha256 = read_weights(config.start_from)
+        load_weights(model, weights, config.start_from, new_head=config.start_head == "new")
+    everything = trained_names(model, "all", 0)
+    names = trained_names(model, config.train_layers, config.last_layers)
+    for name, p in model.named_parameters():
+        if name not in names:
+            p.requires_grad_(False)
+    later = everything if config.train_layers == "head-then-all" else []
+    return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256)
 
 
 def _attackers(config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:

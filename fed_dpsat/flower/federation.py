@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
+from fed_dpsat.errors import SettingError
 from fed_dpsat.evaluation import Evaluation, evaluate
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import records
@@ -25,7 +26,7 @@ from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.noise import NOISE_SOURCES
-from fed_dpsat.params import Params, trainable
+from fed_dpsat.params import Params
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import LedgerError
 from fed_dpsat.privacy.ledger import Head, PrivacyLedger
@@ -104,6 +105,10 @@ class Recorder:
         """
         if checkpoint.cannot_resume:
             raise FederationError(f"{self.folder.path} cannot be resumed: {checkpoint.cannot_resume}")
+        if checkpoint.server.get("start_sha256", "") != self.experiment.start.sha256:
+            raise FederationError(
+                f"{self.experiment.config.start_from} is not the file that {self.folder.path} started from; restore it"
+            )
         head = Head(*checkpoint.server["ledger_head"])
         if not self.strategy.ledger.extends(head):
             raise LedgerError(
@@ -120,7 +125,10 @@ class Recorder:
         return records.to_arrays(checkpoint.params)
 
     def _save_checkpoint(self, round: int, params: Params) -> None:
-        server: dict[str, Any] = {"ledger_head": tuple(self.strategy.ledger.head)}
+        server: dict[str, Any] = {
+            "ledger_head": tuple(self.strategy.ledger.head),
+            "start_sha256": self.experiment.start.sha256,
+        }
         try:
             server["strategy"] = self.strategy.state_dict()
         except StrategyStateError as error:
@@ -222,6 +230,10 @@ class Recorder:
             "update_codec": config.update_codec,
             "dataset": config.dataset,
             "model": config.model,
+            "start_from": config.start_from,
+            "start_sha256": self.experiment.start.sha256,
+            "train_layers": config.train_layers,
+            "trained_parameters": sum(p.numel() for p in self.experiment.trained(config.num_rounds).values()),
             "seed": config.seed,
             **self._totals(),
             "retired": self.strategy.retired,
@@ -256,6 +268,13 @@ def run_federation(
     plans = make_plans(config)
     _warn_about_delta(experiment)
     inner = strategy or build_strategy(config)
+    if strategy is not None and config.unfreeze_round:
+        raise SettingError(
+            "unfreeze_round",
+            config.unfreeze_round,
+            "possible with a strategy that was given as an object",
+            "name it, so that it can begin anew with all layers",
+        )
     folder.open(config, objects=objects)
     checkpoint = folder.load_checkpoint() if folder.resumes else None
     phases = Phases(trace=config.profile)
@@ -282,7 +301,7 @@ def run_federation(
             phases=phases,
         )
         recorder = Recorder(experiment, private, folder, on_round)
-        arrays = records.to_arrays(trainable(experiment.loss_fn.module))
+        arrays = records.to_arrays(experiment.trained(1))
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)
         elif folder.resumes:
@@ -296,6 +315,7 @@ def run_federation(
                 config.reply_timeout,
                 evaluate_fn=recorder.after_round,
                 done=checkpoint.round if checkpoint else None,
+                before_round=lambda round, arrays: _unfrozen(experiment, private, round, arrays),
             )
             status = "completed"
         except FederationOver as reason:
@@ -313,6 +333,17 @@ def run_federation(
                     ["server", "clients, here", *(f"worker {i}" for i in range(1, config.workers + 1))],
                 )
     return summary
+
+
+def _unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, arrays: ArrayRecord) -> ArrayRecord:
+    """The model with the layers that ``round`` trains; those that are new to it start where they were frozen.
+
+    The inner strategy begins anew with them: what it has learned of the head alone has another shape.
+    """
+    if not experiment.config.unfreeze_round or arrays.keys() == (trained := experiment.trained(round)).keys():
+        return arrays
+    private.renew(build_strategy(experiment.config))
+    return records.to_arrays({**trained, **records.to_params(arrays)})
 
 
 def build_strategy(config: RunConfig) -> Strategy:
