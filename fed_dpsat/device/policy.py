@@ -139,6 +139,11 @@ class Policy:
             raise Refusal("private=False is not allowed on this device; set private=true and add noise")
         if config.release_counts and not self.release_counts:
             raise Refusal("release_counts=True is not allowed on this device; set release_counts=false")
+        if config.privacy_unit != "example":
+            raise Refusal(
+                f"privacy_unit={config.privacy_unit!r} leaves the noise to the server, whom a device does not "
+                "trust with that; set privacy_unit=example"
+            )
         if config.secure_aggregation:
             raise Refusal("secure_aggregation=True is not possible on a device with a policy yet; set it to false")
         self._listed("dataset", config.dataset, (self.dataset,))
@@ -206,6 +211,7 @@ _LOCAL: dict[str, Any] = {
     "data_source": "embedded",
     "data_path": "",
     "cache_dir": "",
+    "validation_share": 0.0,
     "client_table": "",
     "out": "",
     "resume": False,

@@ -28,6 +28,7 @@ from fed_dpsat import plugins
 from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_clock
 from fed_dpsat.params import Params
 from fed_dpsat.plugins import Factory, PluginError
+from fed_dpsat.query import At
 
 PLAIN = "dp-sgd"
 """The default of ``base_optimizer``, and the base of the last of a chain."""
@@ -150,7 +151,7 @@ class _Watched:
         self.own = set(self.left)
         return self.left
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def query_point(self, params: Params, state: State) -> At:
         return self._base.query_point(params, state)
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fed_dpsat.errors import SettingError
 from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State, climb, set_clock
 from fed_dpsat.params import Params
+from fed_dpsat.query import At, map_points
 
 CLIMB = "climb"
 """The gradient of an odd call, until the even one has climbed it."""
@@ -45,9 +46,9 @@ class DPSAM:
         """The state of ``base``; the next call is an odd one."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def query_point(self, params: Params, state: State) -> At:
         """Where ``base`` looks; in an even call, ``rho`` up the gradient of the odd one from there."""
-        return climb(self.base.query_point(params, state), state.get(CLIMB), self.rho)
+        return map_points(self.base.query_point(params, state), lambda at: climb(at, state.get(CLIMB), self.rho))
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """Odd: remember ``private_gradient`` and stay. Even: the step of ``base`` at the unperturbed ``params``."""
@@ -65,14 +66,16 @@ class SAM(DPSAM):
     """SAM without privacy, a reference: epsilon is inf (Foret et al. 2021, Algorithm 1); FedSAM with fedavg.
 
     As ``DPSAM``: each of its two calls draws a batch, where the paper uses one for both. With ``sample_rate`` 1 that is
-    the same. ``clip_norm = inf`` takes gradients as they are. Raises ``SettingError`` in a private run.
+    the same. ``clip_norm = inf`` takes gradients as they are. Raises ``SettingError`` in a private run, but for the
+    unit "client": there local gradients have no noise, so this is the local training of DP-FedSAM.
     """
 
     private: bool
+    privacy_unit: str = "example"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.private:
+        if self.private and self.privacy_unit == "example":
             raise SettingError(
                 "private",
                 self.private,

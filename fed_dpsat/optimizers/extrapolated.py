@@ -10,6 +10,7 @@ import torch
 from fed_dpsat.errors import SettingError
 from fed_dpsat.optimizers.base import PrivateOptimizer, State
 from fed_dpsat.params import Params
+from fed_dpsat.query import At, map_points
 
 LAST = "extrapolation"
 
@@ -41,12 +42,12 @@ class Extrapolated:
         """The state of ``base``; no gradient to follow yet."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
-        """Ahead of where ``base`` looks."""
+    def query_point(self, params: Params, state: State) -> At:
+        """Ahead of wherever ``base`` looks: every point of its query."""
         at, last = self.base.query_point(params, state), state.get(LAST)
         if last is None or self.distance == 0:
             return at
-        return {name: torch.add(p, last[name], alpha=-self.distance) for name, p in at.items()}
+        return map_points(at, lambda p: {name: torch.add(t, last[name], alpha=-self.distance) for name, t in p.items()})
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base`` at ``params``; remembers ``private_gradient``."""
