@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State, climb, set_clock
+from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State, check_space, climb, set_clock
 from fed_dpsat.params import Params
 from fed_dpsat.query import At, map_points
 
@@ -56,6 +56,7 @@ class DPSAM:
             return self.base.update(
                 params, private_gradient, {slot: kept for slot, kept in state.items() if slot != CLIMB}
             )
+        check_space("rho", self.rho, params, private_gradient)
         if CLOCK in state:
             state = set_clock(state, int(state[CLOCK]["step"]) + 1)
         return params, {**state, CLIMB: private_gradient}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.optimizers.base import PrivateOptimizer, State, check_space
 from fed_dpsat.params import Params
 from fed_dpsat.query import At, map_points
 
@@ -28,6 +29,7 @@ class Extrapolated:
     base: PrivateOptimizer
     lr: float
     lookahead: float | None = None
+    moves_like_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.distance < math.inf:
@@ -51,6 +53,8 @@ class Extrapolated:
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base`` at ``params``; remembers ``private_gradient``."""
+        if self.distance:
+            check_space("lookahead", self.distance, params, private_gradient)
         moved, state = self.base.update(params, private_gradient, state)
         return moved, {**state, LAST: private_gradient}
 
