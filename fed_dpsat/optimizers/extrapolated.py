@@ -11,7 +11,7 @@ import torch
 from fed_dpsat.errors import SettingError
 from fed_dpsat.optimizers.base import PrivateOptimizer, State, check_space
 from fed_dpsat.params import Params
-from fed_dpsat.query import At, map_points
+from fed_dpsat.query import At, first_point, map_points
 
 LAST = "extrapolation"
 
@@ -45,16 +45,17 @@ class Extrapolated:
         return self.base.init(params)
 
     def query_point(self, params: Params, state: State) -> At:
-        """Ahead of wherever ``base`` looks: every point of its query."""
+        """Ahead of where ``base`` looks, from every point of its query."""
         at, last = self.base.query_point(params, state), state.get(LAST)
-        if last is None or self.distance == 0:
+        if self.distance == 0:
             return at
-        return map_points(at, lambda p: {name: torch.add(t, last[name], alpha=-self.distance) for name, t in p.items()})
+        check_space("optimizer", "extrapolated", params, first_point(at))
+        if last is None:
+            return at
+        return map_points(at, lambda w: {name: torch.add(p, last[name], alpha=-self.distance) for name, p in w.items()})
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base`` at ``params``; remembers ``private_gradient``."""
-        if self.distance:
-            check_space("lookahead", self.distance, params, private_gradient)
         moved, state = self.base.update(params, private_gradient, state)
         return moved, {**state, LAST: private_gradient}
 
