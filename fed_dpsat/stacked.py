@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,13 +47,14 @@ class Unstackable(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One client of a stack: what is its own of the arguments of ``train_locally``."""
+    """One client of a stack: what is its own of the arguments of ``train_locally``; ``own`` are parameters."""
 
     batches: Batches
     state: State
     sampler: PoissonSampler
     mechanism: GaussianMechanism
     streams: Streams
+    own: Params = field(default_factory=dict)
 
 
 def alike(state: State) -> Hashable:
@@ -72,7 +73,7 @@ def train_stacked(
     local_steps: int,
     physical_batch_size: int = 128,
 ) -> list[LocalResult]:
-    """What ``train_locally`` makes of each of ``members`` from the same ``params``, to about 1e-6 relative.
+    """What ``train_locally`` makes of each of ``members`` from the same ``params`` but for its own, to 1e-6 relative.
 
     At most ``physical_batch_size`` per-example gradients are held at a time, but one per client at least. Raises
     ``Unstackable``, or what ``train_locally`` raises for any of them.
@@ -86,7 +87,8 @@ def train_stacked(
     count = len(members)
     noises = [member.streams.generator("noise") for member in members]
     coins = [member.sampler.batches(local_steps, member.streams.generator("sampling")) for member in members]
-    stack = {name: p.expand(count, *p.shape) for name, p in params.items()}
+    own = _stacked([member.own for member in members])
+    stack = {name: own[name] if name in own else p.expand(count, *p.shape) for name, p in params.items()}
     state = stacked_state([member.state for member in members])
     skipped = torch.zeros(count, dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.experiment import Experiment, Request
-from fed_dpsat.flower import codec, on_device, records, secure_client
+from fed_dpsat.flower import codec, on_device, personal, records, secure_client
 from fed_dpsat.flower.records import RecordError
 from fed_dpsat.params import Params
 from fed_dpsat.plans import spend
@@ -86,6 +86,10 @@ def make_client_app(provider: Provider) -> ClientApp:
             content = secure_client.hide(request.client, message.content, context.state, content)
         return Message(content, reply_to=message)
 
+    @client_app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(personal.answer(provider, message, context), reply_to=message)
+
     return client_app
 
 
@@ -117,7 +121,13 @@ def _request(
     """What is asked, and the client's history with it; a record that is in ``unpacked`` is shared. Raises if spent."""
     client, task = _client(context), records.read_task(message.content)
     kept = records.load_history(context.state)
-    history = spend(kept, task.event, experiment.budgets[client], experiment.config.delta, experiment.config.accountant)
+    if task.unit != experiment.config.privacy_unit:
+        raise RecordError(f"asked in the unit {task.unit!r}, where the run's is {experiment.config.privacy_unit!r}")
+    history = kept
+    if task.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
+        history = spend(
+            kept, task.event, experiment.budgets[client], experiment.config.delta, experiment.config.accountant
+        )
 
     def unpack(key: str) -> Params | None:
         record = message.content.array_records.get(key)
@@ -142,7 +152,8 @@ def _request(
 
 
 def _reply(experiment: Experiment, request: Request, result: LocalResult) -> RecordDict:
-    size = len(experiment.partitions[request.client])
+    each = experiment.config.privacy_unit == "client"  # counts once, and its size is nobody's business
+    size = 1 if each else len(experiment.partitions[request.client])
     release_counts = experiment.config.release_counts
     return records.reply_content(request.client, request.task, result, size, release_counts=release_counts)
 

@@ -62,6 +62,9 @@ STATE = "fed_dpsat.state"
 HISTORY = "fed_dpsat.history"
 PARTITION_ID = "partition-id"
 
+OF_CLIENTS = ("unit", "client_rate")
+"""What a task says under the unit "client"."""
+
 LARGEST = 1e14
 """Beyond it no reply is one: the squares of a billion such numbers still add up in float32."""
 
@@ -91,8 +94,9 @@ def to_params(arrays: ArrayRecord) -> Params:
 
 
 def task_record(task: Task) -> ConfigRecord:
-    """The server's request."""
-    return ConfigRecord(dataclasses.asdict(task))
+    """The server's request; its unit only where that is not one example, which is what devices know."""
+    record = dataclasses.asdict(task)
+    return ConfigRecord(record if task.unit != "example" else {k: record[k] for k in record if k not in OF_CLIENTS})
 
 
 def read_task(content: RecordDict) -> Task:
@@ -136,7 +140,8 @@ def read_proximal_mu(content: RecordDict) -> float:
 def reply_content(
     client: int, task: Task, result: LocalResult, num_examples: int, *, release_counts: bool = False
 ) -> RecordDict:
-    """All that leaves a client after a round: noised parameters, their event, the public size.
+    """All that leaves a client after a round: noised parameters (bounded ones, to a server that is trusted to noise
+    them), their event, the public size.
 
     With ``release_counts`` also how many examples had no finite gradient: an exact release that no event covers.
     """

@@ -17,7 +17,7 @@ class Proximal:
     """``base`` on the private gradient plus ``proximal_mu * (w - anchor)``, the slope of ``mu / 2 |w - anchor|^2``.
 
     ``anchor`` is the global model, so the term is a function of released quantities: it costs nothing. It is 0 in the
-    first step of a round.
+    first step of a round, and for what the global model does not have (a private head).
     """
 
     base: PrivateOptimizer
@@ -37,7 +37,7 @@ class Proximal:
         """The step of ``base``, pulled towards the anchor."""
         check_space("proximal_mu", self.proximal_mu, params, private_gradient)
         slope = {
-            name: torch.add(g, params[name] - self.anchor[name], alpha=self.proximal_mu)
+            name: torch.add(g, params[name] - self.anchor[name], alpha=self.proximal_mu) if name in self.anchor else g
             for name, g in private_gradient.items()
         }
         return self.base.update(params, slope, state)
