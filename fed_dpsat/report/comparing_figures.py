@@ -25,8 +25,8 @@ MOST_CURVES, MOST_ROWS = len(SERIES), 40
 BAND = "Bands and bars are 95 % intervals of the mean over seeds (Student's t); a group of one seed has none."
 
 
-def drawings(found: Comparison, folder: Path) -> Iterator[Drawing]:
-    """All that the groups allow."""
+def drawings(found: Comparison, folder: Path, prefix: str = "") -> Iterator[Drawing]:
+    """All that the groups allow; their names begin with ``prefix``."""
     shown = found.groups[:MOST_CURVES]
     left_out = f" The best {len(shown)} of {len(found.groups)} groups." if len(found.groups) > len(shown) else ""
     styles = _looks(found)
@@ -36,7 +36,7 @@ def drawings(found: Comparison, folder: Path) -> Iterator[Drawing]:
         if not curves or (kind == "epsilon" and len(found.promises) > 1):
             continue
         yield draw(
-            f"compared-against-{kind}",
+            f"{prefix}accuracy-against-{kind}",
             _curves(curves, styles, "round" if kind == "round" else _epsilon_axis(found)),
             title=f"Test accuracy against {kind}",
             caption=f"Mean over seeds on {measured_on(found)}; {sizes(found)}; {guarantees(found)}. {BAND}{left_out}",
@@ -48,7 +48,7 @@ def drawings(found: Comparison, folder: Path) -> Iterator[Drawing]:
     finite = [group for group in found.groups if math.isfinite(group.epsilon)]
     if len({group.epsilon for group in finite}) > 1:
         yield draw(
-            "accuracy-and-epsilon",
+            f"{prefix}accuracy-and-epsilon",
             _front(found, finite),
             title="Accuracy that an epsilon buys",
             caption=f"Each dot is a group: {sizes(found)}, on {measured_on(found)}. Steps: the Pareto front of means, "
@@ -62,7 +62,7 @@ def drawings(found: Comparison, folder: Path) -> Iterator[Drawing]:
         )
     rows = found.groups[:MOST_ROWS]
     yield draw(
-        "groups",
+        f"{prefix}groups",
         _rows(rows, styles),
         title="Groups side by side",
         caption=f"Test accuracy after the last round on {measured_on(found)}; {sizes(found)}; {guarantees(found)}. "

@@ -35,6 +35,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def write_runs(runs: Sequence[Run], path: Path) -> None:
     """All ``runs`` into one file; raises ``InputError`` where it cannot be written."""
     settings = [{k: v for k, v in run.config.settings().items() if k not in MACHINE} for run in runs]
+    for own in settings:
+        own["client_table"] = Path(str(own["client_table"])).name  # not where it lay
     common = {k: v for k, v in settings[0].items() if all(other[k] == v for other in settings)}
     lines: list[dict[str, Any]] = [{"format": FORMAT, "settings": common}]
     for run, own in zip(runs, settings, strict=True):
