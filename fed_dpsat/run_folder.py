@@ -130,6 +130,12 @@ class RunFolder:
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found
 
+    def rounds(self) -> list[dict[str, Any]]:
+        """The lines of ``rounds.jsonl`` that are whole, in order."""
+        path = self.path / "rounds.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def append_round(self, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """One line each, in one write."""
         for name, line in (("timing.jsonl", timing), ("rounds.jsonl", record)):

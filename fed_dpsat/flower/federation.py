@@ -19,21 +19,26 @@ from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
+from fed_dpsat.errors import SettingError
 from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, predict, quality_of
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import records
+from fed_dpsat.flower import personal, records
+from fed_dpsat.flower.buffered import Buffer
+from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.updates import KnownNoise
+from fed_dpsat.loggers import Loggers
 from fed_dpsat.noise import NOISE_SOURCES
-from fed_dpsat.params import Params, trainable
+from fed_dpsat.params import Params
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import LedgerError
+from fed_dpsat.privacy.event import UNITS
 from fed_dpsat.privacy.ledger import Head, PrivacyLedger
 from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
-from fed_dpsat.run_folder import Checkpoint, RunFolder
+from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
 from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
@@ -43,8 +48,32 @@ RoundRecord = dict[str, Any]
 OnRound = Callable[[RoundRecord], None]
 """Called after each round with its lines of ``rounds.jsonl`` and, under ``timing``, of ``timing.jsonl``."""
 
+PERSONAL_RELEASED = (
+    "accuracy of clients' own models on shares of the public test split that follow their label counts: exact, not "
+    "covered by epsilon, and a figure of simulations alone"
+)
 COUNTS_RELEASED = "examples without a finite gradient, per client and round: exact, not covered by epsilon"
 DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
+TRUSTED_SERVER = (
+    "someone who sees every released model; the server is trusted: it sees each client's bounded change and adds noise"
+)
+
+
+def threat_model(config: RunConfig) -> str:
+    """Whom epsilon is against, as it is printed beside it."""
+    if config.privacy_unit == "example":
+        return "a server that sees every update; no amplification by client sampling"
+    if config.client_sampling == "poisson":
+        return f"{TRUSTED_SERVER}; who was drawn, the seed and the run folder stay with it"
+    return f"{TRUSTED_SERVER}; who takes part is known, no amplification by client sampling"
+
+
+def declared_public(config: RunConfig) -> tuple[str, ...]:
+    """What no epsilon covers, by declaration: a client's size and its coins are not, where the unit is the client."""
+    if config.privacy_unit == "example":
+        return DECLARED_PUBLIC
+    return DECLARED_PUBLIC[1:2] if config.client_sampling == "poisson" else DECLARED_PUBLIC[1:]
+
 
 MAX_LABEL_COUNTS = 10**6
 
@@ -58,11 +87,15 @@ class Recorder:
         strategy: PrivateStrategy,
         folder: RunFolder,
         on_round: OnRound | None,
+        loggers: Loggers,
         known_noise: KnownNoise | None = None,
+        grid: Grid | None = None,
     ) -> None:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
-        self.known_noise = known_noise
+        self.loggers, self.known_noise = loggers, known_noise
+        self.grid = grid if experiment.personal and isinstance(grid, SimulationGrid) else None
         self.evaluation: Evaluation | None = None
+        self.personal: dict[str, float | int] = {}
         self.predictions: tuple[int, Predictions] | None = None
         self._before: Params | None = None
         self.rounds_completed = 0
@@ -85,11 +118,14 @@ class Recorder:
         due = round % config.evaluate_every == 0 or round == config.num_rounds
         with self.strategy.phases("evaluate"):
             self.evaluation = self._evaluate(round, params) if due else None
+            if self.grid and due:
+                self.personal = personal.measure(self.grid, arrays, config.num_clients)
         with self.strategy.phases("account"):
             record: RoundRecord = {
                 "round": round,
                 "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
                 "test_loss": self.evaluation.loss if self.evaluation else None,
+                **(self.personal if due else {}),
                 "epsilon": self.epsilon(),
                 "asked": report.asked,
                 "accepted": len(report.accepted),
@@ -97,12 +133,17 @@ class Recorder:
                 "unexpected": report.unexpected,
                 "retired": report.retired,
                 "released": report.released,
-                "kept_model": bool(round) and report.kept_model,
+                "kept_model": report.kept_model and self.strategy.release is None,
+                **({} if report.simulated_seconds is None else {"simulated_seconds": report.simulated_seconds}),
+                **({} if report.arrived is None else {"arrived": report.arrived}),
                 **self._movement(round, params),
             }
             self.rounds_completed = round
             timing = self._timing(round)
             self.folder.append_round(record, timing)
+            if self.loggers:  # before the checkpoint: a round that is logged twice is better than one never
+                with self.strategy.phases("log"):
+                    self.loggers.round(jsonable({**record, "timing": timing}))
             self._save_checkpoint(round, params)
         if self.on_round:
             self.on_round({**record, "timing": timing})
@@ -116,6 +157,10 @@ class Recorder:
         """
         if checkpoint.cannot_resume:
             raise FederationError(f"{self.folder.path} cannot be resumed: {checkpoint.cannot_resume}")
+        if checkpoint.server.get("start_sha256", "") != self.experiment.start.sha256:
+            raise FederationError(
+                f"{self.experiment.config.start_from} is not the file that {self.folder.path} started from; restore it"
+            )
         head = Head(*checkpoint.server["ledger_head"])
         if not self.strategy.ledger.extends(head):
             raise LedgerError(
@@ -142,18 +187,24 @@ class Recorder:
         ``noise_norm`` is the root of the expected square, of the mean of the replies by size; None where it is unknown.
         """
         before, self._before = self._before, params
+        if before is not None and before.keys() != params.keys():  # layers joined, from where they were frozen
+            before = {**self.experiment.shared(round), **before}
         accepted = self.strategy.report.accepted
         if not round or before is None:
             return {"update_norm": None, "noise_norm": None}
         # numpy adds in one order, whatever the number of threads: the same bits on each machine
         squared = sum(float(np.square((p - before[name]).double().numpy()).sum()) for name, p in params.items())
-        noise = None
-        if accepted and self.known_noise:
+        noise, size = None, sum(p.numel() for p in params.values())
+        if release := self.strategy.release:  # the server's own, also where nobody replied
+            mechanism = release.mechanism
+            of_one = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_batch_size
+            noise = math.sqrt(size) * of_one
+        elif accepted and self.known_noise:
             sizes = [len(self.experiment.partitions[client]) for client in accepted]
             events = [self.strategy.plans[client].event for client in accepted]
             variances = [self.known_noise.variance(e, n, round) for e, n in zip(events, sizes, strict=True)]
             of_mean = math.fsum(n**2 * v for n, v in zip(sizes, variances, strict=True)) / sum(sizes) ** 2
-            noise = math.sqrt(sum(p.numel() for p in params.values()) * of_mean)
+            noise = math.sqrt(size * of_mean)
         return {"update_norm": math.sqrt(squared), "noise_norm": noise}
 
     def quality(self) -> Summary | None:
@@ -170,7 +221,10 @@ class Recorder:
         }
 
     def _save_checkpoint(self, round: int, params: Params) -> None:
-        server: dict[str, Any] = {"ledger_head": tuple(self.strategy.ledger.head)}
+        server: dict[str, Any] = {
+            "ledger_head": tuple(self.strategy.ledger.head),
+            "start_sha256": self.experiment.start.sha256,
+        }
         try:
             server["strategy"] = self.strategy.state_dict()
         except StrategyStateError as error:
@@ -189,9 +243,14 @@ class Recorder:
         now = time.perf_counter()
         seconds, self._round_started = now - self._round_started, now
         accepted, experiment = self.strategy.report.accepted, self.experiment
-        examples = sum(
-            plan.event.steps * plan.event.sample_rate * len(experiment.partitions[client])
-            for client, plan in ((client, self.strategy.plans[client]) for client in accepted)
+        of_clients = experiment.config.privacy_unit == "client"  # whose sizes are not public
+        examples = (
+            0.0
+            if of_clients
+            else sum(
+                plan.event.steps * plan.event.sample_rate * len(experiment.partitions[client])
+                for client, plan in ((client, self.strategy.plans[client]) for client in accepted)
+            )
         )
         phases = self.strategy.phases.take()
         self.phases.update(phases)
@@ -215,7 +274,8 @@ class Recorder:
         Not given where clients carry state from round to round: a later update would tell of an earlier coin.
         """
         config, rounds = self.experiment.config, self.rounds_completed
-        if config.client_sampling != "poisson" or not rounds or self.experiment.carried_state():
+        unlike = config.client_sampling != "poisson" or config.privacy_unit != "example"
+        if unlike or not rounds or self.experiment.carried_state():
             return {}
         events = {plan.event for plan in self.strategy.plans}
         epsilons = [
@@ -256,6 +316,8 @@ class Recorder:
             "ended_early": self.ended_early,
             "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
             "test_loss": self.evaluation.loss if self.evaluation else None,
+            **self.personal,
+            "evaluated_on": "validation" if config.validation_share else "test",
             "epsilon": self.epsilon(),
             "delta": config.delta,
             "accountant": config.accountant,
@@ -266,19 +328,28 @@ class Recorder:
             "rounds_completed": self.rounds_completed,
             "num_clients": config.num_clients,
             "optimizer": config.optimizer,
+            "base_optimizer": config.base_optimizer,
+            "optimizer_args": config.optimizer_args,
             "strategy": config.strategy,
             "update_codec": config.update_codec,
             "dataset": config.dataset,
             "model": config.model,
+            "start_from": config.start_from,
+            "start_sha256": self.experiment.start.sha256,
+            "train_layers": config.train_layers,
+            "trained_parameters": sum(p.numel() for p in self.experiment.trained(config.num_rounds).values()),
             "seed": config.seed,
             **self._totals(),
             "retired": self.strategy.retired,
             "ledger_head": self.strategy.ledger.head._asdict(),
-            "privacy_unit": "one example of one client, add-or-remove; maximum over clients",
+            "privacy_unit": UNITS[config.privacy_unit],
             **self._released(),
-            "threat_model": "a server that sees every update; no amplification by client sampling",
-            "declared_public": DECLARED_PUBLIC,
-            "also_released": [COUNTS_RELEASED] if config.release_counts else [],
+            "threat_model": threat_model(config),
+            "declared_public": declared_public(config),
+            "also_released": [
+                *([COUNTS_RELEASED] if config.release_counts else []),
+                *([PERSONAL_RELEASED] if self.grid else []),
+            ],
             "noise": NOISE_SOURCES[config.noise_source].description,
         }
 
@@ -304,6 +375,14 @@ def run_federation(
     plans = make_plans(config)
     _warn_about_delta(experiment)
     inner = strategy or build_strategy(config)
+    if strategy is not None and config.unfreeze_round:
+        raise SettingError(
+            "unfreeze_round",
+            config.unfreeze_round,
+            "possible with a strategy that was given as an object",
+            "name it, so that it can begin anew with all layers",
+        )
+    loggers = Loggers.of(config)
     folder.open(config, objects=objects)
     if isinstance(grid, SimulationGrid) and not folder.resumes:
         folder.save_simulation(*_holdings(experiment))
@@ -329,14 +408,18 @@ def run_federation(
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
             secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
+            release=ClientRelease.of(config, plans[0].event.noise_multiplier),
+            buffer=_buffer(config),
             phases=phases,
+            within=experiment.subspace,
         )
-        recorder = Recorder(experiment, private, folder, on_round, _noise_of_mean(config, objects))
-        arrays = records.to_arrays(trainable(experiment.loss_fn.module))
+        recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
+        arrays = records.to_arrays(experiment.shared(1))
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)
         elif folder.resumes:
             folder.cut_off(-1)
+        loggers.begin(config, folder.path, checkpoint.round + 1 if checkpoint else 0)
         status = "failed"
         try:
             private.start(
@@ -346,6 +429,7 @@ def run_federation(
                 config.reply_timeout,
                 evaluate_fn=recorder.after_round,
                 done=checkpoint.round if checkpoint else None,
+                before_round=lambda round, arrays: _unfrozen(experiment, private, round, arrays),
             )
             status = "completed"
         except FederationOver as reason:
@@ -359,12 +443,24 @@ def run_federation(
             if (quality := recorder.quality()) is not None:
                 folder.save_quality(quality)
             folder.close(summary)
+            loggers.end(jsonable(summary))
             if config.profile:
                 phases.write_trace(
                     folder.trace_path,
                     ["server", "clients, here", *(f"worker {i}" for i in range(1, config.workers + 1))],
                 )
     return summary
+
+
+def _unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, arrays: ArrayRecord) -> ArrayRecord:
+    """The model with the layers that ``round`` trains; those that are new to it start where they were frozen.
+
+    The inner strategy begins anew with them: what it has learned of the head alone has another shape.
+    """
+    if not experiment.config.unfreeze_round or arrays.keys() == (trained := experiment.shared(round)).keys():
+        return arrays
+    private.renew(build_strategy(experiment.config))
+    return records.to_arrays({**trained, **records.to_params(arrays)})
 
 
 def build_strategy(config: RunConfig) -> Strategy:
@@ -376,11 +472,22 @@ def build_strategy(config: RunConfig) -> Strategy:
     return inner
 
 
+def _buffer(config: RunConfig) -> Buffer | None:
+    if not config.buffer_size:
+        return None
+    return Buffer(
+        size=config.buffer_size,
+        in_flight=config.cohort_size,
+        staleness_exponent=config.staleness_exponent,
+        seed=config.seed,
+    )
+
+
 def _noise_of_mean(config: RunConfig, objects: Sequence[str]) -> KnownNoise | None:
     """What is known of the noise in a round's global step; None unless that is the mean of honest SGD steps."""
     known = KnownNoise.of(config)
-    unknown = known.unknown or config.attack or config.strategy != "fedavg" or set(objects) - {"dataset", "model"}
-    return None if unknown else known
+    other_step = config.attack or config.strategy != "fedavg" or set(objects) - {"dataset", "model"}
+    return None if known.unknown or other_step or config.unfreeze_round else known
 
 
 def _holdings(experiment: Experiment) -> tuple[list[int], list[list[int]] | None]:
@@ -401,6 +508,14 @@ def _peak_memory_mb() -> float:
 def _warn_about_delta(experiment: Experiment) -> None:
     smallest = min(len(indices) for indices in experiment.partitions)
     delta = experiment.config.delta
+    if experiment.config.privacy_unit == "client":
+        if experiment.config.private and delta > 1 / experiment.config.num_clients:
+            log.warning(
+                "delta=%g is above 1/%d, one of the clients, whom epsilon is about; set it below",
+                delta,
+                experiment.config.num_clients,
+            )
+        return
     if experiment.config.private and delta > 1 / smallest:
         log.warning(
             "delta=%g is above 1/%d: the smallest client has %d examples, and a guarantee is usually asked to fail "
