@@ -280,6 +280,37 @@ def report(
     return None
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or .jsonl files of runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="compare.html: page, figures and CSV; x.csv: the table; x.jsonl: the runs, condensed."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Groups of runs by what differs: means and intervals over seeds, and the front of accuracy against epsilon."""
+    from fed_dpsat.report import comparing, comparing_page, condensed
+
+    with _clear_errors():
+        if out is None:
+            found = comparing.compare(condensed.read_runs(runs))
+        else:
+            found = comparing_page.write_comparison(runs, out)
+    if as_json:
+        return _print_json(comparing_page.as_data(found))
+    shown = comparing_page.as_table(found)
+    table = Table(*shown.head, box=None, pad_edge=False, caption="means over seeds with 95 % intervals")
+    for row in shown.rows:
+        table.add_row(*row)
+    out_console.print(table)
+    for note in found.notes:
+        out_console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    if out is not None:
+        out_console.print(str(out), soft_wrap=True, highlight=False)
+    return None
+
+
 def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         _print_json(result)
