@@ -1,0 +1,7 @@
+"""Audits: lower bounds on epsilon from attacks that were carried out, beside the ledger's upper bound.
+
+An audit can find that a promise is broken. It cannot show that one is kept: a weak attack has a low bound too.
+"""
+
+from fed_dpsat.audit.game import Game, GameResult, play
+
