@@ -3,5 +3,8 @@
 An audit can find that a promise is broken. It cannot show that one is kept: a weak attack has a low bound too.
 """
 
+from fed_dpsat.audit.canaries import OneRunAudit, audit_one_run
 from fed_dpsat.audit.game import Game, GameResult, play
+from fed_dpsat.audit.membership import MembershipCurve, membership_curve
 
+__all__ = ["Game", "GameResult", "MembershipCurve", "OneRunAudit", "audit_one_run", "membership_curve", "play"]

@@ -34,7 +34,9 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
     tail = float(special.bdtrc(correct - 1, guesses, truthful)) if correct else 1.0
     if delta == 0 or correct == 0:
         return min(tail, 1.0)
-    below = np.cumsum(stats.binom.pmf(np.arange(correct - 1, -1, -1), guesses, truthful))  # P[v > W >= v - i] for i = 1 .. v
+    below = np.cumsum(
+        stats.binom.pmf(np.arange(correct - 1, -1, -1), guesses, truthful)
+    )  # P[v > W >= v - i] for i = 1 .. v
     worst = float((below / np.arange(1, correct + 1)).max())
     return min(tail + 2 * canaries * delta * worst, 1.0)
 

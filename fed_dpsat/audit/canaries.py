@@ -124,13 +124,14 @@ def costliest_client(config: RunConfig) -> int:
     return int(np.argmax([epsilon([plan.event], config.delta, config.accountant) for plan in plans]))
 
 
-def train(experiment: Experiment, client: int, folder: RunFolder, on_round: Any = None) -> float:
-    """Run the federation; epsilon that its ledger holds against ``client``."""
+def train(experiment: Experiment, client: int | None, folder: RunFolder, on_round: Any = None) -> float:
+    """Run the federation; epsilon that its ledger holds against ``client``, or the maximum over clients."""
     config = experiment.config
     with simulation_grid(experiment, None, folder) as grid:
         run_federation(grid, experiment, folder, on_round=on_round, objects=["experiment of an audit"])
     with PrivacyLedger(folder.ledger_path, readonly=True) as ledger:
-        return ledger.epsilon_by_client(config.delta, config.accountant).get(client, 0.0)
+        spent: dict[int, float] = ledger.epsilon_by_client(config.delta, config.accountant)
+    return float(max(spent.values(), default=0.0) if client is None else spent.get(client, 0.0))
 
 
 def _right(scores: NDArray[np.float64], coins: NDArray[np.bool_], k: int) -> tuple[int, int]:
@@ -231,12 +232,9 @@ def canary_coordinates(params: Params, clipping: ClippingRule, canaries: int, ge
     """Different coordinates for each canary, ``[m, L]``: L = 1, or one per layer where the rule keeps more of that."""
     sizes = {name: p.numel() for name, p in params.items()}
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
-    layers: dict[str, list[str]] = {}
-    for name in sizes:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    largest = {layer: max(names, key=lambda name: sizes[name]) for layer, names in layers.items()}
-    single, each = max(sizes, key=lambda name: sizes[name]), list(largest.values())
-    spread = len(each) > 1 and _kept(clipping, sizes, each) > 1.01 * _kept(clipping, sizes, [single])
+    single, each = max(sizes, key=lambda name: sizes[name]), _largest_of_layers(sizes)
+    kept = [float(_clipped(clipping, sizes, names)[1].max()) for names in ([single], each)]
+    spread = len(each) > 1 and kept[1] > 1.01 * kept[0]
     room = min(sizes[name] for name in each) if spread else sum(sizes.values())
     if canaries > room:
         raise SettingError("canaries", canaries, f"at most {room}, the coordinates that there are", "lower it")
@@ -246,20 +244,30 @@ def canary_coordinates(params: Params, clipping: ClippingRule, canaries: int, ge
     return torch.from_numpy(np.stack(columns, 1))
 
 
-def _kept(clipping: ClippingRule, sizes: dict[str, int], names: Sequence[str]) -> float:
-    """The largest norm that the rule leaves of a gradient spread evenly over ``names``."""
-    return float(_clipped(clipping, sizes, names)[1].max())
+def slope_of(clipping: ClippingRule, params: Params, coordinates: Tensor) -> float:
+    """The slope along each of its coordinates that makes a canary weigh most after clipping."""
+    sizes, spread = {name: p.numel() for name, p in params.items()}, coordinates.shape[1]
+    names = _largest_of_layers(sizes) if spread > 1 else [max(sizes, key=lambda name: sizes[name])]
+    norms, left = _clipped(clipping, sizes, names)
+    return float(norms[left >= left.max() * (1 - 1e-6)].min()) / spread**0.5
+
+
+def _largest_of_layers(sizes: dict[str, int]) -> list[str]:
+    """The name of the largest parameter of each layer, in order."""
+    layers: dict[str, list[str]] = {}
+    for name in sizes:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    return [max(names, key=lambda name: sizes[name]) for names in layers.values()]
 
 
 def _clipped(clipping: ClippingRule, sizes: dict[str, int], names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Norms that were tried ``[n]``, and what the rule leaves of each."""
+    """Norms ``[n]`` of a gradient spread evenly over ``names``, and what the rule leaves of each."""
     limit = float(getattr(clipping, "global_threshold", clipping.clip_norm))
     norms = torch.cat([torch.logspace(-3, 3, 61, dtype=torch.float64) * clipping.clip_norm, torch.tensor([limit])])
-    share = {name: norms**2 * (name in names) / len(names) for name in sizes}
-    factors = clipping.factors(share)
-    return norms, torch.stack([f.double().square() * share[name] for name, f in factors.items()]).nan_to_num().sum(
-        0
-    ).sqrt()
+    shares = {name: norms**2 * (name in names) / len(names) for name in sizes}
+    factors = clipping.factors(shares)
+    left = torch.stack([f.double().square() * shares[name] for name, f in factors.items()])
+    return norms, left.nan_to_num().sum(0).sqrt()  # a tensor without a gradient may have a factor of C / 0
 
 
 def _gradient_scores(
@@ -268,10 +276,6 @@ def _gradient_scores(
     config, dataset = experiment.config, experiment.dataset
     params = trainable(experiment.loss_fn.module)
     coordinates = canary_coordinates(params, experiment.clipping, len(coins), generator)
-    sizes = {name: p.numel() for name, p in params.items()}
-    names = list(sizes)[: coordinates.shape[1]] if coordinates.shape[1] == 1 else _layer_names(sizes)
-    norms, left = _clipped(experiment.clipping, sizes, names)
-    norm = float(norms[left >= left.max() * (1 - 1e-6)].min())
     included = torch.from_numpy(np.flatnonzero(coins))
     blank = dataset.train.inputs.new_zeros((len(included), *dataset.input_shape))
     labels = dataset.num_classes + included
@@ -297,7 +301,7 @@ def _gradient_scores(
                 experiment.loss_fn.precision,
                 num_classes=dataset.num_classes,
                 coordinates=coordinates,
-                slope=norm / coordinates.shape[1] ** 0.5,
+                slope=slope_of(experiment.clipping, params, coordinates),
             ),
             "optimizer": Watching(inner=experiment.optimizer, watch=watch),
             "named": False,
@@ -309,15 +313,6 @@ def _gradient_scores(
         spent = train(watched, client, RunFolder(Path(folder) / "run"))
     along = torch.stack(watch.along, 1).numpy()
     return log_likelihood_ratio(along, plan.event.noise_multiplier, plan.event.sample_rate), spent, along.shape[1]
-
-
-def _layer_names(sizes: dict[str, int]) -> list[str]:
-    layers: dict[str, str] = {}
-    for name in sizes:
-        layer = name.rpartition(".")[0]
-        if layer not in layers or sizes[name] > sizes[layers[layer]]:
-            layers[layer] = name
-    return list(layers.values())
 
 
 # mislabelled canaries
@@ -365,9 +360,7 @@ def _with_examples(dataset: Dataset, inputs: Tensor, labels: Tensor, more_classe
     return dataclasses.replace(dataset, train=extended, class_names=(*dataset.class_names, *more_classes))
 
 
-def _with_rows(
-    partitions: Sequence[NDArray[np.int64]], client: int, first: int, count: int
-) -> list[NDArray[np.int64]]:
+def _with_rows(partitions: Sequence[NDArray[np.int64]], client: int, first: int, count: int) -> list[NDArray[np.int64]]:
     """``partitions`` with ``count`` rows from ``first`` on given to ``client``."""
     extended = list(partitions)
     extended[client] = np.concatenate([extended[client], np.arange(first, first + count)])

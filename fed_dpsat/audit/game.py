@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.audit.bounds import check_confidence, gaussian_epsilon, two_world_epsilon
-from fed_dpsat.audit.scores import Guess, Seen, choose, errors, scores
+from fed_dpsat.audit.scores import Guess, Seen, Values, choose, errors, scores
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
@@ -112,11 +112,13 @@ def play(game: Game) -> GameResult:
     """Both worlds, the attack chosen on one half of the repetitions and judged on the other."""
     (without, events), (with_it, _) = (_world(game, included) for included in (False, True))
     half = game.repetitions // 2
-    sides = []
-    for rows in (slice(None, half), slice(half, None)):
-        sides.append([scores(w.part(rows), game.noise_multiplier, game.sample_rate) for w in (without, with_it)])
-    guess = choose(*sides[0], game.delta, game.confidence)
-    false_positives, false_negatives, trials = errors(guess, *sides[1])
+
+    def scored(world: Seen, rows: slice) -> dict[str, Values]:
+        return scores(world.part(rows), game.noise_multiplier, game.sample_rate)
+
+    first, second = slice(None, half), slice(half, None)
+    guess = choose(scored(without, first), scored(with_it, first), game.delta, game.confidence)
+    false_positives, false_negatives, trials = errors(guess, scored(without, second), scored(with_it, second))
     seen = false_positives, false_negatives, trials, game.delta, game.confidence
     return GameResult(
         epsilon_lower=two_world_epsilon(*seen),
@@ -211,7 +213,8 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
 def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[LocalResult], Tensor]:
     """One round of each repetition, and the private gradients that each gave its optimizer, ``[n, steps, SIZE]``."""
     if not game.alone and not isinstance(game.clipping, AdaptiveClipping):
-        watched = [replace(member, mechanism=_Watched.of(member.mechanism)) for member in members]
+        mechanisms = [_Watched.of(member.mechanism) for member in members]
+        watched = [replace(member, mechanism=m) for member, m in zip(members, mechanisms, strict=True)]
         try:
             results = train_stacked(
                 start,
@@ -224,7 +227,7 @@ def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[L
             )
         except Unstackable:
             return _one_by_one(game, start, members)
-        return results, torch.stack([member.mechanism.released() for member in watched])
+        return results, torch.stack([mechanism.released() for mechanism in mechanisms])
     return _one_by_one(game, start, members)
 
 

@@ -42,7 +42,8 @@ class Guess:
 def log_likelihood_ratio(along: Values, noise_multiplier: float, sample_rate: float) -> Values:
     """Of each row of steps under the mechanism as it is declared: the best test there is if it is as declared."""
     if noise_multiplier == 0:
-        return along.sum(1)
+        total: Values = along.sum(1)
+        return total
     exponent = (along - 0.5) / noise_multiplier**2
     mixture = np.logaddexp(np.log(sample_rate) + exponent, np.log1p(-sample_rate) if sample_rate < 1 else -np.inf)
     summed: Values = mixture.sum(1)
