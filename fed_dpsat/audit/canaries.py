@@ -19,6 +19,7 @@ counts, at a confidence corrected for the number of shares (Bonferroni).
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,10 +40,11 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.optimizers.base import PrivateOptimizer, State
-from fed_dpsat.params import Params, trainable
+from fed_dpsat.params import Params
 from fed_dpsat.per_example import LossFn, ModelLoss, clipped_gradient_sum
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import PrivacyLedger, epsilon
+from fed_dpsat.query import At, spread
 from fed_dpsat.run_folder import RunFolder
 from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.training import LocalResult
@@ -86,6 +88,9 @@ def audit_one_run(
     check_confidence(confidence)
     if attack not in ATTACKS:
         raise SettingError("attack", attack, f"one of {', '.join(ATTACKS)}", "choose one of those")
+    check_unit(config)
+    if attack == "gradient" and config.unfreeze_round:
+        raise SettingError("unfreeze_round", config.unfreeze_round, "0 in an audit", "audit each part by itself")
     if canaries < 20:
         raise SettingError("canaries", canaries, "at least 20", "a handful of guesses shows nothing; 500 is usual")
     config = one_process(config)
@@ -116,6 +121,18 @@ def audit_one_run(
 def one_process(config: RunConfig) -> RunConfig:
     """``config`` for clients that train one after the other here, where they can be watched."""
     return dataclasses.replace(config, workers=0, stack_clients=1, ray_address="", out="", resume=False, profile=False)
+
+
+def check_unit(config: RunConfig) -> None:
+    """Raise ``SettingError`` for a run whose promise is about clients: these attacks are on one example."""
+    if config.privacy_unit != "example":
+        raise SettingError(
+            "privacy_unit", config.privacy_unit, "'example' in an audit", "canaries that are whole clients are not in"
+        )
+    if not config.private:
+        raise SettingError(
+            "private", config.private, "true in an audit", "epsilon is infinite; there is no claim to test"
+        )
 
 
 def costliest_client(config: RunConfig) -> int:
@@ -178,12 +195,12 @@ class Watch:
     on: bool = False
     along: list[Tensor] = field(default_factory=list)
 
-    def see(self, at: Params, private_gradient: Params) -> None:
+    def see(self, at: At, private_gradient: Params) -> None:
         """Subtract what the known examples are expected to add, and keep each canary's share, in clip norms."""
-        known, _ = clipped_gradient_sum(self.loss, at, self.batch, self.clipping)
+        known = spread(at, clipped_gradient_sum(self.loss, at, self.batch, self.clipping)[0])
         residual = torch.cat([g.flatten() * self.scale for g in private_gradient.values()])
         residual = residual - self.sample_rate * torch.cat([k.flatten() for k in known.values()])
-        length = self.clipping.clip_norm * self.coordinates.shape[1] ** 0.5
+        length = self.clipping.clip_norm * math.sqrt(self.coordinates.shape[1])
         self.along.append(residual[self.coordinates].sum(1).double() / length)
 
 
@@ -193,13 +210,13 @@ class Watching:
 
     inner: PrivateOptimizer
     watch: Watch
-    asked: list[Params] = field(default_factory=list)
+    asked: list[At] = field(default_factory=list)
 
     def init(self, params: Params) -> State:
         """As the one that is watched."""
         return self.inner.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def query_point(self, params: Params, state: State) -> At:
         """As the one that is watched."""
         at = self.inner.query_point(params, state)
         self.asked[:] = [at]
@@ -249,7 +266,7 @@ def slope_of(clipping: ClippingRule, params: Params, coordinates: Tensor) -> flo
     sizes, spread = {name: p.numel() for name, p in params.items()}, coordinates.shape[1]
     names = _largest_of_layers(sizes) if spread > 1 else [max(sizes, key=lambda name: sizes[name])]
     norms, left = _clipped(clipping, sizes, names)
-    return float(norms[left >= left.max() * (1 - 1e-6)].min()) / spread**0.5
+    return float(norms[left >= left.max() * (1 - 1e-6)].min()) / math.sqrt(spread)
 
 
 def _largest_of_layers(sizes: dict[str, int]) -> list[str]:
@@ -274,7 +291,7 @@ def _gradient_scores(
     experiment: Experiment, client: int, coins: NDArray[np.bool_], generator: np.random.Generator
 ) -> tuple[NDArray[np.float64], float, int]:
     config, dataset = experiment.config, experiment.dataset
-    params = trainable(experiment.loss_fn.module)
+    params = experiment.trained(1)
     coordinates = canary_coordinates(params, experiment.clipping, len(coins), generator)
     included = torch.from_numpy(np.flatnonzero(coins))
     blank = dataset.train.inputs.new_zeros((len(included), *dataset.input_shape))

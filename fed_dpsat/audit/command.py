@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat import plugins
-from fed_dpsat.audit.canaries import audit_one_run, costliest_client
+from fed_dpsat.audit.canaries import audit_one_run, check_unit, costliest_client
 from fed_dpsat.audit.game import Game, play
 from fed_dpsat.audit.membership import draw_membership, membership_curve
 from fed_dpsat.audit.words import LIMITS, game_words, membership_words, one_run_words
 from fed_dpsat.config import RunConfig
+from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.plans import make_plans
 
 GAME_STEPS = 8
@@ -21,12 +22,13 @@ GAME_STEPS = 8
 
 def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
     """The game with the optimizer, clipping rule, noise and rates of the costliest client of ``config``."""
+    check_unit(config)
     settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
-    settings["base"] = plugins.build("optimizer", config.base_optimizer, settings)
+    settings["steps_per_round"] = config.steps_per_round
     event = make_plans(config)[costliest_client(config)].event
     local_steps = min(config.steps_per_round, GAME_STEPS)
     return Game(
-        optimizer=plugins.build("optimizer", config.optimizer, settings),
+        optimizer=build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args),
         clipping=plugins.build("clipping", config.clipping, settings),
         noise_multiplier=event.noise_multiplier,
         sample_rate=event.sample_rate,
@@ -50,11 +52,17 @@ def run_audit(
     figure: Path | None,
     confidence: float,
 ) -> tuple[dict[str, Any], list[str]]:
-    """``(what was found, paragraphs)``: the game, one run for each of ``attacks``, and a curve if ``models``."""
-    played = play(game_of(config, repetitions=repetitions, confidence=confidence))
-    report: dict[str, Any] = {"game": {**dataclasses.asdict(played), "broken": played.broken}}
-    words = [game_words(played)]
-    for attack in attacks:
+    """``(what was found, paragraphs)``: the game, one run for each of ``attacks``, and a curve if ``models``.
+
+    A run that is not private makes no claim that could be tested; of it there is a curve alone.
+    """
+    report: dict[str, Any] = {}
+    words: list[str] = []
+    if config.private or not models:
+        played = play(game_of(config, repetitions=repetitions, confidence=confidence))
+        report["game"] = {**dataclasses.asdict(played), "broken": played.broken}
+        words.append(game_words(played))
+    for attack in attacks if config.private else ():
         found = audit_one_run(config, attack=attack, canaries=canaries, confidence=confidence, seed=config.seed)
         report[attack] = {**dataclasses.asdict(found), "broken": found.broken}
         words.append(one_run_words(found))

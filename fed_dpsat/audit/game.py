@@ -28,6 +28,7 @@ from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock
 from fed_dpsat.params import Params
 from fed_dpsat.privacy import PrivacyEvent, PrivacyLedger
+from fed_dpsat.query import At
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.stacked import Member, Unstackable, train_stacked
 from fed_dpsat.training import LocalResult, Streams, train_locally
@@ -241,7 +242,11 @@ def _one_by_one(game: Game, start: Params, members: Sequence[Member]) -> tuple[l
             optimizer=watching,
             clipping=game.clipping,
             local_steps=game.local_steps,
-            **vars(member),
+            batches=member.batches,
+            state=member.state,
+            sampler=member.sampler,
+            mechanism=member.mechanism,
+            streams=member.streams,
         )
         results.append(result)
         released.append(torch.stack(watching.released))
@@ -285,7 +290,7 @@ class _Watching:
     def init(self, params: Params) -> State:
         return self.inner.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def query_point(self, params: Params, state: State) -> At:
         return self.inner.query_point(params, state)
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:

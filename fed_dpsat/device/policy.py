@@ -19,6 +19,7 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.experiment import Task
+from fed_dpsat.optimizers.chain import split_chain
 from fed_dpsat.privacy.event import PrivacyError
 
 SANE_NOISE = 1e6
@@ -65,7 +66,9 @@ class Policy:
     least_sample_rate: float = _key("least chance of an example to be in a batch", 1e-6)
     largest_sample_rate: float = _key("largest chance of an example to be in a batch", 1.0)
     models: tuple[str, ...] = _key("networks it trains, as the run names them")
+    start_from: str = _key("weights file of a run that trains some layers only, on the device, beside this file", "")
     optimizers: tuple[str, ...] = _key("optimizers it runs, base optimizers too", DEFAULT_OPTIMIZERS)
+    optimizer_args: tuple[str, ...] = _key("optimizer_args it takes, as they are written; none listed is none", ())
     clippings: tuple[str, ...] = _key("clipping rules it runs", ("flat",))
     largest_parameters: int = _key("largest number of trained parameters", 50_000_000)
     largest_physical_batch_size: int = _key("largest number of per-example gradients in memory", 1024)
@@ -109,6 +112,7 @@ class Policy:
             folder=_beside(path, policy.folder),
             root_certificates=_beside(path, policy.root_certificates),
             private_key=_beside(path, policy.private_key),
+            start_from=_beside(path, policy.start_from),
             data_path=policy.data_path if policy.data_source == "function" else _beside(path, policy.data_path),
         )
 
@@ -135,23 +139,42 @@ class Policy:
             raise Refusal("private=False is not allowed on this device; set private=true and add noise")
         if config.release_counts and not self.release_counts:
             raise Refusal("release_counts=True is not allowed on this device; set release_counts=false")
+        if config.privacy_unit != "example":
+            raise Refusal(
+                f"privacy_unit={config.privacy_unit!r} leaves the noise to the server, whom a device does not "
+                "trust with that; set privacy_unit=example"
+            )
         if config.secure_aggregation:
             raise Refusal("secure_aggregation=True is not possible on a device with a policy yet; set it to false")
         self._listed("dataset", config.dataset, (self.dataset,))
         self._listed("model", config.model, self.models)
         self._listed("optimizer", config.optimizer, self.optimizers)
-        self._listed("base_optimizer", config.base_optimizer, self.optimizers)
+        for name in split_chain(config.base_optimizer):
+            self._listed("base_optimizer", name, self.optimizers)
+        if config.optimizer_args:
+            self._listed("optimizer_args", config.optimizer_args, self.optimizer_args or ("none",))
         self._listed("clipping", config.clipping, self.clippings)
         self._bounded("clip_norm", config.clip_norm, 0, self.largest_clip_norm)
         self._bounded("delta", config.delta, 0, self.largest_delta)
         self._bounded("local_steps", steps, 1, self.largest_local_steps)
         self._bounded("num_rounds", config.num_rounds, 1, SANE_NUMBER)
         rows = min(config.physical_batch_size, self.largest_physical_batch_size)
-        own = {**_LOCAL, "physical_batch_size": rows, "threads_per_client": self.threads}
+        own = {**_LOCAL, "physical_batch_size": rows, "threads_per_client": self.threads, **self._start(config)}
         try:
             return dataclasses.replace(config, **own)
         except SettingError as error:
             raise Refusal(str(error)) from None
+
+    def _start(self, config: RunConfig) -> dict[str, Any]:
+        """Weights of frozen layers come from the device's own file; those that are trained come in each message."""
+        if not config.start_from or config.train_layers == "all":
+            return {"start_from": "", "start_head": "loaded"}
+        if not self.start_from:
+            raise Refusal(
+                f"train_layers={config.train_layers!r} needs the weights of the layers that are frozen, and this "
+                "device's policy has no start_from; set train_layers=all"
+            )
+        return {"start_from": self.start_from}
 
     def admit_task(self, record: Mapping[str, Any]) -> Task:
         """What a message asks for; raises ``Refusal`` unless it is whole, of the right types and within bounds."""
@@ -188,6 +211,7 @@ _LOCAL: dict[str, Any] = {
     "data_source": "embedded",
     "data_path": "",
     "cache_dir": "",
+    "validation_share": 0.0,
     "client_table": "",
     "out": "",
     "resume": False,
