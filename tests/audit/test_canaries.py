@@ -34,7 +34,7 @@ def test_a_run_without_the_noise_that_its_ledger_charges_is_found(monkeypatch):
     monkeypatch.setattr(GaussianMechanism, "_add_noise", lambda self, clipped_sum, generator: clipped_sum)
     result = audit_one_run(RunConfig(**FAST), canaries=300)
     assert result.broken
-    assert result.correct > 0.9 * result.guesses
+    assert result.correct > 0.8 * result.guesses
 
 
 def test_canaries_of_any_optimizer_and_rule():
