@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, resume, list, calibrate, plan, ledger."""
+"""``fed-dpsat``: run, resume, sweep, list, calibrate, plan, ledger, report, compare."""
 
 from __future__ import annotations
 
@@ -108,8 +108,10 @@ def list_plugins(as_json: AsJson = False) -> None:
 @app.command()
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
+    from fed_dpsat.flower.federation import threat_model
     from fed_dpsat.plans import make_plans
     from fed_dpsat.privacy import epsilon_table
+    from fed_dpsat.privacy.event import UNITS
 
     with _clear_errors():
         settings = RunConfig.load(config, overrides or ())
@@ -124,6 +126,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
                 "sample_rate": event.sample_rate,
                 "local_steps": event.steps,
                 "delta": settings.delta,
+                "privacy_unit": UNITS[settings.privacy_unit],
                 "table": epsilon_table(event.noise_multiplier, event.sample_rate, event.steps, rounds, settings.delta),
             }
             for event in events
@@ -137,14 +140,20 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
             "rounds",
             "epsilon (PLD)",
             "epsilon (RDP)",
-            title=f"noise_multiplier = {schedule['noise_multiplier']:.4f} at sample rate {schedule['sample_rate']:g}, "
-            f"{schedule['local_steps']} local steps, delta {schedule['delta']:g}",
-            caption="one client, against a server that sees its updates",
+            title=f"noise_multiplier = {schedule['noise_multiplier']:.4f} at {_schedule(settings, schedule)}, "
+            f"delta {schedule['delta']:g}",
+            caption=f"Protects {schedule['privacy_unit']}.\nAgainst {threat_model(settings)}.",
         )
         for row in schedule["table"]:
             table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", f"{row.epsilon_rdp:.3f}")
         out_console.print(table)
     return None
+
+
+def _schedule(settings: RunConfig, schedule: dict[str, Any]) -> str:
+    if settings.privacy_unit == "client":
+        return f"client rate {schedule['sample_rate']:g}, one release a round"
+    return f"sample rate {schedule['sample_rate']:g}, {schedule['local_steps']} local steps"
 
 
 @app.command()
@@ -177,13 +186,15 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
+    from fed_dpsat.flower.federation import threat_model
     from fed_dpsat.statement import read_statement
 
     with _clear_errors():
         statement = read_statement(run, delta)
     if as_json:
         return _print_json(statement.as_dict())
-    out_console.print(f"Epsilon at delta {statement.delta:g}, against a server that sees every update", highlight=False)
+    out_console.print(f"Epsilon at delta {statement.delta:g}; protects {statement.unit}", highlight=False)
+    out_console.print(f"Against {threat_model(RunConfig.load(run / 'config.toml'))}", highlight=False)
     table = Table(
         "client", "rounds", "steps", "noise", "PLD", "RDP", "budget", "left", "state", box=None, pad_edge=False
     )
@@ -209,6 +220,66 @@ def ledger(
     return None
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML file with a base, a [grid] and perhaps [tune].")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; one that was begun is gone on with. Default: runs/FILE.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Runs at a time, each on a Ray worker; 0 is this process.")] = 0,
+    budget: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="Leave seeds and rounds out until it fits, and say which.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="AXIS=LABEL,LABEL", help="A part of the grid; in a folder of its own.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a grid of methods, settings and seeds; tune on validation examples first; one table of all.
+
+    docs/sweeps.md says what is in FILE. --set overrides a setting of its base.
+    """
+    from fed_dpsat.sweep import run_sweep
+    from fed_dpsat.sweep.show import print_sweep, shown
+
+    folder = out or Path("runs") / file.stem
+    with _clear_errors(), shown(err_console, quiet=as_json) as show:
+        swept = run_sweep(
+            file, folder, workers=workers, budget=budget, overrides=overrides or (), only=only or (), show=show
+        )
+    if as_json:
+        failed = [{"run": outcome.run.name, "error": outcome.error} for outcome in swept.failed]
+        more = {"failed": failed, "left_out": swept.left_out, "privacy": swept.privacy}
+        _print_json({"folder": str(folder), "summary": swept.summary, **more})
+    else:
+        print_sweep(out_console, swept, folder)
+    if swept.failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write, for one run. Default: report.html in it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One page per run, with figures beside it as SVG and PNG: what privacy cost and what it bought."""
+    from fed_dpsat.report.page import write_report
+
+    with _clear_errors():
+        if out is not None and len(runs) > 1:
+            raise SettingError(
+                "--out", str(out), f"possible with {len(runs)} runs", "each has its own page; leave it out"
+            )
+        pages = [write_report(run, out) for run in runs]
+    if as_json:
+        return _print_json({"pages": [str(page) for page in pages]})
+    for page in pages:
+        out_console.print(str(page), soft_wrap=True, highlight=False)
+    return None
+
+
 def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         _print_json(result)
@@ -221,8 +292,15 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table = Table(show_header=False, title="Result", title_justify="left")
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
-    table.add_row("test accuracy", f"{result['test_accuracy']:.2%}")
-    table.add_row("test loss", f"{result['test_loss']:.4f} nats")
+    split = result.get("evaluated_on", "test")
+    table.add_row(f"{split} accuracy", f"{result['test_accuracy']:.2%}")
+    if "personal_accuracy" in result:
+        table.add_row(
+            "personal models",
+            f"{result['personal_accuracy']:.2%} mean of {result['personal_clients']} clients on their shares of the "
+            f"test split, worst decile {result['personal_worst_decile']:.2%}",
+        )
+    table.add_row(f"{split} loss", f"{result['test_loss']:.4f} nats")
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])
@@ -235,7 +313,10 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table.add_row("noise source", result["noise"])
     for release in result["also_released"]:
         table.add_row("also released", release)
-    table.add_row("training", f"{result['optimizer']}, {result['model']} on {result['dataset']}, {result['strategy']}")
+    from fed_dpsat.optimizers.chain import described
+
+    method = described(result["optimizer"], result["base_optimizer"])
+    table.add_row("training", f"{method}, {result['model']} on {result['dataset']}, {result['strategy']}")
     table.add_row(
         "schedule",
         f"{result['rounds_completed']} rounds x {result['local_steps']} local steps, "

@@ -10,10 +10,19 @@ from numpy.typing import NDArray
 from fed_dpsat.noise import derive_generator
 
 
-def toss_cohort(seed: int, round: int, eligible: Collection[int] | NDArray[np.int64], rate: float) -> list[int]:
-    """Each of the ``eligible`` clients by a coin of its own of probability ``rate``, ascending; may be empty."""
+def toss_cohort(
+    seed: int,
+    round: int,
+    eligible: Collection[int] | NDArray[np.int64],
+    rate: float,
+    generator: np.random.Generator | None = None,
+) -> list[int]:
+    """Each of the ``eligible`` clients by a coin of its own of probability ``rate``, ascending; may be empty.
+
+    A ``generator`` tosses in the place of the seed's.
+    """
     clients = _ascending(eligible)
-    coins = derive_generator(seed, purpose="cohort", round=round).random(len(clients))
+    coins = (generator or derive_generator(seed, purpose="cohort", round=round)).random(len(clients))
     cohort: list[int] = clients[coins < rate].tolist()
     return cohort
 

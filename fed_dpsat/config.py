@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -63,6 +63,13 @@ class RunConfig:
     data_source: str = _setting("embedded", "place it comes from: embedded, parquet, torchvision, download, hub")
     data_path: str = _setting("", "folder of the data set, for the sources that have one")
     cache_dir: str = _setting("~/.cache/fed_dpsat", "folder for decoded data, shared by runs and workers")
+    validation_share: float = _setting(
+        0.0,
+        "share of the training examples that no client gets and that is evaluated on in place of the test split, to "
+        "choose settings on; drawn from the seed",
+        least=0,
+        most=1,
+    )
     num_clients: int = _setting(10, "number of clients in the federation", least=1)
     partition: str = _setting("iid", "way examples are dealt to clients")
     dirichlet_alpha: float = _setting(0.3, "concentration of the dirichlet partition; small is skewed", above=0)
@@ -71,8 +78,16 @@ class RunConfig:
 
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
+    personal_layers: str = _setting(
+        "",
+        "layers that stay on the client, are never sent and never averaged: head (the last one) or names, with commas; "
+        "empty shares all",
+    )
     optimizer: str = _setting("dp-sat", "private optimizer")
-    base_optimizer: str = _setting("dp-sgd", "the step that dp-sat and its kind make, itself an optimizer")
+    base_optimizer: str = _setting(
+        "dp-sgd", "the step that dp-sat and its kind make, itself an optimizer; disk+adam is disk over adam"
+    )
+    optimizer_args: str = _setting("", "arguments of the optimizers that no setting fills: beta2 = 0.99, floor = 0.1")
     lr: float = _setting(2.0, "learning rate", least=0)
     lr_schedule: str = _setting(
         "constant",
@@ -108,9 +123,20 @@ class RunConfig:
     )
 
     # privacy
+    privacy_unit: str = _setting(
+        "example",
+        "what epsilon protects: example (of one client; noise on the client) or client (with all its examples; noise "
+        "by a trusted server)",
+        choices=("example", "client"),
+    )
     private: bool = _setting(True, "switch: false trains without noise and reports epsilon = inf")
     clipping: str = _setting("flat", "clipping rule")
-    clip_norm: float = _setting(0.5, "largest norm of one example's gradient; inf only if not private", above=0)
+    clip_norm: float = _setting(
+        0.5,
+        "largest norm of one example's gradient, or of a client's whole change if that is the unit; inf only if not "
+        "private",
+        above=0,
+    )
     clip_quantile: float = _setting(0.5, "share of examples that adaptive clipping leaves unclipped", above=0, most=1)
     clip_lr: float = _setting(0.2, "speed at which adaptive clipping follows the quantile", least=0)
     global_threshold: float = _setting(10.0, "gradient norm beyond which global clipping drops an example", above=0)
@@ -137,6 +163,13 @@ class RunConfig:
     # federation
     strategy: str = _setting("fedavg", "server strategy, any Flower strategy")
     strategy_args: str = _setting("", "arguments of the strategy that no setting fills: eta = 0.02, tau = 1e-3")
+    keep_share: float = _setting(
+        1.0,
+        "share of the coordinates of its change that a client keeps, the largest, before it is clipped; below 1 with "
+        "privacy_unit=client",
+        above=0,
+        most=1,
+    )
     update_codec: str = _setting(
         "fp32",
         "way a client's update is written for the network: fp32, bf16, top-k (largest changes), random-k (unbiased)",
@@ -149,6 +182,14 @@ class RunConfig:
         "fixed",
         "way a cohort is drawn: fixed draws clients_per_round, poisson tosses a coin for each client",
         choices=("fixed", "poisson"),
+    )
+    buffer_size: int = _setting(
+        0,
+        "number of arrivals that make a round (FedBuff), while clients_per_round are under way; 0 waits for the cohort",
+        least=0,
+    )
+    staleness_exponent: float = _setting(
+        0.5, "discount of updates that set out s rounds ago, (1 + s) to the power of minus this", least=0
     )
     max_rounds_per_client: int = _setting(
         0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
@@ -226,12 +267,26 @@ class RunConfig:
             fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
         if self.secure_aggregation and self.update_codec != "fp32":
             fail("update_codec", "possible with secure_aggregation", "masked sums need every coordinate; use fp32")
+        if self.buffer_size > self.cohort_size:
+            fail("buffer_size", f"at most the {self.cohort_size} clients that are under way", "lower it")
+        if self.buffer_size and self.delay == "none":
+            fail("delay", "enough for buffer_size", "clients arrive in the order of simulated delays: lognormal, say")
+        if self.buffer_size and self.client_sampling != "fixed":
+            fail("client_sampling", f"possible with buffer_size={self.buffer_size}", "places are filled: use fixed")
+        if self.privacy_unit == "client" and self.buffer_size:
+            fail("buffer_size", "possible with privacy_unit='client'", "its sum is over one cohort; set it to 0")
+        if self.secure_aggregation and self.buffer_size:
+            fail("buffer_size", "possible with secure_aggregation", "masks cancel within one cohort; set it to 0")
         if self.secure_aggregation and self.cohort_size < 3:
             fail("secure_aggregation", f"possible with {self.cohort_size} clients a round", "3 or more hide each other")
         if bool(self.attack) != (self.attackers > 0):
             fail("attackers", f"possible with attack={self.attack!r}", "give both a share of clients and an attack")
         if self.attack and self.noise_source != "seeded":
             fail("attack", "possible with noise_source='system'", "colluders' noise is drawn twice: simulate it seeded")
+        if self.privacy_unit == "client":
+            self._check_client_unit(fail)
+        elif self.keep_share < 1:
+            fail("keep_share", "1 with privacy_unit='example'", "update_codec=top-k sends the largest changes")
         if self.dropout_rate >= 1:
             fail("dropout_rate", "in [0, 1)", "nobody would ever reply")
         if self.ray_address and not self.workers:
@@ -265,12 +320,33 @@ class RunConfig:
             fail("clip_norm", "finite in a private run", "noise needs a bound; 0.1 to 1 is usual")
         if self.clients_per_round > self.num_clients:
             fail("clients_per_round", f"at most num_clients={self.num_clients}", "lower it, or 0 for all")
-        if self.num_clients * self.rounds_per_client < self.num_rounds * self.cohort_size:
+        if self.num_clients * self.rounds_per_client < self.num_rounds * (self.buffer_size or self.cohort_size):
             fail(
                 "max_rounds_per_client",
-                f"enough for num_rounds={self.num_rounds} of {self.cohort_size} clients",
+                f"enough for num_rounds={self.num_rounds} of {self.buffer_size or self.cohort_size} clients",
                 "raise it, or ask fewer clients per round",
             )
+
+    def _check_client_unit(self, fail: Callable[[str, str, str], None]) -> None:
+        """A client's change is bounded once, by flat clipping, and the server has to see it to bound it again."""
+        unit = "with privacy_unit='client'"
+        if self.clipping != "flat":
+            fail("clipping", f"flat {unit}", "a client's whole change is clipped, once")
+        if self.secure_aggregation:
+            fail("secure_aggregation", f"false {unit}", "the server bounds each change again, which a sum hides")
+        if self.update_codec not in ("fp32", "top-k"):
+            fail("update_codec", f"fp32 or top-k {unit}", "the others send changes beyond the bound")
+        if self.client_table:
+            fail("client_table", f"empty {unit}", "one noise serves all clients")
+        if self.release_counts:
+            fail("release_counts", f"false {unit}", "exact counts are covered by no epsilon")
+        if self.client_sampling == "poisson" and self.rounds_per_client < self.num_rounds:
+            fail("max_rounds_per_client", f"0 {unit}, client_sampling='poisson'", "each round costs every client")
+
+    @property
+    def amplifying_rate(self) -> float:
+        """The chance of a client to be in a round where that may be counted on: coins of their own, else 1."""
+        return self.client_rate if self.client_sampling == "poisson" else 1.0
 
     @property
     def cohort_size(self) -> int:

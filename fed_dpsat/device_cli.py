@@ -88,7 +88,7 @@ def _text(policy: Policy, found: DeviceStatus) -> str:
     }
     bounds = {spec.name: getattr(policy, spec.name) for spec in dataclasses.fields(policy)}
     lines |= {name: str(value) for name, value in bounds.items() if name.startswith(("largest_", "least_"))}
-    lines |= {name: ", ".join(bounds[name]) for name in ("models", "optimizers", "clippings")}
+    lines |= {name: ", ".join(bounds[name]) for name in ("models", "optimizers", "optimizer_args", "clippings")}
     lines["release_counts"] = str(policy.release_counts).lower()
     return "\n".join(f"{name:28}{value}" for name, value in lines.items())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,22 +14,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from fed_dpsat import plugins
+from fed_dpsat import client_level, plugins
 from fed_dpsat.attacks import Attackers, Scene, choose_attackers
-from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
+from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.validation import hold_out
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_generator, derive_seed
-from fed_dpsat.optimizers.base import ASCENT, CLOCK, PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock, subspace_of
+from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
+from fed_dpsat.personal import PERSONAL, deal_test, only, personal_names, without
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
+from fed_dpsat.privacy.event import CLIENTS
+from fed_dpsat.query import first_point
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.stacked import Member, Unstackable, alike, train_stacked
+from fed_dpsat.subspace import Coordinates, Span, laid_end_to_end
 from fed_dpsat.training import LocalResult, Streams, train_locally
 
 log = logging.getLogger("fed_dpsat")
@@ -38,17 +45,26 @@ STACKING_ENGINES = ("auto", "vmap")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the server asks of a client in one round, and so what the round costs it."""
+    """What the server asks of a client in one round, and so what the round costs it.
+
+    Under the ``unit`` "client" noise is the server's: the round is one release, of clients drawn at ``client_rate``.
+    """
 
     round: int
     noise_multiplier: float
     sample_rate: float
     local_steps: int
     attempt: int = 0
+    unit: str = "example"
+    client_rate: float = 1.0
 
     @property
     def event(self) -> PrivacyEvent:
         """What doing it costs."""
+        if self.unit == "client":
+            return PrivacyEvent(
+                noise_multiplier=self.noise_multiplier, sample_rate=self.client_rate, steps=1, kind=CLIENTS
+            )
         return PrivacyEvent(
             noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.local_steps
         )
@@ -71,7 +87,8 @@ class Experiment:
     """The objects of a run. Clients and server build the same ones from the same configuration.
 
     ``named`` says that every object came from a name in it, so that another process can build them too. ``attackers``
-    train on labels of their own in ``dataset``, and forge what they send.
+    train on labels of their own in ``dataset``, and forge what they send. ``personal`` names the parameters that stay
+    on the client.
     """
 
     config: RunConfig
@@ -83,6 +100,7 @@ class Experiment:
     budgets: Sequence[float]
     named: bool = True
     attackers: Attackers | None = None
+    personal: frozenset[str] = frozenset()
 
     @classmethod
     def build(
@@ -100,7 +118,10 @@ class Experiment:
         """
         named = dataset is None and model is None and optimizer is None and clipping is None
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
+        settings["steps_per_round"] = config.steps_per_round
         dataset = dataset or plugins.build("dataset", config.dataset, settings)
+        if config.validation_share:
+            dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
         if config.num_clients > len(dataset.train):
             raise SettingError(
                 "num_clients",
@@ -120,8 +141,7 @@ class Experiment:
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
                 model = plugins.build("model", config.model, settings)
         if optimizer is None:
-            settings["base"] = plugins.build("optimizer", config.base_optimizer, settings)
-            optimizer = plugins.build("optimizer", config.optimizer, settings)
+            optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         clipping = clipping or plugins.build("clipping", config.clipping, settings)
         attackers = _attackers(config, settings)
         return cls(
@@ -134,14 +154,57 @@ class Experiment:
             budgets=[row.target_epsilon for row in read_table(config)],
             named=named,
             attackers=attackers,
+            personal=personal_names(trainable(model), config.personal_layers),
         )
 
+    def shared(self) -> Params:
+        """The initial parameters that leave clients and are averaged: all but the ``personal`` ones."""
+        return without(trainable(self.loss_fn.module), self.personal)
+
+    def whole(self, shared: Params, state: State | None) -> Params:
+        """A client's model: the ``shared`` part and its own, kept in ``state`` or else the initial one."""
+        if not self.personal:
+            return shared
+        initial = trainable(self.loss_fn.module)
+        own = (state or {}).get(PERSONAL, only(initial, self.personal))
+        return {name: own[name] if name in self.personal else shared[name] for name in initial}
+
+    @functools.cached_property
+    def test_shares(self) -> list[np.ndarray]:
+        """By client, its share of the public test split."""
+        labels, public = self.dataset.train.labels.numpy(), self.dataset.test.labels.numpy()
+        return deal_test(labels, public, self.partitions, derive_seed(self.config.seed, purpose="partition"))
+
+    @property
+    def local_clipping(self) -> ClippingRule:
+        """What bounds an example in local training: nothing, where it is the client's whole change that is bounded."""
+        return self.clipping if self.config.privacy_unit == "example" else FlatClipping(clip_norm=math.inf)
+
     def carried_state(self) -> set[str]:
-        """Slots of state that a client takes from one round into its next, found by one update on zeros."""
+        """Slots of state that a client takes from one round into its next, found by updates on zeros.
+
+        One update, or two where a round has an even number: a two-step method has finished then.
+        """
         params = zeros_like(trainable(self.loss_fn.module))
-        _, state = self.optimizer.update(params, params, self.optimizer.init(params))
-        forgotten = {CLOCK} if self.config.ascent_memory == "client" else {CLOCK, ASCENT}
-        return (state.keys() - forgotten) | ({"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set())
+        state = self.optimizer.init(params)
+        with torch.random.fork_rng(devices=[]):
+            for _ in range(2 - self.config.steps_per_round % 2):
+                nothing = zeros_like(first_point(self.optimizer.query_point(params, state)))
+                _, state = self.optimizer.update(params, nothing, state)
+        forgotten = {CLOCK, NOISE} if self.config.ascent_memory == "client" else {CLOCK, NOISE, ASCENT}
+        kept = {"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set()
+        return (state.keys() - forgotten) | kept | ({PERSONAL} if self.personal else set())
+
+    def subspace(self, round: int) -> Coordinates | Span | None:
+        """What ``round`` (from 1) can change, if the optimizer says so; None where replies are whole models.
+
+        They are under secure aggregation, whose masks need every coordinate, with layers that stay on clients, and
+        unless parameters are float32.
+        """
+        params = [p for p in self.loss_fn.module.parameters() if p.requires_grad]
+        if self.config.secure_aggregation or self.personal or any(p.dtype != torch.float32 for p in params):
+            return None
+        return subspace_of(self.optimizer, round, sum(p.numel() for p in params))
 
     def client_round(
         self,
@@ -212,15 +275,16 @@ class Experiment:
                     raise Unstackable(f"engine={config.engine}, which trains one client at a time")
                 if config.precision != "float32":
                     raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
-                return train_stacked(
-                    first.params,
+                results = train_stacked(
+                    self.whole(first.params, first.state),
                     members,
                     loss_fn=self.loss_fn,
                     optimizer=self._optimizer(first.params, first.proximal_mu),
-                    clipping=self.clipping,
+                    clipping=self.local_clipping,
                     local_steps=first.task.local_steps,
                     physical_batch_size=config.physical_batch_size,
                 )
+                return [self._to_send(*pair) for pair in zip(requests, results, strict=True)]
             except Unstackable as unstackable:
                 _say_once(str(unstackable))
         return [self.client_round(**vars(request)) for request in requests]
@@ -243,20 +307,36 @@ class Experiment:
             proximal_mu=proximal_mu,
         )
         member = self._member(request)
-        return train_locally(
-            params,
+        result = train_locally(
+            self.whole(params, state),
             member.batches,
             loss_fn=self.loss_fn,
             optimizer=self._optimizer(params, proximal_mu),
             state=member.state,
             sampler=member.sampler,
-            clipping=self.clipping,
+            clipping=self.local_clipping,
             mechanism=member.mechanism,
             local_steps=task.local_steps,
             streams=member.streams,
             engine=self.config.engine,
             physical_batch_size=self.config.physical_batch_size,
         )
+        within = self.subspace(task.round)
+        if isinstance(within, Coordinates):
+            within.check(laid_end_to_end(params), laid_end_to_end(result.params))
+        return self._to_send(request, result)
+
+    def _to_send(self, request: Request, result: LocalResult) -> LocalResult:
+        """``result`` without the client's own parameters, which its state keeps, and bounded as the unit wants it."""
+        if self.personal:
+            state = {**result.state, PERSONAL: only(result.params, self.personal)}
+            result = dataclasses.replace(result, params=without(result.params, self.personal), state=state)
+        if self.config.privacy_unit == "example":
+            return result
+        params = client_level.bounded_model(
+            result.params, request.params, clip_norm=self.clipping.clip_norm, keep_share=self.config.keep_share
+        )
+        return dataclasses.replace(result, params=params, event=request.task.event)
 
     def _optimizer(self, params: Params, proximal_mu: float) -> PrivateOptimizer:
         if not proximal_mu:
@@ -268,14 +348,16 @@ class Experiment:
         config, task = self.config, request.task
         indices = torch.from_numpy(self.partitions[request.client])
         sampler = PoissonSampler(num_examples=len(indices), sample_rate=task.sample_rate)
-        state = self.optimizer.init(request.params) if request.state is None else dict(request.state)
+        whole = self.whole(request.params, request.state)
+        state = self.optimizer.init(whole) if request.state is None else dict(request.state)
+        state.pop(PERSONAL, None)
         if config.ascent_memory != "client":
             state.pop(ASCENT, None)
         if config.ascent_memory == "server" and request.server_ascent is not None:
-            state[ASCENT] = request.server_ascent
+            state[ASCENT] = {**zeros_like(whole), **request.server_ascent}
         mechanism = GaussianMechanism(
-            noise_multiplier=task.noise_multiplier,
-            clip_norm=self.clipping.clip_norm,
+            noise_multiplier=task.noise_multiplier if config.privacy_unit == "example" else 0.0,
+            clip_norm=self.local_clipping.clip_norm,
             expected_batch_size=sampler.expected_batch_size,
         )
         return Member(
@@ -283,6 +365,7 @@ class Experiment:
             state=set_clock(state, (task.round - 1) * config.steps_per_round),
             sampler=sampler,
             mechanism=mechanism,
+            own=only(whole, self.personal),
             streams=Streams(
                 seed=config.seed,
                 client=request.client,

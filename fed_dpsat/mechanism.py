@@ -52,6 +52,14 @@ class GaussianMechanism:
                 "expected_batch_size", self.expected_batch_size, "above 0", "it is sample_rate * num_examples"
             )
 
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in a coordinate of the private mean, a public number.
+
+        That of a ``SystemGenerator`` is wider, by 0.02 % at a million parameters.
+        """
+        return self.noise_multiplier * self.clip_norm / self.expected_batch_size if self.noise_multiplier else 0.0
+
     def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         """``(clipped_sum + N(0, (noise_multiplier * clip_norm)^2)) / expected_batch_size``, shapes as given.
 

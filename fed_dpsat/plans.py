@@ -21,7 +21,7 @@ from typing import Any
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.privacy import PrivacyEvent, epsilon, merge, noise_multiplier_for
-from fed_dpsat.privacy.event import History
+from fed_dpsat.privacy.event import CLIENTS, History
 
 
 class BudgetError(InputError):
@@ -30,12 +30,16 @@ class BudgetError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientPlan:
-    """``target_epsilon`` 0 is no budget; ``event`` is what one round costs; ``first_round`` counts from 1."""
+    """``target_epsilon`` 0 is no budget; ``event`` is what one round costs; ``first_round`` counts from 1.
+
+    A client takes ``local_steps`` in a round, 0 is for those of the ``event``: one of the unit "client" has one step.
+    """
 
     target_epsilon: float
     sample_rate: float
     first_round: int
     event: PrivacyEvent
+    local_steps: int = 0
 
     @property
     def budget(self) -> float:
@@ -60,11 +64,9 @@ def make_plans(config: RunConfig) -> list[ClientPlan]:
     """
     rows = read_table(config)
     noise = {row: _noise_multiplier(config, row) for row in set(rows)}
-    events = {
-        row: PrivacyEvent(noise_multiplier=noise[row], sample_rate=row.sample_rate, steps=config.steps_per_round)
-        for row in noise
-    }
-    plans = [ClientPlan(event=events[row], **dataclasses.asdict(row)) for row in rows]
+    events = {row: _event(config, row, noise[row]) for row in noise}
+    steps = config.steps_per_round
+    plans = [ClientPlan(event=events[row], local_steps=steps, **dataclasses.asdict(row)) for row in rows]
     for client, plan in enumerate(plans):
         cost = epsilon([plan.event], config.delta, config.accountant)
         if cost > plan.budget:
@@ -126,9 +128,19 @@ def _noise_multiplier(config: RunConfig, row: _Row) -> float:
     if not config.private or config.budget_mode == "retire" or not row.target_epsilon:
         return config.noise_multiplier
     rounds = min(config.rounds_per_client, config.num_rounds - row.first_round + 1)
+    of_round = _event(config, row, 1.0)
     return noise_multiplier_for(
-        row.target_epsilon, config.delta, row.sample_rate, rounds * config.steps_per_round, config.accountant
+        row.target_epsilon, config.delta, of_round.sample_rate, rounds * of_round.steps, config.accountant
     )
+
+
+def _event(config: RunConfig, row: _Row, noise_multiplier: float) -> PrivacyEvent:
+    """What a round costs: its steps on examples, or one release of clients, whom only their own coins amplify."""
+    if config.privacy_unit == "example":
+        return PrivacyEvent(
+            noise_multiplier=noise_multiplier, sample_rate=row.sample_rate, steps=config.steps_per_round
+        )
+    return PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=config.amplifying_rate, steps=1, kind=CLIENTS)
 
 
 def _lines(path: Path) -> Iterable[tuple[int, dict[str, str]]]:

@@ -94,12 +94,12 @@ def build(kind: str, name: str, settings: Mapping[str, Any], arguments: str = ""
     One vocabulary makes this work: a factory's parameter has the name of the setting that fills it. What no setting
     fills can be given as ``arguments``, ``"eta = 0.02, tau = 1e-3"``, as in a TOML inline table.
     """
-    factory = load(kind, name)
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):
-        raise PluginError(f"{kind}={name!r} is no function that says its parameters; wrap it in one") from None
-    given = _arguments(kind, name, arguments)
+    return call(kind, name, load(kind, name), settings, parse_arguments(kind, arguments))
+
+
+def call(kind: str, name: str, factory: Factory, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """``build`` of a ``factory`` that was loaded before, with arguments as they are."""
+    parameters = _parameters(kind, name, factory).values()
     settings = {**settings, **given}
     missing = [
         p.name
@@ -115,17 +115,31 @@ def build(kind: str, name: str, settings: Mapping[str, Any], arguments: str = ""
     return factory(**{key: settings[key] for key in named & settings.keys() | given.keys()})
 
 
+def parameters(kind: str, name: str, factory: Factory) -> list[str]:
+    """The names of what ``factory`` can be given by name; one that takes anything has ``**`` among them."""
+    found = _parameters(kind, name, factory).values()
+    return [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in found if p.kind is not p.VAR_POSITIONAL]
+
+
+def parse_arguments(kind: str, text: str) -> dict[str, Any]:
+    """``"eta = 0.02, tau = 1e-3"`` as names and values; ``PluginError`` for what is none of that."""
+    try:
+        (found,) = tomllib.loads(f"arguments = {{{text}}}").values()
+    except ValueError as error:
+        raise PluginError(f"{kind}_args={text!r} are no arguments ({error}); write a = 1, b = 2") from None
+    return dict(found)
+
+
 def summary(factory: Factory) -> str:
     """The first line of the factory's docstring."""
     return (inspect.getdoc(factory) or "").partition("\n")[0].rstrip(".")
 
 
-def _arguments(kind: str, name: str, text: str) -> dict[str, Any]:
+def _parameters(kind: str, name: str, factory: Factory) -> Mapping[str, inspect.Parameter]:
     try:
-        (found,) = tomllib.loads(f"arguments = {{{text}}}").values()
-    except ValueError as error:
-        raise PluginError(f"{kind}_args={text!r} are no arguments for {name!r} ({error}); write a = 1, b = 2") from None
-    return dict(found)
+        return inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        raise PluginError(f"{kind}={name!r} is no function that says its parameters; wrap it in one") from None
 
 
 def _load_dotted(kind: str, name: str) -> Factory:

@@ -12,6 +12,7 @@ an empty batch                                 a zero sum, noised like any other
 an example with NaN or inf                     contributes zero, and is counted for its client
 an optimizer that cannot be mapped             its two functions are called client by client
 a loss or rule that cannot be mapped; dropout  ``Unstackable``
+an optimizer that asks a ``Query``             ``Unstackable``, unless it is one plain point
 ============================================== ==========================================================
 
 The result of a client differs in its last bits from that alone: sums are added up in another order, which depends on
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ from torch.nn.utils.rnn import pad_sequence
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.engines.finite import squared_norm_rows
 from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State
+from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_noise
 from fed_dpsat.params import Params
-from fed_dpsat.per_example import LossFn
+from fed_dpsat.query import At, LossFn, Query, simplified
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.training import Batches, LocalResult, Streams, check_bound, check_rows
 
@@ -46,13 +47,14 @@ class Unstackable(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One client of a stack: what is its own of the arguments of ``train_locally``."""
+    """One client of a stack: what is its own of the arguments of ``train_locally``; ``own`` are parameters."""
 
     batches: Batches
     state: State
     sampler: PoissonSampler
     mechanism: GaussianMechanism
     streams: Streams
+    own: Params = field(default_factory=dict)
 
 
 def alike(state: State) -> Hashable:
@@ -71,7 +73,7 @@ def train_stacked(
     local_steps: int,
     physical_batch_size: int = 128,
 ) -> list[LocalResult]:
-    """What ``train_locally`` makes of each of ``members`` from the same ``params``, to about 1e-6 relative.
+    """What ``train_locally`` makes of each of ``members`` from the same ``params`` but for its own, to 1e-6 relative.
 
     At most ``physical_batch_size`` per-example gradients are held at a time, but one per client at least. Raises
     ``Unstackable``, or what ``train_locally`` raises for any of them.
@@ -85,7 +87,8 @@ def train_stacked(
     count = len(members)
     noises = [member.streams.generator("noise") for member in members]
     coins = [member.sampler.batches(local_steps, member.streams.generator("sampling")) for member in members]
-    stack = {name: p.expand(count, *p.shape) for name, p in params.items()}
+    own = _stacked([member.own for member in members])
+    stack = {name: own[name] if name in own else p.expand(count, *p.shape) for name, p in params.items()}
     state = stacked_state([member.state for member in members])
     skipped = torch.zeros(count, dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):
@@ -99,6 +102,7 @@ def train_stacked(
                 member.mechanism.privatize(_at(sums, k), noise)
                 for k, (member, noise) in enumerate(zip(members, noises, strict=True))
             ]
+            state = _with_noise(state, members)
             stack, state = steps.update(stack, _stacked(private), state)
             skipped += nonfinite.cpu()
     return [
@@ -174,6 +178,13 @@ def stacked_state(states: Sequence[State]) -> State:
     return {slot: p if slot == CLOCK else _stacked([state[slot] for state in states]) for slot, p in first.items()}
 
 
+def _with_noise(state: State, members: Sequence[Member]) -> State:
+    """Each client's own noise, in the slot of those who ask for it."""
+    if NOISE not in state:
+        return state
+    return {**state, NOISE: _stacked([set_noise(state, member.mechanism.noise_std)[NOISE] for member in members])}
+
+
 class _Draws:
     """Torch's own generator, client by client, as each would find it alone."""
 
@@ -201,7 +212,9 @@ class _Optimizer:
         clock, slots = _split(state)
         if self._maps:
             try:
-                return vmap(lambda p, s: self._optimizer.query_point(p, {**s, **clock}))(params, slots)
+                return vmap(lambda p, s: _point(self._optimizer.query_point(p, {**s, **clock})))(params, slots)
+            except Unstackable:
+                raise
             except Exception:  # whatever it is, it is raised again where it does not come of the mapping
                 self._maps = False
         return _stacked([self._asked(k, params, state) for k in range(self._draws.count)])
@@ -223,11 +236,18 @@ class _Optimizer:
 
     def _asked(self, k: int, params: Params, state: State) -> Params:
         with self._draws.of(k):
-            return self._optimizer.query_point(_at(params, k), _state_at(state, k))
+            return _point(self._optimizer.query_point(_at(params, k), _state_at(state, k)))
 
     def _moved(self, k: int, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         with self._draws.of(k):
             return self._optimizer.update(_at(params, k), _at(private_gradient, k), _state_at(state, k))
+
+
+def _point(at: At) -> Params:
+    at = simplified(at)
+    if isinstance(at, Query):
+        raise Unstackable("an optimizer that asks for more than one plain gradient")
+    return at
 
 
 def _one_clock(state: State) -> State:

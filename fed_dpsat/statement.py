@@ -12,6 +12,7 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.plans import affordable, make_plans
 from fed_dpsat.privacy import LedgerError, PrivacyLedger
+from fed_dpsat.privacy.event import UNITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,9 @@ class ClientLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """All lines, the maxima over clients, and the head of the hash chain."""
+    """All lines, the maxima over clients, what they protect, and the head of the hash chain."""
 
+    unit: str
     clients: tuple[ClientLine, ...]
     epsilon: float
     epsilon_rdp: float
@@ -59,6 +61,11 @@ def read_statement(run: Path, delta: float | None = None) -> Statement:
     with PrivacyLedger(run / "ledger.sqlite", readonly=True) as ledger:
         ledger.verify()
         _check_head(run, ledger)
+        if ledger.unit not in (None, config.privacy_unit):
+            raise LedgerError(
+                f"{run / 'ledger.sqlite'} protects {UNITS.get(str(ledger.unit), ledger.unit)}, but the run's "
+                f"privacy_unit={config.privacy_unit!r}; it is another run's ledger"
+            )
         spent = {name: ledger.epsilon_by_client(delta, name) for name in ("pld", "rdp")}
         rounds = ledger.rounds_by_client()
         lines = []
@@ -79,6 +86,7 @@ def read_statement(run: Path, delta: float | None = None) -> Statement:
                 )
             )
         return Statement(
+            unit=UNITS[config.privacy_unit],
             clients=tuple(lines),
             epsilon=ledger.epsilon(delta, "pld"),
             epsilon_rdp=ledger.epsilon(delta, "rdp"),

@@ -104,6 +104,20 @@ def test_calibrate_prints_noise_and_epsilon_against_rounds():
     assert f"{found['noise_multiplier']:.4f}" in invoke("calibrate", *arguments).output
 
 
+def test_calibrate_says_what_it_protects_and_finds_noise_for_whole_clients():
+    of_clients = ["--set", "privacy_unit=client", "--set", "client_sampling=poisson", "--set", "clients_per_round=10"]
+    arguments = [*of_clients, "--set", "num_clients=100", "--set", "target_epsilon=4", "--set", "delta=1e-3"]
+    found = json.loads(invoke("calibrate", "--json", *arguments).stdout)
+    assert found["privacy_unit"].startswith("one whole client")
+    assert (found["sample_rate"], found["local_steps"]) == (0.1, 1)
+    assert 3.95 < found["table"][-1]["epsilon_pld"] <= 4
+    output = " ".join(invoke("calibrate", *arguments).output.split())
+    assert "client rate 0.1, one release a round" in output
+    assert "the server is trusted" in output
+    plain = " ".join(invoke("calibrate", "--set", "target_epsilon=4", "--set", "delta=1e-3").output.split())
+    assert "one example of one client" in plain
+
+
 def test_ledger_prints_a_line_per_client_and_totals(tmp_path):
     folder = tmp_path / "run"
     invoke("run", "--out", folder, *FAST)

@@ -51,7 +51,7 @@ def answer(
     config = policy.admit(run, settings)
     task = policy.admit_task(record)
     experiment = _experiment(policy, config)
-    own = trainable(experiment.loss_fn.module)
+    own = experiment.shared()
     params = read_params(own)
     ascent = read_ascent(own) if read_ascent and config.ascent_memory == "server" else None
     request = Request(

@@ -19,6 +19,7 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.experiment import Task
+from fed_dpsat.optimizers.chain import split_chain
 from fed_dpsat.privacy.event import PrivacyError
 
 SANE_NOISE = 1e6
@@ -66,6 +67,7 @@ class Policy:
     largest_sample_rate: float = _key("largest chance of an example to be in a batch", 1.0)
     models: tuple[str, ...] = _key("networks it trains, as the run names them")
     optimizers: tuple[str, ...] = _key("optimizers it runs, base optimizers too", DEFAULT_OPTIMIZERS)
+    optimizer_args: tuple[str, ...] = _key("optimizer_args it takes, as they are written; none listed is none", ())
     clippings: tuple[str, ...] = _key("clipping rules it runs", ("flat",))
     largest_parameters: int = _key("largest number of trained parameters", 50_000_000)
     largest_physical_batch_size: int = _key("largest number of per-example gradients in memory", 1024)
@@ -135,12 +137,20 @@ class Policy:
             raise Refusal("private=False is not allowed on this device; set private=true and add noise")
         if config.release_counts and not self.release_counts:
             raise Refusal("release_counts=True is not allowed on this device; set release_counts=false")
+        if config.privacy_unit != "example":
+            raise Refusal(
+                f"privacy_unit={config.privacy_unit!r} leaves the noise to the server, whom a device does not "
+                "trust with that; set privacy_unit=example"
+            )
         if config.secure_aggregation:
             raise Refusal("secure_aggregation=True is not possible on a device with a policy yet; set it to false")
         self._listed("dataset", config.dataset, (self.dataset,))
         self._listed("model", config.model, self.models)
         self._listed("optimizer", config.optimizer, self.optimizers)
-        self._listed("base_optimizer", config.base_optimizer, self.optimizers)
+        for name in split_chain(config.base_optimizer):
+            self._listed("base_optimizer", name, self.optimizers)
+        if config.optimizer_args:
+            self._listed("optimizer_args", config.optimizer_args, self.optimizer_args or ("none",))
         self._listed("clipping", config.clipping, self.clippings)
         self._bounded("clip_norm", config.clip_norm, 0, self.largest_clip_norm)
         self._bounded("delta", config.delta, 0, self.largest_delta)
@@ -188,6 +198,7 @@ _LOCAL: dict[str, Any] = {
     "data_source": "embedded",
     "data_path": "",
     "cache_dir": "",
+    "validation_share": 0.0,
     "client_table": "",
     "out": "",
     "resume": False,

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.experiment import Experiment, Request
-from fed_dpsat.flower import codec, on_device, records, secure_client
+from fed_dpsat.flower import codec, on_device, personal, records, secure_client
 from fed_dpsat.flower.records import RecordError
 from fed_dpsat.params import Params
 from fed_dpsat.plans import spend
@@ -78,13 +78,17 @@ def make_client_app(provider: Provider) -> ClientApp:
         request, history = _request(experiment, message, context, {})
         with intra_op_threads(experiment.config.threads_per_client):
             result = experiment.client_round(**vars(request))
-        content = _reply(experiment, request, result)
+            content = _reply(experiment, request, result)
+            if not secure:
+                content = _encoded(experiment, request, message, content)
         _keep(context, history, result)
         if secure:
             content = secure_client.hide(request.client, message.content, context.state, content)
-        else:
-            content = _encoded(experiment, request, content)
         return Message(content, reply_to=message)
+
+    @client_app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(personal.answer(provider, message, context), reply_to=message)
 
     return client_app
 
@@ -102,10 +106,10 @@ def _train_together(
     asked = [_request(experiment, m, c, unpacked) for m, c in zip(messages, contexts, strict=True)]
     with intra_op_threads(experiment.config.threads_per_client):
         results = experiment.client_rounds([request for request, _ in asked])
-    contents = [
-        _encoded(experiment, request, _reply(experiment, request, result))
-        for (request, _), result in zip(asked, results, strict=True)
-    ]
+        contents = [
+            _encoded(experiment, request, message, _reply(experiment, request, result))
+            for (request, _), message, result in zip(asked, messages, results, strict=True)
+        ]
     for context, (_, history), result in zip(contexts, asked, results, strict=True):
         _keep(context, history, result)
     return [Message(content, reply_to=message) for content, message in zip(contents, messages, strict=True)]
@@ -117,7 +121,13 @@ def _request(
     """What is asked, and the client's history with it; a record that is in ``unpacked`` is shared. Raises if spent."""
     client, task = _client(context), records.read_task(message.content)
     kept = records.load_history(context.state)
-    history = spend(kept, task.event, experiment.budgets[client], experiment.config.delta, experiment.config.accountant)
+    if task.unit != experiment.config.privacy_unit:
+        raise RecordError(f"asked in the unit {task.unit!r}, where the run's is {experiment.config.privacy_unit!r}")
+    history = kept
+    if task.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
+        history = spend(
+            kept, task.event, experiment.budgets[client], experiment.config.delta, experiment.config.accountant
+        )
 
     def unpack(key: str) -> Params | None:
         record = message.content.array_records.get(key)
@@ -142,14 +152,15 @@ def _request(
 
 
 def _reply(experiment: Experiment, request: Request, result: LocalResult) -> RecordDict:
-    size = len(experiment.partitions[request.client])
+    each = experiment.config.privacy_unit == "client"  # counts once, and its size is nobody's business
+    size = 1 if each else len(experiment.partitions[request.client])
     release_counts = experiment.config.release_counts
     return records.reply_content(request.client, request.task, result, size, release_counts=release_counts)
 
 
-def _encoded(experiment: Experiment, request: Request, content: RecordDict) -> RecordDict:
-    config = experiment.config
-    return codec.encode(content, request.params, config.update_codec, config.update_share)
+def _encoded(experiment: Experiment, request: Request, message: Message, content: RecordDict) -> RecordDict:
+    config, within = experiment.config, records.read_within(message.content)
+    return codec.encode(content, request.params, config.update_codec, config.update_share, within)
 
 
 def _keep(context: Context, history: History, result: LocalResult) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import resource
 import time
 from collections import Counter
@@ -10,15 +12,18 @@ from logging import getLogger
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
-from fed_dpsat.evaluation import Evaluation, evaluate
+from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, predict, quality_of
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import records
+from fed_dpsat.flower import personal, records
+from fed_dpsat.flower.buffered import Buffer
+from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
 from fed_dpsat.flower.strategy import PrivateStrategy
@@ -26,9 +31,10 @@ from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.loggers import Loggers
 from fed_dpsat.noise import NOISE_SOURCES
-from fed_dpsat.params import Params, trainable
+from fed_dpsat.params import Params
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import LedgerError
+from fed_dpsat.privacy.event import UNITS
 from fed_dpsat.privacy.ledger import Head, PrivacyLedger
 from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
 from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
@@ -41,8 +47,34 @@ RoundRecord = dict[str, Any]
 OnRound = Callable[[RoundRecord], None]
 """Called after each round with its lines of ``rounds.jsonl`` and, under ``timing``, of ``timing.jsonl``."""
 
+PERSONAL_RELEASED = (
+    "accuracy of clients' own models on shares of the public test split that follow their label counts: exact, not "
+    "covered by epsilon, and a figure of simulations alone"
+)
 COUNTS_RELEASED = "examples without a finite gradient, per client and round: exact, not covered by epsilon"
 DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
+TRUSTED_SERVER = (
+    "someone who sees every released model; the server is trusted: it sees each client's bounded change and adds noise"
+)
+
+
+def threat_model(config: RunConfig) -> str:
+    """Whom epsilon is against, as it is printed beside it."""
+    if config.privacy_unit == "example":
+        return "a server that sees every update; no amplification by client sampling"
+    if config.client_sampling == "poisson":
+        return f"{TRUSTED_SERVER}; who was drawn, the seed and the run folder stay with it"
+    return f"{TRUSTED_SERVER}; who takes part is known, no amplification by client sampling"
+
+
+def declared_public(config: RunConfig) -> tuple[str, ...]:
+    """What no epsilon covers, by declaration: a client's size and its coins are not, where the unit is the client."""
+    if config.privacy_unit == "example":
+        return DECLARED_PUBLIC
+    return DECLARED_PUBLIC[1:2] if config.client_sampling == "poisson" else DECLARED_PUBLIC[1:]
+
+
+MAX_LABEL_COUNTS = 10**6
 
 
 class Recorder:
@@ -55,10 +87,16 @@ class Recorder:
         folder: RunFolder,
         on_round: OnRound | None,
         loggers: Loggers,
+        known_noise: KnownNoise | None = None,
+        grid: Grid | None = None,
     ) -> None:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
-        self.loggers = loggers
+        self.loggers, self.known_noise = loggers, known_noise
+        self.grid = grid if experiment.personal and isinstance(grid, SimulationGrid) else None
         self.evaluation: Evaluation | None = None
+        self.personal: dict[str, float | int] = {}
+        self.predictions: tuple[int, Predictions] | None = None
+        self._before: Params | None = None
         self.rounds_completed = 0
         self.ended_early: str | None = None
         self.cannot_resume = ""
@@ -78,14 +116,15 @@ class Recorder:
         params = records.to_params(arrays)
         due = round % config.evaluate_every == 0 or round == config.num_rounds
         with self.strategy.phases("evaluate"):
-            self.evaluation = (
-                evaluate(self.experiment.loss_fn.module, params, self.experiment.dataset.test) if due else None
-            )
+            self.evaluation = self._evaluate(round, params) if due else None
+            if self.grid and due:
+                self.personal = personal.measure(self.grid, arrays, config.num_clients)
         with self.strategy.phases("account"):
             record: RoundRecord = {
                 "round": round,
                 "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
                 "test_loss": self.evaluation.loss if self.evaluation else None,
+                **(self.personal if due else {}),
                 "epsilon": self.epsilon(),
                 "asked": report.asked,
                 "accepted": len(report.accepted),
@@ -93,7 +132,10 @@ class Recorder:
                 "unexpected": report.unexpected,
                 "retired": report.retired,
                 "released": report.released,
-                "kept_model": bool(round) and report.kept_model,
+                "kept_model": report.kept_model and self.strategy.release is None,
+                **({} if report.simulated_seconds is None else {"simulated_seconds": report.simulated_seconds}),
+                **({} if report.arrived is None else {"arrived": report.arrived}),
+                **self._movement(round, params),
             }
             self.rounds_completed = round
             timing = self._timing(round)
@@ -121,6 +163,7 @@ class Recorder:
                 f"{checkpoint.round}: it is an older copy, or another run's; restore the right one"
             )
         self.rounds_completed = checkpoint.round
+        self._before = checkpoint.params
         self.folder.cut_off(checkpoint.round)
         self.strategy.load_state_dict(
             checkpoint.server["strategy"],
@@ -128,6 +171,43 @@ class Recorder:
             same_noise=NOISE_SOURCES[self.experiment.config.noise_source].reproducible,
         )
         return records.to_arrays(checkpoint.params)
+
+    def _evaluate(self, round: int, params: Params) -> Evaluation:
+        self.predictions = round, predict(self.experiment.loss_fn.module, params, self.experiment.dataset.test)
+        return evaluation_of(self.predictions[1])
+
+    def _movement(self, round: int, params: Params) -> dict[str, float | None]:
+        """How far the global model went, and how far the noise alone in it was to take it: both public.
+
+        ``noise_norm`` is the root of the expected square, of the mean of the replies by size; None where it is unknown.
+        """
+        before, self._before = self._before, params
+        accepted = self.strategy.report.accepted
+        if not round or before is None:
+            return {"update_norm": None, "noise_norm": None}
+        # numpy adds in one order, whatever the number of threads: the same bits on each machine
+        squared = sum(float(np.square((p - before[name]).double().numpy()).sum()) for name, p in params.items())
+        noise = None
+        if accepted and self.known_noise:
+            sizes = [len(self.experiment.partitions[client]) for client in accepted]
+            events = [self.strategy.plans[client].event for client in accepted]
+            variances = [self.known_noise.variance(e, n, round) for e, n in zip(events, sizes, strict=True)]
+            of_mean = math.fsum(n**2 * v for n, v in zip(sizes, variances, strict=True)) / sum(sizes) ** 2
+            noise = math.sqrt(sum(p.numel() for p in params.values()) * of_mean)
+        return {"update_norm": math.sqrt(squared), "noise_norm": noise}
+
+    def quality(self) -> Summary | None:
+        """Of the model that was evaluated last, on the public test split, for ``quality.json``."""
+        if self.predictions is None:
+            return None
+        dataset = self.experiment.dataset
+        round, predictions = self.predictions
+        return {
+            "round": round,
+            "measured_on": f"public test split of {dataset.name}",
+            "class_names": dataset.class_names,
+            **dataclasses.asdict(quality_of(predictions, dataset.num_classes)),
+        }
 
     def _save_checkpoint(self, round: int, params: Params) -> None:
         server: dict[str, Any] = {"ledger_head": tuple(self.strategy.ledger.head)}
@@ -149,9 +229,14 @@ class Recorder:
         now = time.perf_counter()
         seconds, self._round_started = now - self._round_started, now
         accepted, experiment = self.strategy.report.accepted, self.experiment
-        examples = sum(
-            plan.event.steps * plan.event.sample_rate * len(experiment.partitions[client])
-            for client, plan in ((client, self.strategy.plans[client]) for client in accepted)
+        of_clients = experiment.config.privacy_unit == "client"  # whose sizes are not public
+        examples = (
+            0.0
+            if of_clients
+            else sum(
+                plan.event.steps * plan.event.sample_rate * len(experiment.partitions[client])
+                for client, plan in ((client, self.strategy.plans[client]) for client in accepted)
+            )
         )
         phases = self.strategy.phases.take()
         self.phases.update(phases)
@@ -175,7 +260,8 @@ class Recorder:
         Not given where clients carry state from round to round: a later update would tell of an earlier coin.
         """
         config, rounds = self.experiment.config, self.rounds_completed
-        if config.client_sampling != "poisson" or not rounds or self.experiment.carried_state():
+        unlike = config.client_sampling != "poisson" or config.privacy_unit != "example"
+        if unlike or not rounds or self.experiment.carried_state():
             return {}
         events = {plan.event for plan in self.strategy.plans}
         epsilons = [
@@ -210,12 +296,14 @@ class Recorder:
         if status == "completed" and self.evaluation is None:  # ended early, or resumed at its end
             saved = self.folder.load_checkpoint()
             assert saved is not None  # after_round leaves one, also before the first round
-            self.evaluation = evaluate(self.experiment.loss_fn.module, saved.params, self.experiment.dataset.test)
+            self.evaluation = self._evaluate(saved.round, saved.params)
         return {
             "status": status,
             "ended_early": self.ended_early,
             "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
             "test_loss": self.evaluation.loss if self.evaluation else None,
+            **self.personal,
+            "evaluated_on": "validation" if config.validation_share else "test",
             "epsilon": self.epsilon(),
             "delta": config.delta,
             "accountant": config.accountant,
@@ -226,6 +314,8 @@ class Recorder:
             "rounds_completed": self.rounds_completed,
             "num_clients": config.num_clients,
             "optimizer": config.optimizer,
+            "base_optimizer": config.base_optimizer,
+            "optimizer_args": config.optimizer_args,
             "strategy": config.strategy,
             "update_codec": config.update_codec,
             "dataset": config.dataset,
@@ -234,11 +324,14 @@ class Recorder:
             **self._totals(),
             "retired": self.strategy.retired,
             "ledger_head": self.strategy.ledger.head._asdict(),
-            "privacy_unit": "one example of one client, add-or-remove; maximum over clients",
+            "privacy_unit": UNITS[config.privacy_unit],
             **self._released(),
-            "threat_model": "a server that sees every update; no amplification by client sampling",
-            "declared_public": DECLARED_PUBLIC,
-            "also_released": [COUNTS_RELEASED] if config.release_counts else [],
+            "threat_model": threat_model(config),
+            "declared_public": declared_public(config),
+            "also_released": [
+                *([COUNTS_RELEASED] if config.release_counts else []),
+                *([PERSONAL_RELEASED] if self.grid else []),
+            ],
             "noise": NOISE_SOURCES[config.noise_source].description,
         }
 
@@ -266,6 +359,8 @@ def run_federation(
     inner = strategy or build_strategy(config)
     loggers = Loggers.of(config)
     folder.open(config, objects=objects)
+    if isinstance(grid, SimulationGrid) and not folder.resumes:
+        folder.save_simulation(*_holdings(experiment))
     checkpoint = folder.load_checkpoint() if folder.resumes else None
     phases = Phases(trace=config.profile)
     if isinstance(grid, SimulationGrid) and config.profile:
@@ -288,10 +383,13 @@ def run_federation(
             send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
             secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
+            release=ClientRelease.of(config, plans[0].event.noise_multiplier),
+            buffer=_buffer(config),
             phases=phases,
+            within=experiment.subspace,
         )
-        recorder = Recorder(experiment, private, folder, on_round, loggers)
-        arrays = records.to_arrays(trainable(experiment.loss_fn.module))
+        recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
+        arrays = records.to_arrays(experiment.shared())
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)
         elif folder.resumes:
@@ -316,6 +414,8 @@ def run_federation(
             raise
         finally:
             summary = recorder.summary(status)
+            if (quality := recorder.quality()) is not None:
+                folder.save_quality(quality)
             folder.close(summary)
             loggers.end(jsonable(summary))
             if config.profile:
@@ -335,6 +435,34 @@ def build_strategy(config: RunConfig) -> Strategy:
     return inner
 
 
+def _buffer(config: RunConfig) -> Buffer | None:
+    if not config.buffer_size:
+        return None
+    return Buffer(
+        size=config.buffer_size,
+        in_flight=config.cohort_size,
+        staleness_exponent=config.staleness_exponent,
+        seed=config.seed,
+    )
+
+
+def _noise_of_mean(config: RunConfig, objects: Sequence[str]) -> KnownNoise | None:
+    """What is known of the noise in a round's global step; None unless that is the mean of honest SGD steps."""
+    known = KnownNoise.of(config)
+    unknown = known.unknown or config.attack or config.strategy != "fedavg" or set(objects) - {"dataset", "model"}
+    return None if unknown else known
+
+
+def _holdings(experiment: Experiment) -> tuple[list[int], list[list[int]] | None]:
+    """Examples per client, and per client and class; those only where they stay a file of a few megabytes."""
+    partitions, num_classes = experiment.partitions, experiment.dataset.num_classes
+    sizes = [len(indices) for indices in partitions]
+    if len(sizes) * num_classes > MAX_LABEL_COUNTS:
+        return sizes, None
+    labels = experiment.dataset.train.labels.numpy()
+    return sizes, [np.bincount(labels[indices], minlength=num_classes).tolist() for indices in partitions]
+
+
 def _peak_memory_mb() -> float:
     """Of this process, without its workers."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -343,6 +471,14 @@ def _peak_memory_mb() -> float:
 def _warn_about_delta(experiment: Experiment) -> None:
     smallest = min(len(indices) for indices in experiment.partitions)
     delta = experiment.config.delta
+    if experiment.config.privacy_unit == "client":
+        if experiment.config.private and delta > 1 / experiment.config.num_clients:
+            log.warning(
+                "delta=%g is above 1/%d, one of the clients, whom epsilon is about; set it below",
+                delta,
+                experiment.config.num_clients,
+            )
+        return
     if experiment.config.private and delta > 1 / smallest:
         log.warning(
             "delta=%g is above 1/%d: the smallest client has %d examples, and a guarantee is usually asked to fail "

@@ -7,6 +7,7 @@ record                 type         content                                     
 ``config``             ConfigRecord whatever the inner strategy says             to the client
 ``fed_dpsat.task``     ConfigRecord round, attempt, noise, rate and steps        to the client
 ``fed_dpsat.ascent``   ArrayRecord  last global update, ``ascent_memory=server`` to the client
+``fed_dpsat.subspace`` ConfigRecord what the round can change, where known       to the client
 ``fed_dpsat.event``    ConfigRecord client, round, attempt and the PrivacyEvent  to the server
 ``metrics``            MetricRecord ``num-examples``, declared public            to the server
 ``fed_dpsat.secure``   ConfigRecord a phase of secure aggregation, if asked for  both
@@ -45,6 +46,7 @@ from fed_dpsat.flower.wire import read_array
 from fed_dpsat.optimizers.base import State
 from fed_dpsat.params import Params
 from fed_dpsat.privacy.event import History, PrivacyEvent, merge
+from fed_dpsat.subspace import Coordinates, Span, described, read_subspace
 from fed_dpsat.training import LocalResult
 
 ARRAYS = "arrays"
@@ -53,11 +55,15 @@ NUM_EXAMPLES = "num-examples"
 NONFINITE = "nonfinite-examples"
 TASK = "fed_dpsat.task"
 ASCENT = "fed_dpsat.ascent"
+SUBSPACE = "fed_dpsat.subspace"
 EVENT = "fed_dpsat.event"
 IDENTITY = "fed_dpsat.identity"
 STATE = "fed_dpsat.state"
 HISTORY = "fed_dpsat.history"
 PARTITION_ID = "partition-id"
+
+OF_CLIENTS = ("unit", "client_rate")
+"""What a task says under the unit "client"."""
 
 LARGEST = 1e14
 """Beyond it no reply is one: the squares of a billion such numbers still add up in float32."""
@@ -88,8 +94,9 @@ def to_params(arrays: ArrayRecord) -> Params:
 
 
 def task_record(task: Task) -> ConfigRecord:
-    """The server's request."""
-    return ConfigRecord(dataclasses.asdict(task))
+    """The server's request; its unit only where that is not one example, which is what devices know."""
+    record = dataclasses.asdict(task)
+    return ConfigRecord(record if task.unit != "example" else {k: record[k] for k in record if k not in OF_CLIENTS})
 
 
 def read_task(content: RecordDict) -> Task:
@@ -99,6 +106,27 @@ def read_task(content: RecordDict) -> Task:
         return Task(**record)
     except TypeError as error:
         raise RecordError(f"{TASK}: {error}") from None
+
+
+def subspace_record(subspace: Coordinates | Span) -> ConfigRecord:
+    """What the round can change, from the server: a client writes its reply by it, and the server reads it so."""
+    return ConfigRecord(described(subspace))
+
+
+def read_within(content: RecordDict) -> Coordinates | Span | None:
+    """The subspace in a message; None where the reply is a whole model.
+
+    Raises ``RecordError`` for what is none, or has other steps than the task: a client would work for nothing.
+    """
+    if SUBSPACE not in content.config_records:
+        return None
+    try:
+        found = read_subspace(_config(content, SUBSPACE))
+    except ValueError as error:
+        raise RecordError(f"{SUBSPACE}: {error}") from None
+    if isinstance(found, Span) and found.steps != (steps := read_task(content).local_steps):
+        raise RecordError(f"{SUBSPACE}: {found.steps} steps, and {steps} in {TASK!r}")
+    return found
 
 
 def read_proximal_mu(content: RecordDict) -> float:
@@ -112,7 +140,8 @@ def read_proximal_mu(content: RecordDict) -> float:
 def reply_content(
     client: int, task: Task, result: LocalResult, num_examples: int, *, release_counts: bool = False
 ) -> RecordDict:
-    """All that leaves a client after a round: noised parameters, their event, the public size.
+    """All that leaves a client after a round: noised parameters (bounded ones, to a server that is trusted to noise
+    them), their event, the public size.
 
     With ``release_counts`` also how many examples had no finite gradient: an exact release that no event covers.
     """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, RecordDict
 
+from fed_dpsat.client_level import excess
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import codec, compat, records
 from fed_dpsat.flower.records import RecordError
+from fed_dpsat.subspace import Coordinates, Span
 
 BYTES = "bytes"
 """The size of a reply's arrays, beside its metrics."""
@@ -23,14 +25,25 @@ class Failure:
 
 
 def judge(
-    reply: Message, *, client: int, task: Task, like: ArrayRecord, release_counts: bool
+    reply: Message,
+    *,
+    client: int,
+    task: Task,
+    like: ArrayRecord,
+    release_counts: bool,
+    clip_norm: float | None = None,
+    within: Coordinates | Span | None = None,
 ) -> dict[str, float] | Failure:
-    """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong."""
+    """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong.
+
+    With a ``clip_norm``, a model that is farther from ``like`` is none. ``within`` is what the server said that the
+    round can change.
+    """
     if reply.has_error():
         return Failure(reason=f"failed: {reply.error.reason}", broken=reply.error.code not in compat.ABSENT)
     received = codec.num_bytes(reply.content)
     try:
-        reply.content = codec.decode(reply.content, like)
+        reply.content = codec.decode(reply.content, like, within)
         said_client, said_round, attempt, event = records.read_event(reply.content)
         if (said_client, said_round, attempt) != (client, task.round, task.attempt):
             raise RecordError(
@@ -41,6 +54,14 @@ def judge(
             raise RecordError(f"its event {event} is not the one that was charged, {task.event}")
         metrics = records.read_metrics(reply.content, release_counts=release_counts)
         records.check_arrays(reply.content, like)
+        if clip_norm is not None:
+            _check_move(reply.content, like, clip_norm)
     except RecordError as error:
         return Failure(reason=str(error))
     return {**metrics, BYTES: received}
+
+
+def _check_move(content: RecordDict, like: ArrayRecord, clip_norm: float) -> None:
+    after, before = records.to_read(content.array_records[records.ARRAYS]), records.to_read(like)
+    if beyond := excess(after, before, clip_norm):
+        raise RecordError(f"its change has a norm of {clip_norm + beyond:.6g}, beyond clip_norm={clip_norm:g}")

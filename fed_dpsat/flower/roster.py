@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fed_dpsat.cohort import draw_cohort, toss_cohort
 from fed_dpsat.flower.nodes import FederationOver
 from fed_dpsat.plans import ClientPlan, affordable
 from fed_dpsat.privacy.event import History
 from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.secure_noise import system_generator
 
 
 class Roster:
-    """Clients by their ``plans`` and the ``ledger``, both public: eligibility never depends on data."""
+    """Clients by their ``plans`` and the ``ledger``, both public: eligibility never depends on data.
+
+    With ``secret_coins`` nobody who knows the seed knows who is drawn by coins.
+    """
 
     def __init__(
         self,
@@ -31,7 +36,9 @@ class Roster:
         seed: int,
         client_sampling: str,
         min_clients: int,
+        secret_coins: bool = False,
     ) -> None:
+        self.secret_coins = secret_coins
         self.plans, self.ledger = plans, ledger
         self.delta, self.accountant = delta, accountant
         self.cohort_size, self.seed = cohort_size, seed
@@ -58,7 +65,15 @@ class Roster:
         self._there[list(clients)] = True
 
     def cohort(self, round: int) -> tuple[list[int], dict[int, History]]:
-        """Clients to ask in ``round``, ascending; and, with what they spent, those who retire as they cannot afford it.
+        """Those of the eligible that are drawn for ``round``, ascending; and the retiring, as ``eligible`` has both."""
+        eligible, retiring = self.eligible(round)
+        if self.client_sampling == "poisson":
+            coins = system_generator() if self.secret_coins else None
+            return toss_cohort(self.seed, round, eligible, self.cohort_size / len(self.plans), coins), retiring
+        return draw_cohort(self.seed, round, eligible, self.cohort_size), retiring
+
+    def eligible(self, round: int) -> tuple[NDArray[np.int64], dict[int, History]]:
+        """Clients that may be asked in ``round``, ascending; and, with what they spent, those who cannot afford it.
 
         Raises ``FederationOver`` when fewer than ``min_clients`` have budget left.
         """
@@ -72,9 +87,12 @@ class Roster:
                 f"{left} clients have budget left before round {round}, fewer than min_clients={self.min_clients}"
             )
         eligible = np.flatnonzero(active & (self._first_rounds <= round) & (self._used < self.max_rounds_per_client))
-        if self.client_sampling == "poisson":
-            return toss_cohort(self.seed, round, eligible, self.cohort_size / len(self.plans)), retiring
-        return draw_cohort(self.seed, round, eligible, self.cohort_size), retiring
+        return eligible, retiring
+
+    def population(self, round: int) -> list[int]:
+        """Whom a coin in ``round`` may draw, or may have kept out: all that have joined the plan and not retired."""
+        found: list[int] = np.flatnonzero(self._active & (self._first_rounds <= round)).tolist()
+        return found
 
     def charged(self, clients: Sequence[int]) -> None:
         """They were charged for the round that was drawn."""

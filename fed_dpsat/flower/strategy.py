@@ -8,6 +8,7 @@ business.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import getLogger
 from typing import Any
@@ -20,7 +21,9 @@ from numpy.typing import NDArray
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Task
-from fed_dpsat.flower import codec, compat, records, sums
+from fed_dpsat.flower import buffered, codec, compat, records, sums
+from fed_dpsat.flower.buffered import Buffer
+from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
 from fed_dpsat.flower.records import RecordError
@@ -32,13 +35,18 @@ from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
 from fed_dpsat.params import subtract
 from fed_dpsat.plans import ClientPlan
 from fed_dpsat.privacy import epsilon
+from fed_dpsat.privacy.event import History
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.process import intra_op_threads
+from fed_dpsat.subspace import Coordinates, Span
 from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+Within = Callable[[int], Coordinates | Span | None]
+"""A round, from 1, to what it can change: replies are then the numbers of that subspace; None is whole models."""
 
 
 class PrivateStrategy(Strategy):
@@ -47,7 +55,8 @@ class PrivateStrategy(Strategy):
     ``plans`` say what a round costs each client, what it may spend and when it joins. A client is left out once
     ``max_rounds_per_client`` rounds are charged to it, and for good once its next round would exceed its budget:
     both depend on the ledger alone, never on data. Charges are durable before a message is sent and stay, whatever
-    becomes of the reply.
+    becomes of the reply. With a ``release`` the unit is one client: replies are bounded, added up and noised here, also
+    where there are none, and the inner strategy sees what comes of it.
 
     Raises ``FederationOver`` when fewer than ``min_clients`` are left, ``FederationError`` when all asked fail.
     """
@@ -69,7 +78,10 @@ class PrivateStrategy(Strategy):
         release_counts: bool = False,
         join_timeout: float = 60.0,
         secure_threshold: float = 0.0,
+        release: ClientRelease | None = None,
+        buffer: Buffer | None = None,
         phases: Phases | None = None,
+        within: Within = lambda round: None,
     ) -> None:
         self.inner = inner
         self.ledger = ledger
@@ -79,14 +91,17 @@ class PrivateStrategy(Strategy):
         self.send_ascent = send_ascent
         self.release_counts = release_counts
         self.secure_threshold = secure_threshold
-        if secure_threshold and not sums.only_mean(inner):
+        self.release = release
+        self.buffer = buffer
+        if (secure_threshold or release) and not sums.only_mean(inner):
             raise SettingError(
                 "strategy",
                 type(inner).__name__,
                 "one that uses only the mean of replies",
-                "secure_aggregation hides them",
+                "privacy_unit=client releases nothing else" if release else "secure_aggregation hides them",
             )
         self.phases = phases or Phases()
+        self._within = within
         self.report = RoundReport(round=0)
         self.roster = Roster(
             plans,
@@ -98,14 +113,17 @@ class PrivateStrategy(Strategy):
             seed=seed,
             client_sampling=client_sampling,
             min_clients=min_clients,
+            secret_coins=release is not None and release.noise_source == "system",
         )
         self._tasks: dict[int, Task] = {}
+        self._charged: dict[int, Task] = {}
         self._sent: dict[int, Message] = {}
         self._attempts: dict[int, int] = {}
         self._arrays = ArrayRecord()
         self._last_arrays: ArrayRecord | None = None
         self._directory = Directory(len(plans), join_timeout)
         self._failed_rounds = 0
+        self._simulated_seconds = 0.0
         _ask_whole_cohort(inner)
 
     @property
@@ -130,6 +148,8 @@ class PrivateStrategy(Strategy):
         ``evaluate_fn`` is called after each round and, where nothing is done, before the first. Nobody else is asked
         to evaluate.
         """
+        if self.buffer and not (isinstance(grid, SimulationGrid) and grid.seconds):
+            raise FederationError("buffer_size needs simulated delays, and no network; set it to 0 on a network")
         self.meet(grid)
         config, result = train_config or ConfigRecord(), Result()
         result.arrays = initial_arrays
@@ -158,13 +178,15 @@ class PrivateStrategy(Strategy):
         self.report, self._tasks, self._sent = RoundReport(round=server_round), {}, {}
         self._directory.look_again(grid, self.roster.min_clients)
         self.roster.join(self._directory.nodes)
-        cohort, retiring = self.roster.cohort(server_round)
+        cohort, retiring = self._cohort(server_round, grid)
         self.report.retired = {c: epsilon(spent, self.delta, self.accountant) for c, spent in retiring.items()}
         self._last_arrays, self._arrays = self._arrays or None, arrays
-        if not cohort:
+        if not cohort and self.release is None:
             return []
-        view = CohortGrid(grid, [self._directory.nodes[c] for c in cohort])
-        messages = list(self.inner.configure_train(server_round, arrays, config, view))
+        shown = cohort or list(self._directory.nodes)[:1]  # of a round with nobody in it a strategy learns the model
+        view = CohortGrid(grid, [self._directory.nodes[c] for c in shown])
+        messages = list(self.inner.configure_train(server_round, arrays, config, view)) if shown else []
+        messages = messages if cohort else []
         by_client = {self._directory.client_at(message.metadata.dst_node_id): message for message in messages}
         if len(by_client) < len(messages) or not by_client.keys() <= set(cohort):
             raise FederationError(
@@ -173,10 +195,13 @@ class PrivateStrategy(Strategy):
                 "at most once"
             )
         self.report.asked = asked = [client for client in cohort if client in by_client]
-        self._tasks = {client: self._task(client, server_round) for client in asked}
-        for attempt, events in by_attempt(self._tasks):
+        everyone = self.release is not None and self.release.every_client
+        costs = self.roster.population(server_round) if everyone else asked
+        self._charged = {client: self._task(client, server_round) for client in costs}
+        self._tasks = {client: self._charged[client] for client in asked}
+        for attempt, events in by_attempt(self._charged):
             self.ledger.charge_many(server_round, attempt, events)
-        self.roster.charged(asked)
+        self.roster.charged(costs)
         self._attempts = {}
         self._sent = {client: by_client[client] for client in asked}
         self._add_records(self._sent)
@@ -187,27 +212,10 @@ class PrivateStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Drop what is not valid, by name; the rest goes to the inner strategy in the order of clients."""
-        verdicts: dict[int, Mapping[str, float] | Failure] = {}
-        valid: dict[int, Message] = {}
-        for reply in replies:
-            client = self._expected(reply, verdicts)
-            if client is not None:
-                verdicts[client] = verdict = judge(
-                    reply,
-                    client=client,
-                    task=self._tasks[client],
-                    like=self._arrays,
-                    release_counts=self.release_counts,
-                )
-                if not isinstance(verdict, Failure):
-                    valid[client] = reply
-        self._note(verdicts)
-        if not valid:
+        valid, verdicts = self._judged(replies)
+        if not valid and self.release is None:
             return self._keep_model()
-        if not sums.only_mean(self.inner):
-            return self._checked(self.inner.aggregate_train(server_round, [valid[c] for c in sorted(valid)]))
-        parts = [sums.part_of(client, valid.get(client), verdicts.get(client)) for client in self.report.asked]
-        return self._aggregate_mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
+        return self._aggregate(self.report.asked, valid, verdicts)
 
     def aggregate_parts(
         self, server_round: int, parts: Iterable[sums.Part]
@@ -216,7 +224,7 @@ class PrivateStrategy(Strategy):
         with intra_op_threads(1):  # threads that wait for each other cost more than they add
             total = sums.merge(parts)
         self._note({**total.accepted, **total.failed})
-        return self._aggregate_mean(total) if total.accepted else self._keep_model()
+        return self._aggregate_mean(total) if total.accepted or self.release else self._keep_model()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -237,8 +245,10 @@ class PrivateStrategy(Strategy):
         return {
             "retired": dict(self.retired),
             "failed_rounds": self._failed_rounds,
+            "simulated_seconds": self._simulated_seconds,
             "sent": records.to_params(self._arrays) if self.send_ascent else {},
             "inner": capture_state(self.inner),
+            **({"buffer": self.buffer.state_dict()} if self.buffer else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Plain], *, next_round: int, same_noise: bool) -> None:
@@ -249,13 +259,32 @@ class PrivateStrategy(Strategy):
         """
         self.roster.begin_again(next_round, state["retired"], same_noise=same_noise)
         self._failed_rounds = state["failed_rounds"]
+        self._simulated_seconds = state["simulated_seconds"]
         self._arrays = records.to_arrays(state["sent"])
         self._attempts = {} if same_noise else {c: last + 1 for c, last in self.ledger.attempts(next_round).items()}
         restore_state(self.inner, state["inner"])
+        if self.buffer:
+            self.buffer.load_state_dict(state["buffer"])
+
+    def _cohort(self, round: int, grid: Grid) -> tuple[list[int], dict[int, History]]:
+        if self.buffer is None:
+            return self.roster.cohort(round)
+        assert isinstance(grid, SimulationGrid)
+        assert grid.seconds
+        eligible, retiring = self.roster.eligible(round)
+        return self.buffer.set_out(round, eligible, grid.seconds), retiring
+
+    def _pass_time(self, round: int, grid: Grid) -> None:
+        """A round takes, in simulated time, as long as its slowest client; or until its buffer is full."""
+        if isinstance(grid, SimulationGrid) and grid.seconds:
+            slowest = max((grid.seconds(client, round) for client in self.report.asked), default=0.0)
+            self._simulated_seconds = self.buffer.now if self.buffer else self._simulated_seconds + slowest
+            self.report.simulated_seconds = self._simulated_seconds
 
     def _train(
         self, round: int, messages: list[Message], grid: Grid, timeout: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self._pass_time(round, grid)
         if self.secure_threshold:
             if not messages:
                 return self.aggregate_parts(round, [])
@@ -271,6 +300,11 @@ class PrivateStrategy(Strategy):
                 )
             with self.phases("aggregate"):
                 return self.aggregate_parts(round, [part])
+        if self.buffer and isinstance(grid, SimulationGrid):
+            with self.phases("train"):
+                valid, _ = self._judged(grid.stream(messages, timeout=timeout))
+            with self.phases("aggregate"):
+                return self._aggregate_arrivals(self.buffer, valid)
         if not isinstance(grid, SimulationGrid):
             with self.phases("train"):
                 replies = iter(grid.send_and_receive(messages, timeout=timeout))
@@ -284,18 +318,25 @@ class PrivateStrategy(Strategy):
             return self.aggregate_train(round, self.phases.waiting_for("train", replies))
 
     def _task(self, client: int, server_round: int) -> Task:
-        event = self.plans[client].event
-        return Task(
+        plan = self.plans[client]
+        task = Task(
             round=server_round,
-            noise_multiplier=event.noise_multiplier,
-            sample_rate=event.sample_rate,
-            local_steps=event.steps,
+            noise_multiplier=plan.event.noise_multiplier,
+            sample_rate=plan.sample_rate,
+            local_steps=plan.local_steps or plan.event.steps,
             attempt=self._attempts.get(client, 0),
         )
+        if plan.event.unit == "example":
+            return task
+        return dataclasses.replace(task, unit=plan.event.unit, client_rate=plan.event.sample_rate)
+
+    @property
+    def _clip_norm(self) -> float | None:
+        return self.release.mechanism.clip_norm if self.release else None
 
     def _add_records(self, messages: Mapping[int, Message]) -> None:
         """Give messages their tasks. Those that shared a content and have equal tasks share one again."""
-        ascent = self._ascent_record()
+        ascent, within = self._ascent_record(), self._within(self.report.round)
         contents: dict[tuple[int, Task], tuple[RecordDict, RecordDict]] = {}
         for client, message in messages.items():
             given, task = message.content, self._tasks[client]
@@ -303,6 +344,8 @@ class PrivateStrategy(Strategy):
                 content = RecordDict({**given, records.TASK: records.task_record(task)})
                 if ascent is not None:
                     content[records.ASCENT] = ascent
+                if within is not None:
+                    content[records.SUBSPACE] = records.subspace_record(within)
                 contents[id(given), task] = given, content
             message.content = contents[id(given), task][1]
 
@@ -311,6 +354,27 @@ class PrivateStrategy(Strategy):
             return None
         before, now = records.to_params(self._last_arrays), records.to_params(self._arrays)
         return records.to_arrays(subtract(before, now))
+
+    def _judged(self, replies: Iterable[Message]) -> tuple[dict[int, Message], Verdicts]:
+        """The valid ones by client, and what became of everybody's, which is noted."""
+        verdicts: dict[int, Mapping[str, float] | Failure] = {}
+        valid: dict[int, Message] = {}
+        for reply in replies:
+            client = self._expected(reply, verdicts)
+            if client is not None:
+                verdicts[client] = verdict = judge(
+                    reply,
+                    client=client,
+                    task=self._tasks[client],
+                    like=self._arrays,
+                    release_counts=self.release_counts,
+                    clip_norm=self._clip_norm,
+                    within=self._within(self.report.round),
+                )
+                if not isinstance(verdict, Failure):
+                    valid[client] = reply
+        self._note(verdicts)
+        return valid, verdicts
 
     def _expected(self, reply: Message, verdicts: Mapping[int, object]) -> int | None:
         """The client whose first reply this is; None, and a note, for any other reply."""
@@ -328,23 +392,66 @@ class PrivateStrategy(Strategy):
 
     def _note(self, verdicts: Verdicts) -> None:
         self.report.note(verdicts, release_counts=self.release_counts)
-        self.report.settle(self.ledger, self._tasks)
+        self.report.settle(self.ledger, self._charged)
         self._failed_rounds = self.report.failed_rounds(self._failed_rounds, len(self.plans))
 
     def _keep_model(self) -> tuple[None, None]:
+        self.report.kept_model = True
         log.warning("round %d: no valid reply, the model stays as it is", self.report.round)
         return None, None
 
+    def _aggregate_arrivals(
+        self, buffer: Buffer, valid: Mapping[int, Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What was computed is kept until it arrives; what arrives moves the model of now."""
+        model = records.to_params(self._arrays)
+        for client, reply in valid.items():
+            buffer.put(client, buffered.cargo_of(reply.content, model))
+        arrived = buffer.arrive()
+        self.report.arrived = {client: self.report.round - flight.round for client, flight in arrived.items()}
+        replies, metrics = {}, {}
+        for client, flight in arrived.items():
+            if flight.cargo is not None:
+                content = buffered.moved(flight.cargo, model, buffer.share(self.report.arrived[client]))
+                replies[client] = Message(content, reply_to=self._question(client))
+                metrics[client] = flight.cargo.metrics
+        if not replies:
+            return self._keep_model()
+        return self._aggregate(list(arrived), replies, metrics)
+
+    def _question(self, client: int) -> Message:
+        return Message(RecordDict(), self._directory.nodes[client], MessageType.TRAIN)
+
+    def _aggregate(
+        self, order: Sequence[int], valid: Mapping[int, Message], verdicts: Verdicts
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hand the ``valid`` replies to the inner strategy; ``order`` is of all clients they might be from."""
+        if not sums.only_mean(self.inner):
+            return self._checked(self.inner.aggregate_train(self.report.round, [valid[c] for c in sorted(valid)]))
+        bound = {"before": self._arrays, "clip_norm": self._clip_norm}
+        parts = [sums.part_of(c, valid.get(c), verdicts.get(c), **bound) for c in order]  # type: ignore[arg-type]
+        return self._aggregate_mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
+
     def _aggregate_mean(self, total: sums.Part) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Hand the inner strategy the mean as the one reply there is."""
-        mean = records.to_arrays(total.mean() or {})
+        """Hand the inner strategy the mean, or what the round releases of it, as the one reply there is."""
+        if self.release:
+            return self._aggregate_one(self._released(self.release, total), {records.NUM_EXAMPLES: 1})
         metrics: dict[str, MetricRecordValues] = {records.NUM_EXAMPLES: total.weight}
         if self.release_counts:
             counts = [m[records.NONFINITE] * m[records.NUM_EXAMPLES] for m in total.accepted.values()]
             metrics[records.NONFINITE] = sum(counts) / total.weight
-        content = RecordDict({records.ARRAYS: mean, records.METRICS: MetricRecord(metrics)})
-        asked = Message(RecordDict(), self._directory.nodes[self.report.accepted[0]], MessageType.TRAIN)
-        return self._checked(self.inner.aggregate_train(self.report.round, [Message(content, reply_to=asked)]))
+        return self._aggregate_one(records.to_arrays(total.mean() or {}), metrics)
+
+    def _released(self, release: ClientRelease, total: sums.Part) -> ArrayRecord:
+        attempt = max((task.attempt for task in self._charged.values()), default=0)
+        return release.model(total, self._arrays, round=self.report.round, attempt=attempt)
+
+    def _aggregate_one(
+        self, arrays: ArrayRecord, metrics: dict[str, MetricRecordValues]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        content = RecordDict({records.ARRAYS: arrays, records.METRICS: MetricRecord(metrics)})
+        reply = Message(content, reply_to=self._question(next(iter(self._directory.nodes))))
+        return self._checked(self.inner.aggregate_train(self.report.round, [reply]))
 
     def _checked(
         self, aggregate: tuple[ArrayRecord | None, MetricRecord | None]

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 from torch import Tensor
 
+from fed_dpsat.client_level import bounded_move
 from fed_dpsat.flower import records
 from fed_dpsat.flower.replies import Failure
 
@@ -82,11 +83,24 @@ class Part:
         self.total = None if arrays is None else {name: torch.from_numpy(a) for name, a in arrays.items()}
 
 
-def part_of(client: int, reply: Message | None, verdict: Mapping[str, float] | Failure | None) -> Part:
-    """One client's reply, if there was one; its arrays are read and not copied."""
+def part_of(
+    client: int,
+    reply: Message | None,
+    verdict: Mapping[str, float] | Failure | None,
+    *,
+    before: ArrayRecord | None = None,
+    clip_norm: float | None = None,
+) -> Part:
+    """One client's reply, if there was one; its arrays are read and not copied.
+
+    With a ``clip_norm`` it is the client's move from ``before``, bounded, and counts once whatever size it declares.
+    """
     if reply is None or verdict is None or isinstance(verdict, Failure):
         return Part(failed={client: verdict} if isinstance(verdict, Failure) else {})
     total = records.to_read(reply.content.array_records[records.ARRAYS])
+    if clip_norm is not None and before is not None:
+        move = bounded_move(total, records.to_read(before), clip_norm)
+        return Part(accepted={client: verdict}, total=move, scale=1.0)
     return Part(accepted={client: verdict}, total=total, scale=verdict[records.NUM_EXAMPLES])
 
 

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import compat, records
+from fed_dpsat.optimizers.chain import split_chain
 from fed_dpsat.optimizers.dpsgd import SCHEDULES
 from fed_dpsat.privacy.event import PrivacyEvent
 
 Vector = NDArray[np.floating]
 
-SGD_STEPS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
+SGD_STEPS = ("dp-sgd", "dp-sat", "dp-sat-momentum", "extrapolated")
 """Optimizers whose step is ``-lr`` times the private gradient, so that its noise arrives as it is."""
 
 
@@ -53,8 +54,14 @@ class KnownNoise:
                 ("momentum", config.momentum == 0, "0", "set it to 0, or try strategy='low-pass'"),
                 ("clipping", config.clipping != "adaptive", "of a fixed bound", "use flat clipping"),
                 ("optimizer", config.optimizer in SGD_STEPS, f"one of {', '.join(SGD_STEPS)}", "choose one of those"),
+                ("buffer_size", config.buffer_size == 0, "0", "updates that set out earlier are scaled; use fedavg"),
                 ("update_codec", config.update_codec in ("fp32", "bf16"), "fp32 or bf16", "send whole updates"),
-                ("base_optimizer", config.base_optimizer == "dp-sgd", "dp-sgd", "use that"),
+                (
+                    "base_optimizer",
+                    set(split_chain(config.base_optimizer)) <= set(SGD_STEPS),
+                    f"made of {', '.join(SGD_STEPS)}",
+                    "use dp-sgd",
+                ),
             )
             if not good
         ]

@@ -20,6 +20,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """Share of ``lr`` left when a share ``progress`` in [0, 1] of ``total_steps`` is done."""
 
 
+def scheduled(lr: float, lr_schedule: str, step: int, total_steps: int) -> float:
+    """The learning rate of ``step``, which counts from 0; beyond ``total_steps`` it stays where it was."""
+    return lr * SCHEDULES[lr_schedule](min(step / max(total_steps, 1), 1.0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DPSGD:
     """DP-SGD: SGD with momentum, weight decay and an lr schedule on the private gradient (Abadi et al. 2016).
@@ -60,7 +65,7 @@ class DPSGD:
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """One SGD step."""
         step = int(state[CLOCK]["step"])
-        lr = self.lr * SCHEDULES[self.lr_schedule](min(step / max(self.total_steps, 1), 1.0))
+        lr = scheduled(self.lr, self.lr_schedule, step, self.total_steps)
         slope = private_gradient
         if self.weight_decay:
             slope = {name: torch.add(g, params[name], alpha=self.weight_decay) for name, g in slope.items()}

@@ -1,6 +1,7 @@
 """What the releases of a run cost: events, accountants, calibration and the ledger.
 
-Unit: one example of one client, add-or-remove adjacency. Loads neither torch, Flower nor Ray.
+Unit: what an event's kind says, one example or one whole client, add-or-remove adjacency. Loads neither torch, Flower
+nor Ray.
 """
 
 from fed_dpsat.privacy.accountant import epsilon, epsilons

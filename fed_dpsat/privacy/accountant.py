@@ -1,6 +1,6 @@
 """Epsilon as a function of events: PLD by default, RDP beside it, once per distinct history.
 
-Unit: one example of one client, add-or-remove adjacency. Both bounds come from dp_accounting; PLD is the
+Unit: that of the events, which is one for all of them. Both bounds come from dp_accounting; PLD is the
 tighter (errors in ``pld``), RDP the older and looser one that papers print.
 
 ==================== ==========================================================
@@ -9,6 +9,7 @@ case                 answer
 no events            0
 noise_multiplier = 0 inf
 delta not in (0, 1)  ``PrivacyError``
+events of two units  ``PrivacyError``
 delta below 1e-13    ``PrivacyError`` under PLD where a step is sampled, not RDP
 ==================== ==========================================================
 """
@@ -24,7 +25,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fed_dpsat.privacy.event import History, PrivacyError, PrivacyEvent, dominant, merge
+from fed_dpsat.privacy.event import History, PrivacyError, PrivacyEvent, dominant, merge, unit_of
 from fed_dpsat.privacy.pld import SMALLEST_NOISE, epsilon_pld, unprotected
 
 
@@ -53,11 +54,14 @@ def federation_epsilon(histories: Iterable[History], delta: float, accountant: s
     Only the costliest histories are computed (``dominant``), so clients that differ in size cost one
     computation, not one each.
     """
-    return max(epsilons(dominant(histories), delta, accountant), default=0.0)
+    distinct = dominant(histories)
+    unit_of(distinct)
+    return max(epsilons(distinct, delta, accountant), default=0.0)
 
 
 @lru_cache(maxsize=2**16)
 def _epsilon(history: History, delta: float, accountant: str) -> float:
+    unit_of([history])
     return ACCOUNTANTS[accountant](history, delta)
 
 

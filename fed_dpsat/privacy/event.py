@@ -1,6 +1,7 @@
 """What one release cost, as data; a history is a sorted tuple of such events.
 
-Unit of privacy everywhere in this package: one example of one client, add-or-remove adjacency.
+The kind of an event says its unit of privacy: one example of one client, or one whole client; add-or-remove adjacency
+for both. Events of two units have no common epsilon.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from fed_dpsat.errors import InputError
 if TYPE_CHECKING:
     from dp_accounting import DpEvent  # type: ignore[import-untyped]
 
-KINDS = ("poisson_gaussian",)
+KINDS = {"poisson_gaussian": "example", "poisson_gaussian_clients": "client"}
+"""Each kind of event with its unit."""
+
+UNITS = {
+    "example": "one example of one client, add-or-remove; maximum over clients",
+    "client": "one whole client with all its examples, add-or-remove; maximum over clients",
+}
+"""What each unit protects, as it is printed."""
+
+CLIENTS = "poisson_gaussian_clients"
 MAX_STEPS = 2**40
 
 
@@ -26,15 +36,15 @@ class PrivacyError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyEvent:
-    """``steps`` Gaussian releases, each of a fresh Poisson sample of one client's examples.
+    """``steps`` Gaussian releases, each of a fresh Poisson sample of one client's examples, or of the clients.
 
     ================ ============ =====================================================================
     field            unit, bound  meaning
     ================ ============ =====================================================================
     noise_multiplier >= 0, finite std of the noise on the clipped SUM over clip_norm; 0 costs epsilon = inf
-    sample_rate      (0, 1]       chance of each example to be in a step's batch; 1 is no sampling at all
-    steps            >= 1         releases; an empty batch is one too
-    kind             ``KINDS``    which mechanism; its own composition rule
+    sample_rate      (0, 1]       chance of each example (client) to be in a sum; 1 is no sampling at all
+    steps            >= 1         releases; an empty batch (round) is one too
+    kind             ``KINDS``    which mechanism, and what it protects; its own composition rule
     ================ ============ =====================================================================
 
     Raises ``PrivacyError`` where it is made, so that an event in hand is a valid one.
@@ -64,6 +74,11 @@ class PrivacyEvent:
         object.__setattr__(self, "noise_multiplier", noise + 0.0)  # -0.0 becomes 0.0: one form per value
         object.__setattr__(self, "sample_rate", rate)
         object.__setattr__(self, "steps", int(self.steps))
+
+    @property
+    def unit(self) -> str:
+        """What it protects: "example" or "client"."""
+        return KINDS[self.kind]
 
     def to_dp_event(self) -> DpEvent:
         """The same cost in dp_accounting's words: what an outside accountant would be given."""
@@ -116,6 +131,16 @@ def merge(events: Iterable[PrivacyEvent]) -> History:
         PrivacyEvent(kind=kind, noise_multiplier=noise, sample_rate=rate, steps=count)
         for (kind, noise, rate), count in sorted(steps.items())
     )
+
+
+def unit_of(histories: Iterable[History]) -> str | None:
+    """The one unit of all events in ``histories``, None without events; ``PrivacyError`` for two."""
+    units = {event.unit for history in histories for event in history}
+    if len(units) > 1:
+        raise PrivacyError(
+            f"events of the units {' and '.join(sorted(units))} have no common epsilon; account for each alone"
+        )
+    return next(iter(units), None)
 
 
 def dominant(histories: Iterable[History]) -> list[History]:

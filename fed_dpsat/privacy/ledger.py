@@ -10,6 +10,7 @@ case                       what happens
 no charge yet              epsilon is 0
 same key, equal event      no-op: charging again after a crash is safe
 same key, another event    ``LedgerError``, nothing of the call is charged
+an event of another unit   ``LedgerError``, nothing of the call is charged
 disk full                  ``LedgerError``, nothing of the call is charged
 second writer              ``LedgerError`` when it opens; ``readonly=True`` reads meanwhile
 edited, cut off, foreign   ``LedgerError`` when a writer opens it; readers ask ``verify()``
@@ -19,7 +20,7 @@ edited, cut off, foreign   ``LedgerError`` when a writer opens it; readers ask `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ from typing import NamedTuple, Self
 from fed_dpsat.privacy import chain, storage
 from fed_dpsat.privacy.accountant import epsilon, federation_epsilon
 from fed_dpsat.privacy.chain import LedgerError
-from fed_dpsat.privacy.event import History, PrivacyEvent, merge
+from fed_dpsat.privacy.event import KINDS, UNITS, History, PrivacyEvent, merge
 
 
 class Head(NamedTuple):
@@ -79,6 +80,7 @@ class PrivacyLedger:
         with self._writing():
             if chain.head(self._file, "charges") != self._head:
                 raise LedgerError(f"another process wrote to {self.path}; stop it, then resume this run")
+            self._check_unit(events.values())
             known = self._rows("charges", round, attempt)
             new: dict[int, PrivacyEvent] = {}
             for client, event in sorted(events.items()):
@@ -188,6 +190,13 @@ class PrivacyLedger:
         return str(found)
 
     @property
+    def unit(self) -> str | None:
+        """What its charges protect, "example" or "client": the same for all of them. None while there is none."""
+        with storage.explained(self.path, "read"):
+            found = self._file.execute("SELECT kind FROM charges LIMIT 1").fetchone()
+        return None if found is None else KINDS.get(found[0], found[0])
+
+    @property
     def head(self) -> Head:
         """What to publish beside epsilon."""
         with storage.explained(self.path, "read"):
@@ -252,6 +261,14 @@ class PrivacyLedger:
                 del self._clients[before]
         self._clients[history] += 1
         self._histories[client] = history
+
+    def _check_unit(self, events: Iterable[PrivacyEvent]) -> None:
+        units = {event.unit for event in events} | {self.unit or ""} - {""}
+        if len(units) > 1:
+            raise LedgerError(
+                f"{self.path} protects {UNITS.get(self.unit or '', 'nothing yet')}, and is asked to charge for "
+                f"{' and '.join(sorted(units))}; the two have no common epsilon: start a run with a ledger of its own"
+            )
 
     def _check_key(self, doing: str, round: int, attempt: int, clients: Mapping[int, object]) -> None:
         for name, number in [("round", round), ("attempt", attempt), *(("client", key) for key in clients)]:

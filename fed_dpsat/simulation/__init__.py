@@ -86,7 +86,8 @@ def simulation_grid(
     Clients' states go into ``folder``; without one they last as long as the grid.
     """
     backend, config = _backend(experiment, client_app, folder), experiment.config
-    grid = SimulationGrid(backend, config.num_clients, stack_clients=config.stack_clients)
+    seconds = faults.waited if (faults := Faults.of(config)) and config.delay != "none" else None
+    grid = SimulationGrid(backend, config.num_clients, stack_clients=config.stack_clients, seconds=seconds)
     try:
         yield grid
     finally:

@@ -55,6 +55,8 @@ class Host:
     ) -> None:
         self._client_app, self._run_config, self._num_nodes = client_app, run_config, num_nodes
         self._store, self._faults = store, faults
+        of_clients = run_config.get("privacy_unit") == "client"
+        self._clip_norm = float(run_config["clip_norm"]) if of_clients else None
         self._stack_clients = int(run_config.get("stack_clients", 1))
 
     def answers(self, messages: Sequence[Message], since: Since, *, release_counts: bool | None) -> Answers:
@@ -127,14 +129,17 @@ class Host:
 
     def _part(self, message: Message, reply: Message, release_counts: bool) -> sums.Part:
         client = message.metadata.dst_node_id - FIRST_NODE_ID
+        before = message.content.array_records[records.ARRAYS]
         verdict = judge(
             reply,
             client=client,
             task=records.read_task(message.content),
-            like=message.content.array_records[records.ARRAYS],
+            like=before,
             release_counts=release_counts,
+            clip_norm=self._clip_norm,
+            within=records.read_within(message.content),
         )
-        return sums.part_of(client, reply, verdict)
+        return sums.part_of(client, reply, verdict, before=before, clip_norm=self._clip_norm)
 
 
 def _round(content: RecordDict) -> int | None:

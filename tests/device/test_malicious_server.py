@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, MetricRecord
 from fed_dpsat.device.release import CLIENT, ledger_path
 from fed_dpsat.flower import records
 from fed_dpsat.privacy import PrivacyLedger
+from fed_dpsat.subspace import Coordinates
 
 
 def history(device):
@@ -87,6 +88,8 @@ def test_an_unknown_key_in_the_task_is_refused(device, task, key):
         ({"model": "torch.hub:load"}, "is not allowed"),
         ({"optimizer": "evil:optimizer"}, "optimizer='evil:optimizer' is not allowed"),
         ({"base_optimizer": "evil:optimizer"}, "base_optimizer='evil:optimizer' is not allowed"),
+        ({"base_optimizer": "dp-sat+evil:optimizer"}, "base_optimizer='evil:optimizer' is not allowed"),
+        ({"optimizer_args": "draws = 1000000"}, "optimizer_args='draws = 1000000' is not allowed on this device"),
         ({"clipping": "evil:clipping"}, "clipping='evil:clipping' is not allowed"),
         ({"clipping": "adaptive"}, "clipping='adaptive' is not allowed"),
         ({"engine": "evil:engine"}, "engine='evil:engine' is not one of"),
@@ -95,6 +98,7 @@ def test_an_unknown_key_in_the_task_is_refused(device, task, key):
             "attack='evil:attack' is not possible with noise_source='system'",
         ),
         ({"secure_aggregation": True}, "secure_aggregation=True is not possible on a device"),
+        ({"privacy_unit": "client"}, "privacy_unit='client' leaves the noise to the server"),
         ({"surprise": 1}, "surprise=1 is not a setting"),
         ({"lr": "fast"}, "lr='fast' is not of type float"),
         ({"model": "x" * 10_000_000}, "model='xxxx"),
@@ -219,6 +223,30 @@ def test_unknown_or_missing_records_are_refused(device, extra, says):
     refused(device, device.ask(extra=extra), says)
 
 
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"kind": "line"}, "describes no subspace"),
+        ({"kind": "coordinates", "seed": 0, "round": 1, "frozen": 7}, "7 frozen coordinates of a model with 6"),
+        ({"kind": "coordinates", "seed": 0, "round": 1, "frozen": -1}, "describes no subspace"),
+        ({"kind": "span", "seed": 0, "first": 0, "steps": 1_000_000_000}, "1000000000 steps, and 2 in"),
+    ],
+)
+def test_a_subspace_that_is_none_is_refused_before_anything_is_charged(device, said, says):
+    refused(device, device.ask(extra={records.SUBSPACE: ConfigRecord(said)}), says)
+
+
+def test_within_a_subspace_the_same_private_update_is_sent_in_part(device, task):
+    """Four of six coordinates: the bits that are in the whole reply to the same question, and one charge for both."""
+    within = Coordinates(seed=0, round=1, frozen=2)
+    whole = device.ask().content.array_records[records.ARRAYS]
+    part = device.ask(extra={records.SUBSPACE: records.subspace_record(within)}).content.array_records[records.ARRAYS]
+    flat = torch.cat([torch.from_numpy(whole[name].numpy().copy()).flatten() for name in whole])
+    assert list(part) == ["values"]
+    assert part["values"].numpy().tolist() == flat[within.active(6)].tolist()
+    assert history(device) == (task().event,)
+
+
 def test_a_strategys_own_config_is_not_read(device):
     assert device.ask(extra={"config": ConfigRecord({"server-round": 1, "seed": 3, "lr": 1e9})}).has_content()
 
@@ -229,7 +257,33 @@ def test_the_servers_direction_is_checked_like_its_weights(device):
     refused(device, reply, "1.bias")
 
 
-@pytest.mark.parametrize("kind", ["evaluate", "query.data", "train.raw", "evaluate.everything"])
+def test_a_device_does_not_evaluate_and_loads_nothing_to_say_so(device, tmp_path):
+    (tmp_path / "evil.py").write_text(EVIL)
+    reply = device.send(RecordDict(), "evaluate", settings={**device_settings(), "model": f"{tmp_path}/evil.py:model"})
+    assert "evaluates in a simulation alone" in reply.error.reason
+    assert history(device) == ()
+
+
+def test_a_private_head_stays_on_the_devices_disk(device, task):
+    from fed_dpsat.device.client import unflatten, unpack
+    from fed_dpsat.device.journal import open_journal
+    from fed_dpsat.device.release import journal_path
+
+    changes, shared = {"personal_layers": "1.bias"}, {"1.weight": torch.zeros(2, 2)}
+    reply = device.ask(params=shared, changes=changes)
+    assert list(reply.content[records.ARRAYS]) == ["1.weight"]
+    assert history(device) == (task().event,)
+    with open_journal(journal_path(device.folder)) as journal:
+        state = unflatten(unpack(journal.kept().state))
+    assert state["personal"].keys() == {"1.bias"}
+    assert float(state["personal"]["1.bias"].abs().sum()) > 0
+    refused = device.ask(dataclasses.replace(task(), round=2), changes=changes)
+    assert "has 2 arrays that are not the 1 of the model" in refused.error.reason
+    wrong = device.ask(run=9, params=shared, changes={"personal_layers": "1"})
+    assert "nothing would be left to share" in wrong.error.reason
+
+
+@pytest.mark.parametrize("kind", ["query.data", "train.raw", "evaluate.everything"])
 def test_other_kinds_of_message_have_no_answer(device, kind):
     reply = device.send(RecordDict(), kind)
     assert "function registered" in reply.error.reason

@@ -28,7 +28,7 @@ def measured(config: RunConfig, round: int) -> np.ndarray:
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("local_steps", [1, 4])
-@pytest.mark.parametrize("optimizer", ["dp-sgd", "dp-sat"])
+@pytest.mark.parametrize("optimizer", ["dp-sgd", "dp-sat", "extrapolated"])
 def test_known_variance_is_that_of_the_update(optimizer, local_steps, schedule):
     config = RunConfig(
         optimizer=optimizer, local_steps=local_steps, lr=1e-3, lr_schedule=schedule, num_rounds=6, sample_rate=0.25,

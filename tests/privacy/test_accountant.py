@@ -184,3 +184,15 @@ def test_many_histories_are_those_of_each(event):
     fresh = ([e] for e in (event(1.0, 0.1, 3), event(1.0, 0.1, 30)))  # lists that are gone when the next one is made
     found = accountant.epsilons([one, two, one, (event(1.0, 0.1, 3),), *fresh], 1e-5)
     assert found == [accountant.epsilon(h, 1e-5) for h in (one, two, one, one, one, (event(1.0, 0.1, 30),))]
+
+
+def test_events_of_two_units_have_no_epsilon_together():
+    example = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=5)
+    client = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=5, kind="poisson_gaussian_clients")
+    assert epsilon([client], 1e-5) == epsilon([example], 1e-5)
+    for ask in (
+        lambda: epsilon([example, client], 1e-5),
+        lambda: federation_epsilon([(example,), (client,)], 1e-5),
+    ):
+        with pytest.raises(PrivacyError, match="no common epsilon"):
+            ask()

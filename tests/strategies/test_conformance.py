@@ -29,6 +29,7 @@ def test_every_shipped_strategy_conforms(name, private):
         ("clipping", "adaptive"),
         ("optimizer", "a.b:c"),
         ("base_optimizer", "d"),
+        ("base_optimizer", "dp-sgd+d"),
         ("update_codec", "top-k"),
     ],
 )

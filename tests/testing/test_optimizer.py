@@ -11,8 +11,10 @@ from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.optimizers import DPSAT, DPSGD
 from fed_dpsat.optimizers.base import ASCENT, climb
+from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.params import zeros_like
 from fed_dpsat.per_example import clipped_gradient_sum
+from fed_dpsat.query import Query
 from fed_dpsat.testing import check_optimizer
 from fed_dpsat.training import LocalResult, train_locally
 
@@ -24,9 +26,10 @@ def shipped(name, lr=0.1):
         "momentum": 0.9,
         "weight_decay": 0.01,
         "total_steps": 50,
+        "private": name != "sam",
+        "steps_per_round": 4,
     }
-    settings["base"] = plugins.build("optimizer", "dp-sgd", settings)
-    return plugins.build("optimizer", name, settings)
+    return build_optimizer(name, "dp-sgd", settings)
 
 
 def step(params, slope, lr=0.1):
@@ -157,6 +160,27 @@ class StepsFromTheQueryPoint(DPSAT):
         return {name: m - up[name] for name, m in moved.items()}, after
 
 
+class CastsOnePoint(DPSGD):
+    def query_point(self, params, state):
+        return Query(points=((0.5, {name: p.float() for name, p in params.items()}), (0.5, params)))
+
+
+class MasksByAGeneratorOfItsOwn(DPSGD):
+    """Nobody else could know the mask, and a run that resumes has another."""
+
+    def query_point(self, params, state):
+        return Query(points=((1.0, params),), active={"bias": torch.rand(3, generator=OWN) < 0.5})
+
+
+OWN = torch.Generator().manual_seed(0)
+
+
+class MasksAPointInPlace(DPSGD):
+    def query_point(self, params, state):
+        params["bias"][2] = 0
+        return Query(points=((1.0, params),), active={"bias": torch.tensor([True, True, False])})
+
+
 def made(kind):
     return lambda: kind(base=DPSGD(lr=0.1), rho=0.03) if issubclass(kind, DPSAT) else kind(lr=0.1)
 
@@ -176,6 +200,9 @@ BROKEN = {
     "casts": (made(Casts), "points_are_like_params"),
     "flattens a scalar": (made(Flattens), "points_are_like_params"),
     "hooks the raw gradient": (made(HooksTheRawGradient), "points_are_like_params"),
+    "casts a point of a query": (made(CastsOnePoint), "points_are_like_params"),
+    "a mask that nobody else knows": (made(MasksByAGeneratorOfItsOwn), "same_inputs_give_same_outputs"),
+    "masks the weights in place": (made(MasksAPointInPlace), "inputs_are_not_changed"),
     "0 / 0": (made(DividesByTheNorm), "zero_gradient_stays_finite"),
     "needs its direction": (made(NeedsItsDirection), "a_direction_may_come_or_go"),
 }

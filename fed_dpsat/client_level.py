@@ -1,0 +1,71 @@
+"""The unit "client": what one whole client may add to a round, bounded once, over all its parameters together.
+
+========================== ==================================================================
+case                       what the client adds
+========================== ==================================================================
+norm of its change <= C    the change
+above                      the change, scaled to norm C
+zero                       zero
+NaN or inf in it           zero: a bounded function of its data like any other
+share < 1                  its largest coordinates, bounded afterwards
+========================== ==================================================================
+
+Sources: McMahan et al. 2018 (arXiv 1710.06963), FlatClip; DP-FedSAM-top_k (arXiv 2305.00873) for the share. Clipping
+each tensor to C instead makes the sensitivity C * sqrt(number of tensors), a mistake of public code.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.params import Params, subtract
+
+ROUNDING = 2.0**-22
+"""Of the norm of a model: what float32 may add to a move by writing it as a model, twice."""
+
+
+def bounded(change: Params, clip_norm: float) -> Params:
+    """``change`` times min(1, clip_norm / norm), one norm over all tensors; in float64, as it is given back."""
+    exact = {name: value.double() for name, value in change.items()}
+    norm = _norm(exact)
+    if not math.isfinite(norm):
+        return {name: torch.zeros_like(value) for name, value in exact.items()}
+    factor = min(1.0, clip_norm / norm) if norm > 0 else 1.0
+    return {name: value * factor for name, value in exact.items()}
+
+
+def largest(change: Params, share: float) -> Params:
+    """The ``ceil(share * d)`` coordinates of largest magnitude of all ``d`` together; the others are 0."""
+    if share >= 1:
+        return change
+    flat = torch.cat([value.flatten() for value in change.values()])
+    kept = flat.abs().nan_to_num(nan=math.inf).topk(math.ceil(share * len(flat))).indices
+    sparse = torch.zeros_like(flat).index_copy_(0, kept, flat[kept])
+    pieces = torch.split(sparse, [value.numel() for value in change.values()])
+    return {name: piece.view_as(value) for (name, value), piece in zip(change.items(), pieces, strict=True)}
+
+
+def bounded_model(after: Params, before: Params, *, clip_norm: float, keep_share: float) -> Params:
+    """What a client sends: ``before`` and its bounded change on the way to ``after``, in the types of ``before``."""
+    change = bounded(largest(subtract(after, before), keep_share), clip_norm)
+    return {name: (value.double() + change[name]).to(value.dtype) for name, value in before.items()}
+
+
+def excess(after: Params, before: Params, clip_norm: float) -> float:
+    """How much longer the move from ``before`` to ``after`` is than ``clip_norm``; 0 where rounding explains it."""
+    moved = _norm({name: value.double() - before[name].double() for name, value in after.items()})
+    beyond = moved - clip_norm
+    return beyond if beyond > ROUNDING * (_norm(before) + clip_norm) else 0.0
+
+
+def bounded_move(after: Params, before: Params, clip_norm: float) -> Params:
+    """What a reply adds to the sum, in float64: its norm is at most ``clip_norm`` whatever was sent."""
+    return bounded({name: value.double() - before[name].double() for name, value in after.items()}, clip_norm)
+
+
+def _norm(params: Params) -> float:
+    squares: list[Tensor] = [value.double().square().sum() for value in params.values()]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

@@ -1,0 +1,107 @@
+"""Private heads: parameters that a client keeps in its own state, never sends, and nobody averages.
+
+Source: Arivazhagan et al. 2019, "Federated Learning with Personalization Layers" (arXiv 1912.00818): the base is
+shared, the last layers are each client's, and both are trained together.
+
+The gradient of the WHOLE model is clipped and noised together, though only a part of it leaves: the body's next release
+is taken at the head's value, so it is an adaptive composition of private releases only if the head is one too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from fed_dpsat.errors import SettingError
+from fed_dpsat.params import Params
+
+PERSONAL = "personal"
+"""The slot of a client's kept state that holds its own parameters."""
+
+
+def personal_names(params: Params, personal_layers: str) -> frozenset[str]:
+    """Which of the model's ``params`` stay on the client.
+
+    =============== ==================================================================
+    personal_layers the client's own
+    =============== ==================================================================
+    ""              nothing
+    "head"          the last layer that has trained parameters
+    "3, 0.bias"     those parameters, and all of layers of those names, as in ``params``
+    =============== ==================================================================
+
+    Raises ``SettingError`` for a name that is none, or where nothing would be left to share.
+    """
+    wanted = [name.strip() for name in personal_layers.split(",") if name.strip()]
+    if wanted == ["head"]:
+        wanted = [list(params)[-1].rpartition(".")[0] or list(params)[-1]]
+    found: set[str] = set()
+    for name in wanted:
+        matches = {key for key in params if key == name or key.startswith(f"{name}.")}
+        if not matches:
+            layers = list(dict.fromkeys(key.rpartition(".")[0] or key for key in params))
+            near = difflib.get_close_matches(name, [*layers, *params], n=3) or layers[-3:]
+            raise SettingError(
+                "personal_layers",
+                personal_layers,
+                f"made of layers of the model: it has no {name!r}",
+                f"did you mean {', '.join(near)}? 'head' is the last one",
+            )
+        found |= matches
+    if found >= params.keys():
+        raise SettingError(
+            "personal_layers",
+            personal_layers,
+            "a part of the model: nothing would be left to share",
+            "leave out a layer; a model of one layer has no head of its own",
+        )
+    return frozenset(found)
+
+
+def without(params: Params, names: Collection[str]) -> Params:
+    """``params`` but for ``names``, in order."""
+    return {name: p for name, p in params.items() if name not in names}
+
+
+def only(params: Params, names: Collection[str]) -> Params:
+    """Those of ``params`` that are among ``names``, in order."""
+    return {name: p for name, p in params.items() if name in names}
+
+
+def deal_test(
+    train_labels: np.ndarray, test_labels: np.ndarray, partitions: Sequence[np.ndarray], seed: int
+) -> list[np.ndarray]:
+    """Each client's share of the public test split, as sorted indices; disjoint, and empty for some if it is small.
+
+    The test examples of a class are dealt in proportion to the training examples of that class that each client holds,
+    by largest remainders, ties and examples by ``seed``. So a share has the labels of its client's data, whatever the
+    partition, and depends on their counts. A class that nobody trains on is dealt to nobody.
+    """
+    generator = np.random.default_rng(seed)
+    counts = np.stack([np.bincount(train_labels[part], minlength=_classes(train_labels)) for part in partitions])
+    shares: list[list[np.ndarray]] = [[] for _ in partitions]
+    for label in range(counts.shape[1]):
+        examples = generator.permutation(np.flatnonzero(test_labels == label))
+        held = counts[:, label]
+        if not held.sum():
+            continue
+        quotas = len(examples) * held / held.sum()
+        sizes = np.floor(quotas).astype(np.int64)
+        by_remainder = np.lexsort((generator.random(len(held)), -(quotas - sizes)))
+        sizes[by_remainder[: len(examples) - sizes.sum()]] += 1
+        for share, dealt in zip(shares, np.split(examples, np.cumsum(sizes)[:-1]), strict=True):
+            share.append(dealt)
+    return [np.sort(np.concatenate(share)) for share in shares]
+
+
+def worst_decile(accuracies: Sequence[float]) -> float:
+    """Mean of the lowest tenth, rounded up to whole clients."""
+    worst = sorted(accuracies)[: max(1, math.ceil(len(accuracies) / 10))]
+    return sum(worst) / len(worst)
+
+
+def _classes(labels: np.ndarray) -> int:
+    return int(labels.max()) + 1
