@@ -78,6 +78,21 @@ class RunConfig:
 
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
+    start_from: str = _setting(
+        "", "weights to start from, public: safetensors, a state dict of torch, or a run folder; empty starts anew"
+    )
+    start_head: str = _setting(
+        "loaded",
+        "head (last layer) to start with: loaded from start_from, or new, for another number of classes",
+        choices=("loaded", "new"),
+    )
+    train_layers: str = _setting(
+        "all",
+        "layers that are trained, sent and noised: all, the last few, the head alone, or the head until unfreeze_round",
+        choices=("all", "last", "head", "head-then-all"),
+    )
+    last_layers: int = _setting(1, "number of layers that train_layers=last trains", least=1)
+    unfreeze_round: int = _setting(0, "first round in which train_layers=head-then-all trains all", least=0)
     personal_layers: str = _setting(
         "",
         "layers that stay on the client, are never sent and never averaged: head (the last one) or names, with commas; "
@@ -269,6 +284,8 @@ class RunConfig:
             fail("update_codec", "possible with secure_aggregation", "masked sums need every coordinate; use fp32")
         if self.buffer_size > self.cohort_size:
             fail("buffer_size", f"at most the {self.cohort_size} clients that are under way", "lower it")
+        if self.buffer_size and self.unfreeze_round:
+            fail("buffer_size", "possible with head-then-all", "a late head fits no whole model; set it to 0")
         if self.buffer_size and self.delay == "none":
             fail("delay", "enough for buffer_size", "clients arrive in the order of simulated delays: lognormal, say")
         if self.buffer_size and self.client_sampling != "fixed":
@@ -308,6 +325,16 @@ class RunConfig:
                     "enough to be private while noise_multiplier=0",
                     "set one of the two above 0, or private=false",
                 )
+        if self.personal_layers and self.unfreeze_round:
+            fail("personal_layers", "possible with train_layers='head-then-all'", "keep one of them")
+        if self.start_head == "new" and not self.start_from:
+            fail("start_head", "possible without start_from", "a model that starts anew has a new head anyway")
+        if self.last_layers > 1 and self.train_layers != "last":
+            fail("last_layers", f"possible with train_layers={self.train_layers!r}", "set train_layers=last")
+        if self.train_layers == "head-then-all" and not 2 <= self.unfreeze_round <= self.num_rounds:
+            fail("unfreeze_round", f"in [2, num_rounds={self.num_rounds}]", "say from which round all is trained")
+        if self.unfreeze_round and self.train_layers != "head-then-all":
+            fail("unfreeze_round", f"possible with train_layers={self.train_layers!r}", "use head-then-all, or 0")
         if self.min_clients > self.cohort_size:
             fail("min_clients", f"at most the {self.cohort_size} clients of a round", "lower it")
         if not self.private and (self.noise_multiplier > 0 or self.target_epsilon > 0):
@@ -392,6 +419,7 @@ class RunConfig:
             cache_dir=_absolute(self.cache_dir),
             out=_absolute(self.out),
             client_table=_absolute(self.client_table),
+            start_from=_absolute(self.start_from),
         )
 
     @classmethod

@@ -36,8 +36,8 @@ class Query:
 
     ``points`` are pairs of a weight and parameters, all with the same names and shapes; ``active`` has a bool mask for
     any of the names (without one a name is active in whole); ``loss`` wraps the loss of an example. All three are made
-    of public state alone. Engines combine, drop what is inactive, and only then clip, example by example: whatever is
-    asked, an example adds no more than ``clip_norm``.
+    of public state alone; a wrapped loss sees examples, and keeps nothing of them. Engines combine, drop what is
+    inactive, and only then clip, example by example: whatever is asked, an example adds no more than ``clip_norm``.
 
     Raises ``ValueError`` for no point, points or masks that do not fit together, or a weight that is not finite.
     """

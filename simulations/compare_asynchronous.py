@@ -1,6 +1,6 @@
 """Simulated time until a test accuracy: whole cohorts against FedBuff, on the digits with lognormal delays.
 
-``python -m simulations.compare_asynchronous --seeds 5``. Every run asks for as many local trainings, 600, at one noise;
+``python -m simulations.compare_asynchronous --seeds 3``. Every run asks for as many local trainings, 600, at one noise;
 epsilon is that of the client that was drawn most often.
 """
 
@@ -45,7 +45,7 @@ def measure(way: str, seed: int) -> dict[str, float]:
 def main() -> None:
     """Print the table: mean and standard deviation over seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     seeds = range(parser.parse_args().seeds)
     for way in WAYS:
         rows = [measure(way, seed) for seed in seeds]

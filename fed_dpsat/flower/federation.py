@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
+from fed_dpsat.errors import SettingError
 from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, predict, quality_of
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import personal, records
@@ -156,6 +157,10 @@ class Recorder:
         """
         if checkpoint.cannot_resume:
             raise FederationError(f"{self.folder.path} cannot be resumed: {checkpoint.cannot_resume}")
+        if checkpoint.server.get("start_sha256", "") != self.experiment.start.sha256:
+            raise FederationError(
+                f"{self.experiment.config.start_from} is not the file that {self.folder.path} started from; restore it"
+            )
         head = Head(*checkpoint.server["ledger_head"])
         if not self.strategy.ledger.extends(head):
             raise LedgerError(
@@ -182,6 +187,8 @@ class Recorder:
         ``noise_norm`` is the root of the expected square, of the mean of the replies by size; None where it is unknown.
         """
         before, self._before = self._before, params
+        if before is not None and before.keys() != params.keys():  # layers joined, from where they were frozen
+            before = {**self.experiment.shared(round), **before}
         accepted = self.strategy.report.accepted
         if not round or before is None:
             return {"update_norm": None, "noise_norm": None}
@@ -210,7 +217,10 @@ class Recorder:
         }
 
     def _save_checkpoint(self, round: int, params: Params) -> None:
-        server: dict[str, Any] = {"ledger_head": tuple(self.strategy.ledger.head)}
+        server: dict[str, Any] = {
+            "ledger_head": tuple(self.strategy.ledger.head),
+            "start_sha256": self.experiment.start.sha256,
+        }
         try:
             server["strategy"] = self.strategy.state_dict()
         except StrategyStateError as error:
@@ -320,6 +330,10 @@ class Recorder:
             "update_codec": config.update_codec,
             "dataset": config.dataset,
             "model": config.model,
+            "start_from": config.start_from,
+            "start_sha256": self.experiment.start.sha256,
+            "train_layers": config.train_layers,
+            "trained_parameters": sum(p.numel() for p in self.experiment.trained(config.num_rounds).values()),
             "seed": config.seed,
             **self._totals(),
             "retired": self.strategy.retired,
@@ -357,6 +371,13 @@ def run_federation(
     plans = make_plans(config)
     _warn_about_delta(experiment)
     inner = strategy or build_strategy(config)
+    if strategy is not None and config.unfreeze_round:
+        raise SettingError(
+            "unfreeze_round",
+            config.unfreeze_round,
+            "possible with a strategy that was given as an object",
+            "name it, so that it can begin anew with all layers",
+        )
     loggers = Loggers.of(config)
     folder.open(config, objects=objects)
     if isinstance(grid, SimulationGrid) and not folder.resumes:
@@ -389,7 +410,7 @@ def run_federation(
             within=experiment.subspace,
         )
         recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
-        arrays = records.to_arrays(experiment.shared())
+        arrays = records.to_arrays(experiment.shared(1))
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)
         elif folder.resumes:
@@ -404,6 +425,7 @@ def run_federation(
                 config.reply_timeout,
                 evaluate_fn=recorder.after_round,
                 done=checkpoint.round if checkpoint else None,
+                before_round=lambda round, arrays: _unfrozen(experiment, private, round, arrays),
             )
             status = "completed"
         except FederationOver as reason:
@@ -424,6 +446,17 @@ def run_federation(
                     ["server", "clients, here", *(f"worker {i}" for i in range(1, config.workers + 1))],
                 )
     return summary
+
+
+def _unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, arrays: ArrayRecord) -> ArrayRecord:
+    """The model with the layers that ``round`` trains; those that are new to it start where they were frozen.
+
+    The inner strategy begins anew with them: what it has learned of the head alone has another shape.
+    """
+    if not experiment.config.unfreeze_round or arrays.keys() == (trained := experiment.shared(round)).keys():
+        return arrays
+    private.renew(build_strategy(experiment.config))
+    return records.to_arrays({**trained, **records.to_params(arrays)})
 
 
 def build_strategy(config: RunConfig) -> Strategy:

@@ -44,6 +44,8 @@ from fed_dpsat.timing import Phases
 log = getLogger("fed_dpsat")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+BeforeRound = Callable[[int, ArrayRecord], ArrayRecord]
+"""The model that a round starts from, of the one after the last round: layers may join."""
 
 Within = Callable[[int], Coordinates | Span | None]
 """A round, from 1, to what it can change: replies are then the numbers of that subspace; None is whole models."""
@@ -142,6 +144,7 @@ class PrivateStrategy(Strategy):
         evaluate_fn: EvaluateFn | None = None,
         *,
         done: int | None = None,
+        before_round: BeforeRound | None = None,
     ) -> Result:
         """Learn which node holds which partition; then Flower's loop, after the rounds that are ``done``.
 
@@ -156,6 +159,8 @@ class PrivateStrategy(Strategy):
         if evaluate_fn and done is None:
             evaluate_fn(0, initial_arrays)
         for round in range((done or 0) + 1, num_rounds + 1):
+            if before_round:
+                result.arrays = before_round(round, result.arrays)
             with self.phases("send"):
                 messages = list(self.configure_train(round, result.arrays, config, grid))
             arrays, metrics = self._train(round, messages, grid, timeout)
@@ -165,6 +170,11 @@ class PrivateStrategy(Strategy):
             if evaluate_fn and (measured := evaluate_fn(round, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[round] = measured
         return result
+
+    def renew(self, inner: Strategy) -> None:
+        """Go on with another inner strategy, or the same one from its beginning."""
+        self.inner = inner
+        _ask_whole_cohort(inner)
 
     def meet(self, grid: Grid) -> None:
         """Learn which node holds which partition; a simulation knows."""
@@ -350,7 +360,7 @@ class PrivateStrategy(Strategy):
             message.content = contents[id(given), task][1]
 
     def _ascent_record(self) -> ArrayRecord | None:
-        if not self.send_ascent or self._last_arrays is None:
+        if not self.send_ascent or self._last_arrays is None or self._last_arrays.keys() != self._arrays.keys():
             return None
         before, now = records.to_params(self._last_arrays), records.to_params(self._arrays)
         return records.to_arrays(subtract(before, now))

@@ -10,7 +10,7 @@ name                query                                        update
 ``dp-sam``          w, then w + rho * g / \\|g\\|                 none, then that of its base, at w
 ``sam``             the same, not private                        the same
 ``extrapolated``    w - lookahead * g                            that of its base, at w
-``modelmix``        w                                            that of its base, at a mixture of w and w_prev
+``modelmix``        w                                            that of its base, at a mixture of w, w_prev
 ``disk``            w and w + gamma d, weighted, d = w - w_prev  that of its base, along a filter of gradients
 ``dplis``           the mean over K draws around w               that of its base
 ``saf``             w, and a loss that remembers old outputs     that of its base
@@ -18,8 +18,8 @@ name                query                                        update
 ``zeroth-order``    two losses along one public direction        that of its base, along that direction
 =================== ============================================ ==============================================
 
-All but the first two take a ``base``, which makes the step (``fed_dpsat.optimizers.chain``). All cost one event a step.
-What asks for more than one plain gradient is a ``fed_dpsat.query.Query``.
+All but the first two take a ``base``, which makes the step (``fed_dpsat.optimizers.chain``). Those that ask for more
+than one plain gradient do it by a ``fed_dpsat.query.Query``.
 """
 
 from fed_dpsat.optimizers.base import PrivateOptimizer, State

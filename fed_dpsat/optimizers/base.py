@@ -47,14 +47,6 @@ def set_clock(state: State, step: int) -> State:
     return {**state, CLOCK: {"step": torch.tensor(step)}}
 
 
-def set_noise(state: State, std: float) -> State:
-    """``state`` with the standard deviation of the noise in a coordinate of the private gradient, if it asks for it.
-
-    A public number: ``noise_multiplier * clip_norm / expected_batch_size`` of the step.
-    """
-    return {**state, NOISE: {"std": torch.tensor(std, dtype=torch.float64)}} if NOISE in state else state
-
-
 def check_space(setting: str, value: object, params: Params, other: Params) -> None:
     """Raise ``SettingError`` unless ``other``, a point or a gradient, is one of the parameters."""
     if other.keys() != params.keys():
@@ -78,6 +70,14 @@ def subspace_of(optimizer: PrivateOptimizer, round: int, d: int) -> Coordinates 
         return found
     base = getattr(optimizer, "base", None)
     return subspace_of(base, round, d) if base is not None and getattr(optimizer, "moves_like_base", False) else None
+
+
+def set_noise(state: State, std: float) -> State:
+    """``state`` with the standard deviation of the noise in a coordinate of the private gradient, if it asks for it.
+
+    A public number: ``noise_multiplier * clip_norm / expected_batch_size`` of the step.
+    """
+    return {**state, NOISE: {"std": torch.tensor(std, dtype=torch.float64)}} if NOISE in state else state
 
 
 def climb(params: Params, direction: Params | None, rho: float) -> Params:

@@ -28,7 +28,7 @@ from fed_dpsat import plugins
 from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_clock
 from fed_dpsat.params import Params
 from fed_dpsat.plugins import Factory, PluginError
-from fed_dpsat.query import At
+from fed_dpsat.query import At, first_point
 
 PLAIN = "dp-sgd"
 """The default of ``base_optimizer``, and the base of the last of a chain."""
@@ -166,12 +166,13 @@ class _Watched:
 
 def _overwritten(outer: PrivateOptimizer, base: _Watched) -> set[str]:
     """Slots of ``base`` that ``outer`` puts something else into, in a few steps of two parameters."""
-    params, gradient = {"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.ones(2), "b": torch.zeros(1)}
+    params = {"w": torch.ones(2), "b": torch.ones(1)}
     with torch.random.fork_rng(devices=[]):
         state = outer.init(params)
         lost, state = base.lost(state), set_clock(state, 0)
         for _ in range(PROBE_STEPS):
             base.left = {}  # a step in which it is not called is no loss
+            gradient = {name: torch.ones_like(p) for name, p in first_point(outer.query_point(params, state)).items()}
             params, state = outer.update(params, gradient, state)
             lost |= base.lost(state)
     return lost

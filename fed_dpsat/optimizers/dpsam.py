@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State, climb, set_clock
+from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State, check_space, climb, set_clock
 from fed_dpsat.params import Params
-from fed_dpsat.query import At, map_points
+from fed_dpsat.query import At, first_point, map_points
 
 CLIMB = "climb"
 """The gradient of an odd call, until the even one has climbed it."""
@@ -37,6 +38,7 @@ class DPSAM:
 
     base: PrivateOptimizer
     rho: float
+    moves_like_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.rho < math.inf:
@@ -48,7 +50,9 @@ class DPSAM:
 
     def query_point(self, params: Params, state: State) -> At:
         """Where ``base`` looks; in an even call, ``rho`` up the gradient of the odd one from there."""
-        return map_points(self.base.query_point(params, state), lambda at: climb(at, state.get(CLIMB), self.rho))
+        asked = self.base.query_point(params, state)
+        check_space("optimizer", "dp-sam", params, first_point(asked))
+        return map_points(asked, lambda at: climb(at, state.get(CLIMB), self.rho))
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """Odd: remember ``private_gradient`` and stay. Even: the step of ``base`` at the unperturbed ``params``."""
@@ -66,16 +70,14 @@ class SAM(DPSAM):
     """SAM without privacy, a reference: epsilon is inf (Foret et al. 2021, Algorithm 1); FedSAM with fedavg.
 
     As ``DPSAM``: each of its two calls draws a batch, where the paper uses one for both. With ``sample_rate`` 1 that is
-    the same. ``clip_norm = inf`` takes gradients as they are. Raises ``SettingError`` in a private run, but for the
-    unit "client": there local gradients have no noise, so this is the local training of DP-FedSAM.
+    the same. ``clip_norm = inf`` takes gradients as they are. Raises ``SettingError`` in a private run.
     """
 
     private: bool
-    privacy_unit: str = "example"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.private and self.privacy_unit == "example":
+        if self.private:
             raise SettingError(
                 "private",
                 self.private,

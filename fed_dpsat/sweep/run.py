@@ -26,13 +26,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fed_dpsat.errors import SettingError
+from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.run_folder import PACKAGES, jsonable
 from fed_dpsat.simulation.jobs import Jobs, open_jobs
 from fed_dpsat.sweep.budget import Cost, Kind, kind, minutes, shrink
 from fed_dpsat.sweep.execute import Attempt, completed, execute, locked
-from fed_dpsat.sweep.spec import Cell, Run, Settings, Spec, SweepError
+from fed_dpsat.sweep.spec import Cell, Run, Settings, Spec
 from fed_dpsat.sweep.tables import Outcome, Row, row, summarise, write
 
 NOT_COUNTED = (
@@ -222,7 +222,7 @@ class _Sweep:
                 waiting.append(Attempt(run=run, folder=self._folder(run)))
         for done in self.jobs.run(execute, waiting):
             if done.value is None:
-                raise SweepError(f"{done.job.run.name}, run to measure what one takes, failed: {done.error}")
+                raise RunError(f"{done.job.run.name}, run to measure what one takes, failed: {done.error}")
             rounds = float(done.value.summary["seconds"])
             costs[kind(done.job.run.cell)] = Cost(fixed=max(done.value.wall_seconds - rounds, 0.0), rounds=rounds)
         return {which: costs[which] for which in first}

@@ -137,7 +137,7 @@ def test_no_name_of_the_servers_loads_code(device, tmp_path, monkeypatch, kind):
     assert "evil_plugin" not in sys.modules
 
 
-@pytest.mark.parametrize("setting", ["client_table", "data_path", "cache_dir", "out"])
+@pytest.mark.parametrize("setting", ["client_table", "data_path", "cache_dir", "out", "start_from"])
 def test_no_path_of_the_servers_is_opened(device, tmp_path, setting):
     secret = tmp_path / "secret"
     secret.write_text("password\nhunter2\n")

@@ -1,4 +1,4 @@
-"""A problem whose gradients a reader can write down, and the loop around an optimizer without the library's loop."""
+"""What the methods' tests share: private gradients to walk along, and a problem with gradients to write down."""
 
 from __future__ import annotations
 

@@ -64,11 +64,11 @@ def test_fifty_steps_of_the_paper(problem):
 
 def test_it_learns(problem):
     """Without noise or bound it follows projections of the gradient, and the loss falls."""
-    x, y = torch.from_numpy(problem.inputs.reshape(-1, 4)), torch.from_numpy(problem.targets.reshape(-1))
-    optimizer = zeroth(DPSGD(lr=0.1))
+    x, y = torch.from_numpy(problem.inputs[:10].reshape(-1, 4)), torch.from_numpy(problem.targets[:10].reshape(-1))
+    optimizer = zeroth(DPSGD(lr=0.2))
     params = problem.params(problem.start)
     state, first = optimizer.init(params), float(problem.loss(params, x, y).mean())
-    for _ in range(200):
+    for _ in range(60):
         total, _ = clipped_gradient_sum(
             problem.loss, optimizer.query_point(params, state), (x, y), FlatClipping(clip_norm=1e9), engine="vmap"
         )

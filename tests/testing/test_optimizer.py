@@ -26,8 +26,8 @@ def shipped(name, lr=0.1):
         "momentum": 0.9,
         "weight_decay": 0.01,
         "total_steps": 50,
-        "private": name != "sam",
         "steps_per_round": 4,
+        "private": name != "sam",
     }
     return build_optimizer(name, "dp-sgd", settings)
 
@@ -181,6 +181,27 @@ class MasksAPointInPlace(DPSGD):
         return Query(points=((1.0, params),), active={"bias": torch.tensor([True, True, False])})
 
 
+class KeepsWhatItsLossSaw(DPSGD):
+    """A wrapped loss sees examples; what it keeps is no post-processing of private gradients."""
+
+    def query_point(self, params, state):
+        def wrap(loss):
+            def seeing(p, inputs, targets):
+                SEEN["mean"] = torch._C._functorch.get_unwrapped(inputs).mean()
+                return loss(p, inputs, targets)
+
+            return seeing
+
+        return Query(points=((1.0, params),), loss=wrap)
+
+    def update(self, params, private_gradient, state):
+        moved, state = super().update(params, private_gradient, state)
+        return {name: p + SEEN.get("mean", 0) for name, p in moved.items()}, state
+
+
+SEEN = {}
+
+
 def made(kind):
     return lambda: kind(base=DPSGD(lr=0.1), rho=0.03) if issubclass(kind, DPSAT) else kind(lr=0.1)
 
@@ -203,6 +224,7 @@ BROKEN = {
     "casts a point of a query": (made(CastsOnePoint), "points_are_like_params"),
     "a mask that nobody else knows": (made(MasksByAGeneratorOfItsOwn), "same_inputs_give_same_outputs"),
     "masks the weights in place": (made(MasksAPointInPlace), "inputs_are_not_changed"),
+    "keeps what its loss saw": (made(KeepsWhatItsLossSaw), "training_is_replayed_from_private_gradients_alone"),
     "0 / 0": (made(DividesByTheNorm), "zero_gradient_stays_finite"),
     "needs its direction": (made(NeedsItsDirection), "a_direction_may_come_or_go"),
 }
