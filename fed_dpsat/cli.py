@@ -108,7 +108,7 @@ def list_plugins(as_json: AsJson = False) -> None:
 @app.command()
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
-    from fed_dpsat.flower.federation import threat_model
+    from fed_dpsat.flower.promise import threat_model
     from fed_dpsat.plans import make_plans
     from fed_dpsat.privacy import epsilon_table
     from fed_dpsat.privacy.event import UNITS
@@ -186,7 +186,7 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
-    from fed_dpsat.flower.federation import threat_model
+    from fed_dpsat.flower.promise import threat_model
     from fed_dpsat.statement import read_statement
 
     with _clear_errors():
