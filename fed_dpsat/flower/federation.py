@@ -194,13 +194,17 @@ class Recorder:
             return {"update_norm": None, "noise_norm": None}
         # numpy adds in one order, whatever the number of threads: the same bits on each machine
         squared = sum(float(np.square((p - before[name]).double().numpy()).sum()) for name, p in params.items())
-        noise = None
-        if accepted and self.known_noise:
+        noise, size = None, sum(p.numel() for p in params.values())
+        if release := self.strategy.release:  # the server's own, also where nobody replied
+            mechanism = release.mechanism
+            of_one = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_batch_size
+            noise = math.sqrt(size) * of_one
+        elif accepted and self.known_noise:
             sizes = [len(self.experiment.partitions[client]) for client in accepted]
             events = [self.strategy.plans[client].event for client in accepted]
             variances = [self.known_noise.variance(e, n, round) for e, n in zip(events, sizes, strict=True)]
             of_mean = math.fsum(n**2 * v for n, v in zip(sizes, variances, strict=True)) / sum(sizes) ** 2
-            noise = math.sqrt(sum(p.numel() for p in params.values()) * of_mean)
+            noise = math.sqrt(size * of_mean)
         return {"update_norm": math.sqrt(squared), "noise_norm": noise}
 
     def quality(self) -> Summary | None:
@@ -482,8 +486,8 @@ def _buffer(config: RunConfig) -> Buffer | None:
 def _noise_of_mean(config: RunConfig, objects: Sequence[str]) -> KnownNoise | None:
     """What is known of the noise in a round's global step; None unless that is the mean of honest SGD steps."""
     known = KnownNoise.of(config)
-    unknown = known.unknown or config.attack or config.strategy != "fedavg" or set(objects) - {"dataset", "model"}
-    return None if unknown else known
+    other_step = config.attack or config.strategy != "fedavg" or set(objects) - {"dataset", "model"}
+    return None if known.unknown or other_step or config.unfreeze_round else known
 
 
 def _holdings(experiment: Experiment) -> tuple[list[int], list[list[int]] | None]:
