@@ -15,9 +15,7 @@ from fed_dpsat.simulation import simulate
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "optimizers.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL) for line in block.splitlines() if line
-]
+COMMANDS = re.findall(r"^fed-dpsat .*$", TEXT, flags=re.MULTILINE)
 TABLE = re.findall(r"^\| `([\w-]+)` \|.*\|$", TEXT.partition("One line each")[0], flags=re.MULTILINE)
 ON_DIGITS = [command for command in COMMANDS if "digits_dpsat" in command]
 
