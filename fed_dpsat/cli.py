@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, resume, list, calibrate, plan, ledger."""
+"""``fed-dpsat``: run, resume, sweep, list, calibrate, plan, ledger, audit, sharpness, report, compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,20 +15,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from fed_dpsat import device_cli
 from fed_dpsat.config import RunConfig, parse_overrides
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.plugins import PACKAGES, builtin, summary
+from fed_dpsat.watch import watched
 
 app = typer.Typer(
     add_completion=False,
@@ -69,7 +62,7 @@ def run(
         settings = RunConfig.load(config, [*(overrides or ()), *extra])
         name = config.stem if config else "run"
         folder = Path(settings.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        with _shown(settings.num_rounds, quiet=as_json) as show:
+        with watched(settings, name=name, console=err_console, quiet=as_json) as show:
             result = simulate(settings, folder, on_round=show)
     _print_result(result, folder, as_json)
 
@@ -88,15 +81,17 @@ def resume(
     from fed_dpsat.run_folder import RunFolder
 
     with _clear_errors():
-        settings = RunFolder(run, resume=True).config()
-        with _shown(settings.num_rounds, quiet=as_json) as show:
+        folder = RunFolder(run, resume=True)
+        with watched(
+            folder.config(), name=run.name, console=err_console, quiet=as_json, earlier=folder.rounds()
+        ) as show:
             result = simulation.resume(run, overrides=parse_overrides(overrides or ()), on_round=show)
     _print_result(result, run, as_json)
 
 
 @app.command(name="list")
 def list_plugins(as_json: AsJson = False) -> None:
-    """Built-in optimizers, models, data sets, partitions, clipping rules and strategies."""
+    """Built-in optimizers, models, data sets, partitions, clipping rules, strategies, attacks and loggers."""
     with _clear_errors():
         found = {kind: {name: summary(factory) for name, factory in builtin(kind).items()} for kind in PACKAGES}
     if as_json:
@@ -113,7 +108,7 @@ def list_plugins(as_json: AsJson = False) -> None:
 @app.command()
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
-    from fed_dpsat.flower.federation import threat_model
+    from fed_dpsat.flower.promise import threat_model
     from fed_dpsat.plans import make_plans
     from fed_dpsat.privacy import epsilon_table
     from fed_dpsat.privacy.event import UNITS
@@ -191,7 +186,7 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
-    from fed_dpsat.flower.federation import threat_model
+    from fed_dpsat.flower.promise import threat_model
     from fed_dpsat.statement import read_statement
 
     with _clear_errors():
@@ -225,33 +220,158 @@ def ledger(
     return None
 
 
-@contextmanager
-def _shown(num_rounds: int, *, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What is to be called after each round: a progress bar on a terminal, else a line."""
-    columns = (
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=12),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=err_console, disable=quiet or not err_console.is_terminal) as progress:
-        task = progress.add_task("preparing", total=num_rounds)
-        quality = ""
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML file with a base, a [grid] and perhaps [tune].")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; one that was begun is gone on with. Default: runs/FILE.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Runs at a time, each on a Ray worker; 0 is this process.")] = 0,
+    budget: Annotated[
+        float | None, typer.Option(metavar="MINUTES", help="Leave seeds and rounds out until it fits, and say which.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="AXIS=LABEL,LABEL", help="A part of the grid; in a folder of its own.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a grid of methods, settings and seeds; tune on validation examples first; one table of all.
 
-        def show(record: dict[str, Any]) -> None:
-            nonlocal quality
-            if record["test_accuracy"] is not None:
-                quality = f"accuracy {record['test_accuracy']:.1%}  loss {record['test_loss']:.3f}  "
-            rate = f"  {record['timing']['clients_per_second']:.3g} clients/s" if record["round"] else ""
-            line = f"{quality}epsilon {record['epsilon']:.2f}{rate}"
-            progress.update(task, completed=record["round"], description=line)
-            if not quiet and progress.disable:
-                err_console.print(f"round {record['round']}/{num_rounds}  {line}", soft_wrap=True)
+    docs/sweeps.md says what is in FILE. --set overrides a setting of its base.
+    """
+    from fed_dpsat.sweep import run_sweep
+    from fed_dpsat.sweep.show import print_sweep, shown
 
-        yield show
+    folder = out or Path("runs") / file.stem
+    with _clear_errors(), shown(err_console, quiet=as_json) as show:
+        swept = run_sweep(
+            file, folder, workers=workers, budget=budget, overrides=overrides or (), only=only or (), show=show
+        )
+    if as_json:
+        failed = [{"run": outcome.run.name, "error": outcome.error} for outcome in swept.failed]
+        more = {"failed": failed, "left_out": swept.left_out, "privacy": swept.privacy}
+        _print_json({"folder": str(folder), "summary": swept.summary, **more})
+    else:
+        print_sweep(out_console, swept, folder)
+    if swept.failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def audit(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG|RUN]", help="TOML file or run folder.")] = None,
+    overrides: Overrides = None,
+    canaries: Annotated[int, typer.Option(help="Canaries of the one run, each in by a fair coin.")] = 500,
+    mislabelled: Annotated[bool, typer.Option("--mislabelled", help="Also canaries for who sees models only.")] = False,
+    game: Annotated[bool, typer.Option("--game", help="The distinguishing game alone, without a run.")] = False,
+    repetitions: Annotated[int, typer.Option(help="Repetitions of the game in each world.")] = 2000,
+    mia: Annotated[int, typer.Option("--mia", help="Also a membership-inference curve from so many models.")] = 0,
+    figure: Annotated[Path | None, typer.Option(help="Where the curve is drawn: .png, .svg or .pdf.")] = None,
+    confidence: Annotated[float, typer.Option(help="Of each lower bound.")] = 0.95,
+    as_json: AsJson = False,
+) -> None:
+    """A lower bound on epsilon, by attack: canaries in one run and a game on the mechanism. CONFIG is run again.
+
+    The bound stands beside the ledger's epsilon. Seeds are those of the configuration.
+    """
+    from fed_dpsat.audit.command import run_audit
+
+    with _clear_errors():
+        path = config / "config.toml" if config and config.is_dir() else config
+        settings = RunConfig.load(path, overrides or ())
+        report, words = run_audit(
+            settings,
+            attacks=() if game else ("gradient", *(("mislabelled",) if mislabelled else ())),
+            canaries=canaries,
+            repetitions=repetitions,
+            models=mia,
+            figure=figure,
+            confidence=confidence,
+        )
+    if as_json:
+        return _print_json(report)
+    for paragraph in words:
+        out_console.print(paragraph, "", highlight=False, markup=False)
+    return None
+
+
+@app.command()
+def sharpness(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    examples: Annotated[int, typer.Option(help="The first so many of the public test split; 0 is all.")] = 0,
+    rho: Annotated[float, typer.Option(help="Radius within which the loss may rise.")] = 0.05,
+    m: Annotated[int, typer.Option("--m", help="Examples of each rise: m-sharpness.")] = 128,
+    top: Annotated[int, typer.Option(help="Eigenvalues of the Hessian, from the largest.")] = 1,
+    probes: Annotated[int, typer.Option(help="Random vectors for the trace.")] = 32,
+    landscape: Annotated[Path | None, typer.Option(help="Figure of the loss around the model.")] = None,
+    points: Annotated[int, typer.Option(help="Points of the figure along each axis.")] = 21,
+    as_json: AsJson = False,
+) -> None:
+    """How sharp the minimum is that a run found, on public test data; also written to RUN/sharpness.json."""
+    from fed_dpsat.report.sharpness import measure_run, sharpness_words
+
+    with _clear_errors():
+        found = measure_run(
+            run, examples=examples, rho=rho, m=m, top=top, probes=probes, landscape=landscape, points=points
+        )
+    if as_json:
+        return _print_json(found)
+    out_console.print(sharpness_words(found), highlight=False, markup=False)
+    return None
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write, for one run. Default: report.html in it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """One page per run, with figures beside it as SVG and PNG: what privacy cost and what it bought."""
+    from fed_dpsat.report.page import write_report
+
+    with _clear_errors():
+        if out is not None and len(runs) > 1:
+            raise SettingError(
+                "--out", str(out), f"possible with {len(runs)} runs", "each has its own page; leave it out"
+            )
+        pages = [write_report(run, out) for run in runs]
+    if as_json:
+        return _print_json({"pages": [str(page) for page in pages]})
+    for page in pages:
+        out_console.print(str(page), soft_wrap=True, highlight=False)
+    return None
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or .jsonl files of runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="compare.html: page, figures and CSV; x.csv: the table; x.jsonl: the runs, condensed."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Groups of runs by what differs: means and intervals over seeds, and the front of accuracy against epsilon."""
+    from fed_dpsat.report import comparing, comparing_page, condensed
+
+    with _clear_errors():
+        if out is None:
+            found = comparing.compare(condensed.read_runs(runs))
+        else:
+            found = comparing_page.write_comparison(runs, out)
+    if as_json:
+        return _print_json(comparing_page.as_data(found))
+    shown = comparing_page.as_table(found)
+    table = Table(*shown.head, box=None, pad_edge=False, caption="means over seeds with 95 % intervals")
+    for row in shown.rows:
+        table.add_row(*row)
+    out_console.print(table)
+    for note in found.notes:
+        out_console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    if out is not None:
+        out_console.print(str(out), soft_wrap=True, highlight=False)
+    return None
 
 
 def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
@@ -266,14 +386,15 @@ def _summary_table(result: dict[str, Any]) -> Table:
     table = Table(show_header=False, title="Result", title_justify="left")
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
-    table.add_row("test accuracy", f"{result['test_accuracy']:.2%}")
+    split = result.get("evaluated_on", "test")
+    table.add_row(f"{split} accuracy", f"{result['test_accuracy']:.2%}")
     if "personal_accuracy" in result:
         table.add_row(
             "personal models",
             f"{result['personal_accuracy']:.2%} mean of {result['personal_clients']} clients on their shares of the "
             f"test split, worst decile {result['personal_worst_decile']:.2%}",
         )
-    table.add_row("test loss", f"{result['test_loss']:.4f} nats")
+    table.add_row(f"{split} loss", f"{result['test_loss']:.4f} nats")
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])

@@ -21,7 +21,18 @@ from fed_dpsat.errors import SettingError
 Scalar = bool | int | float | str
 
 MACHINE = frozenset(
-    {"workers", "ray_address", "tune_malloc", "out", "resume", "profile", "join_timeout", "reply_timeout", "cache_dir"}
+    {
+        "workers",
+        "ray_address",
+        "tune_malloc",
+        "out",
+        "resume",
+        "profile",
+        "loggers",
+        "join_timeout",
+        "reply_timeout",
+        "cache_dir",
+    }
 )
 """Settings that may change when a run is resumed: they say where and how long, not what."""
 
@@ -52,6 +63,13 @@ class RunConfig:
     data_source: str = _setting("embedded", "place it comes from: embedded, parquet, torchvision, download, hub")
     data_path: str = _setting("", "folder of the data set, for the sources that have one")
     cache_dir: str = _setting("~/.cache/fed_dpsat", "folder for decoded data, shared by runs and workers")
+    validation_share: float = _setting(
+        0.0,
+        "share of the training examples that no client gets and that is evaluated on in place of the test split, to "
+        "choose settings on; drawn from the seed",
+        least=0,
+        most=1,
+    )
     num_clients: int = _setting(10, "number of clients in the federation", least=1)
     partition: str = _setting("iid", "way examples are dealt to clients")
     dirichlet_alpha: float = _setting(0.3, "concentration of the dirichlet partition; small is skewed", above=0)
@@ -60,6 +78,21 @@ class RunConfig:
 
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
+    start_from: str = _setting(
+        "", "weights to start from, public: safetensors, a state dict of torch, or a run folder; empty starts anew"
+    )
+    start_head: str = _setting(
+        "loaded",
+        "head (last layer) to start with: loaded from start_from, or new, for another number of classes",
+        choices=("loaded", "new"),
+    )
+    train_layers: str = _setting(
+        "all",
+        "layers that are trained, sent and noised: all, the last few, the head alone, or the head until unfreeze_round",
+        choices=("all", "last", "head", "head-then-all"),
+    )
+    last_layers: int = _setting(1, "number of layers that train_layers=last trains", least=1)
+    unfreeze_round: int = _setting(0, "first round in which train_layers=head-then-all trains all", least=0)
     personal_layers: str = _setting(
         "",
         "layers that stay on the client, are never sent and never averaged: head (the last one) or names, with commas; "
@@ -165,6 +198,14 @@ class RunConfig:
         "way a cohort is drawn: fixed draws clients_per_round, poisson tosses a coin for each client",
         choices=("fixed", "poisson"),
     )
+    buffer_size: int = _setting(
+        0,
+        "number of arrivals that make a round (FedBuff), while clients_per_round are under way; 0 waits for the cohort",
+        least=0,
+    )
+    staleness_exponent: float = _setting(
+        0.5, "discount of updates that set out s rounds ago, (1 + s) to the power of minus this", least=0
+    )
     max_rounds_per_client: int = _setting(
         0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
     )
@@ -222,6 +263,7 @@ class RunConfig:
     out: str = _setting("", "run folder, new or empty; by default one in runs/ that is named after config and time")
     resume: bool = _setting(False, "switch: go on with the run in out, from its last checkpoint")
     profile: bool = _setting(False, "switch: write trace.json, who was at work when, for ui.perfetto.dev")
+    loggers: str = _setting("", "loggers besides the run folder, comma-separated: tensorboard, mlflow, wandb, your own")
     evaluate_every: int = _setting(1, "number of rounds between evaluations; the last round always is", least=1)
 
     def __post_init__(self) -> None:
@@ -240,6 +282,18 @@ class RunConfig:
             fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
         if self.secure_aggregation and self.update_codec != "fp32":
             fail("update_codec", "possible with secure_aggregation", "masked sums need every coordinate; use fp32")
+        if self.buffer_size > self.cohort_size:
+            fail("buffer_size", f"at most the {self.cohort_size} clients that are under way", "lower it")
+        if self.buffer_size and self.unfreeze_round:
+            fail("buffer_size", "possible with head-then-all", "a late head fits no whole model; set it to 0")
+        if self.buffer_size and self.delay == "none":
+            fail("delay", "enough for buffer_size", "clients arrive in the order of simulated delays: lognormal, say")
+        if self.buffer_size and self.client_sampling != "fixed":
+            fail("client_sampling", f"possible with buffer_size={self.buffer_size}", "places are filled: use fixed")
+        if self.privacy_unit == "client" and self.buffer_size:
+            fail("buffer_size", "possible with privacy_unit='client'", "its sum is over one cohort; set it to 0")
+        if self.secure_aggregation and self.buffer_size:
+            fail("buffer_size", "possible with secure_aggregation", "masks cancel within one cohort; set it to 0")
         if self.secure_aggregation and self.cohort_size < 3:
             fail("secure_aggregation", f"possible with {self.cohort_size} clients a round", "3 or more hide each other")
         if bool(self.attack) != (self.attackers > 0):
@@ -271,6 +325,16 @@ class RunConfig:
                     "enough to be private while noise_multiplier=0",
                     "set one of the two above 0, or private=false",
                 )
+        if self.personal_layers and self.unfreeze_round:
+            fail("personal_layers", "possible with train_layers='head-then-all'", "keep one of them")
+        if self.start_head == "new" and not self.start_from:
+            fail("start_head", "possible without start_from", "a model that starts anew has a new head anyway")
+        if self.last_layers > 1 and self.train_layers != "last":
+            fail("last_layers", f"possible with train_layers={self.train_layers!r}", "set train_layers=last")
+        if self.train_layers == "head-then-all" and not 2 <= self.unfreeze_round <= self.num_rounds:
+            fail("unfreeze_round", f"in [2, num_rounds={self.num_rounds}]", "say from which round all is trained")
+        if self.unfreeze_round and self.train_layers != "head-then-all":
+            fail("unfreeze_round", f"possible with train_layers={self.train_layers!r}", "use head-then-all, or 0")
         if self.min_clients > self.cohort_size:
             fail("min_clients", f"at most the {self.cohort_size} clients of a round", "lower it")
         if not self.private and (self.noise_multiplier > 0 or self.target_epsilon > 0):
@@ -283,10 +347,10 @@ class RunConfig:
             fail("clip_norm", "finite in a private run", "noise needs a bound; 0.1 to 1 is usual")
         if self.clients_per_round > self.num_clients:
             fail("clients_per_round", f"at most num_clients={self.num_clients}", "lower it, or 0 for all")
-        if self.num_clients * self.rounds_per_client < self.num_rounds * self.cohort_size:
+        if self.num_clients * self.rounds_per_client < self.num_rounds * (self.buffer_size or self.cohort_size):
             fail(
                 "max_rounds_per_client",
-                f"enough for num_rounds={self.num_rounds} of {self.cohort_size} clients",
+                f"enough for num_rounds={self.num_rounds} of {self.buffer_size or self.cohort_size} clients",
                 "raise it, or ask fewer clients per round",
             )
 
@@ -355,6 +419,7 @@ class RunConfig:
             cache_dir=_absolute(self.cache_dir),
             out=_absolute(self.out),
             client_table=_absolute(self.client_table),
+            start_from=_absolute(self.start_from),
         )
 
     @classmethod

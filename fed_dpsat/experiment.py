@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -19,10 +20,12 @@ from fed_dpsat.attacks import Attackers, Scene, choose_attackers
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.validation import hold_out
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.noise import derive_generator, derive_seed
-from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock
+from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock, subspace_of
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
@@ -31,8 +34,10 @@ from fed_dpsat.personal import PERSONAL, deal_test, only, personal_names, withou
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
 from fed_dpsat.privacy.event import CLIENTS
+from fed_dpsat.query import first_point
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.stacked import Member, Unstackable, alike, train_stacked
+from fed_dpsat.subspace import Coordinates, Span, laid_end_to_end
 from fed_dpsat.training import LocalResult, Streams, train_locally
 
 log = logging.getLogger("fed_dpsat")
@@ -80,6 +85,15 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """Names that are trained, and those from ``unfreeze_round`` on if there is one; the SHA-256 of ``start_from``."""
+
+    names: tuple[str, ...]
+    later_names: tuple[str, ...] = ()
+    sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """The objects of a run. Clients and server build the same ones from the same configuration.
 
@@ -97,6 +111,7 @@ class Experiment:
     budgets: Sequence[float]
     named: bool = True
     attackers: Attackers | None = None
+    start: Start
     personal: frozenset[str] = frozenset()
 
     @classmethod
@@ -115,7 +130,10 @@ class Experiment:
         """
         named = dataset is None and model is None and optimizer is None and clipping is None
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
+        settings["steps_per_round"] = config.steps_per_round
         dataset = dataset or plugins.build("dataset", config.dataset, settings)
+        if config.validation_share:
+            dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
         if config.num_clients > len(dataset.train):
             raise SettingError(
                 "num_clients",
@@ -134,6 +152,7 @@ class Experiment:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
                 model = plugins.build("model", config.model, settings)
+        model, start = _started(model, config)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         clipping = clipping or plugins.build("clipping", config.clipping, settings)
@@ -148,18 +167,28 @@ class Experiment:
             budgets=[row.target_epsilon for row in read_table(config)],
             named=named,
             attackers=attackers,
+            start=start,
             personal=personal_names(trainable(model), config.personal_layers),
         )
 
-    def shared(self) -> Params:
-        """The initial parameters that leave clients and are averaged: all but the ``personal`` ones."""
-        return without(trainable(self.loss_fn.module), self.personal)
+    def trained(self, round: int) -> Params:
+        """What is trained in ``round``, by its initial values."""
+        return {name: p.detach().clone() for name, p in self._trained(round).items()}
+
+    def _trained(self, round: int) -> dict[str, nn.Parameter]:
+        later = self.start.later_names if 0 < self.config.unfreeze_round <= round else ()
+        names = set(later or self.start.names)
+        return {name: p for name, p in self.loss_fn.module.named_parameters() if name in names}
+
+    def shared(self, round: int = 1) -> Params:
+        """The initial parameters that leave clients in ``round`` and are averaged: all but the ``personal`` ones."""
+        return without(self.trained(round), self.personal)
 
     def whole(self, shared: Params, state: State | None) -> Params:
         """A client's model: the ``shared`` part and its own, kept in ``state`` or else the initial one."""
         if not self.personal:
             return shared
-        initial = trainable(self.loss_fn.module)
+        initial = self.trained(1)  # with personal layers, what is trained stays the same
         own = (state or {}).get(PERSONAL, only(initial, self.personal))
         return {name: own[name] if name in self.personal else shared[name] for name in initial}
 
@@ -179,14 +208,26 @@ class Experiment:
 
         One update, or two where a round has an even number: a two-step method has finished then.
         """
-        params = zeros_like(trainable(self.loss_fn.module))
+        params = zeros_like(self.trained(self.config.num_rounds))
         state = self.optimizer.init(params)
         with torch.random.fork_rng(devices=[]):
             for _ in range(2 - self.config.steps_per_round % 2):
-                _, state = self.optimizer.update(params, params, state)
+                nothing = zeros_like(first_point(self.optimizer.query_point(params, state)))
+                _, state = self.optimizer.update(params, nothing, state)
         forgotten = {CLOCK, NOISE} if self.config.ascent_memory == "client" else {CLOCK, NOISE, ASCENT}
         kept = {"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set()
         return (state.keys() - forgotten) | kept | ({PERSONAL} if self.personal else set())
+
+    def subspace(self, round: int) -> Coordinates | Span | None:
+        """What ``round`` (from 1) can change, if the optimizer says so; None where replies are whole models.
+
+        They are under secure aggregation, whose masks need every coordinate, with layers that stay on clients, and
+        unless parameters are float32.
+        """
+        params = list(self._trained(round).values())
+        if self.config.secure_aggregation or self.personal or any(p.dtype != torch.float32 for p in params):
+            return None
+        return subspace_of(self.optimizer, round, sum(p.numel() for p in params))
 
     def client_round(
         self,
@@ -303,6 +344,9 @@ class Experiment:
             engine=self.config.engine,
             physical_batch_size=self.config.physical_batch_size,
         )
+        within = self.subspace(task.round)
+        if isinstance(within, Coordinates):
+            within.check(laid_end_to_end(params), laid_end_to_end(result.params))
         return self._to_send(request, result)
 
     def _to_send(self, request: Request, result: LocalResult) -> LocalResult:
@@ -322,13 +366,20 @@ class Experiment:
             return self.optimizer
         return Proximal(base=self.optimizer, anchor=params, proximal_mu=proximal_mu)
 
+    def _outgrown(self, request: Request) -> bool:
+        """Whether the client's state is of the head alone, and all layers are trained now: it begins anew."""
+        first, slots = set(self.start.names), (request.state or {}).values()
+        grown = bool(self.config.unfreeze_round) and request.params.keys() != first
+        return grown and any(slot.keys() == first for slot in slots)
+
     def _member(self, request: Request) -> Member:
         """What is the client's own of its round: data, state, sampler, mechanism, streams."""
         config, task = self.config, request.task
         indices = torch.from_numpy(self.partitions[request.client])
         sampler = PoissonSampler(num_examples=len(indices), sample_rate=task.sample_rate)
         whole = self.whole(request.params, request.state)
-        state = self.optimizer.init(whole) if request.state is None else dict(request.state)
+        known = request.state is not None and not self._outgrown(request)
+        state = dict(request.state or {}) if known else self.optimizer.init(whole)
         state.pop(PERSONAL, None)
         if config.ascent_memory != "client":
             state.pop(ASCENT, None)
@@ -358,6 +409,23 @@ class Experiment:
 @functools.cache
 def _say_once(reason: str) -> None:
     log.warning("stack_clients: clients train one after the other: %s", reason)
+
+
+def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
+    """``model``, or a copy of it, with the weights of ``start_from`` and frozen as ``train_layers`` says."""
+    sha256 = ""
+    if config.start_from or config.train_layers != "all":
+        model = copy.deepcopy(model)
+    if config.start_from:
+        weights, sha256 = read_weights(config.start_from)
+        load_weights(model, weights, config.start_from, new_head=config.start_head == "new")
+    everything = trained_names(model, "all", 0)
+    names = trained_names(model, config.train_layers, config.last_layers)
+    for name, p in model.named_parameters():
+        if name not in names:
+            p.requires_grad_(False)
+    later = everything if config.train_layers == "head-then-all" else []
+    return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256)
 
 
 def _attackers(config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:

@@ -15,7 +15,18 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["sampling", "noise", "model", "cohort", "partition", "faults", "attack"]
+Purpose = Literal[
+    "sampling",
+    "noise",
+    "model",
+    "cohort",
+    "partition",
+    "faults",
+    "attack",
+    "freeze",
+    "direction",
+    "validation",
+]
 
 SECRET: frozenset[Purpose] = frozenset({"sampling", "noise"})
 """What the guarantee needs nobody to know. The other draws are public, and seeded whatever the source."""

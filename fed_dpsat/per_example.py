@@ -6,7 +6,7 @@ case                        result
 empty batch                 zeros
 an example with NaN or inf  contributes zero, and is counted
 physical batches            the sum over chunks, up to rounding
-a frozen parameter          not in ``params``, so not in the sum
+a frozen parameter          not in ``at``, so not in the sum
 =========================== ============================================
 """
 
@@ -18,23 +18,24 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
-from fed_dpsat.engines.loss import LossFn, ModelLoss, check_module, cross_entropy
+from fed_dpsat.engines.loss import ModelLoss, check_module, cross_entropy
 from fed_dpsat.engines.opacus import opacus_sum
 from fed_dpsat.engines.planned import auto_sum, planned_sum
 from fed_dpsat.engines.vmap import vmap_sum
 from fed_dpsat.errors import SettingError
-from fed_dpsat.params import Params, zeros_like
+from fed_dpsat.params import Params
+from fed_dpsat.query import At, LossFn, simplified, zero_sum
 
 __all__ = ["ENGINES", "LossFn", "ModelLoss", "check_module", "clipped_gradient_sum", "cross_entropy"]
 
-Engine = Callable[[LossFn, Params, Tensor, Tensor, ClippingRule], tuple[Params, int]]
+Engine = Callable[[LossFn, At, Tensor, Tensor, ClippingRule], tuple[Params, int]]
 
 ENGINES: dict[str, Engine] = {"auto": auto_sum, "vmap": vmap_sum, "planned": planned_sum, "opacus": opacus_sum}
 
 
 def clipped_gradient_sum(
     loss_fn: LossFn,
-    params: Params,
+    at: At,
     batch: tuple[Tensor, Tensor],
     clipping: ClippingRule,
     *,
@@ -43,21 +44,23 @@ def clipped_gradient_sum(
 ) -> tuple[Params, int]:
     """Sum of clipped gradients, one per example of ``(inputs[B, ...], targets[B])``; a sum, not a mean.
 
-    Also returns how many examples had a gradient that was not finite. Both are sensitive: noise comes next.
+    ``at`` is where gradients are taken, or a ``Query``; then a name with a mask has the vector of its active
+    coordinates, and ``query.spread`` undoes that once noise is in. Also returns how many examples had a gradient that
+    was not finite. Both are sensitive: noise comes next.
     At most ``physical_batch_size`` per-example gradients are held at a time; the split changes nothing else.
     """
     if engine not in ENGINES:
         raise SettingError("engine", engine, f"one of {', '.join(ENGINES)}", "choose one of those")
     if physical_batch_size < 1:
         raise SettingError("physical_batch_size", physical_batch_size, "at least 1", "128 suits most CPUs")
-    clipped_sum: Params = {}
+    at, clipped_sum = simplified(at), dict[str, Tensor]()
     num_nonfinite = 0
     inputs, targets = batch
     if len(inputs) != len(targets):
         raise ValueError(f"batch of {len(inputs)} inputs and {len(targets)} targets: their sizes differ")
     for x, y in zip(torch.split(inputs, physical_batch_size), torch.split(targets, physical_batch_size), strict=True):
         if len(x):
-            chunk, nonfinite = ENGINES[engine](loss_fn, params, x, y, clipping)
+            chunk, nonfinite = ENGINES[engine](loss_fn, at, x, y, clipping)
             num_nonfinite += nonfinite
             clipped_sum = {name: clipped_sum[name].add_(c) for name, c in chunk.items()} if clipped_sum else chunk
-    return clipped_sum or zeros_like(params), num_nonfinite
+    return clipped_sum or zero_sum(at), num_nonfinite

@@ -14,6 +14,7 @@ dataset    ``fed_dpsat.data``          ``DATASETS``
 partition  ``fed_dpsat.data``          ``PARTITIONS``
 strategy   ``strategies``              ``STRATEGIES``
 attack     ``fed_dpsat.attacks``       ``ATTACKS``
+logger     ``fed_dpsat.loggers``       ``LOGGERS``
 ========== =========================== ==============
 """
 
@@ -41,6 +42,7 @@ PACKAGES = {
     "partition": "fed_dpsat.data",
     "strategy": "strategies",
     "attack": "fed_dpsat.attacks",
+    "logger": "fed_dpsat.loggers",
 }
 TABLES = {
     "optimizer": "OPTIMIZERS",
@@ -50,6 +52,7 @@ TABLES = {
     "partition": "PARTITIONS",
     "strategy": "STRATEGIES",
     "attack": "ATTACKS",
+    "logger": "LOGGERS",
 }
 
 Factory = Callable[..., Any]

@@ -11,6 +11,8 @@ ledger.sqlite      every charge, durable before the message that it pays for
 checkpoint/        the model after the last round, and what the server has learned
 state/             what simulated clients keep between rounds
 summary.json       how it ended
+quality.json       the last evaluated model on the public test split: calibration, accuracy by class
+simulation.json    of a simulation alone: who holds how many examples of which class, which no deployment knows
 trace.json         who was at work when, if ``profile`` asked for it
 ================== ===========================================================================
 
@@ -128,6 +130,12 @@ class RunFolder:
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found
 
+    def rounds(self) -> list[dict[str, Any]]:
+        """The lines of ``rounds.jsonl`` that are whole, in order."""
+        path = self.path / "rounds.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def append_round(self, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """One line each, in one write."""
         for name, line in (("timing.jsonl", timing), ("rounds.jsonl", record)):
@@ -159,6 +167,14 @@ class RunFolder:
             return Checkpoint(**torch.load(self.checkpoint_path, weights_only=True))
         except Exception as error:  # whatever torch says of a file that is none
             raise RunError(f"{self.checkpoint_path} is no checkpoint of this version ({error})") from error
+
+    def save_simulation(self, sizes: Sequence[int], label_counts: Sequence[Sequence[int]] | None) -> None:
+        """What only a simulation knows of its clients; ``label_counts[client][class]`` is private to each of them."""
+        _write_atomically(self.path / "simulation.json", _json({"sizes": sizes, "label_counts": label_counts}) + "\n")
+
+    def save_quality(self, quality: Mapping[str, Any]) -> None:
+        """Of the model that was evaluated last."""
+        _write_atomically(self.path / "quality.json", _json(quality, indent=2) + "\n")
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """How it ended."""

@@ -12,6 +12,7 @@ an empty batch                                 a zero sum, noised like any other
 an example with NaN or inf                     contributes zero, and is counted for its client
 an optimizer that cannot be mapped             its two functions are called client by client
 a loss or rule that cannot be mapped; dropout  ``Unstackable``
+an optimizer that asks a ``Query``             ``Unstackable``, unless it is one plain point
 ============================================== ==========================================================
 
 The result of a client differs in its last bits from that alone: sums are added up in another order, which depends on
@@ -35,7 +36,7 @@ from fed_dpsat.engines.finite import squared_norm_rows
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_noise
 from fed_dpsat.params import Params
-from fed_dpsat.per_example import LossFn
+from fed_dpsat.query import At, LossFn, Query, simplified
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.training import Batches, LocalResult, Streams, check_bound, check_rows
 
@@ -211,7 +212,9 @@ class _Optimizer:
         clock, slots = _split(state)
         if self._maps:
             try:
-                return vmap(lambda p, s: self._optimizer.query_point(p, {**s, **clock}))(params, slots)
+                return vmap(lambda p, s: _point(self._optimizer.query_point(p, {**s, **clock})))(params, slots)
+            except Unstackable:
+                raise
             except Exception:  # whatever it is, it is raised again where it does not come of the mapping
                 self._maps = False
         return _stacked([self._asked(k, params, state) for k in range(self._draws.count)])
@@ -233,11 +236,18 @@ class _Optimizer:
 
     def _asked(self, k: int, params: Params, state: State) -> Params:
         with self._draws.of(k):
-            return self._optimizer.query_point(_at(params, k), _state_at(state, k))
+            return _point(self._optimizer.query_point(_at(params, k), _state_at(state, k)))
 
     def _moved(self, k: int, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         with self._draws.of(k):
             return self._optimizer.update(_at(params, k), _at(private_gradient, k), _state_at(state, k))
+
+
+def _point(at: At) -> Params:
+    at = simplified(at)
+    if isinstance(at, Query):
+        raise Unstackable("an optimizer that asks for more than one plain gradient")
+    return at
 
 
 def _one_clock(state: State) -> State:

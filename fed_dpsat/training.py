@@ -17,6 +17,7 @@ from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_noise
 from fed_dpsat.params import Params
 from fed_dpsat.per_example import LossFn, clipped_gradient_sum
 from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.query import spread
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.secure_noise import system_generator
 
@@ -107,7 +108,7 @@ def train_locally(
             clipped_sum, skipped = clipped_gradient_sum(
                 loss_fn, at, batch, rule, engine=engine, physical_batch_size=physical_batch_size
             )
-            private_gradient = of_gradient.privatize(clipped_sum, noise)
+            private_gradient = spread(at, of_gradient.privatize(clipped_sum, noise))
             state = set_noise(state, of_gradient.noise_std)
             params, state = optimizer.update(params, private_gradient, state)
             nonfinite += skipped

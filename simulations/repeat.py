@@ -1,21 +1,21 @@
-"""Runs over seeds, and what may be said of them: means, standard deviations and 95 % intervals."""
+"""Runs over seeds in one process, kept from one call to the next; the statistics are those of a sweep."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
 import json
-import math
-import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t
 
 from fed_dpsat import RunConfig, simulate
+from fed_dpsat.sweep.statistics import difference, half_width, spread
+
+__all__ = ["accuracies", "difference", "half_width", "kept", "spread"]
 
 
 def accuracies(config: RunConfig, seeds: Iterable[int], **changes: Any) -> list[float]:
@@ -38,21 +38,3 @@ def kept(path: Path | None, key: str, measure: Callable[[], list[float]]) -> lis
         if path:
             path.write_text(json.dumps(known, indent=0))
     return known[key]
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean, by Student's t."""
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def spread(values: Sequence[float]) -> str:
-    """``mean (sd)`` with one digit."""
-    return f"{statistics.mean(values):.1f} ({statistics.stdev(values):.1f})"
-
-
-def difference(values: Sequence[float], reference: Sequence[float]) -> str:
-    """Mean of paired differences with its 95 % interval; bold where that leaves 0 out."""
-    pairs = [a - b for a, b in zip(values, reference, strict=True)]
-    mean, half = statistics.mean(pairs), half_width(pairs)
-    text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if abs(mean) > half else text

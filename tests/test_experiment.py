@@ -156,3 +156,19 @@ def test_more_clients_than_examples_is_refused():
 )
 def test_what_a_client_carries_from_round_to_round_is_known(changes, carried):
     assert Experiment.build(dataclasses.replace(CONFIG, **changes)).carried_state() == carried
+
+
+def test_validation_examples_are_no_clients_and_stand_in_the_test_splits_place(experiment):
+    held = Experiment.build(dataclasses.replace(CONFIG, validation_share=0.25))
+    total = len(experiment.dataset.train)
+    assert len(held.dataset.test) == round(0.25 * total)
+    assert sum(len(part) for part in held.partitions) == len(held.dataset.train) == total - round(0.25 * total)
+    ours, theirs = ({row.tobytes() for row in e.inputs.numpy()} for e in (held.dataset.train, held.dataset.test))
+    assert not ours & theirs
+
+
+def test_another_seed_puts_other_examples_aside():
+    first, second = (
+        Experiment.build(dataclasses.replace(CONFIG, validation_share=0.1, seed=seed)).dataset.test for seed in (0, 1)
+    )
+    assert not torch.equal(first.inputs, second.inputs)

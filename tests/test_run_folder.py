@@ -44,3 +44,11 @@ def test_what_is_written_can_be_read(tmp_path):
 
 def test_what_json_cannot_hold_becomes_text():
     assert jsonable({1: [math.inf, 0.5, (math.nan,)]}) == {"1": ["inf", 0.5, ["nan"]]}
+
+
+def test_rounds_are_read_back_without_a_line_that_was_cut_short(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.rounds() == []
+    folder.append_round({"round": 0, "epsilon": float("inf")}, {"round": 0})
+    (tmp_path / "rounds.jsonl").open("a").write('{"round": 1, "eps')
+    assert folder.rounds() == [{"round": 0, "epsilon": "inf"}]

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fed_dpsat import plugins
 from fed_dpsat.cli import app
 from fed_dpsat.config import RunConfig
 from fed_dpsat.simulation import simulate
+from fed_dpsat.sweep.spec import Spec
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "simulations").glob("*.toml"))
+TOML = sorted((ROOT / "simulations").glob("*.toml"))
+SWEEPS = [path for path in TOML if "\n[grid]\n" in path.read_text()]
+FILES = [path for path in TOML if path not in SWEEPS]
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
 
 
@@ -24,6 +28,25 @@ def test_it_is_valid_and_says_what_it_claims(path):
     text = path.read_text()
     assert text.startswith("# Claim: ")
     assert f"fed-dpsat run simulations/{path.name}" in text
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweep_is_valid_and_says_what_it_claims(path):
+    spec = Spec.load(path)
+    text = path.read_text()
+    assert text.startswith("# Claim: ")
+    assert f"fed-dpsat sweep simulations/{path.name}" in text
+    assert len(spec.seeds) >= 3
+    if spec.tune_seeds:
+        assert {cell.labels["target_epsilon"] for cell in spec.cells()} == {"1", "3", "8"}
+        assert spec.base["delta"] == 1e-5
+        assert all(spec.tune_runs(cell) for cell in spec.cells()), "each with its own tuned settings"
+
+
+def test_the_tables_of_strategies_and_attacks_hold_every_built_in_one():
+    strategies, attacks = (Spec.load(ROOT / "simulations" / f"{name}_table.toml") for name in ("strategy", "attack"))
+    assert set(strategies.axes["strategy"]) == set(plugins.builtin("strategy"))
+    assert set(attacks.axes["attacked"]) == {"none", *plugins.builtin("attack")}
 
 
 def test_dpsgd_differs_from_dpsat_in_one_line():

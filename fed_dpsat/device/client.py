@@ -21,7 +21,7 @@ from fed_dpsat.device.release import release
 from fed_dpsat.errors import InputError
 from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.optimizers.base import State
-from fed_dpsat.params import Params, trainable
+from fed_dpsat.params import Params
 from fed_dpsat.process import intra_op_threads
 from fed_dpsat.training import LocalResult
 
@@ -51,7 +51,7 @@ def answer(
     config = policy.admit(run, settings)
     task = policy.admit_task(record)
     experiment = _experiment(policy, config)
-    own = experiment.shared()
+    own = experiment.shared(task.round)
     params = read_params(own)
     ascent = read_ascent(own) if read_ascent and config.ascent_memory == "server" else None
     request = Request(
@@ -92,8 +92,8 @@ def _experiment(policy: Policy, config: RunConfig) -> Experiment:
     try:
         experiment = Experiment.build(config, dataset=data)
     except InputError as error:
-        raise Refusal(str(error)) from None
-    count = sum(p.numel() for p in trainable(experiment.loss_fn.module).values())
+        raise Refusal(str(error).replace(policy.start_from or "\0", "of the device")) from None
+    count = sum(p.numel() for p in experiment.trained(config.num_rounds).values())
     if count > policy.largest_parameters:
         raise Refusal(
             f"model={config.model!r} has {count} parameters, above the {policy.largest_parameters} of this device; "

@@ -66,6 +66,7 @@ class Policy:
     least_sample_rate: float = _key("least chance of an example to be in a batch", 1e-6)
     largest_sample_rate: float = _key("largest chance of an example to be in a batch", 1.0)
     models: tuple[str, ...] = _key("networks it trains, as the run names them")
+    start_from: str = _key("weights file of a run that trains some layers only, on the device, beside this file", "")
     optimizers: tuple[str, ...] = _key("optimizers it runs, base optimizers too", DEFAULT_OPTIMIZERS)
     optimizer_args: tuple[str, ...] = _key("optimizer_args it takes, as they are written; none listed is none", ())
     clippings: tuple[str, ...] = _key("clipping rules it runs", ("flat",))
@@ -111,6 +112,7 @@ class Policy:
             folder=_beside(path, policy.folder),
             root_certificates=_beside(path, policy.root_certificates),
             private_key=_beside(path, policy.private_key),
+            start_from=_beside(path, policy.start_from),
             data_path=policy.data_path if policy.data_source == "function" else _beside(path, policy.data_path),
         )
 
@@ -157,11 +159,22 @@ class Policy:
         self._bounded("local_steps", steps, 1, self.largest_local_steps)
         self._bounded("num_rounds", config.num_rounds, 1, SANE_NUMBER)
         rows = min(config.physical_batch_size, self.largest_physical_batch_size)
-        own = {**_LOCAL, "physical_batch_size": rows, "threads_per_client": self.threads}
+        own = {**_LOCAL, "physical_batch_size": rows, "threads_per_client": self.threads, **self._start(config)}
         try:
             return dataclasses.replace(config, **own)
         except SettingError as error:
             raise Refusal(str(error)) from None
+
+    def _start(self, config: RunConfig) -> dict[str, Any]:
+        """Weights of frozen layers come from the device's own file; those that are trained come in each message."""
+        if not config.start_from or config.train_layers == "all":
+            return {"start_from": "", "start_head": "loaded"}
+        if not self.start_from:
+            raise Refusal(
+                f"train_layers={config.train_layers!r} needs the weights of the layers that are frozen, and this "
+                "device's policy has no start_from; set train_layers=all"
+            )
+        return {"start_from": self.start_from}
 
     def admit_task(self, record: Mapping[str, Any]) -> Task:
         """What a message asks for; raises ``Refusal`` unless it is whole, of the right types and within bounds."""
@@ -198,6 +211,7 @@ _LOCAL: dict[str, Any] = {
     "data_source": "embedded",
     "data_path": "",
     "cache_dir": "",
+    "validation_share": 0.0,
     "client_table": "",
     "out": "",
     "resume": False,

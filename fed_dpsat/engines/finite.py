@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.params import Params
 
 LEAST, BLOCK = 64, 1024
 
@@ -34,6 +35,11 @@ def _squares(rows: Tensor) -> Tensor:
     dtype = torch.promote_types(rows.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
     return norms.double().square()
+
+
+def clipped_names(params: Params) -> list[str]:
+    """Names with coordinates: a rule that shares its bound among layers shares it among those. All, if none has any."""
+    return [name for name, p in params.items() if p.numel()] or list(params)
 
 
 def keep(rows: Tensor, finite: Tensor | None) -> Tensor:

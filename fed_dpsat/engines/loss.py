@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,6 @@ from fed_dpsat.params import Params
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 BATCH_NORM, INSTANCE_NORM = _BatchNorm, _InstanceNorm
-
-
-class LossFn(Protocol):
-    """Losses ``[B]``, one per example, of a batch whose examples do not mix."""
-
-    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
-        """``inputs[B, ...], targets[B, ...] -> losses[B]``."""
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -53,11 +45,16 @@ class ModelLoss:
 
     def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
         """``inputs[B, ...], targets[B] -> losses[B]`` at ``params``; what is not in them stays as it is."""
+        return self.criterion(self.outputs(params, inputs), targets)
+
+    def outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
+        """``inputs[B, ...] -> outputs[B, ...]`` of the module at ``params``."""
         if self.precision == "float32":
-            return self.criterion(functional_call(self.module, params, (inputs,)), targets)
+            outputs: Tensor = functional_call(self.module, params, (inputs,))
+            return outputs
         with torch.autocast(inputs.device.type, dtype=PRECISIONS[self.precision]):
             outputs = functional_call(self.module, params, (inputs,))
-        return self.criterion(outputs.float(), targets)
+        return outputs.float()
 
 
 def check_module(module: nn.Module) -> None:

@@ -11,20 +11,30 @@ from torch import Tensor
 from fed_dpsat.clipping import ClippingRule
 from fed_dpsat.engines.contribution import MAY_MIX
 from fed_dpsat.engines.finite import finite_factors, keep, squared_norm_rows
-from fed_dpsat.engines.loss import LossFn, ModelLoss
+from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.probe import refusal
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.params import Params
+from fed_dpsat.query import At, LossFn, Query, simplified
 
 
 def opacus_sum(
-    loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, clipping: ClippingRule, mode: str = "hooks"
+    loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule, mode: str = "hooks"
 ) -> tuple[Params, int]:
     """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite.
 
     ``mode`` is that of Opacus' ``GradSampleModule``: ``hooks``, ``ew`` or ``functorch``. Raises ``SettingError``
-    for a loss that is not a ``ModelLoss``, ``ModelError`` for a module whose examples mix: hooks would not notice.
+    for a loss that is not a ``ModelLoss`` and a query of more than one point, ``ModelError`` for a module whose
+    examples mix: hooks would not notice.
     """
+    params = simplified(at)
+    if isinstance(params, Query):
+        raise SettingError(
+            "engine",
+            "opacus",
+            "for an optimizer that asks for more than one plain gradient (weighted points, a mask, a loss of its own)",
+            "use 'auto' or 'vmap'",
+        )
     if not isinstance(loss_fn, ModelLoss):
         raise SettingError("engine", "opacus", "for a loss other than ModelLoss", "use 'auto' or 'vmap'")
     if (reason := refusal(loss_fn, params, inputs, targets)).endswith(MAY_MIX):

@@ -8,13 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpsat.clipping import ClippingRule, FlatClipping
-from fed_dpsat.engines.loss import LossFn, ModelLoss
+from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.params import Params
+from fed_dpsat.query import At, LossFn, as_query, compact
 
 
 def unbounded(clipping: ClippingRule) -> bool:
     """Whether ``clipping`` leaves every finite gradient as it is, and looks at no norm."""
     return type(clipping) is FlatClipping and math.isinf(clipping.clip_norm)
+
+
+def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) -> Params | None:
+    """``plain_sum`` of each point, weighted, on what is active; None where that may not be the sum over examples.
+
+    Weights whose absolute values add up to more than 1 could make an example's finite gradients overflow.
+    """
+    query, state = as_query(at), torch.get_rng_state()
+    if query.loss or math.fsum(abs(weight) for weight, _ in query.points) > 1 + 1e-9:
+        return None
+    total: Params = {}
+    for weight, point in query.points:
+        found = plain_sum(loss_fn, point, inputs, targets)
+        if found is None:
+            torch.set_rng_state(state)
+            return None
+        for name, g in compact(query, found).items():
+            total[name] = torch.add(total[name], g, alpha=weight) if name in total else g * weight
+    return total
 
 
 def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Params | None:

@@ -9,6 +9,8 @@ a weight that is a function of parameters          rows through its Jacobian
 a layer it does not know, or that mixes examples   ``vmap`` for the whole module, named once in the log
 a norm that cancels, or values above 1e8            rows of that example
 a rule that bounds nothing                         an ordinary pass (``plain``)
+weighted points, a name with a mask                rows of those parameters, combined, without what is masked
+a loss that the optimizer wraps                    ``vmap``, named once in the log
 ================================================== ==================================================
 """
 
@@ -24,61 +26,80 @@ from fed_dpsat.clipping import ClippingRule
 from fed_dpsat.engines import derived
 from fed_dpsat.engines.capture import Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
-from fed_dpsat.engines.finite import finite_factors
+from fed_dpsat.engines.finite import clipped_names, finite_factors
 from fed_dpsat.engines.formats import laid_out
-from fed_dpsat.engines.loss import LossFn, ModelLoss
-from fed_dpsat.engines.plain import plain_sum, unbounded
+from fed_dpsat.engines.loss import ModelLoss
+from fed_dpsat.engines.plain import plain_query_sum, plain_sum, unbounded
 from fed_dpsat.engines.probe import ask
 from fed_dpsat.engines.routes import ROUTES
-from fed_dpsat.engines.vmap import vmap_sum
+from fed_dpsat.engines.vmap import combined, vmap_sum
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
+from fed_dpsat.query import At, LossFn, Query, compacted, first_point, simplified, zero_sum
 
 log = logging.getLogger("fed_dpsat")
 
 
-def planned_sum(
-    loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, clipping: ClippingRule
-) -> tuple[Params, int]:
+def planned_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule) -> tuple[Params, int]:
     """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite.
 
     Raises ``SettingError`` for a loss that is not a ``ModelLoss``: there are no layers to plan for.
     """
     if not isinstance(loss_fn, ModelLoss):
         raise SettingError("engine", "planned", "for a loss other than ModelLoss", "use 'auto' or 'vmap'")
-    answer = ask(loss_fn, params, inputs, targets)
+    at = simplified(at)
+    if isinstance(at, Query) and at.loss:
+        return _fall_back("the optimizer asks for a loss of its own", loss_fn, at, inputs, targets, clipping)
+    answer = ask(loss_fn, first_point(at), inputs, targets)
     if answer.refusal:
-        return _fall_back(answer.refusal, loss_fn, params, inputs, targets, clipping)
+        return _fall_back(answer.refusal, loss_fn, at, inputs, targets, clipping)
     inputs = laid_out(inputs, answer.channels_last)
-    if unbounded(clipping) and (total := plain_sum(loss_fn, params, inputs, targets)) is not None:
+    if unbounded(clipping) and (total := _plain(loss_fn, at, inputs, targets)) is not None:
         return total, 0
     try:
-        return _clipped_sum(per_example(loss_fn, params, inputs, targets), params, len(inputs), clipping)
+        return _clipped_sum(_held(loss_fn, at, inputs, targets), zero_sum(at), len(inputs), clipping)
     except Unplanned as unplanned:
         reason = str(unplanned)
-    return _fall_back(reason, loss_fn, params, inputs, targets, clipping)
+    return _fall_back(reason, loss_fn, at, inputs, targets, clipping)
+
+
+def _plain(loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor) -> Params | None:
+    ordinary = plain_query_sum if isinstance(at, Query) else plain_sum
+    return ordinary(loss_fn, at, inputs, targets)  # type: ignore[arg-type]
+
+
+def _held(loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor) -> dict[str, Contribution]:
+    """Contributions of what ``at`` asks for: rows where points are combined or coordinates left out, else as held."""
+    if not isinstance(at, Query):
+        return per_example(loss_fn, at, inputs, targets)
+    (weight, point), *more = at.points
+    if more or weight != 1:
+        rows = combined(at, lambda p: {n: c.rows() for n, c in per_example(loss_fn, p, inputs, targets).items()})
+        return {name: Rows(data=g) for name, g in rows.items()}
+    held = per_example(loss_fn, point, inputs, targets)
+    for name in (at.active or {}).keys() & held.keys():
+        held[name] = Rows(data=compacted(at, {name: held[name].rows()})[name])
+    return held
 
 
 def _clipped_sum(
-    held: dict[str, Contribution], params: Params, batch: int, clipping: ClippingRule
+    held: dict[str, Contribution], zeros: Params, batch: int, clipping: ClippingRule
 ) -> tuple[Params, int]:
     """Norms, factors, weighted sums; ``held`` is emptied, so that rows go as soon as they are summed."""
-    unused = torch.zeros(batch, dtype=torch.float64, device=next(iter(params.values())).device)
-    norms = {name: held[name].squared_norms() if name in held else unused for name in params}
+    unused = torch.zeros(batch, dtype=torch.float64, device=next(iter(zeros.values())).device)
+    norms = {name: held[name].squared_norms() if name in held else unused for name in clipped_names(zeros)}
     factors, finite, nonfinite = finite_factors(norms, clipping)
     total = {}
-    for name, p in params.items():
+    for name, zero in zeros.items():
         one = held.pop(name, None)
-        total[name] = torch.zeros_like(p) if one is None else one.weighted_sum(factors[name], finite)
+        total[name] = zero if one is None or name not in factors else one.weighted_sum(factors[name], finite)
     return total, nonfinite
 
 
-def auto_sum(
-    loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, clipping: ClippingRule
-) -> tuple[Params, int]:
+def auto_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule) -> tuple[Params, int]:
     """``planned_sum`` for a ``ModelLoss``, else ``vmap_sum``."""
     engine = planned_sum if isinstance(loss_fn, ModelLoss) else vmap_sum
-    return engine(loss_fn, params, inputs, targets, clipping)
+    return engine(loss_fn, at, inputs, targets, clipping)
 
 
 def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> dict[str, Contribution]:
@@ -125,10 +146,10 @@ def _together(parts: list[Contribution]) -> Contribution:
 
 
 def _fall_back(
-    reason: str, loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, clipping: ClippingRule
+    reason: str, loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule
 ) -> tuple[Params, int]:
     _say_once(type(loss_fn.module).__name__, reason)
-    return vmap_sum(loss_fn, params, inputs, targets, clipping)
+    return vmap_sum(loss_fn, at, inputs, targets, clipping)
 
 
 @functools.cache

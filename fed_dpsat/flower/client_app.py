@@ -78,12 +78,12 @@ def make_client_app(provider: Provider) -> ClientApp:
         request, history = _request(experiment, message, context, {})
         with intra_op_threads(experiment.config.threads_per_client):
             result = experiment.client_round(**vars(request))
-        content = _reply(experiment, request, result)
+            content = _reply(experiment, request, result)
+            if not secure:
+                content = _encoded(experiment, request, message, content)
         _keep(context, history, result)
         if secure:
             content = secure_client.hide(request.client, message.content, context.state, content)
-        else:
-            content = _encoded(experiment, request, content)
         return Message(content, reply_to=message)
 
     @client_app.evaluate()
@@ -106,10 +106,10 @@ def _train_together(
     asked = [_request(experiment, m, c, unpacked) for m, c in zip(messages, contexts, strict=True)]
     with intra_op_threads(experiment.config.threads_per_client):
         results = experiment.client_rounds([request for request, _ in asked])
-    contents = [
-        _encoded(experiment, request, _reply(experiment, request, result))
-        for (request, _), result in zip(asked, results, strict=True)
-    ]
+        contents = [
+            _encoded(experiment, request, message, _reply(experiment, request, result))
+            for (request, _), message, result in zip(asked, messages, results, strict=True)
+        ]
     for context, (_, history), result in zip(contexts, asked, results, strict=True):
         _keep(context, history, result)
     return [Message(content, reply_to=message) for content, message in zip(contents, messages, strict=True)]
@@ -158,9 +158,9 @@ def _reply(experiment: Experiment, request: Request, result: LocalResult) -> Rec
     return records.reply_content(request.client, request.task, result, size, release_counts=release_counts)
 
 
-def _encoded(experiment: Experiment, request: Request, content: RecordDict) -> RecordDict:
-    config = experiment.config
-    return codec.encode(content, request.params, config.update_codec, config.update_share)
+def _encoded(experiment: Experiment, request: Request, message: Message, content: RecordDict) -> RecordDict:
+    config, within = experiment.config, records.read_within(message.content)
+    return codec.encode(content, request.params, config.update_codec, config.update_share, within)
 
 
 def _keep(context: Context, history: History, result: LocalResult) -> None:

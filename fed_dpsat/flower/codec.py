@@ -11,6 +11,10 @@ random-k     a random ``update_share``, scaled up: unbiased       4 * update_sha
 
 The change is that of all parameters laid end to end. Which coordinates ``random-k`` takes follows from client, round
 and attempt, so nobody sends it.
+
+Where the optimizer confines a round to a ``fed_dpsat.subspace``, its numbers take the place of the coordinates: those
+that are active under random freeze, one per step for zeroth-order steps. The server reads a reply within the subspace
+that it sent itself, whatever the reply says: what is frozen cannot come back changed.
 """
 
 from __future__ import annotations
@@ -26,20 +30,28 @@ from torch import Tensor
 from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.wire import read_array
 from fed_dpsat.params import Params
+from fed_dpsat.subspace import Coordinates, Span, cut
 
 UPDATE = "fed_dpsat.update"
-"""The record that says how the arrays of a reply are written; absent for fp32."""
+"""The record that says how the arrays of a reply are written; absent for whole parameters in fp32."""
 
 INDICES, VALUES = "indices", "values"
 
 
-def encode(content: RecordDict, start: Params, codec: str, share: float) -> RecordDict:
-    """A reply whose parameters, which began the round at ``start``, are written by ``codec``."""
-    if codec == "fp32":
+def encode(
+    content: RecordDict, start: Params, codec: str, share: float, within: Coordinates | Span | None = None
+) -> RecordDict:
+    """A reply whose parameters, which began the round at ``start``, are written by ``codec``, ``within`` a subspace."""
+    if codec == "fp32" and within is None:
         return content
-    change = _flat(records.to_read(content.array_records[records.ARRAYS])) - _flat(start)
-    kept = _kept(len(change), share)
-    if codec == "bf16":
+    before, after = _flat(start), _flat(records.to_read(content.array_records[records.ARRAYS]))
+    origin, numbers = before, after
+    if within is not None:
+        origin, numbers = within.numbers(before, before), within.numbers(before, after)
+    change, kept = numbers - origin, _kept(len(numbers), share)
+    if codec == "fp32":
+        arrays = {VALUES: numbers.numpy()}
+    elif codec == "bf16":
         arrays = {VALUES: change.to(torch.bfloat16).view(torch.int16).numpy()}
     elif codec == "top-k":
         found = change.abs().topk(kept).indices.sort().values
@@ -51,37 +63,50 @@ def encode(content: RecordDict, start: Params, codec: str, share: float) -> Reco
     return RecordDict({**content, records.ARRAYS: compat.record_of(arrays), UPDATE: how})
 
 
-def decode(content: RecordDict, like: ArrayRecord) -> RecordDict:
-    """The reply with its parameters in full, beginning at ``like``; raises ``RecordError`` for what is none."""
+def decode(content: RecordDict, like: ArrayRecord, within: Coordinates | Span | None = None) -> RecordDict:
+    """The reply with its parameters in full, beginning at ``like``; raises ``RecordError`` for what is none.
+
+    ``within`` is the subspace that the server sent; a reply that is a whole model has then to be another's.
+    """
     said = content.config_records.get(UPDATE)
     if said is None:
+        if within is not None:
+            raise records.RecordError(f"no {UPDATE!r} record: a whole model, where the round is within a subspace")
         return content
     start = records.to_read(like)
-    flat = _flat(start)
+    before = _flat(start)
+    origin = before if within is None else within.numbers(before, before)
     codec, share = said.get("codec"), said.get("share")
     if not isinstance(share, float) or not 0 < share <= 1 or set(said) != {"codec", "share"}:
         raise records.RecordError(f"{UPDATE} is {dict(said)}, which is no codec and share")
-    size, kept = len(flat), _kept(len(flat), share)
-    if codec == "bf16":
-        change = torch.from_numpy(_array(content, VALUES, size, "int16").copy()).view(torch.bfloat16).float()
-    elif codec in ("top-k", "random-k"):
-        values = torch.from_numpy(_array(content, VALUES, kept, "float32").copy())
-        if codec == "top-k":
-            found = torch.from_numpy(_array(content, INDICES, kept, "uint32").astype(np.int64))
-            if kept and int(found.max()) >= size:
-                raise records.RecordError(f"index {int(found.max())} of an update with {size} coordinates")
-        else:
-            found = _drawn(content, size, kept)
-        change = torch.zeros(size).index_copy_(0, found, values)
+    if codec == "fp32" and within is not None:
+        params = cut(within.end(before, _values(content, len(origin))), start)
     else:
-        raise records.RecordError(f"codec {str(codec)[:40]!r} is none of this version's")
-    params, at = {}, 0
-    for name, p in start.items():
-        params[name] = p + change[at : at + p.numel()].view_as(p).to(p.dtype)
-        at += p.numel()
+        change = _change(content, str(codec), share, len(origin))
+        if within is not None:
+            params = cut(within.end(before, origin + change), start)
+        else:
+            params = {name: start[name] + c.to(start[name].dtype) for name, c in cut(change, start).items()}
     full = RecordDict({**content, records.ARRAYS: records.to_arrays(params)})
     del full[UPDATE]
     return full
+
+
+def _change(content: RecordDict, codec: str, share: float, size: int) -> Tensor:
+    """``[size]``, as ``codec`` wrote it; raises ``RecordError``."""
+    if codec == "bf16":
+        return torch.from_numpy(_array(content, VALUES, size, "int16").copy()).view(torch.bfloat16).float()
+    if codec not in ("top-k", "random-k"):
+        raise records.RecordError(f"codec {codec[:40]!r} is none of this version's")
+    kept = _kept(size, share)
+    values = _values(content, kept)
+    if codec == "top-k":
+        found = torch.from_numpy(_array(content, INDICES, kept, "uint32").astype(np.int64))
+        if kept and int(found.max()) >= size:
+            raise records.RecordError(f"index {int(found.max())} of an update with {size} coordinates")
+    else:
+        found = _drawn(content, size, kept)
+    return torch.zeros(size).index_copy_(0, found, values)
 
 
 def num_bytes(content: RecordDict) -> int:
@@ -101,6 +126,10 @@ def _array(content: RecordDict, name: str, size: int, dtype: str) -> np.ndarray:
         return array.view() if isinstance(array, compat.Array) else read_array(array, (size,), np.dtype(dtype))
     except ValueError as error:
         raise records.RecordError(f"{name} {error}") from None
+
+
+def _values(content: RecordDict, size: int) -> Tensor:
+    return torch.from_numpy(_array(content, VALUES, size, "float32").copy())
 
 
 def _flat(params: Params) -> Tensor:

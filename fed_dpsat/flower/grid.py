@@ -55,7 +55,8 @@ class Backend(Protocol):
 class SimulationGrid(Grid):
     """``num_nodes`` nodes on one ``backend``; the node of partition ``p`` has the id ``FIRST_NODE_ID + p``.
 
-    ``on_span`` is told when each client was at work. Blocks hold whole stacks of ``stack_clients``.
+    ``on_span`` is told when each client was at work. Blocks hold whole stacks of ``stack_clients``. ``seconds``,
+    where time is simulated, says of client and round how long the server waits for that client.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SimulationGrid(Grid):
         on_span: Callable[[Span], None] | None = None,
         *,
         stack_clients: int = 1,
+        seconds: Callable[[int, int], float] | None = None,
     ) -> None:
         compat.identify_process()
         self._backend = backend
@@ -73,7 +75,7 @@ class SimulationGrid(Grid):
         self._run = compat.empty_run()
         self._replies: dict[str, Message] = {}
         self._stack_clients = stack_clients
-        self.on_span = on_span
+        self.on_span, self.seconds = on_span, seconds
 
     def set_run(self, run: compat.Run) -> None:
         """Take over ``run``."""

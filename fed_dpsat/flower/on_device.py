@@ -25,12 +25,16 @@ from fed_dpsat.flower import codec, records
 from fed_dpsat.flower.wire import read_array
 from fed_dpsat.params import Params
 from fed_dpsat.process import tune_allocator
+from fed_dpsat.subspace import Coordinates, Span
 
 POLICY = "policy"
 """The key of a node's configuration that makes it a device."""
 
-KNOWN = {records.ARRAYS, records.TASK, records.ASCENT, "config"}
-"""Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it."""
+KNOWN = {records.ARRAYS, records.TASK, records.ASCENT, records.SUBSPACE, "config"}
+"""Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it.
+
+Of a subspace a device sends its numbers and nothing more: they are a function of the noised model that it would send.
+"""
 
 
 class DeviceError(RunError):
@@ -59,13 +63,14 @@ def train(message: Message, context: Context) -> Message:
         if task is None:
             raise Refusal(f"the message has no {records.TASK!r} record; say what is asked")
         config = policy.admit(context.run_id, context.run_config)
+        within = _within(content)
         tune_allocator()
         done, result = client.answer(
             policy,
             context.run_id,
             context.run_config,
             dict(task),
-            lambda like: read_arrays(content.array_records.get(records.ARRAYS), like),
+            lambda like: _fitting(within, read_arrays(content.array_records.get(records.ARRAYS), like)),
             None if ascent is None else lambda like: read_arrays(ascent, like),
             _proximal_mu(content),
         )
@@ -73,7 +78,7 @@ def train(message: Message, context: Context) -> Message:
         size = len(own_data(policy).train)
         reply = records.reply_content(policy.client, done, result, size, release_counts=counts)
         start = read_arrays(content.array_records.get(records.ARRAYS), result.params)
-        return codec.encode(reply, start, config.update_codec, config.update_share)
+        return codec.encode(reply, start, config.update_codec, config.update_share, within)
 
     return Message(_answered(context, "a round", ask), reply_to=message)
 
@@ -83,6 +88,21 @@ def _proximal_mu(content: RecordDict) -> float:
         return records.read_proximal_mu(content)
     except records.RecordError as error:
         raise Refusal(str(error)) from None
+
+
+def _within(content: RecordDict) -> Coordinates | Span | None:
+    try:
+        return records.read_within(content)
+    except records.RecordError as error:
+        raise Refusal(str(error)) from None
+
+
+def _fitting(within: Coordinates | Span | None, params: Params) -> Params:
+    """``params``; raises ``Refusal`` where they have fewer coordinates than a subspace of them says are frozen."""
+    d = sum(p.numel() for p in params.values())
+    if isinstance(within, Coordinates) and within.frozen > d:
+        raise Refusal(f"{records.SUBSPACE}: {within.frozen} frozen coordinates of a model with {d}")
+    return params
 
 
 def read_arrays(arrays: ArrayRecord | None, like: Params) -> Params:

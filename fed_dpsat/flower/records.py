@@ -7,6 +7,7 @@ record                 type         content                                     
 ``config``             ConfigRecord whatever the inner strategy says             to the client
 ``fed_dpsat.task``     ConfigRecord round, attempt, noise, rate and steps        to the client
 ``fed_dpsat.ascent``   ArrayRecord  last global update, ``ascent_memory=server`` to the client
+``fed_dpsat.subspace`` ConfigRecord what the round can change, where known       to the client
 ``fed_dpsat.event``    ConfigRecord client, round, attempt and the PrivacyEvent  to the server
 ``metrics``            MetricRecord ``num-examples``, declared public            to the server
 ``fed_dpsat.secure``   ConfigRecord a phase of secure aggregation, if asked for  both
@@ -45,6 +46,7 @@ from fed_dpsat.flower.wire import read_array
 from fed_dpsat.optimizers.base import State
 from fed_dpsat.params import Params
 from fed_dpsat.privacy.event import History, PrivacyEvent, merge
+from fed_dpsat.subspace import Coordinates, Span, described, read_subspace
 from fed_dpsat.training import LocalResult
 
 ARRAYS = "arrays"
@@ -53,6 +55,7 @@ NUM_EXAMPLES = "num-examples"
 NONFINITE = "nonfinite-examples"
 TASK = "fed_dpsat.task"
 ASCENT = "fed_dpsat.ascent"
+SUBSPACE = "fed_dpsat.subspace"
 EVENT = "fed_dpsat.event"
 IDENTITY = "fed_dpsat.identity"
 STATE = "fed_dpsat.state"
@@ -103,6 +106,27 @@ def read_task(content: RecordDict) -> Task:
         return Task(**record)
     except TypeError as error:
         raise RecordError(f"{TASK}: {error}") from None
+
+
+def subspace_record(subspace: Coordinates | Span) -> ConfigRecord:
+    """What the round can change, from the server: a client writes its reply by it, and the server reads it so."""
+    return ConfigRecord(described(subspace))
+
+
+def read_within(content: RecordDict) -> Coordinates | Span | None:
+    """The subspace in a message; None where the reply is a whole model.
+
+    Raises ``RecordError`` for what is none, or has other steps than the task: a client would work for nothing.
+    """
+    if SUBSPACE not in content.config_records:
+        return None
+    try:
+        found = read_subspace(_config(content, SUBSPACE))
+    except ValueError as error:
+        raise RecordError(f"{SUBSPACE}: {error}") from None
+    if isinstance(found, Span) and found.steps != (steps := read_task(content).local_steps):
+        raise RecordError(f"{SUBSPACE}: {found.steps} steps, and {steps} in {TASK!r}")
+    return found
 
 
 def read_proximal_mu(content: RecordDict) -> float:

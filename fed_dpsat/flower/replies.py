@@ -10,6 +10,7 @@ from fed_dpsat.client_level import excess
 from fed_dpsat.experiment import Task
 from fed_dpsat.flower import codec, compat, records
 from fed_dpsat.flower.records import RecordError
+from fed_dpsat.subspace import Coordinates, Span
 
 BYTES = "bytes"
 """The size of a reply's arrays, beside its metrics."""
@@ -31,16 +32,18 @@ def judge(
     like: ArrayRecord,
     release_counts: bool,
     clip_norm: float | None = None,
+    within: Coordinates | Span | None = None,
 ) -> dict[str, float] | Failure:
     """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong.
 
-    With a ``clip_norm``, a model that is farther from ``like`` is none.
+    With a ``clip_norm``, a model that is farther from ``like`` is none. ``within`` is what the server said that the
+    round can change.
     """
     if reply.has_error():
         return Failure(reason=f"failed: {reply.error.reason}", broken=reply.error.code not in compat.ABSENT)
     received = codec.num_bytes(reply.content)
     try:
-        reply.content = codec.decode(reply.content, like)
+        reply.content = codec.decode(reply.content, like, within)
         said_client, said_round, attempt, event = records.read_event(reply.content)
         if (said_client, said_round, attempt) != (client, task.round, task.attempt):
             raise RecordError(

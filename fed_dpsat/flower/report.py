@@ -25,7 +25,10 @@ Verdicts = Mapping[int, Mapping[str, float] | Failure]
 
 @dataclass(kw_only=True)
 class RoundReport:
-    """Who was asked, who was dropped and why, who retired with which epsilon."""
+    """Who was asked, who was dropped and why, who retired with which epsilon.
+
+    ``arrived`` is of asynchronous rounds: whose update moved the model, and how many rounds ago it had set out.
+    """
 
     round: int
     asked: list[int] = field(default_factory=list)
@@ -35,13 +38,11 @@ class RoundReport:
     retired: dict[int, float] = field(default_factory=dict)
     released: dict[int, dict[str, Any]] = field(default_factory=dict)
     broken: list[int] = field(default_factory=list)
+    arrived: dict[int, int] | None = None
+    simulated_seconds: float | None = None
     bytes_down: int = 0
     bytes_up: int = 0
-
-    @property
-    def kept_model(self) -> bool:
-        """No valid reply, so the model stays as it was."""
-        return not self.accepted
+    kept_model: bool = False
 
     def note(self, verdicts: Verdicts, *, release_counts: bool) -> None:
         """What became of everybody who was asked."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fed_dpsat.cohort import draw_cohort, toss_cohort
 from fed_dpsat.flower.nodes import FederationOver
@@ -64,7 +65,15 @@ class Roster:
         self._there[list(clients)] = True
 
     def cohort(self, round: int) -> tuple[list[int], dict[int, History]]:
-        """Clients to ask in ``round``, ascending; and, with what they spent, those who retire as they cannot afford it.
+        """Those of the eligible that are drawn for ``round``, ascending; and the retiring, as ``eligible`` has both."""
+        eligible, retiring = self.eligible(round)
+        if self.client_sampling == "poisson":
+            coins = system_generator() if self.secret_coins else None
+            return toss_cohort(self.seed, round, eligible, self.cohort_size / len(self.plans), coins), retiring
+        return draw_cohort(self.seed, round, eligible, self.cohort_size), retiring
+
+    def eligible(self, round: int) -> tuple[NDArray[np.int64], dict[int, History]]:
+        """Clients that may be asked in ``round``, ascending; and, with what they spent, those who cannot afford it.
 
         Raises ``FederationOver`` when fewer than ``min_clients`` have budget left.
         """
@@ -78,10 +87,7 @@ class Roster:
                 f"{left} clients have budget left before round {round}, fewer than min_clients={self.min_clients}"
             )
         eligible = np.flatnonzero(active & (self._first_rounds <= round) & (self._used < self.max_rounds_per_client))
-        if self.client_sampling == "poisson":
-            coins = system_generator() if self.secret_coins else None
-            return toss_cohort(self.seed, round, eligible, self.cohort_size / len(self.plans), coins), retiring
-        return draw_cohort(self.seed, round, eligible, self.cohort_size), retiring
+        return eligible, retiring
 
     def population(self, round: int) -> list[int]:
         """Whom a coin in ``round`` may draw, or may have kept out: all that have joined the plan and not retired."""

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Task
-from fed_dpsat.flower import codec, compat, records, sums
+from fed_dpsat.flower import buffered, codec, compat, records, sums
+from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
@@ -34,13 +35,20 @@ from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
 from fed_dpsat.params import subtract
 from fed_dpsat.plans import ClientPlan
 from fed_dpsat.privacy import epsilon
+from fed_dpsat.privacy.event import History
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.process import intra_op_threads
+from fed_dpsat.subspace import Coordinates, Span
 from fed_dpsat.timing import Phases
 
 log = getLogger("fed_dpsat")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+BeforeRound = Callable[[int, ArrayRecord], ArrayRecord]
+"""The model that a round starts from, of the one after the last round: layers may join."""
+
+Within = Callable[[int], Coordinates | Span | None]
+"""A round, from 1, to what it can change: replies are then the numbers of that subspace; None is whole models."""
 
 
 class PrivateStrategy(Strategy):
@@ -73,7 +81,9 @@ class PrivateStrategy(Strategy):
         join_timeout: float = 60.0,
         secure_threshold: float = 0.0,
         release: ClientRelease | None = None,
+        buffer: Buffer | None = None,
         phases: Phases | None = None,
+        within: Within = lambda round: None,
     ) -> None:
         self.inner = inner
         self.ledger = ledger
@@ -84,6 +94,7 @@ class PrivateStrategy(Strategy):
         self.release_counts = release_counts
         self.secure_threshold = secure_threshold
         self.release = release
+        self.buffer = buffer
         if (secure_threshold or release) and not sums.only_mean(inner):
             raise SettingError(
                 "strategy",
@@ -92,6 +103,7 @@ class PrivateStrategy(Strategy):
                 "privacy_unit=client releases nothing else" if release else "secure_aggregation hides them",
             )
         self.phases = phases or Phases()
+        self._within = within
         self.report = RoundReport(round=0)
         self.roster = Roster(
             plans,
@@ -113,6 +125,7 @@ class PrivateStrategy(Strategy):
         self._last_arrays: ArrayRecord | None = None
         self._directory = Directory(len(plans), join_timeout)
         self._failed_rounds = 0
+        self._simulated_seconds = 0.0
         _ask_whole_cohort(inner)
 
     @property
@@ -131,18 +144,23 @@ class PrivateStrategy(Strategy):
         evaluate_fn: EvaluateFn | None = None,
         *,
         done: int | None = None,
+        before_round: BeforeRound | None = None,
     ) -> Result:
         """Learn which node holds which partition; then Flower's loop, after the rounds that are ``done``.
 
         ``evaluate_fn`` is called after each round and, where nothing is done, before the first. Nobody else is asked
         to evaluate.
         """
+        if self.buffer and not (isinstance(grid, SimulationGrid) and grid.seconds):
+            raise FederationError("buffer_size needs simulated delays, and no network; set it to 0 on a network")
         self.meet(grid)
         config, result = train_config or ConfigRecord(), Result()
         result.arrays = initial_arrays
         if evaluate_fn and done is None:
             evaluate_fn(0, initial_arrays)
         for round in range((done or 0) + 1, num_rounds + 1):
+            if before_round:
+                result.arrays = before_round(round, result.arrays)
             with self.phases("send"):
                 messages = list(self.configure_train(round, result.arrays, config, grid))
             arrays, metrics = self._train(round, messages, grid, timeout)
@@ -152,6 +170,11 @@ class PrivateStrategy(Strategy):
             if evaluate_fn and (measured := evaluate_fn(round, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[round] = measured
         return result
+
+    def renew(self, inner: Strategy) -> None:
+        """Go on with another inner strategy, or the same one from its beginning."""
+        self.inner = inner
+        _ask_whole_cohort(inner)
 
     def meet(self, grid: Grid) -> None:
         """Learn which node holds which partition; a simulation knows."""
@@ -165,7 +188,7 @@ class PrivateStrategy(Strategy):
         self.report, self._tasks, self._charged, self._sent = RoundReport(round=server_round), {}, {}, {}
         self._directory.look_again(grid, self.roster.min_clients)
         self.roster.join(self._directory.nodes)
-        cohort, retiring = self.roster.cohort(server_round)
+        cohort, retiring = self._cohort(server_round, grid)
         self.report.retired = {c: epsilon(spent, self.delta, self.accountant) for c, spent in retiring.items()}
         self._last_arrays, self._arrays = self._arrays or None, arrays
         if not cohort and self.release is None:
@@ -199,30 +222,10 @@ class PrivateStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Drop what is not valid, by name; the rest goes to the inner strategy in the order of clients."""
-        verdicts: dict[int, Mapping[str, float] | Failure] = {}
-        valid: dict[int, Message] = {}
-        for reply in replies:
-            client = self._expected(reply, verdicts)
-            if client is not None:
-                verdicts[client] = verdict = judge(
-                    reply,
-                    client=client,
-                    task=self._tasks[client],
-                    like=self._arrays,
-                    release_counts=self.release_counts,
-                    clip_norm=self._clip_norm,
-                )
-                if not isinstance(verdict, Failure):
-                    valid[client] = reply
-        self._note(verdicts)
+        valid, verdicts = self._judged(replies)
         if not valid and self.release is None:
             return self._keep_model()
-        if not sums.only_mean(self.inner):
-            return self._checked(self.inner.aggregate_train(server_round, [valid[c] for c in sorted(valid)]))
-        bound = {"before": self._arrays, "clip_norm": self._clip_norm}
-        asked = self.report.asked
-        parts = [sums.part_of(c, valid.get(c), verdicts.get(c), **bound) for c in asked]  # type: ignore[arg-type]
-        return self._aggregate_mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
+        return self._aggregate(self.report.asked, valid, verdicts)
 
     def aggregate_parts(
         self, server_round: int, parts: Iterable[sums.Part]
@@ -252,8 +255,10 @@ class PrivateStrategy(Strategy):
         return {
             "retired": dict(self.retired),
             "failed_rounds": self._failed_rounds,
+            "simulated_seconds": self._simulated_seconds,
             "sent": records.to_params(self._arrays) if self.send_ascent else {},
             "inner": capture_state(self.inner),
+            **({"buffer": self.buffer.state_dict()} if self.buffer else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Plain], *, next_round: int, same_noise: bool) -> None:
@@ -264,13 +269,32 @@ class PrivateStrategy(Strategy):
         """
         self.roster.begin_again(next_round, state["retired"], same_noise=same_noise)
         self._failed_rounds = state["failed_rounds"]
+        self._simulated_seconds = state["simulated_seconds"]
         self._arrays = records.to_arrays(state["sent"])
         self._attempts = {} if same_noise else {c: last + 1 for c, last in self.ledger.attempts(next_round).items()}
         restore_state(self.inner, state["inner"])
+        if self.buffer:
+            self.buffer.load_state_dict(state["buffer"])
+
+    def _cohort(self, round: int, grid: Grid) -> tuple[list[int], dict[int, History]]:
+        if self.buffer is None:
+            return self.roster.cohort(round)
+        assert isinstance(grid, SimulationGrid)
+        assert grid.seconds
+        eligible, retiring = self.roster.eligible(round)
+        return self.buffer.set_out(round, eligible, grid.seconds), retiring
+
+    def _pass_time(self, round: int, grid: Grid) -> None:
+        """A round takes, in simulated time, as long as its slowest client; or until its buffer is full."""
+        if isinstance(grid, SimulationGrid) and grid.seconds:
+            slowest = max((grid.seconds(client, round) for client in self.report.asked), default=0.0)
+            self._simulated_seconds = self.buffer.now if self.buffer else self._simulated_seconds + slowest
+            self.report.simulated_seconds = self._simulated_seconds
 
     def _train(
         self, round: int, messages: list[Message], grid: Grid, timeout: float
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self._pass_time(round, grid)
         if self.secure_threshold:
             if not messages:
                 return self.aggregate_parts(round, [])
@@ -286,6 +310,11 @@ class PrivateStrategy(Strategy):
                 )
             with self.phases("aggregate"):
                 return self.aggregate_parts(round, [part])
+        if self.buffer and isinstance(grid, SimulationGrid):
+            with self.phases("train"):
+                valid, _ = self._judged(grid.stream(messages, timeout=timeout))
+            with self.phases("aggregate"):
+                return self._aggregate_arrivals(self.buffer, valid)
         if not isinstance(grid, SimulationGrid):
             with self.phases("train"):
                 replies = iter(grid.send_and_receive(messages, timeout=timeout))
@@ -317,7 +346,7 @@ class PrivateStrategy(Strategy):
 
     def _add_records(self, messages: Mapping[int, Message]) -> None:
         """Give messages their tasks. Those that shared a content and have equal tasks share one again."""
-        ascent = self._ascent_record()
+        ascent, within = self._ascent_record(), self._within(self.report.round)
         contents: dict[tuple[int, Task], tuple[RecordDict, RecordDict]] = {}
         for client, message in messages.items():
             given, task = message.content, self._tasks[client]
@@ -325,14 +354,37 @@ class PrivateStrategy(Strategy):
                 content = RecordDict({**given, records.TASK: records.task_record(task)})
                 if ascent is not None:
                     content[records.ASCENT] = ascent
+                if within is not None:
+                    content[records.SUBSPACE] = records.subspace_record(within)
                 contents[id(given), task] = given, content
             message.content = contents[id(given), task][1]
 
     def _ascent_record(self) -> ArrayRecord | None:
-        if not self.send_ascent or self._last_arrays is None:
+        if not self.send_ascent or self._last_arrays is None or self._last_arrays.keys() != self._arrays.keys():
             return None
         before, now = records.to_params(self._last_arrays), records.to_params(self._arrays)
         return records.to_arrays(subtract(before, now))
+
+    def _judged(self, replies: Iterable[Message]) -> tuple[dict[int, Message], Verdicts]:
+        """The valid ones by client, and what became of everybody's, which is noted."""
+        verdicts: dict[int, Mapping[str, float] | Failure] = {}
+        valid: dict[int, Message] = {}
+        for reply in replies:
+            client = self._expected(reply, verdicts)
+            if client is not None:
+                verdicts[client] = verdict = judge(
+                    reply,
+                    client=client,
+                    task=self._tasks[client],
+                    like=self._arrays,
+                    release_counts=self.release_counts,
+                    clip_norm=self._clip_norm,
+                    within=self._within(self.report.round),
+                )
+                if not isinstance(verdict, Failure):
+                    valid[client] = reply
+        self._note(verdicts)
+        return valid, verdicts
 
     def _expected(self, reply: Message, verdicts: Mapping[int, object]) -> int | None:
         """The client whose first reply this is; None, and a note, for any other reply."""
@@ -354,8 +406,41 @@ class PrivateStrategy(Strategy):
         self._failed_rounds = self.report.failed_rounds(self._failed_rounds, len(self.plans))
 
     def _keep_model(self) -> tuple[None, None]:
+        self.report.kept_model = True
         log.warning("round %d: no valid reply, the model stays as it is", self.report.round)
         return None, None
+
+    def _aggregate_arrivals(
+        self, buffer: Buffer, valid: Mapping[int, Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What was computed is kept until it arrives; what arrives moves the model of now."""
+        model = records.to_params(self._arrays)
+        for client, reply in valid.items():
+            buffer.put(client, buffered.cargo_of(reply.content, model))
+        arrived = buffer.arrive()
+        self.report.arrived = {client: self.report.round - flight.round for client, flight in arrived.items()}
+        replies, metrics = {}, {}
+        for client, flight in arrived.items():
+            if flight.cargo is not None:
+                content = buffered.moved(flight.cargo, model, buffer.share(self.report.arrived[client]))
+                replies[client] = Message(content, reply_to=self._question(client))
+                metrics[client] = flight.cargo.metrics
+        if not replies:
+            return self._keep_model()
+        return self._aggregate(list(arrived), replies, metrics)
+
+    def _question(self, client: int) -> Message:
+        return Message(RecordDict(), self._directory.nodes[client], MessageType.TRAIN)
+
+    def _aggregate(
+        self, order: Sequence[int], valid: Mapping[int, Message], verdicts: Verdicts
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hand the ``valid`` replies to the inner strategy; ``order`` is of all clients they might be from."""
+        if not sums.only_mean(self.inner):
+            return self._checked(self.inner.aggregate_train(self.report.round, [valid[c] for c in sorted(valid)]))
+        bound = {"before": self._arrays, "clip_norm": self._clip_norm}
+        parts = [sums.part_of(c, valid.get(c), verdicts.get(c), **bound) for c in order]  # type: ignore[arg-type]
+        return self._aggregate_mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
 
     def _aggregate_mean(self, total: sums.Part) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Hand the inner strategy the mean, or what the round releases of it, as the one reply there is."""
@@ -375,8 +460,8 @@ class PrivateStrategy(Strategy):
         self, arrays: ArrayRecord, metrics: dict[str, MetricRecordValues]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         content = RecordDict({records.ARRAYS: arrays, records.METRICS: MetricRecord(metrics)})
-        asked = Message(RecordDict(), next(iter(self._directory.nodes.values())), MessageType.TRAIN)
-        return self._checked(self.inner.aggregate_train(self.report.round, [Message(content, reply_to=asked)]))
+        reply = Message(content, reply_to=self._question(next(iter(self._directory.nodes))))
+        return self._checked(self.inner.aggregate_train(self.report.round, [reply]))
 
     def _checked(
         self, aggregate: tuple[ArrayRecord | None, MetricRecord | None]

@@ -26,4 +26,9 @@ def mlp(input_shape: tuple[int, ...], num_classes: int, hidden: int = 128) -> nn
     )
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp}
+def mlp_small(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """As mlp with 32 hidden units: 2,410 parameters at 64 features and 10 classes, 25,450 at 784."""
+    return mlp(input_shape, num_classes, hidden=32)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "mlp-small": mlp_small}

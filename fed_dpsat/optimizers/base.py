@@ -12,7 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, global_norm
+from fed_dpsat.query import At
+from fed_dpsat.subspace import Coordinates, Span
 
 State = dict[str, Params]
 """Slots of named tensors, so that any state can be stored, sent between processes and resumed."""
@@ -32,8 +35,8 @@ class PrivateOptimizer(Protocol):
     def init(self, params: Params) -> State:
         """The state before the first step."""
 
-    def query_point(self, params: Params, state: State) -> Params:
-        """Where the next gradient is taken; public information only."""
+    def query_point(self, params: Params, state: State) -> At:
+        """Where the next gradient is taken, or a ``Query``; public information only."""
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The next parameters and state; pure post-processing of ``private_gradient``."""
@@ -42,6 +45,31 @@ class PrivateOptimizer(Protocol):
 def set_clock(state: State, step: int) -> State:
     """``state`` with its step count set: learning rate schedules follow the federation, not the client."""
     return {**state, CLOCK: {"step": torch.tensor(step)}}
+
+
+def check_space(setting: str, value: object, params: Params, other: Params) -> None:
+    """Raise ``SettingError`` unless ``other``, a point or a gradient, is one of the parameters."""
+    if other.keys() != params.keys():
+        raise SettingError(
+            setting,
+            value,
+            f"possible around a base whose private gradient is of {sorted(other)}, not of the model's parameters",
+            "take another base optimizer",
+        )
+
+
+def subspace_of(optimizer: PrivateOptimizer, round: int, d: int) -> Coordinates | Span | None:
+    """Where ``optimizer`` can take ``d`` coordinates in ``round`` (from 1); None where it says nothing.
+
+    Its own ``subspace(round, d)``; or that of its base, for one with ``moves_like_base``: each of its updates is one of
+    ``base``, from the same parameters.
+    """
+    own = getattr(optimizer, "subspace", None)
+    if own is not None:
+        found: Coordinates | Span | None = own(round, d)
+        return found
+    base = getattr(optimizer, "base", None)
+    return subspace_of(base, round, d) if base is not None and getattr(optimizer, "moves_like_base", False) else None
 
 
 def set_noise(state: State, std: float) -> State:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State, climb, set_clock
+from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State, check_space, climb, set_clock
 from fed_dpsat.params import Params
+from fed_dpsat.query import At, first_point, map_points
 
 CLIMB = "climb"
 """The gradient of an odd call, until the even one has climbed it."""
@@ -36,6 +38,7 @@ class DPSAM:
 
     base: PrivateOptimizer
     rho: float
+    moves_like_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.rho < math.inf:
@@ -45,9 +48,11 @@ class DPSAM:
         """The state of ``base``; the next call is an odd one."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def query_point(self, params: Params, state: State) -> At:
         """Where ``base`` looks; in an even call, ``rho`` up the gradient of the odd one from there."""
-        return climb(self.base.query_point(params, state), state.get(CLIMB), self.rho)
+        asked = self.base.query_point(params, state)
+        check_space("optimizer", "dp-sam", params, first_point(asked))
+        return map_points(asked, lambda at: climb(at, state.get(CLIMB), self.rho))
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """Odd: remember ``private_gradient`` and stay. Even: the step of ``base`` at the unperturbed ``params``."""

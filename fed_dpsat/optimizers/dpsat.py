@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State, climb
+from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State, check_space, climb
 from fed_dpsat.params import Params, subtract
+from fed_dpsat.query import At, first_point, map_points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class DPSAT:
 
     base: PrivateOptimizer
     rho: float
+    moves_like_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.rho < math.inf:
@@ -29,9 +32,12 @@ class DPSAT:
         """The state of ``base``; no direction to climb yet."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
-        """``rho`` up the remembered direction, from where ``base`` looks."""
-        return climb(self.base.query_point(params, state), state.get(ASCENT), self.rho)
+    def query_point(self, params: Params, state: State) -> At:
+        """``rho`` up the remembered direction, from wherever ``base`` looks: every point of its query."""
+        asked = self.base.query_point(params, state)
+        if self.rho:
+            check_space("rho", self.rho, params, first_point(asked))
+        return map_points(asked, lambda at: climb(at, state.get(ASCENT), self.rho))
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base`` at the unperturbed ``params``; remembers ``private_gradient``."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.optimizers.base import PrivateOptimizer, State, check_space
 from fed_dpsat.params import Params
+from fed_dpsat.query import At, first_point, map_points
 
 LAST = "extrapolation"
 
@@ -27,6 +29,7 @@ class Extrapolated:
     base: PrivateOptimizer
     lr: float
     lookahead: float | None = None
+    moves_like_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.distance < math.inf:
@@ -41,12 +44,15 @@ class Extrapolated:
         """The state of ``base``; no gradient to follow yet."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
-        """Ahead of where ``base`` looks."""
+    def query_point(self, params: Params, state: State) -> At:
+        """Ahead of where ``base`` looks, from every point of its query."""
         at, last = self.base.query_point(params, state), state.get(LAST)
-        if last is None or self.distance == 0:
+        if self.distance == 0:
             return at
-        return {name: torch.add(p, last[name], alpha=-self.distance) for name, p in at.items()}
+        check_space("optimizer", "extrapolated", params, first_point(at))
+        if last is None:
+            return at
+        return map_points(at, lambda w: {name: torch.add(p, last[name], alpha=-self.distance) for name, p in w.items()})
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base`` at ``params``; remembers ``private_gradient``."""

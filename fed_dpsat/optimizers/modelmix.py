@@ -12,6 +12,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State
 from fed_dpsat.optimizers.dpsgd import scheduled
 from fed_dpsat.params import Params
+from fed_dpsat.query import At
 
 PREVIOUS = "previous"
 
@@ -49,7 +50,7 @@ class ModelMix:
         """The state of ``base``; nothing to mix with yet."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def query_point(self, params: Params, state: State) -> At:
         """Where ``base`` looks."""
         return self.base.query_point(params, state)
 

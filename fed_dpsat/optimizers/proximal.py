@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from fed_dpsat.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.optimizers.base import PrivateOptimizer, State, check_space
 from fed_dpsat.params import Params
+from fed_dpsat.query import At
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,17 +23,19 @@ class Proximal:
     base: PrivateOptimizer
     anchor: Params
     proximal_mu: float
+    moves_like_base: ClassVar[bool] = True
 
     def init(self, params: Params) -> State:
         """As ``base``."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def query_point(self, params: Params, state: State) -> At:
         """As ``base``."""
         return self.base.query_point(params, state)
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base``, pulled towards the anchor."""
+        check_space("proximal_mu", self.proximal_mu, params, private_gradient)
         slope = {
             name: torch.add(g, params[name] - self.anchor[name], alpha=self.proximal_mu) if name in self.anchor else g
             for name, g in private_gradient.items()

@@ -15,8 +15,9 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower.federation import OnRound, Summary, run_federation
+from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.flower.grid import Backend, SimulationGrid
+from fed_dpsat.flower.recorder import OnRound, Summary
 from fed_dpsat.optimizers.base import PrivateOptimizer
 from fed_dpsat.process import tune_allocator
 from fed_dpsat.run_folder import RunFolder
@@ -86,7 +87,8 @@ def simulation_grid(
     Clients' states go into ``folder``; without one they last as long as the grid.
     """
     backend, config = _backend(experiment, client_app, folder), experiment.config
-    grid = SimulationGrid(backend, config.num_clients, stack_clients=config.stack_clients)
+    seconds = faults.waited if (faults := Faults.of(config)) and config.delay != "none" else None
+    grid = SimulationGrid(backend, config.num_clients, stack_clients=config.stack_clients, seconds=seconds)
     try:
         yield grid
     finally:

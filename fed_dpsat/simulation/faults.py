@@ -47,6 +47,10 @@ class Faults:
             return self.delay_mean * exponential
         return self.delay_mean * math.exp(normal - 0.5) if self.delay == "lognormal" else 0.0
 
+    def waited(self, client: int, round: int) -> float:
+        """Seconds until the server has the reply of ``client`` in ``round``, or gives it up."""
+        return min(self.seconds(client, round), self.client_timeout or math.inf)
+
     def comes_late(self, client: int, round: int) -> bool:
         """Whether the reply of ``client`` in ``round`` comes after ``client_timeout``; 0 is never."""
         return bool(self.client_timeout and self.seconds(client, round) > self.client_timeout)

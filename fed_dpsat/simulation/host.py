@@ -137,6 +137,7 @@ class Host:
             like=before,
             release_counts=release_counts,
             clip_norm=self._clip_norm,
+            within=records.read_within(message.content),
         )
         return sums.part_of(client, reply, verdict, before=before, clip_norm=self._clip_norm)
 

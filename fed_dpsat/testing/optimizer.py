@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, zeros_like
+from fed_dpsat.query import At, as_query, first_point
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.problems import (
     TrainLoop,
+    answer,
     copied,
     difference,
     flattened,
@@ -88,14 +90,20 @@ def state_is_named_tensors(subject: Subject) -> None:
 
 
 def points_are_like_params(subject: Subject) -> None:
-    """Query points and new parameters have the names, shapes and types of ``params``: plain detached tensors."""
+    """Query points and new parameters have the names, shapes and types of ``params``: plain detached tensors.
+
+    Points of a query that wraps the loss are of its own choosing, all alike: the wrapped loss is called there.
+    """
     optimizer = subject.make()
-    expected = {name: kind(p) for name, p in start().items()}
+    like = {name: kind(p) for name, p in start().items()}
     params = start()
     for state in _states(subject):
-        at = optimizer.query_point(params, state)
-        params, _ = optimizer.update(params, _gradient(0), state)
-        for what, point in (("query_point", at), ("update", params)):
+        query = as_query(optimizer.query_point(params, state))
+        params, _ = optimizer.update(params, answer(query, 0), state)
+        points = [("query_point", point) for _, point in query.points]
+        for what, point in (*points, ("update", params)):
+            own = what == "query_point" and query.loss is not None
+            expected = {name: kind(p) for name, p in first_point(query).items()} if own else like
             plain = all(type(p) is Tensor and not p.requires_grad for p in point.values())
             seen = {name: kind(p) for name, p in point.items()}
             require(
@@ -110,9 +118,8 @@ def inputs_are_not_changed(subject: Subject) -> None:
     """No function changes its arguments: parameters, gradient and state stay as they were, to the bit."""
     optimizer = subject.make()
     for state in _states(subject):
-        given = {"params": start(), "private_gradient": _gradient(0)} | {
-            f"state {slot}": p for slot, p in state.items()
-        }
+        gradient = answer(optimizer.query_point(start(), state), 0)
+        given = {"params": start(), "private_gradient": gradient} | {f"state {slot}": p for slot, p in state.items()}
         before, slots = {what: copied(tensors) for what, tensors in given.items()}, list(state)
         for what, taken in SIGNATURES.items():
             getattr(optimizer, what)(*(given.get(name, state) for name in taken))
@@ -130,12 +137,12 @@ def same_inputs_give_same_outputs(subject: Subject) -> None:
     optimizer = subject.make()
     states = _states(subject)
     for state in states:
-        first = _outputs(optimizer, state, _gradient(0))
-        _outputs(optimizer, states[-1], _gradient(1))
+        first = _outputs(optimizer, state, 0)
+        _outputs(optimizer, states[-1], 1)
         optimizer.init(start())
         for what, again in (
-            ("after other calls", _outputs(optimizer, state, _gradient(0))),
-            ("from a new object", _outputs(subject.make(), state, _gradient(0))),
+            ("after other calls", _outputs(optimizer, state, 0)),
+            ("from a new object", _outputs(subject.make(), state, 0)),
         ):
             said = difference(first, again)
             require(
@@ -149,12 +156,11 @@ def same_inputs_give_same_outputs(subject: Subject) -> None:
 
 def resumed_equals_uninterrupted(subject: Subject) -> None:
     """Stored as bytes after any step and taken up by a new object, training goes on to the same bits."""
-    optimizer, gradients = subject.make(), [_gradient(step) for step in range(STEPS)]
-    ends = list(walk(optimizer, start(), begun(optimizer, start()), gradients))
+    optimizer = subject.make()
+    ends = list(walk(optimizer, start(), begun(optimizer, start()), range(STEPS)))
     for stop in range(len(ends) - 1):
-        params, state = ends[stop]
-        stored = through_bytes(state)
-        resumed, state = list(walk(subject.make(), params, stored, gradients[stop + 1 :], stop + 1))[-1]
+        params, state, _ = ends[stop]
+        resumed, state, _ = list(walk(subject.make(), params, through_bytes(state), range(stop + 1, STEPS)))[-1]
         said = difference(ends[-1][0], resumed) or difference(flattened(ends[-1][1]), flattened(state))
         require(
             not said,
@@ -167,11 +173,11 @@ def resumed_equals_uninterrupted(subject: Subject) -> None:
 def zero_gradient_stays_finite(subject: Subject) -> None:
     """After zero gradients, parameters, state and query point are finite: the direction 0 / 0 is 0."""
     optimizer, params = subject.make(), start()
-    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
     for state in (begun(optimizer, params), _states(subject)[-1]):
         for _ in range(2):
+            zeros = zeros_like(first_point(optimizer.query_point(params, state)))
             params, state = optimizer.update(params, zeros, state)
-            seen = {"params": params, "query_point": optimizer.query_point(params, state), **state}
+            seen = {"params": params, **asked(optimizer.query_point(params, state)), **state}
             bad = [s for s, tensors in seen.items() if not all(bool(t.isfinite().all()) for t in tensors.values())]
             require(
                 not bad,
@@ -187,9 +193,9 @@ def a_direction_may_come_or_go(subject: Subject) -> None:
     without = {slot: params for slot, params in state.items() if slot != ASCENT}
     for changed in (without, {**without, ASCENT: normal_like(start(), 9)}):
         at = optimizer.query_point(start(), changed)
-        params, _ = optimizer.update(start(), _gradient(0), changed)
+        params, _ = optimizer.update(start(), answer(at, 0), changed)
         require(
-            all(bool(t.isfinite().all()) for t in (*at.values(), *params.values())),
+            all(bool(t.isfinite().all()) for point in (*asked(at).values(), params) for t in point.values()),
             expected=f"a step with slots {sorted(changed)}",
             seen="NaN or inf",
             remedy="read the slot by state.get(ASCENT): without a direction the query point is w",
@@ -220,20 +226,23 @@ def start() -> Params:
     }
 
 
-def _gradient(step: int) -> Params:
-    return normal_like(start(), step)
+def asked(at: At) -> dict[str, Params]:
+    """All tensors of what ``query_point`` answered, by a name for each of its points and masks."""
+    query = as_query(at)
+    points = {f"query_point {i} of weight {w}": point for i, (w, point) in enumerate(query.points)}
+    return {**points, "active": query.active or {}}
 
 
 def _states(subject: Subject) -> list[State]:
     """States before the first step and after each of three."""
     optimizer = subject.make()
     first = begun(optimizer, start())
-    return [first, *(state for _, state in walk(optimizer, start(), first, [_gradient(step) for step in range(3)]))]
+    return [first, *(state for _, state, _ in walk(optimizer, start(), first, range(3)))]
 
 
-def _outputs(optimizer: PrivateOptimizer, state: State, gradient: Params) -> Params:
+def _outputs(optimizer: PrivateOptimizer, state: State, seed: int) -> Params:
     """All that the two functions return, under one level of names."""
     torch.manual_seed(0)
     at = optimizer.query_point(start(), state)
-    params, after = optimizer.update(start(), gradient, state)
-    return flattened({"query_point": at, "params": params, **{f"state {slot}": p for slot, p in after.items()}})
+    params, after = optimizer.update(start(), answer(at, seed), state)
+    return flattened({**asked(at), "params": params, **{f"state {slot}": p for slot, p in after.items()}})

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fed_dpsat.optimizers.base import PrivateOptimizer, State
 from fed_dpsat.params import Params
+from fed_dpsat.query import At, compact, first_point, spread
 from fed_dpsat.training import LocalResult
 
 TrainLoop = Callable[..., LocalResult]
@@ -22,9 +23,23 @@ def prescribed(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
     return inputs @ _flat(params)
 
 
-def quadratic(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
+class Quadratic:
     """``inputs[B, D], targets[B] -> losses[B]``: the gradient of an example is the parameters minus its input."""
-    return 0.5 * (_flat(params) - inputs).square().sum(1)
+
+    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
+        """The criterion of the outputs."""
+        return self.criterion(self.outputs(params, inputs), targets)
+
+    def outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
+        """``[B, D]``, parameters minus inputs."""
+        return _flat(params) - inputs
+
+    def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Half the squared norm of the outputs."""
+        return 0.5 * outputs.square().sum(1)
+
+
+quadratic = Quadratic()
 
 
 def size(shapes: Shapes) -> int:
@@ -104,11 +119,19 @@ class Watching:
 
 
 def walk(
-    optimizer: PrivateOptimizer, params: Params, state: State, gradients: list[Params], first: int = 0
-) -> Iterator[tuple[Params, State]]:
-    """Parameters and state after each step along given gradients; torch is seeded with the number of the step."""
-    for step, gradient in enumerate(gradients, first):
+    optimizer: PrivateOptimizer, params: Params, state: State, steps: range
+) -> Iterator[tuple[Params, State, Params]]:
+    """Parameters and state after each of ``steps``, and the made-up private gradient of it.
+
+    Torch is seeded with the number of the step, from which the gradient follows too.
+    """
+    for step in steps:
         torch.manual_seed(step)
-        optimizer.query_point(params, state)
+        gradient = answer(optimizer.query_point(params, state), step)
         params, state = optimizer.update(params, gradient, state)
-        yield params, state
+        yield params, state, gradient
+
+
+def answer(at: At, seed: int) -> Params:
+    """A made-up private gradient to what ``query_point`` asked: standard normal where that is active, else 0."""
+    return spread(at, compact(at, normal_like(first_point(at), seed)))

@@ -13,6 +13,7 @@ from fed_dpsat.clipping import FlatClipping
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock, set_noise
 from fed_dpsat.params import Params, global_norm, subtract
+from fed_dpsat.query import spread
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.testing.conformance import require
 from fed_dpsat.testing.problems import (
@@ -68,9 +69,9 @@ def training_is_replayed_from_private_gradients_alone(subject: Subject) -> None:
         optimizer, again = subject.make(), set_clock(again, (round - 1) * STEPS)
         torch.default_generator.manual_seed(_streams(round).torch_seed())
         for private_gradient in mechanism.released:
-            optimizer.query_point(replayed, again)
+            at = optimizer.query_point(replayed, again)
             again = set_noise(again, mechanism.noise_std)
-            replayed, again = optimizer.update(replayed, private_gradient, again)
+            replayed, again = optimizer.update(replayed, spread(at, private_gradient), again)
         said = difference(params, replayed)
         require(
             len(mechanism.released) == STEPS and not said,

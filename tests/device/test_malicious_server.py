@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, MetricRecord
 from fed_dpsat.device.release import CLIENT, ledger_path
 from fed_dpsat.flower import records
 from fed_dpsat.privacy import PrivacyLedger
+from fed_dpsat.subspace import Coordinates
 
 
 def history(device):
@@ -136,7 +137,7 @@ def test_no_name_of_the_servers_loads_code(device, tmp_path, monkeypatch, kind):
     assert "evil_plugin" not in sys.modules
 
 
-@pytest.mark.parametrize("setting", ["client_table", "data_path", "cache_dir", "out"])
+@pytest.mark.parametrize("setting", ["client_table", "data_path", "cache_dir", "out", "start_from"])
 def test_no_path_of_the_servers_is_opened(device, tmp_path, setting):
     secret = tmp_path / "secret"
     secret.write_text("password\nhunter2\n")
@@ -220,6 +221,30 @@ def test_a_model_of_100000_layers_or_other_names_is_refused(device):
 )
 def test_unknown_or_missing_records_are_refused(device, extra, says):
     refused(device, device.ask(extra=extra), says)
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"kind": "line"}, "describes no subspace"),
+        ({"kind": "coordinates", "seed": 0, "round": 1, "frozen": 7}, "7 frozen coordinates of a model with 6"),
+        ({"kind": "coordinates", "seed": 0, "round": 1, "frozen": -1}, "describes no subspace"),
+        ({"kind": "span", "seed": 0, "first": 0, "steps": 1_000_000_000}, "1000000000 steps, and 2 in"),
+    ],
+)
+def test_a_subspace_that_is_none_is_refused_before_anything_is_charged(device, said, says):
+    refused(device, device.ask(extra={records.SUBSPACE: ConfigRecord(said)}), says)
+
+
+def test_within_a_subspace_the_same_private_update_is_sent_in_part(device, task):
+    """Four of six coordinates: the bits that are in the whole reply to the same question, and one charge for both."""
+    within = Coordinates(seed=0, round=1, frozen=2)
+    whole = device.ask().content.array_records[records.ARRAYS]
+    part = device.ask(extra={records.SUBSPACE: records.subspace_record(within)}).content.array_records[records.ARRAYS]
+    flat = torch.cat([torch.from_numpy(whole[name].numpy().copy()).flatten() for name in whole])
+    assert list(part) == ["values"]
+    assert part["values"].numpy().tolist() == flat[within.active(6)].tolist()
+    assert history(device) == (task().event,)
 
 
 def test_a_strategys_own_config_is_not_read(device):

@@ -89,6 +89,7 @@ def test_flwr_run_trains_to_the_same_bits(flower_home, tmp_path, secure):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert summary["rounds_completed"] == 2
+    assert not (out / "simulation.json").exists()  # label counts are private: only a simulation of ours writes them
 
     simulate(RunConfig(**settings, delta=1e-4), tmp_path / "here")
     models = [torch.load(f / "checkpoint" / "model.pt", weights_only=True)["params"] for f in (out, tmp_path / "here")]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fed_dpsat.models.mlp import mlp
+from fed_dpsat.models.mlp import mlp, mlp_small
 
 
 def test_one_hidden_tanh_unit_by_hand():
@@ -16,6 +16,10 @@ def test_one_hidden_tanh_unit_by_hand():
 
 def test_hidden_sets_the_width():
     assert sum(p.numel() for p in mlp((64,), 10, hidden=5).parameters()) == 64 * 5 + 5 + 5 * 10 + 10
+
+
+def test_the_small_one_has_32_hidden_units():
+    assert sum(p.numel() for p in mlp_small((1, 28, 28), 10).parameters()) == 784 * 32 + 32 + 32 * 10 + 10 == 25_450
 
 
 def test_no_hidden_units_are_refused():

@@ -11,6 +11,7 @@ ROWS = {
     # name: (shape of the documented count, parameters at it with 10 classes, shape of the cheap checks)
     "linear": ((64,), 650, (64,)),
     "mlp": ((64,), 9_610, (1, 8, 8)),
+    "mlp-small": ((64,), 2_410, (1, 8, 8)),
     "tanh-cnn-small": ((3, 32, 32), 33_834, (1, 8, 8)),
     "selu-cnn-small": ((3, 32, 32), 33_834, (1, 8, 8)),
     "tanh-cnn": ((3, 32, 32), 550_570, (3, 8, 8)),

@@ -14,6 +14,7 @@ from fed_dpsat.optimizers.base import ASCENT, climb
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.params import zeros_like
 from fed_dpsat.per_example import clipped_gradient_sum
+from fed_dpsat.query import Query
 from fed_dpsat.testing import check_optimizer
 from fed_dpsat.training import LocalResult, train_locally
 
@@ -25,6 +26,7 @@ def shipped(name, lr=0.1):
         "momentum": 0.9,
         "weight_decay": 0.01,
         "total_steps": 50,
+        "steps_per_round": 4,
         "private": name != "sam",
     }
     return build_optimizer(name, "dp-sgd", settings)
@@ -158,6 +160,48 @@ class StepsFromTheQueryPoint(DPSAT):
         return {name: m - up[name] for name, m in moved.items()}, after
 
 
+class CastsOnePoint(DPSGD):
+    def query_point(self, params, state):
+        return Query(points=((0.5, {name: p.float() for name, p in params.items()}), (0.5, params)))
+
+
+class MasksByAGeneratorOfItsOwn(DPSGD):
+    """Nobody else could know the mask, and a run that resumes has another."""
+
+    def query_point(self, params, state):
+        return Query(points=((1.0, params),), active={"bias": torch.rand(3, generator=OWN) < 0.5})
+
+
+OWN = torch.Generator().manual_seed(0)
+
+
+class MasksAPointInPlace(DPSGD):
+    def query_point(self, params, state):
+        params["bias"][2] = 0
+        return Query(points=((1.0, params),), active={"bias": torch.tensor([True, True, False])})
+
+
+class KeepsWhatItsLossSaw(DPSGD):
+    """A wrapped loss sees examples; what it keeps is no post-processing of private gradients."""
+
+    def query_point(self, params, state):
+        def wrap(loss):
+            def seeing(p, inputs, targets):
+                SEEN["mean"] = torch._C._functorch.get_unwrapped(inputs).mean()
+                return loss(p, inputs, targets)
+
+            return seeing
+
+        return Query(points=((1.0, params),), loss=wrap)
+
+    def update(self, params, private_gradient, state):
+        moved, state = super().update(params, private_gradient, state)
+        return {name: p + SEEN.get("mean", 0) for name, p in moved.items()}, state
+
+
+SEEN = {}
+
+
 def made(kind):
     return lambda: kind(base=DPSGD(lr=0.1), rho=0.03) if issubclass(kind, DPSAT) else kind(lr=0.1)
 
@@ -177,6 +221,10 @@ BROKEN = {
     "casts": (made(Casts), "points_are_like_params"),
     "flattens a scalar": (made(Flattens), "points_are_like_params"),
     "hooks the raw gradient": (made(HooksTheRawGradient), "points_are_like_params"),
+    "casts a point of a query": (made(CastsOnePoint), "points_are_like_params"),
+    "a mask that nobody else knows": (made(MasksByAGeneratorOfItsOwn), "same_inputs_give_same_outputs"),
+    "masks the weights in place": (made(MasksAPointInPlace), "inputs_are_not_changed"),
+    "keeps what its loss saw": (made(KeepsWhatItsLossSaw), "training_is_replayed_from_private_gradients_alone"),
     "0 / 0": (made(DividesByTheNorm), "zero_gradient_stays_finite"),
     "needs its direction": (made(NeedsItsDirection), "a_direction_may_come_or_go"),
 }

@@ -1,0 +1,40 @@
+"""Training examples put aside to choose hyper-parameters on, so that the test split stays unseen until the end."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fed_dpsat.data.dataset import DataError, Dataset, Examples
+
+
+def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:
+    """``dataset`` with ``round(share * N)`` of its ``N`` training examples, drawn by ``seed``, for its test split.
+
+    The others stay the training split, in their order. No client holds what was put aside, and nobody the test split.
+
+    ==================================== ==============
+    share of N rounds to nothing         ``DataError``
+    share of N leaves nothing to train   ``DataError``
+    ==================================== ==============
+    """
+    total = len(dataset.train)
+    size = round(share * total)
+    if not 0 < size < total:
+        raise DataError(
+            f"validation_share={share:g} of the {total} training examples of {dataset.name} is {size}, "
+            f"not in [1, {total - 1}]; 0.1 is usual"
+        )
+    order = np.random.default_rng(seed).permutation(total)
+    held, kept = np.sort(order[:size]), np.sort(order[size:])
+    return Dataset(
+        name=dataset.name,
+        train=_rows(dataset.train, kept),
+        test=_rows(dataset.train, held),
+        class_names=dataset.class_names,
+    )
+
+
+def _rows(examples: Examples, chosen: np.ndarray) -> Examples:
+    rows = torch.from_numpy(chosen)
+    return Examples(inputs=examples.inputs[rows], labels=examples.labels[rows], mean=examples.mean, std=examples.std)

@@ -1,0 +1,139 @@
+"""A pre-trained start: weights from a file, and which layers are trained from there.
+
+A layer is a module with parameters of its own; layers are counted in the order in which they are defined, and the last
+one is the head. What is not trained is no parameter of the run: it is not sent, clipped or noised.
+
+The file's weights count as public. If they were trained on private data, that has a cost of its own, which no run that
+starts from them knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fed_dpsat.errors import SettingError
+
+CHECKPOINT = Path("checkpoint") / "model.pt"
+"""Where a run folder keeps its model."""
+
+SHOWN = 8
+
+
+def weights_file(start_from: str) -> Path:
+    """The file that ``start_from`` names: itself, or in the folder of a run its last checkpoint."""
+    path = Path(start_from)
+    return path / CHECKPOINT if path.is_dir() else path
+
+
+def read_weights(start_from: str) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, and the SHA-256 of the file: safetensors, a state dict, or a checkpoint of this project.
+
+    Nothing is unpickled but tensors and plain containers. Raises ``SettingError`` for anything else.
+    """
+    path = weights_file(start_from)
+    try:
+        found = _read(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except Exception as error:  # whatever the two libraries say of a file that is none
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = f"{reason}; give safetensors, or a state dict of torch.save"
+        raise _wrong(start_from, "a file of weights", remedy) from error
+    if isinstance(found, Mapping) and {"round", "params", "server"} <= found.keys():
+        found = found["params"]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise _wrong(start_from, "tensors by name", "save model.state_dict() alone, not what holds it")
+    if bad := [name for name, value in found.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise _wrong(start_from, "finite", f"{_few(bad)} hold NaN or inf: it was saved from a run that diverged")
+    return dict(found), digest
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: str, *, new_head: bool) -> None:
+    """Copy ``weights`` into ``module``: all its parameters, of the same names and shapes, and no others.
+
+    With ``new_head`` the head stays at its initial values, whatever the file says of it. A buffer that the file does
+    not have stays as it is. Raises ``SettingError`` that lists what differs.
+    """
+    own, parameters = module.state_dict(), dict(module.named_parameters())
+    head = set(head_names(module))
+    skipped = head if new_head else set()
+    missing = [name for name in parameters if name not in weights and name not in skipped]
+    surplus = [name for name in weights if name not in own and name not in skipped]
+    shapes = {
+        name: f"{name} {list(value.shape)}, where the model has {list(own[name].shape)}"
+        for name, value in weights.items()
+        if name in own and name not in skipped and value.shape != own[name].shape
+    }
+    if missing or surplus or shapes:
+        differs = [
+            f"{what}: {_few(names)}"
+            for what, names in (("missing", missing), ("not in the model", surplus), ("shapes", shapes.values()))
+            if names
+        ]
+        only_head = not surplus and set(missing) | set(shapes) <= head
+        remedy = "set start_head='new' to begin with a new head" if only_head else "name the model it was saved from"
+        raise _wrong(start_from, f"weights of this model ({'; '.join(differs)})", remedy)
+    with torch.no_grad():
+        for name, value in weights.items():
+            if name not in skipped:
+                own[name].copy_(value)
+
+
+def layers(module: nn.Module) -> dict[str, list[str]]:
+    """Layers in the order of their definition, with the names of their parameters."""
+    found = {}
+    for prefix, layer in module.named_modules():
+        names = [name for name, _ in layer.named_parameters(prefix=prefix, recurse=False)]
+        if names:
+            found[prefix] = names
+    return found
+
+
+def head_names(module: nn.Module) -> list[str]:
+    """The names of the parameters of the last layer."""
+    return list(layers(module).values())[-1]
+
+
+def trained_names(module: nn.Module, train_layers: str, last_layers: int) -> list[str]:
+    """What is trained in the first round, of what requires a gradient; see the setting ``train_layers``.
+
+    Raises ``SettingError`` for more layers than there are, or none that can be trained.
+    """
+    learns = [name for name, p in module.named_parameters() if p.requires_grad]
+    if train_layers == "all":
+        return learns
+    found = layers(module)
+    count = last_layers if train_layers == "last" else 1
+    if count > len(found):
+        raise SettingError(
+            "last_layers", count, f"at most {len(found)}, the layers of the model", "lower it, or train_layers=all"
+        )
+    chosen = {name for layer in list(found)[-count:] for name in found[layer]}
+    names = [name for name in learns if name in chosen]
+    if not names:
+        raise SettingError(
+            "train_layers", train_layers, f"a choice that trains anything: {_few(chosen)} are frozen", "unfreeze them"
+        )
+    return names
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
+
+
+def _wrong(start_from: str, bound: str, remedy: str) -> SettingError:
+    return SettingError("start_from", start_from, bound, remedy)

@@ -1,0 +1,135 @@
+"""What a private optimizer asks of each example: a gradient at one point, or a ``Query``.
+
+=============================== =================================================================
+case                            the sum and the private gradient
+=============================== =================================================================
+one point of weight 1, no mask  as for plain ``Params``, to the bit
+a name with a mask              a vector of its active coordinates: clipping and noise see no other
+a mask that is True everywhere  no mask: the name keeps its shape
+a mask that is False everywhere an empty vector; ``spread`` gives zeros
+=============================== =================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.params import Params, zeros_like
+
+
+class LossFn(Protocol):
+    """Losses ``[B]``, one per example, of a batch whose examples do not mix."""
+
+    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
+        """``inputs[B, ...], targets[B, ...] -> losses[B]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """The weighted sum of an example's gradients at public ``points``, on the ``active`` coordinates of its ``loss``.
+
+    ``points`` are pairs of a weight and parameters, all with the same names and shapes; ``active`` has a bool mask for
+    any of the names (without one a name is active in whole); ``loss`` wraps the loss of an example. All three are made
+    of public state alone; a wrapped loss sees examples, and keeps nothing of them. Engines combine, drop what is
+    inactive, and only then clip, example by example: whatever is asked, an example adds no more than ``clip_norm``.
+
+    Raises ``ValueError`` for no point, points or masks that do not fit together, or a weight that is not finite.
+    """
+
+    points: tuple[tuple[float, Params], ...]
+    active: Params | None = None
+    loss: Callable[[LossFn], LossFn] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise ValueError("a query without a point; one point of weight 1 is the gradient there")
+        shapes = _shapes(self.points[0][1])
+        for weight, point in self.points:
+            if not math.isfinite(weight) or _shapes(point) != shapes:
+                raise ValueError(f"a query at {_shapes(point)} of weight {weight}, whose first point has {shapes}")
+        for name, mask in (self.active or {}).items():
+            if mask.dtype != torch.bool or shapes.get(name) != tuple(mask.shape):
+                raise ValueError(
+                    f"a mask {mask.dtype}{list(mask.shape)} of {name!r}; it is bool, of the shape in {shapes}"
+                )
+        partial = {name: mask for name, mask in (self.active or {}).items() if not bool(mask.all())}
+        object.__setattr__(self, "active", partial or None)
+
+    @property
+    def plain(self) -> Params | None:
+        """The one point, if nothing more than its gradient is asked for."""
+        (weight, point), *more = self.points
+        return None if more or weight != 1 or self.active or self.loss else point
+
+
+At: TypeAlias = Params | Query
+"""What ``query_point`` answers: plain parameters are the query of one point."""
+
+
+def as_query(at: At) -> Query:
+    """``at`` in its general form."""
+    return at if isinstance(at, Query) else Query(points=((1.0, at),))
+
+
+def simplified(at: At) -> At:
+    """The point of a query that is one; any other ``at`` as it is."""
+    return at if not isinstance(at, Query) or at.plain is None else at.plain
+
+
+def map_points(at: At, move: Callable[[Params], Params]) -> At:
+    """``move`` at every point; weights, mask and loss stay."""
+    if not isinstance(at, Query):
+        return move(at)
+    return Query(points=tuple((weight, move(point)) for weight, point in at.points), active=at.active, loss=at.loss)
+
+
+def mixture(parts: Sequence[tuple[float, At]]) -> At:
+    """Weighted queries of the same mask and loss as one; those of weight 0 are not asked."""
+    first = as_query(parts[0][1])
+    points = tuple((w * weight, point) for w, at in parts if w for weight, point in as_query(at).points)
+    return simplified(Query(points=points, active=first.active, loss=first.loss))
+
+
+def first_point(at: At) -> Params:
+    """A point, for names, shapes and types: those of the gradient that ``update`` is given."""
+    return at.points[0][1] if isinstance(at, Query) else at
+
+
+def compacted(at: At, rows: Params) -> Params:
+    """``rows[B, *shape]``, but ``[B, active]`` where ``at`` has a mask."""
+    masks = _masks(at)
+    return {name: g.flatten(1)[:, masks[name].flatten()] if name in masks else g for name, g in rows.items()}
+
+
+def compact(at: At, full: Params) -> Params:
+    """``full``, but a vector of its active coordinates where ``at`` has a mask."""
+    masks = _masks(at)
+    return {name: g[masks[name]] if name in masks else g for name, g in full.items()}
+
+
+def spread(at: At, compact: Params) -> Params:
+    """The inverse of ``compact``: full shapes, zeros in what is not active."""
+    masks = _masks(at)
+    return {
+        name: g.new_zeros(masks[name].shape).masked_scatter(masks[name], g) if name in masks else g
+        for name, g in compact.items()
+    }
+
+
+def zero_sum(at: At) -> Params:
+    """The sum over no example."""
+    return compact(at, zeros_like(first_point(at)))
+
+
+def _masks(at: At) -> Params:
+    return (at.active or {}) if isinstance(at, Query) else {}
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in params.items()}

@@ -1,0 +1,115 @@
+"""Numbers as readers want them: intervals, and as many digits as the interval supports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+MISSING = "\u2013"
+NORMAL_QUANTILE = 1.959964
+"""Of 97.5 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Mean of ``n`` values, their standard deviation, and half of the 95 % interval of the mean; NaN where n is 1."""
+
+    n: int
+    mean: float
+    sd: float
+    half_width: float
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.mean + self.half_width
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Of ``values[n]``, n at least 1, by Student's t with n - 1 degrees of freedom."""
+    from scipy.stats import t  # type: ignore[import-untyped]
+
+    n = len(values)
+    if n == 1 or not all(math.isfinite(v) for v in values):
+        return Estimate(n=n, mean=fmean(values), sd=math.nan, half_width=math.nan)
+    sd = stdev(values)
+    return Estimate(n=n, mean=fmean(values), sd=sd, half_width=float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a chance of which ``share`` of ``n`` draws were hits; Wilson 1927. For n = 0, all of it."""
+    if not n:
+        return 0.0, 1.0
+    z2 = NORMAL_QUANTILE**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = NORMAL_QUANTILE / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def decimals(half_width: float) -> int:
+    """Digits after the point that a value supports: those of two digits of ``half_width`` below 3, else of one."""
+    if not 0 < half_width < math.inf:
+        return 1
+    first = math.floor(math.log10(half_width))
+    return max(0, -first + (1 if half_width < 3 * 10**first else 0))
+
+
+def rounded(value: float, half_width: float) -> str:
+    """``value`` to the digits that its interval supports."""
+    return f"{value:.{decimals(half_width)}f}" if math.isfinite(value) else plain(value)
+
+
+def plain(value: object, digits: int = 3) -> str:
+    """Significant ``digits``; infinity as the sign, None and NaN as a dash."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, float) and math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"
+
+
+def percent(share: float | None, n: int | None = None) -> str:
+    """``share`` as percent, with the digits that ``n`` draws support."""
+    if share is None or math.isnan(share):
+        return MISSING
+    digits = 1
+    if n:
+        low, high = wilson(share, n)
+        digits = min(2, decimals(100 * (high - low) / 2) or 0)
+    return f"{100 * share:.{digits}f} %"
+
+
+def size(bytes: float) -> str:
+    """In powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if bytes < 1000:
+            return f"{plain(bytes)} {unit}" if unit != "B" else f"{bytes:.0f} B"
+        bytes /= 1000
+    return f"{plain(bytes)} TB"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that fits."""
+    if seconds < 120:
+        return f"{plain(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def spread_out(indices: int, most: int) -> list[int]:
+    """At most ``most`` of ``range(indices)``, evenly spread, first and last among them."""
+    if indices <= most:
+        return list(range(indices))
+    return sorted({round(i * (indices - 1) / (most - 1)) for i in range(most)})

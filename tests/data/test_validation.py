@@ -1,0 +1,50 @@
+"""What is put aside is disjoint from what trains, and the test split is gone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fed_dpsat.data.dataset import DataError, Dataset, Examples
+from fed_dpsat.data.digits import digits
+from fed_dpsat.data.validation import hold_out
+
+
+def numbered(start, count):
+    """Examples that are told apart by their one pixel."""
+    inputs = torch.arange(start, start + count, dtype=torch.float32).view(-1, 1, 1)
+    return Examples(inputs=inputs, labels=torch.arange(count) % 2, mean=(0.0,), std=(1.0,))
+
+
+DATASET = Dataset(name="numbers", train=numbered(0, 20), test=numbered(100, 5), class_names=("even", "odd"))
+
+
+def pixels(examples):
+    return set(examples.inputs.flatten().int().tolist())
+
+
+def test_the_two_parts_are_the_training_split_and_nothing_of_the_test_split():
+    held = hold_out(DATASET, 0.25, seed=3)
+    assert (len(held.train), len(held.test)) == (15, 5)
+    assert pixels(held.train) | pixels(held.test) == set(range(20))
+    assert not pixels(held.train) & pixels(held.test)
+    assert all(torch.equal(e.labels, e.inputs.flatten().long() % 2) for e in (held.train, held.test))
+
+
+def test_a_seed_decides():
+    assert pixels(hold_out(DATASET, 0.25, 3).test) == pixels(hold_out(DATASET, 0.25, 3).test)
+    assert pixels(hold_out(DATASET, 0.25, 3).test) != pixels(hold_out(DATASET, 0.25, 4).test)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99, 1.0])
+def test_a_share_that_leaves_nothing_is_an_error(share):
+    with pytest.raises(DataError, match=f"validation_share={share:g} of the 20 training examples of numbers"):
+        hold_out(DATASET, share, 0)
+
+
+def test_normalisation_and_order_stay():
+    whole = digits()
+    held = hold_out(whole, 0.1, 0)
+    assert (held.train.mean, held.test.std) == (whole.train.mean, whole.train.std)
+    rows = [int((whole.train.inputs == x).flatten(1).all(1).nonzero()[0]) for x in held.train.inputs[:50]]
+    assert rows == sorted(rows)
