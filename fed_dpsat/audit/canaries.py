@@ -44,7 +44,7 @@ from fed_dpsat.params import Params
 from fed_dpsat.per_example import LossFn, ModelLoss, clipped_gradient_sum
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import PrivacyLedger, epsilon
-from fed_dpsat.query import At, spread
+from fed_dpsat.query import At, first_point, spread
 from fed_dpsat.run_folder import RunFolder
 from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.training import LocalResult
@@ -197,6 +197,13 @@ class Watch:
 
     def see(self, at: At, private_gradient: Params) -> None:
         """Subtract what the known examples are expected to add, and keep each canary's share, in clip norms."""
+        if private_gradient.keys() != first_point(at).keys():
+            raise SettingError(
+                "optimizer",
+                sorted(private_gradient),
+                "one whose private gradient is of the parameters",
+                "see docs/audit.md",
+            )
         known = spread(at, clipped_gradient_sum(self.loss, at, self.batch, self.clipping)[0])
         residual = torch.cat([g.flatten() * self.scale for g in private_gradient.values()])
         residual = residual - self.sample_rate * torch.cat([k.flatten() for k in known.values()])

@@ -112,14 +112,7 @@ class GameResult:
 def play(game: Game) -> GameResult:
     """Both worlds, the attack chosen on one half of the repetitions and judged on the other."""
     (without, events), (with_it, _) = (_world(game, included) for included in (False, True))
-    half = game.repetitions // 2
-
-    def scored(world: Seen, rows: slice) -> dict[str, Values]:
-        return scores(world.part(rows), game.noise_multiplier, game.sample_rate)
-
-    first, second = slice(None, half), slice(half, None)
-    guess = choose(scored(without, first), scored(with_it, first), game.delta, game.confidence)
-    false_positives, false_negatives, trials = errors(guess, scored(without, second), scored(with_it, second))
+    guess, false_positives, false_negatives, trials = judged(game, without, with_it)
     seen = false_positives, false_negatives, trials, game.delta, game.confidence
     return GameResult(
         epsilon_lower=two_world_epsilon(*seen),
@@ -133,6 +126,18 @@ def play(game: Game) -> GameResult:
         false_positive_rate=false_positives / trials[0],
         false_negative_rate=false_negatives / trials[1],
     )
+
+
+def judged(game: Game, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
+    """The attack chosen on the first half of what was seen, and its errors and trials on the second half."""
+    half = len(without.along) // 2
+
+    def scored(world: Seen, rows: slice) -> dict[str, Values]:
+        return scores(world.part(rows), game.noise_multiplier, game.sample_rate)
+
+    first, second = slice(None, half), slice(half, None)
+    guess = choose(scored(without, first), scored(with_it, first), game.delta, game.confidence)
+    return guess, *errors(guess, scored(without, second), scored(with_it, second))
 
 
 def crafted_loss(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -199,6 +204,13 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
                 for k, i in enumerate(ids)
             ]
             results, released = _train(game, start, [game.client(member) for member in members])
+            if released.shape[2] != SIZE:
+                raise SettingError(
+                    "optimizer",
+                    type(game.optimizer).__name__,
+                    "one whose private gradient is of the model's parameters",
+                    "the attacks of this audit read gradients; it has none for this method",
+                )
             states = [result.state for result in results]
             gradients.append(released)
             moved.append(torch.stack([-_flat(result.params) for result in results])[:, None])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 
+from fed_dpsat.audit.bounds import two_world_epsilon
 from fed_dpsat.audit.command import game_of
-from fed_dpsat.audit.game import LAYERS, SIZE, Game, crafted_loss, play, strongest_norm
+from fed_dpsat.audit.game import LAYERS, SIZE, Game, crafted_loss, judged, play, strongest_norm
+from fed_dpsat.audit.scores import Seen
 from fed_dpsat.clipping import AdaptiveClipping, FlatClipping
 from fed_dpsat.clipping.automatic import AutomaticClipping
 from fed_dpsat.clipping.global_ import GlobalClipping
@@ -225,6 +228,18 @@ def test_the_game_has_power_it_shows_most_of_the_epsilon_of_an_honest_gaussian(n
     result = play(game(**{**SHIPPED[name], "noise_multiplier": 1.0, "others": 1, "delta": 1e-5, "repetitions": 1500}))
     assert 0.6 * result.epsilon_ledger < result.epsilon_if_gaussian <= result.epsilon_ledger
     assert result.epsilon_lower < result.epsilon_ledger
+
+
+def test_an_attack_chosen_by_looking_is_judged_on_what_it_has_not_seen():
+    """Two worlds that are one: with confidence 0.95 at most one bound in 20 may be above 0, whatever was tried."""
+    generator, found = np.random.default_rng(0), []
+    for _ in range(60):
+        without, with_it = (
+            Seen(**{name: generator.standard_normal((100, 3)) for name in ("along", "norms", "moves")}) for _ in "ab"
+        )
+        _, *counts = judged(game(delta=0.0), without, with_it)
+        found.append(two_world_epsilon(*counts, 0.0, 0.95) > 0)
+    assert sum(found) <= 9  # of 60 at one in 20 with probability 0.999
 
 
 def test_stacked_and_alone_see_the_same():
