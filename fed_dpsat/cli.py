@@ -108,7 +108,7 @@ def list_plugins(as_json: AsJson = False) -> None:
 @app.command()
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
-    from fed_dpsat.flower.federation import threat_model
+    from fed_dpsat.flower.promise import threat_model
     from fed_dpsat.plans import make_plans
     from fed_dpsat.privacy import epsilon_table
     from fed_dpsat.privacy.event import UNITS
@@ -186,7 +186,7 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
-    from fed_dpsat.flower.federation import threat_model
+    from fed_dpsat.flower.promise import threat_model
     from fed_dpsat.statement import read_statement
 
     with _clear_errors():
@@ -340,6 +340,37 @@ def report(
         return _print_json({"pages": [str(page) for page in pages]})
     for page in pages:
         out_console.print(str(page), soft_wrap=True, highlight=False)
+    return None
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or .jsonl files of runs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="compare.html: page, figures and CSV; x.csv: the table; x.jsonl: the runs, condensed."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Groups of runs by what differs: means and intervals over seeds, and the front of accuracy against epsilon."""
+    from fed_dpsat.report import comparing, comparing_page, condensed
+
+    with _clear_errors():
+        if out is None:
+            found = comparing.compare(condensed.read_runs(runs))
+        else:
+            found = comparing_page.write_comparison(runs, out)
+    if as_json:
+        return _print_json(comparing_page.as_data(found))
+    shown = comparing_page.as_table(found)
+    table = Table(*shown.head, box=None, pad_edge=False, caption="means over seeds with 95 % intervals")
+    for row in shown.rows:
+        table.add_row(*row)
+    out_console.print(table)
+    for note in found.notes:
+        out_console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    if out is not None:
+        out_console.print(str(out), soft_wrap=True, highlight=False)
     return None
 
 

@@ -261,7 +261,7 @@ def whole_numbers(axes: Axes) -> None:
     """Ticks of the horizontal axis at whole numbers alone."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def guarantee(run: Run) -> str:
