@@ -136,6 +136,7 @@ def test_a_run_that_was_interrupted_is_resumed(file, whole, tmp_path):
 
 
 BROKEN = """
+from pathlib import Path
 from torch import nn
 
 class Broken(nn.Module):
