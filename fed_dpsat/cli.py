@@ -344,7 +344,9 @@ def report(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or .jsonl files of runs.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, folders of them, .jsonl files of runs.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="compare.html: page, figures and CSV; x.csv: the table; x.jsonl: the runs, condensed."),

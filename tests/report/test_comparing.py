@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,12 @@ def test_many_groups_fit_on_a_page(tmp_path):
     found = write_comparison([tmp_path / "runs.jsonl"], tmp_path / "compare.html")
     assert len(found.groups) == 50
     assert "The best 7 of 50 groups" in (tmp_path / "compare.html").read_text()
+
+
+def test_a_folder_of_runs_stands_for_them(tmp_path, run_folder):
+    for name in ("runs/a", "runs/b.failed-1", "c"):
+        shutil.copytree(run_folder, tmp_path / name)
+    (tmp_path / "runs" / "a.log").touch()
+    assert [run.name for run in read_runs([tmp_path])] == ["c", "a"]
+    with pytest.raises(InputError, match="no run folder"):
+        read_runs([tmp_path / "runs" / "a.log"])
