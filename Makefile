@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-all check install clean
+.PHONY: run test test-all check docs install clean
 
 run: install
 	$(BIN)/fed-dpsat run simulations/digits_dpsat.toml --out $(OUT)
@@ -21,6 +21,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Into site/; a broken link fails. The reference pages and the navigation are written from the code first.
+docs: install
+	$(BIN)/python -m tools.reference
+	$(BIN)/zensical build --strict
 
 install: $(INSTALLED)
 

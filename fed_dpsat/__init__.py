@@ -1,6 +1,6 @@
 """Private federated learning with client-side DP-SAT.
 
-What is exported here is what the README explains; everything else may change without notice. Names are
+What is exported here is what README.md and docs/ explain; everything else may change without notice. Names are
 resolved when they are used, so that ``import fed_dpsat.mechanism`` loads neither Flower nor Ray.
 """
 

@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, resume, sweep, list, calibrate, plan, ledger, report, compare."""
+"""``fed-dpsat``: run, resume, sweep, list, calibrate, plan, ledger, audit, sharpness, report, compare."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def list_plugins(as_json: AsJson = False) -> None:
 @app.command()
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
-    from fed_dpsat.flower.federation import threat_model
+    from fed_dpsat.flower.promise import threat_model
     from fed_dpsat.plans import make_plans
     from fed_dpsat.privacy import epsilon_table
     from fed_dpsat.privacy.event import UNITS
@@ -186,7 +186,7 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
-    from fed_dpsat.flower.federation import threat_model
+    from fed_dpsat.flower.promise import threat_model
     from fed_dpsat.statement import read_statement
 
     with _clear_errors():
@@ -259,6 +259,68 @@ def sweep(
 
 
 @app.command()
+def audit(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG|RUN]", help="TOML file or run folder.")] = None,
+    overrides: Overrides = None,
+    canaries: Annotated[int, typer.Option(help="Canaries of the one run, each in by a fair coin.")] = 500,
+    mislabelled: Annotated[bool, typer.Option("--mislabelled", help="Also canaries for who sees models only.")] = False,
+    game: Annotated[bool, typer.Option("--game", help="The distinguishing game alone, without a run.")] = False,
+    repetitions: Annotated[int, typer.Option(help="Repetitions of the game in each world.")] = 2000,
+    mia: Annotated[int, typer.Option("--mia", help="Also a membership-inference curve from so many models.")] = 0,
+    figure: Annotated[Path | None, typer.Option(help="Where the curve is drawn: .png, .svg or .pdf.")] = None,
+    confidence: Annotated[float, typer.Option(help="Of each lower bound.")] = 0.95,
+    as_json: AsJson = False,
+) -> None:
+    """A lower bound on epsilon, by attack: canaries in one run and a game on the mechanism. CONFIG is run again.
+
+    The bound stands beside the ledger's epsilon. Seeds are those of the configuration.
+    """
+    from fed_dpsat.audit.command import config_of, run_audit
+
+    with _clear_errors():
+        settings = config_of(config, overrides or ())
+        report, words = run_audit(
+            settings,
+            attacks=() if game else ("gradient", *(("mislabelled",) if mislabelled else ())),
+            canaries=canaries,
+            repetitions=repetitions,
+            models=mia,
+            figure=figure,
+            confidence=confidence,
+        )
+    if as_json:
+        return _print_json(report)
+    for paragraph in words:
+        out_console.print(paragraph, "", highlight=False, markup=False)
+    return None
+
+
+@app.command()
+def sharpness(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    examples: Annotated[int, typer.Option(help="The first so many of the public test split; 0 is all.")] = 0,
+    rho: Annotated[float, typer.Option(help="Radius within which the loss may rise.")] = 0.05,
+    m: Annotated[int, typer.Option("--m", help="Examples of each rise: m-sharpness.")] = 128,
+    top: Annotated[int, typer.Option(help="Eigenvalues of the Hessian, from the largest.")] = 1,
+    probes: Annotated[int, typer.Option(help="Random vectors for the trace.")] = 32,
+    landscape: Annotated[Path | None, typer.Option(help="Figure of the loss around the model.")] = None,
+    points: Annotated[int, typer.Option(help="Points of the figure along each axis.")] = 21,
+    as_json: AsJson = False,
+) -> None:
+    """How sharp the minimum is that a run found, on public test data; also written to RUN/sharpness.json."""
+    from fed_dpsat.report.sharpness import measure_run, sharpness_words
+
+    with _clear_errors():
+        found = measure_run(
+            run, examples=examples, rho=rho, m=m, top=top, probes=probes, landscape=landscape, points=points
+        )
+    if as_json:
+        return _print_json(found)
+    out_console.print(sharpness_words(found), highlight=False, markup=False)
+    return None
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[Path | None, typer.Option(help="Page to write, for one run. Default: report.html in it.")] = None,
@@ -277,6 +339,39 @@ def report(
         return _print_json({"pages": [str(page) for page in pages]})
     for page in pages:
         out_console.print(str(page), soft_wrap=True, highlight=False)
+    return None
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, folders of them, .jsonl files of runs.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="compare.html: page, figures and CSV; x.csv: the table; x.jsonl: the runs, condensed."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Groups of runs by what differs: means and intervals over seeds, and the front of accuracy against epsilon."""
+    from fed_dpsat.report import comparing, comparing_page, condensed
+
+    with _clear_errors():
+        if out is None:
+            found = comparing.compare(condensed.read_runs(runs))
+        else:
+            found = comparing_page.write_comparison(runs, out)
+    if as_json:
+        return _print_json(comparing_page.as_data(found))
+    shown = comparing_page.as_table(found)
+    table = Table(*shown.head, box=None, pad_edge=False, caption="means over seeds with 95 % intervals")
+    for row in shown.rows:
+        table.add_row(*row)
+    out_console.print(table)
+    for note in found.notes:
+        out_console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+    if out is not None:
+        out_console.print(str(out), soft_wrap=True, highlight=False)
     return None
 
 

@@ -3,7 +3,7 @@
 Claim: ``simulations/digits_dpsat.toml`` gives the same bits on a worker of each of two nodes as in one process.
 Command: ``python -m simulations.two_nodes`` (seed 0, n = 1, no data to download; epsilon 3 at delta 1e-4)
 
-On several hosts the nodes are started by hand, and the rest is the same; see "Many machines" in the README.
+On several hosts the nodes are started by hand, and the rest is the same; see docs/scale.md.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class PrivateStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw the cohort, let the inner strategy address it, charge it, and add the task to each message."""
-        self.report, self._tasks, self._sent = RoundReport(round=server_round), {}, {}
+        self.report, self._tasks, self._charged, self._sent = RoundReport(round=server_round), {}, {}, {}
         self._directory.look_again(grid, self.roster.min_clients)
         self.roster.join(self._directory.nodes)
         cohort, retiring = self._cohort(server_round, grid)

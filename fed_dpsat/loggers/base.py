@@ -37,7 +37,7 @@ class RunLogger(Protocol):
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a round by name: quality, epsilon, clients counted, timing.
+    """The finite numbers of a round by name: quality, epsilon and what else its line holds, clients counted, timing.
 
     ================= ====================================================
     in the record     here
@@ -47,7 +47,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     ``released``      left out: exact counts, which epsilon does not cover
     ================= ====================================================
     """
-    found = {name: record[name] for name in ("test_accuracy", "test_loss", "epsilon")}
+    found = {name: value for name, value in record.items() if name not in ("round", "accepted", "kept_model")}
     found |= {f"clients/{name}": _count(record[name]) for name in ("asked", "accepted", "dropped", "retired")}
     found |= {f"timing/{name}": value for name, value in _flat(record.get("timing", {})).items() if name != "round"}
     return {name: float(value) for name, value in found.items() if _is_finite(value)}

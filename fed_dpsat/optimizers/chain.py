@@ -12,6 +12,7 @@ one that overwrites its base's state       ``PluginError``: two that keep the sa
 an argument that none of them takes       ``PluginError`` with near ones
 an argument that is a setting             ``PluginError``: one value has one place
 an argument that two of them take         both get it
+one around a base of another space        ``SettingError``: dp-sat has nothing to climb over zeroth-order
 ========================================= ==================================================
 """
 
@@ -59,7 +60,7 @@ def build_optimizer(
         own = {key: value for key, value in given.items() if link.takes(key)}
         if base is not None:
             watched = _Watched(base)
-            if lost := _overwritten(link.build({**settings, "base": watched}, own), watched):
+            if lost := _lost(link.build({**settings, "base": watched}, own), watched):
                 raise PluginError(
                     f"optimizer={link.name!r} and its base {below!r} both keep {min(lost)!r} in the state, so the "
                     "base would find what is not its own; take one of them"
@@ -136,46 +137,49 @@ SHARED = frozenset({CLOCK, NOISE})
 
 
 class _Watched:
-    """``base``, the slots that it has written so far, and the state that it returned last."""
+    """``base``, and which of its slots it does not find again as it left them."""
 
     def __init__(self, base: PrivateOptimizer) -> None:
         self._base = base
-        self.own: set[str] = set()
-        self.left: State = {}
+        self._own: set[str] = set()
+        self._left: State = {}
+        self.lost: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
 
     def init(self, params: Params) -> State:
-        self.left = self._base.init(params)
-        self.own = set(self.left)
-        return self.left
+        self._left = self._base.init(params)
+        self._own = set(self._left)
+        return self._left
 
     def query_point(self, params: Params, state: State) -> At:
+        self._compare(state)
         return self._base.query_point(params, state)
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
-        moved, self.left = self._base.update(params, private_gradient, state)
-        self.own |= {slot for slot, kept in self.left.items() if state.get(slot) is not kept}
-        return moved, self.left
+        self._compare(state)
+        moved, self._left = self._base.update(params, private_gradient, state)
+        self._own |= {slot for slot, kept in self._left.items() if state.get(slot) is not kept}
+        return moved, self._left
 
-    def lost(self, state: State) -> set[str]:
-        """Slots of its own that are not in ``state`` as it left them."""
-        return {slot for slot, kept in self.left.items() if slot in self.own and state.get(slot) is not kept} - SHARED
+    def _compare(self, state: State) -> None:
+        self.lost |= {slot for slot in self._own - SHARED if state.get(slot) is not self._left.get(slot)}
 
 
-def _overwritten(outer: PrivateOptimizer, base: _Watched) -> set[str]:
-    """Slots of ``base`` that ``outer`` puts something else into, in a few steps of two parameters."""
+def _lost(outer: PrivateOptimizer, base: _Watched) -> set[str]:
+    """Slots of ``base`` that ``outer`` takes away or puts something else into, in a few steps of two parameters.
+
+    The steps are made as the loop makes them, so a base that answers in another space is met here and not in a run.
+    """
     params = {"w": torch.ones(2), "b": torch.ones(1)}
     with torch.random.fork_rng(devices=[]):
-        state = outer.init(params)
-        lost, state = base.lost(state), set_clock(state, 0)
+        state = set_clock(outer.init(params), 0)
         for _ in range(PROBE_STEPS):
-            base.left = {}  # a step in which it is not called is no loss
-            gradient = {name: torch.ones_like(p) for name, p in first_point(outer.query_point(params, state)).items()}
-            params, state = outer.update(params, gradient, state)
-            lost |= base.lost(state)
-    return lost
+            asked = first_point(outer.query_point(params, state))
+            params, state = outer.update(params, {name: torch.ones_like(p) for name, p in asked.items()}, state)
+    return base.lost
 
 
-PROBE_STEPS = 3
+PROBE_STEPS = 5
+"""A two-step method comes back to its base in the fourth."""

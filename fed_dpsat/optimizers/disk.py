@@ -25,11 +25,11 @@ from typing import ClassVar
 import torch
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.optimizers.base import PrivateOptimizer, State, check_space
+from fed_dpsat.optimizers.base import NOISE, PrivateOptimizer, State, check_space
 from fed_dpsat.params import Params, subtract, zeros_like
 from fed_dpsat.query import At, map_points, mixture
 
-PREVIOUS, FILTERED = "disk_previous", "disk_filtered"
+PREVIOUS, FILTERED, VARIANCE = "disk_previous", "disk_filtered", "disk_noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,17 @@ class DiSK:
             return self.base.update(params, private_gradient, state)
         check_space("optimizer", "disk", params, private_gradient)
         filtered = {name: torch.lerp(state[FILTERED][name], g, self.kappa) for name, g in private_gradient.items()}
-        moved, after = self.base.update(params, filtered, state)
-        return moved, {**after, FILTERED: filtered, PREVIOUS: params}
+        heard = self._heard(state)
+        moved, after = self.base.update(params, filtered, {**state, **heard})
+        return moved, {**after, **heard, FILTERED: filtered, PREVIOUS: params}
+
+    def _heard(self, state: State) -> State:
+        """The noise left in m, where the base wants to know it: variances of independent draws add."""
+        if NOISE not in state:
+            return {}
+        before = state[VARIANCE]["of m"] if VARIANCE in state else torch.tensor(0.0, dtype=torch.float64)
+        variance = (1 - self.kappa) ** 2 * before + self.kappa**2 * state[NOISE]["std"].square()
+        return {VARIANCE: {"of m": variance}, NOISE: {"std": variance.sqrt()}}
 
 
 OPTIMIZERS = {"disk": DiSK}

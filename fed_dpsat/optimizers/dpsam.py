@@ -70,14 +70,16 @@ class SAM(DPSAM):
     """SAM without privacy, a reference: epsilon is inf (Foret et al. 2021, Algorithm 1); FedSAM with fedavg.
 
     As ``DPSAM``: each of its two calls draws a batch, where the paper uses one for both. With ``sample_rate`` 1 that is
-    the same. ``clip_norm = inf`` takes gradients as they are. Raises ``SettingError`` in a private run.
+    the same. ``clip_norm = inf`` takes gradients as they are. Raises ``SettingError`` in a private run, but for the
+    unit "client": there local gradients have no noise, so this is the local training of DP-FedSAM.
     """
 
     private: bool
+    privacy_unit: str = "example"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.private:
+        if self.private and self.privacy_unit == "example":
             raise SettingError(
                 "private",
                 self.private,

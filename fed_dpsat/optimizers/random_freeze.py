@@ -70,9 +70,10 @@ class RandomFreeze:
     def query_point(self, params: Params, state: State) -> At:
         """What ``base`` asks, on active coordinates."""
         at, active = self.base.query_point(params, state), self._active(params, state)
+        if self.freeze_rate:
+            check_space("optimizer", "random-freeze", params, first_point(at))
         if active is None:
             return at
-        check_space("optimizer", "random-freeze", params, first_point(at))
         query = as_query(at)
         inner = query.active or {}
         both = {name: mask & inner[name] if name in inner else mask for name, mask in active.items()}

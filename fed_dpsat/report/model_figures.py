@@ -175,17 +175,19 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
         axes.grid(axis="x", visible=False)
 
     middle = int(np.median(sizes))
+    public = run.config.privacy_unit == "example"
     yield draw(
         "client-sizes",
         paint_sizes,
         title="Examples of each client",
         caption=f"{how}. Smallest {sizes.min():,}, median {middle:,}, largest {sizes.max():,}; "
-        f"Gini {plain(gini(sizes), 2)}. Sizes are declared public.",
+        f"Gini {plain(gini(sizes), 2)}. {'Sizes are declared public.' if public else ONLY_HERE}",
         alt=f"Bars: examples per client, from {sizes.min():,} to {sizes.max():,}.",
         folder=folder,
         table=thinned(
             ("client", "examples"), [(str(i), f"{n:,}") for i, n in enumerate(sizes.tolist())], "simulation.json"
         ),
+        private=not public,
     )
     if held["label_counts"] is None:
         return
@@ -283,7 +285,7 @@ def _square(client: int, label: int, strength: float) -> Any:
 def _whole_numbers(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _nothing(axes: Axes) -> None:

@@ -6,7 +6,7 @@ so that no figure needs its colours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -51,16 +51,17 @@ class Look:
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """A look per name: methods in their own colour, the others in what is left, in order; then with another dash."""
-    free = [c for c in SERIES if c not in _of_methods(names)]
-    found, next_free = {}, 0
+    """A look per name: the first of a method in its own colour, the others in what is left, in order; then dashed."""
+    own: dict[str, Colour] = {}
+    for name in names:
+        colour = METHODS.get(name.split(", ")[0])
+        if colour is not None and colour not in own.values():
+            own[name] = colour
+    free = [colour for colour in SERIES if colour not in own.values()] or list(SERIES)
+    found: dict[str, Look] = {}
     for i, name in enumerate(names):
-        colour = METHODS.get(name)
-        turn = 0
-        if colour is None:
-            pool: Sequence[Colour] = free or SERIES
-            colour, turn = pool[next_free % len(pool)], next_free // len(pool)
-            next_free += 1
+        turn, at = divmod(len(found.keys() - own.keys()), len(free))
+        colour, turn = (own[name], 0) if name in own else (free[at], turn)
         found[name] = Look(colour=colour, dash=DASHES[turn % len(DASHES)], marker=MARKERS[i % len(MARKERS)])
     return found
 
@@ -71,7 +72,3 @@ def css() -> str:
         "".join(f"--{colour.name}:{getattr(colour, paper)};" for colour in ALL) for paper in ("light", "dark")
     )
     return f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}"
-
-
-def _of_methods(names: Iterable[str]) -> set[Colour]:
-    return {METHODS[name] for name in names if name in METHODS}

@@ -15,8 +15,9 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower.federation import OnRound, Summary, run_federation
+from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.flower.grid import Backend, SimulationGrid
+from fed_dpsat.flower.recorder import OnRound, Summary
 from fed_dpsat.optimizers.base import PrivateOptimizer
 from fed_dpsat.process import tune_allocator
 from fed_dpsat.run_folder import RunFolder

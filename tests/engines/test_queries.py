@@ -122,7 +122,7 @@ def loop(loss, query, batch, factors):
     engine=st.sampled_from([*ENGINES, "auto"]),
     rule=st.sampled_from(list(RULES)),
     loss=st.sampled_from(list(LOSSES)),
-    weights=st.lists(st.floats(-2, 2), min_size=1, max_size=3),
+    weights=st.just([1.0]) | st.lists(st.floats(-2, 2), min_size=1, max_size=3),
     forms=st.lists(st.sampled_from(FORMS), min_size=1, max_size=4),
     physical=st.sampled_from([1, 2, 3, 7, 100]),
     seed=st.integers(0, 3),
@@ -186,13 +186,13 @@ def test_no_example_adds_more_than_the_bound(forms, weights, rule, engine):
     active = masks_of(points[0], forms, torch.Generator().manual_seed(1))
     query = Query(points=tuple(zip(weights, points, strict=True)), active=active)
     largest = 0.0
-    for scale in (1e-3, 1.0, 1e4 * C, 1e6 * C):
+    for scale in (1e-3, 0.1, 1.0, 1e4 * C, 1e6 * C):
         example = torch.randn(1, 6), torch.tensor([scale])
         found, _ = clipped_gradient_sum(loss, query, example, RULES[rule][0], engine=engine)
         norm = float(global_norm({name: g.double() for name, g in found.items()}))
         assert norm <= C * (1 + 1e-6)
         largest = max(largest, norm)
-    assert largest > 0.01 * C
+    assert largest > 1e-3 * C
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -225,7 +225,7 @@ def per_tensor(config, monkeypatch):
     monkeypatch.setattr("fed_dpsat.flower.replies.excess", lambda *_: 0.0)
 
 
-@pytest.mark.parametrize("wrong", [per_tensor, by_realised_cohort])
+@pytest.mark.parametrize("wrong", [per_tensor, pytest.param(by_realised_cohort, marks=pytest.mark.slow)])
 def test_another_sensitivity_is_found(wrong, tmp_path, monkeypatch):
     wrong(FIXED, monkeypatch)
     with pytest.raises(AssertionError):
@@ -347,6 +347,7 @@ def test_over_a_network_it_is_the_same(tmp_path, monkeypatch):
     assert [line["epsilon"] for line in lines] == [line["epsilon"] for line in others]
 
 
+@pytest.mark.slow
 def test_stacked_it_is_nearly_the_same(tmp_path):
     _, _, model = run(CONFIG, tmp_path / "one")
     _, _, stacked = run(dataclasses.replace(CONFIG, stack_clients=3), tmp_path / "stacked")

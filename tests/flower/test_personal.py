@@ -63,7 +63,7 @@ def plain(tmp_path_factory):
     return folder, simulate(CONFIG, folder)
 
 
-@pytest.mark.parametrize("changes", [{}, {"secure_aggregation": True}, {"update_codec": "top-k"}])
+@pytest.mark.parametrize("changes", [{}, {"secure_aggregation": True}, {"update_codec": "top-k"}], ids=str)
 def test_no_message_holds_a_head_whatever_the_way_to_send(changes, tmp_path):
     config = dataclasses.replace(CONFIG, **changes)
     clients = Clients(config)
@@ -130,6 +130,7 @@ def test_a_resumed_run_has_the_bits_of_one_in_one_go(plain, tmp_path, monkeypatc
     assert (folder / "rounds.jsonl").read_text() == (plain[0] / "rounds.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_stacked(plain, tmp_path):
     simulate(dataclasses.replace(CONFIG, stack_clients=3), tmp_path / "run")
     for name, p in model_of(plain[0]).items():

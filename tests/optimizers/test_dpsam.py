@@ -15,7 +15,7 @@ from fed_dpsat.experiment import Experiment, Request, Task
 from fed_dpsat.optimizers.base import CLOCK, set_clock
 from fed_dpsat.optimizers.dpsam import CLIMB, DPSAM, SAM
 from fed_dpsat.optimizers.dpsgd import DPSGD
-from fed_dpsat.params import trainable
+from fed_dpsat.params import global_norm, subtract, trainable
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import epsilon
 from fed_dpsat.simulation import simulate
@@ -146,6 +146,17 @@ def test_sam_refuses_a_private_run():
         Experiment.build(dataclasses.replace(CONFIG, optimizer="sam"))
     with pytest.raises(SettingError, match="private=True is not false"):
         Experiment.build(dataclasses.replace(CONFIG, optimizer="dp-sat", base_optimizer="sam"))
+
+
+def test_where_the_clients_change_is_bounded_sam_is_its_local_training():
+    """DP-FedSAM: local gradients have no noise, so there is no event of a step that SAM would spend twice."""
+    unit = dataclasses.replace(CONFIG, optimizer="sam", privacy_unit="client")
+    experiment = Experiment.build(unit)
+    task = dataclasses.replace(TASK, local_steps=2)
+    start = trainable(experiment.loss_fn.module)
+    result = experiment.client_round(0, task, start, None)
+    assert float(global_norm(subtract(result.params, start))) <= unit.clip_norm * (1 + 1e-6)
+    assert result.event == task.event
 
 
 @pytest.mark.parametrize("optimizer", ["sam", "dp-sgd"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 from fed_dpsat.errors import InputError
-from fed_dpsat.sweep.spec import Spec, digest
+from fed_dpsat.sweep.reading import read_spec
+from fed_dpsat.sweep.spec import digest
 
+ROOT = Path(__file__).parents[2]
 BASE = 'base = { num_rounds = 2, target_epsilon = 2.0, delta = 1e-4, num_clients = 3, model = "linear" }\n'
 METHODS = '[grid.method]\ndp-sgd = { optimizer = "dp-sgd" }\ndp-sat = { optimizer = "dp-sat" }\n'
 TUNE = "[tune]\nseeds = [7, 8]\nlr = [1, 2]\n[tune.dp-sat]\nrho = [0, 0.1, 0.2]\n"
@@ -19,7 +24,7 @@ def load(tmp_path):
     def load(text, overrides=(), only=()):
         path = tmp_path / "sweep.toml"
         path.write_text(text)
-        return Spec.load(path, overrides, only)
+        return read_spec(path, overrides, only)
 
     return load
 
@@ -91,8 +96,6 @@ def test_a_run_has_one_digest_wherever_it_runs_and_whatever_else_is_in_the_sweep
 
 
 def test_fewer_rounds_are_another_run(load):
-    import dataclasses
-
     spec = dataclasses.replace(
         load(BASE.replace("num_rounds = 2", "num_rounds = 10") + "[grid]\nseed = [0]\n"), rounds_share=0.39
     )
@@ -147,3 +150,11 @@ ALL = BASE + GRID + METHODS + TUNE
 def test_a_mistake_is_told_in_words(load, text, words):
     with pytest.raises(InputError, match=re.escape(words)):
         load(text)
+
+
+def test_the_example_of_the_documentation_is_valid(tmp_path):
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), flags=re.DOTALL)
+    shutil.copy(ROOT / "simulations" / "digits_dpsat.toml", tmp_path)
+    (tmp_path / "sweep.toml").write_text(example)
+    spec = read_spec(tmp_path / "sweep.toml")
+    assert [len(spec.tune_runs(cell)) for cell in spec.cells()] == [6, 18] * 3

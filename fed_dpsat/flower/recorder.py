@@ -1,0 +1,261 @@
+"""Rounds become lines: of ``rounds.jsonl`` and ``timing.jsonl``, of loggers, of the summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from logging import getLogger
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, predict, quality_of
+from fed_dpsat.experiment import Experiment
+from fed_dpsat.flower import personal, records
+from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.flower.promise import also_released, declared_public, threat_model
+from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.flower.strategy_state import StrategyStateError
+from fed_dpsat.flower.throughput import Throughput
+from fed_dpsat.flower.updates import KnownNoise
+from fed_dpsat.loggers import Loggers
+from fed_dpsat.noise import NOISE_SOURCES
+from fed_dpsat.params import Params
+from fed_dpsat.privacy import LedgerError
+from fed_dpsat.privacy.event import UNITS
+from fed_dpsat.privacy.ledger import Head
+from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
+from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
+
+log = getLogger("fed_dpsat")
+
+Summary = dict[str, Any]
+RoundRecord = dict[str, Any]
+OnRound = Callable[[RoundRecord], None]
+"""Called after each round with its lines of ``rounds.jsonl`` and, under ``timing``, of ``timing.jsonl``."""
+
+
+class Recorder:
+    """Turns rounds into lines: evaluates, asks the ledger, writes, and tells whoever watches."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        strategy: PrivateStrategy,
+        folder: RunFolder,
+        on_round: OnRound | None,
+        loggers: Loggers,
+        known_noise: KnownNoise | None = None,
+        grid: Grid | None = None,
+    ) -> None:
+        self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
+        self.loggers, self.known_noise = loggers, known_noise
+        self.grid = grid if experiment.personal and isinstance(grid, SimulationGrid) else None
+        self.evaluation: Evaluation | None = None
+        self.personal: dict[str, float | int] = {}
+        self.predictions: tuple[int, Predictions] | None = None
+        self._before: Params | None = None
+        self.rounds_completed = 0
+        self.ended_early: str | None = None
+        self.cannot_resume = ""
+        self.throughput = Throughput(experiment, strategy)
+
+    def epsilon(self) -> float:
+        """Spent so far, the maximum over clients."""
+        config = self.experiment.config
+        return self.strategy.ledger.epsilon(config.delta, config.accountant)
+
+    def after_round(self, round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Flower's ``evaluate_fn``: called with the aggregated model after each round, and before the first."""
+        config, report = self.experiment.config, self.strategy.report
+        params = records.to_params(arrays)
+        due = round % config.evaluate_every == 0 or round == config.num_rounds
+        with self.strategy.phases("evaluate"):
+            self.evaluation = self._evaluate(round, params) if due else None
+            if self.grid and due:
+                self.personal = personal.measure(self.grid, arrays, config.num_clients)
+        with self.strategy.phases("account"):
+            record: RoundRecord = {
+                "round": round,
+                "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
+                "test_loss": self.evaluation.loss if self.evaluation else None,
+                **(self.personal if due else {}),
+                "epsilon": self.epsilon(),
+                "asked": report.asked,
+                "accepted": len(report.accepted),
+                "dropped": report.dropped,
+                "unexpected": report.unexpected,
+                "retired": report.retired,
+                "released": report.released,
+                "kept_model": report.kept_model and self.strategy.release is None,
+                **({} if report.simulated_seconds is None else {"simulated_seconds": report.simulated_seconds}),
+                **({} if report.arrived is None else {"arrived": report.arrived}),
+                **self._movement(round, params),
+            }
+            self.rounds_completed = round
+            timing = self.throughput.of_round(round)
+            self.folder.append_round(record, timing)
+            if self.loggers:  # before the checkpoint: a round that is logged twice is better than one never
+                with self.strategy.phases("log"):
+                    self.loggers.round(jsonable({**record, "timing": timing}))
+            self._save_checkpoint(round, params)
+        if self.on_round:
+            self.on_round({**record, "timing": timing})
+        return None
+
+    def begin_again(self, checkpoint: Checkpoint) -> ArrayRecord:
+        """Stand where ``checkpoint`` was made; the model to go on with.
+
+        Raises ``LedgerError`` for a ledger that does not hold what was charged until then, ``FederationError`` where
+        the server's state could not be kept.
+        """
+        if checkpoint.cannot_resume:
+            raise FederationError(f"{self.folder.path} cannot be resumed: {checkpoint.cannot_resume}")
+        if checkpoint.server.get("start_sha256", "") != self.experiment.start.sha256:
+            raise FederationError(
+                f"{self.experiment.config.start_from} is not the file that {self.folder.path} started from; restore it"
+            )
+        head = Head(*checkpoint.server["ledger_head"])
+        if not self.strategy.ledger.extends(head):
+            raise LedgerError(
+                f"{self.folder.ledger_path} does not hold the {head.charges} charges that were in it at round "
+                f"{checkpoint.round}: it is an older copy, or another run's; restore the right one"
+            )
+        self.rounds_completed = checkpoint.round
+        self._before = checkpoint.params
+        self.folder.cut_off(checkpoint.round)
+        self.strategy.load_state_dict(
+            checkpoint.server["strategy"],
+            next_round=checkpoint.round + 1,
+            same_noise=NOISE_SOURCES[self.experiment.config.noise_source].reproducible,
+        )
+        return records.to_arrays(checkpoint.params)
+
+    def _evaluate(self, round: int, params: Params) -> Evaluation:
+        self.predictions = round, predict(self.experiment.loss_fn.module, params, self.experiment.dataset.test)
+        return evaluation_of(self.predictions[1])
+
+    def _movement(self, round: int, params: Params) -> dict[str, float | None]:
+        """How far the global model went, and how far the noise alone in it was to take it: both public.
+
+        ``noise_norm`` is the root of the expected square, of the mean of the replies by size; None where it is unknown.
+        """
+        before, self._before = self._before, params
+        if before is not None and before.keys() != params.keys():  # layers joined, from where they were frozen
+            before = {**self.experiment.shared(round), **before}
+        accepted = self.strategy.report.accepted
+        if not round or before is None:
+            return {"update_norm": None, "noise_norm": None}
+        # numpy adds in one order, whatever the number of threads: the same bits on each machine
+        squared = sum(float(np.square((p - before[name]).double().numpy()).sum()) for name, p in params.items())
+        noise, size = None, sum(p.numel() for p in params.values())
+        if release := self.strategy.release:  # the server's own, also where nobody replied
+            mechanism = release.mechanism
+            of_one = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_batch_size
+            noise = math.sqrt(size) * of_one
+        elif accepted and self.known_noise:
+            sizes = [len(self.experiment.partitions[client]) for client in accepted]
+            events = [self.strategy.plans[client].event for client in accepted]
+            variances = [self.known_noise.variance(e, n, round) for e, n in zip(events, sizes, strict=True)]
+            of_mean = math.fsum(n**2 * v for n, v in zip(sizes, variances, strict=True)) / sum(sizes) ** 2
+            noise = math.sqrt(size * of_mean)
+        return {"update_norm": math.sqrt(squared), "noise_norm": noise}
+
+    def quality(self) -> Summary | None:
+        """Of the model that was evaluated last, on the public test split, for ``quality.json``."""
+        if self.predictions is None:
+            return None
+        dataset, held_out = self.experiment.dataset, self.experiment.config.validation_share
+        split = "validation examples held out of the training split" if held_out else "public test split"
+        round, predictions = self.predictions
+        return {
+            "round": round,
+            "measured_on": f"{split} of {dataset.name}",
+            "class_names": dataset.class_names,
+            **dataclasses.asdict(quality_of(predictions, dataset.num_classes)),
+        }
+
+    def _save_checkpoint(self, round: int, params: Params) -> None:
+        server: dict[str, Any] = {
+            "ledger_head": tuple(self.strategy.ledger.head),
+            "start_sha256": self.experiment.start.sha256,
+        }
+        try:
+            server["strategy"] = self.strategy.state_dict()
+        except StrategyStateError as error:
+            if not self.cannot_resume:
+                log.warning("this run cannot be resumed: %s", error)
+            self.cannot_resume = str(error)
+        self.folder.save_checkpoint(
+            Checkpoint(round=round, params=params, server=server, cannot_resume=self.cannot_resume)
+        )
+
+    def _released(self) -> Summary:
+        """Epsilon against someone who sees the released models alone, where each client has a coin of its own.
+
+        Not given where clients carry state from round to round: a later update would tell of an earlier coin.
+        """
+        config, rounds = self.experiment.config, self.rounds_completed
+        unlike = config.client_sampling != "poisson" or config.privacy_unit != "example"
+        if unlike or not rounds or self.experiment.carried_state():
+            return {}
+        events = {plan.event for plan in self.strategy.plans}
+        epsilons = [
+            epsilon_released(event, rounds, config.client_rate, config.delta, config.accountant) for event in events
+        ]
+        return {"epsilon_released": max(epsilons), "epsilon_released_assumptions": ASSUMPTIONS}
+
+    def end_early(self, reason: str) -> None:
+        """The run is over before its last round: say why."""
+        log.warning("the run ends: %s", reason)
+        self.ended_early = reason
+
+    def summary(self, status: str) -> Summary:
+        """How the run stands, for ``summary.json``."""
+        config = self.experiment.config
+        if status == "completed" and self.evaluation is None:  # ended early, or resumed at its end
+            saved = self.folder.load_checkpoint()
+            assert saved is not None  # after_round leaves one, also before the first round
+            self.evaluation = self._evaluate(saved.round, saved.params)
+        return {
+            "status": status,
+            "ended_early": self.ended_early,
+            "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
+            "test_loss": self.evaluation.loss if self.evaluation else None,
+            **self.personal,
+            "evaluated_on": "validation" if config.validation_share else "test",
+            "epsilon": self.epsilon(),
+            "delta": config.delta,
+            "accountant": config.accountant,
+            "noise_multiplier": min(plan.event.noise_multiplier for plan in self.strategy.plans),
+            "clip_norm": self.experiment.clipping.clip_norm,
+            "sample_rate": config.sample_rate,
+            "local_steps": config.steps_per_round,
+            "rounds_completed": self.rounds_completed,
+            "num_clients": config.num_clients,
+            "optimizer": config.optimizer,
+            "base_optimizer": config.base_optimizer,
+            "optimizer_args": config.optimizer_args,
+            "strategy": config.strategy,
+            "update_codec": config.update_codec,
+            "dataset": config.dataset,
+            "model": config.model,
+            "start_from": config.start_from,
+            "start_sha256": self.experiment.start.sha256,
+            "train_layers": config.train_layers,
+            "trained_parameters": sum(p.numel() for p in self.experiment.trained(config.num_rounds).values()),
+            "seed": config.seed,
+            **self.throughput.of_run(),
+            "retired": self.strategy.retired,
+            "ledger_head": self.strategy.ledger.head._asdict(),
+            "privacy_unit": UNITS[config.privacy_unit],
+            **self._released(),
+            "threat_model": threat_model(config),
+            "declared_public": declared_public(config),
+            "also_released": also_released(config, personal=self.grid is not None),
+            "noise": NOISE_SOURCES[config.noise_source].description,
+        }

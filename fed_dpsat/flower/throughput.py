@@ -1,0 +1,71 @@
+"""Where the time of a run went, how fast it was, and what it sent."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from statistics import fmean
+from typing import Any
+
+from fed_dpsat.experiment import Experiment
+from fed_dpsat.flower.strategy import PrivateStrategy
+
+
+class Throughput:
+    """Of this process; a resumed run counts from there."""
+
+    def __init__(self, experiment: Experiment, strategy: PrivateStrategy) -> None:
+        self._experiment, self._strategy = experiment, strategy
+        self._phases: Counter[str] = Counter()
+        self._clients = self._examples = 0.0
+        self._bytes: list[tuple[int, int]] = []
+        self._started = self._round_started = time.perf_counter()
+
+    def of_round(self, round: int) -> dict[str, Any]:
+        """Seconds by phase since the last round (the checkpoint of a round is in the next line), and throughput.
+
+        Examples are those that are expected to be drawn: how many were drawn is not public.
+        """
+        now = time.perf_counter()
+        seconds, self._round_started = now - self._round_started, now
+        report = self._strategy.report
+        examples = self._expected_examples(report.accepted)
+        phases = self._strategy.phases.take()
+        self._phases.update(phases)
+        self._clients, self._examples = self._clients + len(report.accepted), self._examples + examples
+        self._bytes += [(report.bytes_down, report.bytes_up)] if round else []
+        return {
+            "round": round,
+            "seconds": seconds,
+            "phases": phases,
+            "bytes_down": report.bytes_down,
+            "bytes_up": report.bytes_up,
+            "clients_per_second": len(report.accepted) / seconds,
+            "examples_per_second": examples / seconds,
+            "peak_memory_mb": _peak_memory_mb(),
+        }
+
+    def of_run(self) -> dict[str, Any]:
+        """All rounds together; bytes are means per round, of all clients, as they were written."""
+        seconds = time.perf_counter() - self._started
+        sent = {way: fmean(b[at] for b in self._bytes) for at, way in enumerate(("down", "up")) if self._bytes}
+        return {
+            "seconds": seconds,
+            "phases": dict(self._phases),
+            "bytes_per_round": sent,
+            "clients_per_second": self._clients / seconds,
+            "examples_per_second": self._examples / seconds,
+            "peak_memory_mb": _peak_memory_mb(),
+        }
+
+    def _expected_examples(self, clients: list[int]) -> float:
+        if self._experiment.config.privacy_unit == "client":  # whose sizes are not public
+            return 0.0
+        plans, partitions = self._strategy.plans, self._experiment.partitions
+        return sum(plans[c].event.steps * plans[c].event.sample_rate * len(partitions[c]) for c in clients)
+
+
+def _peak_memory_mb() -> float:
+    """Of this process, without its workers."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
