@@ -275,11 +275,10 @@ def audit(
 
     The bound stands beside the ledger's epsilon. Seeds are those of the configuration.
     """
-    from fed_dpsat.audit.command import run_audit
+    from fed_dpsat.audit.command import config_of, run_audit
 
     with _clear_errors():
-        path = config / "config.toml" if config and config.is_dir() else config
-        settings = RunConfig.load(path, overrides or ())
+        settings = config_of(config, overrides or ())
         report, words = run_audit(
             settings,
             attacks=() if game else ("gradient", *(("mislabelled",) if mislabelled else ())),
@@ -345,7 +344,9 @@ def report(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or .jsonl files of runs.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, folders of them, .jsonl files of runs.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="compare.html: page, figures and CSV; x.csv: the table; x.jsonl: the runs, condensed."),

@@ -76,14 +76,14 @@ class GaussianMechanism:
         elif self.noise_multiplier:
             noisy_sum = self._add_noise(clipped_sum, generator)
         else:
-            noisy_sum = clipped_sum
-        return {name: total / self.expected_batch_size for name, total in noisy_sum.items()}
+            return {name: total / self.expected_batch_size for name, total in clipped_sum.items()}
+        return {name: total.div_(self.expected_batch_size) for name, total in noisy_sum.items()}
 
     def _add_noise(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         scale, noisy_sum = self.noise_multiplier * self.clip_norm, {}
         for name, total in clipped_sum.items():
-            noise = torch.from_numpy(generator.standard_normal(total.shape, dtype=np.float32))
-            noisy_sum[name] = torch.add(total, noise.to(total), alpha=scale)
+            noise = torch.from_numpy(generator.standard_normal(total.shape, dtype=np.float32)).to(total)
+            noisy_sum[name] = torch.add(total, noise, alpha=scale, out=noise)
         return noisy_sum
 
     def event(self, *, sample_rate: float, steps: int) -> PrivacyEvent:

@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 from statistics import fmean
 
-from fed_dpsat.report.curves import COLOURS
+from fed_dpsat.report.canvas import style
+from fed_dpsat.report.palette import SERIES
 from fed_dpsat.sweep.pivot import Cells, read
 from fed_dpsat.sweep.statistics import half_width
 
@@ -29,17 +30,16 @@ def differences(cells: Cells) -> dict[str, list[float]]:
 
 def draw(results: Path, path: Path) -> None:
     """One panel, a colour per setting."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     settings = ("centralised", "federation")
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"}):
+    with style():
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.subplots()
         axes.axhline(0, color="0.6", linewidth=0.8)
         ticks: list[str] = []
-        for number, (colour, setting) in enumerate(zip(COLOURS, settings, strict=False)):
-            found = differences(read(results, "method", "target_epsilon", [f"setting={setting}"]))
+        for number, (series, setting) in enumerate(zip(SERIES, settings, strict=False)):
+            colour, found = series.light, differences(read(results, "method", "target_epsilon", [f"setting={setting}"]))
             ticks = [f"{float(epsilon):g}" for epsilon in found] or ticks
             for place, values in enumerate(found.values()):
                 if not values:
@@ -52,8 +52,8 @@ def draw(results: Path, path: Path) -> None:
                 )  # fmt: skip
         axes.set_xticks(range(len(ticks)), ticks)
         axes.set(xlabel="epsilon (delta 1e-5)", ylabel="DP-SAT minus DP-SGD,\ntest accuracy (percentage points)")
-        axes.legend(frameon=False)
-        axes.grid(axis="y", alpha=0.25)
+        axes.legend()
+        axes.grid(visible=False, axis="x")
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160)
 
 

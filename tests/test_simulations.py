@@ -13,7 +13,8 @@ from fed_dpsat import plugins
 from fed_dpsat.cli import app
 from fed_dpsat.config import RunConfig
 from fed_dpsat.simulation import simulate
-from fed_dpsat.sweep.spec import Spec
+from fed_dpsat.sweep.reading import read_spec
+from simulations import dp_sat_figure
 
 ROOT = Path(__file__).parents[1]
 TOML = sorted((ROOT / "simulations").glob("*.toml"))
@@ -32,7 +33,7 @@ def test_it_is_valid_and_says_what_it_claims(path):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_is_valid_and_says_what_it_claims(path):
-    spec = Spec.load(path)
+    spec = read_spec(path)
     text = path.read_text()
     assert text.startswith("# Claim: ")
     assert f"fed-dpsat sweep simulations/{path.name}" in text
@@ -44,9 +45,21 @@ def test_a_sweep_is_valid_and_says_what_it_claims(path):
 
 
 def test_the_tables_of_strategies_and_attacks_hold_every_built_in_one():
-    strategies, attacks = (Spec.load(ROOT / "simulations" / f"{name}_table.toml") for name in ("strategy", "attack"))
+    strategies, attacks = (read_spec(ROOT / "simulations" / f"{name}_table.toml") for name in ("strategy", "attack"))
     assert set(strategies.axes["strategy"]) == set(plugins.builtin("strategy"))
     assert set(attacks.axes["attacked"]) == {"none", *plugins.builtin("attack")}
+
+
+def test_the_figure_of_dp_sat_pairs_seeds_and_is_drawn(tmp_path):
+    cells = {("dp-sgd", "1.0"): {0: 70.0, 1: 71.0, 2: 72.0}, ("dp-sat", "1.0"): {2: 72.5, 1: 71.25}}
+    assert dp_sat_figure.differences(cells) == {"1.0": [0.25, 0.5]}
+    lines = [f"final,{s},{m},3.0,{seed},0.8{seed},completed" for s in ("centralised", "federation")
+             for m in ("dp-sgd", "dp-sat") for seed in range(3)]  # fmt: skip
+    (tmp_path / "results.csv").write_text(
+        "\n".join(["stage,setting,method,target_epsilon,seed,accuracy,status", *lines])
+    )
+    dp_sat_figure.draw(tmp_path / "results.csv", tmp_path / "figure.svg")
+    assert "percentage points" in (tmp_path / "figure.svg").read_text()
 
 
 def test_dpsgd_differs_from_dpsat_in_one_line():

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fed_dpsat.audit.bounds import check_confidence, gaussian_epsilon, two_world_epsilon
 from fed_dpsat.audit.scores import Guess, Seen, Values, choose, errors, scores
@@ -26,7 +26,8 @@ from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, trainable
+from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.privacy import PrivacyEvent, PrivacyLedger
 from fed_dpsat.query import At
 from fed_dpsat.sampling import PoissonSampler
@@ -112,14 +113,7 @@ class GameResult:
 def play(game: Game) -> GameResult:
     """Both worlds, the attack chosen on one half of the repetitions and judged on the other."""
     (without, events), (with_it, _) = (_world(game, included) for included in (False, True))
-    half = game.repetitions // 2
-
-    def scored(world: Seen, rows: slice) -> dict[str, Values]:
-        return scores(world.part(rows), game.noise_multiplier, game.sample_rate)
-
-    first, second = slice(None, half), slice(half, None)
-    guess = choose(scored(without, first), scored(with_it, first), game.delta, game.confidence)
-    false_positives, false_negatives, trials = errors(guess, scored(without, second), scored(with_it, second))
+    guess, false_positives, false_negatives, trials = judged(game, without, with_it)
     seen = false_positives, false_negatives, trials, game.delta, game.confidence
     return GameResult(
         epsilon_lower=two_world_epsilon(*seen),
@@ -135,10 +129,40 @@ def play(game: Game) -> GameResult:
     )
 
 
-def crafted_loss(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
-    """``inputs[B, SIZE + 1] -> losses[B]``: <a, w> + b relu(<u, w>), with (a, b) the row of an example."""
-    flat = torch.cat([p.flatten() for p in params.values()])
-    return inputs[:, :-1] @ flat + inputs[:, -1] * torch.relu(flat.sum() / math.sqrt(SIZE))
+def judged(game: Game, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
+    """The attack chosen on the first half of what was seen, and its errors and trials on the second half."""
+    half = len(without.along) // 2
+
+    def scored(world: Seen, rows: slice) -> dict[str, Values]:
+        return scores(world.part(rows), game.noise_multiplier, game.sample_rate)
+
+    first, second = slice(None, half), slice(half, None)
+    guess = choose(scored(without, first), scored(with_it, first), game.delta, game.confidence)
+    return guess, *errors(guess, scored(without, second), scored(with_it, second))
+
+
+class Crafted(nn.Module):
+    """``inputs[B, SIZE + 1] -> outputs[B, 1]``: <a, w> + b relu(<u, w>), with (a, b) the row of an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Vector() for _ in range(LAYERS))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The loss itself, as the only output."""
+        flat = torch.cat([layer.weight for layer in self.layers])  # type: ignore[misc]
+        return (inputs[:, :-1] @ flat + inputs[:, -1] * torch.relu(flat.sum() / math.sqrt(SIZE)))[:, None]
+
+
+class _Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH))
+
+
+def crafted_loss() -> ModelLoss:
+    """Losses that are the outputs of ``Crafted``, for optimizers that ask for outputs too."""
+    return ModelLoss(Crafted(), criterion=lambda outputs, targets: outputs.squeeze(1))
 
 
 def strongest_norm(clipping: ClippingRule, shapes: Params) -> float:
@@ -152,7 +176,7 @@ def strongest_norm(clipping: ClippingRule, shapes: Params) -> float:
 
 
 def _start() -> Params:
-    return {f"{layer}.weight": torch.zeros(WIDTH) for layer in range(LAYERS)}
+    return trainable(Crafted())
 
 
 def _rows(game: Game) -> Tensor:
@@ -199,6 +223,13 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
                 for k, i in enumerate(ids)
             ]
             results, released = _train(game, start, [game.client(member) for member in members])
+            if released.shape[2] != SIZE:
+                raise SettingError(
+                    "optimizer",
+                    type(game.optimizer).__name__,
+                    "one whose private gradient is of the model's parameters",
+                    "the attacks of this audit read gradients; it has none for this method",
+                )
             states = [result.state for result in results]
             gradients.append(released)
             moved.append(torch.stack([-_flat(result.params) for result in results])[:, None])
@@ -220,7 +251,7 @@ def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[L
             results = train_stacked(
                 start,
                 watched,
-                loss_fn=crafted_loss,
+                loss_fn=crafted_loss(),
                 optimizer=game.optimizer,
                 clipping=game.clipping,
                 local_steps=game.local_steps,
@@ -238,7 +269,7 @@ def _one_by_one(game: Game, start: Params, members: Sequence[Member]) -> tuple[l
         watching = _Watching(game.optimizer)
         result = train_locally(
             start,
-            loss_fn=crafted_loss,
+            loss_fn=crafted_loss(),
             optimizer=watching,
             clipping=game.clipping,
             local_steps=game.local_steps,
@@ -247,6 +278,7 @@ def _one_by_one(game: Game, start: Params, members: Sequence[Member]) -> tuple[l
             sampler=member.sampler,
             mechanism=member.mechanism,
             streams=member.streams,
+            engine="vmap",
         )
         results.append(result)
         released.append(torch.stack(watching.released))

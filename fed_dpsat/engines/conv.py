@@ -29,6 +29,10 @@ from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
 
 ABREAST_BYTES, ABREAST_CHANNELS = 1_800_000, 512
+PATCHES_BYTES = 1_200_000
+
+NARROW_VECTORS = "AVX512" not in torch.backends.cpu.get_cpu_capability()
+"""Where vectors are narrow, MKL's products are as fast as oneDNN's convolutions; else they reach a third of it."""
 
 FEW_CHANNELS = 8
 """oneDNN fills planes up to 16 of them, group by group; the channels of colour images are better off last."""
@@ -107,13 +111,14 @@ class Convolution:
 
     def each(self, x: Tensor, grad: Tensor) -> Tensor:
         """Per-example weight gradients ``[B, *shape]``."""
-        return _rows(self, x, grad, x, None).rows()
+        return _rows(replace(self, derived=False), x, grad, x, None).rows()
 
 
 def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool) -> str:
-    """The cheapest strategy by a count of multiplications: the same on every machine, so are the bits.
+    """The cheapest strategy by a count of multiplications: the same on all machines with the same vectors.
 
-    Weights were fitted to times on one core with AVX-512; ``fed-dpsat plan`` shows times beside choices.
+    Weights were fitted to times on one core with AVX-512, and on one with AVX2; ``fed-dpsat plan`` shows times beside
+    choices.
     """
     if len(sides) != 2:
         return "single" if geometry.groups > 1 else "rows"
@@ -122,6 +127,14 @@ def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool) -> s
     out, inputs, kernel = geometry.shape[0], geometry.shape[1], math.prod(geometry.kernel)
     positions, weights = math.prod(geometry.positions(sides)), out * inputs * kernel
     ordinary = positions * weights
+    if NARROW_VECTORS and kernel > 1:
+        spread = channels_last or inputs < FEW_CHANNELS
+        rows = 0.8 * ordinary + 18 * positions * inputs * kernel + 55 * weights
+        rows += 0 if spread else 55 * inputs * math.prod(sides)
+        abreast = 1.4 * ordinary + 65 * weights + (35 * positions * (inputs + out) if spread else 0)
+        product = ordinary + 2.5 * (patches.gram_cost(geometry, sides) + positions**2 * (out + 80))
+        costs = {"rows": rows, "channels": abreast, "product": product}
+        return min(costs, key=costs.__getitem__)
     rows = 2.5 * ordinary if kernel == 1 else ordinary + (150 if channels_last else 110) * weights
     product = ordinary + 2.5 * (patches.gram_cost(geometry, sides) + positions**2 * (out + 80))
     return "product" if product < rows else "rows" if kernel == 1 else "channels"
@@ -160,16 +173,46 @@ def _single(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: T
 
 def _rows(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
     g = layer.geometry
-    batch, groups, out = len(x), g.groups, g.shape[0] // g.groups
-    inputs = patches.unfold(g, x)
+    if g.groups == 1 and not any(g.padding) and set(g.kernel) == {1}:
+        return _pixels(g, x, grad)
+    batch, groups, out, depth = len(x), g.groups, g.shape[0] // g.groups, math.prod(g.shape[1:])
+    by_plane = groups == 1 and g.shape[1] < FEW_CHANNELS and math.prod(g.kernel) > 1
+    spread = patches.windows_by_plane(g, x) if by_plane else patches.windows(g, x)
     outputs = grad.flatten(2).view(batch, groups, out, -1) if groups > 1 else grad.flatten(2)[:, None]
-    data = wide(torch.matmul(outputs, inputs))
+    positions = outputs.shape[-1]
+    few = max(1, PATCHES_BYTES // (groups * positions * depth * x.element_size()))
+    data = wide(grad.new_empty(0)).new_empty(batch, groups * out, depth)
+    filter_rows = wide(weight if by_plane else weight.movedim(1, -1)).flatten(1) if layer.derived else None
+    shape = (depth, positions) if by_plane else (positions, depth)
+    room, kept = x.new_empty(min(few, batch), groups * positions * depth), []
+    for i in range(0, batch, few):
+        some, found = spread[i : i + few], data[i : i + few]  # copied few at a time, patches stay in the cache
+        inputs = room[: len(some)].view(some.shape).copy_(some).view(len(some) * groups, *shape)
+        slopes = outputs[i : i + few].flatten(0, 1)
+        if by_plane:  # the longer side first: MKL is slow where the last one is as short as 27
+            found.copy_(torch.bmm(inputs, slopes.transpose(1, 2)).transpose(1, 2))
+        elif found.dtype == slopes.dtype:
+            torch.bmm(slopes, inputs, out=found.view(len(slopes), -1, depth))
+        else:
+            found.copy_(torch.bmm(slopes, inputs).view_as(found))
+        kept.append(_summary(found, filter_rows))
 
     def to_shape(rows: Tensor) -> Tensor:
+        if by_plane:
+            return rows.view(-1, *g.shape)
         apart = rows.view(-1, groups * out, math.prod(g.kernel), g.shape[1])
         return apart.transpose(2, 3).reshape(-1, *g.shape)
 
-    return Rows(data=data, to_shape=to_shape)
+    norms, filters = zip(*kept, strict=True)
+    every: Any = tuple(torch.cat(part) for part in zip(*filters, strict=True)) if layer.derived else None
+    return Rows(data=data, to_shape=to_shape, norms=torch.cat(norms), filters=every)
+
+
+def _pixels(geometry: Geometry, x: Tensor, grad: Tensor) -> Contribution:
+    """``_rows`` of a kernel of one pixel: products of what is there already."""
+    used = x[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))]
+    data = wide(torch.bmm(grad.flatten(2), used.flatten(2).transpose(1, 2)))
+    return Rows(data=data, to_shape=lambda rows: rows.reshape(-1, *geometry.shape))
 
 
 def _channels(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
@@ -183,7 +226,7 @@ def _channels(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made:
             return rows.view(-1, *g.shape)
         return rows.view(-1, g.shape[0], *g.kernel, g.shape[1]).permute(0, 1, 4, 2, 3)
 
-    filter_rows = wide(weight.movedim(1, -1) if last else weight).flatten(1)
+    filter_rows = wide(weight.movedim(1, -1) if last else weight).flatten(1) if layer.derived else None
     parts = []
     for some, outputs in zip(torch.split(x, step), torch.split(grad, step), strict=True):
         count = len(some)
@@ -192,10 +235,17 @@ def _channels(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made:
         )
         found = abreast.weight_gradient(patches.side_by_side(some), patches.side_by_side(outputs))
         data = wide(found.permute(0, 2, 3, 1) if last else found).reshape(count, g.shape[0], -1)
-        squares = filter_squares(data)  # while it is in the cache
-        filters = (squares, data.sum(2), (data * filter_rows).sum(2)) if layer.derived else None
-        parts.append(Rows(data=data, to_shape=to_shape, norms=squares.sum(1), filters=filters))
+        norms, filters = _summary(data, filter_rows)
+        parts.append(Rows(data=data, to_shape=to_shape, norms=norms, filters=filters))
     return together(parts)
+
+
+def _summary(data: Tensor, filter_rows: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """Norms and, for a derived weight, ``filters`` of ``Rows``, while ``data[B, O, width]`` is in the cache."""
+    squares = filter_squares(data)
+    if filter_rows is None:
+        return squares.sum(1), None
+    return squares.sum(1), (squares, data.sum(2), (data * filter_rows).sum(2))
 
 
 def _abreast(geometry: Geometry, x: Tensor, grad: Tensor) -> int:

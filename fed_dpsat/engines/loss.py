@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fed_dpsat.engines.call import call
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.params import Params
 
@@ -50,10 +50,10 @@ class ModelLoss:
     def outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
         """``inputs[B, ...] -> outputs[B, ...]`` of the module at ``params``."""
         if self.precision == "float32":
-            outputs: Tensor = functional_call(self.module, params, (inputs,))
+            outputs: Tensor = call(self.module, params, inputs)
             return outputs
         with torch.autocast(inputs.device.type, dtype=PRECISIONS[self.precision]):
-            outputs = functional_call(self.module, params, (inputs,))
+            outputs = call(self.module, params, inputs)
         return outputs.float()
 
 

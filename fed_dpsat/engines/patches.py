@@ -67,8 +67,12 @@ def _shifted_sum(flat: Tensor, count: int, shift: int) -> Tensor:
 
 def unfold(geometry: Geometry, x: Tensor) -> Tensor:
     """Patches ``[B, groups, positions, kernel * C / groups]``, kernel position first; any dimensions."""
-    if set(geometry.kernel) == set(geometry.stride) == {1} and not any(geometry.padding) and geometry.groups == 1:
-        return x.flatten(2).transpose(1, 2)[:, None]
+    batch, positions = len(x), math.prod(geometry.positions(tuple(x.shape[2:])))
+    return windows(geometry, x).reshape(batch, geometry.groups, positions, -1)
+
+
+def windows(geometry: Geometry, x: Tensor) -> Tensor:
+    """The patches of ``unfold`` as a view of padded ``x``: ``[B, groups, *positions, *kernel, C / groups]``."""
     widths = [width for p in reversed(geometry.padding) for width in (p, p)]
     padded = functional.pad(x.movedim(1, -1), (0, 0, *widths)).contiguous()
     batch, channels = len(x), x.shape[1]
@@ -82,8 +86,21 @@ def unfold(geometry: Geometry, x: Tensor) -> Tensor:
         *(a * d for a, d in zip(steps, geometry.dilation, strict=True)),
         1,
     )
-    spread = padded.as_strided(size, stride)
-    return spread.reshape(batch, geometry.groups, math.prod(positions), -1)
+    return padded.as_strided(size, stride)
+
+
+def windows_by_plane(geometry: Geometry, x: Tensor) -> Tensor:
+    """The same patches with positions side by side in memory: ``[B, C, *kernel, *positions]``; one group."""
+    widths = [width for p in reversed(geometry.padding) for width in (p, p)]
+    padded = functional.pad(x.contiguous(), widths)
+    steps = padded.stride()[2:]
+    positions = geometry.positions(tuple(x.shape[2:]))
+    stride = (
+        *padded.stride()[:2],
+        *(a * d for a, d in zip(steps, geometry.dilation, strict=True)),
+        *(a * s for a, s in zip(steps, geometry.stride, strict=True)),
+    )
+    return padded.as_strided((*x.shape[:2], *geometry.kernel, *positions), stride)
 
 
 def side_by_side(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpsat.clipping import ClippingRule, FlatClipping
+from fed_dpsat.engines.call import modules
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.params import Params
 from fed_dpsat.query import At, LossFn, as_query, compact
@@ -55,11 +56,11 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) 
         if not total.requires_grad:
             return {name: torch.zeros_like(p) for name, p in params.items()}
         found = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)[: len(leaves)]
-    if not all(bool(gradient.sum().isfinite()) for gradient in found):
+    if not bool(torch.stack([gradient.sum() for gradient in found]).isfinite().all()):
         torch.set_rng_state(state)
         return None
     return dict(zip(params, found, strict=True))
 
 
 def _has_group_norm(loss_fn: LossFn) -> bool:
-    return isinstance(loss_fn, ModelLoss) and any(isinstance(m, nn.GroupNorm) for m in loss_fn.module.modules())
+    return isinstance(loss_fn, ModelLoss) and any(isinstance(m, nn.GroupNorm) for m in modules(loss_fn.module))

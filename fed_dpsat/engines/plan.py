@@ -1,7 +1,8 @@
 """What the planned engine does with a module, layer by layer, as a table; times beside it if asked for.
 
 The plan is a count of multiplications (``conv.choose``, ``linear.choose``), not a race: every worker of a run, and
-every run on any machine, picks the same strategies, so the same seed gives the same bits. Times only inform.
+every run on any machine with vectors of the same width, picks the same strategies, so the same seed gives the same
+bits. Times only inform.
 """
 
 from __future__ import annotations

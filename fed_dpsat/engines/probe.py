@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fed_dpsat.engines.call import modules
 from fed_dpsat.engines.capture import Call, Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 from fed_dpsat.engines.conv import Convolution
@@ -50,7 +51,7 @@ def refusal(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor)
 def ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Answer:
     """Whether, and in which format."""
     answers = _answers.setdefault(loss_fn.module, {})
-    training = tuple(m.training for m in loss_fn.module.modules())
+    training = tuple(m.training for m in modules(loss_fn.module))
     batches = tuple((t.shape[1:], t.dtype, t.device) for t in (inputs, targets))
     key = (*batches, tuple(params), training, loss_fn.criterion)
     if key not in answers:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fed_dpsat.config import RunConfig
@@ -33,6 +33,34 @@ def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
     return _experiment(tuple(sorted(run_config.items())))
 
 
+class _Unpack:
+    """The records of the last messages as tensors, copied once for all clients of a round that this process has."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[ArrayRecord, Params]] = {}
+
+    def __call__(self, content: RecordDict, key: str) -> Params | None:
+        """The record ``key``, whose tensors nobody may change; None where there is none."""
+        record = records.arrays_in(content, key)
+        if record is None:
+            return None
+        held, params = self._last.get(key, (None, {}))
+        if held is not record or any(t._version for t in params.values()):
+            params = records.to_params(record)
+            self._last[key] = record, params
+        return params
+
+    def check_untouched(self) -> None:
+        """Raise ``RecordError`` where the code of a plug-in wrote into them: the next client would begin elsewhere."""
+        changed = [name for _, params in self._last.values() for name, t in params.items() if t._version]
+        if changed:
+            self._last.clear()
+            raise RecordError(
+                f"the optimizer or model changed {changed[0]} in place, which other clients begin with too; make a new "
+                "tensor (torch.add instead of add_)"
+            )
+
+
 TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message] | None]
 
 
@@ -50,7 +78,8 @@ class StackingClientApp(ClientApp):
 
 def make_client_app(provider: Provider) -> ClientApp:
     """A client that trains on the experiment of ``provider``, under the partition its node is configured with."""
-    client_app = StackingClientApp(lambda messages, contexts: _train_together(provider, messages, contexts))
+    unpack = _Unpack()
+    client_app = StackingClientApp(lambda messages, contexts: _train_together(provider, messages, contexts, unpack))
 
     @client_app.query()
     def identify(message: Message, context: Context) -> Message:
@@ -61,7 +90,7 @@ def make_client_app(provider: Provider) -> ClientApp:
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
-        secure = secure_client.SECURE in message.content.config_records
+        secure = secure_client.SECURE in message.content
         if secure and on_device.POLICY in context.node_config:
             raise RecordError("a device with a policy takes no part in secure aggregation yet; nothing was computed")
         if on_device.POLICY in context.node_config:
@@ -75,12 +104,13 @@ def make_client_app(provider: Provider) -> ClientApp:
             return Message(secure_client.answer(client, message.content, context.state, size), reply_to=message)
         if experiment.config.tune_malloc:
             tune_allocator()
-        request, history = _request(experiment, message, context, {})
+        request, history = _request(experiment, message, context, unpack)
         with intra_op_threads(experiment.config.threads_per_client):
             result = experiment.client_round(**vars(request))
             content = _reply(experiment, request, result)
             if not secure:
                 content = _encoded(experiment, request, message, content)
+        unpack.check_untouched()
         _keep(context, history, result)
         if secure:
             content = secure_client.hide(request.client, message.content, context.state, content)
@@ -94,31 +124,29 @@ def make_client_app(provider: Provider) -> ClientApp:
 
 
 def _train_together(
-    provider: Provider, messages: Sequence[Message], contexts: Sequence[Context]
+    provider: Provider, messages: Sequence[Message], contexts: Sequence[Context], unpack: _Unpack
 ) -> list[Message] | None:
     experiment = provider(contexts[0].run_config)
-    secure = any(secure_client.SECURE in message.content.config_records for message in messages)
+    secure = any(secure_client.SECURE in message.content for message in messages)
     if secure or experiment.config.secure_aggregation or any(on_device.POLICY in c.node_config for c in contexts):
         return None  # masks and devices' journals are made client by client, in ``train``
     if experiment.config.tune_malloc:
         tune_allocator()
-    unpacked: dict[int, Params] = {}
-    asked = [_request(experiment, m, c, unpacked) for m, c in zip(messages, contexts, strict=True)]
+    asked = [_request(experiment, m, c, unpack) for m, c in zip(messages, contexts, strict=True)]
     with intra_op_threads(experiment.config.threads_per_client):
         results = experiment.client_rounds([request for request, _ in asked])
         contents = [
             _encoded(experiment, request, message, _reply(experiment, request, result))
             for (request, _), message, result in zip(asked, messages, results, strict=True)
         ]
+    unpack.check_untouched()
     for context, (_, history), result in zip(contexts, asked, results, strict=True):
         _keep(context, history, result)
     return [Message(content, reply_to=message) for content, message in zip(contents, messages, strict=True)]
 
 
-def _request(
-    experiment: Experiment, message: Message, context: Context, unpacked: dict[int, Params]
-) -> tuple[Request, History]:
-    """What is asked, and the client's history with it; a record that is in ``unpacked`` is shared. Raises if spent."""
+def _request(experiment: Experiment, message: Message, context: Context, unpack: _Unpack) -> tuple[Request, History]:
+    """What is asked, and the client's history with it; what ``unpack`` makes is shared. Raises if spent."""
     client, task = _client(context), records.read_task(message.content)
     kept = records.load_history(context.state)
     if task.unit != experiment.config.privacy_unit:
@@ -128,16 +156,7 @@ def _request(
         history = spend(
             kept, task.event, experiment.budgets[client], experiment.config.delta, experiment.config.accountant
         )
-
-    def unpack(key: str) -> Params | None:
-        record = message.content.array_records.get(key)
-        if record is None:
-            return None
-        if id(record) not in unpacked:
-            unpacked[id(record)] = records.to_params(record)
-        return unpacked[id(record)]
-
-    params = unpack(records.ARRAYS)
+    params = unpack(message.content, records.ARRAYS)
     if params is None:
         raise RecordError(f"no {records.ARRAYS!r} to train from")
     request = Request(
@@ -145,7 +164,7 @@ def _request(
         task=task,
         params=params,
         state=records.load_state(context.state),
-        server_ascent=unpack(records.ASCENT),
+        server_ascent=unpack(message.content, records.ASCENT),
         proximal_mu=records.read_proximal_mu(message.content),
     )
     return request, history

@@ -68,7 +68,7 @@ def decode(content: RecordDict, like: ArrayRecord, within: Coordinates | Span | 
 
     ``within`` is the subspace that the server sent; a reply that is a whole model has then to be another's.
     """
-    said = content.config_records.get(UPDATE)
+    said = records.config_in(content, UPDATE)
     if said is None:
         if within is not None:
             raise records.RecordError(f"no {UPDATE!r} record: a whole model, where the round is within a subspace")
@@ -111,7 +111,7 @@ def _change(content: RecordDict, codec: str, share: float, size: int) -> Tensor:
 
 def num_bytes(content: RecordDict) -> int:
     """Bytes of the arrays in ``content``, as they came or would be sent."""
-    arrays = [array for record in content.array_records.values() for array in record.values()]
+    arrays = [array for record in content.values() if isinstance(record, ArrayRecord) for array in record.values()]
     return sum(a.view().nbytes if isinstance(a, compat.Array) else len(a.data) for a in arrays)
 
 

@@ -97,7 +97,9 @@ def part_of(
     """
     if reply is None or verdict is None or isinstance(verdict, Failure):
         return Part(failed={client: verdict} if isinstance(verdict, Failure) else {})
-    total = records.to_read(reply.content.array_records[records.ARRAYS])
+    arrays = records.arrays_in(reply.content, records.ARRAYS)
+    assert arrays is not None  # or it would be a failure
+    total = records.to_read(arrays)
     if clip_norm is not None and before is not None:
         move = bounded_move(total, records.to_read(before), clip_norm)
         return Part(accepted={client: verdict}, total=move, scale=1.0)

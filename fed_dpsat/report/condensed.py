@@ -25,11 +25,19 @@ CURVES = ("round", "test_accuracy", "test_loss", "epsilon")
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Run folders, and all runs of ``.jsonl`` files; raises ``InputError`` for what is neither."""
+    """Run folders, folders of run folders (a sweep's too), and all runs of ``.jsonl`` files; else ``InputError``."""
     found: list[Run] = []
     for path in paths:
-        found += _read(path) if path.suffix == ".jsonl" else [read_run(path)]
+        found += _read(path) if path.suffix == ".jsonl" else [read_run(folder) for folder in _folders(path)]
     return found
+
+
+def _folders(path: Path) -> list[Path]:
+    """Itself if it holds a run, else the runs in it; a sweep has them in ``runs``, and those put aside are none."""
+    if (path / "config.toml").exists():
+        return [path]
+    inside = sorted(file.parent for way in ("*", "runs/*") for file in path.glob(f"{way}/config.toml"))
+    return [folder for folder in inside if ".failed-" not in folder.name] or [path]
 
 
 def write_runs(runs: Sequence[Run], path: Path) -> None:

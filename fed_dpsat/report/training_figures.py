@@ -139,9 +139,12 @@ def signal_and_noise(run: Run, folder: Path) -> Drawing | None:
     if known:
         ratios = [signal_to_noise(line) for line in lines]
         middle = f"Signal to noise, median over rounds: {plain(float(np.median(ratios)), 2)}."
+        of_clients = "of the mean of the clients' updates by size, from events, learning rate and clip norm"
+        of_server = "which the server adds to the sum of a cohort, over the expected size of one"
+        known_of = of_server if run.config.privacy_unit == "client" else of_clients
         meaning = (
-            "The known noise is that of the mean of the clients' updates by size, from events, learning rate and clip "
-            "norm. Signal to noise is sqrt(max(update² - noise², 0)) / noise: an estimate, and 0 where noise hides all."
+            f"The known noise is that {known_of}. Signal to noise is sqrt(max(update² - noise², 0)) / noise: an "
+            "estimate, and 0 where noise hides all."
         )
     elif not run.config.private:
         middle, meaning = "The run has no noise.", ""

@@ -129,7 +129,8 @@ class Host:
 
     def _part(self, message: Message, reply: Message, release_counts: bool) -> sums.Part:
         client = message.metadata.dst_node_id - FIRST_NODE_ID
-        before = message.content.array_records[records.ARRAYS]
+        before = records.arrays_in(message.content, records.ARRAYS)
+        assert before is not None  # what was sent
         verdict = judge(
             reply,
             client=client,
@@ -143,7 +144,7 @@ class Host:
 
 
 def _round(content: RecordDict) -> int | None:
-    task = content.config_records.get(records.TASK)
+    task = records.config_in(content, records.TASK)
     return None if task is None else int(task["round"])  # type: ignore[arg-type]
 
 

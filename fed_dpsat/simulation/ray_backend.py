@@ -51,6 +51,8 @@ MAX_TRIES = 3
 MORE_DEATHS = 12
 """A few clients that kill workers are dropped; so many deaths with no answer in between are everybody's."""
 POLL_SECONDS = 0.2
+PLENTY_PER_WORKER = 3
+"""With more work than that in wait, a worker has its next one before it is done, however long it takes."""
 
 
 class RayBackend:
@@ -117,7 +119,7 @@ class RayBackend:
     def _send(self, round: _Round, release_counts: bool | None) -> None:
         ahead = AHEAD_PER_WORKER * len(self._pool.slots)
         for slot in self._pool.slots:
-            while slot.has_room:
+            while slot.has_room(plenty=round.waiting > PLENTY_PER_WORKER * len(self._pool.slots)):
                 work = round.pick(ahead, lambda client, slot=slot: self._home.get(client) is slot)
                 if work is None:
                     break
@@ -195,6 +197,11 @@ class _Round:
     def over(self) -> bool:
         """All answers were given."""
         return self._next == len(self._missing)
+
+    @property
+    def waiting(self) -> int:
+        """How much was not sent yet."""
+        return len(self._waiting)
 
     def pick(self, ahead: float, preferred: Any = lambda client: False) -> Work | None:
         """The first work that waits, or the first whose client is ``preferred``; none too far ahead of its turn."""

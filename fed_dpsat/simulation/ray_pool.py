@@ -55,10 +55,12 @@ class Slot:
     quick: bool = False
     late: bool = False
 
-    @property
-    def has_room(self) -> bool:
-        """Work may be sent: to who is idle, or who will soon be. Behind a slow client it would wait for nothing."""
-        return self.up and not self.late and len(self.sent) < (2 if self.quick else 1)
+    def has_room(self, *, plenty: bool) -> bool:
+        """Work may be sent: to who is idle, or who will soon be.
+
+        Behind a slow client it would wait for nothing; unless there is ``plenty`` for the others to do meanwhile.
+        """
+        return self.up and not self.late and len(self.sent) < (2 if self.quick or plenty else 1)
 
     def add(self, reference: Any, work: Work) -> None:
         """``work`` was sent, and ``reference`` will hold what comes of it."""

@@ -1,29 +1,24 @@
 """What clients keep from round to round: in the memory of who has it, and in files that outlive a process.
 
-A state is filed under the round that made it: ``state/<client>/<round>.pt``. The one before stays until the next round,
-so that a client whose worker or driver died starts its round again from where it was. Nothing is synced to the disk:
-files survive a killed process, not a power cut.
+A state is filed under the round that made it: ``state/<client>/<round>.state``. The one before stays until the next
+round, so that a client whose worker or driver died starts its round again from where it was. Nothing is synced to the
+disk: files survive a killed process, not a power cut. How a file is written is in ``state_file``.
 """
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
-from fed_dpsat.errors import RunError
-from fed_dpsat.flower import compat, records
+from fed_dpsat.flower import compat
+from fed_dpsat.simulation.state_file import SUFFIX, StateError, read_state, write_state
+
+__all__ = ["StateError", "StateStore", "kept_rounds"]
 
 REMEMBERED_BYTES = 1 << 30
 """Arrays that one process remembers; what is older is read from its file again."""
-
-
-class StateError(RunError):
-    """A client's state that is not where it was put."""
 
 
 class StateStore:
@@ -44,7 +39,7 @@ class StateStore:
             return RecordDict({**known[1]})
         if self._folder is None:
             raise StateError(f"the state of client {client} after round {round} is gone")
-        return _read(_path(self._folder, client, round))
+        return read_state(_path(self._folder, client, round))
 
     def save(self, client: int, round: int, state: RecordDict, before: int | None) -> None:
         """Keep ``state``, and that of the round ``before``; older ones go."""
@@ -55,10 +50,10 @@ class StateStore:
             return
         path = _path(self._folder, client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, state)
+        write_state(path, state)
         if before != round:  # a client may be asked several times in one round, and goes back to the last one
             for other in path.parent.iterdir():
-                if other.name not in (path.name, f"{before}.pt"):
+                if other.name not in (path.name, f"{before}{SUFFIX}"):
                     other.unlink(missing_ok=True)
         while self._bytes > REMEMBERED_BYTES:
             self._forget(next(iter(self._remembered)))
@@ -71,7 +66,7 @@ class StateStore:
 def kept_rounds(folder: Path, up_to: int) -> dict[int, int]:
     """By client, the last round not after ``up_to`` that left a state in ``folder``."""
     found: dict[int, int] = {}
-    for path in folder.glob("*/*.pt"):
+    for path in folder.glob(f"*/*{SUFFIX}"):
         client, round = int(path.parent.name), int(path.stem)
         if found.get(client, -1) < round <= up_to:
             found[client] = round
@@ -79,29 +74,9 @@ def kept_rounds(folder: Path, up_to: int) -> dict[int, int]:
 
 
 def _path(folder: Path, client: int, round: int) -> Path:
-    return folder / str(client) / f"{round}.pt"
+    return folder / str(client) / f"{round}{SUFFIX}"
 
 
 def _size(state: RecordDict) -> int:
-    return sum(compat.view(a).nbytes for record in state.array_records.values() for a in record.values())
-
-
-def _write(path: Path, state: RecordDict) -> None:
-    plain: dict[str, tuple[str, dict[str, Any]]] = {}
-    for key, record in state.items():
-        if isinstance(record, ArrayRecord):
-            plain[key] = "arrays", records.to_read(record)
-        else:
-            plain[key] = ("metrics" if isinstance(record, MetricRecord) else "config"), dict(record)
-    temporary = path.with_suffix(".tmp")
-    torch.save(plain, temporary)
-    os.replace(temporary, path)
-
-
-def _read(path: Path) -> RecordDict:
-    try:
-        plain = torch.load(path, weights_only=True)
-    except FileNotFoundError:
-        raise StateError(f"no client state at {path}; workers on several hosts need the run folder in common") from None
-    kinds: dict[str, Any] = {"arrays": records.to_arrays, "metrics": MetricRecord, "config": ConfigRecord}
-    return RecordDict({key: kinds[kind](items) for key, (kind, items) in plain.items()})
+    arrays = (record for record in state.values() if isinstance(record, ArrayRecord))
+    return sum(compat.view(a).nbytes for record in arrays for a in record.values())

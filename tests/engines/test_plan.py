@@ -2,10 +2,17 @@ import pytest
 import torch
 from torch import nn
 
+from fed_dpsat.engines import conv
 from fed_dpsat.engines.plan import plan_table, plan_text
 from fed_dpsat.models.cnn import tanh_cnn
 from fed_dpsat.models.dpnasnet import dpnasnet_cifar
 from fed_dpsat.models.resnet import resnet20_gn, wrn16_4_gn
+
+
+@pytest.fixture(autouse=True)
+def wide_vectors(monkeypatch):
+    """Plans are by what a processor's vectors are; here they are those of AVX-512, wherever the tests run."""
+    monkeypatch.setattr(conv, "NARROW_VECTORS", False)
 
 
 def test_few_positions_are_products_and_many_are_side_by_side():
@@ -15,6 +22,15 @@ def test_few_positions_are_products_and_many_are_side_by_side():
     assert [row.parameter for row in rows][:2] == ["0.weight", "2.weight"]
     assert rows[0].input_shape == (2, 3, 32, 32)
     assert "2x3x32x32 last" in plan_text(rows, "")
+
+
+def test_narrow_vectors_make_rows_of_patches_but_for_few_positions(monkeypatch):
+    monkeypatch.setattr(conv, "NARROW_VECTORS", True)
+    rows, _ = plan_table(tanh_cnn((3, 32, 32), 10), (3, 32, 32), 2)
+    assert [row.strategy for row in rows] == ["rows"] * 5 + ["product"] * 3
+    rows, _ = plan_table(resnet20_gn((3, 32, 32), 10), (3, 32, 32), 2)
+    found = {(row.input_shape[1], row.strategy) for row in rows if row.layer == "conv2d"}
+    assert found == {(3, "rows"), (16, "channels"), (16, "rows"), (32, "channels"), (32, "rows"), (64, "rows")}
 
 
 def test_the_plan_is_of_the_format_that_the_engine_uses():

@@ -13,6 +13,7 @@ from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.client_app import app, from_run_config, make_client_app
 from fed_dpsat.flower.grid import FIRST_NODE_ID, answer, node_context
+from fed_dpsat.optimizers import DPSGD
 from fed_dpsat.params import trainable
 from fed_dpsat.privacy import PrivacyEvent, epsilon
 
@@ -113,3 +114,29 @@ def test_a_count_leaves_only_if_one_setting_asks_for_it(experiment, context):
     records.read_metrics(content, release_counts=True)
     with pytest.raises(records.RecordError, match="alone"):
         records.read_metrics(content)
+
+
+def test_an_optimizer_that_changes_the_model_in_place_is_named_and_harms_nobody_else(experiment, context):
+    """All clients of a process begin a round with the same tensors."""
+
+    class InPlace(DPSGD):
+        def update(self, params, private_gradient, state):
+            return {name: p.sub_(private_gradient[name]) for name, p in params.items()}, state
+
+    arrays = records.to_arrays(trainable(experiment.loss_fn.module))
+    content = RecordDict({records.ARRAYS: arrays, records.TASK: records.task_record(TASK)})
+    made = {"now": Experiment.build(CONFIG, optimizer=InPlace(lr=0.1))}
+    app = make_client_app(lambda _: made["now"])
+    reply = answer(app, Message(content, context.node_id, MessageType.TRAIN), context)
+    assert reply.has_error()
+    assert "in place" in reply.error.reason
+    made["now"] = experiment
+    replies = [
+        answer(each, Message(content, context.node_id, MessageType.TRAIN), fresh(context)) for each in (app, app)
+    ]
+    alone = answer(make_client_app(lambda _: experiment), Message(content, context.node_id, MessageType.TRAIN), context)
+    assert all(reply.content[records.ARRAYS] == alone.content[records.ARRAYS] for reply in replies)
+
+
+def fresh(context):
+    return node_context(context.node_id, CONFIG.settings(), 3)

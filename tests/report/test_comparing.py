@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,14 @@ def test_promises_that_differ_are_not_mixed(tmp_path, other, word):
     assert len(as_table(found).head) >= 9
 
 
+def test_accuracies_of_other_examples_are_not_on_one_front():
+    worse = made(0.5, validation_share=0.1)
+    worse = dataclasses.replace(worse, quality={**worse.quality, "measured_on": "validation examples"})
+    found = compare([made(0.9), worse])
+    assert [group.on_front for group in found.groups] == [True, True]
+    assert "different examples" in found.notes[0]
+
+
 def test_one_promise_is_comparable():
     assert as_data(compare(sweep()))["comparable"]
 
@@ -195,3 +204,12 @@ def test_many_groups_fit_on_a_page(tmp_path):
     found = write_comparison([tmp_path / "runs.jsonl"], tmp_path / "compare.html")
     assert len(found.groups) == 50
     assert "The best 7 of 50 groups" in (tmp_path / "compare.html").read_text()
+
+
+def test_a_folder_of_runs_stands_for_them(tmp_path, run_folder):
+    for name in ("runs/a", "runs/b.failed-1", "c"):
+        shutil.copytree(run_folder, tmp_path / name)
+    (tmp_path / "runs" / "a.log").touch()
+    assert [run.name for run in read_runs([tmp_path])] == ["c", "a"]
+    with pytest.raises(InputError, match="no run folder"):
+        read_runs([tmp_path / "runs" / "a.log"])
