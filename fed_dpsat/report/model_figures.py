@@ -16,6 +16,7 @@ from fed_dpsat.report.numbers import percent, plain, wilson
 from fed_dpsat.report.palette import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, VERMILLION
 from fed_dpsat.report.reading import Run
 from fed_dpsat.report.training_figures import guarantee, whole_numbers
+from fed_dpsat.state_file import ARRAYS, SUFFIX, read_state
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -260,18 +261,15 @@ def clip_norms(run: Run, folder: Path) -> Drawing | None:
 
 def read_clip_norms(run: Run) -> Mapping[int, float]:
     """By client, from the states that a simulation keeps; of clients that have one."""
-    import torch
-
     newest: dict[int, Path] = {}
-    for path in (run.path / "state").glob("*/*.pt"):
+    for path in (run.path / "state").glob(f"*/*{SUFFIX}"):
         client = int(path.parent.name)
         if client not in newest or int(path.stem) > int(newest[client].stem):
             newest[client] = path
     found: dict[int, float] = {}
     for client, path in sorted(newest.items()):
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        for kind, items in state.values():
-            if kind == "arrays" and "clipping/clip_norm" in items:
+        for kind, items in read_state(path).values():
+            if kind == ARRAYS and "clipping/clip_norm" in items:
                 found[client] = float(items["clipping/clip_norm"])
     return found
 

@@ -2,21 +2,23 @@
 
 A state is filed under the round that made it: ``state/<client>/<round>.state``. The one before stays until the next
 round, so that a client whose worker or driver died starts its round again from where it was. Nothing is synced to the
-disk: files survive a killed process, not a power cut. How a file is written is in ``state_file``.
+disk: files survive a killed process, not a power cut. How a file is written is in ``fed_dpsat.state_file``.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fed_dpsat.flower import compat
-from fed_dpsat.simulation.state_file import SUFFIX, StateError, read_state, write_state
+from fed_dpsat.state_file import ARRAYS, SUFFIX, Record, StateError, read_state, write_state
 
 __all__ = ["StateError", "StateStore", "kept_rounds"]
 
+KINDS: dict[str, Any] = {ARRAYS: compat.record_of, "metrics": MetricRecord, "config": ConfigRecord}
 REMEMBERED_BYTES = 1 << 30
 """Arrays that one process remembers; what is older is read from its file again."""
 
@@ -39,7 +41,7 @@ class StateStore:
             return RecordDict({**known[1]})
         if self._folder is None:
             raise StateError(f"the state of client {client} after round {round} is gone")
-        return read_state(_path(self._folder, client, round))
+        return _from_plain(read_state(_path(self._folder, client, round)))
 
     def save(self, client: int, round: int, state: RecordDict, before: int | None) -> None:
         """Keep ``state``, and that of the round ``before``; older ones go."""
@@ -50,7 +52,7 @@ class StateStore:
             return
         path = _path(self._folder, client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_state(path, state)
+        write_state(path, _to_plain(state))
         if before != round:  # a client may be asked several times in one round, and goes back to the last one
             for other in path.parent.iterdir():
                 if other.name not in (path.name, f"{before}{SUFFIX}"):
@@ -80,3 +82,17 @@ def _path(folder: Path, client: int, round: int) -> Path:
 def _size(state: RecordDict) -> int:
     arrays = (record for record in state.values() if isinstance(record, ArrayRecord))
     return sum(compat.view(a).nbytes for record in arrays for a in record.values())
+
+
+def _to_plain(state: RecordDict) -> dict[str, Record]:
+    plain: dict[str, Record] = {}
+    for key, record in state.items():
+        if isinstance(record, ArrayRecord):
+            plain[key] = ARRAYS, {name: compat.view(array) for name, array in record.items()}
+        else:
+            plain[key] = ("metrics" if isinstance(record, MetricRecord) else "config"), dict(record)
+    return plain
+
+
+def _from_plain(plain: dict[str, Record]) -> RecordDict:
+    return RecordDict({key: KINDS[kind](items) for key, (kind, items) in plain.items()})

@@ -119,3 +119,16 @@ def test_what_failed_is_cut_into_stacks_and_those_into_clients():
     ]
     assert [(w.position, list(w.messages)) for w in work.cut(1)] == [(10 + i, [i]) for i in range(5)]
     assert [list(w.messages) for w in work.cut(2)[1].cut(2)] == [[2], [3]]
+
+
+def test_work_waits_at_a_slow_worker_only_where_there_is_plenty_for_the_others():
+    slot = ray_pool.Slot(None, None, up=True)
+    assert slot.has_room(plenty=False)
+    slot.add("first", ray_pool.Work(0, 0, ["a"], [{}]))
+    assert not slot.has_room(plenty=False)
+    assert slot.has_room(plenty=True)
+    slot.add("second", ray_pool.Work(1, 0, ["b"], [{}]))
+    assert not slot.has_room(plenty=True)
+    slot.pop()
+    slot.late = True
+    assert not slot.has_room(plenty=True)

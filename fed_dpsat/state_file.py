@@ -9,41 +9,39 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower import compat
+
+Record = tuple[str, Mapping[str, Any]]
+"""A kind, ``ARRAYS`` or another, and what is in it by name: arrays, or what JSON holds and bytes."""
 
 SUFFIX = ".state"
 MAGIC = b"fed_dpsat state 1\n"
 ALIGNED = 64
 """Bytes that every array begins at a multiple of."""
 BYTES = "bytes"
-KINDS: dict[str, Any] = {"metrics": MetricRecord, "config": ConfigRecord}
+ARRAYS = "arrays"
 
 
 class StateError(RunError):
     """A client's state that is not where it was put, or not as it was."""
 
 
-def write_state(path: Path, state: RecordDict) -> None:
+def write_state(path: Path, state: Mapping[str, Record]) -> None:
     """All of it, in the place of what is at ``path``, or nothing."""
     header: list[Any] = []
     arrays: list[np.ndarray[Any, Any]] = []
-    for key, record in state.items():
-        if isinstance(record, ArrayRecord):
-            held = {name: np.ascontiguousarray(compat.view(array)) for name, array in record.items()}
-            header.append(
-                [key, "arrays", [[name, a.dtype.str, compat.view(record[name]).shape] for name, a in held.items()]]
-            )
-            arrays += held.values()
+    for key, (kind, items) in state.items():
+        if kind == ARRAYS:
+            header.append([key, kind, [[name, a.dtype.str, a.shape] for name, a in items.items()]])
+            arrays += [np.ascontiguousarray(a) for a in items.values()]
         else:
-            kind = "metrics" if isinstance(record, MetricRecord) else "config"
-            header.append([key, kind, [[name, _plain(value)] for name, value in record.items()]])
+            header.append([key, kind, [[name, _plain(value)] for name, value in items.items()]])
     text = MAGIC + json.dumps(header).encode() + b"\n"
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb", buffering=0) as file:
@@ -51,8 +49,8 @@ def write_state(path: Path, state: RecordDict) -> None:
     os.replace(temporary, path)
 
 
-def read_state(path: Path) -> RecordDict:
-    """What was written. Raises ``StateError``."""
+def read_state(path: Path) -> dict[str, Record]:
+    """What was written; arrays are read-only. Raises ``StateError``."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -60,10 +58,11 @@ def read_state(path: Path) -> RecordDict:
     text_end = data.find(b"\n", len(MAGIC)) + 1
     if not data.startswith(MAGIC) or not text_end:
         raise StateError(f"{path} is no client state of this version; start a new run, or go on with that version")
-    state, at = RecordDict(), _next(text_end)
+    state: dict[str, Record] = {}
+    at = _next(text_end)
     for key, kind, items in json.loads(data[len(MAGIC) : text_end]):
-        if kind != "arrays":
-            state[key] = KINDS[kind]({name: _value(plain) for name, plain in items})
+        if kind != ARRAYS:
+            state[key] = kind, {name: _value(plain) for name, plain in items}
             continue
         arrays = {}
         for name, dtype, shape in items:
@@ -73,7 +72,7 @@ def read_state(path: Path) -> RecordDict:
                 raise StateError(f"{path} is cut off at byte {len(data)}; restore it, or start a new run")
             arrays[name] = np.frombuffer(data, dtype, count, at).reshape(shape)
             at = _next(end)
-        state[key] = compat.record_of(arrays)
+        state[key] = kind, arrays
     return state
 
 
