@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "# nav: begin", "# nav: end"
 SECTIONS = (
     ("", ("index.md", "quickstart.md", "concepts.md")),
-    ("Guides", ("recipes.md", "optimizers.md", "strategies.md", "sweeps.md", "scale.md", "deploy.md")),
+    ("Guides", ("recipes.md", "optimizers.md", "strategies.md", "sweeps.md", "reports.md", "scale.md", "deploy.md")),
     ("Privacy", ("privacy.md", "audit.md")),
     ("Results", ("gallery.md", "results/*.md")),
     ("Reference", ("reference/*.md",)),

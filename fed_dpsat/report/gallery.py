@@ -25,6 +25,9 @@ one example of one client, against a server that sees every update. Noise was se
 nobody. Intervals are not corrected for the number of groups.
 """
 
+ALWAYS = ("dataset", "num_clients", "model", "num_rounds", "sample_rate", "clip_norm")
+"""Settings that are said also where they are the defaults."""
+
 
 def write_gallery(runs: Path, out: Path) -> Path:
     """``gallery.md`` in the folder ``out``, SVG figures in ``gallery/``; a part for each ``.jsonl`` file of ``runs``.
@@ -47,8 +50,8 @@ def write_gallery(runs: Path, out: Path) -> Path:
 
 
 def _part(name: str, found: Comparison, made: Sequence[Drawing]) -> str:
-    default = RunConfig(noise_multiplier=1.0).settings()
-    shared = [f"`{k}` {v}" for k, v in found.common.items() if k in default and v != str(default[k])]
+    default = {**RunConfig(noise_multiplier=1.0).settings(), "noise_multiplier": 0.0}
+    shared = [f"`{k}` {v}" for k, v in found.common.items() if k in ALWAYS or v != str(default.get(k, v))]
     differing = ", ".join(f"`{setting}`" for setting in found.differing)
     return "\n".join(
         [

@@ -12,7 +12,7 @@ from fed_dpsat.report import canvas, model_figures, palette, training_figures, w
 from fed_dpsat.report.canvas import Drawing
 from fed_dpsat.report.numbers import duration, percent, plain, wilson
 from fed_dpsat.report.reading import Run, read_run
-from fed_dpsat.report.spending import read_spending
+from fed_dpsat.report.spending import Spending, read_spending
 
 SECTIONS = ("What privacy bought", "What privacy cost", "The model", "The clients", "The machine")
 
@@ -24,10 +24,11 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     """
     canvas.matplotlib()
     run, out = read_run(folder), out or folder / "report.html"
+    spending = read_spending(run)
     figures = out.parent / "figures" if out.name == "report.html" else out.parent / f"{out.stem}-figures"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        sections = {name: list(_drawings(run, name, figures)) for name in SECTIONS}
+        sections = {name: list(_drawings(run, spending, name, figures)) for name in SECTIONS}
         drawn = {drawing.name for drawings in sections.values() for drawing in drawings}
         out.write_text(
             render(
@@ -66,12 +67,11 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(colours=palette.css(), **values)
 
 
-def _drawings(run: Run, section: str, folder: Path) -> Iterator[Drawing]:
+def _drawings(run: Run, spending: Spending | None, section: str, folder: Path) -> Iterator[Drawing]:
     if section == SECTIONS[0]:
         yield from training_figures.quality_curves(run, folder)
         return
     if section == SECTIONS[1]:
-        spending = read_spending(run)
         made = [
             training_figures.spending_curves(run, spending, folder) if spending else None,
             training_figures.signal_and_noise(run, folder),

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
+
+from fed_dpsat.report.numbers import estimate
 
 
 def deviation(values: Sequence[float]) -> float | None:
     """The sample's standard deviation; None for one value."""
-    return statistics.stdev(values) if len(values) > 1 else None
+    return estimate(values).sd if len(values) > 1 else None
 
 
 def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95 % interval of the mean, by Student's t; None for one value."""
-    from scipy.stats import t  # type: ignore[import-untyped]
-
-    if len(values) < 2:
-        return None
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return estimate(values).half_width if len(values) > 1 else None
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

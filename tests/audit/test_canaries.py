@@ -37,12 +37,14 @@ def test_a_run_without_the_noise_that_its_ledger_charges_is_found(monkeypatch):
     assert result.correct > 0.8 * result.guesses
 
 
+@pytest.mark.slow
 def test_canaries_of_any_optimizer_and_rule():
     settings = {"optimizer": "dp-sat", "clipping": "per-layer", "model": "mlp", "momentum": 0.9, "target_epsilon": 50.0}
     result = audit_one_run(RunConfig(**{**FAST, **settings}), canaries=40)
     assert 0.5 < result.epsilon_lower < result.epsilon_ledger
 
 
+@pytest.mark.slow
 def test_mislabelled_images_stay_below_the_ledger():
     result = audit_one_run(RunConfig(**FAST), attack="mislabelled", canaries=100)
     assert not result.broken

@@ -196,6 +196,7 @@ def test_the_command_prints_a_table_and_writes_a_page(tmp_path):
     assert "is not one of" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_many_groups_fit_on_a_page(tmp_path):
     runs = [
         made(0.5 + i / 200, optimizer="dp-sgd", lr=float(i + 1), rho=i / 7, clip_norm=1 + i / 10) for i in range(50)

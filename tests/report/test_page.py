@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fed_dpsat.cli import app
+from fed_dpsat.errors import InputError
 from fed_dpsat.report.page import write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -137,6 +138,14 @@ def test_names_from_a_run_folder_do_not_become_markup(run_folder, tmp_path):
     assert "&lt;script&gt;" in text
     assert "There is no rounds.jsonl" in text
     assert "came from Python" in text or "From Python" in text
+
+
+def test_of_a_run_with_a_damaged_ledger_nothing_is_written(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / "ledger.sqlite").write_bytes(b"no ledger")
+    with pytest.raises(InputError, match="ledger"):
+        write_report(tmp_path / "run", tmp_path / "out" / "report.html")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_writes_pages_and_bad_input_is_one_line(run_folder, tmp_path):
