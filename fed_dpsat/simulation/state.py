@@ -66,7 +66,12 @@ class StateStore:
 
 
 def kept_rounds(folder: Path, up_to: int) -> dict[int, int]:
-    """By client, the last round not after ``up_to`` that left a state in ``folder``."""
+    """By client, the last round not after ``up_to`` that left a state in ``folder``.
+
+    Raises ``StateError`` where an older version wrote them: begun anew, clients would forget what they had spent.
+    """
+    if older := next(folder.glob("*/*.pt"), None):
+        raise StateError(f"{older} is of an older version of fed_dpsat; go on with that version, or start a new run")
     found: dict[int, int] = {}
     for path in folder.glob(f"*/*{SUFFIX}"):
         client, round = int(path.parent.name), int(path.stem)

@@ -74,3 +74,10 @@ def test_memory_is_bounded_where_there_is_a_folder(tmp_path, monkeypatch):
         store.save(client, 1, made_in(1), before=None)
     assert len(store._remembered) < 5
     assert all(store.load(client, 1) == made_in(1) for client in range(5))
+
+
+def test_states_of_an_older_version_are_refused_and_not_forgotten(tmp_path):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "2.pt").touch()
+    with pytest.raises(StateError, match="older version"):
+        kept_rounds(tmp_path, up_to=5)
