@@ -275,11 +275,10 @@ def audit(
 
     The bound stands beside the ledger's epsilon. Seeds are those of the configuration.
     """
-    from fed_dpsat.audit.command import run_audit
+    from fed_dpsat.audit.command import config_of, run_audit
 
     with _clear_errors():
-        path = config / "config.toml" if config and config.is_dir() else config
-        settings = RunConfig.load(path, overrides or ())
+        settings = config_of(config, overrides or ())
         report, words = run_audit(
             settings,
             attacks=() if game else ("gradient", *(("mislabelled",) if mislabelled else ())),

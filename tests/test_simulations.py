@@ -13,7 +13,7 @@ from fed_dpsat import plugins
 from fed_dpsat.cli import app
 from fed_dpsat.config import RunConfig
 from fed_dpsat.simulation import simulate
-from fed_dpsat.sweep.spec import Spec
+from fed_dpsat.sweep.reading import read_spec
 from simulations import dp_sat_figure
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def test_it_is_valid_and_says_what_it_claims(path):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_is_valid_and_says_what_it_claims(path):
-    spec = Spec.load(path)
+    spec = read_spec(path)
     text = path.read_text()
     assert text.startswith("# Claim: ")
     assert f"fed-dpsat sweep simulations/{path.name}" in text
@@ -45,7 +45,7 @@ def test_a_sweep_is_valid_and_says_what_it_claims(path):
 
 
 def test_the_tables_of_strategies_and_attacks_hold_every_built_in_one():
-    strategies, attacks = (Spec.load(ROOT / "simulations" / f"{name}_table.toml") for name in ("strategy", "attack"))
+    strategies, attacks = (read_spec(ROOT / "simulations" / f"{name}_table.toml") for name in ("strategy", "attack"))
     assert set(strategies.axes["strategy"]) == set(plugins.builtin("strategy"))
     assert set(attacks.axes["attacked"]) == {"none", *plugins.builtin("attack")}
 

@@ -40,11 +40,12 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.optimizers.chain import split_chain
 from fed_dpsat.params import Params
 from fed_dpsat.per_example import LossFn, ModelLoss, clipped_gradient_sum
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy import PrivacyLedger, epsilon
-from fed_dpsat.query import At, first_point, spread
+from fed_dpsat.query import At, spread
 from fed_dpsat.run_folder import RunFolder
 from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.training import LocalResult
@@ -52,6 +53,9 @@ from fed_dpsat.training import LocalResult
 ATTACKS = ("gradient", "mislabelled")
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)
 """Shares of the canaries that are guessed about; all are tried, and all are paid for."""
+
+UNREAD = frozenset({"saf", "zeroth-order"})
+"""Optimizers for which no gradient canary can be made: a loss made of outputs, and a release that is a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,13 @@ def audit_one_run(
     if attack not in ATTACKS:
         raise SettingError("attack", attack, f"one of {', '.join(ATTACKS)}", "choose one of those")
     check_unit(config)
+    if attack == "gradient" and (unread := UNREAD & {config.optimizer, *split_chain(config.base_optimizer)}):
+        raise SettingError(
+            "optimizer",
+            min(unread),
+            "one whose examples have a gradient of their loss alone",
+            "audit --game, if at all",
+        )
     if attack == "gradient" and config.unfreeze_round:
         raise SettingError("unfreeze_round", config.unfreeze_round, "0 in an audit", "audit each part by itself")
     if canaries < 20:
@@ -197,13 +208,6 @@ class Watch:
 
     def see(self, at: At, private_gradient: Params) -> None:
         """Subtract what the known examples are expected to add, and keep each canary's share, in clip norms."""
-        if private_gradient.keys() != first_point(at).keys():
-            raise SettingError(
-                "optimizer",
-                sorted(private_gradient),
-                "one whose private gradient is of the parameters",
-                "see docs/audit.md",
-            )
         known = spread(at, clipped_gradient_sum(self.loss, at, self.batch, self.clipping)[0])
         residual = torch.cat([g.flatten() * self.scale for g in private_gradient.values()])
         residual = residual - self.sample_rate * torch.cat([k.flatten() for k in known.values()])

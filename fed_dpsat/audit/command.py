@@ -13,11 +13,26 @@ from fed_dpsat.audit.game import Game, play
 from fed_dpsat.audit.membership import draw_membership, membership_curve
 from fed_dpsat.audit.words import LIMITS, game_words, membership_words, one_run_words
 from fed_dpsat.config import RunConfig
+from fed_dpsat.errors import SettingError
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.plans import make_plans
+from fed_dpsat.run_folder import RunFolder
 
 GAME_STEPS = 8
 """A game of a configuration plays its first rounds, up to so many steps: the mechanism of later ones is the same."""
+
+
+def config_of(path: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The settings of a TOML file or a run folder, or the defaults.
+
+    Raises ``SettingError`` for a run that was given objects in Python: its settings do not describe it.
+    """
+    if path is None or not path.is_dir():
+        return RunConfig.load(path, overrides)
+    folder = RunFolder(path, resume=True)
+    if objects := folder.objects():
+        raise SettingError("run", str(path), "described by its settings alone", f"it was given {', '.join(objects)}")
+    return RunConfig.load(path / "config.toml", overrides)
 
 
 def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:

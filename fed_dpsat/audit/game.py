@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fed_dpsat.audit.bounds import check_confidence, gaussian_epsilon, two_world_epsilon
 from fed_dpsat.audit.scores import Guess, Seen, Values, choose, errors, scores
@@ -26,7 +26,8 @@ from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, trainable
+from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.privacy import PrivacyEvent, PrivacyLedger
 from fed_dpsat.query import At
 from fed_dpsat.sampling import PoissonSampler
@@ -140,10 +141,28 @@ def judged(game: Game, without: Seen, with_it: Seen) -> tuple[Guess, int, int, t
     return guess, *errors(guess, scored(without, second), scored(with_it, second))
 
 
-def crafted_loss(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
-    """``inputs[B, SIZE + 1] -> losses[B]``: <a, w> + b relu(<u, w>), with (a, b) the row of an example."""
-    flat = torch.cat([p.flatten() for p in params.values()])
-    return inputs[:, :-1] @ flat + inputs[:, -1] * torch.relu(flat.sum() / math.sqrt(SIZE))
+class Crafted(nn.Module):
+    """``inputs[B, SIZE + 1] -> outputs[B, 1]``: <a, w> + b relu(<u, w>), with (a, b) the row of an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Vector() for _ in range(LAYERS))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The loss itself, as the only output."""
+        flat = torch.cat([layer.weight for layer in self.layers])  # type: ignore[misc]
+        return (inputs[:, :-1] @ flat + inputs[:, -1] * torch.relu(flat.sum() / math.sqrt(SIZE)))[:, None]
+
+
+class _Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH))
+
+
+def crafted_loss() -> ModelLoss:
+    """Losses that are the outputs of ``Crafted``, for optimizers that ask for outputs too."""
+    return ModelLoss(Crafted(), criterion=lambda outputs, targets: outputs.squeeze(1))
 
 
 def strongest_norm(clipping: ClippingRule, shapes: Params) -> float:
@@ -157,7 +176,7 @@ def strongest_norm(clipping: ClippingRule, shapes: Params) -> float:
 
 
 def _start() -> Params:
-    return {f"{layer}.weight": torch.zeros(WIDTH) for layer in range(LAYERS)}
+    return trainable(Crafted())
 
 
 def _rows(game: Game) -> Tensor:
@@ -232,7 +251,7 @@ def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[L
             results = train_stacked(
                 start,
                 watched,
-                loss_fn=crafted_loss,
+                loss_fn=crafted_loss(),
                 optimizer=game.optimizer,
                 clipping=game.clipping,
                 local_steps=game.local_steps,
@@ -250,7 +269,7 @@ def _one_by_one(game: Game, start: Params, members: Sequence[Member]) -> tuple[l
         watching = _Watching(game.optimizer)
         result = train_locally(
             start,
-            loss_fn=crafted_loss,
+            loss_fn=crafted_loss(),
             optimizer=watching,
             clipping=game.clipping,
             local_steps=game.local_steps,
@@ -259,6 +278,7 @@ def _one_by_one(game: Game, start: Params, members: Sequence[Member]) -> tuple[l
             sampler=member.sampler,
             mechanism=member.mechanism,
             streams=member.streams,
+            engine="vmap",
         )
         results.append(result)
         released.append(torch.stack(watching.released))

@@ -169,13 +169,12 @@ class Recorder:
         """Of the model that was evaluated last, on the public test split, for ``quality.json``."""
         if self.predictions is None:
             return None
-        dataset = self.experiment.dataset
+        dataset, held_out = self.experiment.dataset, self.experiment.config.validation_share
+        split = "validation examples held out of the training split" if held_out else "public test split"
         round, predictions = self.predictions
         return {
             "round": round,
-            "measured_on": f"public test split of {dataset.name}"
-            if not self.experiment.config.validation_share
-            else f"validation examples of {dataset.name}",
+            "measured_on": f"{split} of {dataset.name}",
             "class_names": dataset.class_names,
             **dataclasses.asdict(quality_of(predictions, dataset.num_classes)),
         }

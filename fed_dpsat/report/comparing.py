@@ -7,7 +7,7 @@ one seed                            no interval; it is said
 a seed twice under equal settings   counted once, as equal seeds are equal runs; said
 not completed                       left out of the means; said
 other delta, accountant, unit or    groups stay apart: a front of accuracy against epsilon is drawn within equal
-adversary                           ones alone, and the table says what differs
+adversary, or other test examples   ones alone, and the table says what differs
 objects from Python                 grouped by what they are called; said, since settings do not describe them
 =================================== ===========================================================================
 """
@@ -81,6 +81,11 @@ class Group:
     on_front: bool = False
 
     @property
+    def measured_on(self) -> str:
+        """The examples behind its accuracy, as far as the runs say."""
+        return " and ".join(sorted({str(run.quality["measured_on"]) for run in self.runs if run.quality}))
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """In order."""
         return tuple(sorted(run.config.seed for run in self.runs))
@@ -131,7 +136,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     ordered = sorted(_with_front(shown), key=lambda group: -group.accuracy.mean)
     common = {name: described[0][name] for name in described[0] if name not in differing}
     found = Comparison(groups=tuple(ordered), differing=differing, common=common)
-    notes = _about_promises(found.promises) + notes
+    notes = _about_promises(found.promises) + _about_examples(ordered) + notes
     return Comparison(groups=found.groups, differing=differing, common=common, notes=tuple(notes))
 
 
@@ -195,11 +200,20 @@ def _short(value: str) -> str:
 
 def _with_front(groups: list[Group]) -> list[Group]:
     found = []
-    for promise in {group.promise: None for group in groups}:
-        alike = [group for group in groups if group.promise == promise]
+    for kind in {(group.promise, group.measured_on): None for group in groups}:
+        alike = [group for group in groups if (group.promise, group.measured_on) == kind]
         on_front = pareto((group.epsilon, group.accuracy.mean) for group in alike)
         found += [replace(group, on_front=on) for group, on in zip(alike, on_front, strict=True)]
     return found
+
+
+def _about_examples(groups: Sequence[Group]) -> list[str]:
+    kinds = sorted({group.measured_on for group in groups})
+    if len(kinds) < 2:
+        return []
+    return [
+        f"Accuracies are of different examples ({' / '.join(kind or 'unknown' for kind in kinds)}). Fronts are apart."
+    ]
 
 
 def _about_promises(promises: set[Promise]) -> list[str]:

@@ -201,11 +201,11 @@ def _front(found: Comparison, finite: Sequence[Group]) -> Callable[[Axes], None]
                 color=look.colour.light, marker=look.marker, ls=look.dash if distinct else "none", lw=1,
                 markersize=5, capsize=2,
             )  # fmt: skip
-        for promise in found.promises:
-            front = sorted((g for g in finite if g.on_front and g.promise == promise), key=lambda g: g.epsilon)
-            axes.step(
-                [g.epsilon for g in front], [g.accuracy.mean for g in front], where="post", color=INK.light, lw=0.8
-            )
+        for kind in {(g.promise, g.measured_on) for g in finite}:
+            front = [g for g in finite if g.on_front and (g.promise, g.measured_on) == kind]
+            front.sort(key=lambda g: g.epsilon)
+            steps = [g.epsilon for g in front], [g.accuracy.mean for g in front]
+            axes.step(*steps, where="post", color=INK.light, lw=0.8)
         for group in found.groups:
             if math.isinf(group.epsilon):
                 axes.axhline(group.accuracy.mean, color=INK.light, lw=1, ls=(0, (4, 3)))

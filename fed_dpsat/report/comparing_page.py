@@ -128,4 +128,4 @@ def _flat(group: Group) -> dict[str, Any]:
 
 
 def _sd(value: Estimate) -> str:
-    return plain(None) if math.isnan(value.sd) else rounded(value.sd, value.half_width)
+    return plain(None) if math.isnan(value.sd) else rounded(value.sd, value.sd)

@@ -76,6 +76,7 @@ def plain(value: object, digits: int = 3) -> str:
         return "∞" if value > 0 else "-∞"
     if isinstance(value, int):
         return f"{value:,}"
+    value = float(f"{value:.{digits}g}")
     if value and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.{digits}g}"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}" if value else "0"

@@ -92,7 +92,8 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     rests = "public test split"
     if n and accuracy is not None:
         low, high = wilson(accuracy, n)
-        rests = f"{n:,} public test examples, 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+        of = "validation" if run.config.validation_share else "public test"
+        rests = f"{n:,} {of} examples, 95 % interval {100 * low:.1f} to {100 * high:.1f}"
     quality: Mapping[str, Any] = run.quality or {}
     seconds = sum(line["seconds"] for line in run.timing)
     delta = f"at delta = {run.config.delta:g}, {run.config.accountant.upper()}" if run.config.private else "no noise"

@@ -32,6 +32,7 @@ from fed_dpsat.run_folder import PACKAGES, jsonable
 from fed_dpsat.simulation.jobs import Jobs, open_jobs
 from fed_dpsat.sweep.budget import Cost, Kind, kind, minutes, shrink
 from fed_dpsat.sweep.execute import Attempt, completed, execute, locked
+from fed_dpsat.sweep.reading import read_spec
 from fed_dpsat.sweep.spec import Cell, Run, Settings, Spec
 from fed_dpsat.sweep.tables import Outcome, Row, row, summarise, write
 
@@ -81,7 +82,7 @@ def run_sweep(
 
     Raises ``InputError`` before anything runs, where the file, a run's settings or the folder do not allow it.
     """
-    spec = Spec.load(path, overrides, only)
+    spec = read_spec(path, overrides, only)
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError("--budget", budget, "in (0, inf) minutes", "leave it out for no limit")
     if (out / "config.toml").exists() or (out.exists() and not out.is_dir()):

@@ -91,6 +91,11 @@ def test_audits_that_cannot_be(name, arguments):
         audit_one_run(RunConfig(**FAST), **arguments)
 
 
+def test_optimizers_whose_examples_no_canary_can_imitate():
+    with pytest.raises(SettingError, match="saf"):
+        audit_one_run(RunConfig(**FAST, optimizer="dp-sat", base_optimizer="saf"))
+
+
 def test_more_mislabelled_canaries_than_test_images():
     with pytest.raises(SettingError, match="at most 360"):
         audit_one_run(RunConfig(**FAST), attack="mislabelled", canaries=361)

@@ -23,6 +23,7 @@ def invoke(*args):
 
 def test_words_say_bound_confidence_numbers_and_limits(tmp_path):
     (tmp_path / "config.toml").write_text("delta = 1e-4\nnoise_multiplier = 2.0\n")
+    (tmp_path / "environment.json").write_text('{"objects": []}')
     result = invoke(tmp_path, *FAST, "--canaries", 40, "--mislabelled", "--repetitions", 20)
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
@@ -60,6 +61,14 @@ def test_bad_input_is_one_line(more):
     result = invoke(*FAST, *more)
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_of_objects_is_not_described_by_its_settings(tmp_path):
+    (tmp_path / "config.toml").write_text("noise_multiplier = 2.0\n")
+    (tmp_path / "environment.json").write_text('{"objects": ["dataset"]}')
+    result = invoke(tmp_path)
+    assert result.exit_code == 2
+    assert "it was given dataset" in result.stderr
 
 
 @pytest.mark.parametrize(("local_steps", "rounds", "played"), [(1, 30, (8, 1)), (3, 30, (2, 3)), (20, 2, (1, 8))])

@@ -10,7 +10,7 @@ import torch
 
 from fed_dpsat.audit.bounds import two_world_epsilon
 from fed_dpsat.audit.command import game_of
-from fed_dpsat.audit.game import LAYERS, SIZE, Game, crafted_loss, judged, play, strongest_norm
+from fed_dpsat.audit.game import SIZE, Crafted, Game, crafted_loss, judged, play, strongest_norm
 from fed_dpsat.audit.scores import Seen
 from fed_dpsat.clipping import AdaptiveClipping, FlatClipping
 from fed_dpsat.clipping.automatic import AutomaticClipping
@@ -21,6 +21,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers import DPSAT, DPSGD, DPSATMomentum
 from fed_dpsat.optimizers.base import ASCENT
+from fed_dpsat.params import trainable
 from fed_dpsat.per_example import clipped_gradient_sum
 from fed_dpsat.plugins import builtin
 from fed_dpsat.privacy import epsilon
@@ -162,7 +163,7 @@ BROKEN = {
         follow=True,
         others=63,
         rounds=2,
-        repetitions=80,
+        repetitions=40,
     ),
 }
 
@@ -215,10 +216,10 @@ METHODS = sorted(set(builtin("optimizer")) - {"sam", "zeroth-order"})
 @pytest.mark.parametrize("name", METHODS)
 def test_every_private_optimizer_stays_below_its_ledger(name):
     """By its name, as a run builds it; zeroth-order releases a number and no gradient, which the game cannot read."""
-    config = RunConfig(optimizer=name, noise_multiplier=8.0, sample_rate=1.0, local_steps=2, num_rounds=2, delta=1e-2)
-    result = play(replace(game_of(config, repetitions=60, confidence=0.95), follow=True, others=8))
-    assert result.steps == 4
-    assert 0 < result.epsilon_ledger < 1
+    config = RunConfig(optimizer=name, noise_multiplier=16.0, sample_rate=1.0, local_steps=2, num_rounds=1, delta=1e-2)
+    result = play(replace(game_of(config, repetitions=30, confidence=0.95), follow=True, others=8))
+    assert result.steps == 2
+    assert 0 < result.epsilon_ledger < 0.5
     assert not result.broken, result
 
 
@@ -260,10 +261,10 @@ def test_stacked_and_alone_see_the_same():
     ],
 )
 def test_the_example_of_the_game_is_clipped_to_the_bound(rule):
-    params = {f"{layer}.weight": torch.zeros(SIZE // LAYERS) for layer in range(LAYERS)}
+    params = trainable(Crafted())
     row = torch.zeros(1, SIZE + 1)
     row[0, :SIZE] = strongest_norm(rule, params) / SIZE**0.5
-    total, _ = clipped_gradient_sum(crafted_loss, params, (row, torch.zeros(1)), rule)
+    total, _ = clipped_gradient_sum(crafted_loss(), params, (row, torch.zeros(1)), rule, engine="vmap")
     assert float(torch.cat(list(total.values())).norm()) == pytest.approx(1.0, abs=1e-3)
 
 

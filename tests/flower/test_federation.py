@@ -88,6 +88,7 @@ def test_quality_is_that_of_the_last_evaluated_model_and_holdings_are_there(tmp_
     assert (quality["round"], quality["num_examples"]) == (2, 360)
     assert quality["accuracy"] == summary["test_accuracy"]
     assert quality["nll"] == pytest.approx(summary["test_loss"], rel=1e-5)
+    assert quality["measured_on"] == "public test split of digits"
     held = json.loads((tmp_path / "run" / "simulation.json").read_text())
     assert [sum(counts) for counts in held["label_counts"]] == held["sizes"] == [479] * 3
     assert np.sum(held["label_counts"], axis=0).min() > 100
@@ -99,3 +100,10 @@ def test_noise_of_a_trusted_server_is_its_own(tmp_path):
     expected = math.sqrt(650) * 200.0 * 0.5 / 3  # sqrt(d) z C over the expected size of a cohort
     assert lines(tmp_path / "run")[1]["noise_norm"] == pytest.approx(expected)
     assert lines(tmp_path / "run")[1]["update_norm"] == pytest.approx(expected, rel=0.15)
+
+
+def test_quality_on_validation_examples_is_not_said_to_be_on_public_ones(tmp_path):
+    simulate(dataclasses.replace(SMALL, num_rounds=1, validation_share=0.1), tmp_path / "run")
+    quality = json.loads((tmp_path / "run" / "quality.json").read_text())
+    assert "public" not in quality["measured_on"]
+    assert "validation" in quality["measured_on"]

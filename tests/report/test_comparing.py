@@ -124,6 +124,14 @@ def test_promises_that_differ_are_not_mixed(tmp_path, other, word):
     assert len(as_table(found).head) >= 9
 
 
+def test_accuracies_of_other_examples_are_not_on_one_front():
+    worse = made(0.5, validation_share=0.1)
+    worse = dataclasses.replace(worse, quality={**worse.quality, "measured_on": "validation examples"})
+    found = compare([made(0.9), worse])
+    assert [group.on_front for group in found.groups] == [True, True]
+    assert "different examples" in found.notes[0]
+
+
 def test_one_promise_is_comparable():
     assert as_data(compare(sweep()))["comparable"]
 

@@ -49,6 +49,7 @@ def test_digits_are_those_that_the_interval_supports(value, half, text):
         (1234, "1,234"),
         (math.inf, "∞"),
         (0.0, "0"),
+        (0.99996, "1.00"),
         ("a", "a"),
     ],
 )

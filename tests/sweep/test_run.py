@@ -21,7 +21,7 @@ from fed_dpsat.errors import InputError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.sweep import run_sweep
 from fed_dpsat.sweep.budget import Cost
-from fed_dpsat.sweep.spec import Spec
+from fed_dpsat.sweep.reading import read_spec
 
 SMALL = """
 base = { num_rounds = 2, delta = 1e-4, num_clients = 2, sample_rate = 0.2, noise_multiplier = 1.0 }
@@ -85,7 +85,7 @@ def test_the_better_candidate_runs_on_the_test_split(whole):
 
 
 def test_in_a_tuning_run_the_test_split_is_not_there(file):
-    spec = Spec.load(file)
+    spec = read_spec(file)
     (cell, _), test = spec.cells(), digits().test
     tuning, final = (
         Experiment.build(runs[0].config).dataset for runs in (spec.tune_runs(cell), spec.final_runs(cell, {}))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fed_dpsat.errors import InputError
-from fed_dpsat.sweep.spec import Spec, digest
+from fed_dpsat.sweep.reading import read_spec
+from fed_dpsat.sweep.spec import digest
 
 ROOT = Path(__file__).parents[2]
 BASE = 'base = { num_rounds = 2, target_epsilon = 2.0, delta = 1e-4, num_clients = 3, model = "linear" }\n'
@@ -23,7 +24,7 @@ def load(tmp_path):
     def load(text, overrides=(), only=()):
         path = tmp_path / "sweep.toml"
         path.write_text(text)
-        return Spec.load(path, overrides, only)
+        return read_spec(path, overrides, only)
 
     return load
 
@@ -155,5 +156,5 @@ def test_the_example_of_the_documentation_is_valid(tmp_path):
     (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), flags=re.DOTALL)
     shutil.copy(ROOT / "simulations" / "digits_dpsat.toml", tmp_path)
     (tmp_path / "sweep.toml").write_text(example)
-    spec = Spec.load(tmp_path / "sweep.toml")
+    spec = read_spec(tmp_path / "sweep.toml")
     assert [len(spec.tune_runs(cell)) for cell in spec.cells()] == [6, 18] * 3
