@@ -29,7 +29,7 @@ SECTIONS = (
     ("", ("index.md", "quickstart.md", "concepts.md")),
     ("Guides", ("recipes.md", "optimizers.md", "strategies.md", "sweeps.md", "reports.md", "scale.md", "deploy.md")),
     ("Privacy", ("privacy.md", "audit.md")),
-    ("Results", ("gallery.md", "results/*.md")),
+    ("Results", ("gallery.md", "sharpness.md", "results/*.md")),
     ("Reference", ("reference/*.md",)),
     ("More", ("*.md",)),
 )
