@@ -97,6 +97,7 @@ def _run(line: dict[str, Any], common: dict[str, Any]) -> Run:
         summary=line["summary"],
         quality={key: _long(value) for key, value in quality.items()} if quality else None,
         simulation=None,
+        sharpness=None,
         epsilon=float(line["epsilon"]),
         missing=(),
     )

@@ -12,6 +12,7 @@ from fed_dpsat.report import canvas, model_figures, palette, training_figures, w
 from fed_dpsat.report.canvas import Drawing
 from fed_dpsat.report.numbers import duration, percent, plain, wilson
 from fed_dpsat.report.reading import Run, read_run
+from fed_dpsat.report.sharpness import sharpness_words
 from fed_dpsat.report.spending import Spending, read_spending
 
 SECTIONS = ("What privacy bought", "What privacy cost", "The model", "The clients", "The machine")
@@ -39,6 +40,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
                 state=words.state_of(run),
                 statement=words.statement(run),
                 sections={name: drawings for name, drawings in sections.items() if drawings},
+                sharpness=sharpness_words(run.sharpness) if run.sharpness else "",
                 not_shown=words.not_shown(run, drawn),
                 changed=words.changed_settings(run.config),
                 settings=words.all_settings(run.config),

@@ -44,6 +44,7 @@ class Run:
     summary: Line
     quality: Line | None
     simulation: Line | None
+    sharpness: Line | None
     epsilon: float
     missing: tuple[str, ...]
 
@@ -115,6 +116,7 @@ def read_run(path: Path) -> Run:
         summary=summary or {},
         quality=quality,
         simulation=_object(path / "simulation.json"),
+        sharpness=_object(path / "sharpness.json"),
         epsilon=_epsilon(path, config, summary),
         missing=tuple(missing),
     )

@@ -79,6 +79,8 @@ def not_shown(run: Run, drawn: set[str]) -> list[str]:
         reasons.append("Accuracy by client: it needs the clients' label counts, which only a simulation has.")
     if run.simulation is None:
         reasons.append("Who holds what: there is no simulation.json. A deployment does not know its clients' labels.")
+    if run.sharpness is None:
+        reasons.append("Sharpness: it was not measured; `fed-dpsat sharpness` does, and the next report shows it.")
     clip = (
         "" if run.config.clipping != "adaptive" else " but for the bound that adaptive clipping learned, inside epsilon"
     )

@@ -39,7 +39,7 @@ def made(accuracy, *, seed=0, epsilon=3.0, status="completed", unit="one example
     summary = {"status": status, "privacy_unit": unit, "threat_model": "a server"}
     return Run(
         path=Path(f"{config.optimizer}-{epsilon}-{seed}"), config=config, environment={}, rounds=rounds, timing=(),
-        summary=summary, quality=quality, simulation=None, epsilon=epsilon, missing=(),
+        summary=summary, quality=quality, simulation=None, sharpness=None, epsilon=epsilon, missing=(),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fed_dpsat.cli import app
 from fed_dpsat.errors import InputError
 from fed_dpsat.report.page import write_report
+from fed_dpsat.report.sharpness import measure_run
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -188,3 +189,12 @@ def test_chromium_draws_it_without_scrolling_sideways(page, tmp_path, width):
     assert width - 20 <= seen <= width
     assert figures == 14
     assert smallest > 8, "pixels: the smallest text of a figure"
+
+
+def test_sharpness_is_shown_where_it_was_measured(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    assert "Sharpness: it was not measured" in write_report(folder).read_text()
+    found = measure_run(folder, examples=50, probes=2)
+    page = write_report(folder).read_text()
+    assert f"largest eigenvalue(s) {found['top_eigenvalues'][0]:.4g}" in page
+    assert "Sharpness: it was not measured" not in page
