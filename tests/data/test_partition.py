@@ -45,6 +45,7 @@ def test_the_seed_decides_who_gets_what(name):
     assert not any(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thousand_clients_on_fifty_thousand_examples_take_seconds(name):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5_000))

@@ -20,6 +20,7 @@ def test_data_sets_are_there_whether_or_not_torchvisions_extension_loads():
     assert result.stdout.strip() == str(list(NAMES)), result.stderr
 
 
+@pytest.mark.slow
 def test_it_works_after_somebody_elses_import_has_failed():
     code = (
         "try:\n    import torchvision\nexcept RuntimeError: pass\n"

@@ -157,6 +157,7 @@ def fault(tmp_path_factory):
     return library
 
 
+@pytest.mark.slow
 def test_200_random_kills(folder):
     rounds = 110
     budget = epsilon([EVENT] * rounds, DELTA)

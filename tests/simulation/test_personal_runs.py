@@ -25,6 +25,7 @@ OF_CLIENTS = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, OF_CLIENTS], ids=["private heads", "of whole clients too"])
 def test_the_same_on_ray(config, tmp_path, ray_cluster, same_bits):
     simulate(config, tmp_path / "here")

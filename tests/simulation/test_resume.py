@@ -131,6 +131,7 @@ def test_the_direction_of_the_server_and_retired_clients_go_on(tmp_path):
     assert what_came_of(tmp_path / "run") == what_came_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_on_workers_too(uninterrupted, tmp_path, ray_cluster):
     killed(CONFIG, tmp_path / "run", PrivacyLedger, "settle_many", 2, after=True)
     resume(tmp_path / "run", overrides={"workers": 2})
