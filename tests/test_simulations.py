@@ -39,9 +39,14 @@ def test_a_sweep_is_valid_and_says_what_it_claims(path):
     assert f"fed-dpsat sweep simulations/{path.name}" in text
     assert len(spec.seeds) >= 3
     if spec.tune_seeds:
-        assert {cell.labels["target_epsilon"] for cell in spec.cells()} == {"1", "3", "8"}
         assert spec.base["delta"] == 1e-5
         assert all(spec.tune_runs(cell) for cell in spec.cells()), "each with its own tuned settings"
+
+
+@pytest.mark.parametrize("name", ["dp_sat_fashion_mnist", "methods_fashion_mnist", "methods_cifar10"])
+def test_a_whole_study_is_at_three_epsilons(name):
+    cells = read_spec(ROOT / "simulations" / f"{name}.toml").cells()
+    assert {cell.labels["target_epsilon"] for cell in cells} == {"1", "3", "8"}
 
 
 def test_the_tables_of_strategies_and_attacks_hold_every_built_in_one():
