@@ -168,7 +168,7 @@ BROKEN = {
 }
 
 
-SLOW = ("a ledger that forgets rounds",)
+SLOW = ("a ledger that forgets rounds", "momentum before the noise", "empty batches skipped")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in BROKEN])

@@ -27,7 +27,7 @@ class Turns:
         self.taken += 1
 
 
-@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("private", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_bare_loop_does_the_same_arithmetic_as_ours(private: bool) -> None:
     setting, turns = Setting(clients=2, rounds=2, private=private), Turns()
     a, b = ours(setting, turns), loop(training_config(setting), turns)

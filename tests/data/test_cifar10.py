@@ -15,6 +15,7 @@ def real(tmp_path_factory):
     return cifar10("parquet", str(REAL), str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.mark.slow
 def test_real_images_are_all_there(real):
     assert (len(real.train), len(real.test)) == (50_000, 10_000)
     assert real.input_shape == (3, 32, 32)
@@ -22,6 +23,7 @@ def test_real_images_are_all_there(real):
     assert real.test.labels.bincount().tolist() == [1_000] * 10
 
 
+@pytest.mark.slow
 def test_real_channel_statistics_are_those_of_the_readme(real):
     pixels = torch.cat([chunk.transpose(0, 1).flatten(1) for chunk in real.train.inputs.split(5_000)], dim=1)
     means = [float(channel.sum(dtype=torch.int64)) / channel.numel() / 255 for channel in pixels]

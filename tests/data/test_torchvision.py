@@ -11,6 +11,7 @@ from fed_dpsat.data.dataset import DataError
 NAMES = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "SVHN")
 
 
+@pytest.mark.slow
 def test_data_sets_are_there_whether_or_not_torchvisions_extension_loads():
     code = (
         "from fed_dpsat.data._torchvision import torchvision_datasets; torchvision_datasets(); "

@@ -180,6 +180,7 @@ def test_a_kill_at_each_write(folder, fault, mode):
     assert charges == answered == len(found) + 1  # each question was charged once, and had its answer in the end
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_from_each_write_on(folder, fault):
     found = run(WRITES, folder, 1e6, 3, preload=fault)
     assert len(found) > 20

@@ -72,7 +72,8 @@ def flower_home(tmp_path):
                 os.kill(int(entry.name), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("secure", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["open", "secure"])
+@pytest.mark.slow
+@pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
 def test_flwr_run_trains_to_the_same_bits(flower_home, tmp_path, secure):
     out = tmp_path / "run"
     settings = {**SETTINGS, "clients_per_round": 3, "secure_aggregation": True} if secure else SETTINGS

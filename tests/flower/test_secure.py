@@ -217,6 +217,7 @@ class Asked:
         return self.ask([{"phase": "open", "arrived": arrived}])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1])
 def test_ray_workers_agree_with_one_process(workers, tmp_path):
     here, there = (simulate(dataclasses.replace(SECRET, workers=w), tmp_path / str(w)) for w in (0, workers))

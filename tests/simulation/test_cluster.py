@@ -122,6 +122,7 @@ def test_workers_killed_again_and_again_cost_their_clients_a_retry_and_nothing_e
     assert len(killed) >= 2
 
 
+@pytest.mark.slow
 def test_workers_that_die_of_whatever_they_do_end_the_run(start, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_backend, "MORE_DEATHS", 0)  # each costs the start of a worker
     monkeypatch.setattr(ray_backend, "MAX_TRIES", 1)
@@ -131,6 +132,7 @@ def test_workers_that_die_of_whatever_they_do_end_the_run(start, tmp_path, monke
         ask(backend, 200)
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_is_given_up_and_the_rest_is_there(start, tmp_path):
     (tmp_path / "hang").touch()
     replies = said(ask(start(client_timeout=1.0), 100))
@@ -138,6 +140,7 @@ def test_a_client_that_hangs_is_given_up_and_the_rest_is_there(start, tmp_path):
     assert replies[:3] + replies[4:] == [0, 1, 2, *range(4, 100)]
 
 
+@pytest.mark.slow
 def test_a_round_ends_after_its_time_whoever_hangs(start, tmp_path):
     (tmp_path / "hang").touch()
     backend = start()
@@ -150,6 +153,7 @@ def test_a_round_ends_after_its_time_whoever_hangs(start, tmp_path):
     assert said(ask(backend, 5, timeout=60.0)) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_pool_that_gets_no_cpu_ends_in_words(start, monkeypatch):
     start()._pool._wait_for_one()  # holds both CPUs
     monkeypatch.setattr(ray_pool, "START_TIMEOUT", 2.0)
@@ -157,6 +161,7 @@ def test_a_pool_that_gets_no_cpu_ends_in_words(start, monkeypatch):
         start()
 
 
+@pytest.mark.slow
 def test_workers_that_all_die_and_do_not_start_again_end_the_run(start, monkeypatch, tmp_path):
     backend = start()
     monkeypatch.setattr(ray_pool, "START_TIMEOUT", 2.0)

@@ -83,6 +83,7 @@ def test_a_worker_killed_once_costs_a_retry(start):
     assert all(r.content["said"]["seen"] == 2 for r in replies.values() if r.has_content())
 
 
+@pytest.mark.slow
 def test_a_client_that_kills_every_worker_is_an_error_and_the_rest_goes_on(start):
     backend = start(times=3)
     replies = ask(backend, 6, ARRAYS)
@@ -105,6 +106,7 @@ def test_the_model_is_stored_once_a_round(start, monkeypatch):
     assert len(stored) == 1
 
 
+@pytest.mark.slow
 def test_a_ray_that_was_there_before_is_left_running(start):
     start(times=0).close()
     assert ray_backend.ray.is_initialized()

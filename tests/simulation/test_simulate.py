@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_bits(reference, tmp_path):
     assert [without_times(r) for r in again] == [without_times(r) for r in first]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_same_bits_on_ray(reference, tmp_path, ray_cluster, workers):
     simulate(dataclasses.replace(CONFIG, workers=workers), tmp_path / "ray")
     assert same(model_of(tmp_path / "ray"), model_of(reference[0]))

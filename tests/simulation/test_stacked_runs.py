@@ -41,7 +41,8 @@ def test_the_same_charges_and_lines_and_the_model_within_1e_5(stacked, tmp_path)
     assert global_norm(subtract(stacked[0], model)) <= 1e-5 * global_norm(model)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_bits_on_ray(stacked, tmp_path, ray_cluster, workers, same_bits):
     model, charges, lines = left_by(dataclasses.replace(STACKED, workers=workers), tmp_path / "ray")
     assert same_bits(model, stacked[0])
