@@ -75,7 +75,7 @@ class RayBackend:
         client_timeout: float = 0.0,
     ) -> None:
         self._own_folder = TemporaryDirectory(prefix="fed_dpsat-")
-        folder = state_folder or Path(self._own_folder.name)
+        folder = (state_folder or Path(self._own_folder.name)).absolute()  # a Ray that runs may have another directory
         folder.mkdir(parents=True, exist_ok=True)
         self._kept = dict(kept or {})
         self._home: dict[int, Slot] = {}
