@@ -4,7 +4,18 @@ An audit can find that a promise is broken. It cannot show that one is kept: a w
 """
 
 from fed_dpsat.audit.canaries import OneRunAudit, audit_one_run
+from fed_dpsat.audit.client_game import ClientGame, play_clients
 from fed_dpsat.audit.game import Game, GameResult, play
 from fed_dpsat.audit.membership import MembershipCurve, membership_curve
 
-__all__ = ["Game", "GameResult", "MembershipCurve", "OneRunAudit", "audit_one_run", "membership_curve", "play"]
+__all__ = [
+    "ClientGame",
+    "Game",
+    "GameResult",
+    "MembershipCurve",
+    "OneRunAudit",
+    "audit_one_run",
+    "membership_curve",
+    "play",
+    "play_clients",
+]

@@ -135,11 +135,14 @@ def one_process(config: RunConfig) -> RunConfig:
 
 
 def check_unit(config: RunConfig) -> None:
-    """Raise ``SettingError`` for a run whose promise is about clients: these attacks are on one example."""
+    """Raise ``SettingError`` for a run that is not private, or whose promise is about clients: attacks on examples."""
     if config.privacy_unit != "example":
-        raise SettingError(
-            "privacy_unit", config.privacy_unit, "'example' in an audit", "canaries that are whole clients are not in"
-        )
+        raise SettingError("privacy_unit", config.privacy_unit, "'example' for canaries", "play the game alone: --game")
+    check_private(config)
+
+
+def check_private(config: RunConfig) -> None:
+    """Raise ``SettingError`` for a run that makes no claim."""
     if not config.private:
         raise SettingError(
             "private", config.private, "true in an audit", "epsilon is infinite; there is no claim to test"

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat import plugins
-from fed_dpsat.audit.canaries import audit_one_run, check_unit, costliest_client
-from fed_dpsat.audit.game import Game, play
+from fed_dpsat.audit.canaries import audit_one_run, check_private, check_unit, costliest_client
+from fed_dpsat.audit.client_game import ClientGame, play_clients
+from fed_dpsat.audit.game import Game, GameResult, play
 from fed_dpsat.audit.membership import draw_membership, membership_curve
 from fed_dpsat.audit.words import LIMITS, game_words, membership_words, one_run_words
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
+from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.plans import make_plans
 from fed_dpsat.run_folder import RunFolder
@@ -57,6 +59,29 @@ def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
     )
 
 
+def client_game_of(config: RunConfig, *, repetitions: int, confidence: float) -> ClientGame:
+    """The game with the release of ``config``, whose unit is the client."""
+    event = make_plans(config)[0].event
+    release = ClientRelease.of(config, event.noise_multiplier)
+    assert release is not None  # or the unit is another
+    return ClientGame(
+        release=release,
+        event=event,
+        rounds=min(config.rounds_per_client, GAME_STEPS),
+        repetitions=repetitions,
+        delta=config.delta,
+        confidence=confidence,
+        seed=config.seed,
+    )
+
+
+def _play(config: RunConfig, *, repetitions: int, confidence: float) -> GameResult:
+    check_private(config)
+    if config.privacy_unit == "client":
+        return play_clients(client_game_of(config, repetitions=repetitions, confidence=confidence))
+    return play(game_of(config, repetitions=repetitions, confidence=confidence))
+
+
 def run_audit(
     config: RunConfig,
     *,
@@ -74,7 +99,9 @@ def run_audit(
     report: dict[str, Any] = {}
     words: list[str] = []
     if config.private or not models:
-        played = play(game_of(config, repetitions=repetitions, confidence=confidence))
+        if attacks:
+            check_unit(config)
+        played = _play(config, repetitions=repetitions, confidence=confidence)
         report["game"] = {**dataclasses.asdict(played), "broken": played.broken}
         words.append(game_words(played))
     for attack in attacks if config.private else ():

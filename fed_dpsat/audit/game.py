@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock
 from fed_dpsat.params import Params, trainable
-from fed_dpsat.per_example import ModelLoss
+from fed_dpsat.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.privacy import PrivacyEvent, PrivacyLedger
 from fed_dpsat.query import At
 from fed_dpsat.sampling import PoissonSampler
@@ -110,26 +111,52 @@ class GameResult:
         return self.epsilon_lower > self.epsilon_ledger
 
 
+class Claim(Protocol):
+    """What any game says of the mechanism that it plays, and how sure its bound is to be."""
+
+    @property
+    def noise_multiplier(self) -> float:
+        """As declared."""
+
+    @property
+    def sample_rate(self) -> float:
+        """As declared."""
+
+    @property
+    def delta(self) -> float:
+        """Of the bound."""
+
+    @property
+    def confidence(self) -> float:
+        """Of the bound."""
+
+
 def play(game: Game) -> GameResult:
     """Both worlds, the attack chosen on one half of the repetitions and judged on the other."""
     (without, events), (with_it, _) = (_world(game, included) for included in (False, True))
+    steps = game.rounds * game.local_steps
+    return result_of(game, without, with_it, steps=steps, epsilon_ledger=game.ledger(events, game.delta))
+
+
+def result_of(game: Claim, without: Seen, with_it: Seen, *, steps: int, epsilon_ledger: float) -> GameResult:
+    """What two worlds, of as many repetitions each, show of ``game``."""
     guess, false_positives, false_negatives, trials = judged(game, without, with_it)
     seen = false_positives, false_negatives, trials, game.delta, game.confidence
     return GameResult(
         epsilon_lower=two_world_epsilon(*seen),
         epsilon_if_gaussian=gaussian_epsilon(*seen) if game.sample_rate == 1 else None,
-        epsilon_ledger=game.ledger(events, game.delta),
+        epsilon_ledger=epsilon_ledger,
         delta=game.delta,
         confidence=game.confidence,
-        repetitions=game.repetitions,
-        steps=game.rounds * game.local_steps,
+        repetitions=len(without.along),
+        steps=steps,
         guess=guess,
         false_positive_rate=false_positives / trials[0],
         false_negative_rate=false_negatives / trials[1],
     )
 
 
-def judged(game: Game, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
+def judged(game: Claim, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
     """The attack chosen on the first half of what was seen, and its errors and trials on the second half."""
     half = len(without.along) // 2
 
@@ -223,23 +250,29 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
                 for k, i in enumerate(ids)
             ]
             results, released = _train(game, start, [game.client(member) for member in members])
-            if released.shape[2] != SIZE:
-                raise SettingError(
-                    "optimizer",
-                    type(game.optimizer).__name__,
-                    "one whose private gradient is of the model's parameters",
-                    "the attacks of this audit read gradients; it has none for this method",
-                )
             states = [result.state for result in results]
             gradients.append(released)
             moved.append(torch.stack([-_flat(result.params) for result in results])[:, None])
             if not first:
                 events.append(results[0].event)
         seen = torch.cat(gradients, 1) * (mechanism.expected_batch_size / game.clipping.clip_norm)
-        along.append(seen.sum(2) / math.sqrt(SIZE))
+        along.append((seen * _signs(game, start, rows[-1:], seen)).sum(2) / math.sqrt(seen.shape[2]))
         norms.append(seen.square().sum(2))
         moves.append(torch.cat(moved, 1).sum(2) / math.sqrt(SIZE))
     return Seen(**{n: torch.cat(t).numpy() for n, t in (("along", along), ("norms", norms), ("moves", moves))}), events
+
+
+def _signs(game: Game, start: Params, row: Tensor, seen: Tensor) -> Tensor:
+    """``[T, 1]``: 1; but of a method that releases one number, whether the example moves it up or down in each step."""
+    steps, state = seen.shape[1], game.optimizer.init(start)
+    if seen.shape[2] == SIZE:
+        return torch.ones(steps, 1)
+    signs = []
+    for step in range(steps):  # the loss is linear but for ``follow``: it does not matter from where it is asked
+        at = game.optimizer.query_point(start, set_clock(state, step))
+        total, _ = clipped_gradient_sum(crafted_loss(), at, (row, torch.zeros(1)), game.clipping, engine="vmap")
+        signs.append(_flat(total).sign())
+    return torch.stack(signs)
 
 
 def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[LocalResult], Tensor]:

@@ -35,8 +35,8 @@ def game_words(result: GameResult) -> str:
         gaussian = f" If the mechanism is a Gaussian one, epsilon >= {result.epsilon_if_gaussian:.3f}."
     return (
         f"Game on the mechanism: {_bound(result.epsilon_lower, result.confidence)} at delta {result.delta:g}, for "
-        f"{result.steps} steps, against an attacker who sees every private gradient and chooses all data and models."
-        f"{gaussian} The ledger says epsilon <= {result.epsilon_ledger:.3f} for these steps. {result.repetitions} "
+        f"{result.steps} releases, against an attacker who sees each of them and chooses all data and models."
+        f"{gaussian} The ledger says epsilon <= {result.epsilon_ledger:.3f} for these. {result.repetitions} "
         f"repetitions in each of two worlds; the attack ({result.guess.score}) was chosen on the first half and has a "
         f"false positive rate of {result.false_positive_rate:.3f} and a false negative rate of "
         f"{result.false_negative_rate:.3f} on the second. {_verdict(result.broken)}"

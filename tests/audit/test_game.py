@@ -21,6 +21,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers import DPSAT, DPSGD, DPSATMomentum
 from fed_dpsat.optimizers.base import ASCENT
+from fed_dpsat.optimizers.zeroth_order import ZerothOrder
 from fed_dpsat.params import trainable
 from fed_dpsat.per_example import clipped_gradient_sum
 from fed_dpsat.plugins import builtin
@@ -145,8 +146,11 @@ class SameNoise(Streams):
 
 RAW: dict = {}
 
+ZEROTH = ZerothOrder(base=SGD, seed=0, steps_per_round=4)
+
 BROKEN = {
     "no noise": game(client=exchanged(NoNoise)),
+    "no noise, one number a step": game(optimizer=ZEROTH, client=exchanged(NoNoise), local_steps=4),
     "noise reused between steps": game(client=exchanged(ReusesNoise), sample_rate=0.5, local_steps=4),
     "noise reused between rounds": game(client=same_seed_every_round, sample_rate=0.5, rounds=4),
     "each tensor clipped to C": game(clipping=PerTensor(clip_norm=1.0), noise_multiplier=2.0),
@@ -190,6 +194,7 @@ SHIPPED = {
     "global": {"clipping": GlobalClipping(clip_norm=1.0)},
     "per-layer": {"clipping": PerLayerClipping(clip_norm=1.0)},
     "sampled": {"sample_rate": 0.5, "local_steps": 8},
+    "one number a step": {"optimizer": ZEROTH, "local_steps": 4},
     "many rounds": {"noise_multiplier": 2.0, "rounds": 9, "repetitions": 60},
 }
 """Each with the settings of the broken one that it is the honest counterpart of."""
@@ -209,25 +214,30 @@ def test_the_adaptive_bound_stays_below_its_ledger():
     assert result.epsilon_ledger > 0
 
 
-METHODS = sorted(set(builtin("optimizer")) - {"sam", "zeroth-order"})
+METHODS = sorted(set(builtin("optimizer")) - {"sam"})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_private_optimizer_stays_below_its_ledger(name):
-    """By its name, as a run builds it; zeroth-order releases a number and no gradient, which the game cannot read."""
+    """By its name, as a run builds it; ``sam`` is private nowhere."""
     config = RunConfig(optimizer=name, noise_multiplier=16.0, sample_rate=1.0, local_steps=2, num_rounds=1, delta=1e-2)
-    result = play(replace(game_of(config, repetitions=30, confidence=0.95), follow=True, others=8))
+    follow = name != "zeroth-order"  # whose loss has to be linear, for the game to know how the example counts
+    result = play(replace(game_of(config, repetitions=30, confidence=0.95), follow=follow, others=8))
     assert result.steps == 2
     assert 0 < result.epsilon_ledger < 0.5
     assert not result.broken, result
+
+
+POWER = {"dp-sgd": 0.6, "dp-sat": 0.5, "per-layer": 0.6}
+"""So many repetitions bound mu from above: two steps, of a larger mu, can show less of theirs than one."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_the_game_has_power_it_shows_most_of_the_epsilon_of_an_honest_gaussian(name):
     result = play(game(**{**SHIPPED[name], "noise_multiplier": 1.0, "others": 1, "delta": 1e-5, "repetitions": 1500}))
-    assert 0.5 * result.epsilon_ledger < result.epsilon_if_gaussian <= result.epsilon_ledger
+    assert POWER[name] * result.epsilon_ledger < result.epsilon_if_gaussian <= result.epsilon_ledger
     assert result.epsilon_lower < result.epsilon_ledger
 
 
