@@ -11,22 +11,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import getLogger
-from typing import Any
 
-import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
-from numpy.typing import NDArray
+from flwr.serverapp.strategy import Result, Strategy
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Task
-from fed_dpsat.flower import buffered, codec, compat, records, sums
+from fed_dpsat.flower import buffered, codec, records, sums
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.handover import Handover, ask_whole_cohort
 from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
-from fed_dpsat.flower.records import RecordError
 from fed_dpsat.flower.replies import Failure, judge
 from fed_dpsat.flower.report import RoundReport, Verdicts, by_attempt
 from fed_dpsat.flower.roster import Roster
@@ -126,7 +123,7 @@ class PrivateStrategy(Strategy):
         self._directory = Directory(len(plans), join_timeout)
         self._failed_rounds = 0
         self._simulated_seconds = 0.0
-        _ask_whole_cohort(inner)
+        ask_whole_cohort(inner)
 
     @property
     def retired(self) -> dict[int, int]:
@@ -174,7 +171,7 @@ class PrivateStrategy(Strategy):
     def renew(self, inner: Strategy) -> None:
         """Go on with another inner strategy, or the same one from its beginning."""
         self.inner = inner
-        _ask_whole_cohort(inner)
+        ask_whole_cohort(inner)
 
     def meet(self, grid: Grid) -> None:
         """Learn which node holds which partition; a simulation knows."""
@@ -225,7 +222,7 @@ class PrivateStrategy(Strategy):
         valid, verdicts = self._judged(replies)
         if not valid and self.release is None:
             return self._keep_model()
-        return self._aggregate(self.report.asked, valid, verdicts)
+        return self._handover().all(self.report.asked, valid, verdicts)
 
     def aggregate_parts(
         self, server_round: int, parts: Iterable[sums.Part]
@@ -234,7 +231,7 @@ class PrivateStrategy(Strategy):
         with intra_op_threads(1):  # threads that wait for each other cost more than they add
             total = sums.merge(parts)
         self._note({**total.accepted, **total.failed})
-        return self._aggregate_mean(total) if total.accepted or self.release else self._keep_model()
+        return self._handover().mean(total) if total.accepted or self.release else self._keep_model()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -427,69 +424,18 @@ class PrivateStrategy(Strategy):
                 metrics[client] = flight.cargo.metrics
         if not replies:
             return self._keep_model()
-        return self._aggregate(list(arrived), replies, metrics)
+        return self._handover().all(list(arrived), replies, metrics)
 
     def _question(self, client: int) -> Message:
         return Message(RecordDict(), self._directory.nodes[client], MessageType.TRAIN)
 
-    def _aggregate(
-        self, order: Sequence[int], valid: Mapping[int, Message], verdicts: Verdicts
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Hand the ``valid`` replies to the inner strategy; ``order`` is of all clients they might be from."""
-        if not sums.only_mean(self.inner):
-            return self._checked(self.inner.aggregate_train(self.report.round, [valid[c] for c in sorted(valid)]))
-        bound = {"before": self._arrays, "clip_norm": self._clip_norm}
-        parts = [sums.part_of(c, valid.get(c), verdicts.get(c), **bound) for c in order]  # type: ignore[arg-type]
-        return self._aggregate_mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
-
-    def _aggregate_mean(self, total: sums.Part) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Hand the inner strategy the mean, or what the round releases of it, as the one reply there is."""
-        if self.release:
-            return self._aggregate_one(self._released(self.release, total), {records.NUM_EXAMPLES: 1})
-        metrics: dict[str, MetricRecordValues] = {records.NUM_EXAMPLES: total.weight}
-        if self.release_counts:
-            counts = [m[records.NONFINITE] * m[records.NUM_EXAMPLES] for m in total.accepted.values()]
-            metrics[records.NONFINITE] = sum(counts) / total.weight
-        return self._aggregate_one(records.to_arrays(total.mean() or {}), metrics)
-
-    def _released(self, release: ClientRelease, total: sums.Part) -> ArrayRecord:
-        attempt = max((task.attempt for task in self._charged.values()), default=0)
-        return release.model(total, self._arrays, round=self.report.round, attempt=attempt)
-
-    def _aggregate_one(
-        self, arrays: ArrayRecord, metrics: dict[str, MetricRecordValues]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        content = RecordDict({records.ARRAYS: arrays, records.METRICS: MetricRecord(metrics)})
-        reply = Message(content, reply_to=self._question(next(iter(self._directory.nodes))))
-        return self._checked(self.inner.aggregate_train(self.report.round, [reply]))
-
-    def _checked(
-        self, aggregate: tuple[ArrayRecord | None, MetricRecord | None]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The arrays in the model's types (some stock strategies return float64); wrong or not finite is an error."""
-        arrays, metrics = aggregate
-        if arrays is None:
-            return None, metrics
-        name = type(self.inner).__name__
-        if arrays.keys() != self._arrays.keys():
-            raise FederationError(f"{name} returned {list(arrays)}, not {list(self._arrays)}")
-        model = compat.record_of({k: _cast(compat.view(a), self._arrays[k].dtype) for k, a in arrays.items()})
-        try:
-            records.check_arrays(RecordDict({records.ARRAYS: model}), self._arrays)
-        except RecordError as error:
-            raise FederationError(f"{name} returned a model that is none: {error}") from error
-        return model, metrics
-
-
-def _ask_whole_cohort(inner: Strategy) -> None:
-    """A stock strategy samples by fraction and waits for a minimum; the cohort is drawn here, so it takes all."""
-    if isinstance(inner, FedAvg):
-        inner.fraction_train, inner.fraction_evaluate = 1.0, 0.0
-        inner.min_train_nodes = inner.min_available_nodes = 1
-        inner.min_evaluate_nodes = 0
-
-
-def _cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """``array`` as ``dtype``; whole numbers are rounded, since a weighted mean of 17s may be 16.999."""
-    whole = np.issubdtype(np.dtype(dtype), np.integer)
-    return np.asarray(np.rint(array) if whole else array, dtype=dtype)
+    def _handover(self) -> Handover:
+        return Handover(
+            inner=self.inner,
+            round=self.report.round,
+            model=self._arrays,
+            question=self._question(next(iter(self._directory.nodes))),
+            release_counts=self.release_counts,
+            release=self.release,
+            attempt=max((task.attempt for task in self._charged.values()), default=0),
+        )
