@@ -313,6 +313,14 @@ def test_everything_says_its_unit(tmp_path):
     assert "epsilon_released" not in summary
 
 
+def test_no_file_tells_how_many_examples_a_client_has(tmp_path):
+    """A client's size is not public in this unit; a throughput in examples would be a sum of sizes."""
+    summary, *_ = run(RARE, tmp_path / "run")
+    timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
+    assert summary["examples_per_second"] == 0
+    assert {line["examples_per_second"] for line in timing} == {0}
+
+
 def test_a_ledger_of_the_other_unit_is_refused(tmp_path):
     with PrivacyLedger(tmp_path / "ledger.sqlite") as ledger:
         ledger.charge(0, 1, 0, PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1))
