@@ -28,7 +28,7 @@ def test_words_say_bound_confidence_numbers_and_limits(tmp_path):
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
     for said in (
-        "Game on the mechanism: epsilon >= 0.000 with confidence 95% at delta 0.0001, for 2 steps",
+        "Game on the mechanism: epsilon >= 0.000 with confidence 95% at delta 0.0001, for 2 releases",
         "20 repetitions in each of two worlds",
         "Canaries, gradient: epsilon >=",
         "Canaries, mislabelled: epsilon >=",
@@ -53,7 +53,7 @@ def test_json_has_the_same(tmp_path):
         ["--canaries", 5, "--repetitions", 20],
         ["--confidence", 1.5],
         ["--game", "--repetitions", 2],
-        ["--game", "--repetitions", 20, "--set", "optimizer=zeroth-order"],
+        ["--canaries", 40, "--repetitions", 20, "--set", "optimizer=zeroth-order"],
         ["--set", "privacy_unit=client"],
     ],
 )
