@@ -1,9 +1,10 @@
 """FedExP with its step corrected for known noise: step further where clients' updates disagree, not where noise is.
 
-*Reason*: clients that move in different directions shorten their mean; FedExP (Jhunjhunwala et al., ICLR 2023) steps
-by ``mean |u|^2 / |mean u|^2`` times the mean. Noise of variance v adds ``d v`` to the first and so asks for huge steps;
-it is known, and subtracted (Takakura, Liew and Hasegawa 2025, arXiv 2504.09850, LDP-FedEXP). The denominator keeps its
-noise, which makes the step smaller, never larger. At least 1, at most ``most``.
+*Reason*: clients that move in different directions shorten their mean; FedExP (Jhunjhunwala et al., ICLR 2023, arXiv
+2301.09604) steps by ``mean |u|^2 / (2 |mean u|^2 + 2 epsilon)`` times the mean, here without the 2 and the epsilon.
+Noise of variance v adds ``d v`` to the first and so asks for huge steps; it is known, and subtracted (Takakura, Liew
+and Hasegawa 2025, arXiv 2504.09850, LDP-FedEXP). The denominator keeps its noise, which makes the step smaller, never
+larger. At least 1, at most ``most``.
 
 *Bias*: none in direction. Where noise dominates the step is FedAvg's.
 """

@@ -1,9 +1,12 @@
-"""SAF (Du et al., NeurIPS 2022, arXiv 2205.14083, the trajectory loss of Section 3): flat minima for one more forward.
+"""SAF (Du et al., NeurIPS 2022, arXiv 2205.14083, its trajectory loss): flat minima for one more forward.
 
 The loss of example i adds ``saf_weight * KL(softmax(f(w_old) / tau) || softmax(f(w) / tau))``, w_old the weights of E
 epochs ago. The paper stores each example's old outputs; here they are recomputed from old weights, which were made of
 private gradients: so the term is a function of one example and of public state, clipping bounds it with the rest of the
 gradient, and a step costs one event.
+
+Their code (github.com/AngusDujw/SAF) multiplies the term by tau^2 and begins after epoch 5: its lambda 0.3 at tau 5 is
+``saf_weight`` 7.5 here.
 
 ================================= =================================================================
 case                              what happens
@@ -72,7 +75,7 @@ class SAF:
             ("sample_rate", self.sample_rate, "in (0, 1]", 0 < self.sample_rate <= 1),
         ):
             if not good:
-                raise SettingError(name, value, bound, "the paper uses lambda 0.3, tau 5, E 3")
+                raise SettingError(name, value, bound, "the authors' code has 0.3, 5 and 2 or 3")
 
     def init(self, params: Params) -> State:
         """As ``base``; no old weights yet."""
