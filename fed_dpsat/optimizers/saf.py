@@ -1,12 +1,10 @@
 """SAF (Du et al., NeurIPS 2022, arXiv 2205.14083, its trajectory loss): flat minima for one more forward.
 
-The loss of example i adds ``saf_weight * KL(softmax(f(w_old) / tau) || softmax(f(w) / tau))``, w_old the weights of E
-epochs ago. The paper stores each example's old outputs; here they are recomputed from old weights, which were made of
-private gradients: so the term is a function of one example and of public state, clipping bounds it with the rest of the
+The loss of example i adds ``saf_weight * tau^2 * KL(softmax(f(w_old) / tau) || softmax(f(w) / tau))``, w_old the
+weights of E epochs ago; tau^2 is in their code (github.com/AngusDujw/SAF), for which lambda 0.3 at tau 5 was chosen.
+The paper stores each example's old outputs; here they are recomputed from old weights, which were made of private
+gradients: so the term is a function of one example and of public state, clipping bounds it with the rest of the
 gradient, and a step costs one event.
-
-Their code (github.com/AngusDujw/SAF) multiplies the term by tau^2 and begins after epoch 5: its lambda 0.3 at tau 5 is
-``saf_weight`` 7.5 here.
 
 ================================= =================================================================
 case                              what happens
@@ -115,7 +113,7 @@ class SAF:
 
 
 def trajectory_loss(old: Params, weight: float, temperature: float) -> Callable[[LossFn], LossFn]:
-    """Wraps a loss: adds ``weight`` times the divergence of its outputs from those at ``old``."""
+    """Wraps a loss: adds ``weight`` times the ``divergence`` of its outputs from those at ``old``."""
 
     def wrap(loss_fn: LossFn) -> LossFn:
         if not isinstance(loss_fn, OfOutputs):
@@ -135,9 +133,9 @@ def trajectory_loss(old: Params, weight: float, temperature: float) -> Callable[
 
 
 def divergence(then: Tensor, now: Tensor, temperature: float) -> Tensor:
-    """``KL(softmax(then / temperature) || softmax(now / temperature))``, ``[B]`` from ``[B, K]``."""
+    """``temperature^2 KL(softmax(then / temperature) || softmax(now / temperature))``, ``[B]`` from ``[B, K]``."""
     p, q = (functional.log_softmax(outputs / temperature, dim=1) for outputs in (then, now))
-    return functional.kl_div(q, p, reduction="none", log_target=True).flatten(1).sum(1)
+    return functional.kl_div(q, p, reduction="none", log_target=True).flatten(1).sum(1) * temperature**2
 
 
 OPTIMIZERS = {"saf": SAF}
