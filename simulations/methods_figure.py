@@ -1,7 +1,7 @@
 """Every method's paired difference to DP-SGD, a panel per epsilon, from a sweep's results.csv, as one figure.
 
-``python -m simulations.methods_figure RESULTS.csv FIGURE.svg``, with docs/results/methods.csv for one. A dot is a seed; a
-square is the mean with its 95 % interval (Student's t). A mean below the axis is an arrow with its number.
+``python -m simulations.methods_figure RESULTS.csv FIGURE.svg``, with docs/results/methods.csv for one. A dot is a seed,
+a square the mean with its 95 % interval (Student's t). A mean below the axis is an arrow with its number.
 """
 
 from __future__ import annotations
