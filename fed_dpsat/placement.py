@@ -42,8 +42,10 @@ def decided(config: RunConfig) -> RunConfig:
 
 def require(device: str) -> None:
     """Raise ``SettingError`` unless torch sees the card that ``device`` names."""
+    if device == "cpu":
+        return
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device != "cpu" and torch_device(device).index >= seen:
+    if torch_device(device).index >= seen:
         raise SettingError(
             "device",
             device,

@@ -2,7 +2,8 @@
 
 Real kernels run, so results can be compared, and each operation is held to what CUDA would say of its arguments: a
 tensor with dimensions that is elsewhere, a format or a mixture of types that its normalisation layers do not take. Its
-random numbers come from a generator of its own. It is torch's "PrivateUse1" device, registered once per process.
+random numbers come from a generator of its own. It is torch's "PrivateUse1" device, registered when this
+is imported: torch counts devices at the first backward pass of a process.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Card(TorchDispatchMode):
 class Module(backend_registration._DummyBackendModule):
     """What torch asks a device for; the card that is entered keeps the generator."""
 
-    card: Card
+    card, entered = Card(), False
 
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
@@ -141,31 +142,43 @@ class Module(backend_registration._DummyBackendModule):
         return nullcontext()
 
 
-@pytest.fixture(scope="session")
-def registered():
-    module = Module()
-    module.card = Card()
-    backend_registration._setup_privateuseone_for_python_backend(rename=NAME, backend_module=module)
-    autocast = torch.library.Library("_", "IMPL")
-    autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    yield module
-    autocast._destroy()
+class Hook(backend_registration._DummyPrivateUse1Hook):
+    """Hides the card from torch.accelerator in other tests."""
+
+    def is_available(self):
+        return MODULE.entered
+
+
+MODULE = Module()
+backend_registration._setup_privateuseone_for_python_backend(rename=NAME, backend_module=MODULE, hook=Hook())
+AUTOCAST = torch.library.Library("_", "IMPL")
+AUTOCAST.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 
 @pytest.fixture
-def card(registered):
+def card():
     """The pretended card, entered."""
-    registered.card = Card()
+    MODULE.card, MODULE.entered = Card(), True
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # or torch.tensor(..., device=) asks the device behind the mode's back
     try:
-        with registered.card:
-            yield registered.card
+        with MODULE.card:
+            yield MODULE.card
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
+        MODULE.entered = False
 
 
 @pytest.fixture
-def there(card):
+def pretended(card):
     """Its name."""
     return torch.device(NAME, 0)
+
+
+NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no card on this machine")
+
+
+@pytest.fixture(params=[NAME, pytest.param("cuda", marks=NO_CARD)])
+def there(request):
+    """A device that is not the CPU: the pretended card, and a real one where there is one."""
+    return torch.device("cuda:0") if request.param == "cuda" else request.getfixturevalue("pretended")

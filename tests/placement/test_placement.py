@@ -72,20 +72,20 @@ def test_on_the_cpu_nothing_is_copied():
     assert placement.module_on(module, placement.CPU) is module
 
 
-def test_scalars_of_a_state_stay_unless_they_are_parameters(there):
+def test_scalars_of_a_state_stay_unless_they_are_parameters(pretended):
     state = {"clock": {"step": torch.tensor(3)}, "momentum": {"scale": torch.tensor(1.0), "w": torch.ones(2)}}
-    found = placement.moved_state(state, ("scale", "w"), there)
+    found = placement.moved_state(state, ("scale", "w"), pretended)
     assert found["clock"]["step"].device == placement.CPU
-    assert {t.device for t in found["momentum"].values()} == {there}
+    assert {t.device for t in found["momentum"].values()} == {pretended}
 
 
-def test_tf32_is_off_on_a_card_and_as_it_was_afterwards(there):
+def test_tf32_is_off_on_a_card_and_as_it_was_afterwards(pretended):
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.deterministic, torch.get_float32_matmul_precision()
     assert before == (True, False, "highest")  # torch's defaults, which round the inputs of convolutions
     torch.set_float32_matmul_precision("high")
     try:
-        with placement.training_on(there):
+        with placement.training_on(pretended):
             assert (cudnn.allow_tf32, cudnn.deterministic) == (False, True)
             assert torch.get_float32_matmul_precision() == "highest"
         assert (cudnn.allow_tf32, cudnn.deterministic) == before[:2]
@@ -94,15 +94,15 @@ def test_tf32_is_off_on_a_card_and_as_it_was_afterwards(there):
         torch.set_float32_matmul_precision(before[2])
 
 
-def test_generators_of_both_are_forked_seeded_and_rewound(card, there):
+def test_generators_of_both_are_forked_seeded_and_rewound(card, pretended):
     def draws():
-        return torch.rand(3).tolist(), torch.rand(3, device=there).cpu().tolist()
+        return torch.rand(3).tolist(), torch.rand(3, device=pretended).cpu().tolist()
 
     before = torch.get_rng_state().tolist(), card.state.tolist()
-    with placement.training_on(there):
-        placement.seed(there, 5)
-        states, first = placement.generator_states(there), draws()
+    with placement.training_on(pretended):
+        placement.seed(pretended, 5)
+        states, first = placement.generator_states(pretended), draws()
         assert draws() != first
-        placement.rewind(there, states)
+        placement.rewind(pretended, states)
         assert draws() == first
     assert (torch.get_rng_state().tolist(), card.state.tolist()) == before
