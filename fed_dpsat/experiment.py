@@ -31,7 +31,7 @@ from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.personal import PERSONAL, deal_test, only, personal_names, without
-from fed_dpsat.placement import CPU, decided, device_of, module_on, moved, moved_state, torch_device
+from fed_dpsat.placement import CPU, decided, device_of, is_card, module_on, moved, moved_state, torch_device
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
 from fed_dpsat.privacy.event import CLIENTS
@@ -179,7 +179,7 @@ class Experiment:
         """What is trained in ``round``, by its initial values."""
         return {name: p.detach().to(CPU, copy=True) for name, p in self._trained(round).items()}
 
-    @property
+    @functools.cached_property
     def device(self) -> torch.device:
         """Where the model is."""
         return device_of(self.loss_fn.module)
@@ -369,7 +369,9 @@ class Experiment:
     def _placed(self, requests: Sequence[Request]) -> list[Request]:
         """``requests`` with their tensors on ``device``; those that share ``params`` still do."""
         device, there = self.device, dict[int, Params]()
-        placed = []
+        if not is_card(device):
+            return list(requests)
+        placed, names = [], {*self.start.names, *self.start.later_names}
         for request in requests:
             if id(request.params) not in there:
                 there[id(request.params)] = moved(request.params, device)
@@ -378,7 +380,7 @@ class Experiment:
                 dataclasses.replace(
                     request,
                     params=there[id(request.params)],
-                    state=None if state is None else moved_state(state, self._trained(request.task.round), device),
+                    state=None if state is None else moved_state(state, names, device),
                     server_ascent=None if ascent is None else moved(ascent, device),
                 )
             )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -114,11 +114,14 @@ def exact(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before[2])
 
 
-@contextmanager
-def training_on(device: torch.device) -> Iterator[None]:
+def training_on(device: torch.device) -> AbstractContextManager[None]:
     """``exact``, and torch's generators of the CPU and of ``device`` are afterwards as they were before."""
-    cards = [device] if is_card(device) else []
-    with exact(device), torch.random.fork_rng(devices=cards, device_type=device.type if cards else "cuda"):
+    return _training_on_card(device) if is_card(device) else torch.random.fork_rng(devices=[])
+
+
+@contextmanager
+def _training_on_card(device: torch.device) -> Iterator[None]:
+    with exact(device), torch.random.fork_rng(devices=[device], device_type=device.type):
         yield
 
 

@@ -141,6 +141,9 @@ class Module(backend_registration._DummyBackendModule):
     def device(self, device):
         return nullcontext()
 
+    def synchronize(self, device):
+        pass
+
 
 class Hook(backend_registration._DummyPrivateUse1Hook):
     """Hides the card from torch.accelerator in other tests."""

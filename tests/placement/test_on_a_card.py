@@ -17,6 +17,7 @@ from fed_dpsat import plugins
 from fed_dpsat.clipping import FlatClipping
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Examples
+from fed_dpsat.engines.plan import plan_table
 from fed_dpsat.evaluation import evaluation_of, predict, quality_of
 from fed_dpsat.experiment import Experiment, Request, Task
 from fed_dpsat.flower.federation import run_federation
@@ -67,13 +68,14 @@ def on_card(experiment, device):
     return dataclasses.replace(experiment, loss_fn=dataclasses.replace(experiment.loss_fn, module=module))
 
 
-def rounds(experiment, clients=(1,), count=2):
+def rounds(experiment, clients=(1,), count=2, proximal_mu=0.0):
     """``count`` rounds of each of ``clients``, from the global model, with the state that it keeps."""
     found, states = [], dict.fromkeys(clients)
     for round in range(1, count + 1):
         task = Task(round=round, noise_multiplier=1.0, sample_rate=0.2, local_steps=2)
         params = experiment.shared(round)
-        asked = [Request(client=c, task=task, params=params, state=states[c]) for c in clients]
+        more = {"server_ascent": experiment.shared(round), "proximal_mu": proximal_mu}
+        asked = [Request(client=c, task=task, params=params, state=states[c], **more) for c in clients]
         results = experiment.client_rounds(asked)
         states = {c: result.state for c, result in zip(clients, results, strict=True)}
         found += results
@@ -155,6 +157,8 @@ def test_every_clipping_rule_clips_there(clipping, there, drawn):
         {"personal_layers": "head"},
         {"ascent_memory": "server"},
         {"privacy_unit": "client", "keep_share": 0.5},
+        {"train_layers": "head-then-all", "unfreeze_round": 2},
+        {"attack": "sign-flip", "attackers": 0.9},
         {"precision": "bfloat16"},
     ],
     ids=lambda settings: " ".join(map(str, settings.values())),
@@ -163,6 +167,20 @@ def test_other_ways_to_train(settings, there, drawn):
     """In bfloat16 the CPU's normalisation takes narrow inputs, a card's widens them: digits of bfloat16 differ."""
     tolerance = 2e-2 if "precision" in settings else 0.0
     assert_close(*both(experiment_of("cnn", **settings), there, drawn), there, tolerance)
+
+
+def test_the_proximal_term_pulls_there(there, drawn):
+    assert_close(*both(experiment_of(), there, drawn, proximal_mu=0.5), there)
+
+
+def test_the_plan_of_a_card_is_of_what_runs_there(there):
+    torch.manual_seed(0)
+    rows, reason = plan_table(cnn().to(there), (1, 8, 8), 4, timed=True, repeats=1)
+    assert not reason
+    assert [row.strategy for row in rows if row.layer == "conv2d"] == ["rows", "rows", "rows"]
+    assert not any(row.channels_last for row in rows)
+    deep, _ = plan_table(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).to(there), (64, 2, 2), 4)
+    assert [row.strategy for row in deep] == ["product"]
 
 
 def test_without_noise_one_ordinary_pass_is_made_there(there):
