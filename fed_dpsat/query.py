@@ -103,8 +103,8 @@ def first_point(at: At) -> Params:
 
 def compacted(at: At, rows: Params) -> Params:
     """``rows[B, *shape]``, but ``[B, active]`` where ``at`` has a mask."""
-    masks = _masks(at)
-    return {name: g.flatten(1)[:, masks[name].flatten()] if name in masks else g for name, g in rows.items()}
+    active = {name: mask.flatten().nonzero()[:, 0] for name, mask in _masks(at).items()}
+    return {name: g.flatten(1).index_select(1, active[name]) if name in active else g for name, g in rows.items()}
 
 
 def compact(at: At, full: Params) -> Params:

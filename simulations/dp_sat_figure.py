@@ -15,15 +15,15 @@ from fed_dpsat.report.palette import SERIES
 from fed_dpsat.sweep.pivot import Cells, read
 from fed_dpsat.sweep.statistics import half_width
 
-REFERENCE, COMPARED = "dp-sgd", "dp-sat"
+REFERENCE = "dp-sgd"
 
 
-def differences(cells: Cells) -> dict[str, list[float]]:
-    """Epsilon to the differences in percentage points, one per seed that both have."""
+def differences(cells: Cells, compared: str = "dp-sat") -> dict[str, list[float]]:
+    """Epsilon to the differences of ``compared`` to DP-SGD in percentage points, one per seed that both have."""
     found = {}
     for method, epsilon in cells:
-        if method == COMPARED:
-            ours, theirs = cells[COMPARED, epsilon], cells.get((REFERENCE, epsilon), {})
+        if method == compared:
+            ours, theirs = cells[compared, epsilon], cells.get((REFERENCE, epsilon), {})
             found[epsilon] = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     return found
 

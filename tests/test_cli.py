@@ -158,7 +158,8 @@ def test_help_names_every_setting():
         assert name in result.stdout
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_leaves_a_readable_folder_and_no_process(tmp_path, workers):
     folder = tmp_path / "run"
     command = [

@@ -111,7 +111,7 @@ def gradient(experiment, params):
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
 def test_a_client_of_dp_fedsam_takes_the_steps_of_sam_and_sends_them_bounded_once(share):
-    """Algorithm 1 of arXiv 2303.11242 up to the noise, which is the server's; with a share, of arXiv 2305.00873."""
+    """DP-FedSAM (arXiv 2303.11242) up to the noise, which is the server's; with a share, of arXiv 2305.00873."""
     config = RunConfig(
         privacy_unit="client", optimizer="sam", noise_multiplier=1.0, num_clients=5, sample_rate=1.0, local_steps=4,
         rho=0.05, lr=0.3, clip_norm=0.05, keep_share=share, model="mlp",

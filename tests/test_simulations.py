@@ -14,7 +14,7 @@ from fed_dpsat.cli import app
 from fed_dpsat.config import RunConfig
 from fed_dpsat.simulation import simulate
 from fed_dpsat.sweep.reading import read_spec
-from simulations import dp_sat_figure
+from simulations import dp_sat_figure, methods_figure
 
 ROOT = Path(__file__).parents[1]
 TOML = sorted((ROOT / "simulations").glob("*.toml"))
@@ -43,7 +43,7 @@ def test_a_sweep_is_valid_and_says_what_it_claims(path):
         assert all(spec.tune_runs(cell) for cell in spec.cells()), "each with its own tuned settings"
 
 
-@pytest.mark.parametrize("name", ["dp_sat_fashion_mnist", "methods_fashion_mnist", "methods_cifar10"])
+@pytest.mark.parametrize("name", ["dp_sat_fashion_mnist", "methods_quick", "methods_fashion_mnist", "methods_cifar10"])
 def test_a_whole_study_is_at_three_epsilons(name):
     cells = read_spec(ROOT / "simulations" / f"{name}.toml").cells()
     assert {cell.labels["target_epsilon"] for cell in cells} == {"1", "3", "8"}
@@ -65,6 +65,16 @@ def test_the_figure_of_dp_sat_pairs_seeds_and_is_drawn(tmp_path):
     )
     dp_sat_figure.draw(tmp_path / "results.csv", tmp_path / "figure.svg")
     assert "percentage points" in (tmp_path / "figure.svg").read_text()
+
+
+def test_the_figure_of_methods_has_a_row_each_and_a_number_for_what_is_far_off(tmp_path):
+    lines = [f"final,{m},{e},{seed},{a}{seed},completed" for e in ("1.0", "8.0") for seed in range(3)
+             for m, a in (("dp-sgd", 0.80), ("dp-sat", 0.81), ("zeroth-order", 0.30))]  # fmt: skip
+    (tmp_path / "results.csv").write_text("\n".join(["stage,method,target_epsilon,seed,accuracy,status", *lines]))
+    methods_figure.draw(tmp_path / "results.csv", tmp_path / "figure.svg")
+    figure = (tmp_path / "figure.svg").read_text()
+    assert all(text in figure for text in ("dp-sat", "zeroth-order", "epsilon 1", "epsilon 8", "n = 3 seeds"))
+    assert figure.count(">-50<") == 2
 
 
 def test_dpsgd_differs_from_dpsat_in_one_line():

@@ -25,8 +25,8 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
     """Bound on the chance of at least ``correct`` right of ``guesses`` guesses about ``canaries`` fair coins.
 
     Under (epsilon, delta)-DP, with W binomial of ``guesses`` and exp(epsilon) / (1 + exp(epsilon)), it is
-    P[W >= v] + 2 m delta max_i P[v > W >= v - i] / i. Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846), Theorem
-    5.2; the number of guesses must not depend on the coins.
+    P[W >= v] + 2 m delta max_i P[v > W >= v - i] / i. Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846),
+    Corollary 5.4: their Theorem 5.2 for guesses that may abstain. The number of guesses must not depend on the coins.
     """
     if not 0 <= correct <= guesses <= canaries:
         raise SettingError("correct", correct, f"at most guesses={guesses}, at most {canaries} canaries", "count again")
@@ -91,7 +91,7 @@ def two_world_epsilon(
 ) -> float:
     """Lower bound from a test of two worlds: log((1 - delta - fnr) / fpr) or the other way round, at least 0.
 
-    Kairouz, Oh and Viswanath 2015, Theorem 2.1; with Clopper-Pearson bounds on both rates as in Jagielski, Ullman and
+    Kairouz, Oh and Viswanath 2015; with Clopper-Pearson bounds on both rates as in Jagielski, Ullman and
     Oprea 2020 (arXiv 2006.07709). The threshold must have been chosen on other repetitions.
     """
     fpr, fnr = two_world_rates(false_positives, false_negatives, trials, confidence)
@@ -103,7 +103,7 @@ def gaussian_epsilon(
 ) -> float:
     """Lower bound IF the mechanism is a Gaussian one: mu >= z(1 - fpr) - z(fnr), and epsilon of mu at ``delta``.
 
-    Nasr et al. 2023 (arXiv 2302.07956), Section 4. Far tighter than ``two_world_epsilon`` at a small delta, and
+    Nasr et al. 2023 (arXiv 2302.07956). Far tighter than ``two_world_epsilon`` at a small delta, and
     worthless for a mechanism of another kind.
     """
     from dp_accounting.gaussian_mechanism import get_epsilon_gaussian  # type: ignore[import-untyped]

@@ -1,4 +1,4 @@
-"""Asynchronous rounds (FedBuff, Nguyen et al., AISTATS 2022, arXiv 2106.06639, Algorithm 1), in simulated time.
+"""Asynchronous rounds (FedBuff, Nguyen et al., AISTATS 2022, arXiv 2106.06639), in simulated time.
 
 ``in_flight`` clients are under way at a time. A round is a buffer of ``size`` arrivals: until it is full, who arrives
 makes room for another client, that sets out with the model of this round. An update that set out ``s`` rounds ago goes

@@ -8,7 +8,7 @@ fewer replied than were drawn           their sum and the same noise, divided by
 a reply beyond the bound                not in the sum, and named
 ======================================= ===================================================================
 
-Source: McMahan et al. 2018 (arXiv 1710.06963), Algorithm 1 with the fixed-denominator estimator. The proof is in
+Source: McMahan et al. 2018 (arXiv 1710.06963), with the estimator whose denominator is a constant. The proof is in
 ``docs/privacy.md``.
 """
 

@@ -18,13 +18,13 @@ MEAN, SQUARE, COUNT = "adam-mean", "adam-square", "adam"
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """Private Adam whose second moment has the known noise subtracted: DP-AdamBC (Tang et al. 2024, Algorithm 1).
+    """Private Adam whose second moment has the known noise subtracted: DP-AdamBC (Tang et al. 2024).
 
     ``g += weight_decay * w; m, v = `` moving averages of g and g^2; then
     ``w -= lr * m_hat / (sqrt(max(v_hat - s2, floor * s2)) + eps)``, with s2 the variance of the noise in a coordinate
     of the private gradient (arXiv 2312.14334). That is (noise_multiplier * clip_norm / expected_batch_size)^2, which
     the loop tells (``base.set_noise``); where clip_norm changes, s2 is averaged as g^2 is. The paper's floor gamma' is
-    absolute and tuned; this one is in units of s2, so that it follows noise and batch.
+    absolute and tuned, and it has no eps; this floor is in units of s2, so that it follows noise and batch.
 
     ======================== ===============================================================
     case                     result

@@ -1,4 +1,4 @@
-"""DiSK (Zhang et al. 2024, arXiv 2410.03883, Algorithm 1): a simplified Kalman filter on private gradients.
+"""DiSK (Zhang et al. 2024, arXiv 2410.03883): a simplified Kalman filter on private gradients.
 
 With ``d = w - w_prev``, the last change of w, an example's gradient is ``(1 - c) grad(w) + c grad(w + gamma d)`` with
 ``c = (1 - kappa) / (gamma kappa)``, clipped once: what grad(w) is, and how it changed along d. Then ``m = (1 - kappa) m
@@ -46,7 +46,7 @@ class DiSK:
 
     def __post_init__(self) -> None:
         if not 0 < self.kappa <= 1:
-            raise SettingError("kappa", self.kappa, "in (0, 1]", "the paper uses 0.7; 1 is no filter")
+            raise SettingError("kappa", self.kappa, "in (0, 1]", "the authors' code has 0.7; 1 is no filter")
         if not 0 <= self.gamma < math.inf:
             raise SettingError("gamma", self.gamma, "in [0, inf)", "0 takes (1 - kappa) / kappa, one backward pass")
 

@@ -1,7 +1,9 @@
-"""DPlis (Wang et al., PoPETs 2021, arXiv 2103.01496, Algorithm 1): gradients of a smoothed loss.
+"""DPlis (Wang et al., PoPETs 2021, arXiv 2103.01496): gradients of a smoothed loss.
 
 An example's gradient is the mean over K draws of ``grad(w + N(0, r^2 I))``, clipped once: smoothing comes before the
 clip, so a step costs one event whatever K is, and K backward passes. Draws are the same for every example of a step.
+Their code (github.com/wangwenxiao/DPlis) clips the sum of the K gradients in place of their mean, and has r in units of
+the noise of a step.
 
 ================ ===============================
 case             what happens

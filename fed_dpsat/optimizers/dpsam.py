@@ -67,7 +67,7 @@ class DPSAM:
 
 @dataclass(frozen=True, kw_only=True)
 class SAM(DPSAM):
-    """SAM without privacy, a reference: epsilon is inf (Foret et al. 2021, Algorithm 1); FedSAM with fedavg.
+    """SAM without privacy, a reference: epsilon is inf (Foret et al. 2021, arXiv 2010.01412); FedSAM with fedavg.
 
     As ``DPSAM``: each of its two calls draws a batch, where the paper uses one for both. With ``sample_rate`` 1 that is
     the same. ``clip_norm = inf`` takes gradients as they are. Raises ``SettingError`` in a private run, but for the

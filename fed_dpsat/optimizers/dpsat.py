@@ -26,7 +26,7 @@ class DPSAT:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rho < math.inf:
-            raise SettingError("rho", self.rho, "in [0, inf)", "the paper uses 0.03")
+            raise SettingError("rho", self.rho, "in [0, inf)", "the authors' notebooks have 0.03")
 
     def init(self, params: Params) -> State:
         """The state of ``base``; no direction to climb yet."""

@@ -21,7 +21,7 @@ class Extrapolated:
     """Extrapolated SGD: gradient at ``w - lookahead * g``, g the last private one; step at ``w`` (Lin et al. 2020).
 
     Down, where DP-SAT goes up, and by the length of g. ``lookahead`` is by default ``lr``, one step of SGD ahead: then
-    it is the extragradient of the past (their EXTRAP-SGD with the last gradient for the extrapolation). ``base`` makes
+    it is the extragradient of the past: of the extrapolations they allow, that along a past gradient. ``base`` makes
     the step; ``lookahead = 0`` is ``base``, bit for bit. Without a last gradient the query point is where ``base``
     looks. Across rounds the client keeps its last private gradient, whatever ``ascent_memory`` says.
     """

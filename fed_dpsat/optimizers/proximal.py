@@ -1,4 +1,4 @@
-"""The proximal term of FedProx (Li et al., MLSys 2020, arXiv 1812.06127, equation 2), on the client."""
+"""The proximal term of FedProx (Li et al., MLSys 2020, arXiv 1812.06127), on the client."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Random freeze (Zhu & Blaschko, arXiv 2112.00845, Algorithm 1): a public mask, drawn anew for each round.
+"""Random freeze (Zhu & Blaschko, arXiv 2112.00845): a public mask, drawn anew for each round.
 
 Frozen coordinates are dropped before clipping and get no noise: clip norm and noise act on the active ones alone, so a
 step costs one event. The share that is frozen grows linearly to ``freeze_rate`` over the first ``freeze_ramp`` of the
-rounds (the paper's gradual cooling; a round stands for its epoch). The mask follows from seed and round, so a server
-knows it, and only active coordinates are sent (``fed_dpsat.subspace``).
+rounds (gradual cooling; a round stands for an epoch, and the authors' code takes all of them). The mask follows from
+seed and round, so a server knows it, and only active coordinates are sent (``fed_dpsat.subspace``).
 
 =================== =========================================================
 case                what happens

@@ -1,8 +1,9 @@
-"""SAF (Du et al., NeurIPS 2022, arXiv 2205.14083, the trajectory loss of Section 3): flat minima for one more forward.
+"""SAF (Du et al., NeurIPS 2022, arXiv 2205.14083, its trajectory loss): flat minima for one more forward.
 
-The loss of example i adds ``saf_weight * KL(softmax(f(w_old) / tau) || softmax(f(w) / tau))``, w_old the weights of E
-epochs ago. The paper stores each example's old outputs; here they are recomputed from old weights, which were made of
-private gradients: so the term is a function of one example and of public state, clipping bounds it with the rest of the
+The loss of example i adds ``saf_weight * tau^2 * KL(softmax(f(w_old) / tau) || softmax(f(w) / tau))``, w_old the
+weights of E epochs ago; tau^2 is in their code (github.com/AngusDujw/SAF), for which lambda 0.3 at tau 5 was chosen.
+The paper stores each example's old outputs; here they are recomputed from old weights, which were made of private
+gradients: so the term is a function of one example and of public state, clipping bounds it with the rest of the
 gradient, and a step costs one event.
 
 ================================= =================================================================
@@ -72,7 +73,7 @@ class SAF:
             ("sample_rate", self.sample_rate, "in (0, 1]", 0 < self.sample_rate <= 1),
         ):
             if not good:
-                raise SettingError(name, value, bound, "the paper uses lambda 0.3, tau 5, E 3")
+                raise SettingError(name, value, bound, "the authors' code has 0.3, 5 and 2 or 3")
 
     def init(self, params: Params) -> State:
         """As ``base``; no old weights yet."""
@@ -112,7 +113,7 @@ class SAF:
 
 
 def trajectory_loss(old: Params, weight: float, temperature: float) -> Callable[[LossFn], LossFn]:
-    """Wraps a loss: adds ``weight`` times the divergence of its outputs from those at ``old``."""
+    """Wraps a loss: adds ``weight`` times the ``divergence`` of its outputs from those at ``old``."""
 
     def wrap(loss_fn: LossFn) -> LossFn:
         if not isinstance(loss_fn, OfOutputs):
@@ -132,9 +133,9 @@ def trajectory_loss(old: Params, weight: float, temperature: float) -> Callable[
 
 
 def divergence(then: Tensor, now: Tensor, temperature: float) -> Tensor:
-    """``KL(softmax(then / temperature) || softmax(now / temperature))``, ``[B]`` from ``[B, K]``."""
+    """``temperature^2 KL(softmax(then / temperature) || softmax(now / temperature))``, ``[B]`` from ``[B, K]``."""
     p, q = (functional.log_softmax(outputs / temperature, dim=1) for outputs in (then, now))
-    return functional.kl_div(q, p, reduction="none", log_target=True).flatten(1).sum(1)
+    return functional.kl_div(q, p, reduction="none", log_target=True).flatten(1).sum(1) * temperature**2
 
 
 OPTIMIZERS = {"saf": SAF}

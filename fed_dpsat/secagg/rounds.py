@@ -8,7 +8,7 @@
    mask key. Never both of one client.
 5. ``unmask``: the server puts the seeds and keys together and takes away what did not cancel.
 
-Source: Bonawitz et al., CCS 2017, figure 4, for a server that is honest but curious: there is no public key
+Source: Bonawitz et al., CCS 2017, for a server that is honest but curious: there is no public key
 infrastructure, so a server that invents clients is not kept out. Fewer than ``threshold`` clients together with it
 learn nothing but sums.
 """

@@ -43,6 +43,20 @@ def test_all_right_without_delta_has_a_closed_form():
     assert one_run_epsilon(100, 100, 100, 0.0, 0.95) == pytest.approx(math.log(q / (1 - q)), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("canaries", "guesses", "correct", "delta", "printed"),
+    [
+        (100, 100, 75, 0.0, 0.702),
+        (100, 100, 75, 1e-4, 0.699),
+        (1000, 100, 75, 1e-4, 0.673),
+        (100_000, 1510, 1439, 1e-5, 2.675),
+    ],
+)
+def test_the_bounds_that_its_paper_prints(canaries, guesses, correct, delta, printed):
+    """Steinke et al. 2023, Appendix D and section 7; the last digit is rounded there, or cut off."""
+    assert one_run_epsilon(canaries, guesses, correct, delta, 0.95) == pytest.approx(printed, abs=1e-3)
+
+
 def test_no_guess_and_coin_like_guesses_show_nothing():
     assert one_run_epsilon(100, 0, 0, 0.0, 0.95) == 0
     assert one_run_epsilon(100, 100, 52, 0.0, 0.95) == 0

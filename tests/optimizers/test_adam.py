@@ -50,7 +50,7 @@ def test_by_hand():
 
 
 def test_against_an_oracle(walk, vectors):
-    """Tang et al. 2024, Algorithm 1, in numpy, where noise grows from step to step as with adaptive clipping."""
+    """Tang et al. 2024, in numpy, where noise grows from step to step as with adaptive clipping."""
     optimizer = Adam(lr=0.05, beta1=0.8, beta2=0.95, floor=0.2, weight_decay=0.1)
     stds = np.linspace(0.1, 1.5, 50)
 

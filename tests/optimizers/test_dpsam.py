@@ -172,7 +172,7 @@ def test_fedsam_and_fedavg_report_that_they_are_not_private(optimizer, tmp_path)
 
 
 def test_sam_descends_along_the_gradient_at_the_top(tmp_path):
-    """One client, full batch, no clipping: the round is Foret et al.'s Algorithm 1, by autograd."""
+    """One client, full batch, no clipping: the round is that of Foret et al., by autograd."""
     config = RunConfig(
         optimizer="sam", private=False, clip_norm=math.inf, sample_rate=1.0, num_clients=1, local_steps=2,
         rho=0.5, lr=0.1,

@@ -66,7 +66,7 @@ def test_tau_follows_the_schedule(monkeypatch):
 
 
 def oracle(vectors, lr, gap_rate, alphas):
-    """Xiao et al. 2022, Algorithm 1 with coordinate-wise tau, in numpy."""
+    """Xiao et al. 2022 with coordinate-wise tau, in numpy."""
     w, previous, tau = vectors[0], None, lr * gap_rate
     for gradient, alpha in zip(vectors[1:], alphas, strict=True):
         yield w

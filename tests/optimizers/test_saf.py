@@ -25,7 +25,7 @@ def test_the_divergence_by_hand():
     """Logits (0, 0) then and (ln 3, 0) now: KL((1/2, 1/2) || (3/4, 1/4)) = ln(2/3)/2 + ln(2)/2, at temperature 1."""
     now = torch.tensor([[math.log(3.0), 0.0]])
     assert float(divergence(torch.zeros(1, 2), now, 1.0)) == pytest.approx(math.log(4 / 3) / 2)
-    assert float(divergence(torch.zeros(1, 2), 5 * now, 5.0)) == pytest.approx(math.log(4 / 3) / 2)
+    assert float(divergence(torch.zeros(1, 2), 5 * now, 5.0)) == pytest.approx(25 * math.log(4 / 3) / 2)
     assert float(divergence(now, now, 1.0)) == 0
 
 
@@ -68,7 +68,7 @@ def test_fifty_steps_of_the_paper(problem):
             if old is None:
                 return found
             p, q = (problem.probabilities(at, x, temperature) for at in (old, w))
-            return found + weight / temperature * np.outer(q - p, x)
+            return found + weight * temperature * np.outer(q - p, x)
 
         private = problem.private(step, gradient)
         plain = problem.private(step, lambda x, y, w=w: problem.gradient(w, x, y))

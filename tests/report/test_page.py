@@ -191,6 +191,7 @@ def test_chromium_draws_it_without_scrolling_sideways(page, tmp_path, width):
     assert smallest > 8, "pixels: the smallest text of a figure"
 
 
+@pytest.mark.slow
 def test_sharpness_is_shown_where_it_was_measured(run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
     assert "Sharpness: it was not measured" in write_report(folder).read_text()

@@ -98,6 +98,7 @@ def said(replies):
     return [r.content["said"]["client"] if r.has_content() else r.error.reason for r in replies]
 
 
+@pytest.mark.slow
 def test_workers_killed_again_and_again_cost_their_clients_a_retry_and_nothing_else(start, tmp_path):
     backend = start()
     stop = threading.Event()
@@ -207,6 +208,7 @@ def test_workers_that_all_die_and_do_not_start_again_end_the_run(start, monkeypa
     ray.cancel(blocker, force=True)
 
 
+@pytest.mark.slow
 def test_a_full_object_store_ends_the_run_in_words(start, monkeypatch):
     backend = start()
 
@@ -218,6 +220,7 @@ def test_a_full_object_store_ends_the_run_in_words(start, monkeypatch):
         ask(backend, 2)
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_see_the_states_ends_the_run(start, tmp_path):
     backend = start(state_folder=tmp_path / "state")
     for slot in backend._pool.slots:

@@ -100,6 +100,7 @@ def test_another_seed_differs(reference, tmp_path):
     assert cohorts[0] != cohorts[1]
 
 
+@pytest.mark.slow
 def test_objects_stand_in_for_names_also_on_ray(tmp_path, ray_cluster):
     config = dataclasses.replace(CONFIG, clients_per_round=0, num_rounds=2)
     lines = []

@@ -102,6 +102,7 @@ def test_what_is_complete_is_not_run_again(file, whole, monkeypatch):
     assert (whole / "results.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_table_and_no_two_work_in_one_folder(file, whole, tmp_path):
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "fed_dpsat.cli", "sweep", str(file), "--out", str(out)]
