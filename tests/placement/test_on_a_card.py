@@ -50,6 +50,7 @@ def cnn():
 
 
 MODELS = {"mlp": mlp, "cnn": cnn}
+SLOW_OPACUS = pytest.param("opacus", marks=pytest.mark.slow)
 OPTIMIZERS = (
     *("dp-sgd", "adam", "dp-sat", "dp-sat-momentum", "dp-sam", "extrapolated", "modelmix", "disk", "dplis"),
     *("random-freeze", "zeroth-order"),
@@ -129,13 +130,14 @@ def both(experiment, there, drawn, **how):
     return found, here
 
 
-@pytest.mark.parametrize("engine", ["planned", "vmap", "opacus"])
+@pytest.mark.parametrize("engine", ["planned", "vmap", SLOW_OPACUS])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("optimizer", ["dp-sgd", "dp-sat"])
 def test_a_round_is_that_of_the_cpu(optimizer, model, engine, there, drawn):
     assert_close(*both(experiment_of(model, optimizer=optimizer, engine=engine), there, drawn), there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains_there_on_the_same_draws(optimizer, there, drawn):
     assert_close(*both(experiment_of(optimizer=optimizer), there, drawn), there)
@@ -149,6 +151,7 @@ def test_every_clipping_rule_clips_there(clipping, there, drawn):
     assert_close(*both(experiment_of(clipping=clipping, sample_rate=0.9, num_clients=4), there, drawn), there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -283,7 +286,7 @@ def test_every_layer_that_is_planned_for_is_so_there(name, there, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["planned", "vmap"])
-@pytest.mark.parametrize("name", ["tanh-cnn", "resnet20-gn"])
+@pytest.mark.parametrize("name", ["tanh-cnn", pytest.param("resnet20-gn", marks=pytest.mark.slow)])
 def test_sums_are_those_of_float64_and_no_example_exceeds_the_bound(name, engine, there):
     """Where float32 products were rounded to TF32, norms from Gram matrices would be off by a percent."""
     torch.manual_seed(0)

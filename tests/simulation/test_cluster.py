@@ -189,6 +189,7 @@ def test_half_a_card_is_not_enough_for_a_whole_one(start, monkeypatch):
         start(gpus_per_worker=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is about a host without a card")
 def test_a_worker_where_torch_sees_no_card_ends_the_run_in_words(ray_cluster, tmp_path):
     with pytest.raises(RunError, match=r"^on .*: device='cuda' is not there: torch .* sees 0 cards"):
