@@ -16,6 +16,7 @@ from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers import DPSAT, DPSGD
 from fed_dpsat.params import trainable
 from fed_dpsat.per_example import ModelLoss, clipped_gradient_sum
+from fed_dpsat.placement import CPU, finish
 
 Step = Callable[[], object]
 CLIP_NORM = 1.0
@@ -39,56 +40,69 @@ def wide_linear_cnn() -> nn.Module:
     )
 
 
-def build(model: str) -> nn.Module:
+def build(model: str, device: torch.device = CPU) -> nn.Module:
     """A model by its short name, or ``wide-linear-cnn``."""
     torch.manual_seed(0)
-    if model == "wide-linear-cnn":
-        return wide_linear_cnn()
-    module: nn.Module = plugins.load("model", model)(SHAPE, CLASSES)
-    return module
+    module = wide_linear_cnn() if model == "wide-linear-cnn" else plugins.load("model", model)(SHAPE, CLASSES)
+    made: nn.Module = module.to(device)
+    return made
 
 
-def batch(size: int) -> tuple[Tensor, Tensor]:
+def batch(size: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Random images and labels."""
     torch.manual_seed(1)
-    return torch.randn(size, *SHAPE), torch.randint(CLASSES, (size,))
+    return torch.randn(size, *SHAPE).to(device), torch.randint(CLASSES, (size,)).to(device)
 
 
-def contestants(against: list[str], model: str, size: int, physical: int) -> dict[str, Step]:
-    """Steps by name; ``nonprivate``, ``opacus`` and ``bfloat16`` are several."""
+def contestants(
+    against: list[str], model: str, size: int, physical: int, device: torch.device = CPU
+) -> dict[str, Step]:
+    """Steps by name, over when ``device`` is done; ``nonprivate``, ``opacus`` and ``bfloat16`` are several."""
     steps: dict[str, Step] = {}
     for name in against:
         if name == "nonprivate":
-            steps["nonprivate contiguous"] = _nonprivate(model, size, torch.contiguous_format)
-            steps["nonprivate channels-last"] = _nonprivate(model, size, torch.channels_last)
+            steps["nonprivate contiguous"] = _nonprivate(model, size, device, torch.contiguous_format)
+            steps["nonprivate channels-last"] = _nonprivate(model, size, device, torch.channels_last)
         elif name == "opacus":
-            steps |= {f"opacus {mode}": _opacus(model, size, mode) for mode in OPACUS_MODES}
+            steps |= {f"opacus {mode}": _opacus(model, size, device, mode) for mode in OPACUS_MODES}
         elif name == "bfloat16":
-            steps |= {f"nonprivate {name}": _nonprivate(model, size, torch.channels_last, narrow=True)}
-            steps |= {f"planned {name}": _engine("planned", model, size, physical, precision=name)}
+            steps |= {f"nonprivate {name}": _nonprivate(model, size, device, torch.channels_last, narrow=True)}
+            steps |= {f"planned {name}": _engine("planned", model, size, physical, device, precision=name)}
         elif name in ("dp-sgd", "dp-sat"):
-            steps[name] = _optimizer_step(name, model, size, physical)
+            steps[name] = _optimizer_step(name, model, size, physical, device)
         else:
-            steps[name] = _engine(name, model, size, physical)
-    return steps
+            steps[name] = _engine(name, model, size, physical, device)
+    return {name: _finished(step, device) for name, step in steps.items()}
 
 
-def _nonprivate(model: str, size: int, memory_format: torch.memory_format, narrow: bool = False) -> Step:
-    module = build(model).to(memory_format=memory_format)
-    inputs, targets = batch(size)
+def _finished(step: Step, device: torch.device) -> Step:
+    def whole() -> None:
+        step()
+        finish(device)
+
+    return whole
+
+
+def _nonprivate(
+    model: str, size: int, device: torch.device, memory_format: torch.memory_format, narrow: bool = False
+) -> Step:
+    module = build(model, device).to(memory_format=memory_format)
+    inputs, targets = batch(size, device)
     inputs = inputs.contiguous(memory_format=memory_format)
     params = list(module.parameters())
 
     def step() -> object:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
             outputs = module(inputs)
         return torch.autograd.grad(functional.cross_entropy(outputs.float(), targets), params)
 
     return step
 
 
-def _engine(engine: str, model: str, size: int, physical: int, precision: str = "float32") -> Step:
-    module, data = build(model), batch(size)
+def _engine(
+    engine: str, model: str, size: int, physical: int, device: torch.device, precision: str = "float32"
+) -> Step:
+    module, data = build(model, device), batch(size, device)
     loss, params, clipping = (
         ModelLoss(module, precision=precision),
         trainable(module),
@@ -97,9 +111,9 @@ def _engine(engine: str, model: str, size: int, physical: int, precision: str = 
     return lambda: clipped_gradient_sum(loss, params, data, clipping, engine=engine, physical_batch_size=physical)
 
 
-def _optimizer_step(name: str, model: str, size: int, physical: int) -> Step:
+def _optimizer_step(name: str, model: str, size: int, physical: int, device: torch.device) -> Step:
     """A whole private step, noise and update included."""
-    module, data = build(model), batch(size)
+    module, data = build(model, device), batch(size, device)
     loss, params, clipping = ModelLoss(module), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
     base = DPSGD(lr=0.1, momentum=0.9)
     optimizer = DPSAT(base=base, rho=0.03) if name == "dp-sat" else base
@@ -116,12 +130,12 @@ def _optimizer_step(name: str, model: str, size: int, physical: int) -> Step:
     return step
 
 
-def _opacus(model: str, size: int, mode: str) -> Step:
+def _opacus(model: str, size: int, device: torch.device, mode: str) -> Step:
     """Backward pass and clipped sum as ``PrivacyEngine.make_private`` sets them up, without noise and update."""
     from opacus import PrivacyEngine
 
     warnings.filterwarnings("ignore")
-    module, data = build(model), batch(size)
+    module, data = build(model, device), batch(size, device)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=size)
     made = PrivacyEngine().make_private(
         module=module,

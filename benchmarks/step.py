@@ -3,6 +3,9 @@
 Contestants take turns, on one core, allocator tuned, so that whatever else the machine does meets them alike. Seconds
 are the processor's, which on one thread are those of an idle machine's wall; what waits for the processor adds none.
 Peak memory is that of a process of its own: what one step adds to the resident set.
+
+With ``--device cuda`` seconds are the wall's, until the card is done, and memory is what torch has of the card; all
+contestants compute in full float32 (but for bfloat16), as a run does.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contestants import Step, contestants
+from fed_dpsat.placement import exact, is_card, require, torch_device
 from fed_dpsat.process import tune_allocator
 
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -28,20 +32,22 @@ Row = dict[str, str | int | float | None]
 def main() -> None:
     """Parse, measure, print."""
     args = _arguments()
+    require(args.device)
     tune_allocator()
     torch.set_num_threads(1)
-    if args.peak:
-        print(_peak_mb(args.peak, args.model[0], args.batch[0], args.physical))
-        return
-    rows = [row for model in args.model for size in args.batch for row in _measure(args, model, size)]
+    with exact(torch_device(args.device)):
+        if args.peak:
+            print(_peak_mb(args.peak, args.model[0], args.batch[0], args.physical, torch_device(args.device)))
+            return
+        rows = [row for model in args.model for size in args.batch for row in _measure(args, model, size)]
     print(json.dumps(rows, indent=1) if args.json else _table(rows))
 
 
 def _measure(args: argparse.Namespace, model: str, size: int) -> list[Row]:
     names = list(dict.fromkeys([*args.against, "nonprivate", *args.engine]))
-    steps = contestants(names, model, size, args.physical)
+    steps = contestants(names, model, size, args.physical, torch_device(args.device))
     failed = {name for name, step in steps.items() if not _works(name, step)}
-    clock = CLOCKS[args.clock]
+    clock = CLOCKS[args.clock or ("cpu" if args.device == "cpu" else "wall")]
     times: dict[str, list[float]] = {name: [] for name in steps if name not in failed}
     for _ in range(args.repeats):
         for name in times:
@@ -57,7 +63,7 @@ def _measure(args: argparse.Namespace, model: str, size: int) -> list[Row]:
             "batch": size,
             "median_seconds": round(median, 5),
             "ratio_to_nonprivate": round(median / plain, 3),
-            "peak_mb": _peak_in_a_process(name, model, size, args.physical) if args.memory else None,
+            "peak_mb": _peak_in_a_process(name, model, size, args) if args.memory else None,
         }
         for name, median in medians.items()
     ]
@@ -74,15 +80,21 @@ def _works(name: str, step: Step) -> bool:
     return True
 
 
-def _peak_in_a_process(name: str, model: str, size: int, physical: int) -> float:
+def _peak_in_a_process(name: str, model: str, size: int, args: argparse.Namespace) -> float:
     command = [sys.executable, "-m", "benchmarks.step", "--peak", name, "--model", model, "--batch", str(size)]
-    done = subprocess.run([*command, "--physical", str(physical)], capture_output=True, text=True, check=True)
+    command += ["--physical", str(args.physical), "--device", args.device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def _peak_mb(name: str, model: str, size: int, physical: int) -> float:
+def _peak_mb(name: str, model: str, size: int, physical: int, device: torch.device) -> float:
     first, _, second = name.partition(" ")
-    step = contestants([second if second == "bfloat16" else first], model, size, physical)[name]
+    step = contestants([second if second == "bfloat16" else first], model, size, physical, device)[name]
+    if is_card(device):
+        held = torch.cuda.memory_allocated(device)
+        step()
+        step()
+        return round((torch.cuda.max_memory_allocated(device) - held) / 2**20, 1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here, not from the parent process's
     before = _status_mb("VmRSS")
     step()
@@ -121,7 +133,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--physical", type=int, default=128, help="physical_batch_size")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="seconds of this process's one thread, or wall")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N")
+    parser.add_argument("--clock", choices=CLOCKS, help="seconds of this process's one thread (on the CPU), or wall")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak", help=argparse.SUPPRESS)

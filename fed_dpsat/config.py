@@ -24,6 +24,7 @@ MACHINE = frozenset(
     {
         "workers",
         "ray_address",
+        "gpus_per_worker",
         "tune_malloc",
         "out",
         "resume",
@@ -250,6 +251,14 @@ class RunConfig:
     ray_address: str = _setting(
         "", "Ray cluster to join and leave running, host:port or auto; by default one is started for the run"
     )
+    device: str = _setting(
+        "cpu",
+        "device of model and batches: cpu, cuda, cuda:N, or auto (cuda where there is a card, else cpu); the last bits "
+        "of results depend on it",
+    )
+    gpus_per_worker: float = _setting(
+        0.0, "share of a card that each Ray worker takes: at 0.25 four workers share one", least=0, most=1
+    )
     threads_per_client: int = _setting(1, "number of intra-op threads of a client; results depend on it", least=1)
     stack_clients: int = _setting(
         1,
@@ -308,6 +317,7 @@ class RunConfig:
             fail("dropout_rate", "in [0, 1)", "nobody would ever reply")
         if self.ray_address and not self.workers:
             fail("workers", f"enough for ray_address={self.ray_address!r}", "say how many of its CPUs to use")
+        self._check_device(fail)
         if self.momentum >= 1:
             fail("momentum", "in [0, 1)", "0.9 is usual")
         if self.private and self.budget_mode == "retire" and self.noise_multiplier == 0:
@@ -352,6 +362,24 @@ class RunConfig:
                 "max_rounds_per_client",
                 f"enough for num_rounds={self.num_rounds} of {self.buffer_size or self.cohort_size} clients",
                 "raise it, or ask fewer clients per round",
+            )
+
+    def _check_device(self, fail: Callable[[str, str, str], None]) -> None:
+        """Ray decides which card a worker sees, if any, and each worker sees it as its first."""
+        kind, _, number = self.device.partition(":")
+        if self.device not in ("cpu", "cuda", "auto") and not (kind == "cuda" and number.isdecimal()):
+            fail("device", "one of cpu, cuda, cuda:N, auto", "cuda:1 is the second card")
+        if self.gpus_per_worker and not self.workers:
+            fail("gpus_per_worker", "possible with workers=0", "set it to 0, or workers above 0")
+        if self.gpus_per_worker and self.device == "cpu":
+            fail("gpus_per_worker", "possible with device='cpu'", "set it to 0, or device=cuda")
+        if self.workers and number:
+            fail("device", f"possible with workers={self.workers}", "Ray gives out the cards: set device=cuda")
+        if self.workers and self.device == "cuda" and not self.gpus_per_worker:
+            fail(
+                "gpus_per_worker",
+                f"enough for device='cuda' with workers={self.workers}: Ray would give them none",
+                "set gpus_per_worker=0.25 for four workers on each card, 1 for one",
             )
 
     def _check_client_unit(self, fail: Callable[[str, str, str], None]) -> None:

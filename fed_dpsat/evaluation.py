@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.params import Params
+from fed_dpsat.placement import device_of, exact, moved
 
 Predictions = list[tuple[Tensor, Tensor]]
 """``(logits[B, K], labels[B])``, batch by batch."""
@@ -81,14 +82,15 @@ class Quality:
 
 
 def predict(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Predictions:
-    """``(logits[B, K], labels[B])`` of each batch, in order, in evaluation mode."""
-    was_training = module.training
+    """``(logits[B, K], labels[B])`` of each batch, in order, in evaluation mode, where ``module`` is."""
+    device = device_of(module)
+    params, was_training = moved(params, device), module.training
     module.eval()
     found = []
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), exact(device):
             for indices in torch.split(torch.arange(len(examples)), batch_size):
-                inputs, labels = examples.batch(indices)
+                inputs, labels = examples.batch(indices, device)
                 found.append((functional_call(module, params, (inputs,)), labels))
     finally:
         module.train(was_training)

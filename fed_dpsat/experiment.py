@@ -31,6 +31,7 @@ from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
 from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.personal import PERSONAL, deal_test, only, personal_names, without
+from fed_dpsat.placement import CPU, decided, device_of, is_card, module_on, moved, moved_state, torch_device
 from fed_dpsat.plans import read_table
 from fed_dpsat.privacy import PrivacyEvent
 from fed_dpsat.privacy.event import CLIENTS
@@ -97,6 +98,7 @@ class Start:
 class Experiment:
     """The objects of a run. Clients and server build the same ones from the same configuration.
 
+    The model is where it is computed with; parameters and states come from the CPU and go there.
     ``named`` says that every object came from a name in it, so that another process can build them too. ``attackers``
     train on labels of their own in ``dataset``, and forge what they send. ``personal`` names the parameters that stay
     on the client.
@@ -126,8 +128,10 @@ class Experiment:
     ) -> Experiment:
         """From the names in ``config``; an object that is given stands in for its name.
 
-        Raises ``SettingError``, ``PluginError`` or ``DataError`` before any client is asked.
+        The model is moved to ``config.device``. Raises ``SettingError``, ``PluginError`` or ``DataError`` before any
+        client is asked.
         """
+        config = decided(config)
         named = dataset is None and model is None and optimizer is None and clipping is None
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
         settings["steps_per_round"] = config.steps_per_round
@@ -161,7 +165,7 @@ class Experiment:
             config=config,
             dataset=attackers.poisoned(dataset, partitions) if attackers else dataset,
             partitions=partitions,
-            loss_fn=ModelLoss(model, precision=config.precision),
+            loss_fn=ModelLoss(module_on(model, torch_device(config.device)), precision=config.precision),
             optimizer=optimizer,
             clipping=clipping,
             budgets=[row.target_epsilon for row in read_table(config)],
@@ -173,7 +177,12 @@ class Experiment:
 
     def trained(self, round: int) -> Params:
         """What is trained in ``round``, by its initial values."""
-        return {name: p.detach().clone() for name, p in self._trained(round).items()}
+        return {name: p.detach().to(CPU, copy=True) for name, p in self._trained(round).items()}
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.loss_fn.module)
 
     def _trained(self, round: int) -> dict[str, nn.Parameter]:
         later = self.start.later_names if 0 < self.config.unfreeze_round <= round else ()
@@ -188,7 +197,8 @@ class Experiment:
         """A client's model: the ``shared`` part and its own, kept in ``state`` or else the initial one."""
         if not self.personal:
             return shared
-        initial = self.trained(1)  # with personal layers, what is trained stays the same
+        # with personal layers, what is trained stays the same
+        initial = moved(self.trained(1), device_of(shared))
         own = (state or {}).get(PERSONAL, only(initial, self.personal))
         return {name: own[name] if name in self.personal else shared[name] for name in initial}
 
@@ -276,12 +286,15 @@ class Experiment:
         rule or optimizer that cannot be stacked, which the log says once. Raises what ``client_round`` raises.
         """
         groups: dict[Hashable, list[int]] = {}
-        members = [self._member(request) for request in requests]
+        placed = self._placed(requests)
+        members = [self._member(request) for request in placed]
         for i, (request, member) in enumerate(zip(requests, members, strict=True)):
             groups.setdefault(self._kind(request, member), []).append(i)
         results: dict[int, LocalResult] = {}
         for group in groups.values():
-            together = self._together([requests[i] for i in group], [members[i] for i in group])
+            together = self._together(
+                [requests[i] for i in group], [placed[i] for i in group], [members[i] for i in group]
+            )
             results |= zip(group, together, strict=True)
         return [results[i] for i in range(len(requests))]
 
@@ -290,8 +303,10 @@ class Experiment:
             return request.client
         return request.task.local_steps, request.proximal_mu, id(request.params), alike(member.state)
 
-    def _together(self, requests: Sequence[Request], members: Sequence[Member]) -> list[LocalResult]:
-        first, config = requests[0], self.config
+    def _together(
+        self, requests: Sequence[Request], placed: Sequence[Request], members: Sequence[Member]
+    ) -> list[LocalResult]:
+        first, config = placed[0], self.config
         if len(requests) > 1:
             try:
                 if config.engine not in STACKING_ENGINES:
@@ -307,7 +322,7 @@ class Experiment:
                     local_steps=first.task.local_steps,
                     physical_batch_size=config.physical_batch_size,
                 )
-                return [self._to_send(*pair) for pair in zip(requests, results, strict=True)]
+                return [self._to_send(*pair) for pair in zip(placed, results, strict=True)]
             except Unstackable as unstackable:
                 _say_once(str(unstackable))
         return [self.client_round(**vars(request)) for request in requests]
@@ -321,7 +336,7 @@ class Experiment:
         server_ascent: Params | None,
         proximal_mu: float,
     ) -> LocalResult:
-        request = Request(
+        asked = Request(
             client=client,
             task=task,
             params=params,
@@ -329,12 +344,13 @@ class Experiment:
             server_ascent=server_ascent,
             proximal_mu=proximal_mu,
         )
+        (request,) = self._placed([asked])
         member = self._member(request)
         result = train_locally(
-            self.whole(params, state),
+            self.whole(request.params, request.state),
             member.batches,
             loss_fn=self.loss_fn,
-            optimizer=self._optimizer(params, proximal_mu),
+            optimizer=self._optimizer(request.params, proximal_mu),
             state=member.state,
             sampler=member.sampler,
             clipping=self.local_clipping,
@@ -344,22 +360,47 @@ class Experiment:
             engine=self.config.engine,
             physical_batch_size=self.config.physical_batch_size,
         )
+        sent = self._to_send(request, result)
         within = self.subspace(task.round)
         if isinstance(within, Coordinates):
-            within.check(laid_end_to_end(params), laid_end_to_end(result.params))
-        return self._to_send(request, result)
+            within.check(laid_end_to_end(params), laid_end_to_end(sent.params))
+        return sent
+
+    def _placed(self, requests: Sequence[Request]) -> list[Request]:
+        """``requests`` with their tensors on ``device``; those that share ``params`` still do."""
+        device, there = self.device, dict[int, Params]()
+        if not is_card(device):
+            return list(requests)
+        placed, names = [], {*self.start.names, *self.start.later_names}
+        for request in requests:
+            if id(request.params) not in there:
+                there[id(request.params)] = moved(request.params, device)
+            state, ascent = request.state, request.server_ascent
+            placed.append(
+                dataclasses.replace(
+                    request,
+                    params=there[id(request.params)],
+                    state=None if state is None else moved_state(state, names, device),
+                    server_ascent=None if ascent is None else moved(ascent, device),
+                )
+            )
+        return placed
 
     def _to_send(self, request: Request, result: LocalResult) -> LocalResult:
-        """``result`` without the client's own parameters, which its state keeps, and bounded as the unit wants it."""
+        """``result`` without the client's own parameters, which its state keeps, and bounded as the unit wants it.
+
+        On the CPU, where it was on the card.
+        """
+        params, state, event = result.params, result.state, result.event
         if self.personal:
-            state = {**result.state, PERSONAL: only(result.params, self.personal)}
-            result = dataclasses.replace(result, params=without(result.params, self.personal), state=state)
-        if self.config.privacy_unit == "example":
-            return result
-        params = client_level.bounded_model(
-            result.params, request.params, clip_norm=self.clipping.clip_norm, keep_share=self.config.keep_share
-        )
-        return dataclasses.replace(result, params=params, event=request.task.event)
+            params, state = without(params, self.personal), {**state, PERSONAL: only(params, self.personal)}
+        if self.config.privacy_unit == "client":
+            event = request.task.event
+            params = client_level.bounded_model(
+                params, request.params, clip_norm=self.clipping.clip_norm, keep_share=self.config.keep_share
+            )
+        state = {slot: moved(kept, CPU) for slot, kept in state.items()}
+        return dataclasses.replace(result, params=moved(params, CPU), state=state, event=event)
 
     def _optimizer(self, params: Params, proximal_mu: float) -> PrivateOptimizer:
         if not proximal_mu:
@@ -391,7 +432,7 @@ class Experiment:
             expected_batch_size=sampler.expected_batch_size,
         )
         return Member(
-            batches=lambda batch: self.dataset.train.batch(indices[batch]),
+            batches=lambda batch: self.dataset.train.batch(indices[batch], self.device),
             state=set_clock(state, (task.round - 1) * config.steps_per_round),
             sampler=sampler,
             mechanism=mechanism,

@@ -39,6 +39,7 @@ import torch
 from fed_dpsat.config import MACHINE, RunConfig
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.params import Params
+from fed_dpsat.placement import described
 
 PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
 
@@ -108,6 +109,7 @@ class RunFolder:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
+            "device": described(config.device),
             "packages": {name: version(name) for name in PACKAGES},
             "objects": list(objects),
         }

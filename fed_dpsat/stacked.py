@@ -36,6 +36,7 @@ from fed_dpsat.engines.finite import squared_norm_rows
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_noise
 from fed_dpsat.params import Params
+from fed_dpsat.placement import device_of, training_on
 from fed_dpsat.query import At, LossFn, Query, simplified
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.training import Batches, LocalResult, Streams, check_bound, check_rows
@@ -91,7 +92,7 @@ def train_stacked(
     stack = {name: own[name] if name in own else p.expand(count, *p.shape) for name, p in params.items()}
     state = stacked_state([member.state for member in members])
     skipped = torch.zeros(count, dtype=torch.int64)
-    with torch.random.fork_rng(devices=[]):
+    with training_on(device_of(params)):
         draws = _Draws(members)
         steps = _Optimizer(optimizer, draws)
         for _ in range(local_steps):

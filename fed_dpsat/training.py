@@ -16,6 +16,7 @@ from fed_dpsat.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, de
 from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_noise
 from fed_dpsat.params import Params
 from fed_dpsat.per_example import LossFn, clipped_gradient_sum
+from fed_dpsat.placement import device_of, seed, training_on
 from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.query import spread
 from fed_dpsat.sampling import PoissonSampler
@@ -85,7 +86,8 @@ def train_locally(
 ) -> LocalResult:
     """``local_steps`` private steps from ``params``; each is one event of ``mechanism``, empty batch or not.
 
-    The data is touched through ``batches`` alone, and only the clipped sum is made of it. Raises ``SettingError``
+    All is computed where ``params`` are. The data is touched through ``batches`` alone, and only the clipped sum is
+    made of it. Raises ``SettingError``
     for a mechanism whose noise is scaled to another bound than ``clipping`` keeps, or batches with more rows than
     examples: either would cost more than the event says.
     """
@@ -95,9 +97,9 @@ def train_locally(
     clip_norm = float(state[CLIPPING_SLOT]["clip_norm"]) if CLIPPING_SLOT in state else clipping.clip_norm
     rule, of_gradient, of_count = clipping, mechanism, mechanism
     nonfinite = 0
-    with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed, which without a GPU queues a call for one, with its stack, at each client
-        torch.default_generator.manual_seed(streams.torch_seed())
+    device = device_of(params)
+    with training_on(device):
+        seed(device, streams.torch_seed())
         for indices in sampler.batches(local_steps, sampling):
             batch = batches(indices)
             check_rows(batch, indices)

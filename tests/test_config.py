@@ -64,6 +64,10 @@ def test_every_setting_says_what_it_is():
         ("accountant=pdl", ["accountant='pdl'", "did you mean pld"]),
         ("ascent_memory=none", ["ascent_memory='none'", "client, server, zero"]),
         ("workers=-1", ["workers=-1", "at least 0"]),
+        ("device=gpu", ["device='gpu'", "cpu, cuda, cuda:N, auto"]),
+        ("device=cuda:-1", ["device='cuda:-1'", "cuda:N"]),
+        ("gpus_per_worker=0.5", ["gpus_per_worker=0.5", "workers=0"]),
+        ("gpus_per_worker=2", ["gpus_per_worker=2", "at most 1"]),
         ("lr", ["--set='lr'", "key=value"]),
     ],
 )
@@ -73,6 +77,20 @@ def test_bad_settings_name_key_value_bound_and_remedy(override, words):
     text = str(caught.value)
     assert all(word in text for word in words), text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus_per_worker", "words"),
+    [
+        ("cuda", 0.0, "gpus_per_worker=0.0 is not enough for device='cuda' with workers=2: Ray would give them none"),
+        ("cpu", 0.5, "gpus_per_worker=0.5 is not possible with device='cpu'"),
+        ("cuda:1", 0.5, "device='cuda:1' is not possible with workers=2"),
+    ],
+)
+def test_cards_of_workers_are_rays_to_give(device, gpus_per_worker, words):
+    with pytest.raises(SettingError, match=words):
+        RunConfig(**GOOD, workers=2, device=device, gpus_per_worker=gpus_per_worker)
+    RunConfig(**GOOD, workers=2, device="cuda", gpus_per_worker=0.5)
 
 
 def test_a_broken_or_missing_file_is_named(tmp_path):

@@ -39,6 +39,7 @@ def test_what_is_written_can_be_read(tmp_path):
     folder.close({"epsilon": math.inf})
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"epsilon": "inf"}
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["device"] == "cpu"
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
 
 

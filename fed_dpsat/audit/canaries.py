@@ -130,8 +130,9 @@ def audit_one_run(
 
 
 def one_process(config: RunConfig) -> RunConfig:
-    """``config`` for clients that train one after the other here, where they can be watched."""
-    return dataclasses.replace(config, workers=0, stack_clients=1, ray_address="", out="", resume=False, profile=False)
+    """``config`` for clients that train one after the other here, on the CPU, where they can be watched."""
+    here: dict[str, Any] = {"workers": 0, "ray_address": "", "gpus_per_worker": 0.0, "device": "cpu"}
+    return dataclasses.replace(config, **here, stack_clients=1, out="", resume=False, profile=False)
 
 
 def check_unit(config: RunConfig) -> None:

@@ -50,20 +50,21 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised ``(inputs[B, C, ...] float32, labels[B])`` of ``indices[B]`` (int64).
+    def batch(self, indices: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Normalised ``(inputs[B, C, ...] float32, labels[B])`` of ``indices[B]`` (int64), on ``device`` or as stored.
 
         ``(x / 255 - mean) / std`` per channel for uint8, ``(x - mean) / std`` for float32. The result is a
         fresh copy. The empty index gives the empty batch; one below 0 or at N or above, an ``IndexError``.
         """
         per_channel = [-1] + [1] * (self.inputs.ndim - 2)
-        device = self.inputs.device
-        rows = self.inputs.index_select(0, indices).to(torch.float32)
+        device = device or self.inputs.device
+        # moved as it is stored, a quarter of the bytes
+        rows = self.inputs.index_select(0, indices).to(device).to(torch.float32)
         if self.inputs.dtype == torch.uint8:
             rows /= 255
         rows -= torch.tensor(self.mean, device=device).view(per_channel)
         rows /= torch.tensor(self.std, device=device).view(per_channel)
-        return rows, self.labels.index_select(0, indices)
+        return rows, self.labels.index_select(0, indices).to(device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -221,6 +221,8 @@ _LOCAL: dict[str, Any] = {
     "max_rounds_per_client": 0,
     "min_clients": 1,
     "workers": 0,
+    "gpus_per_worker": 0.0,
+    "device": "cpu",
 }
 """Settings that are the server's own business. A path of a server's is never opened here."""
 

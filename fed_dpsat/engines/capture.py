@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fed_dpsat.engines.contribution import Contribution, Unplanned
+from fed_dpsat.placement import is_card
 
 NARROW = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 """Layers that compute in the dtype of ``torch.autocast``, where that is on; contributions are in float32 even so."""
@@ -88,6 +89,8 @@ class Capture(TorchFunctionMode):
         x, device = call.x, call.x.device.type
         if call.name in NARROW and x.is_floating_point() and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
+        elif call.name not in NARROW and call.weight is not None and x.is_floating_point() and is_card(x.device):
+            x = x.to(call.weight.dtype)  # CUDA's norms take one type, where the CPU's take two
         with torch.autocast(device, enabled=False):
             return _Planned.apply(self.tape, held, self.anchor, x)  # type: ignore[no-untyped-call]
 

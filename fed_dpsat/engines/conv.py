@@ -27,6 +27,7 @@ from fed_dpsat.engines.finite import filter_squares
 from fed_dpsat.engines.formats import alike, dense, is_channels_last, laid_out, unset
 from fed_dpsat.engines.linear import Roles
 from fed_dpsat.engines.product import gram, gram_norms, product
+from fed_dpsat.placement import bytes_at_once
 
 ABREAST_BYTES, ABREAST_CHANNELS = 1_800_000, 512
 PATCHES_BYTES = 1_200_000
@@ -114,12 +115,14 @@ class Convolution:
         return _rows(replace(self, derived=False), x, grad, x, None).rows()
 
 
-def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool) -> str:
+def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool, card: bool = False) -> str:
     """The cheapest strategy by a count of multiplications: the same on all machines with the same vectors.
 
     Weights were fitted to times on one core with AVX-512, and on one with AVX2; ``fed-dpsat plan`` shows times beside
-    choices.
+    choices. A ``card`` works on all examples at once: there it is ``rows``, or ``product`` where that multiplies less.
     """
+    if card and (len(sides) != 2 or geometry.groups > 1):
+        return "rows"
     if len(sides) != 2:
         return "single" if geometry.groups > 1 else "rows"
     if geometry.groups > 1:
@@ -127,6 +130,8 @@ def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool) -> s
     out, inputs, kernel = geometry.shape[0], geometry.shape[1], math.prod(geometry.kernel)
     positions, weights = math.prod(geometry.positions(sides)), out * inputs * kernel
     ordinary = positions * weights
+    if card:
+        return "product" if patches.gram_cost(geometry, sides) + positions**2 * (out + 80) < ordinary else "rows"
     if NARROW_VECTORS and kernel > 1:
         spread = channels_last or inputs < FEW_CHANNELS
         rows = 0.8 * ordinary + 18 * positions * inputs * kernel + 55 * weights
@@ -180,7 +185,7 @@ def _rows(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Ten
     spread = patches.windows_by_plane(g, x) if by_plane else patches.windows(g, x)
     outputs = grad.flatten(2).view(batch, groups, out, -1) if groups > 1 else grad.flatten(2)[:, None]
     positions = outputs.shape[-1]
-    few = max(1, PATCHES_BYTES // (groups * positions * depth * x.element_size()))
+    few = max(1, bytes_at_once(x.device, PATCHES_BYTES) // (groups * positions * depth * x.element_size()))
     data = wide(grad.new_empty(0)).new_empty(batch, groups * out, depth)
     filter_rows = wide(weight if by_plane else weight.movedim(1, -1)).flatten(1) if layer.derived else None
     shape = (depth, positions) if by_plane else (positions, depth)
@@ -250,7 +255,7 @@ def _summary(data: Tensor, filter_rows: Tensor | None) -> tuple[Tensor, tuple[Te
 
 def _abreast(geometry: Geometry, x: Tensor, grad: Tensor) -> int:
     """How many examples side by side: their pixels stay within reach of one another, and all of them in the cache."""
-    fit = ABREAST_BYTES // ((x[0].numel() + grad[0].numel()) * x.element_size())
+    fit = bytes_at_once(x.device, ABREAST_BYTES) // ((x[0].numel() + grad[0].numel()) * x.element_size())
     if geometry.shape[1] > 1:
         most = ABREAST_CHANNELS if is_channels_last(x) else 2 * ABREAST_CHANNELS
         fit = min(fit, most // max(x.shape[1], grad.shape[1]))

@@ -1,21 +1,26 @@
-"""Memory formats: whether the channels of an image lie side by side (channels last) or each in its own plane."""
+"""Memory formats: whether the channels of an image lie side by side (channels last) or each in its own plane.
+
+On a card they have planes: CUDA's GroupNorm takes nothing else.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fed_dpsat.placement import is_card
+
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: Tensor) -> bool:
     """By the stride of the channels ``x[B, C, *]``, which says it also where there is but one."""
-    return x.ndim in FORMATS and x.stride(1) == 1
+    return x.ndim in FORMATS and x.stride(1) == 1 and not is_card(x.device)
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
     """``x[B, C, *]`` in one format or the other, so that ``is_channels_last`` says so; itself if it is already."""
-    if not channels_last or x.ndim not in FORMATS:
+    if not channels_last or x.ndim not in FORMATS or is_card(x.device):
         return x.contiguous()
     if x.is_contiguous(memory_format=FORMATS[x.ndim]) and is_channels_last(x):
         return x

@@ -15,6 +15,7 @@ from torch import Tensor
 from fed_dpsat.engines.contribution import Rows, wide
 from fed_dpsat.engines.formats import alike, dense, is_channels_last
 from fed_dpsat.engines.linear import Roles
+from fed_dpsat.placement import bytes_at_once
 
 FEW_BYTES, LEAST_RUN = 1_000_000, 64
 
@@ -81,7 +82,7 @@ class GroupNorm:
         means, rstds = mean.view(batch, self.groups, 1), rstd.view(batch, self.groups, 1)
         weights, size = weight.view(1, self.groups, -1), x[0].numel() // self.groups
         sums = inputs.new_empty(2, batch, channels)
-        few = max(1, FEW_BYTES // (x[0].numel() * x.element_size()))
+        few = max(1, bytes_at_once(x.device, FEW_BYTES) // (x[0].numel() * x.element_size()))
         for i in range(0, batch, few):
             some, slopes, out = inputs[i : i + few], outputs[i : i + few], found[i : i + few]
             torch.mul(some, slopes, out=out)

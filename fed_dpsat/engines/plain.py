@@ -11,6 +11,7 @@ from fed_dpsat.clipping import ClippingRule, FlatClipping
 from fed_dpsat.engines.call import modules
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.params import Params
+from fed_dpsat.placement import generator_states, rewind
 from fed_dpsat.query import At, LossFn, as_query, compact
 
 
@@ -24,14 +25,14 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) ->
 
     Weights whose absolute values add up to more than 1 could make an example's finite gradients overflow.
     """
-    query, state = as_query(at), torch.get_rng_state()
+    query, states = as_query(at), generator_states(inputs.device)
     if query.loss or math.fsum(abs(weight) for weight, _ in query.points) > 1 + 1e-9:
         return None
     total: Params = {}
     for weight, point in query.points:
         found = plain_sum(loss_fn, point, inputs, targets)
         if found is None:
-            torch.set_rng_state(state)
+            rewind(inputs.device, states)
             return None
         for name, g in compact(query, found).items():
             total[name] = torch.add(total[name], g, alpha=weight) if name in total else g * weight
@@ -39,11 +40,11 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) ->
 
 
 def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Params | None:
-    """Sum of gradients over ``inputs[B, ...]``; None, and torch's generator as before, where it is not finite.
+    """Sum of gradients over ``inputs[B, ...]``; None, and torch's generators as before, where it is not finite.
 
     inf and NaN never cancel in a sum, so a finite one has no example to drop. Else the examples have to be looked at.
     """
-    state = torch.get_rng_state()
+    states = generator_states(inputs.device)
     if inputs.ndim > 4:
         inputs = inputs.contiguous()  # torch's GroupNorm crashes on volumes whose channels are last
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -57,7 +58,7 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) 
             return {name: torch.zeros_like(p) for name, p in params.items()}
         found = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)[: len(leaves)]
     if not bool(torch.stack([gradient.sum() for gradient in found]).isfinite().all()):
-        torch.set_rng_state(state)
+        rewind(inputs.device, states)
         return None
     return dict(zip(params, found, strict=True))
 

@@ -22,6 +22,7 @@ from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.probe import ask
 from fed_dpsat.engines.routes import ROUTES
 from fed_dpsat.params import trainable
+from fed_dpsat.placement import device_of, finish, training_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +45,16 @@ def plan_table(
     ``timed`` runs every strategy that fits a layer ``repeats`` times and keeps the median: norms and weighted sum.
     """
     loss, params = ModelLoss(module, _any_loss), trainable(module)
-    inputs = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-    targets = torch.zeros(batch)
+    device = device_of(module)
+    inputs = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.zeros(batch, device=device)
     answer = ask(loss, params, inputs, targets)
     if answer.refusal:
         return [], answer.refusal
     inputs = laid_out(inputs, answer.channels_last)
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     tape = Tape(keep_calls=True)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), Capture(tape, ROUTES, batch):
+    with training_on(device), torch.enable_grad(), Capture(tape, ROUTES, batch):
         loss(leaves, inputs, targets)
     names = {id(leaf): name for name, leaf in leaves.items()}
     return [_row(call, names, repeats if timed else 0) for call in tape.calls], ""
@@ -102,12 +104,13 @@ def _alternatives(call: Call) -> dict[str, Callable[[], Any]]:
     x, w = call.x.detach(), weight.detach()
     with torch.no_grad():
         out, saved = layer.forward(x, w, None)
-    factors = torch.ones(len(x))
+    factors = torch.ones(len(x), device=x.device)
 
     def step(strategy: str) -> None:
         found = replace(layer, strategy=strategy).backward(out, w, saved, False, ("weight",))[1]["weight"]
         found.squared_norms()
         found.weighted_sum(factors, None)
+        finish(x.device)
 
     return {strategy: lambda strategy=strategy: step(strategy) for strategy in strategies}  # type: ignore[misc]
 

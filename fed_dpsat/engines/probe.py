@@ -25,6 +25,7 @@ from fed_dpsat.engines.norm import GroupNorm
 from fed_dpsat.engines.routes import ROUTES
 from fed_dpsat.engines.watch import Watch
 from fed_dpsat.params import Params
+from fed_dpsat.placement import seed, training_on
 
 Key = tuple[object, ...]
 
@@ -60,12 +61,11 @@ def ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> 
 
 
 def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Answer:
-    devices = [inputs.device] if inputs.is_cuda else []
     loss_fn = replace(loss_fn, precision="float32")  # what mixes does so at any precision; rounding must not hide it
     last = True
     try:
         for batch in (2, 3):
-            with torch.random.fork_rng(devices=devices):
+            with training_on(inputs.device):
                 last = _probe(loss_fn, params, _made_up(inputs, batch, 0), _made_up(targets, batch, 0) * 0)
     except Unplanned as reason:
         return Answer(str(reason))
@@ -78,7 +78,7 @@ def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     tape = Tape(keep_calls=True)
     with torch.enable_grad():
-        torch.manual_seed(0)
+        seed(inputs.device, 0)
         capture = Watch(tape, ROUTES, inputs, targets)
         with capture:
             losses = loss_fn(leaves, inputs, targets)
@@ -93,7 +93,7 @@ def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
                 raise Unplanned(f"a gradient leaves the place of its example in the batch: {MAY_MIX}")
         others = _made_up(inputs, len(inputs), 1)
         others[1] = inputs[1]
-        torch.manual_seed(0)
+        seed(inputs.device, 0)
         with Capture(Tape(), ROUTES, len(inputs)):
             again = loss_fn(leaves, others, targets)
     if not torch.allclose(losses[1], again[1], rtol=1e-3, atol=1e-4, equal_nan=True):
@@ -124,10 +124,10 @@ def _suits_channels_last(calls: list[Call], functions: set[object]) -> bool:
     return last <= planes
 
 
-def _made_up(like: Tensor, batch: int, seed: int) -> Tensor:
+def _made_up(like: Tensor, batch: int, drawn: int) -> Tensor:
     """``[batch, *like.shape[1:]]``: small numbers, or zeros where only whole numbers fit."""
     shape = batch, *like.shape[1:]
     if not like.is_floating_point():
         return like.new_zeros(shape)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(drawn)
     return torch.randn(shape, generator=generator).to(like)

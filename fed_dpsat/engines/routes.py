@@ -16,6 +16,7 @@ from fed_dpsat.engines.contribution import Unplanned
 from fed_dpsat.engines.embedding import Embedding
 from fed_dpsat.engines.formats import is_channels_last
 from fed_dpsat.engines.norm import GroupNorm, LayerNorm
+from fed_dpsat.placement import is_card
 
 Size = int | tuple[int, ...] | list[int]
 
@@ -53,7 +54,8 @@ def _convolution(dimensions: int) -> Callable[..., Call]:
             dilation=dilations,
             groups=groups,
         )
-        strategy = conv.choose(geometry, tuple(input.shape[2:]), is_channels_last(input))
+        sides, card = tuple(input.shape[2:]), is_card(input.device)
+        strategy = conv.choose(geometry, sides, is_channels_last(input), card)
         layer = conv.Convolution(geometry=geometry, strategy=strategy, derived=not weight.is_leaf)
         return Call(name=name, layer=layer, x=input, weight=weight, bias=bias)
 

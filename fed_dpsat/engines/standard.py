@@ -120,7 +120,7 @@ def _of_part(held: Rows, gain: Tensor, f: Filters) -> tuple[Tensor, Tensor, Tens
         squares, sums, along = held.filters
         return squares, sums, along / gain
     data = held.data.reshape(len(held.data), len(f.u), -1)  # both layouts have the filter first
-    places = held.to_shape(torch.arange(data[0].numel()).view(1, *held.data.shape[1:])).flatten()
+    places = held.to_shape(torch.arange(data[0].numel(), device=data.device).view(1, *held.data.shape[1:])).flatten()
     u = data.new_empty(data[0].numel())
     u[places] = f.u.flatten()
     u = u.view(data.shape[1:])

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fed_dpsat.engines.capture import ATTENTION, Capture, Tape
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
+from fed_dpsat.placement import generator_states, rewind
 
 ABOUT = frozenset(
     {"size", "dim", "numel", "__len__", "is_floating_point", "is_complex", "is_contiguous", "stride", "element_size"}
@@ -34,6 +35,7 @@ class Watch(Capture):
         super().__init__(tape, plan, len(inputs))
         self._batched: dict[int, Tensor] = {id(inputs): inputs, id(targets): targets}
         self._batch_second: set[int] = set()
+        self._device = inputs.device
         self._keep: list[Tensor] = []  # so that no id is given away
         self._inside_layer = False
         self.functions: set[object] = set()
@@ -51,7 +53,7 @@ class Watch(Capture):
             return super().__torch_function__(func, types, args, kwargs)
         planned = func in self.plan or func is ATTENTION
         before = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in flat]
-        state = torch.get_rng_state()
+        states = generator_states(self._device)
         self._inside_layer = planned
         try:
             out = super().__torch_function__(func, types, args, kwargs)
@@ -75,7 +77,7 @@ class Watch(Capture):
                 raise Unplanned(f"{name} leaves the batch dimension: {MAY_MIX}")
             self._batched[id(leaf)] = leaf
         if not planned:  # the layers that are planned for are known to keep examples apart
-            self._check_rows(func, name, before, batched, structure, outs, state)
+            self._check_rows(func, name, before, batched, structure, outs, states)
         return out
 
     def _follows(self, leaf: Any) -> bool:
@@ -101,7 +103,7 @@ class Watch(Capture):
         batched: list[int],
         structure: Any,
         outs: list[Tensor],
-        state: Any,
+        states: tuple[Tensor, ...],
     ) -> None:
         """``func`` again, with rows other than row 1 replaced: row 1 of what it makes has to stay."""
         for index in batched:
@@ -111,12 +113,12 @@ class Watch(Capture):
             own = rows[1].clone()
             rows = before[index] = rows.flip(0) * -1.5 + 0.25
             rows[1] = own
-        now = torch.get_rng_state()
-        torch.set_rng_state(state)
+        now = generator_states(self._device)
+        rewind(self._device, states)
         with torch.no_grad(), torch._C.DisableTorchFunction():
             args, kwargs = tree_unflatten(before, structure)
             again = [leaf for leaf in tree_flatten(func(*args, **kwargs))[0] if leaf is not None]
-        torch.set_rng_state(now)
+        rewind(self._device, now)
         for first, second in zip(outs, again, strict=True):
             if not torch.allclose(first[1].detach(), second[1], rtol=1e-4, atol=1e-6, equal_nan=True):
                 raise Unplanned(f"{name} feels other rows of the batch: {MAY_MIX}")

@@ -49,7 +49,7 @@ class DPlis:
         return self.base.init(params)
 
     def query_point(self, params: Params, state: State) -> At:
-        """``draws`` points around where ``base`` looks, from torch's generator, which the loop seeds."""
+        """``draws`` points around where ``base`` looks, from torch's CPU generator, which the loop seeds."""
         at = self.base.query_point(params, state)
         if self.radius == 0:
             return at
@@ -61,7 +61,8 @@ class DPlis:
         return self.base.update(params, private_gradient, state)
 
     def _drawn(self, params: Params) -> Params:
-        return {name: torch.add(p, torch.randn_like(p), alpha=self.radius) for name, p in params.items()}
+        drawn = {name: torch.randn_like(p, device="cpu").to(p.device) for name, p in params.items()}
+        return {name: torch.add(p, drawn[name], alpha=self.radius) for name, p in params.items()}
 
 
 OPTIMIZERS = {"dplis": DPlis}

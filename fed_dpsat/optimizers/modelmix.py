@@ -56,7 +56,7 @@ class ModelMix:
         return self.base.query_point(params, state)
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
-        """The step of ``base`` from the mixture; draws one number per coordinate from torch's global generator."""
+        """The step of ``base`` from the mixture; draws one number per coordinate from torch's CPU generator."""
         start, previous = params, state.get(PREVIOUS)
         if previous is not None:
             step = int(state[CLOCK]["step"]) if CLOCK in state else 0
@@ -68,7 +68,7 @@ class ModelMix:
 
 def _mixed(w: Tensor, previous: Tensor, tau: float) -> Tensor:
     """A point between the two, coordinate by coordinate, after those that are close were moved apart."""
-    alpha = torch.rand_like(w)
+    alpha = torch.rand_like(w, device="cpu").to(w.device)
     mixed = torch.lerp(previous, w, alpha)
     if tau == 0:
         return mixed

@@ -120,4 +120,5 @@ def _backend(experiment: Experiment, client_app: ClientApp | None, folder: RunFo
         kept=kept,
         faults=faults,
         client_timeout=config.client_timeout,
+        gpus_per_worker=config.gpus_per_worker,
     )

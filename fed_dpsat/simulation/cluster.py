@@ -51,6 +51,8 @@ def explained() -> Iterator[None]:
         yield
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, RunError):
+            raise cause from error
         if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
             raise RunError(
                 "Ray's object store is full; it holds the model and the sums of a few blocks per worker: lower "

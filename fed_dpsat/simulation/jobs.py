@@ -27,8 +27,8 @@ class Done(Generic[Job, Value]):
 class Jobs:
     """Runs jobs on ``workers`` Ray workers that ``open_jobs`` has found or started; 0 is this process."""
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
+    def __init__(self, workers: int, gpus_per_worker: float = 0.0) -> None:
+        self._workers, self._gpus_per_worker = workers, gpus_per_worker
 
     def run(self, work: Callable[[Job], Value], jobs: Iterable[Job]) -> Iterator[Done[Job, Value]]:
         """``work`` of each job, as they end; they begin in order. What it raises, or its process's death, is an error.
@@ -43,7 +43,7 @@ class Jobs:
         import ray  # seconds to import: only who has workers pays
         from ray.exceptions import RayError
 
-        remote: Any = ray.remote(num_cpus=1, max_retries=0)(_attempt)
+        remote: Any = ray.remote(num_cpus=1, num_gpus=self._gpus_per_worker, max_retries=0)(_attempt)
         waiting, at_work = iter(jobs), dict[Any, Job]()
         while True:
             for job in islice(waiting, self._workers - len(at_work)):
@@ -60,8 +60,10 @@ class Jobs:
 
 
 @contextmanager
-def open_jobs(workers: int, address: str = "") -> Iterator[Jobs]:
+def open_jobs(workers: int, address: str = "", gpus_per_worker: float = 0.0) -> Iterator[Jobs]:
     """On ``workers`` Ray workers, of the cluster at ``address`` or of one that is started and ended here.
+
+    Each takes ``gpus_per_worker`` of a card.
 
     Raises ``SettingError`` for fewer than 0, ``RunError`` for an address where no Ray answers.
     """
@@ -74,7 +76,7 @@ def open_jobs(workers: int, address: str = "") -> Iterator[Jobs]:
 
     leave = connect(address, workers)
     try:
-        yield Jobs(workers)
+        yield Jobs(workers, gpus_per_worker)
     finally:
         leave()
 

@@ -56,7 +56,9 @@ PLENTY_PER_WORKER = 3
 
 
 class RayBackend:
-    """``num_workers`` processes with one CPU each; a Ray that already runs, or that ``address`` names, is left running.
+    """``num_workers`` processes with one CPU and ``gpus_per_worker`` cards each.
+
+    A Ray that already runs, or that ``address`` names, is left running.
 
     States are filed in ``state_folder``; ``kept`` says which to begin with. Raises ``RunError`` as ``Pool`` does.
     """
@@ -73,6 +75,7 @@ class RayBackend:
         kept: Mapping[int, int] | None = None,
         faults: Faults | None = None,
         client_timeout: float = 0.0,
+        gpus_per_worker: float = 0.0,
     ) -> None:
         self._own_folder = TemporaryDirectory(prefix="fed_dpsat-")
         folder = (state_folder or Path(self._own_folder.name)).absolute()  # a Ray that runs may have another directory
@@ -86,7 +89,7 @@ class RayBackend:
         try:
             with explained():
                 arguments = (ray.put(client_app), dict(run_config), num_nodes, folder, faults)
-                self._pool = Pool(num_workers, arguments, client_timeout)
+                self._pool = Pool(num_workers, arguments, client_timeout, gpus_per_worker)
         except BaseException:
             self._disconnect()
             raise

@@ -76,10 +76,15 @@ class Slot:
 
 
 class Pool:
-    """``num_workers`` workers made of ``arguments``. Raises ``RunError`` if none starts within a minute."""
+    """``num_workers`` workers made of ``arguments``, of one CPU and ``gpus_per_worker`` cards each.
 
-    def __init__(self, num_workers: int, arguments: tuple[Any, ...], client_timeout: float) -> None:
-        self._arguments, self._client_timeout = arguments, client_timeout
+    Raises ``RunError`` if none starts within a minute.
+    """
+
+    def __init__(
+        self, num_workers: int, arguments: tuple[Any, ...], client_timeout: float, gpus_per_worker: float = 0.0
+    ) -> None:
+        self._arguments, self._client_timeout, self._gpus_per_worker = arguments, client_timeout, gpus_per_worker
         self._last_seen = time.monotonic()
         self.slots = [self._new_slot() for _ in range(num_workers)]
         self._wait_for_one()
@@ -115,19 +120,25 @@ class Pool:
         self.slots = []
 
     def _new_slot(self) -> Slot:
-        options = Worker.options(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
+        options = Worker.options(  # type: ignore[attr-defined]
+            num_cpus=1, num_gpus=self._gpus_per_worker, max_restarts=0, scheduling_strategy="SPREAD"
+        )
         actor = options.remote(*self._arguments)
         return Slot(actor, actor.ready.remote())
 
     def _wait_for_one(self) -> None:
         many = f"workers={len(self.slots)}"
+        if self._gpus_per_worker:
+            many += f", gpus_per_worker={self._gpus_per_worker:g}"
         ready, _ = ray.wait([slot.ready for slot in self.slots], timeout=START_TIMEOUT)
         if not ready:
-            free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+            free = ray.available_resources()  # type: ignore[no-untyped-call]
+            kinds = ("CPU", "GPU") if self._gpus_per_worker else ("CPU",)
+            there = " and ".join(f"{free.get(kind, 0):g} {kind}s" for kind in kinds)
             self.close()
             raise RunError(
-                f"{many}: no Ray worker within {START_TIMEOUT:g} s, where {free:g} CPUs are free; free some, lower "
-                "workers, or set workers=0"
+                f"{many}: no Ray worker within {START_TIMEOUT:g} s, where {there} are free; free some, lower "
+                f"{'gpus_per_worker or ' if self._gpus_per_worker else ''}workers, or set workers=0"
             )
         try:
             ray.get(ready[0], timeout=START_TIMEOUT)

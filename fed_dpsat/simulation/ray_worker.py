@@ -11,8 +11,10 @@ import ray
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower import compat
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers
+from fed_dpsat.placement import require
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.host import Host
 from fed_dpsat.simulation.state import StateStore
@@ -57,12 +59,19 @@ class Worker:
         faults: Faults | None,
     ) -> None:
         compat.identify_process()
-        self._state_folder = state_folder
+        self._state_folder, self._device = state_folder, str(run_config.get("device", "cpu"))
         self._host = Host(client_app, run_config, num_nodes, StateStore(state_folder), faults)
         self._received: dict[Any, ArrayRecord] = {}
 
     def ready(self) -> tuple[str, bool]:
-        """Build what the client app works with; this host's name, and whether it sees the folder of states."""
+        """Build what the client app works with; this host's name, and whether it sees the folder of states.
+
+        Raises ``RunError`` where torch sees no card and the run wants one.
+        """
+        try:
+            require(self._device)
+        except SettingError as error:  # which no other process could unpickle
+            raise RunError(f"on {socket.gethostname()}: {error}") from None
         who = Message(RecordDict(), FIRST_NODE_ID, MessageType.QUERY)
         self._host.answers([who], {}, release_counts=None)
         return socket.gethostname(), self._state_folder.is_dir()

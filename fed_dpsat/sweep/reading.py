@@ -38,7 +38,8 @@ NOT_IN_BASE = {
     "resume": "a sweep goes on by itself",
     "validation_share": "it belongs into [tune]",
 }
-NOT_IN_GRID = {**NOT_IN_BASE, "workers": "use --workers", "ray_address": "put it into the base"}
+NOT_IN_GRID = {**NOT_IN_BASE, "workers": "use --workers"}
+NOT_IN_GRID |= dict.fromkeys(("ray_address", "device", "gpus_per_worker"), "put it into the base")
 TUNE_OWN = ("validation_share", "seeds")
 COLUMNS = (
     *("stage", "split", "n", "failed", "chosen", "at_edge", "accuracy", "loss", "epsilon", "rounds", "seconds"),

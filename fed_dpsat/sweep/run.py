@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.run_folder import PACKAGES, jsonable
@@ -83,6 +84,7 @@ def run_sweep(
     Raises ``InputError`` before anything runs, where the file, a run's settings or the folder do not allow it.
     """
     spec = read_spec(path, overrides, only)
+    gpus_per_worker = _gpus_per_worker(spec, workers)
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError("--budget", budget, "in (0, inf) minutes", "leave it out for no limit")
     if (out / "config.toml").exists() or (out.exists() and not out.is_dir()):
@@ -92,7 +94,7 @@ def run_sweep(
     with locked(out / "sweep.lock") as mine:
         if not mine:
             raise SettingError("out", str(out), "free: another sweep is at work there", "wait, or name another folder")
-        with open_jobs(workers, str(spec.base.get("ray_address", ""))) as jobs:
+        with open_jobs(workers, str(spec.base.get("ray_address", "")), gpus_per_worker) as jobs:
             return _Sweep(spec, path, out, jobs, workers, show).run(budget)
 
 
@@ -265,6 +267,15 @@ class _Sweep:
         temporary = self.out / "sweep.json.tmp"
         temporary.write_text(json.dumps(jsonable(self.about), indent=2) + "\n")
         os.replace(temporary, self.out / "sweep.json")
+
+
+def _gpus_per_worker(spec: Spec, workers: int) -> float:
+    """As the base says, which has to fit ``--workers`` as that of a run its ``workers``; ``SettingError`` if not."""
+    base = {name: spec.base[name] for name in ("device", "gpus_per_worker") if name in spec.base}
+    config = RunConfig.from_mapping({**base, "workers": workers, "private": False})
+    if workers and config.device == "auto" and not config.gpus_per_worker:
+        raise SettingError("device", "auto", "possible with --workers and no gpus_per_worker", "say cpu or cuda")
+    return config.gpus_per_worker
 
 
 def _build_one_of_each(spec: Spec) -> None:

@@ -150,7 +150,7 @@ class Spec:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def _run(self, stage: str, cell: Cell, tuned: Settings, **more: Scalar) -> Run:
-        values = {**cell.settings, **tuned, **more, "workers": 0, "ray_address": ""}
+        values = {**cell.settings, **tuned, **more, "workers": 0, "ray_address": "", "gpus_per_worker": 0.0}
         try:
             config = RunConfig.from_mapping(values).with_absolute_paths()
         except SettingError as error:

@@ -68,10 +68,12 @@ def test_an_admitted_run_keeps_no_path_cohort_or_seed_of_the_servers(device, set
         **settings, "data_path": "/etc", "cache_dir": "/etc", "client_table": "/etc/passwd", "out": "/etc",
         "num_clients": 1000, "clients_per_round": 7, "partition": "evil:partition", "workers": 9,
         "physical_batch_size": 10**9, "threads_per_client": 10**6, "resume": True,
+        "device": "cuda", "gpus_per_worker": 0.5,
     }  # fmt: skip
     config = device.policy.admit(7, theirs)
     assert "/etc" not in "".join(str(value) for value in config.settings().values())
     assert (config.num_clients, config.clients_per_round, config.workers, config.resume) == (1, 0, 0, False)
     assert (config.physical_batch_size, config.threads_per_client) == (1024, 1)
+    assert (config.device, config.gpus_per_worker) == ("cpu", 0.0)
     assert config.noise_source == "system"
     assert "evil" not in config.partition

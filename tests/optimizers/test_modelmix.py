@@ -31,7 +31,7 @@ def values(params):
 def drawn(monkeypatch, *alphas):
     """Let the draws be these, one per coordinate."""
     left = iter(alphas)
-    monkeypatch.setattr(torch, "rand_like", lambda p: torch.full_like(p, next(left)))
+    monkeypatch.setattr(torch, "rand_like", lambda p, **_: torch.full_like(p, next(left)))
 
 
 def test_by_hand(monkeypatch):

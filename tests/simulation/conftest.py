@@ -1,4 +1,4 @@
-"""One small Ray cluster for the whole session, closed at its end."""
+"""One small Ray cluster for the whole session, closed at its end; its card is a number, and nothing uses it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def ray_cluster() -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()

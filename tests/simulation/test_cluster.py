@@ -11,6 +11,7 @@ import time
 
 import pytest
 import ray
+import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from ray.exceptions import ObjectStoreFullError
@@ -160,6 +161,39 @@ def test_a_pool_that_gets_no_cpu_ends_in_words(start, monkeypatch):
     monkeypatch.setattr(ray_pool, "START_TIMEOUT", 2.0)
     with pytest.raises(RunError, match=r"no Ray worker within 2 s, where 0 CPUs are free"):
         start()
+
+
+def all_up(backend):
+    deadline = time.monotonic() + 50
+    while not all(slot.up for slot in backend._pool.slots) and time.monotonic() < deadline:
+        backend._pool.look_after()
+        time.sleep(0.1)
+    return all(slot.up for slot in backend._pool.slots)
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_card_and_a_third_one_that_gets_none_ends_in_words(start, monkeypatch, tmp_path):
+    backend = start(gpus_per_worker=0.5)
+    assert all_up(backend)
+    assert ray.available_resources().get("GPU", 0) == 0
+    monkeypatch.setattr(ray_pool, "START_TIMEOUT", 2.0)
+    with pytest.raises(RunError, match=r"gpus_per_worker=0.5: no Ray worker within 2 s, where 0 CPUs and 0 GPUs are"):
+        start(gpus_per_worker=0.5)
+
+
+@pytest.mark.slow
+def test_half_a_card_is_not_enough_for_a_whole_one(start, monkeypatch):
+    start(gpus_per_worker=0.5)
+    monkeypatch.setattr(ray_pool, "START_TIMEOUT", 2.0)
+    with pytest.raises(RunError, match=r"gpus_per_worker=1: .* GPUs are free; free some, lower gpus_per_worker or"):
+        start(gpus_per_worker=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is about a host without a card")
+def test_a_worker_where_torch_sees_no_card_ends_the_run_in_words(ray_cluster, tmp_path):
+    with pytest.raises(RunError, match=r"^on .*: device='cuda' is not there: torch .* sees 0 cards"):
+        ray_backend.RayBackend(app(tmp_path), {"device": "cuda"}, 4, 2, gpus_per_worker=0.5)
 
 
 @pytest.mark.slow

@@ -209,6 +209,9 @@ def test_measured_costs_are_those_of_a_run_of_each_kind(tiny, tmp_path):
         (SMALL.replace('"dp-sat" }', '"dp-sta" }'), [], "did you mean dp-sat"),
         (SMALL, ["--budget", "0"], "--budget=0.0 is not in (0, inf) minutes"),
         (SMALL, ["--workers", "-1"], "workers=-1 is not at least 0"),
+        (SMALL, ["--workers", "2", "--set", "device=cuda"], "Ray would give them none"),
+        (SMALL, ["--workers", "2", "--set", "device=auto"], "device='auto' is not possible with --workers"),
+        (SMALL, ["--set", "device=cuda", "--set", "gpus_per_worker=0.5"], "not possible with workers=0"),
         (SMALL, ["--set", "lrr=1"], "lrr"),
     ],
 )
