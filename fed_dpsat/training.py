@@ -87,9 +87,8 @@ def train_locally(
     """``local_steps`` private steps from ``params``; each is one event of ``mechanism``, empty batch or not.
 
     All is computed where ``params`` are. The data is touched through ``batches`` alone, and only the clipped sum is
-    made of it. Raises ``SettingError``
-    for a mechanism whose noise is scaled to another bound than ``clipping`` keeps, or batches with more rows than
-    examples: either would cost more than the event says.
+    made of it. Raises ``SettingError`` for a mechanism whose noise is scaled to another bound than ``clipping`` keeps,
+    or batches with more rows than examples: either would cost more than the event says.
     """
     check_bound(mechanism, clipping)
     sampling, noise = streams.generator("sampling"), streams.generator("noise")
@@ -111,8 +110,10 @@ def train_locally(
                 loss_fn, at, batch, rule, engine=engine, physical_batch_size=physical_batch_size
             )
             private_gradient = spread(at, of_gradient.privatize(clipped_sum, noise))
+            del at, clipped_sum  # or the next pass over a batch holds three models more
             state = set_noise(state, of_gradient.noise_std)
             params, state = optimizer.update(params, private_gradient, state)
+            del private_gradient
             nonfinite += skipped
             if adaptive and isinstance(rule, Tally):
                 below = of_count.privatize({"below": torch.tensor(rule.centred)}, noise)["below"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,16 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) 
     if not bool(torch.stack([gradient.sum() for gradient in found]).isfinite().all()):
         rewind(inputs.device, states)
         return None
-    return dict(zip(params, found, strict=True))
+    return dict(zip(params, _owned(found), strict=True))
+
+
+def _owned(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each with memory of its own: autograd gives both terms of a sum one tensor, and all terms of another a number."""
+    seen: set[int] = set()
+    for g in gradients:
+        where = g.untyped_storage().data_ptr()
+        yield g.clone(memory_format=torch.contiguous_format) if where in seen or 0 in g.stride() else g
+        seen.add(where)
 
 
 def _has_group_norm(loss_fn: LossFn) -> bool:

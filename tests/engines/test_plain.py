@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fed_dpsat.clipping import FlatClipping
 from fed_dpsat.clipping.automatic import AutomaticClipping
@@ -69,6 +70,41 @@ def test_no_other_rule_is_taken_for_unbounded():
     assert plain.unbounded(UNBOUNDED)
     assert not plain.unbounded(FlatClipping(clip_norm=1e30))
     assert not plain.unbounded(AutomaticClipping(clip_norm=1.0))
+
+
+class Plus(nn.Module):
+    """A weight that is the sum of another and ``more``."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.more = nn.Parameter(more)
+
+    def forward(self, weight):
+        return weight + self.more
+
+
+class Spread(nn.Module):
+    """A weight whose every number is the sum of another's."""
+
+    def forward(self, weight):
+        return weight.sum().expand(weight.shape)
+
+
+@pytest.mark.parametrize("part", [Plus(torch.ones(3, 4)), Spread()])
+def test_a_tensor_that_autograd_hands_out_twice_is_added_up_once(part):
+    """It gives both terms of a sum one tensor, and all terms of ``sum()`` one number; chunks are added in place."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 3))
+    parametrize.register_parametrization(module[0], "weight", part)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    data = torch.randn(8, 4), torch.randint(3, (8,))
+    whole, chunks, reference = (
+        clipped_gradient_sum(ModelLoss(module), params, data, UNBOUNDED, engine=engine, physical_batch_size=size)[0]
+        for engine, size in (("auto", 8), ("auto", 2), ("vmap", 8))
+    )
+    for name, expected in reference.items():
+        torch.testing.assert_close(whole[name], expected)
+        torch.testing.assert_close(chunks[name], expected)
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 3), (6, 2, 3, 2), (6, 5)])
