@@ -47,7 +47,10 @@ class DPSAT:
 
 @dataclass(frozen=True, kw_only=True)
 class DPSATMomentum(DPSAT):
-    """DP-SAT-Momentum: climbs along ``w_prev - w``, its last step backwards (official code of the same paper)."""
+    """DP-SAT-Momentum: climbs along ``w_prev - w``, its last step backwards (official code of the same paper).
+
+    Over DP-SGD without momentum and weight decay that is the direction of the last gradient, and this is DP-SAT.
+    """
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The step of ``base``; remembers ``params`` minus where it went."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ QUICK_SECONDS = 0.2
 """Work that takes less has its successor waiting at the worker, so that the way there costs nothing."""
 START_TIMEOUT = 50.0
 """Seconds without a worker after which a run ends."""
+AT_ONCE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Workers that start at a time: each imports torch, and of thirty at once on two cores none is there in a minute."""
 
 
 @dataclass
@@ -78,15 +81,17 @@ class Slot:
 class Pool:
     """``num_workers`` workers made of ``arguments``, of one CPU and ``gpus_per_worker`` cards each.
 
-    Raises ``RunError`` if none starts within a minute.
+    A few start at a time (``AT_ONCE``), and work begins with the first. Raises ``RunError`` if none starts within a
+    minute.
     """
 
     def __init__(
         self, num_workers: int, arguments: tuple[Any, ...], client_timeout: float, gpus_per_worker: float = 0.0
     ) -> None:
         self._arguments, self._client_timeout, self._gpus_per_worker = arguments, client_timeout, gpus_per_worker
-        self._last_seen = time.monotonic()
-        self.slots = [self._new_slot() for _ in range(num_workers)]
+        self._num_workers, self._last_seen = num_workers, time.monotonic()
+        self.slots: list[Slot] = []
+        self._start_more()
         self._wait_for_one()
 
     def look_after(self) -> None:
@@ -103,6 +108,7 @@ class Pool:
             if limit and not slot.late and time.monotonic() - slot.since > limit:
                 slot.late = True
                 ray.kill(slot.actor)
+        self._start_more()
         if any(slot.up for slot in self.slots):
             self._last_seen = time.monotonic()
         elif time.monotonic() - self._last_seen > START_TIMEOUT:
@@ -119,6 +125,11 @@ class Pool:
             ray.kill(slot.actor)
         self.slots = []
 
+    def _start_more(self) -> None:
+        starting = sum(not slot.up for slot in self.slots)
+        more = min(self._num_workers - len(self.slots), AT_ONCE - starting)
+        self.slots += [self._new_slot() for _ in range(more)]
+
     def _new_slot(self) -> Slot:
         options = Worker.options(  # type: ignore[attr-defined]
             num_cpus=1, num_gpus=self._gpus_per_worker, max_restarts=0, scheduling_strategy="SPREAD"
@@ -127,7 +138,7 @@ class Pool:
         return Slot(actor, actor.ready.remote())
 
     def _wait_for_one(self) -> None:
-        many = f"workers={len(self.slots)}"
+        many = f"workers={self._num_workers}"
         if self._gpus_per_worker:
             many += f", gpus_per_worker={self._gpus_per_worker:g}"
         ready, _ = ray.wait([slot.ready for slot in self.slots], timeout=START_TIMEOUT)

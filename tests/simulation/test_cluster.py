@@ -172,6 +172,22 @@ def all_up(backend):
 
 
 @pytest.mark.slow
+def test_workers_start_a_few_at_a_time_and_work_begins_with_the_first(start, monkeypatch):
+    monkeypatch.setattr(ray_pool, "AT_ONCE", 1)
+    backend = start()
+    slots = backend._pool.slots
+    assert len(slots) == 1
+    assert said(ask(backend, 5)) == [0, 1, 2, 3, 4]
+    while len(slots) < 2:
+        backend._pool.look_after()
+    assert slots[0].up
+    assert not slots[1].up
+    assert all_up(backend)
+    backend._pool.look_after()
+    assert len(slots) == 2
+
+
+@pytest.mark.slow
 def test_two_workers_share_a_card_and_a_third_one_that_gets_none_ends_in_words(start, monkeypatch, tmp_path):
     backend = start(gpus_per_worker=0.5)
     assert all_up(backend)
