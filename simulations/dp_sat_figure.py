@@ -7,6 +7,7 @@ bar is the mean with its 95 % interval (Student's t).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -57,9 +58,9 @@ def draw(results: Path, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str | None, draw: Callable[[Path, Path], None]) -> None:
+    """Draw what the arguments name."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("figure", type=Path, help=".svg, .png or .pdf")
     chosen = parser.parse_args()
@@ -67,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, draw)

@@ -6,7 +6,6 @@ a square the mean with its 95 % interval (Student's t). A mean below the axis is
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from statistics import fmean
 
@@ -14,7 +13,7 @@ from fed_dpsat.report.canvas import style
 from fed_dpsat.report.palette import BLUE, MUTED
 from fed_dpsat.sweep.pivot import read
 from fed_dpsat.sweep.statistics import half_width
-from simulations.dp_sat_figure import REFERENCE, differences
+from simulations.dp_sat_figure import REFERENCE, command_line, differences
 
 LOWEST = -7.5
 """Percentage points: where the axis ends, so that the others can be told apart."""
@@ -53,14 +52,5 @@ def draw(results: Path, path: Path) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("figure", type=Path, help=".svg, .png or .pdf")
-    chosen = parser.parse_args()
-    draw(chosen.results, chosen.figure)
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, draw)
