@@ -68,7 +68,7 @@ def _owned(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
     """Each with memory of its own: autograd gives both terms of a sum one tensor, and all terms of another a number."""
     seen: set[int] = set()
     for g in gradients:
-        where = g.untyped_storage().data_ptr()
+        where = g.untyped_storage()._cdata  # not data_ptr, which a tensor that wraps another has none of
         yield g.clone(memory_format=torch.contiguous_format) if where in seen or 0 in g.stride() else g
         seen.add(where)
 

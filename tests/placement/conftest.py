@@ -3,7 +3,8 @@
 Real kernels run, so results can be compared, and each operation is held to what CUDA would say of its arguments: a
 tensor with dimensions that is elsewhere, a format or a mixture of types that its normalisation layers do not take. Its
 random numbers come from a generator of its own. It is torch's "PrivateUse1" device, registered when this
-is imported: torch counts devices at the first backward pass of a process.
+is imported: torch counts devices at the first backward pass of a process. With a second one it starts a thread then,
+and a fork of the process cannot train any more, so these tests have one to themselves (tests/test_placement_apart.py).
 """
 
 from __future__ import annotations
