@@ -171,7 +171,11 @@ def plan(
         settings = RunConfig.load(config, overrides or ())
         experiment = Experiment.build(settings)
         rows, reason = plan_table(
-            experiment.loss_fn.module, experiment.dataset.input_shape, settings.physical_batch_size, timed=timed
+            experiment.loss_fn.module,
+            experiment.dataset.input_shape,
+            settings.physical_batch_size,
+            kernels=settings.kernels,
+            timed=timed,
         )
     if as_json:
         return _print_json({"layers": [dataclasses.asdict(row) for row in rows], "vmap_because": reason})

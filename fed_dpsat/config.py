@@ -137,6 +137,12 @@ class RunConfig:
         "gradient before clipping",
         choices=("float32", "bfloat16"),
     )
+    kernels: str = _setting(
+        "auto",
+        "what the planned engine computes with on a CPU: torch, or also kernels of its own, compiled by the machine's "
+        "C compiler; auto is compiled where that works",
+        choices=("auto", "compiled", "torch"),
+    )
 
     # privacy
     privacy_unit: str = _setting(

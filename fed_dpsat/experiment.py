@@ -21,6 +21,7 @@ from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.data.validation import hold_out
+from fed_dpsat.engines import compiled
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
@@ -132,6 +133,7 @@ class Experiment:
         client is asked.
         """
         config = decided(config)
+        config = dataclasses.replace(config, kernels=compiled.decided(config.kernels))
         named = dataset is None and model is None and optimizer is None and clipping is None
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
         settings["steps_per_round"] = config.steps_per_round
@@ -165,7 +167,9 @@ class Experiment:
             config=config,
             dataset=attackers.poisoned(dataset, partitions) if attackers else dataset,
             partitions=partitions,
-            loss_fn=ModelLoss(module_on(model, torch_device(config.device)), precision=config.precision),
+            loss_fn=ModelLoss(
+                module_on(model, torch_device(config.device)), precision=config.precision, kernels=config.kernels
+            ),
             optimizer=optimizer,
             clipping=clipping,
             budgets=[row.target_epsilon for row in read_table(config)],

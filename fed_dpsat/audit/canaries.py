@@ -331,6 +331,7 @@ def _gradient_scores(
                 experiment.loss_fn.module,
                 experiment.loss_fn.criterion,
                 experiment.loss_fn.precision,
+                experiment.loss_fn.kernels,
                 num_classes=dataset.num_classes,
                 coordinates=coordinates,
                 slope=slope_of(experiment.clipping, params, coordinates),

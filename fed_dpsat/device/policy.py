@@ -223,6 +223,7 @@ _LOCAL: dict[str, Any] = {
     "workers": 0,
     "gpus_per_worker": 0.0,
     "device": "cpu",
+    "kernels": "auto",
 }
 """Settings that are the server's own business. A path of a server's is never opened here."""
 

@@ -1,10 +1,11 @@
-"""Convolutions in one, two and three dimensions: four exact ways to per-example gradients.
+"""Convolutions in one, two and three dimensions: five exact ways to per-example gradients.
 
 ============ =========================================================== =====================================
 strategy     how                                                         cheap for
 ============ =========================================================== =====================================
 ``product``  norms from Gram matrices of patches, then one ordinary      many channels, few positions
              weight gradient of weighted outputs
+``compiled`` a kernel of our own (``kernels.c``)                         two dimensions, where C compiles
 ``channels`` one grouped weight gradient for a few examples side by      two dimensions, many positions
              side as channels
 ``rows``     batched product of outputs and patches                      kernels of 1x1; other dimensions
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fed_dpsat.engines import patches
+from fed_dpsat.engines import compiled, patches
 from fed_dpsat.engines.contribution import Contribution, Rows, together, wide
 from fed_dpsat.engines.finite import filter_squares
 from fed_dpsat.engines.formats import alike, dense, is_channels_last, laid_out, unset
@@ -53,6 +54,16 @@ class Geometry:
     def kernel(self) -> tuple[int, ...]:
         """Sizes of the kernel."""
         return self.shape[2:]
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel has one filter of its own."""
+        return self.groups == self.shape[0] and self.shape[1] == 1 and self.groups > 1
+
+    @property
+    def compiles(self) -> bool:
+        """Whether ``kernels.c`` has it."""
+        return len(self.kernel) == 2 and (self.groups == 1 or self.depthwise)
 
     def positions(self, sides: tuple[int, ...]) -> tuple[int, ...]:
         """Sides of the output, for an input with these sides."""
@@ -87,10 +98,14 @@ class Convolution:
         if "weight" in roles:
             found["weight"] = STRATEGIES[self.strategy](self, x, grad, weight, made)
         if "bias" in roles:
-            found["bias"] = Rows(data=wide(grad).flatten(2).sum(2))
+            found["bias"] = Rows(data=self._position_sums(wide(grad)))
         if not need_input:
             return None, found
         return self._gradient(x, grad, alike(weight, x), (True, False, False))[0], found
+
+    def _position_sums(self, grad: Tensor) -> Tensor:
+        ours = self.strategy == "compiled" and is_channels_last(grad)
+        return compiled.position_sums(grad) if ours else grad.flatten(2).sum(2)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """The convolution of ``x`` with another weight of the same kernel."""
@@ -115,14 +130,20 @@ class Convolution:
         return _rows(replace(self, derived=False), x, grad, x, None).rows()
 
 
-def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool, card: bool = False) -> str:
+def choose(
+    geometry: Geometry, sides: tuple[int, ...], channels_last: bool, card: bool = False, kernels: bool = False
+) -> str:
     """The cheapest strategy by a count of multiplications: the same on all machines with the same vectors.
+
+    With ``kernels`` it may be ``compiled``.
 
     Weights were fitted to times on one core with AVX-512, and on one with AVX2; ``fed-dpsat plan`` shows times beside
     choices. A ``card`` works on all examples at once: there it is ``rows``, or ``product`` where that multiplies less.
     """
     if card and (len(sides) != 2 or geometry.groups > 1):
         return "rows"
+    if kernels and geometry.groups > 1:
+        return "compiled"
     if len(sides) != 2:
         return "single" if geometry.groups > 1 else "rows"
     if geometry.groups > 1:
@@ -132,16 +153,17 @@ def choose(geometry: Geometry, sides: tuple[int, ...], channels_last: bool, card
     ordinary = positions * weights
     if card:
         return "product" if patches.gram_cost(geometry, sides) + positions**2 * (out + 80) < ordinary else "rows"
+    product = ordinary + 2.5 * (patches.gram_cost(geometry, sides) + positions**2 * (out + 80))
+    if kernels:
+        return "product" if product < ordinary + 80 * weights else "compiled"
     if NARROW_VECTORS and kernel > 1:
         spread = channels_last or inputs < FEW_CHANNELS
         rows = 0.8 * ordinary + 18 * positions * inputs * kernel + 55 * weights
         rows += 0 if spread else 55 * inputs * math.prod(sides)
         abreast = 1.4 * ordinary + 65 * weights + (35 * positions * (inputs + out) if spread else 0)
-        product = ordinary + 2.5 * (patches.gram_cost(geometry, sides) + positions**2 * (out + 80))
         costs = {"rows": rows, "channels": abreast, "product": product}
         return min(costs, key=costs.__getitem__)
     rows = 2.5 * ordinary if kernel == 1 else ordinary + (150 if channels_last else 110) * weights
-    product = ordinary + 2.5 * (patches.gram_cost(geometry, sides) + positions**2 * (out + 80))
     return "product" if product < rows else "rows" if kernel == 1 else "channels"
 
 
@@ -149,7 +171,8 @@ def fitting(geometry: Geometry) -> list[str]:
     """The strategies that are right for a convolution, cheap or not."""
     if len(geometry.kernel) != 2:
         return ["rows", "single"]
-    return [*(["product"] if geometry.groups == 1 else []), "channels", "rows", "single"]
+    own = ["compiled"] if geometry.compiles and not compiled.refusal() else []
+    return [*(["product"] if geometry.groups == 1 else []), *own, "channels", "rows", "single"]
 
 
 def _product(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
@@ -166,6 +189,21 @@ def _product(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: 
         apply=layer.apply,
         made=None if made is None else wide(made),
     )
+
+
+def _compiled(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
+    g, (x, grad) = layer.geometry, (laid_out(wide(t), True) for t in (x, grad))
+    filters = wide(weight).permute(2, 3, 1, 0).contiguous() if layer.derived else None
+    moves = g.stride, g.padding, g.dilation
+    data, squares, sums, along = compiled.conv_weights(
+        x, grad, g.kernel, *moves, depthwise=g.depthwise, filters=filters
+    )
+
+    def to_shape(rows: Tensor) -> Tensor:
+        return rows.permute(0, 4, 3, 1, 2).contiguous()
+
+    by_filter = (squares, sums.to(data), along.to(data)) if layer.derived else None
+    return Rows(data=data, to_shape=to_shape, norms=squares.sum(1), filters=by_filter)
 
 
 def _single(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
@@ -262,4 +300,4 @@ def _abreast(geometry: Geometry, x: Tensor, grad: Tensor) -> int:
     return max(1, fit)
 
 
-STRATEGIES = {"product": _product, "channels": _channels, "rows": _rows, "single": _single}
+STRATEGIES = {"product": _product, "compiled": _compiled, "channels": _channels, "rows": _rows, "single": _single}

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fed_dpsat.engines.call import call
+from fed_dpsat.engines.compiled import KERNELS
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.params import Params
 
@@ -31,17 +32,21 @@ class ModelLoss:
 
     With ``precision`` "bfloat16" linear and convolution layers compute in that (``torch.autocast``), losses do not.
     Norms, sums and noise are in float32 whatever it is: what is rounded is one example's gradient, before clipping.
+    ``kernels`` are the planned engine's on a CPU: "torch", or "compiled" ones (``fed_dpsat.engines.compiled``) too.
     Raises ``ModelError`` for a module whose examples mix (BatchNorm and the like), naming the layer.
     """
 
     module: nn.Module
     criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     precision: str = "float32"
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         check_module(self.module)
         if self.precision not in PRECISIONS:
             raise SettingError("precision", self.precision, f"one of {', '.join(PRECISIONS)}", "choose one of those")
+        if self.kernels not in KERNELS:
+            raise SettingError("kernels", self.kernels, f"one of {', '.join(KERNELS)}", "choose one of those")
 
     def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
         """``inputs[B, ...], targets[B] -> losses[B]`` at ``params``; what is not in them stays as it is."""

@@ -1,7 +1,8 @@
 """Normalisation layers: per-example gradients of scale and shift are sums over positions.
 
 Where channels have planes, torch's own backward pass finds those sums: to it, a batch is one example with the channels
-of all. Channels last, the pass is written out here, since it needs the sums anyway.
+of all. Channels last, both passes are ``kernels`` of our own, where there are; else the backward pass is written out
+here, since it needs the sums anyway.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fed_dpsat.engines import compiled
 from fed_dpsat.engines.contribution import Rows, wide
 from fed_dpsat.engines.formats import alike, dense, is_channels_last
 from fed_dpsat.engines.linear import Roles
@@ -26,10 +28,23 @@ class GroupNorm:
 
     groups: int
     eps: float
+    kernels: bool = False
+
+    @property
+    def strategy(self) -> str:
+        """``compiled``, for images with their channels last, or ``rows``."""
+        return "compiled" if self.kernels else "rows"
+
+    def _compiled(self, x: Tensor, weight: Tensor | None) -> bool:
+        types = {x.dtype} if weight is None else {x.dtype, weight.dtype}
+        return self.kernels and is_channels_last(x) and types == {torch.float32} and x.device.type == "cpu"
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output, and what the backward pass needs."""
         x = dense(x)
+        if self._compiled(x, weight):
+            out, mean, rstd = compiled.norm_forward(x, weight, bias, self.groups, self.eps)
+            return out, (x, mean, rstd)
         size = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         out, mean, rstd = torch.native_group_norm(x, weight, bias, *size, self.groups, self.eps)
         return out, (x, mean, rstd)
@@ -40,6 +55,10 @@ class GroupNorm:
         """Gradient of the input, and the contributions to the parameters in ``roles``."""
         x, mean, rstd = saved
         grad = alike(grad, x)
+        if self._compiled(x, weight):
+            gradient, *sums = compiled.norm_backward(x, grad, weight, mean, rstd, self.groups, need_input)
+            both = dict(zip(("weight", "bias"), sums, strict=True))
+            return gradient, {role: Rows(data=both[role]) for role in roles}
         if weight is None or not roles:  # a shift alone has no gradient that needs the input
             size = x.shape[0], x.shape[1], math.prod(x.shape[2:]), self.groups
             wanted = [need_input, False, False]

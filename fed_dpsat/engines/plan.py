@@ -20,7 +20,7 @@ from fed_dpsat.engines.capture import Call, Capture, Tape
 from fed_dpsat.engines.formats import is_channels_last, laid_out
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.probe import ask
-from fed_dpsat.engines.routes import ROUTES
+from fed_dpsat.engines.routes import routes
 from fed_dpsat.params import trainable
 from fed_dpsat.placement import device_of, finish, training_on
 
@@ -38,13 +38,19 @@ class Row:
 
 
 def plan_table(
-    module: nn.Module, input_shape: tuple[int, ...], batch: int, *, timed: bool = False, repeats: int = 5
+    module: nn.Module,
+    input_shape: tuple[int, ...],
+    batch: int,
+    *,
+    kernels: str = "auto",
+    timed: bool = False,
+    repeats: int = 5,
 ) -> tuple[list[Row], str]:
     """Rows in the order of the forward pass on made-up images of ``input_shape``, and why ``vmap`` if it is that.
 
     ``timed`` runs every strategy that fits a layer ``repeats`` times and keeps the median: norms and weighted sum.
     """
-    loss, params = ModelLoss(module, _any_loss), trainable(module)
+    loss, params = ModelLoss(module, _any_loss, kernels=kernels), trainable(module)
     device = device_of(module)
     inputs = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
     targets = torch.zeros(batch, device=device)
@@ -54,10 +60,11 @@ def plan_table(
     inputs = laid_out(inputs, answer.channels_last)
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     tape = Tape(keep_calls=True)
-    with training_on(device), torch.enable_grad(), Capture(tape, ROUTES, batch):
+    with training_on(device), torch.enable_grad(), Capture(tape, routes(kernels), batch):
         loss(leaves, inputs, targets)
     names = {id(leaf): name for name, leaf in leaves.items()}
-    return [_row(call, names, repeats if timed else 0) for call in tape.calls], ""
+    learning = [call for call in tape.calls if _held(call)]
+    return [_row(call, names, repeats if timed else 0) for call in learning], ""
 
 
 def plan_text(rows: list[Row], reason: str) -> str:
@@ -76,8 +83,12 @@ def _any_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs.flatten(1).square().sum(1)
 
 
+def _held(call: Call) -> list[Tensor]:
+    return [t for t in (call.weight, call.bias) if t is not None and t.requires_grad]
+
+
 def _row(call: Call, names: dict[int, str], repeats: int) -> Row:
-    held = [t for t in (call.weight, call.bias) if t is not None and t.requires_grad]
+    held = _held(call)
     parameter = next((names[id(t)] for t in held if id(t) in names), f"a function of {_parents(held[0], names)}")
     return Row(
         parameter=parameter,

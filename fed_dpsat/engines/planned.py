@@ -31,7 +31,7 @@ from fed_dpsat.engines.formats import laid_out
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.plain import plain_query_sum, plain_sum, unbounded
 from fed_dpsat.engines.probe import ask
-from fed_dpsat.engines.routes import ROUTES
+from fed_dpsat.engines.routes import routes
 from fed_dpsat.engines.vmap import combined, vmap_sum
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
@@ -116,7 +116,7 @@ def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Ten
 def run(tape: Tape, loss_fn: ModelLoss, leaves: Params, inputs: Tensor, targets: Tensor) -> None:
     """Forward and backward pass of the sum of the losses, recorded on ``tape``."""
     with torch.enable_grad():
-        capture = Capture(tape, ROUTES, len(inputs))
+        capture = Capture(tape, routes(loss_fn.kernels), len(inputs))
         with capture:
             losses = loss_fn(leaves, inputs, targets)
         if not losses.requires_grad:

@@ -22,7 +22,7 @@ from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 from fed_dpsat.engines.conv import Convolution
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.norm import GroupNorm
-from fed_dpsat.engines.routes import ROUTES
+from fed_dpsat.engines.routes import routes
 from fed_dpsat.engines.watch import Watch
 from fed_dpsat.params import Params
 from fed_dpsat.placement import seed, training_on
@@ -54,7 +54,7 @@ def ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> 
     answers = _answers.setdefault(loss_fn.module, {})
     training = tuple(m.training for m in modules(loss_fn.module))
     batches = tuple((t.shape[1:], t.dtype, t.device) for t in (inputs, targets))
-    key = (*batches, tuple(params), training, loss_fn.criterion)
+    key = (*batches, tuple(params), training, loss_fn.criterion, loss_fn.kernels)
     if key not in answers:
         answers[key] = _ask(loss_fn, params, inputs, targets)
     return answers[key]
@@ -76,10 +76,10 @@ def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) ->
 
 def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> bool:
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    tape = Tape(keep_calls=True)
+    tape, plan = Tape(keep_calls=True), routes(loss_fn.kernels)
     with torch.enable_grad():
         seed(inputs.device, 0)
-        capture = Watch(tape, ROUTES, inputs, targets)
+        capture = Watch(tape, plan, inputs, targets)
         with capture:
             losses = loss_fn(leaves, inputs, targets)
         if losses.shape != (len(inputs),):
@@ -94,7 +94,7 @@ def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
         others = _made_up(inputs, len(inputs), 1)
         others[1] = inputs[1]
         seed(inputs.device, 0)
-        with Capture(Tape(), ROUTES, len(inputs)):
+        with Capture(Tape(), plan, len(inputs)):
             again = loss_fn(leaves, others, targets)
     if not torch.allclose(losses[1], again[1], rtol=1e-3, atol=1e-4, equal_nan=True):
         raise Unplanned(f"the loss of one example depends on the others: {MAY_MIX}")
@@ -105,9 +105,11 @@ def _suits_channels_last(calls: list[Call], functions: set[object]) -> bool:
     """By a count of what either format costs beyond the other, per example, in nanoseconds of one core.
 
     Where channels have planes, convolutions are slower by a few percent, pools and groups by a factor; channels last,
-    examples have to be copied to lie side by side, and normalisation is slower.
+    examples have to be copied to lie side by side, and normalisation is slower; but not by kernels of our own.
     """
     if any(pool in functions for pool in POOLS):
+        return True
+    if any(getattr(call.layer, "strategy", "") == "compiled" for call in calls):
         return True
     planes = last = 0.0
     for call in (call for call in calls if call.x.ndim == 4):

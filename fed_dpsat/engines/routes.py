@@ -1,7 +1,8 @@
-"""Which torch function is which layer, and by which strategy: the static plan."""
+"""Which torch function is which layer, and by which strategy: the static plan, with compiled ``kernels`` or without."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fed_dpsat.engines import conv, linear
+from fed_dpsat.engines import compiled, conv, linear
 from fed_dpsat.engines.capture import Call
 from fed_dpsat.engines.contribution import Unplanned
 from fed_dpsat.engines.embedding import Embedding
@@ -28,7 +29,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
     return Call(name="linear", layer=linear.Linear(strategy=strategy), x=input, weight=weight, bias=bias)
 
 
-def _convolution(dimensions: int) -> Callable[..., Call]:
+def _convolution(dimensions: int, kernels: bool) -> Callable[..., Call]:
     def route(
         input: Tensor,
         weight: Tensor,
@@ -55,17 +56,22 @@ def _convolution(dimensions: int) -> Callable[..., Call]:
             groups=groups,
         )
         sides, card = tuple(input.shape[2:]), is_card(input.device)
-        strategy = conv.choose(geometry, sides, is_channels_last(input), card)
+        ours = kernels and geometry.compiles and compiled.suit(input)
+        strategy = conv.choose(geometry, sides, is_channels_last(input), card, ours)
         layer = conv.Convolution(geometry=geometry, strategy=strategy, derived=not weight.is_leaf)
         return Call(name=name, layer=layer, x=input, weight=weight, bias=bias)
 
     return route
 
 
-def _group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Call:
-    return Call(name="group_norm", layer=GroupNorm(groups=num_groups, eps=eps), x=input, weight=weight, bias=bias)
+def _group_norm(kernels: bool) -> Callable[..., Call]:
+    def route(
+        input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> Call:
+        layer = GroupNorm(groups=num_groups, eps=eps, kernels=kernels)
+        return Call(name="group_norm", layer=layer, x=input, weight=weight, bias=bias)
+
+    return route
 
 
 def _layer_norm(
@@ -81,20 +87,23 @@ def _layer_norm(
     return Call(name="layer_norm", layer=layer, x=input, weight=weight, bias=bias)
 
 
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Call:
-    if running_mean is not None or running_var is not None or not use_input_stats:
-        raise Unplanned("instance_norm with running statistics")
-    layer = GroupNorm(groups=input.shape[1], eps=eps)
-    return Call(name="instance_norm", layer=layer, x=input, weight=weight, bias=bias)
+def _instance_norm(kernels: bool) -> Callable[..., Call]:
+    def route(
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Call:
+        if running_mean is not None or running_var is not None or not use_input_stats:
+            raise Unplanned("instance_norm with running statistics")
+        layer = GroupNorm(groups=input.shape[1], eps=eps, kernels=kernels)
+        return Call(name="instance_norm", layer=layer, x=input, weight=weight, bias=bias)
+
+    return route
 
 
 def _embedding(
@@ -118,13 +127,23 @@ def _sizes(size: Size, dimensions: int) -> tuple[int, ...]:
     return sizes * dimensions if len(sizes) == 1 else sizes
 
 
-ROUTES: dict[Callable[..., Any], Callable[..., Call]] = {
-    functional.linear: _linear,
-    torch.conv1d: _convolution(1),
-    torch.conv2d: _convolution(2),
-    torch.conv3d: _convolution(3),
-    functional.group_norm: _group_norm,
-    functional.layer_norm: _layer_norm,
-    functional.instance_norm: _instance_norm,
-    functional.embedding: _embedding,
-}
+Routes = dict[Callable[..., Any], Callable[..., Call]]
+
+
+def routes(kernels: str) -> Routes:
+    """By function; ``kernels`` as the setting says."""
+    return _routes(compiled.decided(kernels) == "compiled")
+
+
+@functools.cache
+def _routes(kernels: bool) -> Routes:
+    return {
+        functional.linear: _linear,
+        torch.conv1d: _convolution(1, kernels),
+        torch.conv2d: _convolution(2, kernels),
+        torch.conv3d: _convolution(3, kernels),
+        functional.group_norm: _group_norm(kernels),
+        functional.layer_norm: _layer_norm,
+        functional.instance_norm: _instance_norm(kernels),
+        functional.embedding: _embedding,
+    }

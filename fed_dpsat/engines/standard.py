@@ -119,11 +119,7 @@ def _of_part(held: Rows, gain: Tensor, f: Filters) -> tuple[Tensor, Tensor, Tens
     if held.filters is not None and bool((gain.abs() > LEAST_GAIN).all()):
         squares, sums, along = held.filters
         return squares, sums, along / gain
-    data = held.data.reshape(len(held.data), len(f.u), -1)  # both layouts have the filter first
-    places = held.to_shape(torch.arange(data[0].numel(), device=data.device).view(1, *held.data.shape[1:])).flatten()
-    u = data.new_empty(data[0].numel())
-    u[places] = f.u.flatten()
-    u = u.view(data.shape[1:])
+    data, u = held.rows().flatten(2), f.u.flatten(1)
     return filter_squares(data), data.sum(2), (data * u).sum(2)
 
 

@@ -11,6 +11,7 @@ import ray
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from fed_dpsat.engines import compiled
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower import compat
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers
@@ -60,16 +61,18 @@ class Worker:
     ) -> None:
         compat.identify_process()
         self._state_folder, self._device = state_folder, str(run_config.get("device", "cpu"))
+        self._kernels = str(run_config.get("kernels", "auto"))
         self._host = Host(client_app, run_config, num_nodes, StateStore(state_folder), faults)
         self._received: dict[Any, ArrayRecord] = {}
 
     def ready(self) -> tuple[str, bool]:
         """Build what the client app works with; this host's name, and whether it sees the folder of states.
 
-        Raises ``RunError`` where torch sees no card and the run wants one.
+        Raises ``RunError`` where torch sees no card and the run wants one, or no compiler makes the kernels it has.
         """
         try:
             require(self._device)
+            compiled.decided(self._kernels)
         except SettingError as error:  # which no other process could unpickle
             raise RunError(f"on {socket.gethostname()}: {error}") from None
         who = Message(RecordDict(), FIRST_NODE_ID, MessageType.QUERY)

@@ -187,6 +187,6 @@ def test_a_format_is_known_by_the_stride_of_the_channels():
 )
 def test_narrow_networks_with_affine_norms_have_planes(make, channels_last):
     module = make((3, 32, 32), 10)
-    answer = ask(ModelLoss(module), trainable(module), torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    answer = ask(ModelLoss(module, kernels="torch"), trainable(module), torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
     assert not answer.refusal
     assert answer.channels_last == channels_last

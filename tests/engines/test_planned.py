@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fed_dpsat.clipping import FlatClipping
-from fed_dpsat.engines import planned
+from fed_dpsat.engines import compiled, planned
 from fed_dpsat.engines.probe import refusal
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.cnn import tanh_cnn, tanh_cnn_small
@@ -82,10 +82,16 @@ def distance(a, b):
     return float(global_norm({n: a[n].double() - b[n].double() for n in b})) / max(size, 1e-30)
 
 
-def check(module, inputs, *, physical=128, criterion=total_square, must_plan=True, tolerance=1e-5):
-    """``planned`` in float32 against the oracle in float64, under three rules."""
+def check(module, inputs, **settings):
+    """``check_with`` torch alone and, where there are, kernels of our own."""
+    for kernels in ["torch"] if compiled.refusal() else ["torch", "compiled"]:
+        check_with(kernels, module, inputs, **settings)
+
+
+def check_with(kernels, module, inputs, *, physical=128, criterion=total_square, must_plan=True, tolerance=1e-5):
+    """``planned`` in float32 against the oracle in float64, under four rules."""
     targets = torch.zeros(len(inputs), dtype=torch.int64)
-    loss = ModelLoss(module, criterion)
+    loss = ModelLoss(module.float(), criterion, kernels=kernels)
     if must_plan:
         assert refusal(loss, trainable(module), inputs, targets) == ""
     norms = global_norm(oracle(loss, module, inputs, targets, UNCLIPPED)) / len(inputs)

@@ -16,9 +16,10 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from ray.exceptions import ObjectStoreFullError
 
+from fed_dpsat.engines import compiled
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower import compat, records, sums
-from fed_dpsat.simulation import cluster, ray_backend, ray_pool
+from fed_dpsat.simulation import cluster, ray_backend, ray_pool, ray_worker
 
 
 @pytest.fixture
@@ -208,6 +209,15 @@ def test_half_a_card_is_not_enough_for_a_whole_one(start, monkeypatch):
 def test_a_worker_where_torch_sees_no_card_ends_the_run_in_words(ray_cluster, tmp_path):
     with pytest.raises(RunError, match=r"^on .*: device='cuda' is not there: torch .* sees 0 cards"):
         ray_backend.RayBackend(app(tmp_path), {"device": "cuda"}, 4, 2, gpus_per_worker=0.5)
+
+
+def test_a_worker_without_the_kernels_of_the_run_ends_it_in_words(monkeypatch, tmp_path):
+    """It would compute other bits than its neighbours."""
+    monkeypatch.setattr(compiled, "_refusal", lambda: "no C compiler")
+    here = ray_worker.Worker.__ray_metadata__.modified_class
+    worker = here(app(tmp_path), {"kernels": "compiled"}, 4, tmp_path, None)
+    with pytest.raises(RunError, match=r"^on .*: kernels='compiled' is not possible here: no C compiler"):
+        worker.ready()
 
 
 @pytest.mark.slow
