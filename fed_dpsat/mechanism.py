@@ -10,6 +10,7 @@ import torch
 
 from fed_dpsat.clipping import check_clip_norm
 from fed_dpsat.errors import SettingError
+from fed_dpsat.noise import standard_normals
 from fed_dpsat.params import Params
 from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.secure_noise import SystemGenerator, add_noise_on_grid
@@ -63,7 +64,7 @@ class GaussianMechanism:
     def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         """``(clipped_sum + N(0, (noise_multiplier * clip_norm)^2)) / expected_batch_size``, shapes as given.
 
-        Draws one normal per coordinate, in the order of ``clipped_sum``; Abadi et al. 2016, Algorithm 1. A
+        Draws one normal per coordinate, as ``normals_like`` says; Abadi et al. 2016, Algorithm 1. A
         ``SystemGenerator`` has its noise added on a grid, and slightly wider (``fed_dpsat.secure_noise``).
         """
         if self.noise_multiplier and isinstance(generator, SystemGenerator):
@@ -81,11 +82,19 @@ class GaussianMechanism:
 
     def _add_noise(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         scale, noisy_sum = self.noise_multiplier * self.clip_norm, {}
-        for name, total in clipped_sum.items():
-            noise = torch.from_numpy(generator.standard_normal(total.shape, dtype=np.float32)).to(total)
+        for name, normals in normals_like(clipped_sum, generator).items():
+            total = clipped_sum[name]
+            noise = normals.to(total)
             noisy_sum[name] = torch.add(total, noise, alpha=scale, out=noise)
         return noisy_sum
 
     def event(self, *, sample_rate: float, steps: int) -> PrivacyEvent:
         """What ``steps`` calls on Poisson batches at ``sample_rate`` cost one example."""
         return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=sample_rate, steps=steps)
+
+
+def normals_like(tensors: Params, generator: np.random.Generator) -> Params:
+    """Standard normals in float32 with the names and shapes of ``tensors``, cut in their order from one draw."""
+    sizes = [t.numel() for t in tensors.values()]
+    drawn = torch.split(standard_normals(generator, sum(sizes)), sizes)
+    return {name: normals.view(t.shape) for (name, t), normals in zip(tensors.items(), drawn, strict=True)}

@@ -4,8 +4,17 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from fed_dpsat.noise import SERVER, Purpose, derive_generator, derive_seed
+from fed_dpsat.mechanism import normals_like
+from fed_dpsat.noise import (
+    SERVER,
+    WORDS,
+    Purpose,
+    derive_generator,
+    derive_seed,
+    standard_normals,
+)
 
 ONE = {"seed": 1, "purpose": "noise", "client": 2, "round": 3, "attempt": 0}
 OTHERS = {"seed": 2, "purpose": "sampling", "client": 3, "round": 2, "attempt": 1}
@@ -90,3 +99,73 @@ def test_a_seed_has_31_bits_and_names_its_purpose():
     assert len(set(seeds)) == 1000
     assert derive_seed(0, purpose="model") == derive_seed(0, purpose="model", client=SERVER)
     assert derive_seed(0, purpose="model") != derive_seed(0, purpose="partition")
+
+
+# Normals
+
+MANY = 4_000_000
+
+
+@pytest.fixture(scope="module")
+def normals():
+    return standard_normals(derive_generator(**ONE), MANY).double()
+
+
+def test_normals_have_the_distribution(normals):
+    """Kolmogorov and Smirnov, moments up to the eighth, and the tails one by one: each as far off as chance allows."""
+    assert stats.kstest(normals.numpy(), "norm").pvalue > 1e-3
+    for power in range(1, 9):
+        moment, square = (stats.norm.moment(p) for p in (power, 2 * power))
+        spread = (square - moment**2) ** 0.5 / MANY**0.5
+        assert abs(float((normals**power).mean()) - moment) < 5 * spread
+    for bound in (0.001, 1, 2, 3, 4, 4.5, 5):
+        for side in (normals > bound, normals < -bound):
+            share = stats.norm.sf(bound)
+            assert abs(int(side.sum()) - share * MANY) < 5 * (share * MANY) ** 0.5 + 1
+
+
+@pytest.mark.parametrize("apart", [1, 2, WORDS - 1, WORDS, WORDS + 1, 2 * WORDS, 3 * WORDS])
+def test_normals_know_nothing_of_one_another(apart, normals):
+    """``WORDS`` apart are the two that one word gives."""
+    for of in (lambda z: z, torch.square, torch.abs, torch.sign):
+        a, b = of(normals[:-apart]), of(normals[apart:])
+        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 5 / len(a) ** 0.5
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 2 * WORDS - 1, 2 * WORDS, 2 * WORDS + 1, 5 * WORDS])
+def test_any_number_of_normals_can_be_had_and_none_twice(count):
+    found = standard_normals(derive_generator(**ONE), count)
+    assert found.shape == (count,)
+    assert found.dtype == torch.float32
+    assert len(found.unique()) > 0.98 * count - 1  # there are but so many numbers in float32
+    assert torch.equal(found, standard_normals(derive_generator(**ONE), count))
+
+
+def test_a_generator_goes_on_where_it_was():
+    generator = derive_generator(**ONE)
+    first, second = standard_normals(generator, 1000), standard_normals(generator, 1000)
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 5 / 1000**0.5
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("word", [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 2**32, 2**64 - 1])
+def test_no_word_makes_a_normal_that_is_none(word):
+    class Stuck:
+        def integers(self, low, high, size, dtype):
+            assert (low, high) == (0, 2**64)
+            return np.full(size, word, dtype)
+
+    assert float(standard_normals(Stuck(), 2).abs().max()) < 6.67
+
+
+def test_normals_for_tensors_are_one_draw_in_their_order():
+    tensors = {"b": torch.zeros(2, 3), "a": torch.zeros(()), "none": torch.zeros(0, 4)}
+    found = normals_like(tensors, derive_generator(**ONE))
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in tensors.items()}
+    flat = torch.cat([found[name].flatten() for name in tensors])
+    assert torch.equal(flat, standard_normals(derive_generator(**ONE), 7))
+
+
+def test_normals_do_not_change_from_version_to_version():
+    expected = torch.tensor([0.36997977, 1.38399792])
+    torch.testing.assert_close(standard_normals(derive_generator(**ONE), 2), expected)

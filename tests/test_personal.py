@@ -11,7 +11,7 @@ import torch
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment, Request, Task
-from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.mechanism import GaussianMechanism, normals_like
 from fed_dpsat.noise import derive_generator
 from fed_dpsat.optimizers.base import ASCENT
 from fed_dpsat.params import trainable
@@ -116,7 +116,7 @@ def step_in_float64(experiment, client):
         for n, g in zip(leaves, grads, strict=True):
             total[n] += g * min(1.0, CONFIG.clip_norm / float(norm))
     noise = derive_generator(CONFIG.seed, purpose="noise", client=client, round=1)
-    drawn = {n: torch.from_numpy(noise.standard_normal(p.shape, dtype=np.float32)).double() for n, p in start.items()}
+    drawn = {name: normals.double() for name, normals in normals_like(start, noise).items()}
     return {n: p - CONFIG.lr * (total[n] + CONFIG.clip_norm * drawn[n]) / len(indices) for n, p in start.items()}
 
 

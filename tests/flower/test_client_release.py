@@ -23,7 +23,7 @@ from fed_dpsat.flower import records, sums
 from fed_dpsat.flower import strategy as strategy_module
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.roster import Roster
-from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.mechanism import GaussianMechanism, normals_like
 from fed_dpsat.noise import SERVER, derive_generator
 from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
 from fed_dpsat.statement import read_statement
@@ -95,8 +95,9 @@ def oracle(config, moves):
     model = {n: p.double() for n, p in Experiment.build(config).shared().items()}
     for round in range(1, config.num_rounds + 1):
         noise = derive_generator(config.seed, purpose="noise", client=SERVER, round=round)
+        normals = normals_like(model, noise)
         for name, p in model.items():
-            drawn = torch.from_numpy(noise.standard_normal(p.shape, dtype=np.float32)).double()
+            drawn = normals[name].double()
             total = sum((move[name] for move in moves.get(round, [])), torch.zeros_like(p))
             model[name] = p + (total + config.noise_multiplier * config.clip_norm * drawn) / config.cohort_size
     return model

@@ -11,6 +11,7 @@ import torch
 from fed_dpsat.clipping import FlatClipping
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.noise import standard_normals
 from fed_dpsat.optimizers import DPSAT, DPSGD
 from fed_dpsat.optimizers.base import set_clock, subspace_of
 from fed_dpsat.optimizers.dplis import DPlis
@@ -89,7 +90,7 @@ def test_one_number_is_noised_whatever_the_size_of_the_model():
     assert {name: t.shape for name, t in total.items()} == {SCALAR: ()}
     mechanism = GaussianMechanism(noise_multiplier=1, clip_norm=1, expected_batch_size=2)
     private = mechanism.privatize(total, np.random.default_rng(0))
-    expected = (float(total[SCALAR]) + float(np.random.default_rng(0).standard_normal((), dtype=np.float32))) / 2
+    expected = (float(total[SCALAR]) + float(standard_normals(np.random.default_rng(0), 1))) / 2
     assert float(private[SCALAR]) == pytest.approx(expected, rel=1e-6)
     moved, _ = optimizer.update(params, private, state)
     torch.testing.assert_close(moved["w"], -0.3 * private[SCALAR] * direction(0, 0, 1000))
