@@ -68,6 +68,8 @@ def contestants(
         elif name == "bfloat16":
             steps |= {f"nonprivate {name}": _nonprivate(model, size, device, torch.channels_last, narrow=True)}
             steps |= {f"planned {name}": _engine("planned", model, size, physical, device, precision=name)}
+        elif name == "torch-kernels":
+            steps["planned torch-kernels"] = _engine("planned", model, size, physical, device, kernels="torch")
         elif name in ("dp-sgd", "dp-sat"):
             steps[name] = _optimizer_step(name, model, size, physical, device)
         else:
@@ -100,11 +102,17 @@ def _nonprivate(
 
 
 def _engine(
-    engine: str, model: str, size: int, physical: int, device: torch.device, precision: str = "float32"
+    engine: str,
+    model: str,
+    size: int,
+    physical: int,
+    device: torch.device,
+    precision: str = "float32",
+    kernels: str = "auto",
 ) -> Step:
     module, data = build(model, device), batch(size, device)
     loss, params, clipping = (
-        ModelLoss(module, precision=precision),
+        ModelLoss(module, precision=precision, kernels=kernels),
         trainable(module),
         FlatClipping(clip_norm=CLIP_NORM),
     )

@@ -89,7 +89,9 @@ def _peak_in_a_process(name: str, model: str, size: int, args: argparse.Namespac
 
 def _peak_mb(name: str, model: str, size: int, physical: int, device: torch.device) -> float:
     first, _, second = name.partition(" ")
-    step = contestants([second if second == "bfloat16" else first], model, size, physical, device)[name]
+    step = contestants([second if second in ("bfloat16", "torch-kernels") else first], model, size, physical, device)[
+        name
+    ]
     if is_card(device):
         held = torch.cuda.memory_allocated(device)
         step()
@@ -129,7 +131,8 @@ def _arguments() -> argparse.Namespace:
         "--against",
         type=lambda t: t.split(","),
         default=["nonprivate", "vmap"],
-        help="nonprivate, vmap, opacus (all modes), bfloat16 (nonprivate and planned), dp-sgd, dp-sat (whole steps)",
+        help="nonprivate, vmap, opacus (all modes), bfloat16 (nonprivate and planned), torch-kernels (planned without "
+        "compiled ones), dp-sgd, dp-sat (whole steps)",
     )
     parser.add_argument("--physical", type=int, default=128, help="physical_batch_size")
     parser.add_argument("--repeats", type=int, default=9)
