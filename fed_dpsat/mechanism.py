@@ -66,6 +66,7 @@ class GaussianMechanism:
 
         Draws one normal per coordinate, as ``normals_like`` says; Abadi et al. 2016, Algorithm 1. A
         ``SystemGenerator`` has its noise added on a grid, and slightly wider (``fed_dpsat.secure_noise``).
+        Without noise and at a size of 1 the tensors are those of the sum.
         """
         if self.noise_multiplier and isinstance(generator, SystemGenerator):
             noisy_sum = add_noise_on_grid(
@@ -76,6 +77,8 @@ class GaussianMechanism:
             )
         elif self.noise_multiplier:
             noisy_sum = self._add_noise(clipped_sum, generator)
+        elif self.expected_batch_size == 1:
+            return dict(clipped_sum)
         else:
             return {name: total / self.expected_batch_size for name, total in clipped_sum.items()}
         return {name: total.div_(self.expected_batch_size) for name, total in noisy_sum.items()}

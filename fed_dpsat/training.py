@@ -13,7 +13,8 @@ from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, Tally
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_seed
-from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_noise
+from fed_dpsat.optimizers.base import PrivateOptimizer, State, owned_update, set_noise
+from fed_dpsat.ordinary import Ordinary
 from fed_dpsat.params import Params
 from fed_dpsat.per_example import LossFn, clipped_gradient_sum
 from fed_dpsat.placement import device_of, seed, training_on
@@ -95,6 +96,9 @@ def train_locally(
     adaptive = clipping if isinstance(clipping, AdaptiveClipping) else None
     clip_norm = float(state[CLIPPING_SLOT]["clip_norm"]) if CLIPPING_SLOT in state else clipping.clip_norm
     rule, of_gradient, of_count = clipping, mechanism, mechanism
+    ordinary = Ordinary.of(loss_fn, clipping, mechanism)
+    # a mechanism of another class may keep what it released
+    update = owned_update(optimizer) if type(mechanism) is GaussianMechanism else optimizer.update
     nonfinite = 0
     device = device_of(params)
     with training_on(device):
@@ -106,13 +110,16 @@ def train_locally(
                 rule = Tally(clip_norm=clip_norm)
                 of_gradient, of_count = _joint(adaptive, mechanism, clip_norm)
             at = optimizer.query_point(params, state)
+            loss = loss_fn
+            if ordinary:
+                loss, of_gradient = ordinary.pair(at)
             clipped_sum, skipped = clipped_gradient_sum(
-                loss_fn, at, batch, rule, engine=engine, physical_batch_size=physical_batch_size
+                loss, at, batch, rule, engine=engine, physical_batch_size=physical_batch_size
             )
             private_gradient = spread(at, of_gradient.privatize(clipped_sum, noise))
             del at, clipped_sum  # or the next pass over a batch holds three models more
             state = set_noise(state, of_gradient.noise_std)
-            params, state = optimizer.update(params, private_gradient, state)
+            params, state = update(params, private_gradient, state)
             del private_gradient
             nonfinite += skipped
             if adaptive and isinstance(rule, Tally):

@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
@@ -173,14 +173,50 @@ def test_two_rounds_are_one_twice_as_long_where_state_is_passed_on(optimizer, mo
     assert not same_bits(reset.params, once.params)
 
 
-def test_nothing_given_is_changed_in_place(model, same_bits):
-    optimizer = DPSAT(base=SGD, rho=0.1)
+@pytest.mark.parametrize("optimizer", [DPSAT(base=SGD, rho=0.1), SGD, DPSGD(lr=0.1)])
+def test_nothing_given_is_changed_in_place(optimizer, model, same_bits):
     first = train(*model, optimizer=optimizer)
     before = {
         name: {n: t.clone() for n, t in d.items()} for name, d in ({"params": first.params} | first.state).items()
     }
     train(first.params, model[1], optimizer=optimizer, state=first.state)
     assert all(same_bits(d, before[name]) for name, d in ({"params": first.params} | first.state).items())
+
+
+class CallsItself(DPSGD):
+    """Its ``update_owned`` is that of DP-SGD, which does not know what it does."""
+
+    def update(self, params, private_gradient, state):
+        return super().update(params, {name: 2 * g for name, g in private_gradient.items()}, state)
+
+
+@pytest.mark.parametrize("sigma", [0, 1])
+def test_an_update_of_ones_own_is_called(sigma, model, same_bits):
+    twice = train(*model, sigma=sigma, optimizer=CallsItself(lr=0.125))
+    assert same_bits(twice.params, train(*model, sigma=sigma, optimizer=DPSGD(lr=0.25)).params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeps(GaussianMechanism):
+    """Keeps the tensors that it released, and what was in them."""
+
+    kept: list = field(default_factory=list)
+
+    def privatize(self, clipped_sum, generator):
+        private = super().privatize(clipped_sum, generator)
+        self.kept.append((private, {name: g.clone() for name, g in private.items()}))
+        return private
+
+
+@pytest.mark.parametrize(("sigma", "clip_norm"), [(1, 1), (0, 1), (0, math.inf)])
+def test_what_a_mechanism_keeps_is_not_written_into(sigma, clip_norm, model, same_bits):
+    mechanism = Keeps(noise_multiplier=sigma, clip_norm=clip_norm, expected_batch_size=6)
+    result = train(*model, sigma=sigma, clip_norm=clip_norm, mechanism=mechanism, optimizer=DPSGD(lr=0.1))
+    assert len(mechanism.kept) == 10
+    assert all(same_bits(*pair) for pair in mechanism.kept)
+    plain = train(*model, sigma=sigma, clip_norm=clip_norm, optimizer=DPSGD(lr=0.1))
+    torch.testing.assert_close(result.params, plain.params, rtol=1e-12, atol=1e-12)
+    assert same_bits(result.params, plain.params) or not sigma
 
 
 # What it costs, and the noise that pays for it.

@@ -9,6 +9,7 @@ millisecond per megabyte and copy.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,12 @@ SIMULATION_RUN_ID = 1
 SERVER_NODE_ID = 1
 
 
+@functools.cache
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """``str(dtype)``, which takes numpy as long as all else of an ``Array``."""
+    return str(dtype)
+
+
 class Array(flwr.app.Array):
     """A Flower array that holds its ndarray; the bytes are made when something asks for them, such as a network.
 
@@ -44,7 +51,7 @@ class Array(flwr.app.Array):
     def __init__(self, ndarray: NDArray[Any]) -> None:
         held = ndarray.view()
         held.flags.writeable = False
-        self.__dict__.update(dtype=str(held.dtype), shape=tuple(held.shape), stype=SType.NUMPY, held=held)
+        self.__dict__.update(dtype=dtype_name(held.dtype), shape=tuple(held.shape), stype=SType.NUMPY, held=held)
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -114,6 +121,7 @@ __all__ = [
     "Array",
     "ErrorCode",
     "Run",
+    "dtype_name",
     "empty_run",
     "identify_process",
     "record_of",

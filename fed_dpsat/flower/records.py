@@ -130,7 +130,7 @@ def read_within(content: RecordDict) -> Coordinates | Span | None:
 
     Raises ``RecordError`` for what is none, or has other steps than the task: a client would work for nothing.
     """
-    if SUBSPACE not in content.config_records:
+    if config_in(content, SUBSPACE) is None:
         return None
     try:
         found = read_subspace(_config(content, SUBSPACE))
@@ -214,7 +214,7 @@ def _values(array: Array, like: Array) -> NDArray[Any]:
     if not isinstance(array, compat.Array):
         return read_array(array, tuple(like.shape), np.dtype(like.dtype))
     values = array.view()
-    if values.shape != tuple(like.shape) or str(values.dtype) != like.dtype:
+    if values.shape != tuple(like.shape) or compat.dtype_name(values.dtype) != like.dtype:
         raise ValueError(f"holds {values.dtype}{list(values.shape)}, which is not what it says")
     return values
 

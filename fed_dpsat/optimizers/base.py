@@ -7,6 +7,7 @@ of its mechanism.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -29,8 +30,15 @@ NOISE = "noise"
 """The slot in which the loop says how much noise is in a private gradient; who needs that makes it in ``init``."""
 
 
+Update = Callable[[Params, Params, State], tuple[Params, State]]
+
+
 class PrivateOptimizer(Protocol):
-    """State goes in and comes out; nothing is changed in place."""
+    """State goes in and comes out; nothing is changed in place.
+
+    ``update_owned``, where there is one beside ``update``, does the same to the bit with a private gradient that is
+    given away: it may write into it, and leave the new parameters or state in its memory.
+    """
 
     def init(self, params: Params) -> State:
         """The state before the first step."""
@@ -40,6 +48,19 @@ class PrivateOptimizer(Protocol):
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """The next parameters and state; pure post-processing of ``private_gradient``."""
+
+
+def owned_update(optimizer: PrivateOptimizer) -> Update:
+    """``update_owned`` of ``optimizer``, for who has no more use for a private gradient; else its ``update``.
+
+    One that is inherited by a class with an ``update`` of its own does not know of that, and is left alone.
+    """
+    for where in (optimizer, *type(optimizer).__mro__):
+        found = {"update", "update_owned"} & getattr(where, "__dict__", {}).keys()
+        if found:
+            update: Update = getattr(optimizer, "update_owned" if len(found) == 2 else "update")
+            return update
+    return optimizer.update
 
 
 def set_clock(state: State, step: int) -> State:

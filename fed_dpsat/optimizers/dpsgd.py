@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.optimizers.base import CLOCK, State, set_clock
@@ -64,16 +65,38 @@ class DPSGD:
 
     def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
         """One SGD step."""
+        return self._step(params, private_gradient, state, _new)
+
+    def update_owned(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        """``update`` in the memory of ``private_gradient``, which saves a third of the way that numbers go."""
+        return self._step(params, private_gradient, state, _first)
+
+    def _step(self, params: Params, slope: Params, state: State, out: Out) -> tuple[Params, State]:
         step = int(state[CLOCK]["step"])
         lr = scheduled(self.lr, self.lr_schedule, step, self.total_steps)
-        slope = private_gradient
         if self.weight_decay:
-            slope = {name: torch.add(g, params[name], alpha=self.weight_decay) for name, g in slope.items()}
+            slope = _sums(slope, params, self.weight_decay, out)
         if self.momentum:
-            slope = {name: torch.add(g, state["momentum"][name], alpha=self.momentum) for name, g in slope.items()}
-            state = {**state, "momentum": slope}
-        moved = {name: torch.add(p, slope[name], alpha=-lr) for name, p in params.items()}
+            slope = _sums(slope, state["momentum"], self.momentum, out)
+            state, out = {**state, "momentum": slope}, _new
+        moved = {name: torch.add(p, slope[name], alpha=-lr, out=out(slope[name], p)) for name, p in params.items()}
         return moved, set_clock(state, step + 1)
+
+
+def _sums(slope: Params, other: Params, share: float, out: Out) -> Params:
+    return {name: torch.add(g, other[name], alpha=share, out=out(g, other[name])) for name, g in slope.items()}
+
+
+Out = Callable[[Tensor, Tensor], Tensor | None]
+"""Where the sum of two tensors goes; None is a new one."""
+
+
+def _new(first: Tensor, second: Tensor) -> Tensor | None:
+    return None
+
+
+def _first(first: Tensor, second: Tensor) -> Tensor | None:
+    return first if first.dtype == second.dtype and first.stride() == second.stride() else None
 
 
 OPTIMIZERS = {"dp-sgd": DPSGD}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State
+from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State, owned_update
 from fed_dpsat.params import Params, zeros_like
 from fed_dpsat.query import At, as_query, first_point
 from fed_dpsat.testing.conformance import require, run_checks
@@ -132,6 +132,34 @@ def inputs_are_not_changed(subject: Subject) -> None:
             )
 
 
+def a_gradient_given_away_makes_the_same_step(subject: Subject) -> None:
+    """``update_owned``, where there is one, gives the bits of ``update``, and writes into its gradient alone."""
+    optimizer = subject.make()
+    owned = owned_update(optimizer)
+    for state in _states(subject):
+        params, gradient = start(), answer(optimizer.query_point(start(), state), 0)
+        given = {"params": params} | {f"state {slot}": p for slot, p in state.items()}
+        before = {what: copied(tensors) for what, tensors in given.items()}
+        outcomes = []
+        for step in (optimizer.update, owned):
+            torch.manual_seed(0)
+            outcomes.append(_flat(*step(params, copied(gradient), state)))
+        said = difference(*outcomes)
+        require(
+            not said,
+            expected="from update_owned the parameters and state of update",
+            seen=f"others: {said}",
+            remedy="leave nothing in the gradient's memory that a later line of update_owned overwrites",
+        )
+        changed = [f"{n}: {said}" for n, tensors in given.items() if (said := difference(before[n], tensors))]
+        require(
+            not changed,
+            expected="update_owned to leave parameters and state as they are",
+            seen="; ".join(changed),
+            remedy="write into the private gradient alone",
+        )
+
+
 def same_inputs_give_same_outputs(subject: Subject) -> None:
     """Calls in between, and another object of the same settings, change no bit: nothing is kept outside the state."""
     optimizer = subject.make()
@@ -208,6 +236,7 @@ CHECKS = (
     points_are_like_params,
     inputs_are_not_changed,
     same_inputs_give_same_outputs,
+    a_gradient_given_away_makes_the_same_step,
     resumed_equals_uninterrupted,
     zero_gradient_stays_finite,
     a_direction_may_come_or_go,
@@ -244,5 +273,8 @@ def _outputs(optimizer: PrivateOptimizer, state: State, seed: int) -> Params:
     """All that the two functions return, under one level of names."""
     torch.manual_seed(0)
     at = optimizer.query_point(start(), state)
-    params, after = optimizer.update(start(), answer(at, seed), state)
-    return flattened({**asked(at), "params": params, **{f"state {slot}": p for slot, p in after.items()}})
+    return {**flattened(asked(at)), **_flat(*optimizer.update(start(), answer(at, seed), state))}
+
+
+def _flat(params: Params, state: State) -> Params:
+    return flattened({"params": params, **{f"state {slot}": p for slot, p in state.items()}})

@@ -120,3 +120,35 @@ def test_norms_in_every_format(shape):
     params = {name: p.detach() for name, p in module.named_parameters()}
     found = plain.plain_sum(ModelLoss(module), params, *data)  # also in the format that the engine would not choose
     assert all(torch.allclose(found[name], value, rtol=1e-5, atol=1e-6) for name, value in expected.items())
+
+
+class Pooled(nn.Module):
+    """Two max pools, one of them no module, and a flat layer whose gradient has its channels in planes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.head = nn.MaxPool2d(2), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.first(x).relu(), 2)
+        return self.head(self.pool(self.second(x).relu()).flatten(1))
+
+
+def test_gradients_of_pools_are_laid_out_as_their_inputs_and_the_same_to_the_bit(monkeypatch, same_bits):
+    torch.manual_seed(0)
+    module, data, seen = Pooled(), batch(), []
+    turn = plain._channels_last
+
+    def spy(gradients):
+        turned = turn(gradients)
+        seen.append((gradients[0].stride(1), turned[0].stride(1)))
+        return turned
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plain, "_channels_last", spy)
+        total, _ = sums(module, data, "auto")
+    assert seen == [(4, 1), (1, 1)]
+    assert plain._channels_last((None, None)) == (None, None)
+    monkeypatch.setattr(plain, "_turn_gradients", lambda total: None)
+    assert same_bits(total, sums(module, data, "auto")[0])

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fed_dpsat.optimizers.base import CLOCK, climb, set_clock
+from fed_dpsat.optimizers import DPSAT, DPSGD
+from fed_dpsat.optimizers.base import CLOCK, climb, owned_update, set_clock
 from fed_dpsat.params import global_norm, subtract
 
 PARAMS = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0, 0.0])}
@@ -65,3 +66,45 @@ def test_the_clock_is_a_slot_like_any_other():
     assert CLOCK not in state
     assert set_clock(ticked, 8)[CLOCK]["step"] == 8
     assert ticked[CLOCK]["step"] == 7
+
+
+class OwnUpdate(DPSGD):
+    def update(self, params, private_gradient, state):
+        return params, state
+
+
+class Both(OwnUpdate):
+    def update(self, params, private_gradient, state):
+        return params, state
+
+    def update_owned(self, params, private_gradient, state):
+        return params, state
+
+
+class OwnedAlone(DPSGD):
+    def update_owned(self, params, private_gradient, state):
+        return params, state
+
+
+class Silent(Both):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (DPSGD, "update_owned"),
+        (Both, "update_owned"),
+        (Silent, "update_owned"),
+        (OwnUpdate, "update"),
+        (OwnedAlone, "update"),
+    ],
+)
+def test_a_gradient_is_given_away_to_who_wrote_both_updates(kind, name):
+    optimizer = kind(lr=0.1)
+    assert owned_update(optimizer) == getattr(optimizer, name)
+
+
+def test_a_gradient_is_not_given_away_to_who_keeps_it():
+    optimizer = DPSAT(base=DPSGD(lr=0.1), rho=0.1)
+    assert owned_update(optimizer) == optimizer.update

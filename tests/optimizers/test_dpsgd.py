@@ -123,3 +123,23 @@ def test_settings_outside_their_bounds_are_refused(name, value, bound):
 def test_a_schedule_needs_an_end(schedule):
     with pytest.raises(SettingError, match=r"total_steps=0 is not at least 1; the schedule needs an end"):
         DPSGD(lr=0.1, lr_schedule=schedule)
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+def test_a_gradient_that_is_given_away_is_where_the_step_goes(momentum, weight_decay, same_bits):
+    """Also where one is laid out or typed otherwise; those keep memory of their own."""
+    params = {
+        "w": torch.arange(6.0).reshape(3, 2),
+        "turned": torch.ones(2, 3),
+        "wide": torch.ones(2, dtype=torch.float64),
+    }
+    gradient = {"w": torch.ones(3, 2), "turned": torch.arange(6.0).reshape(3, 2).t(), "wide": torch.ones(2)}
+    optimizer = DPSGD(lr=0.3, momentum=momentum, weight_decay=weight_decay)
+    moved, after = optimizer.update(params, gradient, optimizer.init(params))
+    given = {name: g.clone() for name, g in gradient.items()}
+    owned, kept = optimizer.update_owned(params, given, optimizer.init(params))
+    assert same_bits(moved, owned)
+    assert all(same_bits(after[slot], kept[slot]) for slot in after)
+    held = (kept["momentum"] if momentum else owned)["w"]
+    assert held.data_ptr() == given["w"].data_ptr()

@@ -78,6 +78,28 @@ class WritesIntoTheState(DPSGD):
         return step(params, slope), state
 
 
+class OverwritesItsMomentum(DPSGD):
+    """Leaves its momentum in the memory that it then writes the parameters into."""
+
+    def update(self, params, private_gradient, state):
+        return step(params, private_gradient), {**state, "momentum": private_gradient}
+
+    def update_owned(self, params, private_gradient, state):
+        out = {name: torch.add(p, private_gradient[name], alpha=-0.1) for name, p in params.items()}
+        return {name: private_gradient[name].copy_(p) for name, p in out.items()}, {
+            **state,
+            "momentum": private_gradient,
+        }
+
+
+class OwnsTheWeightsToo(DPSGD):
+    def update(self, params, private_gradient, state):
+        return step(params, private_gradient), state
+
+    def update_owned(self, params, private_gradient, state):
+        return {name: p.sub_(private_gradient[name], alpha=0.1) for name, p in params.items()}, state
+
+
 class HidesMomentum:
     """Keeps it in the object, which lives for one round: reset every round, or shared by clients."""
 
@@ -206,6 +228,7 @@ def made(kind):
     return lambda: kind(base=DPSGD(lr=0.1), rho=0.03) if issubclass(kind, DPSAT) else kind(lr=0.1)
 
 
+OWNED = "a_gradient_given_away_makes_the_same_step"
 BROKEN = {
     "un-noised momentum wants the batch": (made(WantsTheBatch), "signatures_take_no_data"),
     "takes the batch if given": (made(TakesTheBatchIfGiven), "signatures_take_no_data"),
@@ -213,6 +236,8 @@ BROKEN = {
     "perturbs in place (official DP-SAT)": (made(PerturbsInPlace), "inputs_are_not_changed"),
     "writes into the gradient": (made(WritesIntoTheGradient), "inputs_are_not_changed"),
     "writes into the state": (made(WritesIntoTheState), "inputs_are_not_changed"),
+    "a momentum that is overwritten": (made(OverwritesItsMomentum), OWNED),
+    "weights taken for its own": (made(OwnsTheWeightsToo), OWNED),
     "momentum in the object, reset each round": (HidesMomentum, "same_inputs_give_same_outputs"),
     "an empty slot": (made(CountsInAnEmptySlot), "resumed_equals_uninterrupted"),
     "a number in the state": (made(KeepsANumber), "state_is_named_tensors"),
@@ -259,7 +284,7 @@ LOOPS = {"reset": REPLAY, "raw": REPLAY, "restore on the last": "physical_batche
 
 @pytest.mark.parametrize("name", plugins.builtin("optimizer"))
 def test_every_shipped_optimizer_conforms(name):
-    assert len(check_optimizer(lambda: shipped(name), zero_lr=lambda: shipped(name, lr=0.0))) == 11
+    assert len(check_optimizer(lambda: shipped(name), zero_lr=lambda: shipped(name, lr=0.0))) == 12
 
 
 def test_without_zero_lr_that_check_is_left_out():
