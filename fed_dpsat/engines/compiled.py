@@ -239,6 +239,8 @@ def _near(ours: Tensor | None, theirs: Tensor) -> bool:
 
 
 def _pointer(t: Tensor | None) -> int | None:
+    if t is not None and (t.device.type != "cpu" or t.dtype not in (torch.float32, torch.float64)):
+        raise TypeError(f"{t.dtype} on {t.device} for a kernel that reads float32 on a CPU")
     return None if t is None else t.data_ptr()
 
 

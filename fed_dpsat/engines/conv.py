@@ -167,11 +167,11 @@ def choose(
     return "product" if product < rows else "rows" if kernel == 1 else "channels"
 
 
-def fitting(geometry: Geometry) -> list[str]:
-    """The strategies that are right for a convolution, cheap or not."""
+def fitting(geometry: Geometry, x: Tensor) -> list[str]:
+    """The strategies that are right for a convolution of ``x``, cheap or not."""
     if len(geometry.kernel) != 2:
         return ["rows", "single"]
-    own = ["compiled"] if geometry.compiles and not compiled.refusal() else []
+    own = ["compiled"] if geometry.compiles and compiled.suit(x) and not compiled.refusal() else []
     return [*(["product"] if geometry.groups == 1 else []), *own, "channels", "rows", "single"]
 
 

@@ -111,7 +111,7 @@ def _alternatives(call: Call) -> dict[str, Callable[[], Any]]:
     layer, weight = call.layer, call.weight
     if weight is None or not isinstance(layer, conv.Convolution | linear.Linear):
         return {}
-    strategies = ["product", "rows"] if isinstance(layer, linear.Linear) else conv.fitting(layer.geometry)
+    strategies = ["product", "rows"] if isinstance(layer, linear.Linear) else conv.fitting(layer.geometry, call.x)
     x, w = call.x.detach(), weight.detach()
     with torch.no_grad():
         out, saved = layer.forward(x, w, None)

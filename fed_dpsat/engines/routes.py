@@ -68,7 +68,7 @@ def _group_norm(kernels: bool) -> Callable[..., Call]:
     def route(
         input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Call:
-        layer = GroupNorm(groups=num_groups, eps=eps, kernels=kernels)
+        layer = GroupNorm(groups=num_groups, eps=eps, kernels=kernels and compiled.suit(input))
         return Call(name="group_norm", layer=layer, x=input, weight=weight, bias=bias)
 
     return route
@@ -100,7 +100,7 @@ def _instance_norm(kernels: bool) -> Callable[..., Call]:
     ) -> Call:
         if running_mean is not None or running_var is not None or not use_input_stats:
             raise Unplanned("instance_norm with running statistics")
-        layer = GroupNorm(groups=input.shape[1], eps=eps, kernels=kernels)
+        layer = GroupNorm(groups=input.shape[1], eps=eps, kernels=kernels and compiled.suit(input))
         return Call(name="instance_norm", layer=layer, x=input, weight=weight, bias=bias)
 
     return route

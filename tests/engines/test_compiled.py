@@ -295,6 +295,14 @@ def test_both_kinds_of_kernels_sum_alike():
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@here
+@pytest.mark.parametrize("x", [torch.zeros(2, 3, 4, 5, device="meta"), torch.zeros(2, 3, 4, 5, dtype=torch.float16)])
+def test_what_the_kernels_cannot_read_is_no_crash(x):
+    assert not compiled.suit(x)
+    with pytest.raises(TypeError, match=r"torch.float.* on (meta|cpu) for a kernel"):
+        compiled.position_sums(x)
+
+
 def test_unknown_kernels_say_which_there_are():
     with pytest.raises(SettingError, match="kernels='fast' is not one of auto, compiled, torch"):
         ModelLoss(nn.Linear(2, 2), kernels="fast")
