@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fed_dpsat.clipping import ClippingRule, FlatClipping
 from fed_dpsat.engines.call import modules
-from fed_dpsat.engines.formats import is_channels_last
+from fed_dpsat.engines.formats import turn_gradients
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.params import Params
-from fed_dpsat.placement import generator_states, is_card, rewind
+from fed_dpsat.placement import generator_states, rewind
 from fed_dpsat.query import At, LossFn, as_query, compact
 
 
@@ -59,39 +58,12 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) 
         total = loss_fn(leaves, inputs, targets).sum()
         if not total.requires_grad:
             return {name: torch.zeros_like(p) for name, p in params.items()}
-        if not is_card(inputs.device):
-            _turn_gradients(total)
+        turn_gradients(total)
         found = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)[: len(leaves)]
     if not bool(torch.stack([gradient.sum() for gradient in found]).isfinite().all()):
         rewind(inputs.device, states)
         return None
     return dict(zip(params, _owned(found), strict=True))
-
-
-POOL = "MaxPool2DWithIndicesBackward0"
-
-
-def _turn_gradients(total: Tensor) -> None:
-    """Have max pools whose channels are last given such gradients.
-
-    A flat layer behind a pool sends back channels in planes. Torch then copies the gradient of the pool's input twice,
-    across its layout, which takes a CPU six times as long as the rest of that backward pass.
-    """
-    waiting = [total.grad_fn]
-    found = {None, *waiting}
-    while waiting:
-        node: Any = waiting.pop()
-        if type(node).__name__ == POOL and is_channels_last(node._saved_self):
-            node.register_prehook(_channels_last)
-        for behind, _ in node.next_functions:
-            if behind not in found:
-                found.add(behind)
-                waiting.append(behind)
-
-
-def _channels_last(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradient of a pool's output, None where nothing depends on it, and None for its indices."""
-    return tuple(g if g is None else g.contiguous(memory_format=torch.channels_last) for g in gradients)
 
 
 def _owned(gradients: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ from fed_dpsat.engines import derived
 from fed_dpsat.engines.capture import Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
 from fed_dpsat.engines.finite import clipped_names, finite_factors
-from fed_dpsat.engines.formats import laid_out
+from fed_dpsat.engines.formats import laid_out, turn_gradients
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.plain import plain_query_sum, plain_sum, unbounded
 from fed_dpsat.engines.probe import ask
@@ -121,8 +121,9 @@ def run(tape: Tape, loss_fn: ModelLoss, leaves: Params, inputs: Tensor, targets:
             losses = loss_fn(leaves, inputs, targets)
         if not losses.requires_grad:
             return
-        wanted = [capture.anchor, *leaves.values()]
-        direct = torch.autograd.grad(losses.sum(), wanted, allow_unused=True, materialize_grads=False)
+        total, wanted = losses.sum(), [capture.anchor, *leaves.values()]
+        turn_gradients(total)
+        direct = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=False)
     check_routed(leaves, direct[1:])
 
 

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 
 from fed_dpsat.clipping import FlatClipping
 from fed_dpsat.clipping.automatic import AutomaticClipping
-from fed_dpsat.engines import plain, planned
+from fed_dpsat.engines import formats, plain, planned
+from fed_dpsat.params import trainable
 from fed_dpsat.per_example import ModelLoss, clipped_gradient_sum
 
 UNBOUNDED = FlatClipping(clip_norm=float("inf"))
@@ -135,10 +136,12 @@ class Pooled(nn.Module):
         return self.head(self.pool(self.second(x).relu()).flatten(1))
 
 
-def test_gradients_of_pools_are_laid_out_as_their_inputs_and_the_same_to_the_bit(monkeypatch, same_bits):
+@pytest.mark.parametrize(("clipping", "room"), [(UNBOUNDED, plain), (FlatClipping(clip_norm=1.0), planned)])
+def test_gradients_of_pools_are_laid_out_as_inputs_and_the_same_to_the_bit(clipping, room, monkeypatch, same_bits):
     torch.manual_seed(0)
     module, data, seen = Pooled(), batch(), []
-    turn = plain._channels_last
+    loss, params, turn = ModelLoss(module), trainable(module), formats._channels_last
+    clipped_gradient_sum(loss, params, data, clipping)  # with made-up examples first
 
     def spy(gradients):
         turned = turn(gradients)
@@ -146,9 +149,9 @@ def test_gradients_of_pools_are_laid_out_as_their_inputs_and_the_same_to_the_bit
         return turned
 
     with monkeypatch.context() as patch:
-        patch.setattr(plain, "_channels_last", spy)
-        total, _ = sums(module, data, "auto")
+        patch.setattr(formats, "_channels_last", spy)
+        total, _ = clipped_gradient_sum(loss, params, data, clipping)
     assert seen == [(4, 1), (1, 1)]
-    assert plain._channels_last((None, None)) == (None, None)
-    monkeypatch.setattr(plain, "_turn_gradients", lambda total: None)
-    assert same_bits(total, sums(module, data, "auto")[0])
+    assert formats._channels_last((None, None)) == (None, None)
+    monkeypatch.setattr(room, "turn_gradients", lambda total: None)
+    assert same_bits(total, clipped_gradient_sum(loss, params, data, clipping)[0])
