@@ -1,11 +1,13 @@
 """pfl-research's own cifar10_iid baseline, rebuilt from its public API, as a contestant that takes turns.
 
-``python -m benchmarks.pfl_baseline DATA.npz COHORT ROUNDS none|local``, run by a Python that has ``pfl[pytorch]``;
-nothing of fed_dpsat is imported. ``DATA.npz`` holds normalised ``inputs[N, 3, 32, 32]`` and ``labels[N]``.
+``python -m benchmarks.pfl_baseline DATA.npz COHORT ROUNDS none|local|central``, run by a Python that has
+``pfl[pytorch]``; nothing of fed_dpsat is imported. ``DATA.npz`` holds normalised ``inputs[N, 3, 32, 32]`` and
+``labels[N]``.
 
 Setting and callbacks are those of ``benchmarks/image_classification`` (``configs/baseline.yaml``, ``pytorch/train.py``)
 of apple/pfl-research: 50 examples a user, local batch 10, one local epoch at learning rate 0.1, users weighted
-equally, central SGD at 1.0, FedAvg. ``local``: Gaussian mechanism on each user's update, clipped to 0.4, noise 1.
+equally, central SGD at 1.0, FedAvg. ``local``: Gaussian mechanism on each user's update, clipped to 0.4, noise 1;
+``central``: the same clipping, and noise 0.01 once, on the sum, by the server.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
 from pfl.privacy.gaussian_mechanism import GaussianMechanism
+from pfl.privacy.privacy_mechanism import CentrallyAppliedPrivacyMechanism
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,8 +103,9 @@ def train(data: Path, cohort: int, rounds: int, noise: str, turn: Turn) -> None:
         local_optimizer_create=torch.optim.SGD,
         central_optimizer=torch.optim.SGD(module.parameters(), 1.0),
     )
-    local = [GaussianMechanism(clipping_bound=0.4, relative_noise_stddev=1.0)] if noise == "local" else []
-    backend = SimulatedBackend(training_data=users, val_data=users, postprocessors=[WeightByUser(), *local])
+    gaussian = GaussianMechanism(clipping_bound=0.4, relative_noise_stddev=1.0 if noise == "local" else 0.01)
+    private = {"none": [], "local": [gaussian], "central": [CentrallyAppliedPrivacyMechanism(gaussian)]}[noise]
+    backend = SimulatedBackend(training_data=users, val_data=users, postprocessors=[WeightByUser(), *private])
     test = PyTorchTensorDataset((inputs[:TEST_EXAMPLES], labels[:TEST_EXAMPLES]))
     with tempfile.TemporaryDirectory() as folder:
         FederatedAveraging().run(

@@ -6,7 +6,8 @@ option                           what is measured
 ``--clients N --model-mb M``     idle: N clients that return the model as they got it; with ``--against flower`` stock
                                  Flower beside it
 ``--against loop,pfl``           training: 50 clients, 50 CIFAR-10 images each, 5 steps of batch 10, CNN of 1.6 M
-                                 parameters, beside the bare PyTorch loop and pfl-research; also with local noise
+                                 parameters, beside the bare PyTorch loop and pfl-research; also with local noise and,
+                                 of one clipped change per client, with the server's
 ``--population N1,N2 --cohort K`` K clients of N train; the start is timed too
 ``--scaling 1,2``                training, by number of Ray workers
 ``--stack 1,8,32``               training of ``--clients`` small clients (256 by default), so many in one kernel
@@ -68,7 +69,7 @@ def idle(args: argparse.Namespace) -> list[Row]:
 
 
 def training(args: argparse.Namespace) -> list[Row]:
-    """The round that pfl's benchmark trains, ours, the bare loop's and pfl's, without and with local noise."""
+    """The round that pfl's benchmark trains, ours, the bare loop's and pfl's: without noise, with local or central."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.npz"
@@ -78,7 +79,12 @@ def training(args: argparse.Namespace) -> list[Row]:
             print(HOW_TO_INSTALL_PFL, file=sys.stderr)
         for noise in args.noise:
             setting = Setting(
-                clients=COHORT, rounds=args.rounds, data_path=args.data_path, private=noise == "local", model_mb=6.5
+                clients=COHORT,
+                rounds=args.rounds,
+                data_path=args.data_path,
+                private=noise == "local",
+                central=noise == "central",
+                model_mb=6.5,
             )
             entries = []
             for workers in args.workers:
@@ -205,7 +211,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model-mb", type=float, default=2.0, help="their model, in 10^6 bytes")
     parser.add_argument("--workers", type=_numbers, default=[0], help="Ray workers, by commas; 0 is in process")
     parser.add_argument("--against", type=_names, default=[], help="flower, loop, pfl, by commas")
-    parser.add_argument("--noise", type=_names, default=["none", "local"], help="training without, with local noise")
+    parser.add_argument("--noise", type=_names, default=["none", "local", "central"], help="of training, by commas")
     parser.add_argument("--population", type=_numbers, default=[], help="clients there are, by commas")
     parser.add_argument("--cohort", type=int, default=100, help="clients of them that train in a round")
     parser.add_argument("--scaling", type=_numbers, default=[], help="Ray workers that train, by commas")
@@ -222,6 +228,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if unknown := set(args.noise) - {"none", "local", "central"}:
+        parser.error(f"--noise {sorted(unknown)[0]}: not one of none, local, central")
     if unknown := set(args.against) - {"flower", "loop", "pfl"}:
         parser.error(f"--against {sorted(unknown)[0]}: not one of flower, loop, pfl")
     return args

@@ -10,6 +10,7 @@ from benchmarks.turns import Turn
 from fed_dpsat.config import RunConfig
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.noise import derive_generator
 from fed_dpsat.params import Params, trainable
 from fed_dpsat.per_example import clipped_gradient_sum
 from fed_dpsat.process import tune_allocator
@@ -20,13 +21,17 @@ from fed_dpsat.training import Streams
 def loop(config: RunConfig, turn: Turn) -> Params:
     """The model after ``num_rounds`` rounds of ``config``, by the same draws as ``simulate``.
 
+    Local training is not private where the unit is one client: changes are clipped, and noised once a round.
+
     Not private: ``backward`` and ``torch.optim.SGD``, channels last, which is the faster layout (and the one in which
     the planned engine draws dropout). Private: ``clipped_gradient_sum``, noise, the same step.
     """
     tune_allocator()
     experiment = Experiment.build(config)
-    train_client = _private_client if config.private else _plain_client
-    if not config.private:
+    central = config.privacy_unit == "client"
+    local = config.private and not central
+    train_client = _private_client if local else _plain_client
+    if not local:
         experiment.loss_fn.module.to(memory_format=torch.channels_last)
     model = trainable(experiment.loss_fn.module)
     turn()
@@ -34,10 +39,32 @@ def loop(config: RunConfig, turn: Turn) -> Params:
         total: Params = {}
         for client in range(config.num_clients):
             trained = train_client(experiment, model, client, round)
+            if central:
+                trained = _clipped(trained, model, config.clip_norm)
             total = {name: total[name].add_(p) for name, p in trained.items()} if total else trained
-        model = {name: p / config.num_clients for name, p in total.items()}
+        model = _noised(model, total, config, round) if central else _mean(total, config)
         turn()
     return model
+
+
+def _mean(total: Params, config: RunConfig) -> Params:
+    return {name: p / config.num_clients for name, p in total.items()}
+
+
+def _clipped(trained: Params, model: Params, clip_norm: float) -> Params:
+    change = {name: p.sub_(model[name]) for name, p in trained.items()}
+    norm = float(torch.nn.utils.get_total_norm(list(change.values())))
+    return {name: c.mul_(min(1.0, clip_norm / norm)) for name, c in change.items()}
+
+
+def _noised(model: Params, total: Params, config: RunConfig, round: int) -> Params:
+    mechanism = GaussianMechanism(
+        noise_multiplier=config.noise_multiplier,
+        clip_norm=config.clip_norm,
+        expected_batch_size=float(config.num_clients),
+    )
+    private = mechanism.privatize(total, derive_generator(config.seed, purpose="noise", round=round))
+    return {name: p + private[name] for name, p in model.items()}
 
 
 def _plain_client(experiment: Experiment, model: Params, client: int, round: int) -> Params:

@@ -29,12 +29,18 @@ ROUNDING = 2.0**-22
 
 def bounded(change: Params, clip_norm: float) -> Params:
     """``change`` times min(1, clip_norm / norm), one norm over all tensors; in float64, as it is given back."""
-    exact = {name: value.double() for name, value in change.items()}
-    norm = _norm(exact)
+    return _bounded({name: value.to(torch.float64, copy=True) for name, value in change.items()}, clip_norm)
+
+
+def _bounded(own: Params, clip_norm: float) -> Params:
+    """``bounded`` of a change in float64 that nobody else has, in its memory."""
+    norm = _norm(own)
     if not math.isfinite(norm):
-        return {name: torch.zeros_like(value) for name, value in exact.items()}
-    factor = min(1.0, clip_norm / norm) if norm > 0 else 1.0
-    return {name: value * factor for name, value in exact.items()}
+        return {name: torch.zeros_like(value) for name, value in own.items()}
+    if norm > clip_norm:
+        for value in own.values():
+            value.mul_(clip_norm / norm)
+    return own
 
 
 def largest(change: Params, share: float) -> Params:
@@ -51,21 +57,27 @@ def largest(change: Params, share: float) -> Params:
 def bounded_model(after: Params, before: Params, *, clip_norm: float, keep_share: float) -> Params:
     """What a client sends: ``before`` and its bounded change on the way to ``after``, in the types of ``before``."""
     change = bounded(largest(subtract(after, before), keep_share), clip_norm)
-    return {name: (value.double() + change[name]).to(value.dtype) for name, value in before.items()}
+    return {name: change[name].add_(value).to(value.dtype) for name, value in before.items()}
 
 
 def excess(after: Params, before: Params, clip_norm: float) -> float:
     """How much longer the move from ``before`` to ``after`` is than ``clip_norm``; 0 where rounding explains it."""
-    moved = _norm({name: value.double() - before[name].double() for name, value in after.items()})
-    beyond = moved - clip_norm
+    beyond = _norm(_move(after, before)) - clip_norm
+    if beyond <= ROUNDING * clip_norm:  # whatever the norm of the model
+        return 0.0
     return beyond if beyond > ROUNDING * (_norm(before) + clip_norm) else 0.0
 
 
 def bounded_move(after: Params, before: Params, clip_norm: float) -> Params:
     """What a reply adds to the sum, in float64: its norm is at most ``clip_norm`` whatever was sent."""
-    return bounded({name: value.double() - before[name].double() for name, value in after.items()}, clip_norm)
+    return _bounded(_move(after, before), clip_norm)
+
+
+def _move(after: Params, before: Params) -> Params:
+    """In float64, and in memory of its own."""
+    return {name: value.to(torch.float64, copy=True).sub_(before[name]) for name, value in after.items()}
 
 
 def _norm(params: Params) -> float:
-    squares: list[Tensor] = [value.double().square().sum() for value in params.values()]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    flat: list[Tensor] = [value.double().flatten() for value in params.values()]
+    return math.sqrt(sum(float(torch.dot(value, value)) for value in flat))

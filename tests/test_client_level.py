@@ -133,3 +133,17 @@ def test_a_client_of_dp_fedsam_takes_the_steps_of_sam_and_sends_them_bounded_onc
     assert all(torch.allclose(sent.params[n].double() - start[n], expected[n], atol=1e-6) for n in expected)
     assert sent.event == task.event
     assert (sent.event.unit, sent.event.sample_rate, sent.event.steps) == ("client", 0.2, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_given_is_changed_in_place(dtype, same_bits):
+    after, before = {"w": torch.tensor([3.0, 5.0], dtype=dtype)}, {"w": torch.tensor([0.0, 1.0], dtype=dtype)}
+    kept = [{name: value.clone() for name, value in params.items()} for params in (after, before)]
+    assert float(client_level.bounded(after, 1.0)["w"].norm()) == pytest.approx(1.0)
+    torch.testing.assert_close(
+        client_level.bounded_move(after, before, 1.0)["w"], torch.tensor([0.6, 0.8], dtype=torch.float64)
+    )
+    client_level.bounded_model(after, before, clip_norm=1.0, keep_share=1.0)
+    assert client_level.excess(after, before, 1.0) == pytest.approx(4.0)
+    assert same_bits(after, kept[0])
+    assert same_bits(before, kept[1])

@@ -27,9 +27,9 @@ class Turns:
         self.taken += 1
 
 
-@pytest.mark.parametrize("private", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_bare_loop_does_the_same_arithmetic_as_ours(private: bool) -> None:
-    setting, turns = Setting(clients=2, rounds=2, private=private), Turns()
+@pytest.mark.parametrize("noise", [pytest.param("none", marks=pytest.mark.slow), "private", "central"])
+def test_the_bare_loop_does_the_same_arithmetic_as_ours(noise: str) -> None:
+    setting, turns = Setting(clients=2, rounds=2, private=noise == "private", central=noise == "central"), Turns()
     a, b = ours(setting, turns), loop(training_config(setting), turns)
     assert turns.taken == 2 * (1 + setting.rounds)
     assert a.keys() == b.keys()
