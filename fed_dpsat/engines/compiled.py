@@ -45,18 +45,22 @@ SIGNATURES = {
     "position_sums": [POINTER] * 3 + [Size] * 3,
 }
 
-
 KERNELS = ("auto", "compiled", "torch")
 """The choices of the setting ``kernels``."""
 
 
+@functools.cache
 def refusal() -> str:
     """Why there are no compiled kernels here, or nothing."""
-    return _refusal()
+    try:
+        _library()
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        return str(error)
+    return _disagreement()
 
 
 def decided(kernels: str) -> str:
-    """ "auto" decided for this machine; raises ``SettingError`` for "compiled" where nothing compiles."""
+    """What ``kernels`` are here, "auto" decided; raises ``SettingError`` for "compiled" where nothing compiles."""
     if kernels == "auto" and refusal():
         _say_once(refusal())
         return "torch"
@@ -70,15 +74,6 @@ def decided(kernels: str) -> str:
 def suit(x: Tensor) -> bool:
     """Whether ``x`` is something that the kernels compute with: narrow numbers are widened for them."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-
-
-@functools.cache
-def _refusal() -> str:
-    try:
-        _library()
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        return str(error)
-    return _disagreement()
 
 
 @functools.cache

@@ -210,7 +210,7 @@ def another_source(tmp_path, monkeypatch):
 
     def forget():
         compiled._library.cache_clear()
-        compiled._refusal.cache_clear()
+        compiled.refusal.cache_clear()
 
     yield use
     monkeypatch.undo()
@@ -248,10 +248,10 @@ def test_a_compiler_that_fails_is_quoted(another_source, monkeypatch):
     assert "failed: " in compiled.refusal()
     assert "error" in compiled.refusal()
     monkeypatch.setenv("CC", "/bin/false")
-    compiled._refusal.cache_clear()
+    compiled.refusal.cache_clear()
     assert compiled.refusal() == "/bin/false failed: no message"
     monkeypatch.setenv("CC", "/no/such/compiler")
-    compiled._refusal.cache_clear()
+    compiled.refusal.cache_clear()
     assert "/no/such/compiler" in compiled.refusal()
 
 

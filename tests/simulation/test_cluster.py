@@ -213,7 +213,7 @@ def test_a_worker_where_torch_sees_no_card_ends_the_run_in_words(ray_cluster, tm
 
 def test_a_worker_without_the_kernels_of_the_run_ends_it_in_words(monkeypatch, tmp_path):
     """It would compute other bits than its neighbours."""
-    monkeypatch.setattr(compiled, "_refusal", lambda: "no C compiler")
+    monkeypatch.setattr(compiled, "refusal", lambda: "no C compiler")
     here = ray_worker.Worker.__ray_metadata__.modified_class
     worker = here(app(tmp_path), {"kernels": "compiled"}, 4, tmp_path, None)
     with pytest.raises(RunError, match=r"^on .*: kernels='compiled' is not possible here: no C compiler"):
