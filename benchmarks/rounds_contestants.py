@@ -135,7 +135,8 @@ def idle_app(sleep: float) -> ClientApp:
     def do_nothing(message: Message, context: Context) -> Message:
         task = records.read_task(message.content)
         params = records.to_params(message.content.array_records[records.ARRAYS])
-        time.sleep(sleep)
+        if sleep:  # 0 too lets another process have the core
+            time.sleep(sleep)
         result = LocalResult(params=params, state={}, event=task.event, nonfinite_examples=0)
         client = int(context.node_config[records.PARTITION_ID])
         return Message(records.reply_content(client, task, result, 1), reply_to=message)
@@ -154,7 +155,8 @@ def flower(setting: Setting, turn: Turn) -> None:
 
     @client.train()
     def echo(message: Message, context: Context) -> Message:
-        time.sleep(setting.sleep)
+        if setting.sleep:
+            time.sleep(setting.sleep)
         content = {
             FLOWER_ARRAYS: message.content[FLOWER_ARRAYS],
             FLOWER_METRICS: MetricRecord({"num-examples": 1}),

@@ -111,7 +111,9 @@ def _change(content: RecordDict, codec: str, share: float, size: int) -> Tensor:
 
 def num_bytes(content: RecordDict) -> int:
     """Bytes of the arrays in ``content``, as they came or would be sent."""
-    arrays = [array for record in content.values() if isinstance(record, ArrayRecord) for array in record.values()]
+    arrays = [
+        array for record in content.values() if isinstance(record, ArrayRecord) for _, array in compat.items(record)
+    ]
     return sum(a.view().nbytes if isinstance(a, compat.Array) else len(a.data) for a in arrays)
 
 

@@ -1,16 +1,16 @@
 """The few internals of Flower 1.41 that a grid of our own needs, in one place.
 
 Flower has no public way to run a simulation in process or to plug a backend in (FLOWER.md). What is touched:
-``TaskIdentity`` (without it ``Message(...)`` raises), ``Run``, ``ErrorCode``, the id in a message's metadata, and the
-fields of ``Array``: Flower's own serialises when it is made, which costs a client that stays in the process a
-millisecond per megabyte and copy.
+``TaskIdentity`` (without it ``Message(...)`` raises), ``Run``, ``ErrorCode``, the id in a message's metadata, the
+dictionary in an ``ArrayRecord``, and the fields of ``Array``: Flower's own serialises when it is made, which costs a
+client that stays in the process a millisecond per megabyte and copy.
 ``tests/flower/test_compat.py`` says which of them broke when the version range in pyproject.toml is raised.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from typing import Any
 
 import flwr.app
@@ -80,11 +80,16 @@ class Array(flwr.app.Array):
 
 
 def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    """``arrays`` in a record that holds them. (``ArrayRecord(dict)`` would serialise each.)"""
+    """``arrays`` in a record that holds them. (``ArrayRecord(dict)`` serialises each, setting items checks types.)"""
     record = ArrayRecord()
-    for name, array in arrays.items():
-        record[name] = Array(array)
+    record.__dict__["_data"].update({name: Array(array) for name, array in arrays.items()})
     return record
+
+
+def items(record: ArrayRecord) -> ItemsView[str, flwr.app.Array]:
+    """``record.items()``, of the dictionary behind it."""
+    found: dict[str, flwr.app.Array] = record.__dict__["_data"]
+    return found.items()
 
 
 def view(array: flwr.app.Array) -> NDArray[Any]:
@@ -124,6 +129,7 @@ __all__ = [
     "dtype_name",
     "empty_run",
     "identify_process",
+    "items",
     "record_of",
     "set_message_id",
     "view",

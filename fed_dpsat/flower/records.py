@@ -85,12 +85,12 @@ def to_arrays(params: Params) -> ArrayRecord:
 
 def to_read(arrays: ArrayRecord) -> dict[str, Tensor]:
     """Flower arrays to tensors that are only read: without a copy where the arrays hold their values."""
-    return {name: torch.from_numpy(compat.view(array)) for name, array in arrays.items()}
+    return {name: torch.from_numpy(compat.view(array)) for name, array in compat.items(arrays)}
 
 
 def to_params(arrays: ArrayRecord) -> Params:
     """Flower arrays to tensors that own their memory."""
-    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+    return {name: torch.from_numpy(array.numpy()) for name, array in compat.items(arrays)}
 
 
 def arrays_in(content: RecordDict, key: str) -> ArrayRecord | None:
@@ -189,8 +189,7 @@ def check_arrays(content: RecordDict, like: ArrayRecord) -> None:
         raise RecordError(f"{count} array records, expected {ARRAYS!r} alone")
     if list(record) != list(like):
         raise RecordError("other parameters than the model's")
-    for name, expected in like.items():
-        array = record[name]
+    for (name, expected), (_, array) in zip(compat.items(like), compat.items(record), strict=True):
         if tuple(array.shape) != tuple(expected.shape) or array.dtype != expected.dtype:
             raise RecordError(f"{name} is {array.dtype}{list(array.shape)}, not {expected.dtype}{list(expected.shape)}")
         try:

@@ -128,7 +128,7 @@ class RayBackend:
                     break
                 clients = [_client(message) for message in work.messages]
                 since = {client: self._kept[client] for client in clients if client in self._kept}
-                answers = slot.actor.answers.remote(work.messages, work.references, since, release_counts)
+                answers = slot.actor.answers.remote(slot.calls, work.messages, work.references, since, release_counts)
                 slot.add(answers, work)
                 self._home |= dict.fromkeys(clients, slot)
 

@@ -15,7 +15,7 @@ from flwr.app import Message
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from fed_dpsat.errors import RunError
-from fed_dpsat.simulation.ray_worker import References, Worker
+from fed_dpsat.simulation.ray_worker import THREADS, References, Worker
 
 log = logging.getLogger("fed_dpsat")
 
@@ -48,7 +48,10 @@ class Work:
 
 @dataclass
 class Slot:
-    """A worker's place: its actor, what was sent to it, oldest first, and since when the oldest is at work."""
+    """A worker's place: its actor, what was sent to it, oldest first, and since when the oldest is at work.
+
+    ``calls`` is how often something was sent.
+    """
 
     actor: Any
     ready: Any
@@ -57,6 +60,7 @@ class Slot:
     sent: deque[tuple[Any, Work]] = field(default_factory=deque)
     quick: bool = False
     late: bool = False
+    calls: int = 0
 
     def has_room(self, *, plenty: bool) -> bool:
         """Work may be sent: to who is idle, or who will soon be.
@@ -70,6 +74,7 @@ class Slot:
         if not self.sent:
             self.since = time.monotonic()
         self.sent.append((reference, work))
+        self.calls += 1
 
     def pop(self) -> Work:
         """The oldest work, which is done; the next one begins."""
@@ -132,7 +137,11 @@ class Pool:
 
     def _new_slot(self) -> Slot:
         options = Worker.options(  # type: ignore[attr-defined]
-            num_cpus=1, num_gpus=self._gpus_per_worker, max_restarts=0, scheduling_strategy="SPREAD"
+            num_cpus=1,
+            num_gpus=self._gpus_per_worker,
+            max_restarts=0,
+            max_concurrency=THREADS,
+            scheduling_strategy="SPREAD",
         )
         actor = options.remote(*self._arguments)
         return Slot(actor, actor.ready.remote())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,27 @@ from fed_dpsat.simulation.state import StateStore
 
 References = Mapping[str, "ray.ObjectRef[Any]"]
 """Record name to the arrays that lie in Ray's object store."""
+
+
+THREADS = 2
+"""As many as a worker has calls (``ray_pool.Slot``): one fewer, and the next would wait until an answer is stored."""
+
+
+class InTurn:
+    """Blocks that are numbered from 0 on, one at a time and in order, whichever thread comes first."""
+
+    def __init__(self) -> None:
+        self._condition, self._next = threading.Condition(), 0
+
+    @contextmanager
+    def __call__(self, number: int) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: self._next == number)
+            try:
+                yield
+            finally:
+                self._next += 1
+                self._condition.notify_all()
 
 
 class Shelf:
@@ -49,7 +72,10 @@ class Shelf:
 
 @ray.remote
 class Worker:
-    """A process that answers messages with one client app."""
+    """A process that answers messages with one client app, one call after the other, in the order of their numbers.
+
+    It has ``THREADS``: while one call's answer is on its way, the next is at work.
+    """
 
     def __init__(
         self,
@@ -64,6 +90,7 @@ class Worker:
         self._kernels = str(run_config.get("kernels", "auto"))
         self._host = Host(client_app, run_config, num_nodes, StateStore(state_folder), faults)
         self._received: dict[Any, ArrayRecord] = {}
+        self._turn = InTurn()
 
     def ready(self) -> tuple[str, bool]:
         """Build what the client app works with; this host's name, and whether it sees the folder of states.
@@ -81,16 +108,18 @@ class Worker:
 
     def answers(
         self,
+        number: int,
         messages: Sequence[Message],
         references: Sequence[References],
         since: Mapping[int, int],
         release_counts: bool | None,
     ) -> Answers:
-        """As ``Host.answers``, of messages with the records behind ``references`` put back in."""
-        wanted = {reference for each in references for reference in each.values()}
-        self._received = {reference: r for reference, r in self._received.items() if reference in wanted}
-        for reference in wanted - self._received.keys():
-            self._received[reference] = compat.record_of(ray.get(reference))
-        for message, each in zip(messages, references, strict=True):
-            message.content = RecordDict({**message.content, **{k: self._received[r] for k, r in each.items()}})
-        return self._host.answers(messages, since, release_counts=release_counts)
+        """As ``Host.answers``, of messages with the records behind ``references`` put back in; calls count from 0."""
+        with self._turn(number):
+            wanted = {reference for each in references for reference in each.values()}
+            self._received = {reference: r for reference, r in self._received.items() if reference in wanted}
+            for reference in wanted - self._received.keys():
+                self._received[reference] = compat.record_of(ray.get(reference))
+            for message, each in zip(messages, references, strict=True):
+                message.content = RecordDict({**message.content, **{k: self._received[r] for k, r in each.items()}})
+            return self._host.answers(messages, since, release_counts=release_counts)

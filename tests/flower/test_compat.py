@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-from flwr.app import Message, MessageType, RecordDict
+import numpy as np
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
@@ -50,3 +51,14 @@ def test_the_loop_calls_evaluate_fn_before_the_first_and_after_each_round():
 def test_stock_strategies_have_the_sampling_settings_that_are_overruled():
     names = {"fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes"}
     assert names <= set(vars(FedAvg()))
+
+
+def test_a_record_of_arrays_is_the_one_that_is_set_item_by_item():
+    arrays = {"b": np.arange(3.0), "a": np.zeros((2, 1), dtype=np.int64)}
+    record, expected = compat.record_of(arrays), ArrayRecord()
+    for name, array in arrays.items():
+        expected[name] = compat.Array(array)
+    assert record == expected
+    assert list(compat.items(record)) == list(expected.items())
+    assert list(record) == ["b", "a"]
+    assert record.object_id == expected.object_id

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,21 @@ def app_that_dies(folder: Path, times: int) -> ClientApp:
     return app
 
 
+def app_that_sees_company() -> ClientApp:
+    """Each client says whether it was alone at work in its process."""
+    app, at_work = ClientApp(), []
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        at_work.append(message)
+        time.sleep(0.05)
+        alone = len(at_work) == 1
+        at_work.remove(message)
+        return Message(RecordDict({"said": ConfigRecord({"alone": alone})}), reply_to=message)
+
+    return app
+
+
 def ask(backend, num_nodes, arrays):
     content = RecordDict({"arrays": arrays})
     messages = []
@@ -52,9 +69,9 @@ def ask(backend, num_nodes, arrays):
 def start(ray_cluster, tmp_path):
     backends = []
 
-    def make(times, workers=2, nodes=6):
+    def make(times=0, workers=2, nodes=6, app=None):
         compat.identify_process()
-        backends.append(ray_backend.RayBackend(app_that_dies(tmp_path, times), {}, nodes, workers))
+        backends.append(ray_backend.RayBackend(app or app_that_dies(tmp_path, times), {}, nodes, workers))
         return backends[-1]
 
     yield make
@@ -97,6 +114,11 @@ def test_one_worker_is_enough(start):
     assert {n for n, r in replies.items() if r.has_content()} == {0, 1, 3, 4, 5}
 
 
+def test_a_worker_that_has_two_calls_does_one_at_a_time(start):
+    replies = ask(start(workers=1, nodes=8, app=app_that_sees_company()), 8, ARRAYS)
+    assert [reply.content["said"]["alone"] for reply in replies.values()] == [True] * 8
+
+
 def test_the_model_is_stored_once_a_round(start, monkeypatch):
     backend = start(times=0)
     stored = []
@@ -134,3 +156,22 @@ def test_work_waits_at_a_slow_worker_only_where_there_is_plenty_for_the_others()
     slot.pop()
     slot.late = True
     assert not slot.has_room(plenty=True)
+
+
+def test_blocks_are_entered_in_the_order_of_their_numbers():
+    turn, entered, together = ray_worker.InTurn(), [], []
+
+    def enter(number):
+        with turn(number):
+            entered.append(number)
+            together.append(number)
+            time.sleep(0.01)
+            together.remove(number)
+            assert not together
+            if number == 1:
+                raise ValueError("the others go on")
+
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(enter, number) for number in (3, 2, 1, 0)]
+    assert entered == [0, 1, 2, 3]
+    assert [type(call.exception()) for call in calls] == [type(None), type(None), ValueError, type(None)]
