@@ -1,9 +1,9 @@
 """The kernels of ``kernels.c``, compiled for this processor when they are first wanted.
 
 They are an extra: without a C compiler, or where what it made does not agree with torch, ``refusal`` says why, and
-layers take torch's functions, up to twice as slow. The library lies in the user's cache, named after its source and
-what the processor can do, so it is compiled once. Examples are shared out among torch's threads; each has the same
-bits on any number of them.
+layers take torch's functions; steps were up to 1.6 times as long. The library lies in the user's cache, named after
+its source and what the processor can do, so it is compiled once. Examples are shared out among torch's threads; each
+has the same bits on any number of them.
 """
 
 from __future__ import annotations
@@ -256,4 +256,4 @@ def _share_out(batch: int, some: Callable[[slice], None]) -> None:
 
 @functools.cache
 def _say_once(reason: str) -> None:
-    log.warning("no compiled kernels, so images with convolutions may take up to twice as long: %s", reason)
+    log.warning("no compiled kernels, so steps with convolutions may take up to 1.6 times as long: %s", reason)
