@@ -15,9 +15,9 @@ option                           what is measured
 ================================ ====================================================================================
 
 Every contestant is a process that takes turns with those it is compared with. Medians over ``--rounds`` rounds after a
-warm-up round. ``parent_cpu_seconds`` is the mean processor time per round of the process that drives it, without its
-workers: on a busy machine the steadier figure. ``parent_mb`` is its peak resident set, ``growth_mb`` what it gained
-from the warm-up round to the last one.
+warm-up round; ratios are medians of those of each turn. ``parent_cpu_seconds`` is the mean processor time per round of
+the process that drives it, without its workers: on a busy machine the steadier figure. ``parent_mb`` is its peak
+resident set, ``growth_mb`` what it gained from the warm-up round to the last one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import importlib.util
 import json
 import math
 import signal
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 
 from benchmarks.rounds_contestants import Setting
-from benchmarks.rounds_measure import CPU, Entry, Row, entry, measure, seconds, table
+from benchmarks.rounds_measure import Entry, Measured, Row, entry, measure, ratio, table
 from benchmarks.rounds_plugins import cifar_clients
 from fed_dpsat.config import RunConfig
 
@@ -65,7 +66,7 @@ def idle(args: argparse.Namespace) -> list[Row]:
         rounds = min(args.rounds, MAX_FLOWER_ROUNDS)
         stock = dataclasses.replace(setting, workers=max(1, *args.workers), rounds=rounds)
         entries.append(entry("idle", "flower", "flower", stock))
-    return measure(entries, args.timeout)
+    return [each.row() for each in measure(entries, args.timeout)]
 
 
 def training(args: argparse.Namespace) -> list[Row]:
@@ -111,15 +112,21 @@ def _pfl_entry(python: str, data: Path, setting: Setting, noise: str) -> Entry:
     )
 
 
-def _with_ratios(rows: list[Row]) -> list[Row]:
-    """Seconds of each over those of the loop and of pfl; in process also processor time, which is steadier."""
-    references = {row["engine"]: row for row in rows if row["engine"] != "ours"}
-    for row in rows:
-        for engine, reference in references.items():
-            row[f"ratio_to_{engine}"] = round(seconds(row) / seconds(reference), 3)
-            if row["workers"] == 0:
-                row[f"cpu_ratio_to_{engine}"] = round(seconds(row, CPU) / seconds(reference, CPU), 3)
+def _with_ratios(measured: list[Measured]) -> list[Row]:
+    """Seconds over those of the loop and of pfl, turn by turn; in process also processor time, which is steadier."""
+    rows = []
+    references = {str(each.labels["engine"]): each for each in measured if each.labels["engine"] != "ours"}
+    for each in measured:
+        ratios = {f"ratio_to_{engine}": ratio(each.times, other.times) for engine, other in references.items()}
+        if each.in_process:
+            ratios |= {f"cpu_ratio_to_{engine}": ratio(each.cpu, other.cpu) for engine, other in references.items()}
+        rows.append(each.row(**ratios))
     return rows
+
+
+def _with_speedups(measured: list[Measured]) -> list[Row]:
+    """How many times the first each is as fast, turn by turn."""
+    return [each.row(speedup=ratio(measured[0].times, each.times)) for each in measured]
 
 
 def population(args: argparse.Namespace) -> list[Row]:
@@ -129,7 +136,8 @@ def population(args: argparse.Namespace) -> list[Row]:
         for workers in args.workers:
             setting = Setting(clients=clients, cohort=args.cohort, rounds=args.rounds, workers=workers)
             labels = {"population": clients}
-            rows += measure([entry("population", "ours", "ours-population", setting, **labels)], args.timeout)
+            one = entry("population", "ours", "ours-population", setting, **labels)
+            rows += [each.row() for each in measure([one], args.timeout)]
     return rows
 
 
@@ -137,10 +145,7 @@ def scaling(args: argparse.Namespace) -> list[Row]:
     """Compute-bound rounds by number of workers, taking turns; ``speedup`` is over the first."""
     setting = Setting(clients=COHORT, rounds=args.rounds, data_path=args.data_path, model_mb=6.5)
     entries = [_train_entry("ours", dataclasses.replace(setting, workers=w), "none") for w in args.scaling]
-    rows = measure(entries, args.timeout)
-    for row in rows:
-        row["speedup"] = round(seconds(rows[0]) / seconds(row), 3)
-    return rows
+    return _with_speedups(measure(entries, args.timeout))
 
 
 def sleeping(args: argparse.Namespace) -> list[Row]:
@@ -152,8 +157,9 @@ def sleeping(args: argparse.Namespace) -> list[Row]:
         for engine in ["ours", *(["flower"] if "flower" in args.against else [])]:
             contestant = "ours-idle" if engine == "ours" else engine
             one = entry("sleeping", engine, contestant, dataclasses.replace(setting, workers=workers))
-            for row in measure([one], args.timeout):
-                rows.append({**row, "ideal_seconds": ideal, "over_ideal": round(seconds(row) / ideal, 3)})
+            for each in measure([one], args.timeout):
+                over = statistics.median(each.times) / ideal
+                rows.append(each.row(ideal_seconds=ideal, over_ideal=round(over, 3)))
     return rows
 
 
@@ -174,10 +180,7 @@ def stacking(args: argparse.Namespace) -> list[Row]:
         for stack in args.stack:
             one = dataclasses.replace(setting, stack=stack)
             entries.append(entry("stacking", "ours", "ours-stacked", one, model=model, stack=stack))
-        measured = measure(entries, args.timeout)
-        for row in measured:
-            row["speedup"] = round(measured[0]["seconds_per_round"] / row["seconds_per_round"], 3)  # type: ignore[operator]
-        rows += measured
+        rows += _with_speedups(measure(entries, args.timeout))
     return rows
 
 

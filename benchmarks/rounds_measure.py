@@ -8,12 +8,12 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from benchmarks.rounds_contestants import Setting
 from benchmarks.turns import Contestant, ContestantError
 
 Row = dict[str, str | int | float | None]
-CPU = "parent_cpu_seconds"
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -40,58 +40,85 @@ def entry(work: str, engine: str, contestant: str, setting: Setting, **labels: s
     )
 
 
-def measure(entries: Sequence[Entry], timeout: float) -> list[Row]:
-    """One row per contestant that lasted; those of one call take turns."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A contestant that lasted: seconds of each of its turns after the first, on the clock and of its processor."""
+
+    labels: Row
+    times: Sequence[float]
+    cpu: Sequence[float]
+    memory: Row
+
+    def row(self, **more: float) -> Row:
+        """Medians of all turns, and what else is known of it."""
+        median, clients = statistics.median(self.times), self.labels["clients"]
+        assert isinstance(clients, int)
+        return {
+            **self.labels,
+            "rounds": len(self.times),
+            "seconds_per_round": round(median, 4),
+            "slowest_seconds": round(max(self.times), 4),
+            "ms_per_client": round(1000 * median / clients, 4),
+            "parent_cpu_seconds": round(statistics.fmean(self.cpu), 4),
+            **self.memory,
+            **more,
+        }
+
+    @property
+    def in_process(self) -> bool:
+        """All of its work was done by the process that drives it."""
+        return self.labels["workers"] == 0
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    """The median over turns of ``one`` to ``other`` in the same turn, when the machine was in the same mood."""
+    return round(statistics.median(a / b for a, b in zip(one, other, strict=False)), 3)
+
+
+def measure(entries: Sequence[Entry], timeout: float) -> list[Measured]:
+    """Those that lasted, in their order; those of one call take turns, and another one begins each time."""
     running: dict[int, Contestant] = {}
-    warm: dict[int, tuple[float, float]] = {}
+    warm: dict[int, float] = {}
     times: dict[int, list[float]] = {i: [] for i in range(len(entries))}
+    clocks: dict[int, list[float]] = {i: [] for i in range(len(entries))}
 
     def attempt(i: int, round: int) -> None:
         try:
             if i not in running:
                 running[i] = Contestant(entries[i].command, {**QUIET, **entries[i].env}, timeout)
             times[i].append(running[i].round())
+            clocks[i].append(running[i].cpu_seconds())
             if not round:
-                warm[i] = running[i].memory_mb("VmRSS"), running[i].cpu_seconds()
+                warm[i] = running[i].memory_mb("VmRSS")
         except ContestantError as error:
             print(f"{entries[i].labels} is left out: {error}", file=sys.stderr)
             if i in running:
                 running.pop(i).end()
 
+    def measured(i: int) -> Measured:
+        cpu = [after - before for before, after in pairwise(clocks[i])]
+        return Measured(labels=entries[i].labels, times=times[i][1:], cpu=cpu, memory=_memory(running[i], warm[i]))
+
+    order = list(range(len(entries)))
     try:
-        for i in range(len(entries)):
+        for i in order:
             attempt(i, 0)
         for round in range(1, max((one.rounds for one in entries), default=0) + 1):
-            for i in [i for i in running if round <= entries[i].rounds]:
+            order = order[1:] + order[:1]
+            for i in [i for i in order if i in running and round <= entries[i].rounds]:
                 attempt(i, round)
-        return [_row(entries[i], running[i], warm[i], times[i][1:]) for i in running]
+        return [measured(i) for i in sorted(running)]
     finally:
         for contestant in running.values():
             contestant.end()
 
 
-def _row(one: Entry, contestant: Contestant, warm: tuple[float, float], times: list[float]) -> Row:
-    median = statistics.median(times)
-    clients = one.labels["clients"]
-    assert isinstance(clients, int)
+def _memory(contestant: Contestant, warm: float) -> Row:
     return {
-        **one.labels,
-        "rounds": len(times),
-        "seconds_per_round": round(median, 4),
-        "slowest_seconds": round(max(times), 4),
-        "ms_per_client": round(1000 * median / clients, 4),
-        CPU: round((contestant.cpu_seconds() - warm[1]) / len(times), 4),
         "parent_mb": round(contestant.memory_mb("VmHWM"), 1),
-        "growth_mb": round(contestant.memory_mb("VmRSS") - warm[0], 1),
+        "growth_mb": round(contestant.memory_mb("VmRSS") - warm, 1),
         "start_seconds": round(contestant.start_seconds, 2),
     }
-
-
-def seconds(row: Row, key: str = "seconds_per_round") -> float:
-    """A number of seconds in a row."""
-    value = row[key]
-    assert isinstance(value, float)
-    return value
 
 
 def table(rows: list[Row]) -> str:

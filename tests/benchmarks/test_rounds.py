@@ -11,7 +11,7 @@ import torch
 from benchmarks import rounds
 from benchmarks.rounds_contestants import Setting, ours, ours_idle, ours_population, training_config
 from benchmarks.rounds_loop import loop
-from benchmarks.rounds_measure import Entry, Row, measure, table
+from benchmarks.rounds_measure import Entry, Measured, Row, measure, table
 from benchmarks.turns import Contestant, ContestantError
 
 KEYS = {"engine", "clients", "model_mb", "workers", "seconds_per_round", "ms_per_client", "parent_mb", "growth_mb"}
@@ -68,7 +68,8 @@ def test_a_row_per_contestant_that_lasts(capsys: pytest.CaptureFixture[str]) -> 
     labels: Row = {"work": "idle", "engine": "good", "clients": 4, "model_mb": 1.0, "workers": 0}
     good = Entry(labels=labels, command=[sys.executable, "-c", ONE_TURN_A_LINE], rounds=2)
     bad = Entry(labels={**labels, "engine": "bad"}, command=[sys.executable, "-c", "raise OSError(7)"], rounds=2)
-    (row,) = measure([good, bad], timeout=60)
+    (one,) = measure([good, bad], timeout=60)
+    row = one.row()
     assert row["engine"] == "good"
     assert row.keys() >= KEYS
     assert row["rounds"] == 2
@@ -81,14 +82,20 @@ def test_a_contestant_that_hangs_is_ended() -> None:
         Contestant([sys.executable, "-c", "import time; time.sleep(60)"], {}, timeout=0.5)
 
 
-def test_ratios_are_to_the_loop_and_to_pfl() -> None:
-    rows: list[Row] = [
-        {"engine": "ours", "workers": 0, "seconds_per_round": 3.0, "parent_cpu_seconds": 2.2},
-        {"engine": "ours", "workers": 1, "seconds_per_round": 3.0, "parent_cpu_seconds": 0.1},
-        {"engine": "loop", "workers": 0, "seconds_per_round": 2.0, "parent_cpu_seconds": 2.0},
-        {"engine": "pfl", "workers": 0, "seconds_per_round": 4.0, "parent_cpu_seconds": 4.0},
-    ]
-    here, on_ray, bare, _ = rounds._with_ratios(rows)
+def test_ratios_are_of_the_same_turn() -> None:
+    def measured(engine: str, workers: int, times: list[float], cpu: list[float]) -> Measured:
+        labels: Row = {"engine": engine, "clients": 2, "workers": workers}
+        return Measured(labels=labels, times=times, cpu=cpu, memory={})
+
+    here, on_ray, bare, _ = rounds._with_ratios(
+        [
+            measured("ours", 0, [3.0, 30.0, 9.0], [2.2, 22.0, 5.5]),
+            measured("ours", 1, [2.0, 20.0, 6.0], [0.1, 0.1, 0.1]),
+            measured("loop", 0, [2.0, 20.0, 3.0], [2.0, 20.0, 5.0]),  # the machine was ten times slower in turn 2
+            measured("pfl", 0, [4.0, 40.0, 12.0], [4.0, 44.0, 11.0]),
+        ]
+    )
     assert (here["ratio_to_loop"], here["ratio_to_pfl"], here["cpu_ratio_to_loop"]) == (1.5, 0.75, 1.1)
+    assert (here["seconds_per_round"], here["parent_cpu_seconds"]) == (9.0, 9.9)
     assert "cpu_ratio_to_loop" not in on_ray
     assert bare["ratio_to_loop"] == 1.0
