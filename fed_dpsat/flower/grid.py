@@ -1,4 +1,4 @@
-"""A Flower ``Grid`` for simulations: nodes are numbers, and a backend answers their messages block by block."""
+"""A Flower ``Grid`` for simulations: nodes are numbers, and a backend answers their messages."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Span(NamedTuple):
 
 @dataclass(kw_only=True)
 class Answers:
-    """What came of one block: replies in order or their sum, whose state was kept, and who worked when."""
+    """What came of a run of messages: replies in order or their sums, whose state was kept, and who worked when."""
 
     replies: list[Message] = field(default_factory=list)
-    part: sums.Part | None = None
+    parts: list[sums.Part] = field(default_factory=list)
     kept: dict[int, int] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
 
@@ -41,9 +41,9 @@ class Backend(Protocol):
     """Where client apps run."""
 
     def run(
-        self, blocks: Sequence[Sequence[Message]], *, release_counts: bool | None, timeout: float | None
+        self, messages: Sequence[Message], *, release_counts: bool | None, timeout: float | None
     ) -> Iterator[Answers]:
-        """For each block, in order, a reply per message; or their sum, where ``release_counts`` is not None.
+        """In order, run by run, a reply per message; or nodes of their sum, where ``release_counts`` is not None.
 
         After ``timeout`` seconds, whoever has not replied is an error. Raises ``RunError`` where nobody can be asked.
         """
@@ -55,8 +55,8 @@ class Backend(Protocol):
 class SimulationGrid(Grid):
     """``num_nodes`` nodes on one ``backend``; the node of partition ``p`` has the id ``FIRST_NODE_ID + p``.
 
-    ``on_span`` is told when each client was at work. Blocks hold whole stacks of ``stack_clients``. ``seconds``,
-    where time is simulated, says of client and round how long the server waits for that client.
+    ``on_span`` is told when each client was at work. ``seconds``, where time is simulated, says of client and round how
+    long the server waits for that client.
     """
 
     def __init__(
@@ -65,7 +65,6 @@ class SimulationGrid(Grid):
         num_nodes: int,
         on_span: Callable[[Span], None] | None = None,
         *,
-        stack_clients: int = 1,
         seconds: Callable[[int, int], float] | None = None,
     ) -> None:
         compat.identify_process()
@@ -74,7 +73,6 @@ class SimulationGrid(Grid):
         self._ids = itertools.count(1)
         self._run = compat.empty_run()
         self._replies: dict[str, Message] = {}
-        self._stack_clients = stack_clients
         self.on_span, self.seconds = on_span, seconds
 
     def set_run(self, run: compat.Run) -> None:
@@ -127,10 +125,9 @@ class SimulationGrid(Grid):
     def add_up(
         self, messages: Iterable[Message], *, release_counts: bool, timeout: float | None = None
     ) -> Iterator[sums.Part]:
-        """The replies to ``messages`` of one training round, added up block by block where they are made."""
+        """The replies to ``messages`` of one training round, added up where they are made; in order."""
         for answers in self._answers(messages, release_counts, timeout):
-            assert answers.part is not None
-            yield answers.part
+            yield from answers.parts
 
     def close(self) -> None:
         """Close the backend."""
@@ -142,8 +139,7 @@ class SimulationGrid(Grid):
         sent = list(messages)
         for message in sent:
             compat.set_message_id(message, str(next(self._ids)))
-        blocks = list(sums.blocks(sent, self._stack_clients))
-        for answers in self._backend.run(blocks, release_counts=release_counts, timeout=timeout):
+        for answers in self._backend.run(sent, release_counts=release_counts, timeout=timeout):
             if self.on_span:
                 for span in answers.spans:
                     self.on_span(span)
@@ -155,7 +151,8 @@ def unanswered(messages: Sequence[Message], reason: str, code: int, *, summed: b
     if not summed:
         return Answers(replies=[error_reply(message, reason, code) for message in messages])
     failure = Failure(reason=f"failed: {reason}", broken=code != compat.SIMULATED_FAULT)
-    return Answers(part=sums.Part(failed={m.metadata.dst_node_id - FIRST_NODE_ID: failure for m in messages}))
+    clients = [message.metadata.dst_node_id - FIRST_NODE_ID for message in messages]
+    return Answers(parts=[sums.Part(failed={client: failure}) for client in clients])
 
 
 def node_context(

@@ -45,8 +45,8 @@ class Handover:
         if not sums.only_mean(self.inner):
             return self._checked(self.inner.aggregate_train(self.round, [valid[c] for c in sorted(valid)]))
         clip_norm = self.release.mechanism.clip_norm if self.release else None
-        parts = [sums.part_of(c, valid.get(c), verdicts.get(c), before=self.model, clip_norm=clip_norm) for c in order]
-        return self.mean(sums.merge(sums.merge(block) for block in sums.blocks(parts)))
+        parts = (sums.part_of(c, valid.get(c), verdicts.get(c), before=self.model, clip_norm=clip_norm) for c in order)
+        return self.mean(sums.merge(parts))
 
     def mean(self, total: sums.Part) -> Aggregate:
         """The mean of ``total``, or what the round releases of it."""

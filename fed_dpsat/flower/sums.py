@@ -1,8 +1,9 @@
 """Weighted sums of replies in a fixed tree, so that the bits do not depend on who adds up what.
 
-The clients of a round, in their order, are cut into blocks whose size depends on their number alone. A block is added
-up one client after the other, by whoever has its replies, and then the blocks one after the other. Sums are in float32
-(float64 for float64 and whole numbers), weighted by ``num-examples``.
+The clients of a round, in their order, are the leaves of a binary tree, whose nodes of 2, 4, 8, ... clients begin at
+multiples of their size. Whoever has the replies of a run of clients adds up the nodes in it, two halves at a time; the
+nodes that are left at the end are added from the last one on. Sums are in float32 (float64 for float64 and whole
+numbers), weighted by ``num-examples``.
 
 ====================== ===================================
 case                   mean
@@ -15,9 +16,9 @@ a reply that is none   not in the sum, and named
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Message
@@ -27,20 +28,10 @@ from torch import Tensor
 from fed_dpsat.client_level import bounded_move
 from fed_dpsat.flower import records
 from fed_dpsat.flower.replies import Failure
-
-MAX_BLOCKS = 64
-"""Enough to keep many workers busy, and few enough that their sums are cheap to send."""
+from fed_dpsat.params import Params
 
 OF_THE_MEAN = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
 """Stock strategies that use the replies only through their weighted mean, but not what is derived from them."""
-
-T = TypeVar("T")
-
-
-def blocks(items: Sequence[T], multiple_of: int = 1) -> Iterator[Sequence[T]]:
-    """Runs of equal length, a multiple of ``multiple_of``; at most ``MAX_BLOCKS`` of them."""
-    size = max(1, -(-len(items) // (MAX_BLOCKS * multiple_of))) * multiple_of
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def only_mean(strategy: Strategy) -> bool:
@@ -53,19 +44,24 @@ def only_mean(strategy: Strategy) -> bool:
 
 @dataclass(kw_only=True)
 class Part:
-    """What some clients' replies come to: metrics of the valid ones, failures, and ``scale * total``, their sum."""
+    """What ``size`` clients' replies come to: metrics of the valid ones, failures, and ``scale * total``, their sum.
 
+    ``own``: nobody else has the tensors, and they may be written into.
+    """
+
+    size: int = 1
     accepted: dict[int, Mapping[str, float]] = field(default_factory=dict)
     failed: dict[int, Failure] = field(default_factory=dict)
-    total: dict[str, Tensor] | None = None
+    total: Params | None = None
     scale: float = 1.0
+    own: bool = False
 
     @property
     def weight(self) -> float:
         """The sum of weights."""
         return sum(metrics[records.NUM_EXAMPLES] for metrics in self.accepted.values())
 
-    def mean(self) -> dict[str, Tensor] | None:
+    def mean(self) -> Params | None:
         """Weighted mean of the valid replies, in the types of the sum; None if there are none."""
         if self.total is None:
             return None
@@ -75,7 +71,7 @@ class Part:
 
     def __getstate__(self) -> dict[str, Any]:
         arrays = None if self.total is None else {name: t.numpy() for name, t in self.total.items()}
-        return {**self.__dict__, "total": arrays}  # arrays travel between processes without a copy, tensors do not
+        return {**self.__dict__, "total": arrays, "own": False}  # arrays need no copy to travel, tensors do
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         arrays = state["total"]
@@ -102,27 +98,68 @@ def part_of(
     total = records.to_read(arrays)
     if clip_norm is not None and before is not None:
         move = bounded_move(total, records.to_read(before), clip_norm)
-        return Part(accepted={client: verdict}, total=move, scale=1.0)
+        return Part(accepted={client: verdict}, total=move, scale=1.0, own=True)
     return Part(accepted={client: verdict}, total=total, scale=verdict[records.NUM_EXAMPLES])
 
 
+class Tree:
+    """The nodes that the clients of a round from number ``start`` on come to, as they are added in their order."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.nodes: list[Part] = []
+        self._end = start
+
+    def add(self, part: Part) -> None:
+        """The next client, or node; what ``part`` owns is used up."""
+        self.nodes.append(part)
+        self._end += part.size
+        while self._halves_of_a_node():
+            self._add_last_two()
+
+    def total(self) -> Part:
+        """The sum of all that was added, which is used up."""
+        while len(self.nodes) > 1:
+            self._add_last_two()
+        return self.nodes.pop() if self.nodes else Part(size=0)
+
+    def _halves_of_a_node(self) -> bool:
+        sizes = [node.size for node in self.nodes[-2:]]
+        return len(sizes) == 2 and sizes[0] == sizes[1] and self._end % sum(sizes) == 0
+
+    def _add_last_two(self) -> None:
+        last = self.nodes.pop()
+        self.nodes[-1] = _sum(self.nodes[-1], last)
+
+
 def merge(parts: Iterable[Part]) -> Part:
-    """The sum of ``parts``, one after the other; two of them are in memory at a time."""
-    merged, own = Part(), False
+    """The sum of a round's ``parts``, clients or nodes in their order; a node of each size is in memory at a time."""
+    tree = Tree()
     for part in parts:
-        merged.accepted |= part.accepted
-        merged.failed |= part.failed
-        if part.total is None:
-            continue
-        if merged.total is None:
-            merged.total, merged.scale = part.total, part.scale
-            continue
-        if not own:
-            merged.total = {name: t.to(_accumulator(t)) * merged.scale for name, t in merged.total.items()}
-            merged.scale, own = 1.0, True
-        for name, t in merged.total.items():
-            t.add_(part.total[name].to(t.dtype), alpha=part.scale)
-    return merged
+        tree.add(part)
+    return tree.total()
+
+
+def _sum(a: Part, b: Part) -> Part:
+    both = Part(size=a.size + b.size, accepted={**a.accepted, **b.accepted}, failed={**a.failed, **b.failed})
+    if a.total is None or b.total is None:
+        one = b if a.total is None else a
+        both.total, both.scale, both.own = one.total, one.scale, one.own
+    elif a.scale == b.scale:
+        pair = (b.total, a.total) if b.own else (a.total, b.total)  # whose memory it is makes no difference in bits
+        both.total, both.scale, both.own = _added(*pair, own=a.own or b.own), a.scale, True
+    else:
+        weighted = {name: t.to(_accumulator(t)) * a.scale for name, t in a.total.items()}
+        both.total, both.scale, both.own = _added(weighted, b.total, own=True, scale=b.scale), 1.0, True
+    return both
+
+
+def _added(tensors: Params, others: Params, *, own: bool, scale: float = 1.0) -> Params:
+    """``tensors + scale * others``, in the memory of ``tensors`` if they are our ``own``."""
+    total = {}
+    for name, t in tensors.items():
+        mine, other = t.to(_accumulator(t)), others[name].to(_accumulator(t))
+        total[name] = torch.add(mine, other, alpha=scale, out=mine if own else None)
+    return total
 
 
 def _accumulator(t: Tensor) -> torch.dtype:

@@ -88,7 +88,7 @@ def simulation_grid(
     """
     backend, config = _backend(experiment, client_app, folder), experiment.config
     seconds = faults.waited if (faults := Faults.of(config)) and config.delay != "none" else None
-    grid = SimulationGrid(backend, config.num_clients, stack_clients=config.stack_clients, seconds=seconds)
+    grid = SimulationGrid(backend, config.num_clients, seconds=seconds)
     try:
         yield grid
     finally:

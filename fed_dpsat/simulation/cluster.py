@@ -55,7 +55,7 @@ def explained() -> Iterator[None]:
             raise cause from error
         if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
             raise RunError(
-                "Ray's object store is full; it holds the model and the sums of a few blocks per worker: lower "
+                "Ray's object store is full; it holds the model and a few sums per worker: lower "
                 "workers, give Ray more (ray start --object-store-memory), or free the disk it spills to"
             ) from error
         raise RunError(f"Ray failed: {cause}") from error

@@ -1,7 +1,7 @@
 """The clients of a simulation in one process: they are asked one after the other, and keep their state in between.
 
-Where ``stack_clients`` is above 1 and the client app can, so many of a block are trained together. Stacks are cut by
-place in the block, so they are the same whoever has the block.
+Where ``stack_clients`` is above 1 and the client app can, so many are trained together. Stacks are cut by place in the
+round, and whoever is asked is asked for whole ones, so they are the same whoever that is.
 """
 
 from __future__ import annotations
@@ -57,23 +57,29 @@ class Host:
         self._store, self._faults = store, faults
         of_clients = run_config.get("privacy_unit") == "client"
         self._clip_norm = float(run_config["clip_norm"]) if of_clients else None
-        self._stack_clients = int(run_config.get("stack_clients", 1))
+        self.stack_clients = int(run_config.get("stack_clients", 1))
 
-    def answers(self, messages: Sequence[Message], since: Since, *, release_counts: bool | None) -> Answers:
-        """All replies; or, where ``release_counts`` is not None, the sum of the valid ones."""
-        done = Answers()
+    def answers(
+        self, messages: Sequence[Message], since: Since, *, release_counts: bool | None, start: int = 0
+    ) -> Answers:
+        """All replies; or, where ``release_counts`` is not None, the nodes of the sum of the valid ones.
+
+        The first of ``messages`` is number ``start`` of its round.
+        """
+        done, tree = Answers(), sums.Tree(start)
         with intra_op_threads(1):  # a client app sets its own; threads that wait for each other cost more than they add
             replies = self._replies(messages, since, done)
             if release_counts is None:
                 done.replies = list(replies)
             else:
-                pairs = zip(messages, replies, strict=True)
-                done.part = sums.merge(self._part(message, reply, release_counts) for message, reply in pairs)
+                for message, reply in zip(messages, replies, strict=True):
+                    tree.add(self._part(message, reply, release_counts))
+        done.parts = tree.nodes
         return done
 
     def _replies(self, messages: Sequence[Message], since: Since, done: Answers) -> Iterator[Message]:
-        for start in range(0, len(messages), self._stack_clients):
-            yield from self._stack(messages[start : start + self._stack_clients], since, done)
+        for start in range(0, len(messages), self.stack_clients):
+            yield from self._stack(messages[start : start + self.stack_clients], since, done)
 
     def _stack(self, messages: Sequence[Message], since: Since, done: Answers) -> Iterator[Message]:
         started, clock = time.time(), time.perf_counter()

@@ -35,16 +35,17 @@ class InProcessBackend:
         self._kept = dict(kept or {})
 
     def run(
-        self, blocks: Sequence[Sequence[Message]], *, release_counts: bool | None, timeout: float | None
+        self, messages: Sequence[Message], *, release_counts: bool | None, timeout: float | None
     ) -> Iterator[Answers]:
-        """As ``Backend.run``; a block that has begun is not interrupted."""
+        """As ``Backend.run``; a stack that has begun is not interrupted."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-        for block in blocks:
+        for start in range(0, len(messages), self._host.stack_clients):
+            stack = messages[start : start + self._host.stack_clients]
             if time.monotonic() > deadline:
                 late = f"not begun within reply_timeout={timeout:g} s"
-                yield unanswered(block, late, compat.ErrorCode.CLIENT_APP_CRASHED, summed=release_counts is not None)
+                yield unanswered(stack, late, compat.ErrorCode.CLIENT_APP_CRASHED, summed=release_counts is not None)
                 continue
-            answers = self._host.answers(block, self._kept, release_counts=release_counts)
+            answers = self._host.answers(stack, self._kept, start=start, release_counts=release_counts)
             self._kept |= answers.kept
             yield answers
 

@@ -1,4 +1,4 @@
-"""Clients on Ray workers: blocks go out, answers come back in order, what a dead worker had is tried again.
+"""Clients on Ray workers: a round's messages go out in runs, answers come back in order, what was lost is tried again.
 
 A worker is an actor in a process of its own that keeps the client app, and with it model, data and the states of the
 clients that were last there.
@@ -6,7 +6,7 @@ clients that were last there.
 =============================== ========================================================================
 case                            what happens
 =============================== ========================================================================
-a worker dies                   its block is cut into stacks (of ``stack_clients``), and those that fail
+a worker dies                   what it had is cut into stacks (of ``stack_clients``), and those that fail
                                 again into clients, which are tried again from the same state: the same
                                 bits if noise is seeded (but for the last ones where a stack was cut).
                                 What it had computed was never released, so one charge is right either way
@@ -24,7 +24,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,8 +35,8 @@ from flwr.clientapp import ClientApp
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower import compat, sums
-from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, unanswered
+from fed_dpsat.flower import compat
+from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, unanswered
 from fed_dpsat.simulation.cluster import connect, explained
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.ray_pool import Pool, Slot, Work
@@ -46,11 +45,17 @@ from fed_dpsat.simulation.ray_worker import Shelf
 log = logging.getLogger("fed_dpsat")
 
 AHEAD_PER_WORKER = 16
-"""Blocks that may be done before an earlier one is: what bounds the memory of the object store."""
+"""Answers that may be there before an earlier one is: what bounds the memory of the object store."""
 MAX_TRIES = 3
 MORE_DEATHS = 12
 """A few clients that kill workers are dropped; so many deaths with no answer in between are everybody's."""
 POLL_SECONDS = 0.2
+SHARES_PER_WORKER = 2
+"""At most that part of what is left is sent to a worker at once: so they end together."""
+SHARE_SECONDS = 0.02, 0.5
+"""Nor less or more than a worker does in so long: a message costs 10 ms, and a dead worker what it had."""
+MIN_SHARES = 64
+"""While it is not known how long a client takes, or if each reply is sent: work for many workers."""
 PLENTY_PER_WORKER = 3
 """With more work than that in wait, a worker has its next one before it is done, however long it takes."""
 
@@ -84,6 +89,7 @@ class RayBackend:
         self._home: dict[int, Slot] = {}
         self._client_timeout = client_timeout
         self._stack = int(run_config.get("stack_clients", 1))
+        self._seconds_per_client = 0.0
         self._deaths = 0
         self._disconnect = connect(address, num_workers)
         try:
@@ -95,14 +101,14 @@ class RayBackend:
             raise
 
     def run(
-        self, blocks: Sequence[Sequence[Message]], *, release_counts: bool | None, timeout: float | None
+        self, messages: Sequence[Message], *, release_counts: bool | None, timeout: float | None
     ) -> Iterator[Answers]:
         """As ``Backend.run``."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         with explained():
-            shelf = Shelf()
-            work = [Work(i, 0, block, [shelf.split(message) for message in block]) for i, block in enumerate(blocks)]
-            round = _Round(work, summed=release_counts is not None, stack=self._stack)
+            summed = release_counts is not None
+            round = _Round(self._shares(messages, summed=summed), summed=summed, stack=self._stack)
+            spans: list[Span] = []
             while not round.over:
                 self._pool.look_after()
                 self._send(round, release_counts)
@@ -111,13 +117,29 @@ class RayBackend:
                     self._give_up(round, f"no reply within reply_timeout={timeout:g} s")
                 for answers in round.finished():
                     self._kept |= answers.kept
+                    spans += answers.spans
                     yield answers
+        if spans:
+            self._seconds_per_client = sum(span.seconds for span in spans) / len(spans)
 
     def close(self) -> None:
         """End the workers, and Ray too if it was started here."""
         self._pool.close()
         self._disconnect()
         self._own_folder.cleanup()
+
+    def _shares(self, messages: Sequence[Message], *, summed: bool) -> list[Work]:
+        """All work of a round; who is sent what does not show in the bits, so it may depend on the clock."""
+        least, most = 1.0, len(messages) / MIN_SHARES
+        if self._seconds_per_client:
+            least, in_time = (seconds / self._seconds_per_client for seconds in SHARE_SECONDS)
+            most = in_time if summed else min(most, in_time)
+        shelf = Shelf()
+        references = [shelf.split(message) for message in messages]
+        return [
+            Work(start, messages[start:end], references[start:end])
+            for start, end in shares(len(messages), self._pool.num_workers, self._stack, least, most)
+        ]
 
     def _send(self, round: _Round, release_counts: bool | None) -> None:
         ahead = AHEAD_PER_WORKER * len(self._pool.slots)
@@ -128,7 +150,9 @@ class RayBackend:
                     break
                 clients = [_client(message) for message in work.messages]
                 since = {client: self._kept[client] for client in clients if client in self._kept}
-                answers = slot.actor.answers.remote(slot.calls, work.messages, work.references, since, release_counts)
+                answers = slot.actor.answers.remote(
+                    slot.calls, work.start, work.messages, work.references, since, release_counts
+                )
                 slot.add(answers, work)
                 self._home |= dict.fromkeys(clients, slot)
 
@@ -186,20 +210,35 @@ class RayBackend:
             round.put_error(waiting, reason)
 
 
+def shares(count: int, workers: int, stack: int, least: float, most: float) -> Iterator[tuple[int, int]]:
+    """Runs of ``count`` messages, as (start, end): long ones first, for few answers, short ones last, for no long wait.
+
+    Their length is a stack, or 2, 4, 8, ... of them, up to ``most`` messages; they begin at multiples of it, so that
+    few nodes of ``sums.Tree`` are in one.
+    """
+    start = 0
+    while start < count:
+        size, wanted = stack, min(most, max(least, (count - start) / (SHARES_PER_WORKER * workers)))
+        while 2 * size <= wanted and start % (2 * size) == 0:
+            size *= 2
+        yield start, min(start + size, count)
+        start += size
+
+
 class _Round:
-    """What waits and what is done; answers are given in the order of blocks."""
+    """What waits and what is done; answers are given in the order of their messages."""
 
     def __init__(self, work: Sequence[Work], *, summed: bool, stack: int) -> None:
-        self._waiting = deque(work)
-        self._missing = [len(each.messages) for each in work]
-        self._pieces: list[dict[int, Answers]] = [{} for _ in work]
+        self._waiting = list(work)
+        self._count = sum(len(each.messages) for each in work)
+        self._done: dict[int, tuple[int, Answers]] = {}
         self._next = 0
         self._summed, self._stack = summed, stack
 
     @property
     def over(self) -> bool:
         """All answers were given."""
-        return self._next == len(self._missing)
+        return self._next == self._count
 
     @property
     def waiting(self) -> int:
@@ -207,22 +246,20 @@ class _Round:
         return len(self._waiting)
 
     def pick(self, ahead: float, preferred: Any = lambda client: False) -> Work | None:
-        """The first work that waits, or the first whose client is ``preferred``; none too far ahead of its turn."""
-        chosen = None
-        for work in self._waiting:
-            if work.block >= self._next + ahead:
-                break
-            if chosen is None or preferred(_client(work.messages[0])):
-                chosen = work
-            if preferred(_client(work.messages[0])):
-                break
-        if chosen is not None:
-            self._waiting.remove(chosen)
+        """The first work whose client is ``preferred``, or the first; where ``ahead`` answers wait, the one missed."""
+        if not self._waiting:
+            return None
+        chosen = self._waiting[0]
+        if len(self._done) < ahead:
+            chosen = next((work for work in self._waiting if preferred(_client(work.messages[0]))), chosen)
+        elif chosen.start != self._next:
+            return None
+        self._waiting.remove(chosen)
         return chosen
 
     def put_back(self, work: Sequence[Work]) -> None:
         """It was sent, and nobody began it."""
-        self._waiting.extendleft(reversed(work))
+        self._waiting = sorted([*self._waiting, *work], key=lambda each: each.start)
 
     def fail(self, work: Work, reason: str, *, tries: int) -> None:
         """Whoever did it is gone: its clients one by one again, or an error after so many tries."""
@@ -241,27 +278,14 @@ class _Round:
 
     def put(self, work: Work, answers: Answers) -> None:
         """It is answered."""
-        self._pieces[work.block][work.position] = answers
-        self._missing[work.block] -= len(work.messages)
+        self._done[work.start] = len(work.messages), answers
 
     def finished(self) -> Iterator[Answers]:
         """The answers whose turn it is."""
-        while not self.over and not self._missing[self._next]:
-            pieces, self._pieces[self._next] = self._pieces[self._next], {}
-            self._next += 1
-            yield _together([pieces[position] for position in sorted(pieces)], summed=self._summed)
-
-
-def _together(pieces: list[Answers], *, summed: bool) -> Answers:
-    """The pieces of one block as one, with the bits of one that was never cut."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return Answers(
-        replies=[reply for piece in pieces for reply in piece.replies],
-        part=sums.merge(piece.part for piece in pieces if piece.part is not None) if summed else None,
-        kept={client: round for piece in pieces for client, round in piece.kept.items()},
-        spans=[span for piece in pieces for span in piece.spans],
-    )
+        while self._next in self._done:
+            count, answers = self._done.pop(self._next)
+            self._next += count
+            yield answers
 
 
 def _client(message: Message) -> int:

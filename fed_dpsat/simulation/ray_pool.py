@@ -29,10 +29,9 @@ AT_ONCE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 
 @dataclass
 class Work:
-    """Some messages of one block, from ``position`` in it on."""
+    """Some messages of a round, from number ``start`` on."""
 
-    block: int
-    position: int
+    start: int
     messages: Sequence[Message]
     references: Sequence[References]
     tries: int = 0
@@ -41,7 +40,7 @@ class Work:
         """Its stacks of clients that train together, in one piece each; of a single stack, each message by itself."""
         size = stack if len(self.messages) > stack else 1
         return [
-            Work(self.block, self.position + i, self.messages[i : i + size], self.references[i : i + size])
+            Work(self.start + i, self.messages[i : i + size], self.references[i : i + size])
             for i in range(0, len(self.messages), size)
         ]
 
@@ -94,7 +93,7 @@ class Pool:
         self, num_workers: int, arguments: tuple[Any, ...], client_timeout: float, gpus_per_worker: float = 0.0
     ) -> None:
         self._arguments, self._client_timeout, self._gpus_per_worker = arguments, client_timeout, gpus_per_worker
-        self._num_workers, self._last_seen = num_workers, time.monotonic()
+        self.num_workers, self._last_seen = num_workers, time.monotonic()
         self.slots: list[Slot] = []
         self._start_more()
         self._wait_for_one()
@@ -132,7 +131,7 @@ class Pool:
 
     def _start_more(self) -> None:
         starting = sum(not slot.up for slot in self.slots)
-        more = min(self._num_workers - len(self.slots), AT_ONCE - starting)
+        more = min(self.num_workers - len(self.slots), AT_ONCE - starting)
         self.slots += [self._new_slot() for _ in range(more)]
 
     def _new_slot(self) -> Slot:
@@ -147,7 +146,7 @@ class Pool:
         return Slot(actor, actor.ready.remote())
 
     def _wait_for_one(self) -> None:
-        many = f"workers={self._num_workers}"
+        many = f"workers={self.num_workers}"
         if self._gpus_per_worker:
             many += f", gpus_per_worker={self._gpus_per_worker:g}"
         ready, _ = ray.wait([slot.ready for slot in self.slots], timeout=START_TIMEOUT)

@@ -31,7 +31,7 @@ THREADS = 2
 
 
 class InTurn:
-    """Blocks that are numbered from 0 on, one at a time and in order, whichever thread comes first."""
+    """Calls that are numbered from 0 on, one at a time and in order, whichever thread comes first."""
 
     def __init__(self) -> None:
         self._condition, self._next = threading.Condition(), 0
@@ -109,6 +109,7 @@ class Worker:
     def answers(
         self,
         number: int,
+        start: int,
         messages: Sequence[Message],
         references: Sequence[References],
         since: Mapping[int, int],
@@ -122,4 +123,4 @@ class Worker:
                 self._received[reference] = compat.record_of(ray.get(reference))
             for message, each in zip(messages, references, strict=True):
                 message.content = RecordDict({**message.content, **{k: self._received[r] for k, r in each.items()}})
-            return self._host.answers(messages, since, release_counts=release_counts)
+            return self._host.answers(messages, since, start=start, release_counts=release_counts)

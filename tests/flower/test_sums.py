@@ -1,8 +1,9 @@
-"""The mean comes from a tree that depends on the number of clients alone: the same bits, whoever adds up what."""
+"""The mean comes from one tree, whoever adds up what: the same bits."""
 
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,10 +23,10 @@ def reply(client, params, size):
     return Message(content, reply_to=Message(RecordDict(), client + 2, MessageType.TRAIN))
 
 
-def singles(count, seed=0):
+def singles(count, seed=0, alike=False):
     draw = torch.Generator().manual_seed(seed)
     params = [{"w": torch.randn(50, generator=draw), "v": torch.randn(3, generator=draw)} for _ in range(count)]
-    sizes = torch.randint(1, 1000, (count,), generator=draw).tolist()
+    sizes = [10] * count if alike else torch.randint(1, 1000, (count,), generator=draw).tolist()
     made = [reply(c, p, n) for c, (p, n) in enumerate(zip(params, sizes, strict=True))]
     return [sums.part_of(c, r, {records.NUM_EXAMPLES: n}) for c, (r, n) in enumerate(zip(made, sizes, strict=True))], (
         params,
@@ -33,29 +34,57 @@ def singles(count, seed=0):
     )
 
 
-def tree(parts):
-    return sums.merge(sums.merge(block) for block in sums.blocks(parts)).mean()
+def sent(parts, cuts):
+    """The parts as they come from processes that have runs of clients, which end at ``cuts``."""
+    for start, end in pairwise([0, *cuts, len(parts)]):
+        tree = sums.Tree(start)
+        for part in parts[start:end]:
+            tree.add(pickle.loads(pickle.dumps(part)))
+        yield from pickle.loads(pickle.dumps(tree.nodes))
 
 
 @pytest.mark.parametrize("count", [1, 2, 64, 65, 200])
 def test_the_mean_is_the_one_of_float64(count):
     parts, (params, sizes) = singles(count)
     exact = sum(n * p["w"].double() for p, n in zip(params, sizes, strict=True)) / sum(sizes)
-    np.testing.assert_allclose(tree(parts)["w"], exact, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sums.merge(parts).mean()["w"], exact, rtol=1e-5, atol=1e-6)
 
 
-def test_blocks_may_travel_and_be_cut_and_the_bits_stay(same_bits):
-    parts, _ = singles(200)
-    expected = tree(parts)
-    sent = [pickle.loads(pickle.dumps(sums.merge(block))) for block in sums.blocks(parts)]
-    assert same_bits(sums.merge(sent).mean(), expected)
-    cut = [sums.merge([pickle.loads(pickle.dumps(part)) for part in block]) for block in sums.blocks(parts)]
-    assert same_bits(sums.merge(cut).mean(), expected)
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("cuts", [[64, 128, 192], [8, 12, 14], [3, 6, 9, 199], list(range(1, 200)), [50]])
+def test_runs_of_clients_may_be_cut_anywhere_and_the_bits_stay(cuts, alike, same_bits):
+    expected = sums.merge(singles(200, alike=alike)[0])
+    merged = sums.merge(sent(singles(200, alike=alike)[0], cuts))
+    assert same_bits(merged.mean(), expected.mean())
+    assert (merged.accepted, merged.size) == (expected.accepted, 200)
 
 
-def test_another_tree_would_show(same_bits):
-    parts, _ = singles(200)
-    assert not same_bits(sums.merge(parts).mean(), tree(parts))
+def test_so_they_do_around_clients_that_fail(same_bits):
+    def parts():
+        made = singles(21)[0]
+        for client in (0, 1, 6, 7, 20):
+            made[client] = sums.Part(failed={client: Failure(reason="gone")})
+        return made
+
+    expected = sums.merge(parts())
+    for cut in range(1, 21):
+        merged = sums.merge(sent(parts(), [cut]))
+        assert same_bits(merged.mean(), expected.mean())
+        assert merged.failed == expected.failed
+
+
+def test_one_after_the_other_would_show(same_bits):
+    parts, (params, sizes) = singles(200)
+    total = sum(n * p["w"] for p, n in zip(params, sizes, strict=True))
+    assert not torch.equal(total / sum(sizes), sums.merge(parts).mean()["w"])
+
+
+def test_a_run_of_a_node_is_one_sum():
+    for start, count in [(0, 8), (8, 8), (24, 8), (6, 2)]:
+        tree = sums.Tree(start)
+        for part in singles(count)[0]:
+            tree.add(part)
+        assert [node.size for node in tree.nodes] == [count]
 
 
 def test_a_single_reply_is_the_mean_to_the_bit(same_bits):
@@ -73,10 +102,11 @@ def test_whole_numbers_and_half_precision_are_added_up_without_overflow():
     assert torch.equal(mean["half"], torch.full((2,), 60000.0))
 
 
-def test_what_is_added_up_is_not_changed(same_bits):
-    parts, (params, _) = singles(3)
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_is_added_up_is_not_changed(alike, same_bits):
+    parts, (params, _) = singles(7, alike=alike)
     before = [{n: t.clone() for n, t in p.items()} for p in params]
-    tree(parts)
+    sums.merge(parts).mean()
     assert all(same_bits(p, b) for p, b in zip(params, before, strict=True))
 
 
@@ -86,13 +116,6 @@ def test_failures_are_named_and_weigh_nothing():
     assert merged.failed == {5: Failure(reason="NaN")}
     assert merged.weight == parts[0].weight + parts[1].weight
     assert sums.merge([]).mean() is None
-
-
-@pytest.mark.parametrize("count", [1, 7, 64, 65, 1000])
-def test_blocks_are_few_and_hold_everybody_in_order(count):
-    cut = [list(block) for block in sums.blocks(range(count))]
-    assert [item for block in cut for item in block] == list(range(count))
-    assert len(cut) == min(count, len(cut)) <= sums.MAX_BLOCKS
 
 
 STOCK = [FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, lambda: FedProx(proximal_mu=0.1)]
@@ -108,7 +131,7 @@ def test_stock_strategies_of_the_mean_say_the_same_of_it_as_of_the_replies(make)
     for strategy in (of_all, of_mean):
         strategy.current_arrays = arrays if isinstance(strategy, FedAvgM) else {k: a.numpy() for k, a in arrays.items()}
     expected, _ = of_all.aggregate_train(1, replies)
-    seen, _ = of_mean.aggregate_train(1, [reply(0, tree(parts), sum(sizes))])
+    seen, _ = of_mean.aggregate_train(1, [reply(0, sums.merge(parts).mean(), sum(sizes))])
     for name, array in expected.items():
         np.testing.assert_allclose(seen[name].numpy(), array.numpy(), rtol=1e-4, atol=1e-5)
 

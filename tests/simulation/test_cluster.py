@@ -18,7 +18,7 @@ from ray.exceptions import ObjectStoreFullError
 
 from fed_dpsat.engines import compiled
 from fed_dpsat.errors import RunError, SettingError
-from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.flower import compat, records
 from fed_dpsat.simulation import cluster, ray_backend, ray_pool, ray_worker
 
 
@@ -78,7 +78,7 @@ def messages(count):
 
 
 def ask(backend, count, timeout=None):
-    answers = backend.run(list(sums.blocks(messages(count))), release_counts=None, timeout=timeout)
+    answers = backend.run(messages(count), release_counts=None, timeout=timeout)
     return [reply for each in answers for reply in each.replies]
 
 

@@ -13,7 +13,8 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.flower import compat, records
+from fed_dpsat.flower.grid import Answers
 from fed_dpsat.simulation import ray_backend, ray_pool, ray_worker
 
 
@@ -61,7 +62,7 @@ def ask(backend, num_nodes, arrays):
         message = Message(content, node, MessageType.TRAIN)
         compat.set_message_id(message, str(node))
         messages.append(message)
-    answers = backend.run(list(sums.blocks(messages)), release_counts=None, timeout=None)
+    answers = backend.run(messages, release_counts=None, timeout=None)
     return {reply.metadata.src_node_id - 2: reply for each in answers for reply in each.replies}
 
 
@@ -135,30 +136,59 @@ def test_a_ray_that_was_there_before_is_left_running(start):
 
 
 def test_what_failed_is_cut_into_stacks_and_those_into_clients():
-    work = ray_pool.Work(3, 10, list(range(5)), [{}] * 5)
-    assert [(w.block, w.position, list(w.messages)) for w in work.cut(2)] == [
-        (3, 10, [0, 1]),
-        (3, 12, [2, 3]),
-        (3, 14, [4]),
-    ]
-    assert [(w.position, list(w.messages)) for w in work.cut(1)] == [(10 + i, [i]) for i in range(5)]
+    work = ray_pool.Work(10, list(range(5)), [{}] * 5)
+    assert [(w.start, list(w.messages)) for w in work.cut(2)] == [(10, [0, 1]), (12, [2, 3]), (14, [4])]
+    assert [(w.start, list(w.messages)) for w in work.cut(1)] == [(10 + i, [i]) for i in range(5)]
     assert [list(w.messages) for w in work.cut(2)[1].cut(2)] == [[2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("count", "workers", "stack", "least", "most", "sizes"),
+    [
+        (12, 2, 1, 1.0, 99.0, [2, 2, 2, 1, 1, 1, 1, 1, 1]),
+        (20, 1, 1, 1.0, 4.5, [4, 4, 4, 4, 2, 1, 1]),
+        (1000, 2, 1, 100.0, 9999.0, [128] * 4 + [64] * 7 + [40]),
+        (7, 64, 3, 0.1, 0.5, [3, 3, 1]),
+        (100, 3, 8, 1.0, 99.0, [16, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 4]),
+    ],
+)
+def test_shares_are_whole_stacks_and_become_small(count, workers, stack, least, most, sizes):
+    cut = list(ray_backend.shares(count, workers, stack, least, most))
+    assert [end - start for start, end in cut] == sizes
+    assert [start for start, _ in cut] == [0, *[end for _, end in cut[:-1]]]
+    assert all(start % stack == 0 for start, _ in cut)
+
+
+def test_answers_are_given_in_order_and_few_wait_for_an_earlier_one():
+    message = Message(RecordDict(), 2, MessageType.TRAIN)
+    work = [ray_pool.Work(start, [message], [{}]) for start in range(6)]
+    round = ray_backend._Round(work, summed=False, stack=1)
+    late = round.pick(2)
+    for _ in range(2):
+        round.put(round.pick(2), Answers())
+    assert round.pick(2) is None
+    assert not list(round.finished())
+    round.put_back([late])
+    assert round.pick(2) is late
+    round.put(late, Answers())
+    assert len(list(round.finished())) == 3
+    assert round.waiting == 3
 
 
 def test_work_waits_at_a_slow_worker_only_where_there_is_plenty_for_the_others():
     slot = ray_pool.Slot(None, None, up=True)
     assert slot.has_room(plenty=False)
-    slot.add("first", ray_pool.Work(0, 0, ["a"], [{}]))
+    slot.add("first", ray_pool.Work(0, ["a"], [{}]))
     assert not slot.has_room(plenty=False)
     assert slot.has_room(plenty=True)
-    slot.add("second", ray_pool.Work(1, 0, ["b"], [{}]))
+    slot.add("second", ray_pool.Work(1, ["b"], [{}]))
     assert not slot.has_room(plenty=True)
     slot.pop()
     slot.late = True
     assert not slot.has_room(plenty=True)
 
 
-def test_blocks_are_entered_in_the_order_of_their_numbers():
+def test_calls_are_entered_in_the_order_of_their_numbers():
     turn, entered, together = ray_worker.InTurn(), [], []
 
     def enter(number):

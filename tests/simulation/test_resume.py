@@ -146,12 +146,12 @@ def test_a_driver_of_workers_killed_mid_round_is_resumed(uninterrupted, tmp_path
         "from fed_dpsat.flower import sums\n"
         "from fed_dpsat.simulation import simulate\n"
         "settings = eval(sys.argv[2])\n"
-        "merge, calls = sums.merge, []\n"
-        "def dying(parts):\n"
+        "add, calls = sums.Tree.add, []\n"
+        "def dying(tree, part):\n"
         "    calls.append(None)\n"
-        "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return merge(parts)\n"
-        "sums.merge = dying\n"
+        "    if len(calls) == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return add(tree, part)\n"
+        "sums.Tree.add = dying\n"
         "simulate(RunConfig(**settings), sys.argv[1])\n"
     )
     settings = {**CONFIG.settings(), "workers": 2}
