@@ -156,7 +156,9 @@ def sleeping(args: argparse.Namespace) -> list[Row]:
         ideal = math.ceil(args.clients / workers) * args.sleep
         for engine in ["ours", *(["flower"] if "flower" in args.against else [])]:
             contestant = "ours-idle" if engine == "ours" else engine
-            one = entry("sleeping", engine, contestant, dataclasses.replace(setting, workers=workers))
+            one = entry(
+                "sleeping", engine, contestant, dataclasses.replace(setting, workers=workers), warm_up=args.warm_up
+            )
             for each in measure([one], args.timeout):
                 over = statistics.median(each.times) / ideal
                 rows.append(each.row(ideal_seconds=ideal, over_ideal=round(over, 3)))
@@ -222,6 +224,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stack", type=_numbers, default=[], help="clients that train in one kernel, by commas")
     parser.add_argument("--sleep", type=float, default=0.1, help="seconds that a client sleeps")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured, after one that warms up")
+    parser.add_argument("--warm-up", type=int, default=1, help="of --sleeping, rounds until all workers have started")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a start or a round may take")
     parser.add_argument("--pfl-python", default=sys.executable if importlib.util.find_spec("pfl") else "")
     parser.add_argument(

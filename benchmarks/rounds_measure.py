@@ -6,7 +6,8 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,29 +21,36 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_U
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One contestant: how its row is labelled, how its process is started, how many rounds of it are measured."""
+    """One contestant: how its row is labelled, how its process is started, how many rounds of it are measured.
+
+    ``warm_up`` is of rounds before them.
+    """
 
     labels: Row
     command: Sequence[str]
     rounds: int
+    warm_up: int = 1
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def entry(work: str, engine: str, contestant: str, setting: Setting, **labels: str | float) -> Entry:
-    """One of ``benchmarks.rounds_contestants``; ``setting.rounds`` are those measured, one more warms up."""
-    warmed = dataclasses.replace(setting, rounds=setting.rounds + 1)
+def entry(
+    work: str, engine: str, contestant: str, setting: Setting, *, warm_up: int = 1, **labels: str | float
+) -> Entry:
+    """One of ``benchmarks.rounds_contestants``; ``setting.rounds`` are those measured, ``warm_up`` more come before."""
+    warmed = dataclasses.replace(setting, rounds=setting.rounds + warm_up)
     text = json.dumps(dataclasses.asdict(warmed))
     row: Row = {"work": work, "engine": engine, "clients": setting.cohort or setting.clients}
     return Entry(
         labels={**row, "model_mb": setting.model_mb, "workers": setting.workers, **labels},
         command=[sys.executable, "-m", "benchmarks.rounds_contestants", contestant, text],
         rounds=setting.rounds,
+        warm_up=warm_up,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A contestant that lasted: seconds of each of its turns after the first, on the clock and of its processor."""
+    """A contestant that lasted: seconds of each of its measured turns, on the clock and of its processor."""
 
     labels: Row
     times: Sequence[float]
@@ -80,16 +88,12 @@ def measure(entries: Sequence[Entry], timeout: float) -> list[Measured]:
     running: dict[int, Contestant] = {}
     warm: dict[int, float] = {}
     times: dict[int, list[float]] = {i: [] for i in range(len(entries))}
-    clocks: dict[int, list[float]] = {i: [] for i in range(len(entries))}
+    clocks: dict[int, list[float]] = {}
 
-    def attempt(i: int, round: int) -> None:
+    @contextmanager
+    def or_left_out(i: int) -> Iterator[None]:
         try:
-            if i not in running:
-                running[i] = Contestant(entries[i].command, {**QUIET, **entries[i].env}, timeout)
-            times[i].append(running[i].round())
-            clocks[i].append(running[i].cpu_seconds())
-            if not round:
-                warm[i] = running[i].memory_mb("VmRSS")
+            yield
         except ContestantError as error:
             print(f"{entries[i].labels} is left out: {error}", file=sys.stderr)
             if i in running:
@@ -97,16 +101,22 @@ def measure(entries: Sequence[Entry], timeout: float) -> list[Measured]:
 
     def measured(i: int) -> Measured:
         cpu = [after - before for before, after in pairwise(clocks[i])]
-        return Measured(labels=entries[i].labels, times=times[i][1:], cpu=cpu, memory=_memory(running[i], warm[i]))
+        return Measured(labels=entries[i].labels, times=times[i], cpu=cpu, memory=_memory(running[i], warm[i]))
 
     order = list(range(len(entries)))
     try:
         for i in order:
-            attempt(i, 0)
+            with or_left_out(i):
+                running[i] = Contestant(entries[i].command, {**QUIET, **entries[i].env}, timeout)
+                for _ in range(entries[i].warm_up):
+                    running[i].round()
+                warm[i], clocks[i] = running[i].memory_mb("VmRSS"), [running[i].cpu_seconds()]
         for round in range(1, max((one.rounds for one in entries), default=0) + 1):
             order = order[1:] + order[:1]
             for i in [i for i in order if i in running and round <= entries[i].rounds]:
-                attempt(i, round)
+                with or_left_out(i):
+                    times[i].append(running[i].round())
+                    clocks[i].append(running[i].cpu_seconds())
         return [measured(i) for i in sorted(running)]
     finally:
         for contestant in running.values():
