@@ -9,7 +9,7 @@ option                           what is measured
                                  parameters, beside the bare PyTorch loop and pfl-research; also with local noise and,
                                  of one clipped change per client, with the server's
 ``--population N1,N2 --cohort K`` K clients of N train; the start is timed too
-``--scaling 1,2``                training, by number of Ray workers
+``--scaling 1,2``                training, by number of Ray workers; with ``--against loop`` as many bare loops
 ``--stack 1,8,32``               training of ``--clients`` small clients (256 by default), so many in one kernel
 ``--sleeping 1,2,4``             clients that sleep ``--sleep`` seconds, by number of Ray workers
 ================================ ====================================================================================
@@ -142,10 +142,17 @@ def population(args: argparse.Namespace) -> list[Row]:
 
 
 def scaling(args: argparse.Namespace) -> list[Row]:
-    """Compute-bound rounds by number of workers, taking turns; ``speedup`` is over the first."""
+    """Compute-bound rounds by number of workers, and as many bare loops; ``speedup`` is over the first of each."""
     setting = Setting(clients=COHORT, rounds=args.rounds, data_path=args.data_path, model_mb=6.5)
-    entries = [_train_entry("ours", dataclasses.replace(setting, workers=w), "none") for w in args.scaling]
-    return _with_speedups(measure(entries, args.timeout))
+    contestants = {"ours": "ours", **({"loop": "loops"} if "loop" in args.against else {})}
+    entries = []
+    for engine, contestant in contestants.items():
+        for workers in args.scaling:
+            one = dataclasses.replace(setting, workers=workers)
+            entries.append(entry("scaling", engine, contestant, one, noise="none"))
+    measured = measure(entries, args.timeout)
+    by_engine = ([each for each in measured if each.labels["engine"] == engine] for engine in contestants)
+    return [row for those in by_engine for row in _with_speedups(those)]
 
 
 def sleeping(args: argparse.Namespace) -> list[Row]:

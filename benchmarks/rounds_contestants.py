@@ -6,11 +6,13 @@ All of them train with one thread; ours and the loop with the same allocator set
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from flwr.clientapp import ClientApp
 
 from benchmarks.rounds_loop import loop
 from benchmarks.rounds_plugins import Padded, one_example_each
-from benchmarks.turns import Turn, turn_from_stdin
+from benchmarks.turns import Contestant, Turn, turn_from_stdin
 from fed_dpsat.config import RunConfig
 from fed_dpsat.flower import records
 from fed_dpsat.params import Params, trainable
@@ -29,6 +31,7 @@ from fed_dpsat.simulation import simulate
 from fed_dpsat.training import LocalResult
 
 NOISE_MULTIPLIER, CENTRAL_NOISE_MULTIPLIER = 1.0, 0.01
+LOOP_TIMEOUT = 600.0
 FLOWER_ARRAYS, FLOWER_METRICS = "arrays", "metrics"
 
 
@@ -182,12 +185,29 @@ def flower(setting: Setting, turn: Turn) -> None:
     )
 
 
+def loops(setting: Setting, turn: Turn) -> None:
+    """As many bare loops as ``workers``, each with its share of the clients: what the machine has for processes."""
+    share = dataclasses.replace(setting, clients=setting.clients // setting.workers, workers=0)
+    command = [sys.executable, "-m", "benchmarks.rounds_contestants", "loop", json.dumps(dataclasses.asdict(share))]
+    running = [Contestant(command, {}, LOOP_TIMEOUT) for _ in range(setting.workers)]
+    try:
+        turn()
+        with ThreadPoolExecutor(len(running)) as pool:
+            for _ in range(setting.rounds):
+                list(pool.map(Contestant.round, running))
+                turn()
+    finally:
+        for each in running:
+            each.end()
+
+
 CONTESTANTS: dict[str, Callable[[Setting, Turn], object]] = {
     "ours": ours,
     "ours-idle": ours_idle,
     "ours-population": ours_population,
     "ours-stacked": ours_stacked,
     "loop": lambda setting, turn: loop(training_config(setting), turn),
+    "loops": loops,
     "flower": flower,
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import rounds
-from benchmarks.rounds_contestants import Setting, ours, ours_idle, ours_population, training_config
+from benchmarks.rounds_contestants import Setting, loops, ours, ours_idle, ours_population, training_config
 from benchmarks.rounds_loop import loop
 from benchmarks.rounds_measure import Entry, Measured, Row, measure, table
 from benchmarks.turns import Contestant, ContestantError
@@ -99,3 +99,9 @@ def test_ratios_are_of_the_same_turn() -> None:
     assert (here["seconds_per_round"], here["parent_cpu_seconds"]) == (9.0, 9.9)
     assert "cpu_ratio_to_loop" not in on_ray
     assert bare["ratio_to_loop"] == 1.0
+
+
+def test_loops_share_the_clients() -> None:
+    turns = Turns()
+    loops(Setting(clients=2, rounds=1, workers=2), turns)
+    assert turns.taken == 2
