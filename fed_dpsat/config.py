@@ -1,7 +1,8 @@
 """Every setting of a run: its name, type, default, unit and bounds. One name each, scalars only.
 
 A TOML file, ``--set key=value`` and Flower's run config are the same thing, so a ``RunConfig`` is flat. What
-is a name (``optimizer``, ``model``, ...) becomes an object in ``fed_dpsat.plugins``.
+is a name (``optimizer``, ``model``, ...) becomes an object in ``fed_dpsat.plugins``. Which settings go together is in
+``fed_dpsat.combinations``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import difflib
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fed_dpsat.combinations import check_combinations
 from fed_dpsat.errors import SettingError
 
 Scalar = bool | int | float | str
@@ -287,122 +289,7 @@ class RunConfig:
             _check_value(spec, value)
             if spec.type == "float":
                 object.__setattr__(self, spec.name, float(value))
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        def fail(name: str, bound: str, remedy: str) -> None:
-            raise SettingError(name, getattr(self, name), bound, remedy)
-
-        if self.delta >= 1:
-            fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
-        if self.secure_aggregation and self.update_codec != "fp32":
-            fail("update_codec", "possible with secure_aggregation", "masked sums need every coordinate; use fp32")
-        if self.buffer_size > self.cohort_size:
-            fail("buffer_size", f"at most the {self.cohort_size} clients that are under way", "lower it")
-        if self.buffer_size and self.unfreeze_round:
-            fail("buffer_size", "possible with head-then-all", "a late head fits no whole model; set it to 0")
-        if self.buffer_size and self.delay == "none":
-            fail("delay", "enough for buffer_size", "clients arrive in the order of simulated delays: lognormal, say")
-        if self.buffer_size and self.client_sampling != "fixed":
-            fail("client_sampling", f"possible with buffer_size={self.buffer_size}", "places are filled: use fixed")
-        if self.privacy_unit == "client" and self.buffer_size:
-            fail("buffer_size", "possible with privacy_unit='client'", "its sum is over one cohort; set it to 0")
-        if self.secure_aggregation and self.buffer_size:
-            fail("buffer_size", "possible with secure_aggregation", "masks cancel within one cohort; set it to 0")
-        if self.secure_aggregation and self.cohort_size < 3:
-            fail("secure_aggregation", f"possible with {self.cohort_size} clients a round", "3 or more hide each other")
-        if bool(self.attack) != (self.attackers > 0):
-            fail("attackers", f"possible with attack={self.attack!r}", "give both a share of clients and an attack")
-        if self.attack and self.noise_source != "seeded":
-            fail("attack", "possible with noise_source='system'", "colluders' noise is drawn twice: simulate it seeded")
-        if self.privacy_unit == "client":
-            self._check_client_unit(fail)
-        elif self.keep_share < 1:
-            fail("keep_share", "1 with privacy_unit='example'", "update_codec=top-k sends the largest changes")
-        if self.dropout_rate >= 1:
-            fail("dropout_rate", "in [0, 1)", "nobody would ever reply")
-        if self.ray_address and not self.workers:
-            fail("workers", f"enough for ray_address={self.ray_address!r}", "say how many of its CPUs to use")
-        self._check_device(fail)
-        if self.momentum >= 1:
-            fail("momentum", "in [0, 1)", "0.9 is usual")
-        if self.private and self.budget_mode == "retire" and self.noise_multiplier == 0:
-            fail("noise_multiplier", "enough for budget_mode='retire'", "that mode spends budgets at a noise you set")
-        if self.private and self.budget_mode == "calibrate":
-            if self.noise_multiplier > 0 and self.target_epsilon > 0:
-                fail(
-                    "noise_multiplier",
-                    f"usable together with target_epsilon={self.target_epsilon}",
-                    "keep one and set the other to 0, or budget_mode=retire to spend a budget at a noise you set",
-                )
-            if self.noise_multiplier == 0 and self.target_epsilon == 0:
-                fail(
-                    "target_epsilon",
-                    "enough to be private while noise_multiplier=0",
-                    "set one of the two above 0, or private=false",
-                )
-        if self.personal_layers and self.unfreeze_round:
-            fail("personal_layers", "possible with train_layers='head-then-all'", "keep one of them")
-        if self.start_head == "new" and not self.start_from:
-            fail("start_head", "possible without start_from", "a model that starts anew has a new head anyway")
-        if self.last_layers > 1 and self.train_layers != "last":
-            fail("last_layers", f"possible with train_layers={self.train_layers!r}", "set train_layers=last")
-        if self.train_layers == "head-then-all" and not 2 <= self.unfreeze_round <= self.num_rounds:
-            fail("unfreeze_round", f"in [2, num_rounds={self.num_rounds}]", "say from which round all is trained")
-        if self.unfreeze_round and self.train_layers != "head-then-all":
-            fail("unfreeze_round", f"possible with train_layers={self.train_layers!r}", "use head-then-all, or 0")
-        if self.min_clients > self.cohort_size:
-            fail("min_clients", f"at most the {self.cohort_size} clients of a round", "lower it")
-        if not self.private and (self.noise_multiplier > 0 or self.target_epsilon > 0):
-            fail(
-                "private",
-                f"possible with noise_multiplier={self.noise_multiplier}, target_epsilon={self.target_epsilon}",
-                "set both to 0, or private=true",
-            )
-        if self.private and math.isinf(self.clip_norm):
-            fail("clip_norm", "finite in a private run", "noise needs a bound; 0.1 to 1 is usual")
-        if self.clients_per_round > self.num_clients:
-            fail("clients_per_round", f"at most num_clients={self.num_clients}", "lower it, or 0 for all")
-        if self.num_clients * self.rounds_per_client < self.num_rounds * (self.buffer_size or self.cohort_size):
-            fail(
-                "max_rounds_per_client",
-                f"enough for num_rounds={self.num_rounds} of {self.buffer_size or self.cohort_size} clients",
-                "raise it, or ask fewer clients per round",
-            )
-
-    def _check_device(self, fail: Callable[[str, str, str], None]) -> None:
-        """Ray decides which card a worker sees, if any, and each worker sees it as its first."""
-        kind, _, number = self.device.partition(":")
-        if self.device not in ("cpu", "cuda", "auto") and not (kind == "cuda" and number.isdecimal()):
-            fail("device", "one of cpu, cuda, cuda:N, auto", "cuda:1 is the second card")
-        if self.gpus_per_worker and not self.workers:
-            fail("gpus_per_worker", "possible with workers=0", "set it to 0, or workers above 0")
-        if self.gpus_per_worker and self.device == "cpu":
-            fail("gpus_per_worker", "possible with device='cpu'", "set it to 0, or device=cuda")
-        if self.workers and number:
-            fail("device", f"possible with workers={self.workers}", "Ray gives out the cards: set device=cuda")
-        if self.workers and self.device == "cuda" and not self.gpus_per_worker:
-            fail(
-                "gpus_per_worker",
-                f"enough for device='cuda' with workers={self.workers}: Ray would give them none",
-                "set gpus_per_worker=0.25 for four workers on each card, 1 for one",
-            )
-
-    def _check_client_unit(self, fail: Callable[[str, str, str], None]) -> None:
-        """A client's change is bounded once, by flat clipping, and the server has to see it to bound it again."""
-        unit = "with privacy_unit='client'"
-        if self.clipping != "flat":
-            fail("clipping", f"flat {unit}", "a client's whole change is clipped, once")
-        if self.secure_aggregation:
-            fail("secure_aggregation", f"false {unit}", "the server bounds each change again, which a sum hides")
-        if self.update_codec not in ("fp32", "top-k"):
-            fail("update_codec", f"fp32 or top-k {unit}", "the others send changes beyond the bound")
-        if self.client_table:
-            fail("client_table", f"empty {unit}", "one noise serves all clients")
-        if self.release_counts:
-            fail("release_counts", f"false {unit}", "exact counts are covered by no epsilon")
-        if self.client_sampling == "poisson" and self.rounds_per_client < self.num_rounds:
-            fail("max_rounds_per_client", f"0 {unit}, client_sampling='poisson'", "each round costs every client")
+        check_combinations(self)
 
     @property
     def amplifying_rate(self) -> float:

@@ -50,23 +50,10 @@ def test_every_setting_says_what_it_is():
         ("sample_rate=1.2", ["sample_rate=1.2", "at most 1"]),
         ("noise_multiplier=-1", ["noise_multiplier=-1", "at least 0"]),
         ("noise_multiplier=nan", ["noise_multiplier=nan"]),
-        ("noise_multiplier=1.0", ["noise_multiplier=1.0", "target_epsilon=3.0", "set the other to 0"]),
-        ("budget_mode=retire", ["noise_multiplier=0.0", "budget_mode='retire'"]),
-        ("min_clients=11", ["min_clients=11", "10 clients of a round"]),
-        ("target_epsilon=0", ["target_epsilon=0.0", "noise_multiplier=0", "private=false"]),
-        ("private=false", ["private=False", "target_epsilon=3.0"]),
-        ("clip_norm=inf", ["clip_norm=inf", "finite"]),
         ("clip_norm=0", ["clip_norm=0", "above 0"]),
-        ("delta=1", ["delta=1.0", "(0, 1)"]),
-        ("momentum=1", ["momentum=1.0", "[0, 1)"]),
-        ("clients_per_round=11", ["clients_per_round=11", "num_clients=10"]),
-        ("max_rounds_per_client=2", ["max_rounds_per_client=2", "num_rounds=30"]),
         ("accountant=pdl", ["accountant='pdl'", "did you mean pld"]),
         ("ascent_memory=none", ["ascent_memory='none'", "client, server, zero"]),
         ("workers=-1", ["workers=-1", "at least 0"]),
-        ("device=gpu", ["device='gpu'", "cpu, cuda, cuda:N, auto"]),
-        ("device=cuda:-1", ["device='cuda:-1'", "cuda:N"]),
-        ("gpus_per_worker=0.5", ["gpus_per_worker=0.5", "workers=0"]),
         ("gpus_per_worker=2", ["gpus_per_worker=2", "at most 1"]),
         ("lr", ["--set='lr'", "key=value"]),
     ],
@@ -77,20 +64,6 @@ def test_bad_settings_name_key_value_bound_and_remedy(override, words):
     text = str(caught.value)
     assert all(word in text for word in words), text
     assert "\n" not in text
-
-
-@pytest.mark.parametrize(
-    ("device", "gpus_per_worker", "words"),
-    [
-        ("cuda", 0.0, "gpus_per_worker=0.0 is not enough for device='cuda' with workers=2: Ray would give them none"),
-        ("cpu", 0.5, "gpus_per_worker=0.5 is not possible with device='cpu'"),
-        ("cuda:1", 0.5, "device='cuda:1' is not possible with workers=2"),
-    ],
-)
-def test_cards_of_workers_are_rays_to_give(device, gpus_per_worker, words):
-    with pytest.raises(SettingError, match=words):
-        RunConfig(**GOOD, workers=2, device=device, gpus_per_worker=gpus_per_worker)
-    RunConfig(**GOOD, workers=2, device="cuda", gpus_per_worker=0.5)
 
 
 def test_a_broken_or_missing_file_is_named(tmp_path):

@@ -19,22 +19,27 @@ a client that arrived in this round          sets out again in the next one at t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import records
+from fed_dpsat.flower.exchange import Exchange
+from fed_dpsat.flower.handover import Aggregate
+from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.flower.roster import Roster
+from fed_dpsat.flower.round_kind import RoundKind, Seconds, seconds_of
 from fed_dpsat.noise import derive_generator
 from fed_dpsat.params import Params, subtract
-
-Seconds = Callable[[int, int], float]
-"""Client and round to the simulated time between setting out and arriving."""
+from fed_dpsat.privacy.event import History
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +60,60 @@ class Flight:
     cargo: Cargo | None = None
 
 
-class Buffer:
+class Buffer(RoundKind):
     """Who is under way, and what arrived. Raises ``SettingError`` for sizes that cannot be."""
 
     def __init__(self, *, size: int, in_flight: int, staleness_exponent: float, seed: int) -> None:
         if not 1 <= size <= in_flight:
             raise SettingError("buffer_size", size, f"in [1, {in_flight}]", "as many arrive as are under way, at most")
         self.size, self.in_flight, self.staleness_exponent, self.seed = size, in_flight, staleness_exponent, seed
-        self.now = 0.0
         self.flights: dict[int, Flight] = {}
         self._arriving: list[int] = []
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Buffer | None:
+        """As ``config`` says; None where rounds wait for their cohort."""
+        if not config.buffer_size:
+            return None
+        return cls(
+            size=config.buffer_size,
+            in_flight=config.cohort_size,
+            staleness_exponent=config.staleness_exponent,
+            seed=config.seed,
+        )
+
+    def check(self, grid: Grid) -> None:
+        """Its time is simulated."""
+        if not seconds_of(grid):
+            raise FederationError("buffer_size needs simulated delays, and no network; set it to 0 on a network")
+
+    def cohort(self, roster: Roster, round: int, seconds: Seconds | None) -> tuple[list[int], dict[int, History]]:
+        """Those who set out."""
+        assert seconds  # check() has seen to it
+        eligible, retiring = roster.eligible(round)
+        return self.set_out(round, eligible, seconds), retiring
+
+    def pass_time(self, lasting: Iterable[float]) -> None:
+        """It passed when they set out, until the buffer was full."""
+
+    def train(self, exchange: Exchange, grid: Grid, timeout: float) -> Aggregate:
+        """What is computed is kept until it arrives; what arrives moves the model of now."""
+        with exchange.phases("train"):
+            valid, _ = exchange.judged(grid.send_and_receive(list(exchange.messages.values()), timeout=timeout))
+        with exchange.phases("aggregate"):
+            model = records.to_params(exchange.handover.model)
+            for client, reply in valid.items():
+                self.put(client, cargo_of(reply.content, model))
+            arrived = self.arrive()
+            stale = {client: exchange.report.round - flight.round for client, flight in arrived.items()}
+            exchange.report.arrived = stale
+            replies, metrics = {}, {}
+            for client, flight in arrived.items():
+                if flight.cargo is not None:
+                    content = moved(flight.cargo, model, self.share(stale[client]))
+                    replies[client] = Message(content, reply_to=exchange.directory.question(client))
+                    metrics[client] = flight.cargo.metrics
+            return exchange.hand_over(list(arrived), replies, metrics)
 
     def set_out(self, round: int, eligible: Iterable[int] | NDArray[np.int64], seconds: Seconds) -> list[int]:
         """Clients that set out in ``round``, ascending. Time passes until the buffer is full or nobody is under way."""
@@ -101,14 +150,14 @@ class Buffer:
     def state_dict(self) -> dict[str, Any]:
         """Between two rounds, as plain data."""
         flights = {c: {**vars(f), "cargo": f.cargo and dict(vars(f.cargo))} for c, f in self.flights.items()}
-        return {"now": self.now, "flights": flights}
+        return {**super().state_dict(), "buffer": {"now": self.now, "flights": flights}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Stand where ``state_dict`` was called."""
-        self.now = state["now"]
+        super().load_state_dict(state)
         self.flights = {
             client: Flight(**{**flight, "cargo": flight["cargo"] and Cargo(**flight["cargo"])})
-            for client, flight in state["flights"].items()
+            for client, flight in state["buffer"]["flights"].items()
         }
 
 

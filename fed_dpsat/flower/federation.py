@@ -87,7 +87,7 @@ def run_federation(
             join_timeout=config.join_timeout,
             secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
             release=ClientRelease.of(config, plans[0].event.noise_multiplier),
-            buffer=_buffer(config),
+            buffer=Buffer.of(config),
             phases=phases,
             within=experiment.subspace,
         )
@@ -148,17 +148,6 @@ def build_strategy(config: RunConfig) -> Strategy:
     if not isinstance(inner, Strategy):
         raise FederationError(f"strategy={config.strategy!r} made a {type(inner).__name__}, not a Flower Strategy")
     return inner
-
-
-def _buffer(config: RunConfig) -> Buffer | None:
-    if not config.buffer_size:
-        return None
-    return Buffer(
-        size=config.buffer_size,
-        in_flight=config.cohort_size,
-        staleness_exponent=config.staleness_exponent,
-        seed=config.seed,
-    )
 
 
 def _noise_of_mean(config: RunConfig, objects: Sequence[str]) -> KnownNoise | None:

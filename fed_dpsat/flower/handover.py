@@ -40,12 +40,18 @@ class Handover:
     release: ClientRelease | None
     attempt: int
 
+    @property
+    def clip_norm(self) -> float | None:
+        """The bound of one client's change, where there is one."""
+        return self.release.mechanism.clip_norm if self.release else None
+
     def all(self, order: Sequence[int], valid: Mapping[int, Message], verdicts: Verdicts) -> Aggregate:
         """The ``valid`` replies; ``order`` is of all clients they might be from, and so the tree of their sum."""
         if not sums.only_mean(self.inner):
             return self._checked(self.inner.aggregate_train(self.round, [valid[c] for c in sorted(valid)]))
-        clip_norm = self.release.mechanism.clip_norm if self.release else None
-        parts = (sums.part_of(c, valid.get(c), verdicts.get(c), before=self.model, clip_norm=clip_norm) for c in order)
+        parts = (
+            sums.part_of(c, valid.get(c), verdicts.get(c), before=self.model, clip_norm=self.clip_norm) for c in order
+        )
         return self.mean(sums.merge(parts))
 
     def mean(self, total: sums.Part) -> Aggregate:

@@ -123,6 +123,10 @@ class Directory:
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
         return asked.get(reply.metadata.reply_to_message_id, node)
 
+    def question(self, client: int) -> Message:
+        """An empty message to ``client``; what is written here in its name is a reply to one."""
+        return Message(RecordDict(), self.nodes[client], MessageType.TRAIN)
+
     def _set(self, nodes: dict[int, int]) -> None:
         self.nodes, self._clients = nodes, {node: client for client, node in nodes.items()}
 

@@ -28,9 +28,11 @@ class RoundReport:
     """Who was asked, who was dropped and why, who retired with which epsilon.
 
     ``arrived`` is of asynchronous rounds: whose update moved the model, and how many rounds ago it had set out.
+    ``failed_rounds`` are those in a row, until this one, in which all who were asked failed.
     """
 
     round: int
+    failed_rounds: int = 0
     asked: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
@@ -66,17 +68,17 @@ class RoundReport:
             outcomes = {c: self.dropped.get(c, "released") for c in events if c not in settled}
             ledger.settle_many(self.round, attempt, outcomes)
 
-    def failed_rounds(self, before: int, num_clients: int) -> int:
-        """Rounds in a row in which all failed, after ``before`` of them; enough are a ``FederationError``."""
+    def count_failure(self, num_clients: int) -> None:
+        """Raise ``FederationError`` after enough ``failed_rounds``, or if all there are were asked and failed."""
         if not self.broken or len(self.broken) < len(self.asked):
-            return 0
-        failed = before + 1
-        if len(self.broken) == num_clients or failed == MAX_FAILED_ROUNDS:
+            self.failed_rounds = 0
+            return
+        self.failed_rounds += 1
+        if len(self.broken) == num_clients or self.failed_rounds == MAX_FAILED_ROUNDS:
             raise FederationError(
-                f"every client that was asked failed, {failed} round(s) in a row until round {self.round}; "
+                f"every client that was asked failed, {self.failed_rounds} round(s) in a row until round {self.round}; "
                 f"the first said: {self.dropped[self.broken[0]]}"
             )
-        return failed
 
 
 def by_attempt(tasks: Mapping[int, Task]) -> Iterator[tuple[int, dict[int, PrivacyEvent]]]:

@@ -7,7 +7,7 @@ nothing does, and the round has no valid reply.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fed_dpsat.experiment import Task
 from fed_dpsat.flower import compat, records
+from fed_dpsat.flower.exchange import Exchange
+from fed_dpsat.flower.handover import Aggregate
 from fed_dpsat.flower.replies import Failure, judge
+from fed_dpsat.flower.round_kind import RoundKind
 from fed_dpsat.flower.secure_client import MASKED, SECURE, flat
 from fed_dpsat.flower.sums import Part
 from fed_dpsat.secagg.fixed_point import decode, fraction_bits
@@ -28,55 +30,50 @@ class TooFew(Exception):
     """Fewer clients are left than the threshold."""
 
 
-def secure_sum(
-    grid: Grid,
-    messages: Sequence[Message],
-    tasks: Mapping[int, Task],
-    clients: Mapping[int, int],
-    *,
-    threshold_share: float,
-    release_counts: bool,
-    timeout: float,
-) -> Part:
-    """What ``messages`` of one round come to: the mean of the models of those whose update arrived, and who failed.
+class SecureSums(RoundKind):
+    """Rounds whose replies add up under masks. ``threshold``: the share of those asked who must stay to the end.
 
-    ``clients`` are by node. ``threshold_share`` of those asked, and at least a majority, must stay to the end.
+    It is at least a majority, and two.
     """
-    round = _Round(grid, messages, clients, release_counts=release_counts, timeout=timeout, tasks=tasks)
-    threshold = max(math.ceil(threshold_share * len(messages)), len(messages) // 2 + 1, 2)
-    try:
-        total = round.run(threshold)
-    except (TooFew, ValueError) as error:
-        reason = Failure(reason=f"secure aggregation: {error}")
-        return Part(failed={**dict.fromkeys(tasks, reason), **round.failed})
-    part = Part(accepted=dict(sorted(round.accepted.items())), failed=round.failed, total=total)
-    part.scale = part.weight
-    return part
+
+    hides = "secure_aggregation hides them"
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def train(self, exchange: Exchange, grid: Grid, timeout: float) -> Aggregate:
+        """One sum: the mean of the models of those whose update arrived, and who failed; of nobody, none."""
+        parts = []
+        if exchange.messages:
+            with exchange.phases("train"):
+                parts.append(self._sum(exchange, grid, timeout))
+        with exchange.phases("aggregate"):
+            return exchange.added_up(parts)
+
+    def _sum(self, exchange: Exchange, grid: Grid, timeout: float) -> Part:
+        round, asked = _Round(exchange, grid, timeout), len(exchange.messages)
+        threshold = max(math.ceil(self.threshold * asked), asked // 2 + 1, 2)
+        try:
+            total = round.run(threshold)
+        except (TooFew, ValueError) as error:
+            reason = Failure(reason=f"secure aggregation: {error}")
+            return Part(failed={**dict.fromkeys(exchange.messages, reason), **round.failed})
+        part = Part(accepted=dict(sorted(round.accepted.items())), failed=round.failed, total=total)
+        part.scale = part.weight
+        return part
 
 
 class _Round:
     """One run of the protocol; ``failed`` and ``accepted`` grow as it goes."""
 
-    def __init__(
-        self,
-        grid: Grid,
-        messages: Sequence[Message],
-        clients: Mapping[int, int],
-        *,
-        tasks: Mapping[int, Task],
-        release_counts: bool,
-        timeout: float,
-    ) -> None:
-        self._grid, self._clients, self._tasks = grid, clients, tasks
-        self._release_counts, self._timeout = release_counts, timeout
-        self._content = {clients[m.metadata.dst_node_id]: m.content for m in messages}
-        self._nodes = {clients[m.metadata.dst_node_id]: m.metadata.dst_node_id for m in messages}
+    def __init__(self, exchange: Exchange, grid: Grid, timeout: float) -> None:
+        self._exchange, self._grid, self._timeout = exchange, grid, timeout
         self.failed: dict[int, Failure] = {}
         self.accepted: dict[int, dict[str, float]] = {}
 
     def run(self, threshold: int) -> dict[str, torch.Tensor]:
         """The mean model. Raises ``TooFew``, or ``ValueError`` for answers that do not fit together."""
-        keys = self._ask("keys", {client: {} for client in self._content}, threshold, _said)
+        keys = self._ask("keys", {client: {} for client in self._exchange.messages}, threshold, _said)
         roster = {c: PublicKeys(seal=said["seal"], mask=said["mask"]) for c, said in keys.items()}
         listed = {
             "clients": list(roster),
@@ -106,8 +103,7 @@ class _Round:
             "open", {client: {"arrived": list(masked)} for client in masked}, threshold, _said, late=True
         )
         found = {c: dict(zip(said["owners"], said["opened"], strict=True)) for c, said in opened.items()}
-        number = str(next(iter(self._tasks.values())).round)
-        total = unmask(number, roster, masked, found, threshold)
+        total = unmask(str(self._exchange.report.round), roster, masked, found, threshold)
         self.accepted = {client: self._metrics[client] for client in masked}
         move = decode(total, math.fsum(examples[client] for client in masked), fraction_bits(total_examples))
         return self._moved(move)
@@ -125,8 +121,8 @@ class _Round:
         answers: dict[int, Any] = {}
         problems: dict[int, Failure] = {}
         for reply in self._grid.send_and_receive(sent, timeout=self._timeout):
-            client = self._clients.get(reply.metadata.src_node_id, -1)
-            if client not in questions or client in answers or client in problems:
+            client = self._exchange.directory.client_at(reply.metadata.src_node_id)
+            if client is None or client not in questions or client in answers or client in problems:
                 continue
             try:
                 answers[client] = read(client, reply)
@@ -140,19 +136,19 @@ class _Round:
         return dict(sorted(answers.items()))
 
     def _message(self, client: int, question: Mapping[str, Any]) -> Message:
-        given = self._content[client]
+        asked = self._exchange.messages[client]
+        given = asked.content
         content = RecordDict({**given} if question["phase"] == "masked" else {records.TASK: given[records.TASK]})
         content[SECURE] = ConfigRecord(dict(question))
-        return Message(content, self._nodes[client], MessageType.TRAIN)
+        return Message(content, asked.metadata.dst_node_id, MessageType.TRAIN)
 
     def _judged(self, examples: Mapping[int, float]) -> Callable[[int, Message], Any]:
         like = ArrayRecord({MASKED: Array(np.zeros(flat(self._like).size, dtype=np.uint64))})
         self._metrics: dict[int, dict[str, float]] = {}
 
         def read(client: int, reply: Message) -> Any:
-            verdict = judge(
-                reply, client=client, task=self._tasks[client], like=like, release_counts=self._release_counts
-            )
+            task, release_counts = self._exchange.tasks[client], self._exchange.handover.release_counts
+            verdict = judge(reply, client=client, task=task, like=like, release_counts=release_counts)
             if isinstance(verdict, Failure):
                 raise _Bad(verdict)
             if verdict[records.NUM_EXAMPLES] != examples[client]:
@@ -164,7 +160,8 @@ class _Round:
 
     @property
     def _like(self) -> ArrayRecord:
-        return next(iter(self._content.values())).array_records[records.ARRAYS]
+        """The model as it is sent, which changes are of: a strategy may send another than it was given."""
+        return next(iter(self._exchange.messages.values())).content.array_records[records.ARRAYS]
 
     def _moved(self, move: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, torch.Tensor]:
         after, start = {}, 0

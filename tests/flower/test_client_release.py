@@ -19,8 +19,7 @@ from fed_dpsat import RunConfig, client_level, simulate
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower import records, sums
-from fed_dpsat.flower import strategy as strategy_module
+from fed_dpsat.flower import records, round_kind, sums
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.mechanism import GaussianMechanism, normals_like
@@ -350,7 +349,7 @@ def bits(a, b):
 
 def test_over_a_network_it_is_the_same(tmp_path, monkeypatch):
     _, lines, model = run(RARE, tmp_path / "here")
-    monkeypatch.setattr(strategy_module, "SimulationGrid", type("None of them", (), {}))
+    monkeypatch.setattr(round_kind, "SimulationGrid", type("None of them", (), {}))
     _, others, other = run(RARE, tmp_path / "network")
     assert bits(model, other)
     assert [line["epsilon"] for line in lines] == [line["epsilon"] for line in others]

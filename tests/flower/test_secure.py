@@ -104,6 +104,25 @@ def test_clients_may_go_at_any_point(gone, accepted, tmp_path):
         assert "secure aggregation: 4 clients" in next(iter(lines[1]["dropped"].values()))
 
 
+class Liar(Clients):
+    """Client 1 says under its mask that it took one step, where two were charged."""
+
+    def __call__(self, message, context):
+        reply = super().__call__(message, context)
+        if int(context.node_config["partition-id"]) == 1 and message.content[SECURE]["phase"] == "masked":
+            reply.content[records.EVENT].update({"steps": 1})
+        return reply
+
+
+def test_a_masked_reply_that_is_not_valid_is_not_in_the_sum(tmp_path):
+    config = dataclasses.replace(SECRET, num_rounds=1)
+    simulate(config, tmp_path, client_app=Liar(config))
+    line = json.loads((tmp_path / "rounds.jsonl").read_text().splitlines()[-1])
+    assert "is not the one that was charged" in line["dropped"]["1"]
+    model = torch.load(tmp_path / "checkpoint" / "model.pt", weights_only=True)["params"]
+    assert apart(model, mean_of([0, 2, 3, 4, 5], config)) < 1e-5
+
+
 def mean_of(clients, config):
     experiment = Experiment.build(config)
     params = {n: p.detach() for n, p in experiment.loss_fn.module.named_parameters()}
