@@ -150,7 +150,7 @@ def _epsilon_rdp(event: PrivacyEvent, rounds: int, client_rate: float, delta: fl
 
 
 def _sampled_rdp(order: int, rate: float, whole: dict[int, float]) -> float:
-    """RDP at ``order`` of any mechanism behind a Poisson coin, from its own RDP: Zhu and Wang 2019, the general bound."""
+    """RDP at ``order`` of any mechanism behind a Poisson coin, from its own RDP (Zhu and Wang 2019, general bound)."""
     terms = [(order - 1) * math.log1p(-rate) + math.log1p((order - 1) * rate)]
     for k in range(2, order + 1):
         log_term = math.log(math.comb(order, k)) + (order - k) * math.log1p(-rate) + k * math.log(rate)
