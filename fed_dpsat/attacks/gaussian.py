@@ -1,4 +1,4 @@
-"""Noise in the place of an update (Blanchard et al., NeurIPS 2017, arXiv 1703.02757, section 5)."""
+"""Noise in the place of an update (Blanchard et al., NeurIPS 2017, arXiv 1703.02757)."""
 
 from __future__ import annotations
 

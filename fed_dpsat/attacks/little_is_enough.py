@@ -1,4 +1,4 @@
-"""A shift that hides among honest clients (Baruch et al., NeurIPS 2019, arXiv 1902.06156, algorithm 3)."""
+"""A shift that hides among honest clients (Baruch et al., NeurIPS 2019, arXiv 1902.06156)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LittleIsEnough(Attack):
     """All attackers send the same: the mean of their honest updates less ``z`` standard deviations, per coordinate.
 
     The paper finds the largest z that a majority supports from the numbers of clients. That is below 0.2 for two or
-    three of ten, so z is a parameter, and 1.5 as in its experiments. An attacker who is alone has no deviation to
+    three of ten, so z is a parameter, and 1.5 as in its code. An attacker who is alone has no deviation to
     hide in: it is honest.
     """
 

@@ -1,4 +1,4 @@
-"""A model of one's own in the place of the mean (Bagdasaryan et al., AISTATS 2020, arXiv 1807.00459, equation 3)."""
+"""A model of one's own in the place of the mean (Bagdasaryan et al., AISTATS 2020, arXiv 1807.00459)."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ error of epsilon           size, measured (tests/privacy/test_pld.py repeats a p
 grid                       too high by at most 3e-4 of epsilon where noise_multiplier >= 0.5 and
                            sample_rate >= 1e-3, by 1e-3 below 0.5. It is an upper bound: connect-the-dots
                            (arXiv 2207.04380) rounds that way.
+millions of steps          dp_accounting cuts rounding below 0 off the masses of a step, so they sum to more
+                           than 1: too high, by 2e-3 at 2**22 steps of noise_multiplier 1, sample_rate 1e-3
 very rare, large losses    a grid of more than 2**18 points is made coarser: too high, by 2e-3 where
                            noise_multiplier >= 0.8 and sample_rate >= 1e-5, by more below
 double precision           FFT rounding can hide ``steps * 2**-52`` of delta; that much is taken off delta,

@@ -2,8 +2,8 @@
 
 One coin per ROUND: a client takes part with probability ``client_rate``, and then with all its ``local_steps``. With
 (P, Q) the dominating pair of a composed round (example there, example not there), the pair of a round behind its coin
-is ((1 - p) Q + p P, Q), and (Q, (1 - p) Q + p P) the other way round; rounds compose (Zhu, Dong and Wang 2022, whose
-Theorem 11 keeps dominating pairs dominating). Multiplying p into the sample rate of every STEP is wrong: the steps of
+is ((1 - p) Q + p P, Q), and (Q, (1 - p) Q + p P) the other way round; rounds compose (Zhu, Dong and Wang 2022, by
+whom dominating pairs stay dominating). Multiplying p into the sample rate of every STEP is wrong: the steps of
 a round share one coin.
 
 The losses of a composed round come from ``pld`` and are moved to log((1 - p) + p exp(loss)), each split between two
@@ -150,7 +150,7 @@ def _epsilon_rdp(event: PrivacyEvent, rounds: int, client_rate: float, delta: fl
 
 
 def _sampled_rdp(order: int, rate: float, whole: dict[int, float]) -> float:
-    """Zhu and Wang 2019, Theorem 6: RDP at ``order`` of any mechanism behind a Poisson coin, from its own RDP."""
+    """RDP at ``order`` of any mechanism behind a Poisson coin, from its own RDP (Zhu and Wang 2019, general bound)."""
     terms = [(order - 1) * math.log1p(-rate) + math.log1p((order - 1) * rate)]
     for k in range(2, order + 1):
         log_term = math.log(math.comb(order, k)) + (order - k) * math.log1p(-rate) + k * math.log(rate)

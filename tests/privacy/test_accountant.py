@@ -5,10 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.analysis.rdp import compute_rdp
 from scipy.stats import norm
 
 from fed_dpsat.privacy import accountant
@@ -170,6 +172,43 @@ def test_rdp_composes_by_adding(event):
     orders = one * 2 * 5.0**2  # a Gaussian's divergence is order / (2 sigma^2)
     assert np.all(np.diff(orders) > 0)
     assert orders[0] == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate"), [(1.0, 1e-8), (10.0, 1e-7), (100.0, 1e-9), (1e4, 1e-2), (1e4, 1e-6), (1e4, 1e-8), (0.5, 1e-12)]
+)
+def test_divergences_smaller_than_rounding_are_neither_0_nor_negative(noise, rate):
+    """By hand at order 2, 1 + q^2 (exp(1/s^2) - 1), and at order 3; dp_accounting's are -1e-16 where 1e-24 is right."""
+    two = rate**2 * math.expm1(noise**-2)
+    three = 3 * (1 - rate) * two + rate**3 * math.expm1(3 * noise**-2)
+    ours = dict(zip(RdpAccountant().orders, accountant.one_step_rdp(noise, rate), strict=True))
+    assert ours[2.0] == pytest.approx(math.log1p(two), rel=1e-6)
+    assert ours[3.0] == pytest.approx(math.log1p(three) / 2, rel=1e-6)
+    assert min(ours.values()) > 0
+    assert ours[2.5] > ours[2.0] * (1 - 1e-6)
+    whole = np.array([ours[order] for order in sorted(ours) if order % 1 == 0])
+    assert (np.diff(whole) > 0).all()  # it grows with the order
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(2.0, 1e-3), (1.0, 0.02), (5.0, 0.3)])
+def test_the_sum_without_cancellation_is_dp_accountings_where_that_is_exact(noise, rate):
+    theirs = dict(zip(RdpAccountant().orders, accountant.one_step_rdp(noise, rate), strict=True))
+    for order in (2, 3, 7, 40):
+        assert accountant._log_moment(order, noise, rate) / (order - 1) == pytest.approx(theirs[order], rel=1e-7)
+    between = [1.1, 1.5, 2.5, 9.7]  # Opacus is exact there; the straight line between whole orders is above
+    exact = compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=between)
+    for order, divergence in zip(between, exact, strict=True):
+        low, high = (accountant._log_moment(whole, noise, rate) for whole in (int(order), int(order) + 1))
+        line = (1 - order % 1) * low + order % 1 * high
+        assert line >= (order - 1) * divergence * (1 - 1e-6)
+
+
+def test_many_rare_quiet_steps_do_not_cost_0_by_rdp(event):
+    """2**40 steps are like one Gaussian of mu = rate * sqrt(steps * (exp(1 / noise**2) - 1)), by the central limit."""
+    mu = 1e-7 * 2**20 * math.sqrt(math.expm1(1e-8))
+    truth = get_epsilon_gaussian(1 / mu, 1e-7)
+    assert truth > 2e-5
+    assert epsilon([event(1e4, 1e-7, 2**40)], 1e-7, "rdp") >= truth
 
 
 def test_the_package_loads_nothing_heavy():
