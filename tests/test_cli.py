@@ -59,6 +59,27 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, full_disk):
+    """The ledger fits, the checkpoint does not: the first round cannot be over."""
+    settings = [*FAST, "--set", "num_clients=2", "--set", "model=tanh-cnn-small"]
+    with full_disk(80_000):
+        result = invoke("run", "--out", tmp_path / "run", *settings)
+    assert result.exit_code == 1, result.output
+    model = tmp_path / "run" / "checkpoint" / "model.pt"
+    assert result.stderr.startswith(f"error: cannot write {model}: File too large; free space, then `fed-dpsat resume`")
+    assert len(result.stderr.splitlines()) == 1
+    assert invoke("resume", tmp_path / "run").exit_code == 0
+
+
+def test_what_cannot_be_written_elsewhere_is_one_line(tmp_path):
+    invoke("run", "--out", tmp_path / "run", *FAST)
+    (tmp_path / "file").touch()
+    result = invoke("report", tmp_path / "run", "--out", tmp_path / "file" / "page.html")
+    assert result.exit_code in (1, 2)
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
 def test_no_choice_of_noise_is_not_a_choice_of_none():
     result = invoke("run")
     assert result.exit_code == 2

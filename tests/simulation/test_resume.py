@@ -75,6 +75,7 @@ def client_round():
 
 
 POINTS = {
+    "when there are settings": (RunFolder, "open", 1, True),
     "before anything": (RunFolder, "save_checkpoint", 1, False),
     "before the first round": (RunFolder, "save_checkpoint", 1, True),
     "before a charge": (PrivacyLedger, "charge_many", 2, False),
@@ -95,6 +96,7 @@ def test_a_driver_killed_anywhere_and_resumed_ends_as_if_it_had_not_been(uninter
     killed(CONFIG, tmp_path / "run", owner, name, call, after=after)
     summary = resume(tmp_path / "run")
     assert what_came_of(tmp_path / "run") == uninterrupted
+    assert (tmp_path / "run" / "simulation.json").exists()
     assert (summary["status"], summary["rounds_completed"]) == ("completed", 4)
     assert (
         summary["test_accuracy"]
