@@ -321,6 +321,8 @@ class RunConfig:
             fail("keep_share", "1 with privacy_unit='example'", "update_codec=top-k sends the largest changes")
         if self.dropout_rate >= 1:
             fail("dropout_rate", "in [0, 1)", "nobody would ever reply")
+        if math.isinf(self.delay_mean):
+            fail("delay_mean", "finite", "nobody would ever reply")
         if self.ray_address and not self.workers:
             fail("workers", f"enough for ray_address={self.ray_address!r}", "say how many of its CPUs to use")
         self._check_device(fail)

@@ -22,6 +22,8 @@ NARROW = 70
 LABEL, LEAST_NUMBER, NOTE = 10, 8, 27
 """Columns of a row's parts; its bar gets the rest."""
 
+PHASES = ("send", "train", "aggregate", "evaluate")
+
 Row = tuple[str, str, RenderableType | None, str]
 
 
@@ -110,8 +112,8 @@ class View:
 
 
 def phases_text(phases: Mapping[str, float]) -> str:
-    """Seconds by phase, the longest first."""
-    return ", ".join(f"{name} {phases[name]:.2g}" for name in sorted(phases, key=lambda name: -phases[name]))
+    """Seconds of the phases that a round always has, in their order; the summary has them all."""
+    return ", ".join(f"{name} {phases[name]:.2g}" for name in PHASES if name in phases)
 
 
 def round_line(progress: Progress) -> str:

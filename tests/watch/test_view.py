@@ -19,7 +19,7 @@ def record(round, **changes):
         "asked": [0, 1, 2] if round else [], "accepted": 2 * bool(round), "dropped": {1: "late"} if round else {},
         "retired": {}, "timing": {
             "seconds": 2.0, "clients_per_second": 1.0, "examples_per_second": 64.0, "peak_memory_mb": 432.1,
-            "phases": {"send": 0.25, "train": 1.5, "aggregate": 0.125, "evaluate": 0.1},
+            "phases": {"train": 1.5, "send": 0.25, "aggregate": 0.125, "evaluate": 0.1, "account": 0.01},
         },
     }  # fmt: skip
     return {**line, **changes}
@@ -64,7 +64,7 @@ def test_at_eighty_columns():
     assert texts == [
         "clients   3 asked, 2 accepted, 1 dropped; in all 12, 8, 4",
         "pace      1 clients/s, 64 examples/s, 432 MB without workers",
-        "a round   2 s: train 1.5, send 0.25, aggregate 0.12, evaluate 0.1",
+        "a round   2 s: send 0.25, train 1.5, aggregate 0.12, evaluate 0.1",
         "1 warning",
         "  round 4: client 1 dropped: late",
     ]
