@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -44,7 +45,9 @@ def connect(address: str, num_workers: int) -> Callable[[], None]:
     try:
         # "auto" is RAY_ADDRESS, or what was started last on this machine
         _check_reachable(canonicalize_bootstrap_address(address) or address if address == "auto" else address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with warnings.catch_warnings():  # of what will be Ray's default for cards
+            warnings.simplefilter("ignore", FutureWarning)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RunError, SettingError):
         raise
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from concurrent import futures
 
 import grpc
@@ -77,6 +78,13 @@ def test_a_ray_that_does_not_let_us_in_is_one_line(no_ray, monkeypatch):
     monkeypatch.setattr(cluster.ray, "init", init)
     with pytest.raises(RunError, match=r"no Ray cluster to join \(versions differ: 2.55 and 2.56\)"):
         cluster.connect("127.0.0.1:6379", 1)
+
+
+def test_joining_says_nothing_of_its_own(no_ray, monkeypatch, recwarn):
+    monkeypatch.setattr(cluster, "_check_reachable", lambda address: None)
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: warnings.warn("in future versions of Ray", FutureWarning, 2))
+    cluster.connect("127.0.0.1:6379", 1)
+    assert not recwarn.list
 
 
 def test_without_an_address_nobody_elses_cluster_is_joined(no_ray, monkeypatch):
