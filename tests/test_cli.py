@@ -207,6 +207,36 @@ def test_ctrl_c_leaves_a_readable_folder_and_no_process(tmp_path, workers):
     assert not left_over(process.pid), "processes of the run are still alive"
 
 
+@pytest.mark.slow
+def test_a_worker_that_dies_is_one_line_and_leaves_the_json_whole(tmp_path):
+    """Ray prints a page into stdout."""
+    (tmp_path / "dying.py").write_text(
+        "import os, pathlib, signal\n"
+        "from torch import nn\n"
+        "class Dying(nn.Module):\n"
+        '    """Takes the first worker with it that trains."""\n'
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.linear = nn.Linear(64, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        once = pathlib.Path(__file__).with_name('died')\n"
+        "        on_ray = b'ray::' in pathlib.Path('/proc/self/cmdline').read_bytes()\n"
+        "        if self.training and on_ray and not once.exists():\n"
+        "            once.touch()\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return self.linear(x.flatten(1))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "fed_dpsat.cli", "run", "--out", str(tmp_path / "run"), "--json", *FAST,
+         "--set", "workers=1", "--set", f"model={tmp_path}/dying.py:Dying"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (tmp_path / "died").exists()
+    assert json.loads(done.stdout)["status"] == "completed"
+    assert "a worker is gone: its worker died; 1 clients were at work" in " ".join(done.stderr.split())
+    assert "raylet" not in done.stderr
+
+
 def left_over(session: int) -> list[str]:
     """Command lines of live processes whose session is the run's, or that Ray started for it."""
     deadline = time.monotonic() + 20

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 import grpc  # type: ignore[import-untyped]
 import ray
+from ray._private import worker as ray_worker
 from ray._private.services import canonicalize_bootstrap_address
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
 
 from fed_dpsat.errors import RunError, SettingError
 
@@ -34,6 +35,8 @@ def connect(address: str, num_workers: int) -> Callable[[], None]:
     """
     if ray.is_initialized():
         return lambda: None
+    # of a dead worker Ray would print a page into stdout, amid tables and JSON; what is to be said of it is in our log
+    ray_worker._worker_logs_enabled = False
     if not address:
         for name, value in OWN_RAY.items():
             os.environ.setdefault(name, value)
@@ -70,7 +73,12 @@ def explained() -> Iterator[None]:
                 "Ray's object store is full; it holds the model and the sums of a few blocks per worker: lower "
                 "workers, give Ray more (ray start --object-store-memory), or free the disk it spills to"
             ) from error
-        raise RunError(f"Ray failed: {cause}") from error
+        if isinstance(cause, OutOfMemoryError):
+            raise RunError(
+                "Ray ended a worker because memory ran out; lower workers or physical_batch_size, or free memory "
+                f"({str(cause).splitlines()[0][:200]})"
+            ) from error
+        raise RunError(f"Ray failed: {' '.join(str(cause).split())}") from error
 
 
 def _check_reachable(address: str) -> None:

@@ -17,7 +17,7 @@ import ray
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from ray.exceptions import ObjectStoreFullError
+from ray.exceptions import ObjectStoreFullError, OutOfMemoryError, RayError
 
 from fed_dpsat.engines import compiled
 from fed_dpsat.errors import RunError, SettingError
@@ -97,6 +97,16 @@ def test_without_an_address_nobody_elses_cluster_is_joined(no_ray, monkeypatch):
 
 def test_a_cluster_that_is_there_is_found_reachable(ray_cluster):
     cluster._check_reachable(ray.get_runtime_context().gcs_address)
+
+
+def test_what_ray_says_of_memory_is_one_line_with_a_remedy():
+    with (
+        pytest.raises(RunError, match=r"memory ran out; lower workers .*\(1 worker was killed\)$"),
+        cluster.explained(),
+    ):
+        raise OutOfMemoryError("1 worker was killed\nand much more")
+    with pytest.raises(RunError, match=r"^Ray failed: a page of words$"), cluster.explained():
+        raise RayError("a page\n  of words")
 
 
 def app(folder):
