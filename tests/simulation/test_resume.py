@@ -84,6 +84,7 @@ POINTS = {
     "before it is settled": (PrivacyLedger, "settle_many", 3, False),
     "after it is settled": (PrivacyLedger, "settle_many", 3, True),
     "after the line, before the checkpoint": (RunFolder, "append_round", 3, True),
+    "while a checkpoint is written": (torch, "save", 3, True),
     "after a checkpoint": (RunFolder, "save_checkpoint", 4, True),
     "after the last checkpoint": (RunFolder, "save_checkpoint", 5, True),
     "after the end": (RunFolder, "close", 1, True),
