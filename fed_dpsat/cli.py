@@ -403,6 +403,10 @@ def _clear_errors() -> Iterator[None]:
         _fail(error, BAD_INPUT)
     except RunError as error:
         _fail(error, FAILED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", FAILED)
     except KeyboardInterrupt:
         _fail("interrupted; the run folder holds what was done", INTERRUPTED)
 

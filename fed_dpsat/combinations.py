@@ -30,6 +30,8 @@ def _open_bounds(config: RunConfig, fail: Fail) -> None:
         fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
     if config.dropout_rate >= 1:
         fail("dropout_rate", "in [0, 1)", "nobody would ever reply")
+    if math.isinf(config.delay_mean):
+        fail("delay_mean", "finite", "nobody would ever reply")
     if config.momentum >= 1:
         fail("momentum", "in [0, 1)", "0.9 is usual")
 

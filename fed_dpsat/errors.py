@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class InputError(ValueError):
     """Something asked for is impossible, and nothing was done yet; exit code 2."""
@@ -22,3 +27,16 @@ class SettingError(InputError):
 
 class ModelError(InputError):
     """A network that cannot be built or cannot be trained privately."""
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """What the system says where ``path`` cannot be written, as a ``RunError``."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "free space" if error.errno in FULL else "make its folder writable"
+        raise RunError(f"cannot write {path}: {error.strerror}; {remedy}, then `fed-dpsat resume` the run") from error

@@ -37,10 +37,12 @@ from typing import Any
 import torch
 
 from fed_dpsat.config import MACHINE, RunConfig
-from fed_dpsat.errors import RunError, SettingError
+from fed_dpsat.errors import RunError, SettingError, written
 from fed_dpsat.params import Params
 from fed_dpsat.placement import described
 
+BEGINNING = frozenset({"environment.json", "environment.json.tmp", "config.toml.tmp"})
+"""What a run that was killed before ``config.toml`` was there leaves: it had asked nobody, and starts again."""
 PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
 
 
@@ -57,16 +59,23 @@ class Checkpoint:
 class RunFolder:
     """The files of one run under ``path``; with ``resume`` of one that was begun.
 
-    Raises ``SettingError`` if something else is there already, or to ``resume`` nothing.
+    Raises ``SettingError`` if something else is there already, nothing to ``resume``, or no way to write.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         if resume and not (path / "config.toml").is_file():
-            raise SettingError("out", str(path), "the folder of a run", "name the one to resume")
-        if not resume and path.exists() and (not path.is_dir() or any(p.is_file() for p in path.rglob("*"))):
+            raise SettingError(
+                "out",
+                str(path),
+                "the folder of a run",
+                "name the one to resume; one that was killed before config.toml was there starts again: fed-dpsat run",
+            )
+        if not resume and path.exists() and (not path.is_dir() or any(map(_is_precious, path.rglob("*")))):
             raise SettingError(
                 "out", str(path), "a new or an empty folder", "name another with --out, or `fed-dpsat resume` that run"
             )
+        if not resume and not _may_be_written(path):
+            raise SettingError("out", str(path), "where files can be written", "name another folder with --out")
         self.path = path
         self.resumes = resume
 
@@ -103,7 +112,8 @@ class RunFolder:
                     "resume", True, f"possible with other settings ({', '.join(differ)})", "start a new run"
                 )
             return
-        self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
+        with written(self.checkpoint_path.parent):
+            self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
         environment = {
             "command": sys.argv,
             "python": platform.python_version(),
@@ -141,11 +151,9 @@ class RunFolder:
     def append_round(self, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
         """One line each, in one write."""
         for name, line in (("timing.jsonl", timing), ("rounds.jsonl", record)):
-            descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(descriptor, (_json(line) + "\n").encode())
-            finally:
-                os.close(descriptor)
+            path = self.path / name
+            with written(path), path.open("ab") as file:
+                file.write((_json(line) + "\n").encode())
 
     def cut_off(self, after: int) -> None:
         """Leave of rounds and timing what is of rounds up to ``after``; a line that was cut short goes too."""
@@ -158,8 +166,15 @@ class RunFolder:
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """In the place of the one before; the round is over when this returns."""
         temporary = self.checkpoint_path.with_suffix(".tmp")
-        torch.save({f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}, temporary)
-        os.replace(temporary, self.checkpoint_path)
+        with written(self.checkpoint_path):
+            try:
+                with temporary.open("wb") as file:
+                    torch.save({f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # which torch has made into words of its own
+                    raise error.__context__ from None
+                raise
+            os.replace(temporary, self.checkpoint_path)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """The one that was saved last; None if the run did not come so far. Raises ``RunError`` for a damaged one."""
@@ -196,7 +211,18 @@ def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(jsonable(value), indent=indent, allow_nan=False)
 
 
+def _is_precious(path: Path) -> bool:
+    return path.is_file() and path.name not in BEGINNING
+
+
+def _may_be_written(path: Path) -> bool:
+    """``path``, or where it would be made."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with written(path):
+        temporary.write_text(text)
+        os.replace(temporary, path)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_dpsat.errors import RunError
+from fed_dpsat.errors import RunError, written
 
 Record = tuple[str, Mapping[str, Any]]
 """A kind, ``ARRAYS`` or another, and what is in it by name: arrays, or what JSON holds and bytes."""
@@ -33,7 +33,7 @@ class StateError(RunError):
 
 
 def write_state(path: Path, state: Mapping[str, Record]) -> None:
-    """All of it, in the place of what is at ``path``, or nothing."""
+    """All of it, in the place of what is at ``path``, or nothing; its folder is made. Raises ``RunError``."""
     header: list[Any] = []
     arrays: list[np.ndarray[Any, Any]] = []
     for key, (kind, items) in state.items():
@@ -44,9 +44,11 @@ def write_state(path: Path, state: Mapping[str, Record]) -> None:
             header.append([key, kind, [[name, _plain(value)] for name, value in items.items()]])
     text = MAGIC + json.dumps(header).encode() + b"\n"
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb", buffering=0) as file:
-        _write_all(file.fileno(), _aligned([text, *(a.reshape(-1).view(np.uint8).data for a in arrays)]))
-    os.replace(temporary, path)
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb", buffering=0) as file:
+            _write_all(file.fileno(), _aligned([text, *(a.reshape(-1).view(np.uint8).data for a in arrays)]))
+        os.replace(temporary, path)
 
 
 def read_state(path: Path) -> dict[str, Record]:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fed_dpsat.errors import written
+
 T = TypeVar("T")
 
 MICROSECONDS = 1e6
@@ -66,7 +68,8 @@ class Phases:
             {"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": name}}
             for row, name in enumerate(rows)
         ]
-        path.write_text(json.dumps({"traceEvents": names + (self._events or [])}))
+        with written(path):
+            path.write_text(json.dumps({"traceEvents": names + (self._events or [])}))
 
     def _turn(self) -> None:
         now = time.perf_counter()

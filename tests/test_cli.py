@@ -59,6 +59,27 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, full_disk):
+    """The ledger fits, the checkpoint does not: the first round cannot be over."""
+    settings = [*FAST, "--set", "num_clients=2", "--set", "model=tanh-cnn-small"]
+    with full_disk(80_000):
+        result = invoke("run", "--out", tmp_path / "run", *settings)
+    assert result.exit_code == 1, result.output
+    model = tmp_path / "run" / "checkpoint" / "model.pt"
+    assert result.stderr.startswith(f"error: cannot write {model}: File too large; free space, then `fed-dpsat resume`")
+    assert len(result.stderr.splitlines()) == 1
+    assert invoke("resume", tmp_path / "run").exit_code == 0
+
+
+def test_what_cannot_be_written_elsewhere_is_one_line(tmp_path):
+    invoke("run", "--out", tmp_path / "run", *FAST)
+    (tmp_path / "file").touch()
+    result = invoke("report", tmp_path / "run", "--out", tmp_path / "file" / "page.html")
+    assert result.exit_code in (1, 2)
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
 def test_no_choice_of_noise_is_not_a_choice_of_none():
     result = invoke("run")
     assert result.exit_code == 2
@@ -184,6 +205,36 @@ def test_ctrl_c_leaves_a_readable_folder_and_no_process(tmp_path, workers):
     for line in (folder / "rounds.jsonl").read_text().splitlines():
         json.loads(line)
     assert not left_over(process.pid), "processes of the run are still alive"
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_one_line_and_leaves_the_json_whole(tmp_path):
+    """Ray prints a page into stdout."""
+    (tmp_path / "dying.py").write_text(
+        "import os, pathlib, signal\n"
+        "from torch import nn\n"
+        "class Dying(nn.Module):\n"
+        '    """Takes the first worker with it that trains."""\n'
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.linear = nn.Linear(64, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        once = pathlib.Path(__file__).with_name('died')\n"
+        "        on_ray = b'ray::' in pathlib.Path('/proc/self/cmdline').read_bytes()\n"
+        "        if self.training and on_ray and not once.exists():\n"
+        "            once.touch()\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return self.linear(x.flatten(1))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "fed_dpsat.cli", "run", "--out", str(tmp_path / "run"), "--json", *FAST,
+         "--set", "workers=1", "--set", f"model={tmp_path}/dying.py:Dying"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (tmp_path / "died").exists()
+    assert json.loads(done.stdout)["status"] == "completed"
+    assert "a worker is gone: its worker died; 1 clients were at work" in " ".join(done.stderr.split())
+    assert "raylet" not in done.stderr
 
 
 def left_over(session: int) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from fed_dpsat.errors import RunError
 from fed_dpsat.state_file import StateError, read_state, write_state
 
 ARRAYS = {
@@ -57,3 +58,11 @@ def test_what_is_no_whole_state_is_an_error(tmp_path):
     path.write_bytes(b"\x80\x02" + data)
     with pytest.raises(StateError, match="no client state"):
         read_state(path)
+
+
+def test_a_full_disk_is_an_error_and_leaves_what_was_there(tmp_path, full_disk):
+    path = tmp_path / "1.state"
+    write_state(path, STATE)
+    with full_disk(10_000), pytest.raises(RunError, match=rf"cannot write {path}: File too large; free space, then"):
+        write_state(path, {"a": ("arrays", {"large": np.zeros(5_000)})})
+    check(read_state(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -11,7 +12,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
-from fed_dpsat.errors import SettingError
+from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import records
 from fed_dpsat.flower.buffered import Buffer
@@ -62,7 +63,7 @@ def run_federation(
         )
     loggers = Loggers.of(config)
     folder.open(config, objects=objects)
-    if isinstance(grid, SimulationGrid) and not folder.resumes:
+    if isinstance(grid, SimulationGrid):  # also of one that is resumed: it may have been killed before
         folder.save_simulation(*_holdings(experiment))
     checkpoint = folder.load_checkpoint() if folder.resumes else None
     phases = Phases(trace=config.profile)
@@ -117,16 +118,17 @@ def run_federation(
             status = "interrupted"
             raise
         finally:
-            summary = recorder.summary(status)
-            if (quality := recorder.quality()) is not None:
-                folder.save_quality(quality)
-            folder.close(summary)
-            loggers.end(jsonable(summary))
-            if config.profile:
-                phases.write_trace(
-                    folder.trace_path,
-                    ["server", "clients, here", *(f"worker {i}" for i in range(1, config.workers + 1))],
-                )
+            with nullcontext() if status == "completed" else suppress(RunError):  # told is what ended the run
+                summary = recorder.summary(status)
+                if (quality := recorder.quality()) is not None:
+                    folder.save_quality(quality)
+                folder.close(summary)
+                loggers.end(jsonable(summary))
+                if config.profile:
+                    phases.write_trace(
+                        folder.trace_path,
+                        ["server", "clients, here", *(f"worker {i}" for i in range(1, config.workers + 1))],
+                    )
     return summary
 
 

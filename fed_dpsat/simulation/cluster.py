@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import grpc  # type: ignore[import-untyped]
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray._private import worker as ray_worker
+from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
 
 from fed_dpsat.errors import RunError, SettingError
 
@@ -31,16 +35,27 @@ def connect(address: str, num_workers: int) -> Callable[[], None]:
     """
     if ray.is_initialized():
         return lambda: None
+    # of a dead worker Ray would print a page into stdout, amid tables and JSON; what is to be said of it is in our log
+    ray_worker._worker_logs_enabled = False
     if not address:
         for name, value in OWN_RAY.items():
             os.environ.setdefault(name, value)
-        ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        # without "local" Ray would join the cluster of RAY_ADDRESS, or one that somebody has started on this machine
+        ray.init(
+            "local", num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
         return ray.shutdown
-    _check_reachable(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        # "auto" is RAY_ADDRESS, or what was started last on this machine
+        _check_reachable(canonicalize_bootstrap_address(address) or address if address == "auto" else address)
+        with warnings.catch_warnings():  # of what will be Ray's default for cards
+            warnings.simplefilter("ignore", FutureWarning)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (RunError, SettingError):
+        raise
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunError(f"ray_address={address!r}: no Ray cluster to join ({error}); see `ray status`") from error
+        words = " ".join(str(error).split())
+        raise RunError(f"ray_address={address!r}: no Ray cluster to join ({words}); see `ray status`") from error
     return ray.shutdown
 
 
@@ -58,19 +73,33 @@ def explained() -> Iterator[None]:
                 "Ray's object store is full; it holds the model and a few sums per worker: lower "
                 "workers, give Ray more (ray start --object-store-memory), or free the disk it spills to"
             ) from error
-        raise RunError(f"Ray failed: {cause}") from error
+        if isinstance(cause, OutOfMemoryError):
+            raise RunError(
+                "Ray ended a worker because memory ran out; lower workers or physical_batch_size, or free memory "
+                f"({str(cause).splitlines()[0][:200]})"
+            ) from error
+        raise RunError(f"Ray failed: {' '.join(str(cause).split())}") from error
 
 
 def _check_reachable(address: str) -> None:
-    """Ray would try for minutes."""
-    host, separator, port = address.rpartition(":")
-    if not separator:
-        if address != "auto":
-            raise SettingError("ray_address", address, "'auto' or host:port", "`ray status` shows a cluster's address")
-        return
+    """Ray itself would try for minutes, also at what is there and is no Ray."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise SettingError("ray_address", address, "'auto' or host:port", "`ray status` shows a cluster's address")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:  # the latter of a port beyond 65535
         raise RunError(
             f"ray_address={address!r}: nothing answers there ({error}); start a cluster with `ray start --head`"
         ) from error
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return
+    try:
+        with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=CONNECT_SECONDS)
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # a cluster with tokens: Ray will show its own
+            raise RunError(
+                f"ray_address={address!r}: what answers there is no Ray cluster ({error.code().name}); "
+                "`ray status` shows a cluster's address"
+            ) from error

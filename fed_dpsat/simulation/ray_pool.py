@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from flwr.app import Message
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 
 from fed_dpsat.errors import RunError
 from fed_dpsat.simulation.ray_worker import THREADS, References, Worker
@@ -164,14 +164,14 @@ class Pool:
         except (RayActorError, GetTimeoutError) as error:
             self.close()
             raise RunError(
-                f"{many}: a Ray worker does not start ({error}); see Ray's logs, or set workers=0"
+                f"{many}: a Ray worker does not start ({str(error).splitlines()[0]}); see Ray's logs, or set workers=0"
             ) from error
 
     def _take_in(self, slot: Slot) -> None:
         try:
             host, sees_states = ray.get(slot.ready)
-        except RayActorError as error:
-            log.warning("a worker did not start: %s", error)
+        except (OutOfMemoryError, RayActorError) as error:
+            log.warning("a worker did not start: %s", str(error).splitlines()[0])
             self.replace(slot)
             return
         if not sees_states:

@@ -51,7 +51,6 @@ class StateStore:
         if self._folder is None:
             return
         path = _path(self._folder, client, round)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_state(path, _to_plain(state))
         if before != round:  # a client may be asked several times in one round, and goes back to the last one
             for other in path.parent.iterdir():

@@ -22,6 +22,8 @@ NARROW = 70
 LABEL, LEAST_NUMBER, NOTE = 10, 8, 27
 """Columns of a row's parts; its bar gets the rest."""
 
+PHASES = ("send", "train", "aggregate", "evaluate")
+
 Row = tuple[str, str, RenderableType | None, str]
 
 
@@ -77,11 +79,12 @@ class View:
             timing = progress.last["timing"]
             yield (
                 "pace",
-                f"{timing['clients_per_second']:.3g} clients/s, {timing['seconds']:.3g} s a round, "
+                f"{timing['clients_per_second']:.3g} clients/s, {timing['examples_per_second']:.3g} examples/s, "
                 f"{timing['peak_memory_mb']:.0f} MB without workers",
                 None,
                 "",
             )
+            yield "a round", f"{timing['seconds']:.3g} s: {phases_text(timing['phases'])}", None, ""
 
     def _times(self) -> str:
         now = self.clock()
@@ -108,13 +111,20 @@ class View:
                 yield Padding(Text(text, overflow="ellipsis", no_wrap=True), (0, 0, 0, 2))
 
 
+def phases_text(phases: Mapping[str, float]) -> str:
+    """Seconds of the phases that a round always has, in their order; the summary has them all."""
+    return ", ".join(f"{name} {phases[name]:.2g}" for name in PHASES if name in phases)
+
+
 def round_line(progress: Progress) -> str:
-    """The last round in one line; quality is that of the last evaluation."""
+    """The last round in one line, and how long the others may take; quality is that of the last evaluation."""
     record: Mapping[str, Any] | None = progress.last
     assert record is not None
     accuracy, loss = progress.measured("test_accuracy"), progress.measured("test_loss")
     quality = f"accuracy {accuracy[-1]:.1%}  loss {loss[-1]:.3f}  " if accuracy else ""
     rate = f"  {record['timing']['clients_per_second']:.3g} clients/s" if record["round"] else ""
+    if (left := progress.seconds_left(0.0)) and progress.done < progress.num_rounds:
+        rate += f"  {duration(left)} left"
     return f"round {record['round']}/{progress.num_rounds}  {quality}epsilon {float(record['epsilon']):.2f}{rate}"
 
 

@@ -8,13 +8,16 @@ import signal
 import socket
 import threading
 import time
+import warnings
+from concurrent import futures
 
+import grpc
 import pytest
 import ray
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from ray.exceptions import ObjectStoreFullError
+from ray.exceptions import ObjectStoreFullError, OutOfMemoryError, RayError
 
 from fed_dpsat.engines import compiled
 from fed_dpsat.errors import RunError, SettingError
@@ -34,20 +37,76 @@ def free_port():
         return taken.getsockname()[1]
 
 
-def test_an_address_where_nothing_is_ends_at_once(no_ray):
+@pytest.mark.parametrize("address", ["the cluster", "127.0.0.1:port", ":6379", "ray://127.0.0.1:10001", "host:"])
+def test_an_address_of_another_form_is_refused(no_ray, address):
+    with pytest.raises(SettingError, match=r"is not 'auto' or host:port; `ray status`"):
+        cluster.connect(address, 1)
+
+
+def test_an_address_where_nothing_is_ends_at_once(no_ray, monkeypatch):
+    nowhere = f"127.0.0.1:{free_port()}"
     with pytest.raises(RunError, match=r"nothing answers there.*ray start --head"):
-        cluster.connect(f"127.0.0.1:{free_port()}", 1)
-    with pytest.raises(SettingError, match="host:port"):
-        cluster.connect("the cluster", 1)
+        cluster.connect(nowhere, 1)
+    with pytest.raises(RunError, match="nothing answers there"):
+        cluster.connect("127.0.0.1:99999", 1)
+    monkeypatch.setenv("RAY_ADDRESS", nowhere)
+    with pytest.raises(RunError, match=rf":{nowhere.split(':')[1]}': nothing answers there"):
+        cluster.connect("auto", 1)
 
 
-def test_an_address_of_something_else_is_an_error(no_ray, monkeypatch):
-    monkeypatch.setattr(cluster.ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("no Ray here")))
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        with pytest.raises(RunError, match="no Ray cluster to join"):
-            cluster.connect(f"127.0.0.1:{other.getsockname()[1]}", 1)
+def test_an_address_of_something_else_ends_before_ray_tries_for_minutes(no_ray, monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("Ray would try for minutes"))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(RunError, match=r"what answers there is no Ray cluster \(DEADLINE_EXCEEDED\); `ray status`"):
+            cluster.connect(f"127.0.0.1:{silent.getsockname()[1]}", 1)
+    other = grpc.server(futures.ThreadPoolExecutor(1))
+    port = other.add_insecure_port("127.0.0.1:0")
+    other.start()
+    with pytest.raises(RunError, match="no Ray cluster"):
+        cluster.connect(f"127.0.0.1:{port}", 1)
+    other.stop(0)
+
+
+def test_a_ray_that_does_not_let_us_in_is_one_line(no_ray, monkeypatch):
+    def init(**_):
+        raise RuntimeError("versions differ:\n  2.55 and\n  2.56")
+
+    monkeypatch.setattr(cluster, "_check_reachable", lambda address: None)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(RunError, match=r"no Ray cluster to join \(versions differ: 2.55 and 2.56\)"):
+        cluster.connect("127.0.0.1:6379", 1)
+
+
+def test_joining_says_nothing_of_its_own(no_ray, monkeypatch, recwarn):
+    monkeypatch.setattr(cluster, "_check_reachable", lambda address: None)
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: warnings.warn("in future versions of Ray", FutureWarning, 2))
+    cluster.connect("127.0.0.1:6379", 1)
+    assert not recwarn.list
+
+
+def test_without_an_address_nobody_elses_cluster_is_joined(no_ray, monkeypatch):
+    seen = []
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    monkeypatch.setattr(cluster.ray, "init", lambda *address, **_: seen.extend(address))
+    cluster.connect("", 1)
+    assert seen == ["local"]
+
+
+def test_a_cluster_that_is_there_is_found_reachable(ray_cluster):
+    cluster._check_reachable(ray.get_runtime_context().gcs_address)
+
+
+def test_what_ray_says_of_memory_is_one_line_with_a_remedy():
+    with (
+        pytest.raises(RunError, match=r"memory ran out; lower workers .*\(1 worker was killed\)$"),
+        cluster.explained(),
+    ):
+        raise OutOfMemoryError("1 worker was killed\nand much more")
+    with pytest.raises(RunError, match=r"^Ray failed: a page of words$"), cluster.explained():
+        raise RayError("a page\n  of words")
 
 
 def app(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -74,6 +75,7 @@ def test_a_round_in_which_all_are_away_keeps_the_model_and_is_no_failure(tmp_pat
     assert [line["kept_model"] for line in lines(tmp_path / "run")] == [False] + [True] * 5
 
 
-def test_a_chance_of_one_is_refused():
+@pytest.mark.parametrize("never", [{"dropout_rate": 1.0}, {"delay": "lognormal", "delay_mean": math.inf}])
+def test_what_lets_nobody_ever_reply_is_refused(never):
     with pytest.raises(SettingError, match="nobody would ever reply"):
-        dataclasses.replace(CONFIG, dropout_rate=1.0)
+        dataclasses.replace(CONFIG, **never)

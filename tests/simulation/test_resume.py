@@ -75,6 +75,7 @@ def client_round():
 
 
 POINTS = {
+    "when there are settings": (RunFolder, "open", 1, True),
     "before anything": (RunFolder, "save_checkpoint", 1, False),
     "before the first round": (RunFolder, "save_checkpoint", 1, True),
     "before a charge": (PrivacyLedger, "charge_many", 2, False),
@@ -83,6 +84,7 @@ POINTS = {
     "before it is settled": (PrivacyLedger, "settle_many", 3, False),
     "after it is settled": (PrivacyLedger, "settle_many", 3, True),
     "after the line, before the checkpoint": (RunFolder, "append_round", 3, True),
+    "while a checkpoint is written": (torch, "save", 3, True),
     "after a checkpoint": (RunFolder, "save_checkpoint", 4, True),
     "after the last checkpoint": (RunFolder, "save_checkpoint", 5, True),
     "after the end": (RunFolder, "close", 1, True),
@@ -95,6 +97,7 @@ def test_a_driver_killed_anywhere_and_resumed_ends_as_if_it_had_not_been(uninter
     killed(CONFIG, tmp_path / "run", owner, name, call, after=after)
     summary = resume(tmp_path / "run")
     assert what_came_of(tmp_path / "run") == uninterrupted
+    assert (tmp_path / "run" / "simulation.json").exists()
     assert (summary["status"], summary["rounds_completed"]) == ("completed", 4)
     assert (
         summary["test_accuracy"]

@@ -17,7 +17,10 @@ def record(round, **changes):
     line = {
         "round": round, "test_accuracy": 0.1 * round, "test_loss": 2.5 - 0.25 * round, "epsilon": 0.4 * round,
         "asked": [0, 1, 2] if round else [], "accepted": 2 * bool(round), "dropped": {1: "late"} if round else {},
-        "retired": {}, "timing": {"seconds": 2.0, "clients_per_second": 1.0, "peak_memory_mb": 432.1},
+        "retired": {}, "timing": {
+            "seconds": 2.0, "clients_per_second": 1.0, "examples_per_second": 64.0, "peak_memory_mb": 432.1,
+            "phases": {"train": 1.5, "send": 0.25, "aggregate": 0.125, "evaluate": 0.1, "account": 0.01},
+        },
     }  # fmt: skip
     return {**line, **changes}
 
@@ -60,7 +63,8 @@ def test_at_eighty_columns():
     ]
     assert texts == [
         "clients   3 asked, 2 accepted, 1 dropped; in all 12, 8, 4",
-        "pace      1 clients/s, 2 s a round, 432 MB without workers",
+        "pace      1 clients/s, 64 examples/s, 432 MB without workers",
+        "a round   2 s: send 0.25, train 1.5, aggregate 0.12, evaluate 0.1",
         "1 warning",
         "  round 4: client 1 dropped: late",
     ]
@@ -120,7 +124,9 @@ def test_a_round_in_one_line():
     progress = Progress.of(CONFIG).add(record(0, timing={}))
     assert round_line(progress) == "round 0/8  accuracy 0.0%  loss 2.500  epsilon 0.00"
     progress.add(record(1, test_accuracy=None, test_loss=None))
-    assert round_line(progress) == "round 1/8  accuracy 0.0%  loss 2.500  epsilon 0.40  1 clients/s"
+    assert round_line(progress) == "round 1/8  accuracy 0.0%  loss 2.500  epsilon 0.40  1 clients/s  14 s left"
+    progress.add(record(8))
+    assert round_line(progress).endswith("epsilon 3.20  1 clients/s")
 
 
 @pytest.mark.parametrize(
