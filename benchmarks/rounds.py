@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import signal
@@ -78,7 +79,7 @@ def training(args: argparse.Namespace) -> list[Row]:
             _write_data(data, args.data_path)
         elif "pfl" in args.against:
             print(HOW_TO_INSTALL_PFL, file=sys.stderr)
-        for noise in args.noise:
+        for start, noise in itertools.product(range(args.starts), args.noise):
             setting = Setting(
                 clients=COHORT,
                 rounds=args.rounds,
@@ -94,7 +95,7 @@ def training(args: argparse.Namespace) -> list[Row]:
                 entries.append(_train_entry("loop", setting, noise))
             if data.exists():
                 entries.append(_pfl_entry(args.pfl_python, data, setting, noise))
-            rows += _with_ratios(measure(entries, args.timeout))
+            rows += [{**row, "start": start} for row in _with_ratios(measure(entries, args.timeout))]
     return rows
 
 
@@ -231,6 +232,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stack", type=_numbers, default=[], help="clients that train in one kernel, by commas")
     parser.add_argument("--sleep", type=float, default=0.1, help="seconds that a client sleeps")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured, after one that warms up")
+    parser.add_argument("--starts", type=int, default=1, help="how often those that train are started anew")
     parser.add_argument("--warm-up", type=int, default=1, help="of --sleeping, rounds until all workers have started")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a start or a round may take")
     parser.add_argument("--pfl-python", default=sys.executable if importlib.util.find_spec("pfl") else "")
