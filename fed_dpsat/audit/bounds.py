@@ -25,8 +25,8 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
     """Bound on the chance of at least ``correct`` right of ``guesses`` guesses about ``canaries`` fair coins.
 
     Under (epsilon, delta)-DP, with W binomial of ``guesses`` and exp(epsilon) / (1 + exp(epsilon)), it is
-    P[W >= v] + 2 m delta max_i P[v > W >= v - i] / i. Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846),
-    Corollary 5.4: their Theorem 5.2 for guesses that may abstain. The number of guesses must not depend on the coins.
+    P[W >= v] + 2 m delta max_i P[v > W >= v - i] / i. Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846), for
+    guesses that may abstain; their code computes the same. The number of guesses must not depend on the coins.
     """
     if not 0 <= correct <= guesses <= canaries:
         raise SettingError("correct", correct, f"at most guesses={guesses}, at most {canaries} canaries", "count again")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import grpc  # type: ignore[import-untyped]
 import ray
-from ray._private import worker as ray_worker
+from ray._private import worker as rays_own
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
 
@@ -36,7 +36,7 @@ def connect(address: str, num_workers: int) -> Callable[[], None]:
     if ray.is_initialized():
         return lambda: None
     # of a dead worker Ray would print a page into stdout, amid tables and JSON; what is to be said of it is in our log
-    ray_worker._worker_logs_enabled = False
+    rays_own._worker_logs_enabled = False
     if not address:
         for name, value in OWN_RAY.items():
             os.environ.setdefault(name, value)
