@@ -87,6 +87,14 @@ def test_a_run_of_a_node_is_one_sum():
         assert [node.size for node in tree.nodes] == [count]
 
 
+def test_few_sums_are_in_memory_however_many_clients_there_are():
+    tree, held = sums.Tree(), []
+    for part in singles(1000)[0]:
+        tree.add(part)
+        held.append(len(tree.nodes))
+    assert max(held) == 9  # of 511 clients: one of each size below 512
+
+
 def test_a_single_reply_is_the_mean_to_the_bit(same_bits):
     params = {"w": torch.tensor([0.1, 1e-30, 3.0]), "count": torch.tensor(7), "half": torch.tensor([0.1]).half()}
     lost = sums.Part(failed={1: Failure(reason="no reply")})
@@ -108,6 +116,14 @@ def test_what_is_added_up_is_not_changed(alike, same_bits):
     before = [{n: t.clone() for n, t in p.items()} for p in params]
     sums.merge(parts).mean()
     assert all(same_bits(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_a_move_is_bounded_whatever_was_judged_of_it():
+    before, after = {"w": torch.ones(50), "v": torch.zeros(3)}, {"w": torch.full((50,), 2.0), "v": torch.ones(3)}
+    verdict = {records.NUM_EXAMPLES: 1000}
+    part = sums.part_of(0, reply(0, after, 1000), verdict, before=records.to_arrays(before), clip_norm=0.5)
+    assert torch.cat(list(part.total.values())).norm() == pytest.approx(0.5, rel=1e-12)
+    assert part.scale == 1.0
 
 
 def test_failures_are_named_and_weigh_nothing():
