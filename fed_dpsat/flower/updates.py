@@ -51,7 +51,7 @@ class KnownNoise:
         wrong = [
             SettingError(name, getattr(config, name), f"{bound}, so noise is unknown to {config.strategy!r}", remedy)
             for name, good, bound, remedy in (
-                ("momentum", config.momentum == 0, "0", "set it to 0, or try strategy='low-pass'"),
+                ("momentum", config.momentum == 0, "0", "set it to 0, or use strategy='fedavg'"),
                 ("clipping", config.clipping != "adaptive", "of a fixed bound", "use flat clipping"),
                 ("optimizer", config.optimizer in SGD_STEPS, f"one of {', '.join(SGD_STEPS)}", "choose one of those"),
                 ("buffer_size", config.buffer_size == 0, "0", "updates that set out earlier are scaled; use fedavg"),
