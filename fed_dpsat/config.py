@@ -39,7 +39,7 @@ MACHINE = frozenset(
 )
 """Settings that may change when a run is resumed: they say where and how long, not what."""
 
-AscentMemory = Literal["client", "server", "zero"]
+AscentMemory = Literal["client", "zero"]
 
 
 def _setting(
@@ -117,7 +117,7 @@ class RunConfig:
     rho: float = _setting(0.03, "radius that sharpness-aware methods climb, in parameter space", least=0)
     ascent_memory: str = _setting(
         "client",
-        "direction climbed first in a round: the client's last private gradient, the server's last update, or zero",
+        "direction climbed first in a round: the client's last private gradient, or zero",
         choices=get_args(AscentMemory),
     )
     local_steps: int = _setting(1, "number of private steps a client takes per round", least=1)

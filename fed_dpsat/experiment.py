@@ -82,7 +82,6 @@ class Request:
     task: Task
     params: Params
     state: State | None
-    server_ascent: Params | None = None
     proximal_mu: float = 0.0
 
 
@@ -249,7 +248,6 @@ class Experiment:
         task: Task,
         params: Params,
         state: State | None,
-        server_ascent: Params | None = None,
         proximal_mu: float = 0.0,
     ) -> LocalResult:
         """One round of ``client`` from the global ``params``; ``state`` is what it kept from its last one.
@@ -258,7 +256,7 @@ class Experiment:
 
         Raises ``SettingError`` for a task that no mechanism or sampler accepts.
         """
-        result = self._train(client, task, params, state, server_ascent, proximal_mu)
+        result = self._train(client, task, params, state, proximal_mu)
         if self.attackers is None or client not in self.attackers.clients:
             return result
         honest = subtract(result.params, params)
@@ -268,10 +266,7 @@ class Experiment:
                 update=honest,
                 colluders=lambda: [
                     honest,
-                    *(
-                        subtract(self._train(other, task, params, None, server_ascent, proximal_mu).params, params)
-                        for other in others
-                    ),
+                    *(subtract(self._train(other, task, params, None, proximal_mu).params, params) for other in others),
                 ],
                 num_clients=self.config.num_clients,
                 num_attackers=len(self.attackers.clients),
@@ -337,7 +332,6 @@ class Experiment:
         task: Task,
         params: Params,
         state: State | None,
-        server_ascent: Params | None,
         proximal_mu: float,
     ) -> LocalResult:
         asked = Request(
@@ -345,7 +339,6 @@ class Experiment:
             task=task,
             params=params,
             state=state,
-            server_ascent=server_ascent,
             proximal_mu=proximal_mu,
         )
         (request,) = self._placed([asked])
@@ -379,13 +372,12 @@ class Experiment:
         for request in requests:
             if id(request.params) not in there:
                 there[id(request.params)] = moved(request.params, device)
-            state, ascent = request.state, request.server_ascent
+            state = request.state
             placed.append(
                 dataclasses.replace(
                     request,
                     params=there[id(request.params)],
                     state=None if state is None else moved_state(state, names, device),
-                    server_ascent=None if ascent is None else moved(ascent, device),
                 )
             )
         return placed
@@ -428,8 +420,6 @@ class Experiment:
         state.pop(PERSONAL, None)
         if config.ascent_memory != "client":
             state.pop(ASCENT, None)
-        if config.ascent_memory == "server" and request.server_ascent is not None:
-            state[ASCENT] = {**zeros_like(whole), **request.server_ascent}
         mechanism = GaussianMechanism(
             noise_multiplier=task.noise_multiplier if config.privacy_unit == "example" else 0.0,
             clip_norm=self.local_clipping.clip_norm,

@@ -52,7 +52,7 @@ def test_every_setting_says_what_it_is():
         ("noise_multiplier=nan", ["noise_multiplier=nan"]),
         ("clip_norm=0", ["clip_norm=0", "above 0"]),
         ("accountant=pdl", ["accountant='pdl'", "did you mean pld"]),
-        ("ascent_memory=none", ["ascent_memory='none'", "client, server, zero"]),
+        ("ascent_memory=none", ["ascent_memory='none'", "client, zero"]),
         ("workers=-1", ["workers=-1", "at least 0"]),
         ("gpus_per_worker=2", ["gpus_per_worker=2", "at most 1"]),
         ("lr", ["--set='lr'", "key=value"]),

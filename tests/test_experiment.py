@@ -88,7 +88,7 @@ def test_the_clock_follows_the_federation(experiment, params):
     assert int(late.state[CLOCK]["step"]) == 6
 
 
-def first_query(experiment, params, state, server_ascent):
+def first_query(experiment, params, state):
     """The first point at which ``experiment`` takes a gradient."""
     points = []
 
@@ -100,20 +100,16 @@ def first_query(experiment, params, state, server_ascent):
             points.append(experiment.optimizer.query_point(at, state))
             return points[-1]
 
-    dataclasses.replace(experiment, optimizer=Watching()).client_round(0, TASK, params, state, server_ascent)
+    dataclasses.replace(experiment, optimizer=Watching()).client_round(0, TASK, params, state)
     return points[0]
 
 
 def test_ascent_memory_says_what_the_first_step_climbs(experiment, params):
     mine = {name: torch.ones_like(p) for name, p in params.items()}
-    theirs = {name: -torch.ones_like(p) for name, p in params.items()}
     state = {**experiment.optimizer.init(params), ASCENT: mine}
     up = experiment.optimizer.query_point(params, state)
-    down = experiment.optimizer.query_point(params, {ASCENT: theirs})
-    assert same(first_query(with_memory(experiment, "client"), params, state, theirs), up)
-    assert same(first_query(with_memory(experiment, "server"), params, state, theirs), down)
-    assert same(first_query(with_memory(experiment, "server"), params, state, None), params)
-    assert same(first_query(with_memory(experiment, "zero"), params, state, theirs), params)
+    assert same(first_query(with_memory(experiment, "client"), params, state), up)
+    assert same(first_query(with_memory(experiment, "zero"), params, state), params)
 
 
 def tiny(labels):
@@ -146,7 +142,6 @@ def test_more_clients_than_examples_is_refused():
 @pytest.mark.parametrize(
     ("changes", "carried"),
     [
-        ({"momentum": 0.0, "ascent_memory": "server"}, set()),
         ({"momentum": 0.0, "ascent_memory": "zero"}, set()),
         ({"momentum": 0.0, "optimizer": "dp-sgd"}, set()),
         ({"momentum": 0.0}, {"ascent"}),

@@ -13,7 +13,6 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment, Request, Task
 from fed_dpsat.mechanism import GaussianMechanism, normals_like
 from fed_dpsat.noise import derive_generator
-from fed_dpsat.optimizers.base import ASCENT
 from fed_dpsat.params import trainable
 from fed_dpsat.personal import PERSONAL, deal_test, only, personal_names, without, worst_decile
 
@@ -151,18 +150,6 @@ def test_the_head_of_the_last_round_decides_where_the_body_is_released(experimen
     moved = {**state, PERSONAL: {n: p + 1 for n, p in state[PERSONAL].items()}}
     one, other = (experiment.client_round(0, TASK, experiment.shared(), s).params for s in (state, moved))
     assert not torch.equal(one["1.weight"], other["1.weight"])
-
-
-def test_the_servers_direction_is_of_the_shared_part_alone():
-    config = dataclasses.replace(CONFIG, optimizer="dp-sat", ascent_memory="server")
-    experiment = Experiment.build(config)
-    ascent = {n: torch.ones_like(p) for n, p in experiment.shared().items()}
-    request = Request(client=0, task=TASK, params=experiment.shared(), state=None, server_ascent=ascent)
-    direction = experiment._member(request).state[ASCENT]
-    assert list(direction) == list(trainable(experiment.loss_fn.module))
-    assert all(not direction[n].any() for n in HEAD)
-    assert all(direction[n].all() for n in BODY)
-    experiment.client_round(**vars(request))
 
 
 def test_fedprox_pulls_what_the_global_model_has(experiment):

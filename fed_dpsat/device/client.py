@@ -41,7 +41,6 @@ def answer(
     settings: Mapping[str, Any],
     record: Mapping[str, Any],
     read_params: ReadParams,
-    read_ascent: ReadParams | None = None,
     proximal_mu: float = 0.0,
 ) -> tuple[Task, LocalResult]:
     """The task in ``record`` and what came of it; its parameters and event may leave.
@@ -53,19 +52,18 @@ def answer(
     experiment = _experiment(policy, config)
     own = experiment.shared(task.round)
     params = read_params(own)
-    ascent = read_ascent(own) if read_ascent and config.ascent_memory == "server" else None
     request = Request(
         run=str(run),
         round=task.round,
         attempt=task.attempt,
         settings=_digest({name: value for name, value in settings.items() if name not in MACHINE}),
-        digest=_digest(settings, record, params, ascent, {"proximal_mu": proximal_mu}),
+        digest=_digest(settings, record, params, {"proximal_mu": proximal_mu}),
     )
 
     def compute(state: bytes | None) -> tuple[bytes, bytes]:
         kept = None if state is None else unflatten(unpack(state))
         with intra_op_threads(policy.threads):
-            result = experiment.client_round(0, task, params, kept, ascent, proximal_mu)
+            result = experiment.client_round(0, task, params, kept, proximal_mu)
         counted = torch.tensor(result.nonfinite_examples)
         reply = {f"params/{name}": value for name, value in result.params.items()} | {"nonfinite": counted}
         return pack(reply), pack(flatten(result.state))

@@ -164,7 +164,6 @@ def _request(experiment: Experiment, message: Message, context: Context, unpack:
         task=task,
         params=params,
         state=records.load_state(context.state),
-        server_ascent=unpack(message.content, records.ASCENT),
         proximal_mu=records.read_proximal_mu(message.content),
     )
     return request, history

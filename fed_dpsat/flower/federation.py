@@ -84,7 +84,6 @@ def run_federation(
             client_sampling=config.client_sampling,
             min_clients=config.min_clients,
             release_counts=config.release_counts,
-            send_ascent=config.ascent_memory == "server",
             join_timeout=config.join_timeout,
             secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
             release=ClientRelease.of(config, plans[0].event.noise_multiplier),

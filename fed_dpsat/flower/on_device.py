@@ -30,7 +30,7 @@ from fed_dpsat.subspace import Coordinates, Span
 POLICY = "policy"
 """The key of a node's configuration that makes it a device."""
 
-KNOWN = {records.ARRAYS, records.TASK, records.ASCENT, records.SUBSPACE, "config"}
+KNOWN = {records.ARRAYS, records.TASK, records.SUBSPACE, "config"}
 """Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it.
 
 Of a subspace a device sends its numbers and nothing more: they are a function of the noised model that it would send.
@@ -59,7 +59,6 @@ def train(message: Message, context: Context) -> Message:
         if unknown := set(content) - KNOWN:
             raise Refusal(f"the message has a record {sorted(unknown)[0]!r}, which no device takes; leave it out")
         task = content.config_records.get(records.TASK)
-        ascent = content.array_records.get(records.ASCENT)
         if task is None:
             raise Refusal(f"the message has no {records.TASK!r} record; say what is asked")
         config = policy.admit(context.run_id, context.run_config)
@@ -71,7 +70,6 @@ def train(message: Message, context: Context) -> Message:
             context.run_config,
             dict(task),
             lambda like: _fitting(within, read_arrays(content.array_records.get(records.ARRAYS), like)),
-            None if ascent is None else lambda like: read_arrays(ascent, like),
             _proximal_mu(content),
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts

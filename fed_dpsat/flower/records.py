@@ -6,7 +6,6 @@ record                 type         content                                     
 ``arrays``             ArrayRecord  the parameters that are trained              both
 ``config``             ConfigRecord whatever the inner strategy says             to the client
 ``fed_dpsat.task``     ConfigRecord round, attempt, noise, rate and steps        to the client
-``fed_dpsat.ascent``   ArrayRecord  last global update, ``ascent_memory=server`` to the client
 ``fed_dpsat.subspace`` ConfigRecord what the round can change, where known       to the client
 ``fed_dpsat.event``    ConfigRecord client, round, attempt and the PrivacyEvent  to the server
 ``metrics``            MetricRecord ``num-examples``, declared public            to the server
@@ -54,7 +53,6 @@ METRICS = "metrics"
 NUM_EXAMPLES = "num-examples"
 NONFINITE = "nonfinite-examples"
 TASK = "fed_dpsat.task"
-ASCENT = "fed_dpsat.ascent"
 SUBSPACE = "fed_dpsat.subspace"
 EVENT = "fed_dpsat.event"
 IDENTITY = "fed_dpsat.identity"

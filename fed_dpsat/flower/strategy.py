@@ -28,7 +28,6 @@ from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round_kind import RoundKind, seconds_of
 from fed_dpsat.flower.secure_server import SecureSums
 from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
-from fed_dpsat.params import subtract
 from fed_dpsat.plans import ClientPlan
 from fed_dpsat.privacy import epsilon
 from fed_dpsat.privacy.ledger import PrivacyLedger
@@ -69,7 +68,6 @@ class PrivateStrategy(Strategy):
         seed: int,
         client_sampling: str = "fixed",
         min_clients: int = 1,
-        send_ascent: bool = False,
         release_counts: bool = False,
         join_timeout: float = 60.0,
         secure_threshold: float = 0.0,
@@ -83,7 +81,6 @@ class PrivateStrategy(Strategy):
         self.plans = plans
         self.delta = delta
         self.accountant = accountant
-        self.send_ascent = send_ascent
         self.release_counts = release_counts
         self.release = release
         self.kind = _kind(secure_threshold, buffer)
@@ -106,8 +103,6 @@ class PrivateStrategy(Strategy):
             secret_coins=release is not None and release.noise_source == "system",
         )
         self._attempts: dict[int, int] = {}
-        self._arrays = ArrayRecord()
-        self._last_arrays: ArrayRecord | None = None
         self._directory = Directory(len(plans), join_timeout)
         ask_whole_cohort(inner)
 
@@ -173,8 +168,7 @@ class PrivateStrategy(Strategy):
         self.roster.join(self._directory.nodes)
         cohort, retiring = self.kind.cohort(self.roster, server_round, seconds_of(grid))
         self.report.retired = {c: epsilon(spent, self.delta, self.accountant) for c, spent in retiring.items()}
-        self._last_arrays, self._arrays = self._arrays or None, arrays
-        messages = self._addressed(cohort, server_round, config, grid)
+        messages = self._addressed(cohort, server_round, arrays, config, grid)
         self.report.asked = list(messages)
         tasks = self._charge(list(messages), server_round)
         within = self._within(server_round)
@@ -225,7 +219,6 @@ class PrivateStrategy(Strategy):
         return {
             "retired": dict(self.retired),
             "failed_rounds": self.report.failed_rounds,
-            "sent": records.to_params(self._arrays) if self.send_ascent else {},
             "inner": capture_state(self.inner),
             **self.kind.state_dict(),
         }
@@ -238,19 +231,20 @@ class PrivateStrategy(Strategy):
         """
         self.roster.begin_again(next_round, state["retired"], same_noise=same_noise)
         self.report.failed_rounds = state["failed_rounds"]
-        self._arrays = records.to_arrays(state["sent"])
         self._attempts = {} if same_noise else {c: last + 1 for c, last in self.ledger.attempts(next_round).items()}
         restore_state(self.inner, state["inner"])
         self.kind.load_state_dict(state)
 
-    def _addressed(self, cohort: list[int], round: int, config: ConfigRecord, grid: Grid) -> dict[int, Message]:
+    def _addressed(
+        self, cohort: list[int], round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> dict[int, Message]:
         """What the inner strategy has to say to whom, in the order of the ``cohort``.
 
         In a round with nobody in it that releases all the same, it is asked too: it learns the model.
         """
         shown = cohort or (list(self._directory.nodes)[:1] if self.release else [])
         view = CohortGrid(grid, [self._directory.nodes[client] for client in shown])
-        messages = list(self.inner.configure_train(round, self._arrays, config, view)) if shown else []
+        messages = list(self.inner.configure_train(round, arrays, config, view)) if shown else []
         if not cohort:
             return {}
         by_client = {self._directory.client_at(message.metadata.dst_node_id): message for message in messages}
@@ -295,24 +289,15 @@ class PrivateStrategy(Strategy):
         self, messages: Mapping[int, Message], tasks: Mapping[int, Task], within: Coordinates | Span | None
     ) -> None:
         """Give messages their tasks. Those that shared a content and have equal tasks share one again."""
-        ascent = self._ascent_record()
         contents: dict[tuple[int, Task], tuple[RecordDict, RecordDict]] = {}
         for client, message in messages.items():
             given, task = message.content, tasks[client]
             if (id(given), task) not in contents:
                 content = RecordDict({**given, records.TASK: records.task_record(task)})
-                if ascent is not None:
-                    content[records.ASCENT] = ascent
                 if within is not None:
                     content[records.SUBSPACE] = records.subspace_record(within)
                 contents[id(given), task] = given, content
             message.content = contents[id(given), task][1]
-
-    def _ascent_record(self) -> ArrayRecord | None:
-        if not self.send_ascent or self._last_arrays is None or self._last_arrays.keys() != self._arrays.keys():
-            return None
-        before, now = records.to_params(self._last_arrays), records.to_params(self._arrays)
-        return records.to_arrays(subtract(before, now))
 
 
 def _kind(secure_threshold: float, buffer: Buffer | None) -> RoundKind:

@@ -216,7 +216,7 @@ def zero_gradient_stays_finite(subject: Subject) -> None:
 
 
 def a_direction_may_come_or_go(subject: Subject) -> None:
-    """Between rounds ``ascent_memory`` takes the slot "ascent" away, or puts the server's last update there."""
+    """Between rounds ``ascent_memory=zero`` takes the slot "ascent" away; a direction may be any."""
     optimizer, state = subject.make(), _states(subject)[-1]
     without = {slot: params for slot, params in state.items() if slot != ASCENT}
     for changed in (without, {**without, ASCENT: normal_like(start(), 9)}):

@@ -251,12 +251,6 @@ def test_a_strategys_own_config_is_not_read(device):
     assert device.ask(extra={"config": ConfigRecord({"server-round": 1, "seed": 3, "lr": 1e9})}).has_content()
 
 
-def test_the_servers_direction_is_checked_like_its_weights(device):
-    ascent = ArrayRecord({"1.weight": Array(GOOD), "1.bias": BIASES["a pickle"]})
-    reply = device.ask(extra={records.ASCENT: ascent}, changes={"ascent_memory": "server"})
-    refused(device, reply, "1.bias")
-
-
 def test_a_device_does_not_evaluate_and_loads_nothing_to_say_so(device, tmp_path):
     (tmp_path / "evil.py").write_text(EVIL)
     reply = device.send(RecordDict(), "evaluate", settings={**device_settings(), "model": f"{tmp_path}/evil.py:model"})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fed_dpsat.config import RunConfig
@@ -82,16 +81,6 @@ def test_a_task_that_makes_no_sense_is_an_error_and_computes_nothing(experiment,
 def test_an_unknown_key_in_the_task_is_refused(experiment, context):
     task = ConfigRecord({**dataclasses.asdict(TASK), "seed": 7})
     assert "seed" in ask(experiment, context, **{records.TASK: task}).error.reason
-
-
-def test_the_servers_direction_is_used_when_the_run_says_so(context):
-    config = dataclasses.replace(CONFIG, ascent_memory="server", rho=5.0)
-    experiment = Experiment.build(config)
-    ascent = records.to_arrays({n: torch.ones_like(p) for n, p in trainable(experiment.loss_fn.module).items()})
-    fresh = node_context(FIRST_NODE_ID + 1, config.settings(), 3)
-    with_it = ask(experiment, context, **{records.ASCENT: ascent}).content[records.ARRAYS]["1.weight"].numpy()
-    without = ask(experiment, fresh).content[records.ARRAYS]["1.weight"].numpy()
-    assert (with_it != without).any()
 
 
 def test_an_experiment_is_built_once_per_process():

@@ -172,18 +172,6 @@ def test_a_strategy_that_asks_a_node_twice_is_refused(federation):
         federation(inner=Twice()).run(1)
 
 
-def test_the_servers_last_update_travels_when_asked_for(federation):
-    done = federation(send_ascent=True)
-    done.strategy.meet(done.grid)
-    first = done.strategy.configure_train(
-        1, records.to_arrays({"w": torch.tensor([1.0, 2.0])}), ConfigRecord(), done.grid
-    )
-    assert all(records.ASCENT not in m.content for m in first)
-    second = done.strategy.configure_train(2, records.to_arrays({"w": torch.zeros(2)}), ConfigRecord(), done.grid)
-    for message in second:
-        np.testing.assert_array_equal(message.content[records.ASCENT]["w"].numpy(), [1.0, 2.0])
-
-
 class Returning(FedAvg):
     """Aggregates to what the test says."""
 

@@ -124,7 +124,7 @@ def test_a_step_that_a_round_cut_in_two_goes_on_in_the_next():
 
 @pytest.mark.parametrize(("local_steps", "carried"), [(1, {CLIMB}), (2, set()), (3, {CLIMB}), (4, set())])
 def test_what_is_carried_into_the_next_round(local_steps, carried):
-    config = dataclasses.replace(CONFIG, local_steps=local_steps, ascent_memory="server")
+    config = dataclasses.replace(CONFIG, local_steps=local_steps, ascent_memory="zero")
     assert Experiment.build(config).carried_state() == carried
 
 

@@ -75,8 +75,7 @@ def rounds(experiment, clients=(1,), count=2, proximal_mu=0.0):
     for round in range(1, count + 1):
         task = Task(round=round, noise_multiplier=1.0, sample_rate=0.2, local_steps=2)
         params = experiment.shared(round)
-        more = {"server_ascent": experiment.shared(round), "proximal_mu": proximal_mu}
-        asked = [Request(client=c, task=task, params=params, state=states[c], **more) for c in clients]
+        asked = [Request(client=c, task=task, params=params, state=states[c], proximal_mu=proximal_mu) for c in clients]
         results = experiment.client_rounds(asked)
         states = {c: result.state for c, result in zip(clients, results, strict=True)}
         found += results
@@ -158,7 +157,7 @@ def test_every_clipping_rule_clips_there(clipping, there, drawn):
         {"optimizer": "saf", "base_optimizer": "adam", "optimizer_args": "saf_epochs = 1", "sample_rate": 0.9},
         {"optimizer": "dp-sat", "base_optimizer": "disk+adam"},
         {"personal_layers": "head"},
-        {"ascent_memory": "server"},
+        {"ascent_memory": "zero"},
         {"privacy_unit": "client", "keep_share": 0.5},
         {"train_layers": "head-then-all", "unfreeze_round": 2},
         {"attack": "sign-flip", "attackers": 0.9},

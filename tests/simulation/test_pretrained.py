@@ -108,7 +108,7 @@ def test_head_only_works_and_only_the_head_travels(config, tmp_path):
 
 
 def test_the_head_first_and_then_all(config, tmp_path):
-    config = dataclasses.replace(config, train_layers="head-then-all", unfreeze_round=3, ascent_memory="server")
+    config = dataclasses.replace(config, train_layers="head-then-all", unfreeze_round=3)
     simulate(dataclasses.replace(config, num_rounds=3), tmp_path / "three")
     simulate(config, tmp_path / "four")
     up = [json.loads(line)["bytes_up"] for line in (tmp_path / "four" / "timing.jsonl").read_text().splitlines()]

@@ -123,9 +123,9 @@ def test_a_servers_momentum_goes_on(tmp_path):
     assert what_came_of(tmp_path / "run") == what_came_of(tmp_path / "whole")
 
 
-def test_the_direction_of_the_server_and_retired_clients_go_on(tmp_path):
+def test_retired_clients_go_on(tmp_path):
     config = dataclasses.replace(
-        CONFIG, ascent_memory="server", budget_mode="retire", target_epsilon=2.6, max_rounds_per_client=0, num_rounds=8
+        CONFIG, budget_mode="retire", target_epsilon=2.6, max_rounds_per_client=0, num_rounds=8
     )
     whole = simulate(config, tmp_path / "whole")
     killed(config, tmp_path / "run", RunFolder, "save_checkpoint", 4, after=True)
