@@ -63,6 +63,7 @@ class RunConfig:
 
     # data
     dataset: str = _setting("digits", "data set, a short name or package.module:attribute")
+    dataset_args: str = _setting("", "arguments of the data set that no setting fills: site = 'north'")
     data_source: str = _setting("embedded", "place it comes from: embedded, parquet, torchvision, download, hub")
     data_path: str = _setting("", "folder of the data set, for the sources that have one")
     cache_dir: str = _setting("~/.cache/fed_dpsat", "folder for decoded data, shared by runs and workers")
@@ -75,12 +76,14 @@ class RunConfig:
     )
     num_clients: int = _setting(10, "number of clients in the federation", least=1)
     partition: str = _setting("iid", "way examples are dealt to clients")
+    partition_args: str = _setting("", "arguments of the partition that no setting fills: column = 'writer'")
     dirichlet_alpha: float = _setting(0.3, "concentration of the dirichlet partition; small is skewed", above=0)
     classes_per_client: int = _setting(2, "number of classes per client in the shards partition", least=1)
     size_skew: float = _setting(1.0, "inequality of client sizes in the size-skew partition", above=0)
 
     # model and local training
     model: str = _setting("linear", "network, a short name or package.module:attribute")
+    model_args: str = _setting("", "arguments of the network that no setting fills: depth = 6, patch_size = 4")
     start_from: str = _setting(
         "", "weights to start from, public: safetensors, a state dict of torch, or a run folder; empty starts anew"
     )
@@ -155,6 +158,7 @@ class RunConfig:
     )
     private: bool = _setting(True, "switch: false trains without noise and reports epsilon = inf")
     clipping: str = _setting("flat", "clipping rule")
+    clipping_args: str = _setting("", "arguments of the clipping rule that no setting fills: groups = 4")
     clip_norm: float = _setting(
         0.5,
         "largest norm of one example's gradient, or of a client's whole change if that is the unit; inf only if not "

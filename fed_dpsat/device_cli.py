@@ -75,6 +75,8 @@ def status(policy: PolicyFile, as_json: AsJson = False) -> None:
 
 
 def _text(policy: Policy, found: DeviceStatus) -> str:
+    from fed_dpsat.device.policy import ARGUMENTS
+
     runs = ", ".join(f"{run}: {rounds}" for run, rounds in found.rounds_by_run.items()) or "none"
     lines = {
         "device": f"{found.client}, data for {policy.dataset}",
@@ -88,7 +90,7 @@ def _text(policy: Policy, found: DeviceStatus) -> str:
     }
     bounds = {spec.name: getattr(policy, spec.name) for spec in dataclasses.fields(policy)}
     lines |= {name: str(value) for name, value in bounds.items() if name.startswith(("largest_", "least_"))}
-    lines |= {name: ", ".join(bounds[name]) for name in ("models", "optimizers", "optimizer_args", "clippings")}
+    lines |= {name: ", ".join(bounds[name]) for name in ("models", "optimizers", "clippings", *ARGUMENTS)}
     lines["release_counts"] = str(policy.release_counts).lower()
     return "\n".join(f"{name:28}{value}" for name, value in lines.items())
 

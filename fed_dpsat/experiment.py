@@ -136,7 +136,7 @@ class Experiment:
         named = dataset is None and model is None and optimizer is None and clipping is None
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
         settings["steps_per_round"] = config.steps_per_round
-        dataset = dataset or plugins.build("dataset", config.dataset, settings)
+        dataset = dataset or plugins.build("dataset", config.dataset, settings, config.dataset_args)
         if config.validation_share:
             dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
         if config.num_clients > len(dataset.train):
@@ -152,15 +152,15 @@ class Experiment:
             "labels": dataset.train.labels.numpy(),
         }
         partition_settings = {**settings, "seed": derive_seed(config.seed, purpose="partition")}
-        partitions = plugins.build("partition", config.partition, partition_settings)
+        partitions = plugins.build("partition", config.partition, partition_settings, config.partition_args)
         if model is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
-                model = plugins.build("model", config.model, settings)
+                model = plugins.build("model", config.model, settings, config.model_args)
         model, start = _started(model, config)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
-        clipping = clipping or plugins.build("clipping", config.clipping, settings)
+        clipping = clipping or plugins.build("clipping", config.clipping, settings, config.clipping_args)
         attackers = _attackers(config, settings)
         return cls(
             config=config,

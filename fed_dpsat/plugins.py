@@ -92,9 +92,14 @@ def build(kind: str, name: str, settings: Mapping[str, Any], arguments: str = ""
     """Call the factory with those of ``settings`` that its signature names, and with all of ``arguments``.
 
     One vocabulary makes this work: a factory's parameter has the name of the setting that fills it. What no setting
-    fills can be given as ``arguments``, ``"eta = 0.02, tau = 1e-3"``, as in a TOML inline table.
+    fills can be given as ``arguments``, ``"eta = 0.02, tau = 1e-3"``, as in a TOML inline table. An argument that is
+    a setting too is refused with ``PluginError``, except for a model: its words are those of its library, such as
+    ``dropout_rate``.
     """
-    return call(kind, name, load(kind, name), settings, parse_arguments(kind, arguments))
+    given = parse_arguments(kind, arguments)
+    if kind != "model" and (twice := sorted(given.keys() & settings.keys())):
+        raise PluginError(f"{kind}_args={arguments!r}: {twice[0]!r} is a setting of its own; set it as that")
+    return call(kind, name, load(kind, name), settings, given)
 
 
 def call(kind: str, name: str, factory: Factory, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Any:

@@ -167,3 +167,49 @@ def test_another_seed_puts_other_examples_aside():
         Experiment.build(dataclasses.replace(CONFIG, validation_share=0.1, seed=seed)).dataset.test for seed in (0, 1)
     )
     assert not torch.equal(first.inputs, second.inputs)
+
+
+MINE = """
+import numpy as np
+from torch import nn
+
+from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.data.digits import digits
+
+
+def data(names):
+    import dataclasses
+    return dataclasses.replace(digits(), name=names)
+
+
+def by_place(labels, num_clients, step):
+    return [np.arange(k, step * num_clients, num_clients) for k in range(num_clients)]
+
+
+def network(num_classes, width):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, num_classes))
+
+
+def rule(clip_norm, share):
+    return FlatClipping(clip_norm=share * clip_norm)
+"""
+
+
+def test_every_kind_of_plug_in_takes_arguments(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    config = dataclasses.replace(
+        CONFIG,
+        dataset=f"{tmp_path}/mine.py:data",
+        dataset_args="names = 'north'",
+        partition=f"{tmp_path}/mine.py:by_place",
+        partition_args="step = 5",
+        model=f"{tmp_path}/mine.py:network",
+        model_args="width = 3",
+        clipping=f"{tmp_path}/mine.py:rule",
+        clipping_args="share = 0.5",
+    )
+    experiment = Experiment.build(config)
+    assert experiment.dataset.name == "north"
+    assert [len(part) for part in experiment.partitions] == [5] * 4
+    assert experiment.loss_fn.module[1].out_features == 3
+    assert experiment.clipping.clip_norm == config.clip_norm / 2

@@ -150,7 +150,7 @@ def test_a_summary_is_the_first_line_without_its_full_stop():
 
 
 def test_arguments_fill_what_no_setting_does():
-    assert build("optimizer", "dp-sgd", {"lr": 0.5}, "momentum = 0.25, lr = 2") == DPSGD(lr=2, momentum=0.25)
+    assert build("optimizer", "dp-sgd", {"lr": 0.5}, "momentum = 0.25") == DPSGD(lr=0.5, momentum=0.25)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,7 @@ def test_arguments_fill_what_no_setting_does():
         ("momentun = 0.5", "optimizer='dp-sgd' takes no 'momentun'; did you mean momentum"),
         ("momentum 0.5", "optimizer_args='momentum 0.5' are no arguments .*write a = 1, b = 2"),
         ("momentum = 0.5} \n x = {", "are no arguments"),
+        ("lr = 2", "optimizer_args='lr = 2': 'lr' is a setting of its own; set it as that"),
     ],
 )
 def test_arguments_that_lead_nowhere_say_where_they_might(arguments, message):
@@ -178,3 +179,8 @@ def test_arguments_reach_a_stock_strategy():
     assert build("strategy", "flwr.serverapp.strategy:FedTrimmedAvg", {}, "beta = 0.3").beta == 0.3
     with pytest.raises(PluginError, match="has no 'FedTrimedAvg'; did you mean FedTrimmedAvg"):
         load("strategy", "flwr.serverapp.strategy:FedTrimedAvg")
+
+
+def test_a_models_own_word_may_be_one_of_the_settings():
+    made = build("model", "torch.nn:Dropout", {"p": 0.0, "dropout_rate": 0.0}, "p = 0.25")
+    assert made.p == 0.25

@@ -46,7 +46,7 @@ def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
     local_steps = min(config.steps_per_round, GAME_STEPS)
     return Game(
         optimizer=build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args),
-        clipping=plugins.build("clipping", config.clipping, settings),
+        clipping=plugins.build("clipping", config.clipping, settings, config.clipping_args),
         noise_multiplier=event.noise_multiplier,
         sample_rate=event.sample_rate,
         rounds=min(config.rounds_per_client, GAME_STEPS // local_steps),

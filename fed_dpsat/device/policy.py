@@ -25,6 +25,8 @@ from fed_dpsat.privacy.event import PrivacyError
 SANE_NOISE = 1e6
 """Nobody needs more; beyond it float32 has no room for a gradient."""
 SANE_NUMBER = 2**31
+ARGUMENTS = ("model_args", "optimizer_args", "clipping_args")
+"""Texts that a run may give only as the policy lists them."""
 DEFAULT_OPTIMIZERS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
 
 
@@ -66,10 +68,12 @@ class Policy:
     least_sample_rate: float = _key("least chance of an example to be in a batch", 1e-6)
     largest_sample_rate: float = _key("largest chance of an example to be in a batch", 1.0)
     models: tuple[str, ...] = _key("networks it trains, as the run names them")
+    model_args: tuple[str, ...] = _key("model_args it takes, as written; without an entry none", ())
     start_from: str = _key("weights file of a run that trains some layers only, on the device, beside this file", "")
     optimizers: tuple[str, ...] = _key("optimizers it runs, base optimizers too", DEFAULT_OPTIMIZERS)
-    optimizer_args: tuple[str, ...] = _key("optimizer_args it takes, as they are written; none listed is none", ())
+    optimizer_args: tuple[str, ...] = _key("optimizer_args it takes, as written; without an entry none", ())
     clippings: tuple[str, ...] = _key("clipping rules it runs", ("flat",))
+    clipping_args: tuple[str, ...] = _key("clipping_args it takes, as written; without an entry none", ())
     largest_parameters: int = _key("largest number of trained parameters", 50_000_000)
     largest_physical_batch_size: int = _key("largest number of per-example gradients in memory", 1024)
     release_counts: bool = _key("whether a run may count examples without a finite gradient; exact, not private", False)
@@ -151,9 +155,10 @@ class Policy:
         self._listed("optimizer", config.optimizer, self.optimizers)
         for name in split_chain(config.base_optimizer):
             self._listed("base_optimizer", name, self.optimizers)
-        if config.optimizer_args:
-            self._listed("optimizer_args", config.optimizer_args, self.optimizer_args or ("none",))
         self._listed("clipping", config.clipping, self.clippings)
+        for name in ARGUMENTS:
+            if given := getattr(config, name):
+                self._listed(name, given, getattr(self, name) or ("none",))
         self._bounded("clip_norm", config.clip_norm, 0, self.largest_clip_norm)
         self._bounded("delta", config.delta, 0, self.largest_delta)
         self._bounded("local_steps", steps, 1, self.largest_local_steps)
@@ -216,7 +221,9 @@ _LOCAL: dict[str, Any] = {
     "out": "",
     "resume": False,
     "num_clients": 1,
+    "dataset_args": "",
     "partition": "fed_dpsat.device.data:whole",
+    "partition_args": "",
     "clients_per_round": 0,
     "max_rounds_per_client": 0,
     "min_clients": 1,

@@ -244,6 +244,7 @@ class Recorder:
             "update_codec": config.update_codec,
             "dataset": config.dataset,
             "model": config.model,
+            "model_args": config.model_args,
             "start_from": config.start_from,
             "start_sha256": self.experiment.start.sha256,
             "train_layers": config.train_layers,

@@ -90,6 +90,8 @@ def test_an_unknown_key_in_the_task_is_refused(device, task, key):
         ({"base_optimizer": "evil:optimizer"}, "base_optimizer='evil:optimizer' is not allowed"),
         ({"base_optimizer": "dp-sat+evil:optimizer"}, "base_optimizer='evil:optimizer' is not allowed"),
         ({"optimizer_args": "draws = 1000000"}, "optimizer_args='draws = 1000000' is not allowed on this device"),
+        ({"model_args": "width = 1000000"}, "model_args='width = 1000000' is not allowed on this device"),
+        ({"clipping_args": "groups = 4"}, "clipping_args='groups = 4' is not allowed on this device"),
         ({"clipping": "evil:clipping"}, "clipping='evil:clipping' is not allowed"),
         ({"clipping": "adaptive"}, "clipping='adaptive' is not allowed"),
         ({"engine": "evil:engine"}, "engine='evil:engine' is not one of"),
