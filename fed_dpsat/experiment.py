@@ -20,6 +20,7 @@ from fed_dpsat.attacks import Attackers, Scene, choose_attackers
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
 from fed_dpsat.engines import compiled
 from fed_dpsat.errors import SettingError
@@ -102,7 +103,7 @@ class Experiment:
     The model is where it is computed with; parameters and states come from the CPU and go there.
     ``named`` says that every object came from a name in it, so that another process can build them too. ``attackers``
     train on labels of their own in ``dataset``, and forge what they send. ``personal`` names the parameters that stay
-    on the client.
+    on the client. Raises ``DataError`` for ``partitions`` that are none of ``dataset`` (``disjoint_parts``).
     """
 
     config: RunConfig
@@ -116,6 +117,16 @@ class Experiment:
     attackers: Attackers | None = None
     start: Start
     personal: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        config = self.config
+        parts = disjoint_parts(
+            self.partitions,
+            num_clients=config.num_clients,
+            num_examples=len(self.dataset.train),
+            partition=config.partition,
+        )
+        object.__setattr__(self, "partitions", parts)
 
     @classmethod
     def build(
@@ -150,10 +161,19 @@ class Experiment:
         settings |= {
             "input_shape": dataset.input_shape,
             "num_classes": dataset.num_classes,
-            "labels": dataset.train.labels.numpy(),
+            "labels": dataset.train.labels.numpy().copy(),  # a plug-in that writes into it changes no data
         }
-        partition_settings = {**settings, "seed": derive_seed(config.seed, purpose="partition")}
-        partitions = plugins.build("partition", config.partition, partition_settings)
+        partition_settings = {
+            **settings,
+            "seed": derive_seed(config.seed, purpose="partition"),
+            "labels": settings["labels"].copy(),
+        }
+        partitions = disjoint_parts(
+            plugins.build("partition", config.partition, partition_settings),
+            num_clients=config.num_clients,
+            num_examples=len(dataset.train),
+            partition=config.partition,
+        )
         if model is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
@@ -182,6 +202,11 @@ class Experiment:
     def trained(self, round: int) -> Params:
         """What is trained in ``round``, by its initial values."""
         return {name: p.detach().to(CPU, copy=True) for name, p in self._trained(round).items()}
+
+    @property
+    def unused_examples(self) -> int:
+        """How many training examples are in no part: nobody trains on them."""
+        return len(self.dataset.train) - sum(len(part) for part in self.partitions)
 
     @functools.cached_property
     def device(self) -> torch.device:

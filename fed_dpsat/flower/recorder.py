@@ -237,6 +237,7 @@ class Recorder:
             "local_steps": config.steps_per_round,
             "rounds_completed": self.rounds_completed,
             "num_clients": config.num_clients,
+            "unused_examples": self.experiment.unused_examples,
             "optimizer": config.optimizer,
             "base_optimizer": config.base_optimizer,
             "optimizer_args": config.optimizer_args,
