@@ -24,6 +24,7 @@ from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
 from fed_dpsat.engines import compiled
 from fed_dpsat.errors import SettingError
+from fed_dpsat.fingerprint import fingerprint
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.noise import derive_generator, derive_seed
@@ -207,6 +208,12 @@ class Experiment:
     def unused_examples(self) -> int:
         """How many training examples are in no part: nobody trains on them."""
         return len(self.dataset.train) - sum(len(part) for part in self.partitions)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The same for every process of a run: of clients, data, and what of the model is not sent."""
+        sent = without(dict(self.loss_fn.module.named_parameters()), self.personal).keys() & self.start.names
+        return fingerprint(self.dataset, self.partitions, self.loss_fn.module, sent)
 
     @functools.cached_property
     def device(self) -> torch.device:

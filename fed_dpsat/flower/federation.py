@@ -92,6 +92,8 @@ def run_federation(
             buffer=Buffer.of(config),
             phases=phases,
             within=experiment.subspace,
+            # a simulation has asked its workers when they started
+            fingerprint="" if isinstance(grid, SimulationGrid) else experiment.fingerprint,
         )
         recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
         arrays = records.to_arrays(experiment.shared(1))

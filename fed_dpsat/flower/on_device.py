@@ -30,8 +30,9 @@ from fed_dpsat.subspace import Coordinates, Span
 POLICY = "policy"
 """The key of a node's configuration that makes it a device."""
 
-KNOWN = {records.ARRAYS, records.TASK, records.ASCENT, records.SUBSPACE, "config"}
-"""Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it.
+KNOWN = {records.ARRAYS, records.TASK, records.ASCENT, records.SUBSPACE, records.SAME, "config"}
+"""Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it. What
+the server's own data are is not its business: it has others.
 
 Of a subspace a device sends its numbers and nothing more: they are a function of the noised model that it would send.
 """

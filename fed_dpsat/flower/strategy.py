@@ -77,6 +77,7 @@ class PrivateStrategy(Strategy):
         buffer: Buffer | None = None,
         phases: Phases | None = None,
         within: Within = lambda round: None,
+        fingerprint: str = "",
     ) -> None:
         self.inner = inner
         self.ledger = ledger
@@ -91,7 +92,7 @@ class PrivateStrategy(Strategy):
         if hides and not sums.only_mean(inner):
             raise SettingError("strategy", type(inner).__name__, "one that uses only the mean of replies", hides)
         self.phases = phases or Phases()
-        self._within = within
+        self._within, self._fingerprint = within, fingerprint
         self.report = RoundReport(round=0)
         self.roster = Roster(
             plans,
@@ -108,7 +109,7 @@ class PrivateStrategy(Strategy):
         self._attempts: dict[int, int] = {}
         self._arrays = ArrayRecord()
         self._last_arrays: ArrayRecord | None = None
-        self._directory = Directory(len(plans), join_timeout)
+        self._directory = Directory(len(plans), join_timeout, fingerprint)
         ask_whole_cohort(inner)
 
     @property
@@ -300,7 +301,9 @@ class PrivateStrategy(Strategy):
         for client, message in messages.items():
             given, task = message.content, tasks[client]
             if (id(given), task) not in contents:
-                content = RecordDict({**given, records.TASK: records.task_record(task)})
+                content = RecordDict(
+                    {**given, records.TASK: records.task_record(task), **records.same_content(self._fingerprint)}
+                )
                 if ascent is not None:
                     content[records.ASCENT] = ascent
                 if within is not None:
