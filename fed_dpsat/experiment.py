@@ -23,7 +23,8 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
 from fed_dpsat.engines import compiled
-from fed_dpsat.errors import SettingError
+from fed_dpsat.engines.unchanging import check_unchanging, unchanged
+from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.fingerprint import fingerprint
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
@@ -32,7 +33,7 @@ from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, St
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
-from fed_dpsat.per_example import ModelLoss
+from fed_dpsat.per_example import ModelLoss, check_module
 from fed_dpsat.personal import PERSONAL, deal_test, only, personal_names, without
 from fed_dpsat.placement import CPU, decided, device_of, is_card, module_on, moved, moved_state, torch_device
 from fed_dpsat.plans import read_table
@@ -184,13 +185,13 @@ class Experiment:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         clipping = clipping or plugins.build("clipping", config.clipping, settings)
         attackers = _attackers(config, settings)
+        module = module_on(model, torch_device(config.device))
+        _check_unchanging(module, dataset.input_shape)
         return cls(
             config=config,
             dataset=attackers.poisoned(dataset, partitions) if attackers else dataset,
             partitions=partitions,
-            loss_fn=ModelLoss(
-                module_on(model, torch_device(config.device)), precision=config.precision, kernels=config.kernels
-            ),
+            loss_fn=ModelLoss(module, precision=config.precision, kernels=config.kernels),
             optimizer=optimizer,
             clipping=clipping,
             budgets=[row.target_epsilon for row in read_table(config)],
@@ -349,15 +350,16 @@ class Experiment:
                     raise Unstackable(f"engine={config.engine}, which trains one client at a time")
                 if config.precision != "float32":
                     raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
-                results = train_stacked(
-                    self.whole(first.params, first.state),
-                    members,
-                    loss_fn=self.loss_fn,
-                    optimizer=self._optimizer(first.params, first.proximal_mu),
-                    clipping=self.local_clipping,
-                    local_steps=first.task.local_steps,
-                    physical_batch_size=config.physical_batch_size,
-                )
+                with unchanged(self.loss_fn.module):
+                    results = train_stacked(
+                        self.whole(first.params, first.state),
+                        members,
+                        loss_fn=self.loss_fn,
+                        optimizer=self._optimizer(first.params, first.proximal_mu),
+                        clipping=self.local_clipping,
+                        local_steps=first.task.local_steps,
+                        physical_batch_size=config.physical_batch_size,
+                    )
                 return [self._to_send(*pair) for pair in zip(placed, results, strict=True)]
             except Unstackable as unstackable:
                 _say_once(str(unstackable))
@@ -382,20 +384,21 @@ class Experiment:
         )
         (request,) = self._placed([asked])
         member = self._member(request)
-        result = train_locally(
-            self.whole(request.params, request.state),
-            member.batches,
-            loss_fn=self.loss_fn,
-            optimizer=self._optimizer(request.params, proximal_mu),
-            state=member.state,
-            sampler=member.sampler,
-            clipping=self.local_clipping,
-            mechanism=member.mechanism,
-            local_steps=task.local_steps,
-            streams=member.streams,
-            engine=self.config.engine,
-            physical_batch_size=self.config.physical_batch_size,
-        )
+        with unchanged(self.loss_fn.module):
+            result = train_locally(
+                self.whole(request.params, request.state),
+                member.batches,
+                loss_fn=self.loss_fn,
+                optimizer=self._optimizer(request.params, proximal_mu),
+                state=member.state,
+                sampler=member.sampler,
+                clipping=self.local_clipping,
+                mechanism=member.mechanism,
+                local_steps=task.local_steps,
+                streams=member.streams,
+                engine=self.config.engine,
+                physical_batch_size=self.config.physical_batch_size,
+            )
         sent = self._to_send(request, result)
         within = self.subspace(task.round)
         if isinstance(within, Coordinates):
@@ -486,6 +489,20 @@ class Experiment:
 @functools.cache
 def _say_once(reason: str) -> None:
     log.warning("stack_clients: clients train one after the other: %s", reason)
+
+
+def _check_unchanging(module: nn.Module, input_shape: tuple[int, ...]) -> None:
+    check_module(module)  # the name of a layer that mixes examples says more than that of its statistics
+    shape = (2, *input_shape)
+    inputs = (torch.arange(math.prod(shape)) % 2).float().view(shape)  # pixels, features and numbers of tokens alike
+    try:
+        check_unchanging(module, inputs.to(device_of(module)))
+    except ModelError:
+        raise
+    except Exception as error:  # one that fails in a pass fails by itself, where it is trained
+        log.debug(
+            "not known whether passes change %s, which fails on made-up examples: %s", type(module).__name__, error
+        )
 
 
 def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
