@@ -28,6 +28,7 @@ from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.fingerprint import fingerprint
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
+from fed_dpsat.models.ties import check_memory, named_tensors
 from fed_dpsat.noise import derive_generator, derive_seed
 from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock, subspace_of
 from fed_dpsat.optimizers.chain import build_optimizer
@@ -198,7 +199,7 @@ class Experiment:
             named=named,
             attackers=attackers,
             start=start,
-            personal=personal_names(trainable(model), config.personal_layers),
+            personal=personal_names(trainable(model), config.personal_layers, named_tensors(model)),
         )
 
     def trained(self, round: int) -> Params:
@@ -508,6 +509,7 @@ def _check_unchanging(module: nn.Module, input_shape: tuple[int, ...]) -> None:
 def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
     """``model``, or a copy of it, with the weights of ``start_from`` and frozen as ``train_layers`` says."""
     sha256 = ""
+    check_memory(model)
     if config.start_from or config.train_layers != "all":
         model = copy.deepcopy(model)
     if config.start_from:

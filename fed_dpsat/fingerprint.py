@@ -32,8 +32,8 @@ def fingerprint(dataset: Dataset, partitions: Sequence[np.ndarray], module: nn.M
         _add_examples(digest, split)
     _add(digest, torch.tensor([len(part) for part in partitions]))
     _add(digest, torch.from_numpy(np.concatenate(partitions)))
-    for name, value in module.state_dict().items():
-        if name not in sent and isinstance(value, Tensor):
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if name not in sent:
             digest.update(name.encode())
             _add(digest, value)
     return digest.hexdigest()
