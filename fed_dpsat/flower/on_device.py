@@ -76,7 +76,7 @@ def train(message: Message, context: Context) -> Message:
             _proximal_mu(content),
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts
-        size = len(own_data(policy).train)
+        size = len(own_data(policy, context.run_id).train)
         reply = records.reply_content(policy.client, done, result, size, release_counts=counts)
         start = read_arrays(content.array_records.get(records.ARRAYS), result.params)
         return codec.encode(reply, start, config.update_codec, config.update_share, within)
