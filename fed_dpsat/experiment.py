@@ -20,17 +20,21 @@ from fed_dpsat.attacks import Attackers, Scene, choose_attackers
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
 from fed_dpsat.engines import compiled
-from fed_dpsat.errors import SettingError
+from fed_dpsat.engines.unchanging import check_unchanging, unchanged
+from fed_dpsat.errors import ModelError, SettingError
+from fed_dpsat.fingerprint import fingerprint
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
+from fed_dpsat.models.ties import check_memory, named_tensors
 from fed_dpsat.noise import derive_generator, derive_seed
 from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock, subspace_of
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
 from fed_dpsat.params import Params, subtract, trainable, zeros_like
-from fed_dpsat.per_example import ModelLoss
+from fed_dpsat.per_example import ModelLoss, check_module
 from fed_dpsat.personal import PERSONAL, deal_test, only, personal_names, without
 from fed_dpsat.placement import CPU, decided, device_of, is_card, module_on, moved, moved_state, torch_device
 from fed_dpsat.plans import read_table
@@ -101,7 +105,7 @@ class Experiment:
     The model is where it is computed with; parameters and states come from the CPU and go there.
     ``named`` says that every object came from a name in it, so that another process can build them too. ``attackers``
     train on labels of their own in ``dataset``, and forge what they send. ``personal`` names the parameters that stay
-    on the client.
+    on the client. Raises ``DataError`` for ``partitions`` that are none of ``dataset`` (``disjoint_parts``).
     """
 
     config: RunConfig
@@ -115,6 +119,16 @@ class Experiment:
     attackers: Attackers | None = None
     start: Start
     personal: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        config = self.config
+        parts = disjoint_parts(
+            self.partitions,
+            num_clients=config.num_clients,
+            num_examples=len(self.dataset.train),
+            partition=config.partition,
+        )
+        object.__setattr__(self, "partitions", parts)
 
     @classmethod
     def build(
@@ -149,10 +163,19 @@ class Experiment:
         settings |= {
             "input_shape": dataset.input_shape,
             "num_classes": dataset.num_classes,
-            "labels": dataset.train.labels.numpy(),
+            "labels": dataset.train.labels.numpy().copy(),  # a plug-in that writes into it changes no data
         }
-        partition_settings = {**settings, "seed": derive_seed(config.seed, purpose="partition")}
-        partitions = plugins.build("partition", config.partition, partition_settings, config.partition_args)
+        partition_settings = {
+            **settings,
+            "seed": derive_seed(config.seed, purpose="partition"),
+            "labels": settings["labels"].copy(),
+        }
+        partitions = disjoint_parts(
+            plugins.build("partition", config.partition, partition_settings, config.partition_args),
+            num_clients=config.num_clients,
+            num_examples=len(dataset.train),
+            partition=config.partition,
+        )
         if model is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
@@ -162,25 +185,36 @@ class Experiment:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         clipping = clipping or plugins.build("clipping", config.clipping, settings, config.clipping_args)
         attackers = _attackers(config, settings)
+        module = module_on(model, torch_device(config.device))
+        _check_unchanging(module, dataset.input_shape)
         return cls(
             config=config,
             dataset=attackers.poisoned(dataset, partitions) if attackers else dataset,
             partitions=partitions,
-            loss_fn=ModelLoss(
-                module_on(model, torch_device(config.device)), precision=config.precision, kernels=config.kernels
-            ),
+            loss_fn=ModelLoss(module, precision=config.precision, kernels=config.kernels),
             optimizer=optimizer,
             clipping=clipping,
             budgets=[row.target_epsilon for row in read_table(config)],
             named=named,
             attackers=attackers,
             start=start,
-            personal=personal_names(trainable(model), config.personal_layers),
+            personal=personal_names(trainable(model), config.personal_layers, named_tensors(model)),
         )
 
     def trained(self, round: int) -> Params:
         """What is trained in ``round``, by its initial values."""
         return {name: p.detach().to(CPU, copy=True) for name, p in self._trained(round).items()}
+
+    @property
+    def unused_examples(self) -> int:
+        """How many training examples are in no part: nobody trains on them."""
+        return len(self.dataset.train) - sum(len(part) for part in self.partitions)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The same for every process of a run: of clients, data, and what of the model is not sent."""
+        sent = without(dict(self.loss_fn.module.named_parameters()), self.personal).keys() & self.start.names
+        return fingerprint(self.dataset, self.partitions, self.loss_fn.module, sent)
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -312,15 +346,16 @@ class Experiment:
                     raise Unstackable(f"engine={config.engine}, which trains one client at a time")
                 if config.precision != "float32":
                     raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
-                results = train_stacked(
-                    self.whole(first.params, first.state),
-                    members,
-                    loss_fn=self.loss_fn,
-                    optimizer=self._optimizer(first.params, first.proximal_mu),
-                    clipping=self.local_clipping,
-                    local_steps=first.task.local_steps,
-                    physical_batch_size=config.physical_batch_size,
-                )
+                with unchanged(self.loss_fn.module):
+                    results = train_stacked(
+                        self.whole(first.params, first.state),
+                        members,
+                        loss_fn=self.loss_fn,
+                        optimizer=self._optimizer(first.params, first.proximal_mu),
+                        clipping=self.local_clipping,
+                        local_steps=first.task.local_steps,
+                        physical_batch_size=config.physical_batch_size,
+                    )
                 return [self._to_send(*pair) for pair in zip(placed, results, strict=True)]
             except Unstackable as unstackable:
                 _say_once(str(unstackable))
@@ -343,20 +378,21 @@ class Experiment:
         )
         (request,) = self._placed([asked])
         member = self._member(request)
-        result = train_locally(
-            self.whole(request.params, request.state),
-            member.batches,
-            loss_fn=self.loss_fn,
-            optimizer=self._optimizer(request.params, proximal_mu),
-            state=member.state,
-            sampler=member.sampler,
-            clipping=self.local_clipping,
-            mechanism=member.mechanism,
-            local_steps=task.local_steps,
-            streams=member.streams,
-            engine=self.config.engine,
-            physical_batch_size=self.config.physical_batch_size,
-        )
+        with unchanged(self.loss_fn.module):
+            result = train_locally(
+                self.whole(request.params, request.state),
+                member.batches,
+                loss_fn=self.loss_fn,
+                optimizer=self._optimizer(request.params, proximal_mu),
+                state=member.state,
+                sampler=member.sampler,
+                clipping=self.local_clipping,
+                mechanism=member.mechanism,
+                local_steps=task.local_steps,
+                streams=member.streams,
+                engine=self.config.engine,
+                physical_batch_size=self.config.physical_batch_size,
+            )
         sent = self._to_send(request, result)
         within = self.subspace(task.round)
         if isinstance(within, Coordinates):
@@ -446,9 +482,24 @@ def _say_once(reason: str) -> None:
     log.warning("stack_clients: clients train one after the other: %s", reason)
 
 
+def _check_unchanging(module: nn.Module, input_shape: tuple[int, ...]) -> None:
+    check_module(module)  # the name of a layer that mixes examples says more than that of its statistics
+    shape = (2, *input_shape)
+    inputs = (torch.arange(math.prod(shape)) % 2).float().view(shape)  # pixels, features and numbers of tokens alike
+    try:
+        check_unchanging(module, inputs.to(device_of(module)))
+    except ModelError:
+        raise
+    except Exception as error:  # one that fails in a pass fails by itself, where it is trained
+        log.debug(
+            "not known whether passes change %s, which fails on made-up examples: %s", type(module).__name__, error
+        )
+
+
 def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
     """``model``, or a copy of it, with the weights of ``start_from`` and frozen as ``train_layers`` says."""
     sha256 = ""
+    check_memory(model)
     if config.start_from or config.train_layers != "all":
         model = copy.deepcopy(model)
     if config.start_from:

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from fed_dpsat.errors import SettingError
+from fed_dpsat.models.ties import layer_of
 from fed_dpsat.params import Params
 
 PERSONAL = "personal"
 """The slot of a client's kept state that holds its own parameters."""
 
 
-def personal_names(params: Params, personal_layers: str) -> frozenset[str]:
-    """Which of the model's ``params`` stay on the client.
+def personal_names(params: Params, personal_layers: str, tensors: Mapping[str, str] | None = None) -> frozenset[str]:
+    """Which of the model's ``params`` stay on the client. ``tensors`` has all names of them (``ties.named_tensors``).
 
     =============== ==================================================================
     personal_layers the client's own
@@ -33,17 +34,19 @@ def personal_names(params: Params, personal_layers: str) -> frozenset[str]:
     "3, 0.bias"     those parameters, and all of layers of those names, as in ``params``
     =============== ==================================================================
 
+    A tensor that another layer uses too stays with it.
     Raises ``SettingError`` for a name that is none, or where nothing would be left to share.
     """
     wanted = [name.strip() for name in personal_layers.split(",") if name.strip()]
+    tensors = {name: first for name, first in (tensors or {n: n for n in params}).items() if first in params}
     if wanted == ["head"]:
-        wanted = [list(params)[-1].rpartition(".")[0] or list(params)[-1]]
+        wanted = [layer_of(list(tensors)[-1]) or list(tensors)[-1]]
     found: set[str] = set()
     for name in wanted:
-        matches = {key for key in params if key == name or key.startswith(f"{name}.")}
+        matches = {first for key, first in tensors.items() if key == name or key.startswith(f"{name}.")}
         if not matches:
-            layers = list(dict.fromkeys(key.rpartition(".")[0] or key for key in params))
-            near = difflib.get_close_matches(name, [*layers, *params], n=3) or layers[-3:]
+            layers = list(dict.fromkeys(layer_of(key) or key for key in tensors))
+            near = difflib.get_close_matches(name, [*layers, *tensors], n=3) or layers[-3:]
             raise SettingError(
                 "personal_layers",
                 personal_layers,

@@ -1,9 +1,9 @@
 """Decoded arrays on disk, memory-mapped so that all processes of a machine share one copy.
 
 A cache is a folder ``cache_dir/<name>-<fingerprint>/`` of ``.npy`` files and a ``meta.json``. The fingerprint
-is of the source files' paths, sizes and modification times, so a changed source is another cache. The folder
-is written under another name and renamed when it is whole; whoever is second in a race drops its own copy.
-A folder whose files have not the sizes in ``meta.json`` is built anew, never trusted.
+is of all that decides what is decoded: paths, sizes and times of the source files, the columns, shape and classes that
+are asked for, and the version of Pillow. A folder is written under another name and renamed when it is whole; whoever
+is second in a race drops its own copy. One whose files have not the sizes in ``meta.json`` is built anew.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,14 @@ FORMAT = 1  # part of the fingerprint: raise it when the arrays' layout changes
 Arrays = Mapping[str, np.ndarray]
 
 
-def fingerprint(key: str, files: Sequence[Path]) -> str:
-    """16 hex digits that change with ``key`` and with any file's absolute path, size or mtime."""
-    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([FORMAT, key, stats]).encode()).hexdigest()[:16]
+def fingerprint(decoding: Mapping[str, object], files: Sequence[Path]) -> str:
+    """16 hex digits that change with ``decoding`` (of JSON's types) and with any file's absolute path, size or time.
+
+    Both times count: archives and copies set that of modification, for files that are as long and another's.
+    """
+    stats = [(str(file.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file in files for s in [file.stat()]]
+    decided = [FORMAT, version("pillow"), dict(decoding), stats]
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cached(folder: Path, decode: Callable[[], Arrays]) -> dict[str, Tensor]:

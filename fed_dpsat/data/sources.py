@@ -15,6 +15,7 @@ Every source ends in the same uint8 arrays and the same cache.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +63,7 @@ def load(source: ImageSource, data_source: str, data_path: str, cache_dir: str) 
         raise DataError(f"data_path='' is empty, but data_source={data_source!r} needs a folder; --set data_path=DIR")
     root = Path(data_path).expanduser().absolute()
     files, read = SOURCES[data_source](source, root)
-    key = fingerprint(f"{source.name} {data_source}", files)
+    key = fingerprint({**dataclasses.asdict(source), "data_source": data_source}, files)
     folder = Path(cache_dir).expanduser().absolute() / f"{source.name}-{key}"
     arrays = cached(folder, partial(_read_all, read))
     splits = {

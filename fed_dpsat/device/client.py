@@ -32,7 +32,7 @@ ReadParams = Callable[[Params], Params]
 def num_examples(policy: Policy, run: int, settings: Mapping[str, Any]) -> int:
     """The declared size of the device's data, for a run that the policy admits."""
     policy.admit(run, settings)
-    return len(own_data(policy).train)
+    return len(own_data(policy, run).train)
 
 
 def answer(
@@ -49,7 +49,7 @@ def answer(
     """
     config = policy.admit(run, settings)
     task = policy.admit_task(record)
-    experiment = _experiment(policy, config)
+    experiment = _experiment(policy, config, run)
     own = experiment.shared(task.round)
     params = read_params(own)
     request = Request(
@@ -84,9 +84,9 @@ def answer(
 
 
 @lru_cache(maxsize=1)
-def _experiment(policy: Policy, config: RunConfig) -> Experiment:
+def _experiment(policy: Policy, config: RunConfig, run: int = 0) -> Experiment:
     """The run as this device trains it; names are loaded here, all of them on the policy's lists."""
-    data = own_data(policy)
+    data = own_data(policy, run)
     try:
         experiment = Experiment.build(config, dataset=data)
     except InputError as error:

@@ -30,8 +30,11 @@ IMAGES = (".png", ".jpg", ".jpeg")
 
 
 @lru_cache(maxsize=1)
-def own_data(policy: Policy) -> Dataset:
-    """The device's examples as a training split, with a test split of none. Raises ``DataError``."""
+def own_data(policy: Policy, run: int = 0) -> Dataset:
+    """The device's examples as a training split, with a test split of none. Raises ``DataError``.
+
+    They are read once for a ``run``: what was added or corrected since the last one is in the next.
+    """
     if policy.data_source not in SOURCES:
         raise DataError(f"data_source={policy.data_source!r} is not one of {', '.join(SOURCES)}")
     return SOURCES[policy.data_source](policy)
@@ -101,18 +104,16 @@ def _decoded(policy: Policy, files: list[Path], tables: Callable[[], list[tuple[
     if not files:
         raise DataError(f"data_path={policy.data_path!r} holds no examples; check data_source and class_names")
     channels, height, width = policy.shape
+    columns = {"image_column": policy.image_column, "label_column": policy.label_column}
 
     def decode() -> Arrays:
         inputs, labels = decode_images(
-            tables(),
-            image_column=policy.image_column,
-            label_column=policy.label_column,
-            shape=(channels, height, width),
-            num_classes=len(policy.class_names),
+            tables(), **columns, shape=(channels, height, width), num_classes=len(policy.class_names)
         )
         return {"inputs": inputs, "labels": labels}
 
-    key = fingerprint(f"{policy.data_source} {policy.shape} {policy.class_names}", files)
+    asked = {"data_source": policy.data_source, "shape": policy.shape, "class_names": policy.class_names, **columns}
+    key = fingerprint(asked, files)
     arrays = cached(Path(policy.folder) / "cache" / f"{policy.dataset}-{key}", decode)
     mean, std = policy.mean or (0.5,) * channels, policy.std or (0.5,) * channels
     return _dataset(policy, Examples(inputs=arrays["inputs"], labels=arrays["labels"], mean=mean, std=std))

@@ -86,6 +86,7 @@ def make_client_app(provider: Provider) -> ClientApp:
         if on_device.POLICY in context.node_config:
             return on_device.identify(message, context)
         experiment, client = provider(context.run_config), _client(context)
+        _check_same(experiment, message)
         return Message(records.identity_content(client, len(experiment.partitions[client])), reply_to=message)
 
     @client_app.train()
@@ -96,6 +97,7 @@ def make_client_app(provider: Provider) -> ClientApp:
         if on_device.POLICY in context.node_config:
             return on_device.train(message, context)
         experiment = provider(context.run_config)
+        _check_same(experiment, message)
         if secure != experiment.config.secure_aggregation:
             raise RecordError("the server and this client do not agree on secure_aggregation; nothing was computed")
         if secure and message.content.config_records[secure_client.SECURE]["phase"] != secure_client.MASKED:
@@ -167,6 +169,11 @@ def _request(experiment: Experiment, message: Message, context: Context, unpack:
         proximal_mu=records.read_proximal_mu(message.content),
     )
     return request, history
+
+
+def _check_same(experiment: Experiment, message: Message) -> None:
+    if records.SAME in message.content:  # a simulation asks each worker once, before it has anything to do
+        records.check_same(message.content, experiment.fingerprint)
 
 
 def _reply(experiment: Experiment, request: Request, result: LocalResult) -> RecordDict:

@@ -19,7 +19,7 @@ from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
-from fed_dpsat.flower.promise import warn_about_delta
+from fed_dpsat.flower.promise import warn_about_delta, warn_about_unused
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
@@ -53,6 +53,7 @@ def run_federation(
     config = experiment.config
     plans = make_plans(config)
     warn_about_delta(experiment)
+    warn_about_unused(experiment)
     inner = strategy or build_strategy(config)
     if strategy is not None and config.unfreeze_round:
         raise SettingError(
@@ -90,6 +91,8 @@ def run_federation(
             buffer=Buffer.of(config),
             phases=phases,
             within=experiment.subspace,
+            # a simulation has asked its workers when they started
+            fingerprint="" if isinstance(grid, SimulationGrid) else experiment.fingerprint,
         )
         recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
         arrays = records.to_arrays(experiment.shared(1))

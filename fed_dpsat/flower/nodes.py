@@ -27,17 +27,18 @@ class FederationOver(Exception):
     """Too few clients have budget left: the run ends here, as it should."""
 
 
-def identify_nodes(grid: Grid, num_clients: int, timeout: float) -> dict[int, int]:
+def identify_nodes(grid: Grid, num_clients: int, timeout: float, fingerprint: str = "") -> dict[int, int]:
     """Client to node id, for clients 0 to ``num_clients - 1``, once all have joined.
 
-    Raises ``FederationError`` when some are missing after ``timeout`` seconds, or two nodes claim one partition.
+    A node without a policy joins if its experiment has the ``fingerprint``, where one is given. Raises
+    ``FederationError`` when some are missing after ``timeout`` seconds, or two nodes claim one partition.
     """
     deadline = time.monotonic() + timeout
     nodes: dict[int, int] = {}
     problems: dict[int, str] = {}
     while True:
         strangers = sorted(set(grid.get_node_ids()) - set(nodes.values()))
-        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in strangers]
+        questions = _questions(strangers, fingerprint)
         for reply in grid.send_and_receive(questions, timeout=max(timeout, POLL_SECONDS)) if questions else ():
             node = reply.metadata.src_node_id
             try:
@@ -66,11 +67,11 @@ def identify_nodes(grid: Grid, num_clients: int, timeout: float) -> dict[int, in
     return nodes
 
 
-def who_is_there(grid: Grid, known: Mapping[int, int], num_clients: int) -> dict[int, int]:
+def who_is_there(grid: Grid, known: Mapping[int, int], num_clients: int, fingerprint: str = "") -> dict[int, int]:
     """Client to node id of those that are connected now; a stranger may be a client that came back by another id."""
     connected = set(grid.get_node_ids())
     nodes = {client: node for client, node in known.items() if node in connected}
-    questions = [Message(RecordDict(), n, MessageType.QUERY) for n in sorted(connected - set(nodes.values()))]
+    questions = _questions(sorted(connected - set(nodes.values())), fingerprint)
     for reply in grid.send_and_receive(questions, timeout=ASK_SECONDS) if questions else ():
         try:
             client = records.read_identity(reply)
@@ -82,11 +83,15 @@ def who_is_there(grid: Grid, known: Mapping[int, int], num_clients: int) -> dict
     return nodes
 
 
+def _questions(nodes: Iterable[int], fingerprint: str) -> list[Message]:
+    return [Message(records.same_content(fingerprint), node, MessageType.QUERY) for node in nodes]
+
+
 class Directory:
     """Which node holds which client; on a network clients come, go and come back by other nodes."""
 
-    def __init__(self, num_clients: int, join_timeout: float) -> None:
-        self.num_clients, self.join_timeout = num_clients, join_timeout
+    def __init__(self, num_clients: int, join_timeout: float, fingerprint: str = "") -> None:
+        self.num_clients, self.join_timeout, self._fingerprint = num_clients, join_timeout, fingerprint
         self.nodes: dict[int, int] = {}
         self._clients: dict[int, int] = {}
 
@@ -95,14 +100,14 @@ class Directory:
         if isinstance(grid, SimulationGrid):
             self._set(grid.nodes_by_client(self.num_clients))
         else:
-            self._set(identify_nodes(grid, self.num_clients, self.join_timeout))
+            self._set(identify_nodes(grid, self.num_clients, self.join_timeout, self._fingerprint))
 
     def look_again(self, grid: Grid, least: int) -> None:
         """See who is there now; wait ``join_timeout`` for ``least`` clients, or raise ``FederationError``."""
         if isinstance(grid, SimulationGrid):
             return
         deadline = time.monotonic() + self.join_timeout
-        while len(nodes := who_is_there(grid, self.nodes, self.num_clients)) < least:
+        while len(nodes := who_is_there(grid, self.nodes, self.num_clients, self._fingerprint)) < least:
             if time.monotonic() > deadline:
                 raise FederationError(
                     f"{len(nodes)} clients are connected, fewer than min_clients={least}, after "

@@ -30,8 +30,9 @@ from fed_dpsat.subspace import Coordinates, Span
 POLICY = "policy"
 """The key of a node's configuration that makes it a device."""
 
-KNOWN = {records.ARRAYS, records.TASK, records.SUBSPACE, "config"}
-"""Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it.
+KNOWN = {records.ARRAYS, records.TASK, records.SUBSPACE, records.SAME, "config"}
+"""Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it. What
+the server's own data are is not its business: it has others.
 
 Of a subspace a device sends its numbers and nothing more: they are a function of the noised model that it would send.
 """
@@ -73,7 +74,7 @@ def train(message: Message, context: Context) -> Message:
             _proximal_mu(content),
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts
-        size = len(own_data(policy).train)
+        size = len(own_data(policy, context.run_id).train)
         reply = records.reply_content(policy.client, done, result, size, release_counts=counts)
         start = read_arrays(content.array_records.get(records.ARRAYS), result.params)
         return codec.encode(reply, start, config.update_codec, config.update_share, within)

@@ -61,3 +61,14 @@ def warn_about_delta(experiment: Experiment) -> None:
             smallest,
             1 / smallest,
         )
+
+
+def warn_about_unused(experiment: Experiment) -> None:
+    """Log how many training examples the partition gives to nobody, if any."""
+    if unused := experiment.unused_examples:
+        log.warning(
+            "%d of %d training examples are in no part of partition=%s: nobody trains on them",
+            unused,
+            len(experiment.dataset.train),
+            experiment.config.partition,
+        )

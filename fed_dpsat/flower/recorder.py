@@ -119,6 +119,12 @@ class Recorder:
             raise FederationError(
                 f"{self.experiment.config.start_from} is not the file that {self.folder.path} started from; restore it"
             )
+        if checkpoint.server.get("fingerprint", self.experiment.fingerprint) != self.experiment.fingerprint:
+            raise FederationError(
+                f"{self.folder.path} began with other data, another partition or other frozen weights than its names "
+                "make now: put back the files of the data, or let the plug-in make the same each time, from the seed "
+                "that it is given"
+            )
         head = Head(*checkpoint.server["ledger_head"])
         if not self.strategy.ledger.extends(head):
             raise LedgerError(
@@ -183,6 +189,7 @@ class Recorder:
         server: dict[str, Any] = {
             "ledger_head": tuple(self.strategy.ledger.head),
             "start_sha256": self.experiment.start.sha256,
+            "fingerprint": self.experiment.fingerprint,
         }
         try:
             server["strategy"] = self.strategy.state_dict()
@@ -237,6 +244,7 @@ class Recorder:
             "local_steps": config.steps_per_round,
             "rounds_completed": self.rounds_completed,
             "num_clients": config.num_clients,
+            "unused_examples": self.experiment.unused_examples,
             "optimizer": config.optimizer,
             "base_optimizer": config.base_optimizer,
             "optimizer_args": config.optimizer_args,

@@ -11,6 +11,7 @@ record                 type         content                                     
 ``metrics``            MetricRecord ``num-examples``, declared public            to the server
 ``fed_dpsat.secure``   ConfigRecord a phase of secure aggregation, if asked for  both
 ``fed_dpsat.identity`` ConfigRecord client and num_examples, when asked who      to the server
+``fed_dpsat.same``     ConfigRecord the fingerprint of the server's experiment   to the client
 ====================== ============ ============================================ =============
 
 Nothing that was computed on private data leaves a client but ``arrays``, which are noised; and, only if the setting
@@ -56,6 +57,7 @@ TASK = "fed_dpsat.task"
 SUBSPACE = "fed_dpsat.subspace"
 EVENT = "fed_dpsat.event"
 IDENTITY = "fed_dpsat.identity"
+SAME = "fed_dpsat.same"
 STATE = "fed_dpsat.state"
 HISTORY = "fed_dpsat.history"
 PARTITION_ID = "partition-id"
@@ -230,6 +232,22 @@ def read_metrics(content: RecordDict, *, release_counts: bool = False) -> dict[s
     if release_counts and not isinstance(metrics[NONFINITE], int):
         raise RecordError(f"{NONFINITE}={metrics[NONFINITE]} is no count")
     return dict(metrics)
+
+
+def same_content(fingerprint: str) -> RecordDict:
+    """What a message says of the server's experiment; nothing for an empty ``fingerprint``."""
+    return RecordDict({SAME: ConfigRecord({"sha256": fingerprint})} if fingerprint else {})
+
+
+def check_same(content: RecordDict, fingerprint: str) -> None:
+    """Raise ``RecordError`` where the message is of another experiment than that of ``fingerprint``."""
+    record = config_in(content, SAME)
+    if record is not None and record.get("sha256") != fingerprint:
+        raise RecordError(
+            "this process made other data, another partition or other frozen weights of the run's names than the "
+            "server: a plug-in has to make the same each time, from the seed that it is given; a node with data of "
+            "its own needs a policy. Nothing was computed"
+        )
 
 
 def identity_content(client: int, num_examples: int) -> RecordDict:

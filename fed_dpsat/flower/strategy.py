@@ -75,6 +75,7 @@ class PrivateStrategy(Strategy):
         buffer: Buffer | None = None,
         phases: Phases | None = None,
         within: Within = lambda round: None,
+        fingerprint: str = "",
     ) -> None:
         self.inner = inner
         self.ledger = ledger
@@ -88,7 +89,7 @@ class PrivateStrategy(Strategy):
         if hides and not sums.only_mean(inner):
             raise SettingError("strategy", type(inner).__name__, "one that uses only the mean of replies", hides)
         self.phases = phases or Phases()
-        self._within = within
+        self._within, self._fingerprint = within, fingerprint
         self.report = RoundReport(round=0)
         self.roster = Roster(
             plans,
@@ -103,7 +104,7 @@ class PrivateStrategy(Strategy):
             secret_coins=release is not None and release.noise_source == "system",
         )
         self._attempts: dict[int, int] = {}
-        self._directory = Directory(len(plans), join_timeout)
+        self._directory = Directory(len(plans), join_timeout, fingerprint)
         ask_whole_cohort(inner)
 
     @property
@@ -293,7 +294,9 @@ class PrivateStrategy(Strategy):
         for client, message in messages.items():
             given, task = message.content, tasks[client]
             if (id(given), task) not in contents:
-                content = RecordDict({**given, records.TASK: records.task_record(task)})
+                content = RecordDict(
+                    {**given, records.TASK: records.task_record(task), **records.same_content(self._fingerprint)}
+                )
                 if within is not None:
                     content[records.SUBSPACE] = records.subspace_record(within)
                 contents[id(given), task] = given, content

@@ -1,7 +1,8 @@
 """A pre-trained start: weights from a file, and which layers are trained from there.
 
 A layer is a module with parameters of its own; layers are counted in the order in which they are defined, and the last
-one is the head. What is not trained is no parameter of the run: it is not sent, clipped or noised.
+one is the head. A tensor that several layers use is of each of them (``fed_dpsat.models.ties``). What is not trained
+is no parameter of the run: it is not sent, clipped or noised.
 
 The file's weights count as public. If they were trained on private data, that has a cost of its own, which no run that
 starts from them knows.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpsat.errors import SettingError
+from fed_dpsat.models import ties
 
 CHECKPOINT = Path("checkpoint") / "model.pt"
 """Where a run folder keeps its model."""
@@ -57,12 +59,21 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: s
     """Copy ``weights`` into ``module``: all its parameters, of the same names and shapes, and no others.
 
     With ``new_head`` the head stays at its initial values, whatever the file says of it. A buffer that the file does
-    not have stays as it is. Raises ``SettingError`` that lists what differs.
+    not have stays as it is; of a tensor with several names, one is enough. Raises ``SettingError`` that lists what
+    differs, or for a new head that shares a tensor with another layer.
     """
-    own, parameters = module.state_dict(), dict(module.named_parameters())
-    head = set(head_names(module))
-    skipped = head if new_head else set()
-    missing = [name for name in parameters if name not in weights and name not in skipped]
+    own, first = module.state_dict(), ties.named_tensors(module)
+    head = set(head_names(module)) if new_head else set()
+    if new_head and (shared := ties.shared_head(module)):
+        raise SettingError(
+            "start_head",
+            "new",
+            f"possible with a head that shares {shared[0]} with {shared[1]}: a new head would lose what the file has",
+            "set start_head='loaded', or give the head a weight of its own",
+        )
+    skipped = {name for name, tensor in first.items() if tensor in head}
+    given = {first.get(name, name) for name in weights}
+    missing = [name for name in dict.fromkeys(first.values()) if name not in given and name not in skipped]
     surplus = [name for name in weights if name not in own and name not in skipped]
     shapes = {
         name: f"{name} {list(value.shape)}, where the model has {list(own[name].shape)}"
@@ -75,28 +86,28 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: s
             for what, names in (("missing", missing), ("not in the model", surplus), ("shapes", shapes.values()))
             if names
         ]
-        only_head = not surplus and set(missing) | set(shapes) <= head
+        only_head = not surplus and not new_head and _of_head_alone(module, set(missing) | set(shapes))
         remedy = "set start_head='new' to begin with a new head" if only_head else "name the model it was saved from"
         raise _wrong(start_from, f"weights of this model ({'; '.join(differs)})", remedy)
+    for name, value in weights.items():
+        tensor = first.get(name, name)
+        if tensor not in skipped and not torch.equal(value, weights.get(tensor, value)):
+            remedy = "leave one of them out of the file, or untie them in the model"
+            raise _wrong(start_from, f"weights of this model, in which {tensor} and {name} are one tensor", remedy)
     with torch.no_grad():
         for name, value in weights.items():
             if name not in skipped:
                 own[name].copy_(value)
 
 
-def layers(module: nn.Module) -> dict[str, list[str]]:
-    """Layers in the order of their definition, with the names of their parameters."""
-    found = {}
-    for prefix, layer in module.named_modules():
-        names = [name for name, _ in layer.named_parameters(prefix=prefix, recurse=False)]
-        if names:
-            found[prefix] = names
-    return found
-
-
 def head_names(module: nn.Module) -> list[str]:
-    """The names of the parameters of the last layer."""
-    return list(layers(module).values())[-1]
+    """The first names of the tensors of the last layer, also of those that it shares with others."""
+    return ties.last_layers(module, 1)
+
+
+def _of_head_alone(module: nn.Module, names: set[str]) -> bool:
+    head = set(head_names(module))
+    return names <= head and ties.shared_head(module) is None
 
 
 def trained_names(module: nn.Module, train_layers: str, last_layers: int) -> list[str]:
@@ -107,13 +118,13 @@ def trained_names(module: nn.Module, train_layers: str, last_layers: int) -> lis
     learns = [name for name, p in module.named_parameters() if p.requires_grad]
     if train_layers == "all":
         return learns
-    found = layers(module)
+    found = ties.layers(module)
     count = last_layers if train_layers == "last" else 1
     if count > len(found):
         raise SettingError(
             "last_layers", count, f"at most {len(found)}, the layers of the model", "lower it, or train_layers=all"
         )
-    chosen = {name for layer in list(found)[-count:] for name in found[layer]}
+    chosen = ties.last_layers(module, count)
     names = [name for name in learns if name in chosen]
     if not names:
         raise SettingError(

@@ -107,9 +107,9 @@ def _backend(experiment: Experiment, client_app: ClientApp | None, folder: RunFo
         return InProcessBackend(app, settings, nodes, state_folder=state_folder, kept=kept, faults=faults)
     from fed_dpsat.simulation.ray_backend import RayBackend  # seconds to import: only runs with workers pay
 
+    built_there = client_app is None and experiment.named
     if client_app is None:
-        named = experiment.named
-        client_app = client_app_module.app if named else client_app_module.make_client_app(lambda _: experiment)
+        client_app = client_app_module.app if built_there else client_app_module.make_client_app(lambda _: experiment)
     return RayBackend(
         client_app,
         settings,
@@ -121,4 +121,5 @@ def _backend(experiment: Experiment, client_app: ClientApp | None, folder: RunFo
         faults=faults,
         client_timeout=config.client_timeout,
         gpus_per_worker=config.gpus_per_worker,
+        fingerprint=experiment.fingerprint if built_there else "",
     )

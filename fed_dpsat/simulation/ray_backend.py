@@ -65,7 +65,8 @@ class RayBackend:
 
     A Ray that already runs, or that ``address`` names, is left running.
 
-    States are filed in ``state_folder``; ``kept`` says which to begin with. Raises ``RunError`` as ``Pool`` does.
+    States are filed in ``state_folder``; ``kept`` says which to begin with. Workers build the experiment that has the
+    ``fingerprint``, where one is given. Raises ``RunError`` as ``Pool`` does.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class RayBackend:
         faults: Faults | None = None,
         client_timeout: float = 0.0,
         gpus_per_worker: float = 0.0,
+        fingerprint: str = "",
     ) -> None:
         self._own_folder = TemporaryDirectory(prefix="fed_dpsat-")
         folder = (state_folder or Path(self._own_folder.name)).absolute()  # a Ray that runs may have another directory
@@ -94,7 +96,7 @@ class RayBackend:
         self._disconnect = connect(address, num_workers)
         try:
             with explained():
-                arguments = (ray.put(client_app), dict(run_config), num_nodes, folder, faults)
+                arguments = (ray.put(client_app), dict(run_config), num_nodes, folder, faults, fingerprint)
                 self._pool = Pool(num_workers, arguments, client_timeout, gpus_per_worker)
         except BaseException:
             self._disconnect()

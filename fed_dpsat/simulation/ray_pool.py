@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from flwr.app import Message
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from fed_dpsat.errors import RunError
 from fed_dpsat.simulation.ray_worker import THREADS, References, Worker
@@ -166,6 +166,9 @@ class Pool:
             raise RunError(
                 f"{many}: a Ray worker does not start ({str(error).splitlines()[0]}); see Ray's logs, or set workers=0"
             ) from error
+        except RayTaskError:  # the worker's own words: it is up, and would keep its CPU
+            self.close()
+            raise
 
     def _take_in(self, slot: Slot) -> None:
         try:

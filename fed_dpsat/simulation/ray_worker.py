@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 
 from fed_dpsat.engines import compiled
 from fed_dpsat.errors import RunError, SettingError
-from fed_dpsat.flower import compat
+from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers
 from fed_dpsat.placement import require
 from fed_dpsat.simulation.faults import Faults
@@ -84,26 +84,31 @@ class Worker:
         num_nodes: int,
         state_folder: Path,
         faults: Faults | None,
+        fingerprint: str = "",
     ) -> None:
         compat.identify_process()
         self._state_folder, self._device = state_folder, str(run_config.get("device", "cpu"))
         self._kernels = str(run_config.get("kernels", "auto"))
         self._host = Host(client_app, run_config, num_nodes, StateStore(state_folder), faults)
+        self._fingerprint = fingerprint
         self._received: dict[Any, ArrayRecord] = {}
         self._turn = InTurn()
 
     def ready(self) -> tuple[str, bool]:
         """Build what the client app works with; this host's name, and whether it sees the folder of states.
 
-        Raises ``RunError`` where torch sees no card and the run wants one, or no compiler makes the kernels it has.
+        Raises ``RunError`` where torch sees no card and the run wants one, no compiler makes the kernels it has, or
+        what is built is not what has the ``fingerprint``, where one is given.
         """
         try:
             require(self._device)
             compiled.decided(self._kernels)
         except SettingError as error:  # which no other process could unpickle
             raise RunError(f"on {socket.gethostname()}: {error}") from None
-        who = Message(RecordDict(), FIRST_NODE_ID, MessageType.QUERY)
-        self._host.answers([who], {}, release_counts=None)
+        who = Message(records.same_content(self._fingerprint), FIRST_NODE_ID, MessageType.QUERY)
+        (reply,) = self._host.answers([who], {}, release_counts=None).replies
+        if self._fingerprint and reply.has_error():
+            raise RunError(f"a worker on {socket.gethostname()}: {reply.error.reason}")
         return socket.gethostname(), self._state_folder.is_dir()
 
     def answers(

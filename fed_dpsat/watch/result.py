@@ -44,6 +44,8 @@ def result_table(result: Mapping[str, Any]) -> Table:
         f"{result['num_clients']} clients, sample rate {result['sample_rate']:g}, "
         f"seed {result['seed']}",
     )
+    if unused := result.get("unused_examples"):
+        table.add_row("unused", f"{unused} training examples are in no part of the partition: nobody trained on them")
     longest = sorted(result["phases"], key=lambda name: -result["phases"][name])
     phases = ", ".join(f"{name} {result['phases'][name]:.1f}" for name in longest)
     table.add_row("time", f"{result['seconds']:.1f} s ({phases})")

@@ -7,6 +7,9 @@ import threading
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fed_dpsat.data import DataError, cifar10, mnist, sources, svhn
@@ -43,6 +46,24 @@ def test_a_second_load_reads_the_cache_and_not_the_images(tmp_path, write_parque
     os.utime(tmp_path / "d" / "test-00000-of-00001.parquet", (1, 1))
     with pytest.raises(AssertionError, match="a second time"):
         ask()
+
+
+def test_another_column_shape_or_class_of_a_source_is_another_cache(tmp_path, encode):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    images = [{"bytes": encode(np.full(mnist.SOURCE.shape, 9, dtype=np.uint8)), "path": None}] * 3
+    column = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    for split in ("train", "test"):
+        table = pa.table({"image": column, "label": [0, 0, 0], "fine": [1, 2, 3]})
+        pq.write_table(table, folder / f"{split}-0.parquet")
+
+    def labels(source):
+        return load(source, "parquet", str(folder), str(tmp_path / "cache")).train.labels.tolist()
+
+    assert labels(mnist.SOURCE) == [0, 0, 0]
+    assert labels(replace(mnist.SOURCE, label_column="fine")) == [1, 2, 3]
+    with pytest.raises(DataError, match="not in"):
+        labels(replace(mnist.SOURCE, label_column="fine", class_names=("0", "1")))
 
 
 def test_paths_may_be_relative_or_begin_with_a_tilde(tmp_path, write_parquet, monkeypatch):

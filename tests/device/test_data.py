@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from flwr.app import MessageType, RecordDict
 from PIL import Image
 
 from fed_dpsat.data.dataset import DataError
 from fed_dpsat.device.data import own_data
+from fed_dpsat.flower import records
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -61,6 +63,39 @@ def test_parquet(policy, tmp_path):
     inputs, labels = seen(dataclasses.replace(policy, data_source="parquet", data_path=str(tmp_path / "parquet")))
     torch.testing.assert_close(inputs, EXPECTED)
     assert labels.tolist() == [0, 0, 1]
+
+
+def test_a_corrected_column_is_decoded_anew(policy, tmp_path):
+    """Not the old labels, or the old images, out of the cache."""
+    (tmp_path / "parquet").mkdir()
+    images, others = ([{"bytes": png(v), "path": None} for v in values] for values in ((10, 20, 30), (11, 21, 31)))
+    table = pa.table({"image": images, "other": others, "coarse": [0, 0, 0], "fine": [0, 1, 2]})
+    pq.write_table(table, tmp_path / "parquet" / "a.parquet")
+    parquet = dataclasses.replace(policy, data_source="parquet", data_path=str(tmp_path / "parquet"))
+    assert seen(dataclasses.replace(parquet, label_column="coarse"))[1].tolist() == [0, 0, 0]
+    inputs, labels = seen(dataclasses.replace(parquet, label_column="fine"))
+    assert labels.tolist() == [0, 1, 2]
+    torch.testing.assert_close(inputs, EXPECTED)
+    inputs, _ = seen(dataclasses.replace(parquet, label_column="fine", image_column="other"))
+    torch.testing.assert_close(inputs, EXPECTED + 1 / 255 / 0.25)
+
+
+def test_classes_in_another_order_are_other_labels(policy):
+    assert seen(policy)[1].tolist() == [0, 0, 1]
+    assert seen(dataclasses.replace(policy, class_names=("dog", "cat", "owl")))[1].tolist() == [0, 1, 1]
+
+
+def test_what_was_added_between_two_runs_is_in_the_next(device):
+    assert identity(device, run=7) == 20
+    (device.path / "data.py").write_text((device.path / "data.py").read_text().replace("20", "10"))
+    assert identity(device, run=7) == 20
+    assert identity(device, run=8) == 10
+    reply = device.ask(run=8).content
+    assert reply[records.METRICS]["num-examples"] == 10
+
+
+def identity(device, run):
+    return device.send(RecordDict(), MessageType.QUERY, run=run).content[records.IDENTITY]["num_examples"]
 
 
 def test_a_function(device):

@@ -11,7 +11,8 @@ from torch import nn
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.mlp import mlp
-from fed_dpsat.models.pretrained import head_names, layers, load_weights, read_weights, trained_names
+from fed_dpsat.models.pretrained import head_names, load_weights, read_weights, trained_names
+from fed_dpsat.models.ties import layers
 
 
 def state(seed=0, classes=10):

@@ -35,6 +35,14 @@ class Counts(nn.Module):
         return x
 
 
+class CountsCalls(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
 class ChangesItsInput(nn.Module):
     def __init__(self):
         super().__init__()
@@ -52,6 +60,11 @@ BROKEN = {
     ),
     "a mean over the batch": (lambda: mlp(CentresTheBatch()), "logits_ignore_the_other_examples"),
     "a running mean": (lambda: mlp(Counts()), "forward_changes_nothing"),
+    "a counter": (lambda: mlp(CountsCalls()), "forward_changes_nothing"),
+    "a spectral norm": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 10)),
+        "forward_changes_nothing",
+    ),
     "an input changed in place": (ChangesItsInput, "forward_changes_nothing"),
     "too few classes": (lambda: nn.Linear(6, 9), "logits_are_one_row_per_example"),
 }

@@ -1,0 +1,58 @@
+"""Whether two processes, or a run and its resumption, have the same clients, data and frozen layers: by one number.
+
+A process that builds a run from names trusts plug-ins to build the same each time. One that draws from a generator of
+the process's own would deal an example to two clients, in two processes or before and after a pause, and no epsilon
+covers that; or train a client on other rows, or behind other frozen weights, than the server evaluates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fed_dpsat.data.dataset import Dataset, Examples
+
+MOST_BYTES = 2**28
+"""Of the inputs of a split: a second's work. Of larger ones, rows at equal distances are taken."""
+CHUNK_BYTES = 2**24
+
+
+def fingerprint(dataset: Dataset, partitions: Sequence[np.ndarray], module: nn.Module, sent: Collection[str]) -> str:
+    """SHA-256 in hex of what no message carries: the data, who holds which example, and ``module`` but for ``sent``.
+
+    ``sent`` are names of parameters that a server sends, so that their values here do not matter.
+    """
+    digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
+    for split in (dataset.train, dataset.test):
+        _add_examples(digest, split)
+    _add(digest, torch.tensor([len(part) for part in partitions]))
+    _add(digest, torch.from_numpy(np.concatenate(partitions)))
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if name not in sent:
+            digest.update(name.encode())
+            _add(digest, value)
+    return digest.hexdigest()
+
+
+def _add_examples(digest: hashlib._Hash, split: Examples) -> None:
+    digest.update(json.dumps([list(split.inputs.shape), split.mean, split.std]).encode())
+    _add(digest, split.labels)
+    if not len(split):
+        return
+    row = max(1, split.inputs[0].nbytes)
+    chosen = torch.arange(0, len(split), max(1, -(-row * len(split) // MOST_BYTES)))
+    for rows in torch.split(chosen, max(1, CHUNK_BYTES // row)):
+        _add(digest, split.inputs[rows])
+
+
+def _add(digest: hashlib._Hash, values: Tensor) -> None:
+    """Type, shape and bytes, of a tensor on any device."""
+    digest.update(json.dumps([str(values.dtype), list(values.shape)]).encode())
+    if values.numel():
+        flat = values.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
