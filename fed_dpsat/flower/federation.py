@@ -24,6 +24,7 @@ from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.loggers import Loggers
+from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.run_folder import RunFolder, jsonable
@@ -91,6 +92,7 @@ def run_federation(
             buffer=Buffer.of(config),
             phases=phases,
             within=experiment.subspace,
+            secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
         )
         recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
         arrays = records.to_arrays(experiment.shared(1))

@@ -27,7 +27,9 @@ def result_table(result: Mapping[str, Any]) -> Table:
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])
-    if "epsilon_released" in result:
+    if "epsilon_released_missing" in result:
+        table.add_row("of models alone", f"not known: {result['epsilon_released_missing']}")
+    elif "epsilon_released" in result:
         table.add_row("of models alone", f"{result['epsilon_released']:.3f}; {result['epsilon_released_assumptions']}")
     table.add_row(
         "noise",

@@ -17,7 +17,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.optimizers import DPSGD
 from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
-from fed_dpsat.privacy.released import epsilon_released
+from fed_dpsat.privacy.released import Cohort, epsilon_of_models
 from fed_dpsat.simulation import simulate
 from fed_dpsat.statement import read_statement
 
@@ -210,10 +210,11 @@ def test_the_epsilon_of_released_models_is_given_with_its_assumptions_where_clie
     summary = simulate(poisson, tmp_path / "run")
     assert "other examples" in summary["epsilon_released_assumptions"]
     event = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2)
-    assert summary["epsilon_released"] == epsilon_released(event, 4, 2 / 5, 1e-4)
+    cohorts = [Cohort(len(line["asked"]), 5) for line in rounds_of(tmp_path / "run")[1:]]
+    assert summary["epsilon_released"] == epsilon_of_models(event, cohorts, 2 / 5, 1e-4)
     assert "epsilon_released" not in reference[1]  # a cohort of fixed size is no set of coins
     carrying = simulate(dataclasses.replace(poisson, ascent_memory="client"), tmp_path / "carrying")
-    assert "epsilon_released" not in carrying  # a later update would tell of an earlier coin
+    assert carrying["epsilon_released"] is None  # a later update would tell of an earlier coin
 
 
 def test_what_is_released_beyond_the_guarantee_is_repeated(reference, tmp_path):
