@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from logging import getLogger
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -19,7 +20,7 @@ from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
-from fed_dpsat.flower.promise import warn_about_delta
+from fed_dpsat.flower.promise import delta_warning
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
@@ -29,6 +30,8 @@ from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.run_folder import RunFolder, jsonable
 from fed_dpsat.timing import Phases
+
+log = getLogger("fed_dpsat")
 
 MAX_LABEL_COUNTS = 10**6
 """Beyond so many a run folder holds no labels per client."""
@@ -53,7 +56,8 @@ def run_federation(
     """
     config = experiment.config
     plans = make_plans(config)
-    warn_about_delta(experiment)
+    if warning := delta_warning(experiment):
+        log.warning("%s", warning)
     inner = strategy or build_strategy(config)
     if strategy is not None and config.unfreeze_round:
         raise SettingError(

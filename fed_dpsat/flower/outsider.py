@@ -1,7 +1,7 @@
 """Whether a run has an epsilon against someone who sees its released models alone, and which; if not, why not.
 
-``privacy.released`` has the figure. It rests on coins of a chance that is the same whatever fell before, and on what the
-models show of them; each reason here is a way in which earlier or other coins show.
+``privacy.released`` has the figure. It rests on coins of a chance that is the same whatever fell before, and on what
+the models show of them; each reason here is a way in which earlier or other coins show.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _reasons(experiment: Experiment, strategy: PrivateStrategy, rounds: Lines) -
     for line in rounds:
         if line["dropped"] or line.get("tossed") != joined[line["round"]]:
             yield (
-                f"not every client tossed a coin in round {line['round']}, or not all that were drawn replied: others may "
-                "know who was away"
+                f"not every client tossed a coin in round {line['round']}, or not all that were drawn replied: others "
+                "may know who was away"
             )
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, predict, quality_of
+from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, measured_on, predict, quality_of
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import personal, records
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.outsider import epsilon_of_outsider
-from fed_dpsat.flower.promise import also_released, declared_public, threat_model
+from fed_dpsat.flower.promise import also_released, declared_public, delta_warning, threat_model
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.throughput import Throughput
@@ -26,7 +26,6 @@ from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.loggers import Loggers
 from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.params import Params
-from fed_dpsat.privacy import LedgerError
 from fed_dpsat.privacy.event import UNITS
 from fed_dpsat.privacy.ledger import Head
 from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
@@ -121,12 +120,7 @@ class Recorder:
             raise FederationError(
                 f"{self.experiment.config.start_from} is not the file that {self.folder.path} started from; restore it"
             )
-        head = Head(*checkpoint.server["ledger_head"])
-        if not self.strategy.ledger.extends(head):
-            raise LedgerError(
-                f"{self.folder.ledger_path} does not hold the {head.charges} charges that were in it at round "
-                f"{checkpoint.round}: it is an older copy, or another run's; restore the right one"
-            )
+        self.strategy.ledger.check_extends(Head(*checkpoint.server["ledger_head"]), f"at round {checkpoint.round}")
         same_noise = NOISE_SOURCES[self.experiment.config.noise_source].reproducible
         begun = bool(self.strategy.ledger.attempts(checkpoint.round + 1))
         self.redone = not same_noise and (begun or checkpoint.server.get("redone", True))
@@ -171,15 +165,14 @@ class Recorder:
         return {"update_norm": math.sqrt(squared), "noise_norm": noise}
 
     def quality(self) -> Summary | None:
-        """Of the model that was evaluated last, on the public test split, for ``quality.json``."""
+        """Of the model that was evaluated last, for ``quality.json``."""
         if self.predictions is None:
             return None
-        dataset, held_out = self.experiment.dataset, self.experiment.config.validation_share
-        split = "validation examples held out of the training split" if held_out else "public test split"
+        dataset = self.experiment.dataset
         round, predictions = self.predictions
         return {
             "round": round,
-            "measured_on": f"{split} of {dataset.name}",
+            "measured_on": f"{measured_on(self.experiment.config)} of {dataset.name}",
             "class_names": dataset.class_names,
             **dataclasses.asdict(quality_of(predictions, dataset.num_classes)),
         }
@@ -221,6 +214,7 @@ class Recorder:
             "evaluated_on": "validation" if config.validation_share else "test",
             "epsilon": self.epsilon(),
             "delta": config.delta,
+            **({"delta_warning": warning} if (warning := delta_warning(self.experiment)) else {}),
             "accountant": config.accountant,
             "noise_multiplier": min(plan.event.noise_multiplier for plan in self.strategy.plans),
             "clip_norm": self.experiment.clipping.clip_norm,

@@ -21,8 +21,8 @@ from fed_dpsat.secure_noise import system_generator
 class Roster:
     """Clients by their ``plans`` and the ``ledger``, both public: eligibility never depends on data.
 
-    With ``secret_coins`` nobody who knows the seed knows who is drawn by coins. ``tossed`` is how many had one in the last
-    cohort; None where cohorts have a fixed size.
+    With ``secret_coins`` nobody who knows the seed knows who is drawn by coins. ``tossed`` is how many had one for the
+    last cohort; None where cohorts have a fixed size.
     """
 
     def __init__(

@@ -131,7 +131,7 @@ def epsilon_released(event: PrivacyEvent, chances: Chances, delta: float, accoun
 
 
 def _fewer(chances: Chances) -> Chances:
-    """``MOST_CHANCES`` of them at most, each round at the next one up of those that are kept; more chance costs more."""
+    """``MOST_CHANCES`` of them at most, each round at the next one up of those that are kept, which costs more."""
     ordered = sorted(chances)
     if len(ordered) <= MOST_CHANCES:
         return chances

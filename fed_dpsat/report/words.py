@@ -52,6 +52,8 @@ def statement(run: Run) -> list[tuple[str, str]]:
     ]
     if "epsilon_released" in summary:
         found.insert(1, ("To those who see models alone", _to_outsiders(summary)))
+    if warning := summary.get("delta_warning"):
+        found.insert(1, ("Delta", f"{warning}."))
     if retired := summary.get("retired"):
         found.append(("Retired", f"{len(retired)} clients had spent their budget and were no longer asked."))
     if run.objects:

@@ -21,7 +21,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
         table.add_row(
             "personal models",
             f"{result['personal_accuracy']:.2%} mean of {result['personal_clients']} clients on their shares of the "
-            f"test split, worst decile {result['personal_worst_decile']:.2%}",
+            f"{split} split, worst decile {result['personal_worst_decile']:.2%}",
         )
     table.add_row(f"{split} loss", f"{result['test_loss']:.4f} nats")
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")

@@ -79,7 +79,6 @@ def test_clients_that_join_later_pay_for_their_rounds_alone(tmp_path):
     assert expected > epsilon_released(plans[0].event, {1.0: alone}, 1e-4)
 
 
-
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

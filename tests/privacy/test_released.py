@@ -284,7 +284,9 @@ def test_never_above_the_server_and_monotone(accountant):
 @pytest.mark.parametrize("rate", [0.05, 0.5])
 def test_rdp_is_not_below_pld(rate):
     for event in (FULL_BATCH, SAMPLED):
-        assert epsilon_released(event, {rate: 20}, 1e-5, "rdp") >= epsilon_released(event, {rate: 20}, 1e-5) * (1 - 1e-3)
+        assert epsilon_released(event, {rate: 20}, 1e-5, "rdp") >= epsilon_released(event, {rate: 20}, 1e-5) * (
+            1 - 1e-3
+        )
 
 
 @settings(max_examples=8)
