@@ -39,20 +39,14 @@ def epsilon_of_outsider(
         return _missing("the run failed, which may have depended on who took part")
     if redone:
         return _missing("a round that was interrupted was done again with other coins, and may have been seen")
-    found = [
-        epsilon_of_models(plan.event, _cohorts(plan, rounds), config.client_rate, config.delta, config.accountant)
-        for plan in {(plan.event, plan.first_round): plan for plan in strategy.plans}.values()
-    ]
-    return {"epsilon_released": max(found), "epsilon_released_assumptions": ASSUMPTIONS}
+    first = min(strategy.plans, key=lambda plan: plan.first_round)  # who is there longest has tossed most coins
+    cohorts = [Cohort(len(line["asked"]), line["tossed"]) for line in rounds if line["round"] >= first.first_round]
+    found = epsilon_of_models(first.event, cohorts, config.client_rate, config.delta, config.accountant)
+    return {"epsilon_released": found, "epsilon_released_assumptions": ASSUMPTIONS}
 
 
 def _missing(reason: str) -> dict[str, Any]:
     return {"epsilon_released": None, "epsilon_released_missing": reason}
-
-
-def _cohorts(plan: ClientPlan, rounds: Lines) -> Iterator[Cohort]:
-    """Of the rounds in which a client of this ``plan`` tossed a coin."""
-    return (Cohort(len(line["asked"]), line["tossed"]) for line in rounds if line["round"] >= plan.first_round)
 
 
 def _reasons(experiment: Experiment, strategy: PrivateStrategy, rounds: Lines) -> Iterator[str]:
@@ -66,6 +60,9 @@ def _reasons(experiment: Experiment, strategy: PrivateStrategy, rounds: Lines) -
         yield "with max_rounds_per_client, who may take part depends on earlier coins, which are secret"
     if strategy.retired or any(_may_retire(experiment, plan) for plan in set(strategy.plans)):
         yield "budgets can end before the rounds do, so who may take part, and when the run ends, depends on coins"
+    sizes = [len(indices) for indices in experiment.partitions]
+    if len({plan.event for plan in strategy.plans}) > 1 or max(sizes) - min(sizes) > 1:
+        yield "clients differ in size, noise or sample rate, so the level of the noise in a model tells who took part"
     if config.secure_aggregation:
         yield "with secure_aggregation the model stays also in rounds of too few clients, which tells of their number"
     if not sums.only_mean(strategy.inner):
