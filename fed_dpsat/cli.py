@@ -126,6 +126,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
                 "sample_rate": event.sample_rate,
                 "local_steps": event.steps,
                 "delta": settings.delta,
+                "delta_is_for": _who_delta_is_for(settings),
                 "privacy_unit": UNITS[settings.privacy_unit],
                 "table": epsilon_table(event.noise_multiplier, event.sample_rate, event.steps, rounds, settings.delta),
             }
@@ -142,12 +143,24 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
             "epsilon (RDP)",
             title=f"noise_multiplier = {schedule['noise_multiplier']:.4f} at {_schedule(settings, schedule)}, "
             f"delta {schedule['delta']:g}",
-            caption=f"Protects {schedule['privacy_unit']}.\nAgainst {threat_model(settings)}.",
+            caption=f"Protects {schedule['privacy_unit']}.\nAgainst {threat_model(settings)}.\n"
+            f"The {schedule['delta_is_for']}.",
         )
         for row in schedule["table"]:
             table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", f"{row.epsilon_rdp:.3f}")
         out_console.print(table)
     return None
+
+
+def _who_delta_is_for(settings: RunConfig) -> str:
+    """As far as settings tell; no data is looked at."""
+    from fed_dpsat.privacy import large_delta
+
+    if settings.privacy_unit == "client":
+        fine = f"delta={settings.delta:g} is below 1/{settings.num_clients}, one of the clients"
+        return large_delta(settings.delta, "client", settings.num_clients) or fine
+    most = math.ceil(1 / settings.delta) - 1
+    return f"delta={settings.delta:g} is for clients of at most {most:,} examples, better far fewer"
 
 
 def _schedule(settings: RunConfig, schedule: dict[str, Any]) -> str:
@@ -215,6 +228,8 @@ def ledger(
             row.state,
         )
     out_console.print(table)
+    if statement.delta_warning:
+        out_console.print(f"Warning: {statement.delta_warning}.", highlight=False)
     out_console.print(
         f"Federation: epsilon {statement.epsilon:.4f} (PLD), {statement.epsilon_rdp:.4f} (RDP) at delta "
         f"{statement.delta:g}, the maximum over clients.\nIntegrity: {statement.charges} charges, chain unbroken, "

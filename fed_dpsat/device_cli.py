@@ -29,6 +29,7 @@ def init(policy: PolicyFile) -> None:
     from fed_dpsat.device.data import own_data
     from fed_dpsat.device.policy import Policy
     from fed_dpsat.device.release import prepare
+    from fed_dpsat.privacy import large_delta
 
     try:
         read = Policy.load(policy)
@@ -37,6 +38,8 @@ def init(policy: PolicyFile) -> None:
     except (InputError, RunError) as error:
         raise _failed(error) from None
     typer.echo(f"device {read.client}: {examples} examples, ledger begun in {read.folder}")
+    if warning := large_delta(read.largest_delta, "example", examples):
+        typer.echo(f"warning: largest_delta: {warning}", err=True)
 
 
 @app.command()

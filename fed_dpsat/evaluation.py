@@ -1,4 +1,4 @@
-"""Quality of a model on public data: accuracy, loss, calibration, and how it is spread over classes and clients."""
+"""Quality of a model on a test split: accuracy, loss, calibration, and how it is spread over classes and clients."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.params import Params
 from fed_dpsat.placement import device_of, exact, moved
@@ -22,6 +23,11 @@ Predictions = list[tuple[Tensor, Tensor]]
 
 CALIBRATION_BINS = 15
 """Equal-width bins of confidence, as in Guo et al. 2017, section 5."""
+
+
+def measured_on(config: RunConfig) -> str:
+    """The examples that models of a run are evaluated on, in words."""
+    return "validation examples held out of the training split" if config.validation_share else "public test split"
 
 
 @dataclass(frozen=True, kw_only=True)

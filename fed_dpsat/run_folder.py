@@ -11,7 +11,7 @@ ledger.sqlite      every charge, durable before the message that it pays for
 checkpoint/        the model after the last round, and what the server has learned
 state/             what simulated clients keep between rounds
 summary.json       how it ended
-quality.json       the last evaluated model on the public test split: calibration, accuracy by class
+quality.json       the last evaluated model (summary: evaluated_on): calibration, accuracy by class
 simulation.json    of a simulation alone: who holds how many examples of which class, which no deployment knows
 trace.json         who was at work when, if ``profile`` asked for it
 ================== ===========================================================================
@@ -188,6 +188,12 @@ class RunFolder:
     def save_simulation(self, sizes: Sequence[int], label_counts: Sequence[Sequence[int]] | None) -> None:
         """What only a simulation knows of its clients; ``label_counts[client][class]`` is private to each of them."""
         _write_atomically(self.path / "simulation.json", _json({"sizes": sizes, "label_counts": label_counts}) + "\n")
+
+    def sizes(self) -> list[int]:
+        """How many examples each client of a simulation has; empty if this was none."""
+        path = self.path / "simulation.json"
+        found: list[int] = json.loads(path.read_text())["sizes"] if path.exists() else []
+        return found
 
     def save_quality(self, quality: Mapping[str, Any]) -> None:
         """Of the model that was evaluated last."""

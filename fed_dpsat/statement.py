@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.plans import affordable, make_plans
-from fed_dpsat.privacy import LedgerError, PrivacyLedger
+from fed_dpsat.privacy import LedgerError, PrivacyLedger, large_delta
 from fed_dpsat.privacy.event import UNITS
+from fed_dpsat.privacy.ledger import Head
+from fed_dpsat.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Statement:
     delta: float
     charges: int
     sha256: str
+    delta_warning: str
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -50,17 +54,16 @@ class Statement:
 def read_statement(run: Path, delta: float | None = None) -> Statement:
     """The statement of a run folder; raises ``LedgerError`` unless its ledger is whole and its chain unbroken.
 
-    ``delta`` defaults to the run's. Where the run published the head of its chain in ``summary.json``, a file that
-    was rewritten from there on is found too.
+    ``delta`` defaults to the run's. The heads of the chain that checkpoint and ``summary.json`` noted must be in it, so
+    a file that was rewritten, or an older copy, is found too.
     """
-    config = RunConfig.load(run / "config.toml")
+    folder = RunFolder(run, resume=True)
+    config = folder.config()
     delta = config.delta if delta is None else delta
     if not 0 < delta < 1:
         raise SettingError("delta", delta, "in (0, 1)", "leave it out for that of the run")
     plans = make_plans(config)
-    with PrivacyLedger(run / "ledger.sqlite", readonly=True) as ledger:
-        ledger.verify()
-        _check_head(run, ledger)
+    with trusted_ledger(folder) as ledger:
         if ledger.unit not in (None, config.privacy_unit):
             raise LedgerError(
                 f"{run / 'ledger.sqlite'} protects {UNITS.get(str(ledger.unit), ledger.unit)}, but the run's "
@@ -93,14 +96,40 @@ def read_statement(run: Path, delta: float | None = None) -> Statement:
             delta=delta,
             charges=ledger.head.charges,
             sha256=ledger.head.sha256,
+            delta_warning=_delta_warning(folder, config, delta),
         )
 
 
-def _check_head(run: Path, ledger: PrivacyLedger) -> None:
-    summary = run / "summary.json"
-    published = json.loads(summary.read_text()).get("ledger_head") if summary.exists() else None
-    if published and published != ledger.head._asdict():
+def _delta_warning(folder: RunFolder, config: RunConfig, delta: float) -> str:
+    """Of the sizes that the run noted: a simulation all of them, a deployment what its own delta came to."""
+    if config.privacy_unit == "client":
+        return large_delta(delta, "client", config.num_clients)
+    if sizes := folder.sizes():
+        return large_delta(delta, "example", min(sizes))
+    return str(folder.summary().get("delta_warning", "")) if delta == config.delta else ""
+
+
+@contextmanager
+def trusted_ledger(folder: RunFolder) -> Iterator[PrivacyLedger]:
+    """The run's ledger, to be read; ``LedgerError`` unless it is whole and holds all that the run noted of it."""
+    with PrivacyLedger(folder.ledger_path, readonly=True) as ledger:
+        ledger.verify()
+        _check_heads(folder, ledger)
+        yield ledger
+
+
+def _check_heads(folder: RunFolder, ledger: PrivacyLedger) -> None:
+    """``LedgerError`` unless the ledger goes on from the checkpoint's head, and ends in that of a completed run."""
+    if (checkpoint := folder.load_checkpoint()) is not None:
+        ledger.check_extends(Head(*checkpoint.server["ledger_head"]), f"at round {checkpoint.round}")
+    summary = folder.summary()
+    published = summary.get("ledger_head")
+    if not published:
+        return
+    if summary["status"] != "completed":  # what was resumed since then has charged more
+        ledger.check_extends(Head(**published), f"when the run was {summary['status']}")
+    elif published != ledger.head._asdict():
         raise LedgerError(
-            f"{run / 'ledger.sqlite'} has {ledger.head.charges} charges ending in {ledger.head.sha256[:16]}, but "
+            f"{folder.ledger_path} has {ledger.head.charges} charges ending in {ledger.head.sha256[:16]}, but "
             f"the run ended with {published['charges']} ending in {published['sha256'][:16]}; it was changed afterwards"
         )

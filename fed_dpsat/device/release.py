@@ -23,10 +23,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fed_dpsat.device.journal import Kept, Refusal, Request, open_journal
+from fed_dpsat.device.journal import Journal, Kept, Refusal, Request, open_journal
 from fed_dpsat.errors import SettingError
 from fed_dpsat.plans import BudgetError, spend
-from fed_dpsat.privacy import PrivacyEvent, PrivacyLedger
+from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger
 
 CLIENT, ATTEMPT = 0, 0
 """The key of a device's charges is the number of the release alone."""
@@ -48,6 +48,16 @@ def journal_path(folder: Path) -> Path:
     return folder / "journal.sqlite"
 
 
+def check_answers(ledger: PrivacyLedger, journal: Journal) -> None:
+    """``LedgerError`` for a ledger without the charge of the last answer that the device made: an older copy."""
+    kept = journal.kept()
+    if kept is not None and ledger.outcome(CLIENT, kept.number, ATTEMPT) is None:
+        raise LedgerError(
+            f"{ledger.path} does not hold the charge of answer {kept.number}, which {journal.path} keeps: it is an "
+            "older copy, or another device's; restore the right one"
+        )
+
+
 def prepare(folder: Path) -> None:
     """Make the ledger of a new device; ``SettingError`` if there is one: a budget begins once."""
     if ledger_path(folder).exists():
@@ -66,6 +76,7 @@ def release(
     what ``compute`` raises, which stays charged. Nothing leaves by any of these.
     """
     with PrivacyLedger(ledger_path(folder), must_exist=True) as ledger, open_journal(journal_path(folder)) as journal:
+        check_answers(ledger, journal)
         number, kept = journal.number(request), journal.kept()
         if kept is not None and kept.number == number:
             ledger.settle(CLIENT, number, ATTEMPT, RELEASED)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fed_dpsat.device.journal import open_journal
 from fed_dpsat.device.log import last_line
 from fed_dpsat.device.policy import Policy
-from fed_dpsat.device.release import ACCOUNTANT, CLIENT, journal_path, ledger_path
+from fed_dpsat.device.release import ACCOUNTANT, CLIENT, check_answers, journal_path, ledger_path
 from fed_dpsat.privacy import LedgerError, PrivacyLedger, epsilon
 
 
@@ -40,6 +40,7 @@ def read_status(policy: Policy) -> DeviceStatus:
         integrity = "unbroken"
         try:
             ledger.verify()
+            check_answers(ledger, journal)
         except LedgerError as error:
             integrity = str(error)
         return DeviceStatus(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from logging import getLogger
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -19,15 +20,18 @@ from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError, FederationOver
-from fed_dpsat.flower.promise import warn_about_delta, warn_about_unused
+from fed_dpsat.flower.promise import delta_warning, unused_warning
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.loggers import Loggers
+from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.run_folder import RunFolder, jsonable
 from fed_dpsat.timing import Phases
+
+log = getLogger("fed_dpsat")
 
 MAX_LABEL_COUNTS = 10**6
 """Beyond so many a run folder holds no labels per client."""
@@ -52,8 +56,8 @@ def run_federation(
     """
     config = experiment.config
     plans = make_plans(config)
-    warn_about_delta(experiment)
-    warn_about_unused(experiment)
+    for warning in filter(None, (delta_warning(experiment), unused_warning(experiment))):
+        log.warning("%s", warning)
     inner = strategy or build_strategy(config)
     if strategy is not None and config.unfreeze_round:
         raise SettingError(
@@ -93,6 +97,7 @@ def run_federation(
             within=experiment.subspace,
             # a simulation has asked its workers when they started
             fingerprint="" if isinstance(grid, SimulationGrid) else experiment.fingerprint,
+            secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
         )
         recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
         arrays = records.to_arrays(experiment.shared(1))

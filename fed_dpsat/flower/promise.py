@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from logging import getLogger
-
 from fed_dpsat.config import RunConfig
+from fed_dpsat.evaluation import measured_on
 from fed_dpsat.experiment import Experiment
+from fed_dpsat.privacy import large_delta
 
-log = getLogger("fed_dpsat")
-
-PERSONAL_RELEASED = (
-    "accuracy of clients' own models on shares of the public test split that follow their label counts: exact, not "
-    "covered by epsilon, and a figure of simulations alone"
+VALIDATION_RELEASED = (
+    "accuracy and loss on the examples that validation_share holds out of the private training data, by round, and of "
+    "the last model by class: exact, not covered by epsilon, which is about clients' examples"
 )
+COHORTS_LOGGED = "how many clients were drawn in each round, to loggers: exact, not covered by epsilon"
 COUNTS_RELEASED = "examples without a finite gradient, per client and round: exact, not covered by epsilon"
 DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
 TRUSTED_SERVER = (
@@ -38,37 +37,32 @@ def declared_public(config: RunConfig) -> tuple[str, ...]:
 
 def also_released(config: RunConfig, *, personal: bool) -> list[str]:
     """What leaves beside the updates and no epsilon covers; ``personal`` accuracies are measured in simulations."""
-    return [*([COUNTS_RELEASED] if config.release_counts else []), *([PERSONAL_RELEASED] if personal else [])]
+    found = [COUNTS_RELEASED] if config.release_counts else []
+    if config.validation_share:
+        found.append(VALIDATION_RELEASED)
+    if personal:
+        found.append(
+            f"accuracy of clients' own models on shares of the {measured_on(config)} that follow their label counts: "
+            "exact, not covered by epsilon, and a figure of simulations alone"
+        )
+    if config.loggers and config.privacy_unit == "client" and config.client_sampling == "poisson":
+        found.append(COHORTS_LOGGED)
+    return found
 
 
-def warn_about_delta(experiment: Experiment) -> None:
-    """Log where delta is above one of those whom epsilon is about."""
+def delta_warning(experiment: Experiment) -> str:
+    """Why delta is too large for those whom epsilon is about; empty if it is not."""
     config = experiment.config
+    if not config.private:
+        return ""
+    by_client = config.privacy_unit == "client"
     smallest = min(len(indices) for indices in experiment.partitions)
-    if config.private and config.privacy_unit == "client":
-        if config.delta > 1 / config.num_clients:
-            log.warning(
-                "delta=%g is above 1/%d, one of the clients, whom epsilon is about; set it below",
-                config.delta,
-                config.num_clients,
-            )
-    elif config.private and config.delta > 1 / smallest:
-        log.warning(
-            "delta=%g is above 1/%d: the smallest client has %d examples, and a guarantee is usually asked to fail "
-            "for less than one of them; set delta below %.1e",
-            config.delta,
-            smallest,
-            smallest,
-            1 / smallest,
-        )
+    return large_delta(config.delta, config.privacy_unit, config.num_clients if by_client else smallest)
 
 
-def warn_about_unused(experiment: Experiment) -> None:
-    """Log how many training examples the partition gives to nobody, if any."""
-    if unused := experiment.unused_examples:
-        log.warning(
-            "%d of %d training examples are in no part of partition=%s: nobody trains on them",
-            unused,
-            len(experiment.dataset.train),
-            experiment.config.partition,
-        )
+def unused_warning(experiment: Experiment) -> str:
+    """How many training examples the partition gives to nobody; empty if it gives all."""
+    if not (unused := experiment.unused_examples):
+        return ""
+    total, partition = len(experiment.dataset.train), experiment.config.partition
+    return f"{unused} of {total} training examples are in no part of partition={partition}: nobody trains on them"

@@ -12,12 +12,13 @@ import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, predict, quality_of
+from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, measured_on, predict, quality_of
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import personal, records
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.flower.promise import also_released, declared_public, threat_model
+from fed_dpsat.flower.outsider import epsilon_of_outsider
+from fed_dpsat.flower.promise import also_released, declared_public, delta_warning, threat_model
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.throughput import Throughput
@@ -25,10 +26,8 @@ from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.loggers import Loggers
 from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.params import Params
-from fed_dpsat.privacy import LedgerError
 from fed_dpsat.privacy.event import UNITS
 from fed_dpsat.privacy.ledger import Head
-from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
 from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
 
 log = getLogger("fed_dpsat")
@@ -62,6 +61,7 @@ class Recorder:
         self.rounds_completed = 0
         self.ended_early: str | None = None
         self.cannot_resume = ""
+        self.redone = False
         self.throughput = Throughput(experiment, strategy)
 
     def epsilon(self) -> float:
@@ -86,6 +86,7 @@ class Recorder:
                 **(self.personal if due else {}),
                 "epsilon": self.epsilon(),
                 "asked": report.asked,
+                **({} if report.tossed is None else {"tossed": report.tossed}),
                 "accepted": len(report.accepted),
                 "dropped": report.dropped,
                 "unexpected": report.unexpected,
@@ -125,19 +126,17 @@ class Recorder:
                 "make now: put back the files of the data, or let the plug-in make the same each time, from the seed "
                 "that it is given"
             )
-        head = Head(*checkpoint.server["ledger_head"])
-        if not self.strategy.ledger.extends(head):
-            raise LedgerError(
-                f"{self.folder.ledger_path} does not hold the {head.charges} charges that were in it at round "
-                f"{checkpoint.round}: it is an older copy, or another run's; restore the right one"
-            )
+        self.strategy.ledger.check_extends(Head(*checkpoint.server["ledger_head"]), f"at round {checkpoint.round}")
+        same_noise = NOISE_SOURCES[self.experiment.config.noise_source].reproducible
+        begun = bool(self.strategy.ledger.attempts(checkpoint.round + 1))
+        self.redone = not same_noise and (begun or checkpoint.server.get("redone", True))
         self.rounds_completed = checkpoint.round
         self._before = checkpoint.params
         self.folder.cut_off(checkpoint.round)
         self.strategy.load_state_dict(
             checkpoint.server["strategy"],
             next_round=checkpoint.round + 1,
-            same_noise=NOISE_SOURCES[self.experiment.config.noise_source].reproducible,
+            same_noise=same_noise,
         )
         return records.to_arrays(checkpoint.params)
 
@@ -172,15 +171,14 @@ class Recorder:
         return {"update_norm": math.sqrt(squared), "noise_norm": noise}
 
     def quality(self) -> Summary | None:
-        """Of the model that was evaluated last, on the public test split, for ``quality.json``."""
+        """Of the model that was evaluated last, for ``quality.json``."""
         if self.predictions is None:
             return None
-        dataset, held_out = self.experiment.dataset, self.experiment.config.validation_share
-        split = "validation examples held out of the training split" if held_out else "public test split"
+        dataset = self.experiment.dataset
         round, predictions = self.predictions
         return {
             "round": round,
-            "measured_on": f"{split} of {dataset.name}",
+            "measured_on": f"{measured_on(self.experiment.config)} of {dataset.name}",
             "class_names": dataset.class_names,
             **dataclasses.asdict(quality_of(predictions, dataset.num_classes)),
         }
@@ -190,6 +188,7 @@ class Recorder:
             "ledger_head": tuple(self.strategy.ledger.head),
             "start_sha256": self.experiment.start.sha256,
             "fingerprint": self.experiment.fingerprint,
+            "redone": self.redone,
         }
         try:
             server["strategy"] = self.strategy.state_dict()
@@ -200,21 +199,6 @@ class Recorder:
         self.folder.save_checkpoint(
             Checkpoint(round=round, params=params, server=server, cannot_resume=self.cannot_resume)
         )
-
-    def _released(self) -> Summary:
-        """Epsilon against someone who sees the released models alone, where each client has a coin of its own.
-
-        Not given where clients carry state from round to round: a later update would tell of an earlier coin.
-        """
-        config, rounds = self.experiment.config, self.rounds_completed
-        unlike = config.client_sampling != "poisson" or config.privacy_unit != "example"
-        if unlike or not rounds or self.experiment.carried_state():
-            return {}
-        events = {plan.event for plan in self.strategy.plans}
-        epsilons = [
-            epsilon_released(event, rounds, config.client_rate, config.delta, config.accountant) for event in events
-        ]
-        return {"epsilon_released": max(epsilons), "epsilon_released_assumptions": ASSUMPTIONS}
 
     def end_early(self, reason: str) -> None:
         """The run is over before its last round: say why."""
@@ -237,6 +221,7 @@ class Recorder:
             "evaluated_on": "validation" if config.validation_share else "test",
             "epsilon": self.epsilon(),
             "delta": config.delta,
+            **({"delta_warning": warning} if (warning := delta_warning(self.experiment)) else {}),
             "accountant": config.accountant,
             "noise_multiplier": min(plan.event.noise_multiplier for plan in self.strategy.plans),
             "clip_norm": self.experiment.clipping.clip_norm,
@@ -262,7 +247,9 @@ class Recorder:
             "retired": self.strategy.retired,
             "ledger_head": self.strategy.ledger.head._asdict(),
             "privacy_unit": UNITS[config.privacy_unit],
-            **self._released(),
+            **epsilon_of_outsider(
+                self.experiment, self.strategy, self.folder.rounds(), status=status, redone=self.redone
+            ),
             "threat_model": threat_model(config),
             "declared_public": declared_public(config),
             "also_released": also_released(config, personal=self.grid is not None),

@@ -25,7 +25,8 @@ Verdicts = Mapping[int, Mapping[str, float] | Failure]
 
 @dataclass(kw_only=True)
 class RoundReport:
-    """Who was asked, who was dropped and why, who retired with which epsilon.
+    """Who was asked, who was dropped and why, who retired with which epsilon; how many ``tossed`` a
+    coin for it, if the inner strategy asked all whom coins drew.
 
     ``arrived`` is of asynchronous rounds: whose update moved the model, and how many rounds ago it had set out.
     ``failed_rounds`` are those in a row, until this one, in which all who were asked failed.
@@ -34,6 +35,7 @@ class RoundReport:
     round: int
     failed_rounds: int = 0
     asked: list[int] = field(default_factory=list)
+    tossed: int | None = None
     accepted: list[int] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)

@@ -21,7 +21,8 @@ from fed_dpsat.secure_noise import system_generator
 class Roster:
     """Clients by their ``plans`` and the ``ledger``, both public: eligibility never depends on data.
 
-    With ``secret_coins`` nobody who knows the seed knows who is drawn by coins.
+    With ``secret_coins`` nobody who knows the seed knows who is drawn by coins. ``tossed`` is how many had one for the
+    last cohort; None where cohorts have a fixed size.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Roster:
         self.client_sampling, self.min_clients = client_sampling, min_clients
         self.max_rounds_per_client = max_rounds_per_client
         self.retired: dict[int, int] = {}
+        self.tossed: int | None = None
         self._first_rounds = np.array([plan.first_round for plan in plans], dtype=np.int64)
         self._there = np.zeros(len(plans), dtype=bool)
         self._active = np.ones(len(plans), dtype=bool)
@@ -68,6 +70,7 @@ class Roster:
         """Those of the eligible that are drawn for ``round``, ascending; and the retiring, as ``eligible`` has both."""
         eligible, retiring = self.eligible(round)
         if self.client_sampling == "poisson":
+            self.tossed = len(eligible)
             coins = system_generator() if self.secret_coins else None
             return toss_cohort(self.seed, round, eligible, self.cohort_size / len(self.plans), coins), retiring
         return draw_cohort(self.seed, round, eligible, self.cohort_size), retiring

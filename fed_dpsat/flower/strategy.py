@@ -50,7 +50,7 @@ class PrivateStrategy(Strategy):
     both depend on the ledger alone, never on data. Charges are durable before a message is sent and stay, whatever
     becomes of the reply. With a ``release`` the unit is one client: replies are bounded, added up and noised here, also
     where there are none, and the inner strategy sees what comes of it. How rounds go is left to their ``kind``: with a
-    ``secure_threshold`` or a ``buffer`` one of these, else ordinary ones.
+    ``secure_threshold`` or a ``buffer`` one of these, else ordinary ones. ``secret_coins`` draw whom no seed tells.
 
     Raises ``FederationOver`` when fewer than ``min_clients`` are left, ``FederationError`` when all asked fail.
     """
@@ -76,6 +76,7 @@ class PrivateStrategy(Strategy):
         phases: Phases | None = None,
         within: Within = lambda round: None,
         fingerprint: str = "",
+        secret_coins: bool = False,
     ) -> None:
         self.inner = inner
         self.ledger = ledger
@@ -101,7 +102,7 @@ class PrivateStrategy(Strategy):
             seed=seed,
             client_sampling=client_sampling,
             min_clients=min_clients,
-            secret_coins=release is not None and release.noise_source == "system",
+            secret_coins=secret_coins,
         )
         self._attempts: dict[int, int] = {}
         self._directory = Directory(len(plans), join_timeout, fingerprint)
@@ -171,6 +172,7 @@ class PrivateStrategy(Strategy):
         self.report.retired = {c: epsilon(spent, self.delta, self.accountant) for c, spent in retiring.items()}
         messages = self._addressed(cohort, server_round, arrays, config, grid)
         self.report.asked = list(messages)
+        self.report.tossed = self.roster.tossed if len(messages) == len(cohort) else None
         tasks = self._charge(list(messages), server_round)
         within = self._within(server_round)
         self._add_records(messages, tasks, within)

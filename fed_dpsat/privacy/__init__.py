@@ -4,7 +4,7 @@ Unit: what an event's kind says, one example or one whole client, add-or-remove 
 nor Ray.
 """
 
-from fed_dpsat.privacy.accountant import epsilon, epsilons
+from fed_dpsat.privacy.accountant import epsilon, epsilons, large_delta
 from fed_dpsat.privacy.calibration import EpsilonRow, epsilon_table, noise_multiplier_for
 from fed_dpsat.privacy.chain import LedgerError
 from fed_dpsat.privacy.event import PrivacyError, PrivacyEvent, merge
@@ -19,6 +19,7 @@ __all__ = [
     "epsilon",
     "epsilon_table",
     "epsilons",
+    "large_delta",
     "merge",
     "noise_multiplier_for",
 ]

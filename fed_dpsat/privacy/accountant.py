@@ -50,6 +50,20 @@ def epsilons(histories: Iterable[Iterable[PrivacyEvent]], delta: float, accounta
     return found
 
 
+def large_delta(delta: float, unit: str, size: int) -> str:
+    """Why ``delta`` is too large for the smallest client's ``size`` examples, or ``size`` clients; empty if it is not.
+
+    With a chance of 1 / n for each, publishing one of n in full would pass (Dwork and Roth 2014, section 2.3).
+    """
+    if delta < 1 / size:
+        return ""
+    whom = "the clients" if unit == "client" else "the examples of the smallest client"
+    return (
+        f"delta={delta:g} is not below 1/{size}, one of {whom}: a guarantee that may fail so often allows to publish "
+        "one of them; set delta far below that"
+    )
+
+
 def federation_epsilon(histories: Iterable[History], delta: float, accountant: str = "pld") -> float:
     """Maximum of epsilon over clients with disjoint data, given their merged histories; 0 for no client.
 

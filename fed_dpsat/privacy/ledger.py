@@ -210,6 +210,14 @@ class PrivacyLedger:
             found = self._file.execute(query, (head.charges,)).fetchone()
         return (found[0] if found else chain.GENESIS if head.charges == 0 else b"").hex() == head.sha256
 
+    def check_extends(self, head: Head, when: str) -> None:
+        """``LedgerError`` unless ``extends(head)``; ``when`` says at which point of the run it was noted."""
+        if not self.extends(head):
+            raise LedgerError(
+                f"{self.path} does not hold the {head.charges} charges that were in it {when}: it is an older copy, or "
+                "another run's; restore the right one"
+            )
+
     def verify(self) -> None:
         """Read the whole file; ``LedgerError`` where a row, table or trigger is not as it was written."""
         with storage.explained(self.path, "verify"), storage.snapshot(self._file):

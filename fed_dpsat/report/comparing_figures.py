@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fed_dpsat import evaluation
 from fed_dpsat.report.canvas import HEIGHT, Drawing, draw
 from fed_dpsat.report.comparing import Comparison, Group
 from fed_dpsat.report.numbers import Estimate, estimate, plain, rounded
@@ -121,7 +122,7 @@ def measured_on(found: Comparison) -> str:
     splits = {
         f"the {run.quality['measured_on']} ({run.quality['num_examples']:,} examples)"
         if run.quality
-        else "public test data"
+        else f"the {evaluation.measured_on(run.config)}"
         for group in found.groups
         for run in group.runs
     }

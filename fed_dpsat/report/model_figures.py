@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fed_dpsat.evaluation import ClassAccuracy, client_accuracies, gini, worst_decile
+from fed_dpsat.evaluation import ClassAccuracy, client_accuracies, gini, measured_on, worst_decile
 from fed_dpsat.report.canvas import HEIGHT, Drawing, Table, draw, thinned
 from fed_dpsat.report.numbers import percent, plain, wilson
 from fed_dpsat.report.palette import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, VERMILLION
@@ -129,9 +129,9 @@ def client_accuracy(run: Run, folder: Path) -> Drawing | None:
         "client-accuracy",
         paint,
         title="Accuracy by client",
-        caption=f"Each client's accuracy: that of the classes on public test data, weighted by the client's own label "
-        f"counts. n = {len(known):,} clients; mean {percent(float(known.mean()))}, worst tenth {percent(worst)}, Gini "
-        f"{plain(inequality, 2)} (0 is equal); {guarantee(run)}. {ONLY_HERE}",
+        caption=f"Each client's accuracy: that of the classes on the {measured_on(run.config)}, weighted by the "
+        f"client's own label counts. n = {len(known):,} clients; mean {percent(float(known.mean()))}, worst tenth "
+        f"{percent(worst)}, Gini {plain(inequality, 2)} (0 is equal); {guarantee(run)}. {ONLY_HERE}",
         alt=f"Histogram: accuracy of {len(known)} clients, {percent(float(known[0]))} to {percent(float(known[-1]))}.",
         folder=folder,
         table=Table(

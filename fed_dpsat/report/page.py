@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.errors import InputError
+from fed_dpsat.evaluation import measured_on
 from fed_dpsat.report import canvas, model_figures, palette, training_figures, words
 from fed_dpsat.report.canvas import Drawing
 from fed_dpsat.report.numbers import duration, percent, plain, wilson
@@ -91,7 +92,7 @@ def _drawings(run: Run, spending: Spending | None, section: str, folder: Path) -
 def _cards(run: Run) -> list[tuple[str, str, str]]:
     """``(label, figure, what it rests on)``."""
     n, accuracy = run.num_test, run.accuracy
-    rests = "public test split"
+    rests = measured_on(run.config)
     if n and accuracy is not None:
         low, high = wilson(accuracy, n)
         of = "validation" if run.config.validation_share else "public test"
@@ -100,7 +101,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     seconds = sum(line["seconds"] for line in run.timing)
     delta = f"at delta = {run.config.delta:g}, {run.config.accountant.upper()}" if run.config.private else "no noise"
     return [
-        ("test accuracy", percent(accuracy, n), rests),
+        (f"{'validation' if run.config.validation_share else 'test'} accuracy", percent(accuracy, n), rests),
         ("epsilon", plain(run.epsilon), delta),
         ("calibration error", plain(quality.get("ece")), f"ECE; MCE {plain(quality.get('mce'))}"),
         ("Brier score", plain(quality.get("brier")), f"NLL {plain(quality.get('nll'))} nats"),

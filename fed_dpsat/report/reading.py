@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.config import RunConfig
-from fed_dpsat.errors import InputError
-from fed_dpsat.privacy import LedgerError, PrivacyLedger
+from fed_dpsat.errors import InputError, RunError
+from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.statement import trusted_ledger
 
 Line = dict[str, Any]
 UNFINISHED = "unfinished"
@@ -123,14 +124,14 @@ def read_run(path: Path) -> Run:
 
 
 def _epsilon(path: Path, config: RunConfig, summary: Line | None) -> float:
-    if summary and "epsilon" in summary:
-        return float(summary["epsilon"])
-    if not (path / "ledger.sqlite").exists():
-        return math.nan
+    """Of the summary, but for a run that may have gone on since it was written: its ledger knows."""
+    folder, written = RunFolder(path, resume=True), float((summary or {}).get("epsilon", math.nan))
+    if (summary or {}).get("status") == "completed" or not folder.ledger_path.exists():
+        return written
     try:
-        with PrivacyLedger(path / "ledger.sqlite", readonly=True) as ledger:
+        with trusted_ledger(folder) as ledger:
             return ledger.epsilon(config.delta, config.accountant)
-    except LedgerError as error:
+    except RunError as error:
         raise InputError(str(error)) from None
 
 

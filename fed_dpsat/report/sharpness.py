@@ -40,7 +40,8 @@ def measure_run(
     if checkpoint is None:
         raise RunError(f"{run} has no checkpoint; resume it to the end of a round")
     config = folder.config()
-    experiment = Experiment.build(dataclasses.replace(config, device="cpu", gpus_per_worker=0.0))
+    public = dataclasses.replace(config, device="cpu", gpus_per_worker=0.0, validation_share=0.0)
+    experiment = Experiment.build(public)
     test = experiment.dataset.test
     if not 0 <= examples <= len(test):
         raise SettingError("examples", examples, f"in [0, {len(test)}]", "0 takes the whole test split")

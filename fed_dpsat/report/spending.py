@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fed_dpsat.errors import InputError
+from fed_dpsat.errors import InputError, RunError
 from fed_dpsat.plans import read_table
-from fed_dpsat.privacy import LedgerError, PrivacyLedger
 from fed_dpsat.privacy.accountant import epsilons
 from fed_dpsat.report.numbers import spread_out
 from fed_dpsat.report.reading import Run
+from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.statement import trusted_ledger
 
 MAX_ROUNDS = 40
 """Rounds at which epsilon is computed: a curve needs no more."""
@@ -29,12 +30,11 @@ class Spending:
 
 def read_spending(run: Run) -> Spending | None:
     """None where there is no ledger, or nothing in it; raises ``InputError`` for one that cannot be trusted."""
-    config, path = run.config, run.path / "ledger.sqlite"
-    if not path.exists():
+    config, folder = run.config, RunFolder(run.path, resume=True)
+    if not folder.ledger_path.exists():
         return None
     try:
-        with PrivacyLedger(path, readonly=True) as ledger:
-            ledger.verify()
+        with trusted_ledger(folder) as ledger:
             last = max((line["round"] for line in run.rounds), default=0)
             if not ledger.head.charges:
                 return None
@@ -43,7 +43,7 @@ def read_spending(run: Run) -> Spending | None:
             for row, round in enumerate(rounds, 1):
                 histories = ledger.histories(before=round + 1)
                 spent[row, list(histories)] = epsilons(histories.values(), config.delta, config.accountant)
-    except LedgerError as error:
+    except RunError as error:
         raise InputError(str(error)) from None
     return Spending(rounds=np.array([0, *rounds]), epsilon=spent, budgets=read_budgets(run))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fed_dpsat.evaluation import measured_on
 from fed_dpsat.report.canvas import Drawing, Table, draw, thinned
 from fed_dpsat.report.numbers import duration, percent, plain, size
 from fed_dpsat.report.palette import BLUE, GREEN, INK, VERMILLION, Colour, looks
@@ -280,7 +281,7 @@ def test_split(run: Run) -> str:
     """What quality was measured on."""
     if run.quality:
         return f"the {run.quality['measured_on']}, {run.quality['num_examples']:,} examples"
-    return "the public test split"
+    return f"the {measured_on(run.config)}"
 
 
 def _clients(n: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.report.numbers import plain
@@ -49,13 +51,9 @@ def statement(run: Run) -> list[tuple[str, str]]:
         ("Not counted", NOT_COUNTED),
     ]
     if "epsilon_released" in summary:
-        found.insert(
-            1,
-            (
-                "To those who see models alone",
-                f"epsilon {plain(summary['epsilon_released'], 4)}; {summary['epsilon_released_assumptions']}.",
-            ),
-        )
+        found.insert(1, ("To those who see models alone", _to_outsiders(summary)))
+    if warning := summary.get("delta_warning"):
+        found.insert(1, ("Delta", f"{warning}."))
     if retired := summary.get("retired"):
         found.append(("Retired", f"{len(retired)} clients had spent their budget and were no longer asked."))
     if run.objects:
@@ -102,6 +100,12 @@ def all_settings(config: RunConfig) -> list[tuple[str, str, str]]:
     import dataclasses
 
     return [(f.name, str(getattr(config, f.name)), f.metadata["doc"]) for f in dataclasses.fields(config)]
+
+
+def _to_outsiders(summary: Mapping[str, Any]) -> str:
+    if "epsilon_released_missing" in summary:
+        return f"epsilon is not known: {summary['epsilon_released_missing']}."
+    return f"epsilon {plain(summary['epsilon_released'], 4)}; {summary['epsilon_released_assumptions']}."
 
 
 def _noise(run: Run) -> str:

@@ -21,13 +21,15 @@ def result_table(result: Mapping[str, Any]) -> Table:
         table.add_row(
             "personal models",
             f"{result['personal_accuracy']:.2%} mean of {result['personal_clients']} clients on their shares of the "
-            f"test split, worst decile {result['personal_worst_decile']:.2%}",
+            f"{split} split, worst decile {result['personal_worst_decile']:.2%}",
         )
     table.add_row(f"{split} loss", f"{result['test_loss']:.4f} nats")
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])
-    if "epsilon_released" in result:
+    if "epsilon_released_missing" in result:
+        table.add_row("of models alone", f"not known: {result['epsilon_released_missing']}")
+    elif "epsilon_released" in result:
         table.add_row("of models alone", f"{result['epsilon_released']:.3f}; {result['epsilon_released_assumptions']}")
     table.add_row(
         "noise",

@@ -57,6 +57,21 @@ def test_a_ledger_that_was_edited_is_told(device, task):
     assert "its own log says why" in device.ask(task(round=2)).error.reason  # and it answers no more
 
 
+def test_an_older_copy_of_the_ledger_is_told_and_answers_no_more(device, task):
+    device.ask()
+    older = ledger_path(device.folder).read_bytes()
+    device.ask(task(round=2))
+    newer = ledger_path(device.folder).read_bytes()
+    ledger_path(device.folder).write_bytes(older)
+    code, text = call("status", device.policy_path)
+    assert code == 1
+    assert "does not hold the charge of answer 2" in text
+    assert "its own log says why" in device.ask(task(round=3)).error.reason
+    ledger_path(device.folder).write_bytes(newer)
+    assert call("status", device.policy_path)[0] == 0
+    assert not device.ask(task(round=3)).has_error()
+
+
 def test_status_while_a_writer_holds_the_ledger(device):
     from fed_dpsat.privacy import PrivacyLedger
 
@@ -71,6 +86,9 @@ def test_init_counts_the_examples_and_begins_once(device):
     code, text = call("init", device.policy_path)
     assert code == 0
     assert "device 2: 20 examples, ledger begun" in text
+    assert "largest_delta" not in text
+    device.write(folder='"third"', largest_delta=0.05)
+    assert "largest_delta: delta=0.05 is not below 1/20" in call("init", device.policy_path)[1]
     code, text = call("init", device.policy_path)
     assert code == 2
     assert "a device is made once" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import integrate, optimize, special, stats
 
 from fed_dpsat.privacy import PrivacyError, PrivacyEvent, epsilon, pld
 from fed_dpsat.privacy import released as module
-from fed_dpsat.privacy.released import ASSUMPTIONS, epsilon_released
+from fed_dpsat.privacy.released import ASSUMPTIONS, Cohort, epsilon_of_models, epsilon_released
 
 FULL_BATCH = PrivacyEvent(noise_multiplier=5.0, sample_rate=1.0, steps=20)
 SAMPLED = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=5)
@@ -29,7 +30,7 @@ def shortcut(event, rounds, client_rate, delta, accountant="pld"):
     ("accountant", "exact", "wrong", "server"), [("pld", 5.74, 3.92, 77.3), ("rdp", 6.43, 4.24, 81.1)]
 )
 def test_the_reviewers_numbers_and_the_shortcut_that_misses_them(accountant, exact, wrong, server):
-    ours = epsilon_released(FULL_BATCH, 100, 0.1, 1e-5, accountant)
+    ours = epsilon_released(FULL_BATCH, {0.1: 100}, 1e-5, accountant)
     assert ours == pytest.approx(exact, abs=0.006)
     short = shortcut(FULL_BATCH, 100, 0.1, 1e-5, accountant)
     assert short == pytest.approx(wrong, abs=0.006)
@@ -54,7 +55,7 @@ def test_one_round_against_integrated_densities(sigma, rate, delta):
         return max(divergence(mixture, gone, eps), divergence(gone, mixture, eps)) - delta
 
     truth = optimize.brentq(excess, 0.0, 30.0, xtol=1e-7)
-    ours = epsilon_released(PrivacyEvent(noise_multiplier=sigma, sample_rate=1.0, steps=1), 1, rate, delta)
+    ours = epsilon_released(PrivacyEvent(noise_multiplier=sigma, sample_rate=1.0, steps=1), {rate: 1}, delta)
     assert truth * (1 - 1e-4) <= ours <= truth * 1.003 + 1e-4
 
 
@@ -85,7 +86,7 @@ def epsilon_of_two_steps(sigma, rate, client_rate, delta):
 def test_two_sampled_steps_against_their_densities_on_the_plane(sigma, rate, client_rate, delta):
     event = PrivacyEvent(noise_multiplier=sigma, sample_rate=rate, steps=2)
     truth = epsilon_of_two_steps(sigma, rate, client_rate, delta)
-    assert truth * (1 - 1e-5) <= epsilon_released(event, 1, client_rate, delta) <= truth * (1 + 1e-3)
+    assert truth * (1 - 1e-5) <= epsilon_released(event, {client_rate: 1}, delta) <= truth * (1 + 1e-3)
     assert shortcut(event, 1, client_rate, delta) < 0.9 * truth
 
 
@@ -126,7 +127,7 @@ def test_a_round_of_full_batches_is_one_gaussian_behind_the_coin(sigma, steps, c
     event = PrivacyEvent(noise_multiplier=sigma, sample_rate=1.0, steps=steps)
     one = PrivacyEvent(noise_multiplier=sigma / math.sqrt(steps), sample_rate=client_rate, steps=rounds)
     direct = epsilon([one], delta)
-    ours = epsilon_released(event, rounds, client_rate, delta)
+    ours = epsilon_released(event, {client_rate: rounds}, delta)
     assert direct * (1 - 1e-3) <= ours <= direct * (1 + 1e-3)
 
 
@@ -134,23 +135,142 @@ def test_a_round_of_full_batches_is_one_gaussian_behind_the_coin(sigma, steps, c
 def test_one_unsampled_step_per_round_is_poisson_sampling(rounds):
     step = PrivacyEvent(noise_multiplier=1.2, sample_rate=1.0, steps=1)
     direct = epsilon([PrivacyEvent(noise_multiplier=1.2, sample_rate=0.2, steps=rounds)], 1e-5)
-    assert epsilon_released(step, rounds, 0.2, 1e-5) == pytest.approx(direct, rel=2e-3)
+    assert epsilon_released(step, {0.2: rounds}, 1e-5) == pytest.approx(direct, rel=2e-3)
 
 
 def test_one_sampled_step_per_round_is_sampling_at_the_product_of_rates():
     step = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1)
     direct = epsilon([PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=50)], 1e-5)
-    assert epsilon_released(step, 50, 0.2, 1e-5) == pytest.approx(direct, rel=2e-3)
+    assert epsilon_released(step, {0.2: 50}, 1e-5) == pytest.approx(direct, rel=2e-3)
+
+
+COIN_CASES = [(2, 0.25, 1.0, 1e-4), (4, 0.25, 2.0, 1e-4), (3, 0.4, 0.8, 1e-5), (1, 0.3, 1.0, 1e-4)]
+"""Clients, coin, noise, delta."""
+
+
+def worlds(clients, coin, rounds):
+    """Every way that coins of all clients fall in all rounds, with its probability: the cohort of each round."""
+    subsets = [s for size in range(clients + 1) for s in itertools.combinations(range(clients), size)]
+    chance = {s: coin ** len(s) * (1 - coin) ** (clients - len(s)) for s in subsets}
+    for cohorts in itertools.product(subsets, repeat=rounds):
+        yield cohorts, math.prod(chance[s] for s in cohorts)
+
+
+def epsilon_of_two_rounds(clients, coin, sigma, delta, tells):
+    """Oracle: client 0 moves the model by 1 if its example is there; the model is seen, and what ``tells`` of a cohort.
+
+    Both rounds moved it. Both directions of the hockey stick, on the plane of the two releases, given what was told:
+    the worst of it. Coins and cohorts are listed one by one; no formula of a chance is used.
+    """
+    x, cell = np.linspace(-9 * sigma, 1 + 9 * sigma, 301, retstep=True)
+    moved = {took_part: stats.norm(took_part, sigma).pdf(x) for took_part in (0, 1)}
+    told = {}
+    for cohorts, probability in worlds(clients, coin, 2):
+        if not all(cohorts) or tells(cohorts) is None:
+            continue
+        there, gone, mass = told.get(tells(cohorts), (0.0, 0.0, 0.0))
+        first, second = (moved[int(0 in cohort)] for cohort in cohorts)
+        told[tells(cohorts)] = (
+            there + probability * np.outer(first, second),
+            gone + probability * np.outer(moved[0], moved[0]),
+            mass + probability,
+        )
+
+    def epsilon_given(there, gone, mass):
+        def excess(eps):
+            pairs = (there, gone), (gone, there)
+            given = max(np.maximum(one - math.exp(eps) * other, 0).sum() for one, other in pairs) * cell**2 / mass
+            return given - delta
+
+        return optimize.brentq(excess, 0.0, 40.0, xtol=1e-7)
+
+    return {what: epsilon_given(*seen) for what, seen in told.items()}
+
+
+@pytest.mark.parametrize(("clients", "coin", "sigma", "delta"), COIN_CASES)
+def test_an_observer_who_sees_that_rounds_were_not_empty_against_all_coins_listed(clients, coin, sigma, delta):
+    truth = epsilon_of_two_rounds(clients, coin, sigma, delta, tells=lambda cohorts: "not empty")["not empty"]
+    event = PrivacyEvent(noise_multiplier=sigma, sample_rate=1.0, steps=1)
+    chance = module._given_somebody(coin, clients)
+    assert chance == pytest.approx(coin / (1 - (1 - coin) ** clients))
+    ours = epsilon_released(event, {chance: 2}, delta)
+    assert truth * (1 - 1e-4) <= ours <= truth * (1 + 2e-3) + 1e-4
+    assert epsilon_released(event, {coin: 2}, delta) < 0.95 * truth  # the wrong version: the coin's own chance
+    assert epsilon_of_models(event, [Cohort(1, clients)] * 2, coin, delta) >= ours  # whatever the sizes were
+
+
+def sizes_of(cohorts):
+    first, second = map(len, cohorts)
+    return (first, second) if first <= second else None  # the other order costs the same
+
+
+@pytest.mark.parametrize(("clients", "coin", "sigma", "delta"), COIN_CASES[:-1])
+def test_an_observer_who_counts_cohorts_against_all_coins_listed(clients, coin, sigma, delta):
+    event = PrivacyEvent(noise_multiplier=sigma, sample_rate=1.0, steps=1)
+    by_sizes = epsilon_of_two_rounds(clients, coin, sigma, delta, tells=sizes_of)
+    for sizes, truth in by_sizes.items():
+        chances = {}
+        for size in sizes:
+            chances[size / clients] = chances.get(size / clients, 0) + 1
+        assert truth * (1 - 1e-4) <= epsilon_released(event, chances, delta) <= truth * (1 + 2e-3) + 1e-4
+        empty = Cohort(0, clients)
+        ours = epsilon_of_models(event, [*(Cohort(size, clients) for size in sizes), empty], coin, delta)
+        assert ours >= truth * (1 - 1e-4)
+    chance = module._given_somebody(coin, clients)  # the wrong version: one that does not grow with what is told
+    assert epsilon_released(event, {chance: 2}, delta) < 0.9 * by_sizes[clients, clients]
+
+
+def test_four_clients_by_hand():
+    """12 rounds at sigma 2, 10 of them not empty: 1.81 was claimed, as if an empty round could not be told."""
+    event = PrivacyEvent(noise_multiplier=2.0, sample_rate=1.0, steps=1)
+    assert epsilon_released(event, {0.25: 12}, 1e-4) == pytest.approx(1.81, abs=0.005)
+    right = epsilon_released(event, {0.25 / (1 - 0.75**4): 10}, 1e-4)
+    assert right == pytest.approx(2.45, abs=0.005)
+    ones = [*[Cohort(1, 4)] * 10, *[Cohort(0, 4)] * 2]
+    assert epsilon_of_models(event, ones, 0.25, 1e-4) == right
+    as_expected = [*[Cohort(1, 4)] * 6, *[Cohort(2, 4)] * 3, Cohort(3, 4), *[Cohort(0, 4)] * 2]
+    assert epsilon_of_models(event, as_expected, 0.25, 1e-4) == pytest.approx(2.68, abs=0.005)
+    everybody = [Cohort(4, 4)] * 10
+    assert epsilon_of_models(event, everybody, 0.25, 1e-4) == epsilon([event] * 10, 1e-4)
+    assert epsilon_of_models(event, [Cohort(0, 4)] * 12, 0.25, 1e-4) == 0
+    with pytest.raises(PrivacyError, match="coin=0 is not in"):
+        epsilon_of_models(event, ones, 0, 1e-4)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_rounds_of_several_chances_lie_between_those_of_the_least_and_of_the_most(accountant):
+    def of(chances, event=SAMPLED):
+        return epsilon_released(event, chances, 1e-5, accountant)
+
+    assert of({0.1: 10}) < of({0.1: 5, 0.3: 5}) < of({0.1: 2, 0.3: 8}) < of({0.3: 10})
+    assert of({0.3: 10}) < of({0.3: 5, 1.0: 5}) < of({1.0: 10})
+    assert of({0.3: 5, 1.0: 5}) > of({1.0: 5})
+    full = PrivacyEvent(noise_multiplier=1.5, sample_rate=1.0, steps=1)
+    steps = [PrivacyEvent(noise_multiplier=1.5, sample_rate=rate, steps=4) for rate in (0.2, 1.0)]
+    assert of({0.2: 4, 1.0: 4}, full) == pytest.approx(epsilon(steps, 1e-5, accountant), rel=2e-3)
+
+
+def test_many_chances_are_rounded_up_to_a_few(monkeypatch):
+    chances = {(10 + i) / 100: 1 + i % 3 for i in range(11)}
+    monkeypatch.setattr(module, "MOST_CHANCES", 4)
+    few = module._fewer(chances)
+    assert len(few) == 4
+    assert sum(few.values()) == sum(chances.values())
+    assert set(few) < set(chances)
+    ours = epsilon_released(SAMPLED, chances, 1e-5)
+    monkeypatch.setattr(module, "MOST_CHANCES", 11)
+    exact = epsilon_released(SAMPLED, chances, 1e-5)
+    assert exact < ours < 1.1 * exact
 
 
 def test_a_coin_that_always_falls_is_no_coin():
-    assert epsilon_released(SAMPLED, 10, 1.0, 1e-5) == epsilon([SAMPLED] * 10, 1e-5)
+    assert epsilon_released(SAMPLED, {1.0: 10}, 1e-5) == epsilon([SAMPLED] * 10, 1e-5)
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_never_above_the_server_and_monotone(accountant):
     def of(event=SAMPLED, rounds=20, rate=0.2):
-        return epsilon_released(event, rounds, rate, 1e-5, accountant)
+        return epsilon_released(event, {rate: rounds}, 1e-5, accountant)
 
     base, server = of(), epsilon([SAMPLED] * 20, 1e-5, accountant)
     assert base < server
@@ -164,7 +284,9 @@ def test_never_above_the_server_and_monotone(accountant):
 @pytest.mark.parametrize("rate", [0.05, 0.5])
 def test_rdp_is_not_below_pld(rate):
     for event in (FULL_BATCH, SAMPLED):
-        assert epsilon_released(event, 20, rate, 1e-5, "rdp") >= epsilon_released(event, 20, rate, 1e-5) * (1 - 1e-3)
+        assert epsilon_released(event, {rate: 20}, 1e-5, "rdp") >= epsilon_released(event, {rate: 20}, 1e-5) * (
+            1 - 1e-3
+        )
 
 
 @settings(max_examples=8)
@@ -181,7 +303,7 @@ def test_any_schedule_is_monotone_and_between_nothing_and_the_server(
 ):
     def of(noise=noise_multiplier, steps=steps, rounds=rounds, rate=client_rate, accountant="pld"):
         event = PrivacyEvent(noise_multiplier=noise, sample_rate=sample_rate, steps=steps)
-        return epsilon_released(event, rounds, rate, 1e-5, accountant)
+        return epsilon_released(event, {rate: rounds}, 1e-5, accountant)
 
     base, slack = of(), 1 - 1e-3
     whole = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
@@ -204,10 +326,10 @@ def test_any_schedule_is_monotone_and_between_nothing_and_the_server(
     ],
 )
 def test_the_grid_costs_no_more_than_declared(monkeypatch, event, client_rate, rounds):
-    ours = epsilon_released(event, rounds, client_rate, 1e-5)
+    ours = epsilon_released(event, {client_rate: rounds}, 1e-5)
     for owner in (module, pld):
         monkeypatch.setattr(owner, "POINTS_PER_DEVIATION", 4 * owner.POINTS_PER_DEVIATION)
-    finer = epsilon_released(event, rounds, client_rate, 1e-5)
+    finer = epsilon_released(event, {client_rate: rounds}, 1e-5)
     assert -1e-6 < ours / finer - 1 < 1e-3
 
 
@@ -223,7 +345,7 @@ def test_losses_rounded_down_would_claim_too_little(monkeypatch):
     truth = epsilon_of_two_steps(*TWO_STEPS[0])
     sigma, rate, client_rate, delta = TWO_STEPS[0]
     event = PrivacyEvent(noise_multiplier=sigma, sample_rate=rate, steps=2)
-    assert epsilon_released(event, 1, client_rate, delta) < truth * (1 - 1e-3)
+    assert epsilon_released(event, {client_rate: 1}, delta) < truth * (1 - 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -240,8 +362,8 @@ def test_a_round_is_a_pair_of_probabilities(noise, sample_rate, steps):
 
 
 def test_a_delta_that_arithmetic_cannot_resolve_gets_the_rdp_bound():
-    assert epsilon_released(FULL_BATCH, 100, 0.1, 1e-13) == epsilon_released(FULL_BATCH, 100, 0.1, 1e-13, "rdp")
-    assert epsilon_released(FULL_BATCH, 100, 0.1, 1e-20) == epsilon_released(FULL_BATCH, 100, 0.1, 1e-20, "rdp")
+    assert epsilon_released(FULL_BATCH, {0.1: 100}, 1e-13) == epsilon_released(FULL_BATCH, {0.1: 100}, 1e-13, "rdp")
+    assert epsilon_released(FULL_BATCH, {0.1: 100}, 1e-20) == epsilon_released(FULL_BATCH, {0.1: 100}, 1e-20, "rdp")
 
 
 def test_outcomes_that_only_one_side_has_by_hand():
@@ -258,7 +380,8 @@ def test_outcomes_that_only_one_side_has_by_hand():
         DensePLDPmf(1.0, -1, np.array([gone[0], 0.0, gone[1]]), gone[3], True),
     )
     mixed = rate * there + (1 - rate) * gone
-    behind_coin = module._mixed(one_round, rate)
+    pair = module._pair(one_round)
+    behind_coin = module._mixed(pair, rate, module._grid(pair, {rate: 1}))
     for pmf, one, other in (behind_coin._pmf_remove, mixed, gone), (behind_coin._pmf_add, gone, mixed):
         for eps in (0.0, 0.1, 0.3, 0.5, 1.0):
             exact = np.maximum(one - math.exp(eps) * other, 0).sum()
@@ -277,22 +400,22 @@ def test_mass_is_kept_under_both_measures():
 
 def test_one_direction_alone_would_claim_too_little(monkeypatch):
     """The wrong version: only example added."""
-    right = epsilon_released(FULL_BATCH, 100, 0.1, 1e-5)
+    right = epsilon_released(FULL_BATCH, {0.1: 100}, 1e-5)
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
     mixed = module._mixed
     monkeypatch.setattr(module, "_mixed", lambda *a: PrivacyLossDistribution(mixed(*a)._pmf_add))
-    assert epsilon_released(FULL_BATCH, 100, 0.1, 1e-5) < 0.9 * right
+    assert epsilon_released(FULL_BATCH, {0.1: 100}, 1e-5) < 0.9 * right
 
 
 def test_no_noise_is_no_protection():
-    assert epsilon_released(PrivacyEvent(noise_multiplier=0.0, sample_rate=0.5, steps=1), 3, 0.1, 1e-5) == math.inf
+    assert epsilon_released(PrivacyEvent(noise_multiplier=0.0, sample_rate=0.5, steps=1), {0.1: 3}, 1e-5) == math.inf
 
 
 @pytest.mark.parametrize(("rounds", "rate"), [(0, 0.5), (1, 0.0), (1, 1.1), (1, math.nan)])
 def test_what_makes_no_sense_is_refused(rounds, rate):
     with pytest.raises(PrivacyError):
-        epsilon_released(SAMPLED, rounds, rate, 1e-5)
+        epsilon_released(SAMPLED, {rate: rounds}, 1e-5)
 
 
 def test_the_assumptions_name_what_undoes_them():

@@ -12,9 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from fed_dpsat.cli import app
-from fed_dpsat.errors import InputError
+from fed_dpsat.config import RunConfig
+from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.report.page import write_report
+from fed_dpsat.report.reading import read_run
 from fed_dpsat.report.sharpness import measure_run
+from fed_dpsat.report.words import statement
+from fed_dpsat.simulation import simulate
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -115,6 +119,32 @@ def test_the_statement_says_what_is_promised_and_what_not(page):
         "did not release",
     ):  # fmt: skip
         assert words in text
+
+
+def test_the_statement_says_why_a_figure_is_missing_and_that_delta_is_large(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    missing = {"epsilon_released": None, "epsilon_released_missing": "clients were away"}
+    (folder / "summary.json").write_text(json.dumps({**summary, **missing, "delta_warning": "delta=1 is much"}))
+    said = dict(statement(read_run(folder)))
+    assert said["To those who see models alone"] == "epsilon is not known: clients were away."
+    assert said["Delta"] == "delta=1 is much."
+    known = {"epsilon_released": 1.25, "epsilon_released_assumptions": "assumes coins"}
+    (folder / "summary.json").write_text(json.dumps({**summary, **known}))
+    said = dict(statement(read_run(folder)))
+    assert said["To those who see models alone"] == "epsilon 1.250; assumes coins."
+    assert "Delta" not in said
+
+
+def test_of_a_run_on_validation_examples_no_page_says_public_and_sharpness_is_on_the_test_split(tmp_path):
+    config = RunConfig(num_clients=4, num_rounds=1, noise_multiplier=1.0, delta=1e-4, validation_share=0.5)
+    simulate(config, tmp_path / "run")
+    text = write_report(tmp_path / "run").read_text()
+    assert "held out of the training split" in text
+    assert "public test split" not in text
+    assert "validation_share holds out of the private training data" in text
+    with pytest.raises(SettingError, match=r"examples=400 is not in \[0, 360\]"):  # 718 are held out
+        measure_run(tmp_path / "run", examples=400)
 
 
 def test_figures_lie_beside_it_as_svg_and_png(page):

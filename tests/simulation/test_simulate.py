@@ -13,12 +13,13 @@ from torch import nn
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.digits import digits
-from fed_dpsat.errors import SettingError
+from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.optimizers import DPSGD
 from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
-from fed_dpsat.privacy.released import epsilon_released
-from fed_dpsat.simulation import simulate
+from fed_dpsat.privacy.released import Cohort, epsilon_of_models
+from fed_dpsat.report.reading import read_run
+from fed_dpsat.simulation import resume, simulate
 from fed_dpsat.statement import read_statement
 
 CONFIG = RunConfig(
@@ -133,8 +134,78 @@ def test_a_run_that_is_not_private_says_so(tmp_path):
 
 
 def test_a_delta_above_one_example_is_warned_about_with_the_number(tmp_path, caplog):
-    simulate(dataclasses.replace(CONFIG, delta=0.01, num_rounds=1), tmp_path / "run")
-    assert "delta=0.01 is above 1/287" in caplog.text
+    summary = simulate(dataclasses.replace(CONFIG, delta=1 / 287, num_rounds=1), tmp_path / "run")
+    assert caplog.text.count("delta=0.00348432 is not below 1/287, one of the examples of the smallest client") == 1
+    assert summary["delta_warning"] in caplog.text
+    assert read_statement(tmp_path / "run").delta_warning == summary["delta_warning"]
+    assert read_statement(tmp_path / "run", 1e-4).delta_warning == ""
+    assert "1/287" in read_statement(tmp_path / "run", 0.5).delta_warning
+    caplog.clear()
+    below = simulate(dataclasses.replace(CONFIG, delta=0.0034, num_rounds=1), tmp_path / "below")
+    assert "delta_warning" not in below
+    assert "delta" not in caplog.text
+
+
+def test_a_delta_above_one_client_is_warned_about(tmp_path, caplog):
+    config = dataclasses.replace(CONFIG, delta=0.2, num_rounds=1, privacy_unit="client")
+    summary = simulate(config, tmp_path / "run")
+    assert "delta=0.2 is not below 1/5, one of the clients" in summary["delta_warning"]
+    assert caplog.text.count("not below") == 1
+    assert read_statement(tmp_path / "run").delta_warning == summary["delta_warning"]
+
+
+def test_accuracies_on_private_examples_are_said_to_be_released(tmp_path, reference):
+    config = dataclasses.replace(CONFIG, validation_share=0.1, num_rounds=1)
+    summary = simulate(config, tmp_path / "run")
+    (released,) = summary["also_released"]
+    assert "validation_share" in released
+    assert "not covered by epsilon" in released
+    assert reference[1]["also_released"] == []
+    personal = dataclasses.replace(config, personal_layers="head", model="mlp")
+    released = simulate(personal, tmp_path / "personal")["also_released"]
+    assert len(released) == 2
+    assert "public" not in " ".join(released)
+
+
+def test_an_older_ledger_beside_a_newer_checkpoint_is_found(tmp_path):
+    folder, older = tmp_path / "run", []
+
+    def stop(record):
+        if record["round"] == 2:
+            older.append((folder / "ledger.sqlite").read_bytes())
+        if record["round"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(CONFIG, folder, on_round=stop)
+    newer = (folder / "ledger.sqlite").read_bytes()
+    assert read_statement(folder).charges == 6
+    (folder / "summary.json").unlink()  # as if it had been killed
+    (folder / "ledger.sqlite").write_bytes(older[0])
+    with pytest.raises(LedgerError, match="does not hold the 6 charges that were in it at round 3"):
+        read_statement(folder)
+    with pytest.raises(InputError, match="older copy"):
+        read_run(folder)
+    (folder / "ledger.sqlite").write_bytes(newer)
+    with PrivacyLedger(folder / "ledger.sqlite") as ledger:  # a round that is under way
+        ledger.charge(0, 4, 0, PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2))
+    assert read_statement(folder).charges == 7
+
+
+def test_a_run_that_went_on_after_its_summary_is_not_called_changed(tmp_path):
+    """Interrupted, resumed, killed: ``summary.json`` is of the interruption, and its epsilon is no longer right."""
+
+    def stop(record):
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(CONFIG, tmp_path / "run", on_round=stop)
+    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    resumed = resume(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_bytes(summary)
+    assert read_statement(tmp_path / "run").epsilon == resumed["epsilon"]
+    assert read_run(tmp_path / "run").epsilon == resumed["epsilon"] > json.loads(summary)["epsilon"]
 
 
 def test_a_run_does_not_overwrite_another(reference):
@@ -210,10 +281,11 @@ def test_the_epsilon_of_released_models_is_given_with_its_assumptions_where_clie
     summary = simulate(poisson, tmp_path / "run")
     assert "other examples" in summary["epsilon_released_assumptions"]
     event = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2)
-    assert summary["epsilon_released"] == epsilon_released(event, 4, 2 / 5, 1e-4)
+    cohorts = [Cohort(len(line["asked"]), 5) for line in rounds_of(tmp_path / "run")[1:]]
+    assert summary["epsilon_released"] == epsilon_of_models(event, cohorts, 2 / 5, 1e-4)
     assert "epsilon_released" not in reference[1]  # a cohort of fixed size is no set of coins
     carrying = simulate(dataclasses.replace(poisson, ascent_memory="client"), tmp_path / "carrying")
-    assert "epsilon_released" not in carrying  # a later update would tell of an earlier coin
+    assert carrying["epsilon_released"] is None  # a later update would tell of an earlier coin
 
 
 def test_what_is_released_beyond_the_guarantee_is_repeated(reference, tmp_path):

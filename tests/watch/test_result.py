@@ -32,7 +32,16 @@ def test_it_says_what_epsilon_covers_and_what_not():
     assert any("4.0 s (train 3.0, send 1.0)" in line for line in shown)
 
 
+def test_accuracies_on_validation_examples_are_not_said_to_be_on_the_test_split():
+    personal = {"personal_accuracy": 0.5, "personal_clients": 4, "personal_worst_decile": 0.1}
+    shown = lines({**RESULT, **personal, "evaluated_on": "validation"})
+    assert any("validation accuracy" in line for line in shown)
+    assert not any("test" in line for line in shown)
+
+
 def test_what_a_run_does_not_have_is_no_row():
     assert not any("of models alone" in line or "personal models" in line for line in lines(RESULT))
     more = {"epsilon_released": 1.5, "epsilon_released_assumptions": "coins"}
     assert any("1.500; coins" in line for line in lines({**RESULT, **more}))
+    missing = {"epsilon_released": None, "epsilon_released_missing": "clients were away"}
+    assert any("not known: clients were away" in line for line in lines({**RESULT, **missing}))
