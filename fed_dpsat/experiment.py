@@ -159,6 +159,7 @@ class Experiment:
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
                 model = plugins.build("model", config.model, settings)
         model, start = _started(model, config)
+        _require_float32(model, start, config.model)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         clipping = clipping or plugins.build("clipping", config.clipping, settings)
@@ -235,13 +236,11 @@ class Experiment:
     def subspace(self, round: int) -> Coordinates | Span | None:
         """What ``round`` (from 1) can change, if the optimizer says so; None where replies are whole models.
 
-        They are under secure aggregation, whose masks need every coordinate, with layers that stay on clients, and
-        unless parameters are float32.
+        They are under secure aggregation, whose masks need every coordinate, and with layers that stay on clients.
         """
-        params = list(self._trained(round).values())
-        if self.config.secure_aggregation or self.personal or any(p.dtype != torch.float32 for p in params):
+        if self.config.secure_aggregation or self.personal:
             return None
-        return subspace_of(self.optimizer, round, sum(p.numel() for p in params))
+        return subspace_of(self.optimizer, round, sum(p.numel() for p in self._trained(round).values()))
 
     def client_round(
         self,
@@ -471,6 +470,19 @@ def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
             p.requires_grad_(False)
     later = everything if config.train_layers == "head-then-all" else []
     return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256)
+
+
+def _require_float32(model: nn.Module, start: Start, name: str) -> None:
+    """Noise and sums are float32: in float16 both are rounded away, and float64 meets inputs of float32."""
+    trained = {*start.names, *start.later_names}
+    for parameter, p in model.named_parameters():
+        if parameter in trained and p.dtype != torch.float32:
+            raise SettingError(
+                "model",
+                name,
+                f"of float32 parameters ({parameter} is {str(p.dtype).removeprefix('torch.')})",
+                "build it in float32, or call .float() on it; precision=bfloat16 computes its layers in bfloat16",
+            )
 
 
 def _attackers(config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:
