@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import logging
@@ -23,6 +22,7 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.data.validation import hold_out
 from fed_dpsat.engines import compiled
 from fed_dpsat.errors import SettingError
+from fed_dpsat.given import copied, renamed
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.noise import derive_generator, derive_seed
@@ -127,17 +127,18 @@ class Experiment:
         optimizer: PrivateOptimizer | None = None,
         clipping: ClippingRule | None = None,
     ) -> Experiment:
-        """From the names in ``config``; an object that is given stands in for its name.
+        """From the names in ``config``; a copy of an object that is given stands in for its name.
 
         The model is moved to ``config.device``. Raises ``SettingError``, ``PluginError`` or ``DataError`` before any
         client is asked.
         """
-        config = decided(config)
+        config = renamed(decided(config), dataset=dataset, model=model, optimizer=optimizer, clipping=clipping)
         config = dataclasses.replace(config, kernels=compiled.decided(config.kernels))
         named = dataset is None and model is None and optimizer is None and clipping is None
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
         settings["steps_per_round"] = config.steps_per_round
-        dataset = dataset or plugins.build("dataset", config.dataset, settings)
+        if dataset is None:
+            dataset = plugins.build("dataset", config.dataset, settings)
         if config.validation_share:
             dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
         if config.num_clients > len(dataset.train):
@@ -158,11 +159,18 @@ class Experiment:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
                 model = plugins.build("model", config.model, settings)
+        else:
+            model = copied("model", model)
         model, start = _started(model, config)
         _require_float32(model, start, config.model)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
-        clipping = clipping or plugins.build("clipping", config.clipping, settings)
+        else:
+            optimizer = copied("optimizer", optimizer)
+        if clipping is None:
+            clipping = plugins.build("clipping", config.clipping, settings)
+        else:
+            clipping = copied("clipping", clipping)
         attackers = _attackers(config, settings)
         return cls(
             config=config,
@@ -456,10 +464,8 @@ def _say_once(reason: str) -> None:
 
 
 def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
-    """``model``, or a copy of it, with the weights of ``start_from`` and frozen as ``train_layers`` says."""
+    """``model`` with the weights of ``start_from`` and frozen as ``train_layers`` says."""
     sha256 = ""
-    if config.start_from or config.train_layers != "all":
-        model = copy.deepcopy(model)
     if config.start_from:
         weights, sha256 = read_weights(config.start_from)
         load_weights(model, weights, config.start_from, new_head=config.start_head == "new")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 
@@ -14,7 +15,7 @@ from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import records
+from fed_dpsat.flower import records, stock
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
@@ -23,6 +24,7 @@ from fed_dpsat.flower.promise import warn_about_delta
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
+from fed_dpsat.given import copied, renamed
 from fed_dpsat.loggers import Loggers
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy.ledger import PrivacyLedger
@@ -50,10 +52,13 @@ def run_federation(
     Raises ``FederationError`` when clients do not join or all fail. Whatever ends the run, also Ctrl-C, the
     folder is left readable with a summary whose ``status`` says so.
     """
+    experiment = dataclasses.replace(experiment, config=renamed(experiment.config, strategy=strategy))
     config = experiment.config
     plans = make_plans(config)
     warn_about_delta(experiment)
-    inner = strategy or build_strategy(config)
+    inner = build_strategy(config) if strategy is None else copied("strategy", strategy)
+    stock.check(inner)
+    stock.say_overruled(inner, config)
     if strategy is not None and config.unfreeze_round:
         raise SettingError(
             "unfreeze_round",
