@@ -25,6 +25,7 @@ from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.given import copied, renamed
+from fed_dpsat.inputs import inputs_of
 from fed_dpsat.loggers import Loggers
 from fed_dpsat.plans import make_plans
 from fed_dpsat.privacy.ledger import PrivacyLedger
@@ -67,7 +68,7 @@ def run_federation(
             "name it, so that it can begin anew with all layers",
         )
     loggers = Loggers.of(config)
-    folder.open(config, objects=objects)
+    folder.open(config, objects=objects, inputs=inputs_of(experiment))
     if isinstance(grid, SimulationGrid):  # also of one that is resumed: it may have been killed before
         folder.save_simulation(*_holdings(experiment))
     checkpoint = folder.load_checkpoint() if folder.resumes else None

@@ -115,10 +115,6 @@ class Recorder:
         """
         if checkpoint.cannot_resume:
             raise FederationError(f"{self.folder.path} cannot be resumed: {checkpoint.cannot_resume}")
-        if checkpoint.server.get("start_sha256", "") != self.experiment.start.sha256:
-            raise FederationError(
-                f"{self.experiment.config.start_from} is not the file that {self.folder.path} started from; restore it"
-            )
         head = Head(*checkpoint.server["ledger_head"])
         if not self.strategy.ledger.extends(head):
             raise LedgerError(
@@ -180,10 +176,7 @@ class Recorder:
         }
 
     def _save_checkpoint(self, round: int, params: Params) -> None:
-        server: dict[str, Any] = {
-            "ledger_head": tuple(self.strategy.ledger.head),
-            "start_sha256": self.experiment.start.sha256,
-        }
+        server: dict[str, Any] = {"ledger_head": tuple(self.strategy.ledger.head)}
         try:
             server["strategy"] = self.strategy.state_dict()
         except StrategyStateError as error:
