@@ -150,10 +150,8 @@ def _load_dotted(kind: str, name: str) -> Factory:
         )
     try:
         module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
-    except Exception as error:  # whatever the code of a plug-in raises
-        said = (str(error).strip() or "no reason given").splitlines()[0]
-        reason = said if isinstance(error, ImportError) else f"{type(error).__name__}: {said}"
-        raise PluginError(f"{kind}={name!r}: cannot import {target!r} ({reason})") from error
+    except ImportError as error:
+        raise PluginError(f"{kind}={name!r}: cannot import {target!r} ({error})") from error
     try:
         factory: Factory = getattr(module, attribute)
     except AttributeError:
