@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import logging
@@ -26,6 +25,7 @@ from fed_dpsat.engines import compiled
 from fed_dpsat.engines.unchanging import check_unchanging, unchanged
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.fingerprint import fingerprint
+from fed_dpsat.given import copied, renamed
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.models.ties import check_memory, named_tensors
@@ -140,17 +140,18 @@ class Experiment:
         optimizer: PrivateOptimizer | None = None,
         clipping: ClippingRule | None = None,
     ) -> Experiment:
-        """From the names in ``config``; an object that is given stands in for its name.
+        """From the names in ``config``; a copy of an object that is given stands in for its name.
 
         The model is moved to ``config.device``. Raises ``SettingError``, ``PluginError`` or ``DataError`` before any
         client is asked.
         """
-        config = decided(config)
+        config = renamed(decided(config), dataset=dataset, model=model, optimizer=optimizer, clipping=clipping)
         config = dataclasses.replace(config, kernels=compiled.decided(config.kernels))
         named = dataset is None and model is None and optimizer is None and clipping is None
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
         settings["steps_per_round"] = config.steps_per_round
-        dataset = dataset or plugins.build("dataset", config.dataset, settings, config.dataset_args)
+        if dataset is None:
+            dataset = plugins.build("dataset", config.dataset, settings, config.dataset_args)
         if config.validation_share:
             dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
         if config.num_clients > len(dataset.train):
@@ -180,10 +181,18 @@ class Experiment:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
                 model = plugins.build("model", config.model, settings, config.model_args)
+        else:
+            model = copied("model", model)
         model, start = _started(model, config)
+        _require_float32(model, start, config.model)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
-        clipping = clipping or plugins.build("clipping", config.clipping, settings, config.clipping_args)
+        else:
+            optimizer = copied("optimizer", optimizer)
+        if clipping is None:
+            clipping = plugins.build("clipping", config.clipping, settings, config.clipping_args)
+        else:
+            clipping = copied("clipping", clipping)
         attackers = _attackers(config, settings)
         module = module_on(model, torch_device(config.device))
         _check_unchanging(module, dataset.input_shape)
@@ -268,13 +277,11 @@ class Experiment:
     def subspace(self, round: int) -> Coordinates | Span | None:
         """What ``round`` (from 1) can change, if the optimizer says so; None where replies are whole models.
 
-        They are under secure aggregation, whose masks need every coordinate, with layers that stay on clients, and
-        unless parameters are float32.
+        They are under secure aggregation, whose masks need every coordinate, and with layers that stay on clients.
         """
-        params = list(self._trained(round).values())
-        if self.config.secure_aggregation or self.personal or any(p.dtype != torch.float32 for p in params):
+        if self.config.secure_aggregation or self.personal:
             return None
-        return subspace_of(self.optimizer, round, sum(p.numel() for p in params))
+        return subspace_of(self.optimizer, round, sum(p.numel() for p in self._trained(round).values()))
 
     def client_round(
         self,
@@ -497,11 +504,9 @@ def _check_unchanging(module: nn.Module, input_shape: tuple[int, ...]) -> None:
 
 
 def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
-    """``model``, or a copy of it, with the weights of ``start_from`` and frozen as ``train_layers`` says."""
+    """``model`` with the weights of ``start_from`` and frozen as ``train_layers`` says."""
     sha256 = ""
     check_memory(model)
-    if config.start_from or config.train_layers != "all":
-        model = copy.deepcopy(model)
     if config.start_from:
         weights, sha256 = read_weights(config.start_from)
         load_weights(model, weights, config.start_from, new_head=config.start_head == "new")
@@ -512,6 +517,19 @@ def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
             p.requires_grad_(False)
     later = everything if config.train_layers == "head-then-all" else []
     return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256)
+
+
+def _require_float32(model: nn.Module, start: Start, name: str) -> None:
+    """Noise and sums are float32: in float16 both are rounded away, and float64 meets inputs of float32."""
+    trained = {*start.names, *start.later_names}
+    for parameter, p in model.named_parameters():
+        if parameter in trained and p.dtype != torch.float32:
+            raise SettingError(
+                "model",
+                name,
+                f"of float32 parameters ({parameter} is {str(p.dtype).removeprefix('torch.')})",
+                "build it in float32, or call .float() on it; precision=bfloat16 computes its layers in bfloat16",
+            )
 
 
 def _attackers(config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:

@@ -5,6 +5,8 @@ file               content
 ================== ===========================================================================
 config.toml        every setting, as resolved
 environment.json   versions, machine and command
+inputs.json        plug-in files, data and what else the run depends on, by SHA-256 (``fed_dpsat.inputs``)
+inputs/            copies of plug-ins, of modules of one's own that they import, and of ``client_table``
 rounds.jsonl       one line per round, whole at any time; the same bits for the same seed
 timing.jsonl       one line per round: seconds by phase, throughput, memory
 ledger.sqlite      every charge, durable before the message that it pays for
@@ -27,6 +29,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +41,11 @@ import torch
 
 from fed_dpsat.config import MACHINE, RunConfig
 from fed_dpsat.errors import RunError, SettingError, written
+from fed_dpsat.inputs import Input, changed, difference, refused
 from fed_dpsat.params import Params
 from fed_dpsat.placement import described
 
-BEGINNING = frozenset({"environment.json", "environment.json.tmp", "config.toml.tmp"})
+BEGINNING = frozenset({"environment.json", "environment.json.tmp", "inputs.json", "inputs.json.tmp", "config.toml.tmp"})
 """What a run that was killed before ``config.toml`` was there leaves: it had asked nobody, and starts again."""
 PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
 
@@ -70,7 +74,7 @@ class RunFolder:
                 "the folder of a run",
                 "name the one to resume; one that was killed before config.toml was there starts again: fed-dpsat run",
             )
-        if not resume and path.exists() and (not path.is_dir() or any(map(_is_precious, path.rglob("*")))):
+        if not resume and path.exists() and (not path.is_dir() or _is_precious(path)):
             raise SettingError(
                 "out", str(path), "a new or an empty folder", "name another with --out, or `fed-dpsat resume` that run"
             )
@@ -99,10 +103,10 @@ class RunFolder:
         """Where a trace goes."""
         return self.path / "trace.json"
 
-    def open(self, config: RunConfig, *, objects: Sequence[str] = ()) -> None:
+    def open(self, config: RunConfig, *, objects: Sequence[str] = (), inputs: Sequence[Input] = ()) -> None:
         """Create the folder and say what runs in it; ``objects`` were given in Python and are not named in ``config``.
 
-        Raises ``SettingError`` where a run is resumed under settings that would make it another run.
+        Raises ``SettingError`` where a run is resumed under settings or with ``inputs`` that would make it another run.
         """
         if self.resumes:
             begun = self.config()
@@ -111,6 +115,8 @@ class RunFolder:
                 raise SettingError(
                     "resume", True, f"possible with other settings ({', '.join(differ)})", "start a new run"
                 )
+            if one := difference(self.inputs(), inputs):
+                raise refused(one, self.path, setting="resume", value=True, again="start a new run")
             return
         with written(self.checkpoint_path.parent):
             self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,6 +130,12 @@ class RunFolder:
             "objects": list(objects),
         }
         _write_atomically(self.path / "environment.json", _json(environment, indent=2) + "\n")
+        _write_atomically(self.path / "inputs.json", _json([dataclasses.asdict(i) for i in inputs], indent=2) + "\n")
+        for one in inputs:
+            if one.copy:
+                with written(copy := self.path / one.copy):
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(one.path, copy)
         settings = dataclasses.replace(config, out="", resume=False)
         _write_atomically(self.path / "config.toml", settings.to_toml())
 
@@ -135,6 +147,23 @@ class RunFolder:
         """What was given to the run in Python, so that its settings alone do not describe it."""
         found: list[str] = json.loads((self.path / "environment.json").read_text())["objects"]
         return found
+
+    def inputs(self) -> list[Input]:
+        """What the run depends on beside its settings. Raises ``SettingError`` for a run of an older version."""
+        path = self.path / "inputs.json"
+        if not path.exists():
+            raise SettingError(
+                "run",
+                str(self.path),
+                "of a version that wrote down its plug-ins and data (inputs.json)",
+                "go on with the version that began it, or start a new run",
+            )
+        return [Input(**one) for one in json.loads(path.read_text())]
+
+    def check_files(self, *, setting: str, value: object, again: str) -> None:
+        """Raise ``SettingError`` for a plug-in or another file that was changed since the run began, before it is run."""
+        if one := changed(self.inputs()):
+            raise refused(one, self.path, setting=setting, value=value, again=again)
 
     def summary(self) -> dict[str, Any]:
         """How it ended; empty if it did not come so far."""
@@ -218,7 +247,9 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _is_precious(path: Path) -> bool:
-    return path.is_file() and path.name not in BEGINNING
+    """Whether a file in ``path`` or below it is another than those of a beginning."""
+    copies = path / "inputs" if (path / "inputs.json").is_file() else None
+    return any(f.is_file() and f.name not in BEGINNING and f.parent != copies for f in path.rglob("*"))
 
 
 def _may_be_written(path: Path) -> bool:

@@ -16,6 +16,7 @@ from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.optimizers.base import ASCENT, CLOCK
 from fed_dpsat.params import trainable
 from fed_dpsat.plans import make_plans
+from fed_dpsat.simulation import simulate
 
 CONFIG = RunConfig(noise_multiplier=1.0, num_clients=4, local_steps=2, num_rounds=3, momentum=0.5)
 TASK = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=2)
@@ -132,6 +133,39 @@ def test_a_client_with_one_example_trains():
     task = dataclasses.replace(TASK, local_steps=5)
     result = experiment.client_round(0, task, trainable(experiment.loss_fn.module), None)
     assert all(torch.isfinite(p).all() for p in result.params.values())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_parameters_that_are_not_float32_are_refused_before_anything(tmp_path, dtype, layer):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 10))
+    model[layer].to(getattr(torch, dtype))
+    wrong = rf"of float32 parameters \({layer}.weight is {dtype}\); build it in float32.*precision=bfloat16"
+    config = RunConfig(noise_multiplier=1.0, num_clients=2)
+    with pytest.raises(SettingError, match=wrong) as raised:
+        simulate(config, tmp_path / "run", model=model)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+    later = dataclasses.replace(config, train_layers="head-then-all", unfreeze_round=2)
+    with pytest.raises(SettingError, match=wrong):
+        Experiment.build(later, model=model)
+
+
+def test_a_frozen_layer_may_be_of_another_type():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.head = nn.Linear(4, 4).to(torch.bfloat16), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.features(x.flatten(1).to(torch.bfloat16)).float())
+
+    config = RunConfig(noise_multiplier=1.0, num_clients=2, sample_rate=1.0, train_layers="head")
+    experiment = Experiment.build(config, dataset=tiny([0, 1, 0]), model=Half())
+    params = experiment.trained(1)
+    moved = experiment.client_round(0, TASK, params, None).params
+    assert moved.keys() == {"head.weight", "head.bias"}
+    assert not same(moved, params)
 
 
 def test_more_clients_than_examples_is_refused():

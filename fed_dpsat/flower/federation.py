@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from logging import getLogger
@@ -15,7 +16,7 @@ from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import records
+from fed_dpsat.flower import records, stock
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
@@ -24,6 +25,8 @@ from fed_dpsat.flower.promise import delta_warning, unused_warning
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
+from fed_dpsat.given import copied, renamed
+from fed_dpsat.inputs import inputs_of
 from fed_dpsat.loggers import Loggers
 from fed_dpsat.noise import NOISE_SOURCES
 from fed_dpsat.plans import make_plans
@@ -54,11 +57,14 @@ def run_federation(
     Raises ``FederationError`` when clients do not join or all fail. Whatever ends the run, also Ctrl-C, the
     folder is left readable with a summary whose ``status`` says so.
     """
+    experiment = dataclasses.replace(experiment, config=renamed(experiment.config, strategy=strategy))
     config = experiment.config
     plans = make_plans(config)
     for warning in filter(None, (delta_warning(experiment), unused_warning(experiment))):
         log.warning("%s", warning)
-    inner = strategy or build_strategy(config)
+    inner = build_strategy(config) if strategy is None else copied("strategy", strategy)
+    stock.check(inner)
+    stock.say_overruled(inner, config)
     if strategy is not None and config.unfreeze_round:
         raise SettingError(
             "unfreeze_round",
@@ -67,7 +73,7 @@ def run_federation(
             "name it, so that it can begin anew with all layers",
         )
     loggers = Loggers.of(config)
-    folder.open(config, objects=objects)
+    folder.open(config, objects=objects, inputs=inputs_of(experiment))
     if isinstance(grid, SimulationGrid):  # also of one that is resumed: it may have been killed before
         folder.save_simulation(*_holdings(experiment))
     checkpoint = folder.load_checkpoint() if folder.resumes else None

@@ -150,7 +150,7 @@ def unanswered(messages: Sequence[Message], reason: str, code: int, *, summed: b
     """What came of ``messages`` that nobody will answer any more."""
     if not summed:
         return Answers(replies=[error_reply(message, reason, code) for message in messages])
-    failure = Failure(reason=f"failed: {reason}", broken=code != compat.SIMULATED_FAULT)
+    failure = Failure.of_error(reason, code)
     clients = [message.metadata.dst_node_id - FIRST_NODE_ID for message in messages]
     return Answers(parts=[sums.Part(failed={client: failure}) for client in clients])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, MetricRecordValues, RecordDict
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fed_dpsat.flower import compat, records, sums
@@ -83,14 +83,6 @@ class Handover:
         except RecordError as error:
             raise FederationError(f"{name} returned a model that is none: {error}") from error
         return model, metrics
-
-
-def ask_whole_cohort(inner: Strategy) -> None:
-    """A stock strategy samples by fraction and waits for a minimum; the cohort is drawn here, so it takes all."""
-    if isinstance(inner, FedAvg):
-        inner.fraction_train, inner.fraction_evaluate = 1.0, 0.0
-        inner.min_train_nodes = inner.min_available_nodes = 1
-        inner.min_evaluate_nodes = 0
 
 
 def _cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -116,10 +116,6 @@ class Recorder:
         """
         if checkpoint.cannot_resume:
             raise FederationError(f"{self.folder.path} cannot be resumed: {checkpoint.cannot_resume}")
-        if checkpoint.server.get("start_sha256", "") != self.experiment.start.sha256:
-            raise FederationError(
-                f"{self.experiment.config.start_from} is not the file that {self.folder.path} started from; restore it"
-            )
         if checkpoint.server.get("fingerprint", self.experiment.fingerprint) != self.experiment.fingerprint:
             raise FederationError(
                 f"{self.folder.path} began with other data, another partition or other frozen weights than its names "
@@ -186,7 +182,6 @@ class Recorder:
     def _save_checkpoint(self, round: int, params: Params) -> None:
         server: dict[str, Any] = {
             "ledger_head": tuple(self.strategy.ledger.head),
-            "start_sha256": self.experiment.start.sha256,
             "fingerprint": self.experiment.fingerprint,
             "redone": self.redone,
         }

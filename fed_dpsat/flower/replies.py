@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
@@ -18,10 +19,18 @@ BYTES = "bytes"
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a reply does not count; ``broken`` if the client failed and was not made to, which ends a run if all do."""
+    """Why a reply does not count: it is invalid, the client failed, or it was absent, which says nothing of it.
+
+    A run ends where all replies are of the first two (``RoundReport.count_failure``).
+    """
 
     reason: str
-    broken: bool = False
+    kind: Literal["invalid", "failed", "absent"] = "invalid"
+
+    @classmethod
+    def of_error(cls, reason: str, code: int) -> Failure:
+        """What an error of Flower's or ours stands for."""
+        return cls(reason=f"failed: {reason}", kind="absent" if code in compat.ABSENT else "failed")
 
 
 def judge(
@@ -40,7 +49,7 @@ def judge(
     round can change.
     """
     if reply.has_error():
-        return Failure(reason=f"failed: {reply.error.reason}", broken=reply.error.code not in compat.ABSENT)
+        return Failure.of_error(reply.error.reason, reply.error.code)
     received = codec.num_bytes(reply.content)
     try:
         reply.content = codec.decode(reply.content, like, within)

@@ -17,7 +17,9 @@ from fed_dpsat.privacy.ledger import PrivacyLedger
 log = getLogger("fed_dpsat")
 
 MAX_FAILED_ROUNDS = 3
-"""Rounds in a row in which every client that was asked failed, after which a run ends."""
+"""Rounds in a row without a valid reply, and with a client that failed or sent another, after which a run ends."""
+
+DIVERGED = "; if that is a model that diverged, start a new run with a lower lr"
 
 Verdicts = Mapping[int, Mapping[str, float] | Failure]
 """Client to the metrics of its valid reply, or to what was wrong with it."""
@@ -29,7 +31,8 @@ class RoundReport:
     coin for it, if the inner strategy asked all whom coins drew.
 
     ``arrived`` is of asynchronous rounds: whose update moved the model, and how many rounds ago it had set out.
-    ``failed_rounds`` are those in a row, until this one, in which all who were asked failed.
+    ``failed_rounds`` are those in a row, until this one, in which clients failed or sent invalid replies, and no reply
+    was valid; rounds in which all who were asked were absent, or nobody was asked, neither count nor break the row.
     """
 
     round: int
@@ -41,7 +44,7 @@ class RoundReport:
     unexpected: list[str] = field(default_factory=list)
     retired: dict[int, float] = field(default_factory=dict)
     released: dict[int, dict[str, Any]] = field(default_factory=dict)
-    broken: list[int] = field(default_factory=list)
+    at_fault: dict[int, Failure] = field(default_factory=dict)
     arrived: dict[int, int] | None = None
     simulated_seconds: float | None = None
     bytes_down: int = 0
@@ -51,7 +54,7 @@ class RoundReport:
     def note(self, verdicts: Verdicts, *, release_counts: bool) -> None:
         """What became of everybody who was asked."""
         for client in self.asked:
-            verdict = verdicts.get(client, Failure(reason="no reply"))
+            verdict = verdicts.get(client, Failure(reason="no reply", kind="absent"))
             if not isinstance(verdict, Failure):
                 self.accepted.append(client)
                 self.bytes_up += int(verdict[BYTES])
@@ -59,8 +62,8 @@ class RoundReport:
                     self.released[client] = {records.NONFINITE: verdict[records.NONFINITE]}
                 continue
             self.dropped[client] = verdict.reason
-            if verdict.broken:
-                self.broken.append(client)
+            if verdict.kind != "absent":
+                self.at_fault[client] = verdict
             log.warning("round %d: client %d dropped: %s", self.round, client, verdict.reason)
 
     def settle(self, ledger: PrivacyLedger, tasks: Mapping[int, Task]) -> None:
@@ -72,14 +75,17 @@ class RoundReport:
 
     def count_failure(self, num_clients: int) -> None:
         """Raise ``FederationError`` after enough ``failed_rounds``, or if all there are were asked and failed."""
-        if not self.broken or len(self.broken) < len(self.asked):
-            self.failed_rounds = 0
+        if self.accepted or not self.at_fault:
+            self.failed_rounds = 0 if self.accepted else self.failed_rounds
             return
         self.failed_rounds += 1
-        if len(self.broken) == num_clients or self.failed_rounds == MAX_FAILED_ROUNDS:
+        failed = [client for client, failure in self.at_fault.items() if failure.kind == "failed"]
+        if len(failed) == num_clients or self.failed_rounds == MAX_FAILED_ROUNDS:
+            client, first = next(iter(self.at_fault.items()))
+            what = "no reply was valid" if len(failed) < len(self.asked) else "every client that was asked failed"
             raise FederationError(
-                f"every client that was asked failed, {self.failed_rounds} round(s) in a row until round {self.round}; "
-                f"the first said: {self.dropped[self.broken[0]]}"
+                f"{what}, {self.failed_rounds} round(s) in a row until round {self.round}; client {client}: "
+                f"{first.reason}{DIVERGED if first.kind == 'invalid' else ''}"
             )
 
 

@@ -53,6 +53,7 @@ def hide(client: int, content: RecordDict, state: RecordDict, reply: RecordDict)
     present, threshold = list(asked["clients"]), int(kept["threshold"])
     if len(present) < threshold or client not in present or not set(present) <= set(kept["clients"]):
         raise ValueError(f"{len(present)} clients have shared, threshold={threshold}: nothing is sent")
+    records.check_arrays(reply, content.array_records[records.ARRAYS])  # a sum would hide what no reply may be
     before, after = (flat(record.array_records[records.ARRAYS]) for record in (content, reply))
     size: Any = reply.metric_records[records.METRICS][records.NUM_EXAMPLES]
     weight = float(size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,7 +56,8 @@ class SecureSums(RoundKind):
         try:
             total = round.run(threshold)
         except (TooFew, ValueError) as error:
-            reason = Failure(reason=f"secure aggregation: {error}")
+            kind: Literal["absent", "invalid"] = "absent" if isinstance(error, TooFew) else "invalid"
+            reason = Failure(reason=f"secure aggregation: {error}", kind=kind)
             return Part(failed={**dict.fromkeys(exchange.messages, reason), **round.failed})
         part = Part(accepted=dict(sorted(round.accepted.items())), failed=round.failed, total=total)
         part.scale = part.weight
@@ -129,7 +130,7 @@ class _Round:
             except _Bad as bad:
                 problems[client] = bad.failure
         if not late:
-            absent = Failure(reason=f"no answer in the phase {phase!r} of secure aggregation")
+            absent = Failure(reason=f"no answer in the phase {phase!r} of secure aggregation", kind="absent")
             self.failed |= {client: problems.get(client, absent) for client in questions if client not in answers}
         if len(answers) < threshold:
             raise TooFew(f"{len(answers)} clients in the phase {phase!r}, threshold={threshold}")
@@ -180,8 +181,7 @@ class _Bad(Exception):
 
 def _said(client: int, reply: Message) -> dict[str, Any]:
     if reply.has_error():
-        broken = reply.error.code != compat.SIMULATED_FAULT
-        raise _Bad(Failure(reason=f"failed: {reply.error.reason}", broken=broken))
+        raise _Bad(Failure.of_error(reply.error.reason, reply.error.code))
     record = reply.content.config_records.get(SECURE)
     if record is None or record.get("client") != client:
         raise _Bad(Failure(reason=f"no record {SECURE!r} of client {client}"))

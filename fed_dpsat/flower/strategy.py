@@ -17,11 +17,11 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Task
-from fed_dpsat.flower import codec, records, sums
+from fed_dpsat.flower import codec, records, stock, sums
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.exchange import Exchange
-from fed_dpsat.flower.handover import Handover, ask_whole_cohort
+from fed_dpsat.flower.handover import Handover
 from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
 from fed_dpsat.flower.report import RoundReport, by_attempt
 from fed_dpsat.flower.roster import Roster
@@ -52,7 +52,8 @@ class PrivateStrategy(Strategy):
     where there are none, and the inner strategy sees what comes of it. How rounds go is left to their ``kind``: with a
     ``secure_threshold`` or a ``buffer`` one of these, else ordinary ones. ``secret_coins`` draw whom no seed tells.
 
-    Raises ``FederationOver`` when fewer than ``min_clients`` are left, ``FederationError`` when all asked fail.
+    Raises ``SettingError`` for an ``inner`` that cannot be in it, ``FederationOver`` when fewer than ``min_clients`` are
+    left, ``FederationError`` when all asked fail or no reply is valid.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class PrivateStrategy(Strategy):
         fingerprint: str = "",
         secret_coins: bool = False,
     ) -> None:
+        stock.check(inner)
         self.inner = inner
         self.ledger = ledger
         self.plans = plans
@@ -106,7 +108,7 @@ class PrivateStrategy(Strategy):
         )
         self._attempts: dict[int, int] = {}
         self._directory = Directory(len(plans), join_timeout, fingerprint)
-        ask_whole_cohort(inner)
+        stock.take_over(inner)
 
     @property
     def retired(self) -> dict[int, int]:
@@ -154,7 +156,7 @@ class PrivateStrategy(Strategy):
     def renew(self, inner: Strategy) -> None:
         """Go on with another inner strategy, or the same one from its beginning."""
         self.inner = inner
-        ask_whole_cohort(inner)
+        stock.take_over(inner)
 
     def meet(self, grid: Grid) -> None:
         """Learn which node holds which partition; a simulation knows."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import InputError, RunError
+from fed_dpsat.given import FROM_PYTHON
 from fed_dpsat.run_folder import RunFolder
 from fed_dpsat.statement import trusted_ledger
 
@@ -84,7 +85,9 @@ class Run:
         """The optimizer, or that there was no noise."""
         if not self.config.private:
             return "without privacy"
-        return "an optimizer from Python" if "optimizer" in self.objects else self.config.optimizer
+        name = self.config.optimizer
+        older = "optimizer" in self.objects and not name.endswith(FROM_PYTHON)  # said what it was not
+        return "an optimizer from Python" if older else name
 
 
 def read_run(path: Path) -> Run:

@@ -36,6 +36,7 @@ def measure_run(
     folder = RunFolder(run, resume=True)
     if objects := folder.objects():
         raise SettingError("run", str(run), "described by its settings alone", f"it was given {', '.join(objects)}")
+    folder.check_files(setting="run", value=str(run), again="measure with the version that has it")
     checkpoint = folder.load_checkpoint()
     if checkpoint is None:
         raise RunError(f"{run} has no checkpoint; resume it to the end of a round")

@@ -46,6 +46,8 @@ def simulate(
     and ``run_federation`` raise.
     """
     folder = RunFolder(Path(out), resume=config.resume)
+    if config.resume:
+        folder.check_files(setting="resume", value=True, again="start a new run")
     if config.tune_malloc:
         tune_allocator()
     config = config.with_absolute_paths()

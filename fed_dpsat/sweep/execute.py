@@ -58,11 +58,18 @@ def execute(attempt: Attempt) -> Result:
 
 
 def completed(folder: Path) -> dict[str, Any]:
-    """The summary of the run in ``folder``; empty if it is not complete."""
+    """The summary of the run in ``folder``; empty if it is not complete.
+
+    Raises ``SettingError`` where a complete one had other plug-ins or files than are there now: a table of both compares
+    nothing. One that is not complete is begun anew with those that are there.
+    """
     if not (folder / "config.toml").exists():
         return {}
-    summary = RunFolder(folder, resume=True).summary()
-    return summary if summary.get("status") == "completed" else {}
+    run = RunFolder(folder, resume=True)
+    if (summary := run.summary()).get("status") != "completed":
+        return {}
+    run.check_files(setting="out", value=str(folder.parent.parent), again="name another folder with --out")
+    return summary
 
 
 @contextmanager

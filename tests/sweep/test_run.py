@@ -175,6 +175,26 @@ def test_a_failure_is_shown_tried_once_more_and_then_reported(tmp_path, failures
     assert len(list((tmp_path / "out" / "runs").glob("*.failed-1"))) == 1
 
 
+def test_a_table_is_of_one_version_of_a_plugin(tmp_path):
+    """A complete run of another version is refused; one that failed is begun anew, with what was mended."""
+    (tmp_path / "plugin.py").write_text(BROKEN)
+    (tmp_path / "plugin.left").write_text("1000")
+    file, model = tmp_path / "sweep.toml", f"{tmp_path}/plugin.py:Broken"
+    base = "base = { num_rounds = 1, delta = 1e-4, num_clients = 1, noise_multiplier = 1.0, engine = 'vmap' }\n"
+    file.write_text(f"{base}[grid]\nmodel = ['{model}']\nseed = [3]\n")
+    assert invoke(file, "--out", tmp_path / "out").exit_code == 1
+    (tmp_path / "plugin.py").write_text(BROKEN.replace("left.read_text()", "0"))
+    mended = invoke(file, "--out", tmp_path / "out")
+    assert (mended.exit_code, table(tmp_path / "out", "results")[0]["status"]) == (0, "completed"), mended.output
+    assert invoke(file, "--out", tmp_path / "out").exit_code == 0
+    (tmp_path / "plugin.py").write_text(BROKEN.replace("left.read_text()", "0") + "\n")
+    file.write_text(f"{base}[grid]\nmodel = ['{model}']\nseed = [3, 4]\n")
+    refused = invoke(file, "--out", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "plugin.py (model) is not what" in " ".join(refused.stderr.split())
+    assert len(table(tmp_path / "out", "results")) == 1
+
+
 @pytest.fixture
 def tiny(tmp_path):
     path = tmp_path / "tiny.toml"
