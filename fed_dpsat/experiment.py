@@ -24,7 +24,7 @@ from fed_dpsat.data.validation import hold_out
 from fed_dpsat.engines import compiled
 from fed_dpsat.engines.unchanging import check_unchanging, unchanged
 from fed_dpsat.errors import ModelError, SettingError
-from fed_dpsat.fingerprint import fingerprint
+from fed_dpsat.fingerprint import contents, fingerprint
 from fed_dpsat.given import copied, renamed
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
@@ -220,10 +220,15 @@ class Experiment:
         return len(self.dataset.train) - sum(len(part) for part in self.partitions)
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """The same for every process of a run: of clients, data, and what of the model is not sent."""
+    def contents(self) -> dict[str, str]:
+        """Digests of clients, data, and what of the model is not sent: the same for every process of a run."""
         sent = without(dict(self.loss_fn.module.named_parameters()), self.personal).keys() & self.start.names
-        return fingerprint(self.dataset, self.partitions, self.loss_fn.module, sent)
+        return contents(self.dataset, self.partitions, self.loss_fn.module, sent)
+
+    @property
+    def fingerprint(self) -> str:
+        """One digest of the ``contents``."""
+        return fingerprint(self.contents)
 
     @functools.cached_property
     def device(self) -> torch.device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,21 +22,29 @@ MOST_BYTES = 2**28
 CHUNK_BYTES = 2**24
 
 
-def fingerprint(dataset: Dataset, partitions: Sequence[np.ndarray], module: nn.Module, sent: Collection[str]) -> str:
+def contents(
+    dataset: Dataset, partitions: Sequence[np.ndarray], module: nn.Module, sent: Collection[str]
+) -> dict[str, str]:
     """SHA-256 in hex of what no message carries: the data, who holds which example, and ``module`` but for ``sent``.
 
     ``sent`` are names of parameters that a server sends, so that their values here do not matter.
     """
-    digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
+    data = hashlib.sha256(json.dumps(dataset.class_names).encode())
     for split in (dataset.train, dataset.test):
-        _add_examples(digest, split)
-    _add(digest, torch.tensor([len(part) for part in partitions]))
-    _add(digest, torch.from_numpy(np.concatenate(partitions)))
+        _add_examples(data, split)
+    parts, rest = hashlib.sha256(), hashlib.sha256()
+    _add(parts, torch.tensor([len(part) for part in partitions]))
+    _add(parts, torch.from_numpy(np.concatenate(partitions)))
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if name not in sent:
-            digest.update(name.encode())
-            _add(digest, value)
-    return digest.hexdigest()
+            rest.update(name.encode())
+            _add(rest, value)
+    return {"dataset": data.hexdigest(), "partition": parts.hexdigest(), "model": rest.hexdigest()}
+
+
+def fingerprint(found: Mapping[str, str]) -> str:
+    """One SHA-256 of all ``contents``."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _add_examples(digest: hashlib._Hash, split: Examples) -> None:

@@ -25,12 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from fed_dpsat.config import RunConfig
-from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.given import FROM_PYTHON
@@ -39,8 +34,11 @@ from fed_dpsat.optimizers.chain import split_chain
 from fed_dpsat.sources import plugin_sources
 
 PLUGINS = ("dataset", "partition", "model", "optimizer", "base_optimizer", "clipping", "strategy", "attack")
-READ_AT_MOST = 256 << 20
-"""Bytes of examples that are read to tell a data set from another."""
+CONTENTS = {
+    "dataset": "the examples",
+    "partition": "the clients' examples",
+    "model": "its layers that are not trained",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,40 +119,9 @@ def _names(config: RunConfig, setting: str) -> list[str]:
 
 
 def _contents(experiment: Experiment) -> Iterator[Input]:
-    yield Input(setting="dataset", name="the examples", sha256=_dataset_digest(experiment.dataset))
-    partition = hashlib.sha256()
-    for indices in experiment.partitions:
-        partition.update(f"{len(indices)}:".encode())
-        partition.update(np.ascontiguousarray(indices, dtype=np.int64))
-    yield Input(setting="partition", name="the clients' examples", sha256=partition.hexdigest())
-    trained = experiment.shared(1)
-    rest = {
-        n: t for n, t in experiment.loss_fn.module.state_dict().items() if n not in trained and isinstance(t, Tensor)
-    }
-    if rest:
-        frozen = hashlib.sha256()
-        for name, tensor in rest.items():
-            frozen.update(f"{name} {tensor.dtype} {list(tensor.shape)}:".encode())
-            frozen.update(_bytes(tensor))
-        yield Input(setting="model", name="its layers that are not trained", sha256=frozen.hexdigest())
+    for setting, digest in experiment.contents.items():
+        yield Input(setting=setting, name=CONTENTS[setting], sha256=digest)
     fields = repr(experiment.optimizer)
     given = experiment.config.optimizer.endswith(FROM_PYTHON) and dataclasses.is_dataclass(experiment.optimizer)
     if given and " at 0x" not in fields:  # an address is another in each process
         yield Input(setting="optimizer", name="its fields", sha256=hashlib.sha256(fields.encode()).hexdigest())
-
-
-def _dataset_digest(dataset: Dataset) -> str:
-    digest = hashlib.sha256(repr(dataset.class_names).encode())
-    for split in (dataset.train, dataset.test):
-        size = split.inputs.numel() * split.inputs.element_size()
-        every = -(-size // READ_AT_MOST) or 1
-        digest.update(f"{split.inputs.dtype} {list(split.inputs.shape)} {split.mean} {split.std} {every}:".encode())
-        digest.update(_bytes(split.labels))
-        digest.update(_bytes(split.inputs[::every]))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The numbers of ``tensor``, in its own memory if that can be."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())

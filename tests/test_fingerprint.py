@@ -13,7 +13,7 @@ from fed_dpsat import fingerprint as module_under_test
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.fingerprint import fingerprint
+from fed_dpsat.fingerprint import contents, fingerprint
 
 PARTS = [np.array([0, 2]), np.array([1, 3])]
 
@@ -57,7 +57,7 @@ def module(weight=1.0, bias=1.0, seen=0):
 )
 def test_it_feels_every_pixel_label_place_and_weight_that_is_not_sent(change):
     def of(data=None, parts=PARTS, module=None):
-        return fingerprint(data or dataset(), parts, module or globals()["module"](), {"weight"})
+        return fingerprint(contents(data or dataset(), parts, module or globals()["module"](), {"weight"}))
 
     assert of() == of(module=module(weight=5.0))
     assert of(**change) != of()
@@ -74,7 +74,7 @@ def test_of_a_large_split_it_takes_rows_at_equal_distances(monkeypatch):
             changed[row] += 1
         split = Examples(inputs=changed, labels=torch.zeros(100).long(), mean=(0.0,) * 4, std=(1.0,) * 4)
         data = Dataset(name="many", train=split, test=split, class_names=("a",))
-        return fingerprint(data, [np.arange(100)], nn.Linear(1, 1), {"weight", "bias"})
+        return contents(data, [np.arange(100)], nn.Linear(1, 1), {"weight", "bias"})
 
     assert of(10) != of(None) != of(90)
     assert of(11) == of(None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fed_dpsat import RunConfig, inputs, simulate
+from fed_dpsat import RunConfig, simulate
 from fed_dpsat.data.digits import digits
 from fed_dpsat.errors import SettingError
 from fed_dpsat.experiment import Experiment
@@ -259,19 +259,3 @@ def test_a_data_set_is_told_from_another_by_one_pixel_and_by_what_it_means():
     ]
     assert len({digest(**changes) for changes in [{}, *others]}) == 4
     assert digest() == digest()
-
-
-def test_of_a_large_data_set_some_rows_are_read(monkeypatch):
-    """At least half of what may be, spread over all of it; and all labels."""
-    read = []
-    monkeypatch.setattr(inputs, "READ_AT_MOST", 10_000)
-    original = inputs._bytes
-    monkeypatch.setattr(inputs, "_bytes", lambda tensor: read.append(tensor) or original(tensor))
-    inputs.inputs_of(Experiment.build(CONFIG))
-    whole = digits()
-    (labels, rows), (_, few) = ([read[i], read[i + 1]] for i in (0, 2))
-    assert torch.equal(labels, whole.train.labels)
-    for some, of in ((rows, whole.train.inputs), (few, whole.test.inputs)):
-        size = some.numel() * some.element_size()
-        assert 5_000 < size <= 10_000 + of[0].numel() * of.element_size()
-        assert torch.equal(some[[0, -1]], of[:: -(-len(of) // len(some))][[0, -1]])

@@ -116,12 +116,6 @@ class Recorder:
         """
         if checkpoint.cannot_resume:
             raise FederationError(f"{self.folder.path} cannot be resumed: {checkpoint.cannot_resume}")
-        if checkpoint.server.get("fingerprint", self.experiment.fingerprint) != self.experiment.fingerprint:
-            raise FederationError(
-                f"{self.folder.path} began with other data, another partition or other frozen weights than its names "
-                "make now: put back the files of the data, or let the plug-in make the same each time, from the seed "
-                "that it is given"
-            )
         self.strategy.ledger.check_extends(Head(*checkpoint.server["ledger_head"]), f"at round {checkpoint.round}")
         same_noise = NOISE_SOURCES[self.experiment.config.noise_source].reproducible
         begun = bool(self.strategy.ledger.attempts(checkpoint.round + 1))
@@ -182,7 +176,6 @@ class Recorder:
     def _save_checkpoint(self, round: int, params: Params) -> None:
         server: dict[str, Any] = {
             "ledger_head": tuple(self.strategy.ledger.head),
-            "fingerprint": self.experiment.fingerprint,
             "redone": self.redone,
         }
         try:
