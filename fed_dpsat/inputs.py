@@ -128,7 +128,9 @@ def _contents(experiment: Experiment) -> Iterator[Input]:
         partition.update(np.ascontiguousarray(indices, dtype=np.int64))
     yield Input(setting="partition", name="the clients' examples", sha256=partition.hexdigest())
     trained = experiment.shared(1)
-    rest = {n: t for n, t in experiment.loss_fn.module.state_dict().items() if n not in trained and isinstance(t, Tensor)}
+    rest = {
+        n: t for n, t in experiment.loss_fn.module.state_dict().items() if n not in trained and isinstance(t, Tensor)
+    }
     if rest:
         frozen = hashlib.sha256()
         for name, tensor in rest.items():

@@ -45,9 +45,7 @@ from fed_dpsat.inputs import Input, changed, difference, refused
 from fed_dpsat.params import Params
 from fed_dpsat.placement import described
 
-BEGINNING = frozenset(
-    {"environment.json", "environment.json.tmp", "inputs.json", "inputs.json.tmp", "config.toml.tmp"}
-)
+BEGINNING = frozenset({"environment.json", "environment.json.tmp", "inputs.json", "inputs.json.tmp", "config.toml.tmp"})
 """What a run that was killed before ``config.toml`` was there leaves: it had asked nobody, and starts again."""
 PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
 
@@ -163,7 +161,7 @@ class RunFolder:
         return [Input(**one) for one in json.loads(path.read_text())]
 
     def check_files(self, *, setting: str, value: object, again: str) -> None:
-        """Raise ``SettingError`` for a plug-in or another file that was changed since the run began, before it is run."""
+        """Raise ``SettingError`` for a plug-in or another file that was changed since the run began."""
         if one := changed(self.inputs()):
             raise refused(one, self.path, setting=setting, value=value, again=again)
 

@@ -16,7 +16,6 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.evaluation import evaluate
 from fed_dpsat.experiment import Experiment, Task
-from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.models.mlp import mlp
 from fed_dpsat.simulation import simulate
 
