@@ -109,8 +109,8 @@ def _files(experiment: Experiment) -> Iterator[Input]:
         copy = f"inputs/{digest[:8]}-{Path(config.client_table).name}"
         yield Input(setting="client_table", name="client_table", sha256=digest, path=config.client_table, copy=copy)
     if config.start_from:
-        path = str(weights_file(config.start_from))
-        yield Input(setting="start_from", name="start_from", sha256=experiment.start.sha256, path=path)
+        weights = str(weights_file(config.start_from))
+        yield Input(setting="start_from", name="start_from", sha256=experiment.start.sha256, path=weights)
 
 
 def _names(config: RunConfig, setting: str) -> list[str]:
@@ -125,7 +125,7 @@ def _contents(experiment: Experiment) -> Iterator[Input]:
     partition = hashlib.sha256()
     for indices in experiment.partitions:
         partition.update(f"{len(indices)}:".encode())
-        partition.update(np.ascontiguousarray(indices, dtype=np.int64))
+        partition.update(np.asarray(indices, dtype=np.int64).tobytes())
     yield Input(setting="partition", name="the clients' examples", sha256=partition.hexdigest())
     trained = experiment.shared(1)
     rest = {
@@ -157,4 +157,4 @@ def _dataset_digest(dataset: Dataset) -> str:
 def _bytes(tensor: Tensor) -> memoryview:
     """The numbers of ``tensor``, in its own memory if that can be."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
