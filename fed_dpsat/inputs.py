@@ -107,8 +107,8 @@ def _files(experiment: Experiment) -> Iterator[Input]:
         copy = f"inputs/{digest[:8]}-{Path(config.client_table).name}"
         yield Input(setting="client_table", name="client_table", sha256=digest, path=config.client_table, copy=copy)
     if config.start_from:
-        path = str(weights_file(config.start_from))
-        yield Input(setting="start_from", name="start_from", sha256=experiment.start.sha256, path=path)
+        weights = str(weights_file(config.start_from))
+        yield Input(setting="start_from", name="start_from", sha256=experiment.start.sha256, path=weights)
 
 
 def _names(config: RunConfig, setting: str) -> list[str]:

@@ -161,7 +161,7 @@ class RunFolder:
         return [Input(**one) for one in json.loads(path.read_text())]
 
     def check_files(self, *, setting: str, value: object, again: str) -> None:
-        """Raise ``SettingError`` for a plug-in or another file that was changed since the run began, before it is run."""
+        """Raise ``SettingError`` for a plug-in or another file that was changed since the run began."""
         if one := changed(self.inputs()):
             raise refused(one, self.path, setting=setting, value=value, again=again)
 

@@ -60,9 +60,9 @@ def _imported(file: Path) -> Iterator[Path]:
             for name in (node.module or "", *(".".join(filter(None, (node.module, a.name))) for a in node.names)):
                 yield from _relative(file, node.level, name) if node.level else _files_of(name)
     held = vars(module).values() if (module := _loaded(file)) else ()
-    names = {v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) for v in held}
-    for name in names:
-        yield from _files_of(name)
+    holders = {v.__name__ if isinstance(v, ModuleType) else getattr(v, "__module__", None) for v in held}
+    for holder in holders:
+        yield from _files_of(holder)
 
 
 def _files_of(name: object) -> Iterator[Path]:

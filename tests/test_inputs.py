@@ -23,16 +23,19 @@ from fed_dpsat.run_folder import RunFolder
 from fed_dpsat.simulation import resume
 
 CONFIG = RunConfig(num_clients=3, num_rounds=1, noise_multiplier=1.0, delta=1e-4)
+SGD = "from fed_dpsat.optimizers import DPSGD\nRATE = 0.5\ndef make(): return DPSGD(lr=RATE)\n"
+FLAT = "from fed_dpsat.clipping import FlatClipping\ndef make(): return FlatClipping(clip_norm=0.5)\n"
+PARTS = "import numpy as np\ndef make(labels): return np.split(np.arange(len(labels)), [9, 20])\n"
 PLUGINS = {
-    "optimizer": ("from fed_dpsat.optimizers import DPSGD\nRATE = 0.5\ndef make(): return DPSGD(lr=RATE)\n", "0.5", "5.0"),
-    "base_optimizer": ("from fed_dpsat.optimizers import DPSGD\nRATE = 0.5\ndef make(): return DPSGD(lr=RATE)\n", "0.5", "5."),
-    "clipping": ("from fed_dpsat.clipping import FlatClipping\ndef make(): return FlatClipping(clip_norm=0.5)\n", "0.5", "0.4"),
+    "optimizer": (SGD, "0.5", "5.0"),
+    "base_optimizer": (SGD, "0.5", "5.0"),
+    "clipping": (FLAT, "0.5", "0.4"),
     "model": ("from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n", "10", "11"),
     "dataset": ("from fed_dpsat.data.digits import digits\ndef make(): return digits()\n", "digits()\n", "digits() \n"),
-    "partition": ("import numpy as np\ndef make(labels): return np.split(np.arange(len(labels)), [9, 20])\n", "9", "8"),
+    "partition": (PARTS, "9", "8"),
     "strategy": ("from flwr.serverapp.strategy import FedAdam\ndef make(): return FedAdam(eta=0.1)\n", "0.1", "0.2"),
     "attack": ("from fed_dpsat.attacks.scaling import Scaling\ndef make(): return Scaling(factor=2)\n", "2", "3"),
-}  # fmt: skip
+}
 
 
 def stop(record):
@@ -155,8 +158,10 @@ def test_what_a_plugin_reads_is_told_apart_by_what_comes_of_it(tmp_path, kind):
     torch.manual_seed(0)
     what, name = HELD[kind]
     numbers = {
-        "labels": digits().train.labels.clone(), "parts": list(torch.arange(1437).chunk(3)), "weight": torch.rand(16, 64),
-    }  # fmt: skip
+        "labels": digits().train.labels.clone(),
+        "parts": list(torch.arange(1437).chunk(3)),
+        "weight": torch.rand(16, 64),
+    }
     (tmp_path / "plugin.py").write_text(READING)
     torch.save(numbers, tmp_path / "file.pt")
     config = dataclasses.replace(CONFIG, data_path=str(tmp_path), **{kind: f"{tmp_path}/plugin.py:{kind}"})

@@ -28,7 +28,7 @@ class Failure:
     kind: Literal["invalid", "failed", "absent"] = "invalid"
 
     @classmethod
-    def of_error(cls, reason: str, code: int) -> Failure:
+    def of_error(cls, reason: str | None, code: int) -> Failure:
         """What an error of Flower's or ours stands for."""
         return cls(reason=f"failed: {reason}", kind="absent" if code in compat.ABSENT else "failed")
 

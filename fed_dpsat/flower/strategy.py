@@ -52,8 +52,8 @@ class PrivateStrategy(Strategy):
     where there are none, and the inner strategy sees what comes of it. How rounds go is left to their ``kind``: with a
     ``secure_threshold`` or a ``buffer`` one of these, else ordinary ones. ``secret_coins`` draw whom no seed tells.
 
-    Raises ``SettingError`` for an ``inner`` that cannot be in it, ``FederationOver`` when fewer than ``min_clients`` are
-    left, ``FederationError`` when all asked fail or no reply is valid.
+    Raises ``SettingError`` for an ``inner`` that cannot be in it, ``FederationOver`` when fewer than ``min_clients``
+    are left, ``FederationError`` when all asked fail or no reply is valid.
     """
 
     def __init__(

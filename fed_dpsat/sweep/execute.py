@@ -60,8 +60,8 @@ def execute(attempt: Attempt) -> Result:
 def completed(folder: Path) -> dict[str, Any]:
     """The summary of the run in ``folder``; empty if it is not complete.
 
-    Raises ``SettingError`` where a complete one had other plug-ins or files than are there now: a table of both compares
-    nothing. One that is not complete is begun anew with those that are there.
+    Raises ``SettingError`` where a complete one had other plug-ins or files than are there now: a table of both
+    compares nothing. One that is not complete is begun anew with those that are there.
     """
     if not (folder / "config.toml").exists():
         return {}

@@ -100,7 +100,7 @@ def test_what_is_not_overruled_is_not_said(caplog, case):
 
 
 def test_a_strategy_inside_another_asks_the_whole_cohort_too(tmp_path):
-    """It asked a third of the cohort, drawn from no seed, and waited without end for a second node in a cohort of one."""
+    """It asked a third of the cohort, drawn from no seed, and waited for a second node in a cohort of one."""
     asked = []
     config = dataclasses.replace(CONFIG, clients_per_round=1, num_rounds=2)
     simulate(config, tmp_path / "one", strategy=Around(FedAvg()), on_round=lambda r: asked.append(r["asked"]))
