@@ -14,7 +14,7 @@ from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import records
+from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
@@ -52,6 +52,8 @@ def run_federation(
     """
     config = experiment.config
     plans = make_plans(config)
+    compat.say_untested()
+    compat.check_records()
     warn_about_delta(experiment)
     inner = strategy or build_strategy(config)
     if strategy is not None and config.unfreeze_round:
