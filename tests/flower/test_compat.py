@@ -75,6 +75,7 @@ def test_a_tested_release_goes_without_a_word(version, flower_of, caplog):
         ("1.100.0rc1", "flwr 1.100.0rc1 is newer than 1.42, the newest that was tested"),
         ("2.0", "flwr 2.0 is newer than 1.42, the newest that was tested"),
         ("1.40.1", "flwr 1.40.1 is older than 1.41, the oldest that was tested"),
+        ("unknown", "flwr unknown is of an unknown release; 1.42 is the newest that was tested"),
         ("0.99", "flwr 0.99 is older than 1.41, the oldest that was tested"),
     ],
 )

@@ -42,15 +42,20 @@ def internals() -> Iterator[None]:
 
 @functools.cache
 def say_untested() -> None:
-    """Log, once in a process, that the installed Flower is newer or older than what was tested."""
-    installed = _release(flwr.__version__)
-    for tested, beyond, what in ((TESTED[-1], 1, "newer"), (TESTED[0], -1, "older")):
-        difference = (installed > _release(tested)) - (installed < _release(tested))
-        if difference == beyond:
-            log.warning(
-                "flwr %s is %s than %s, the %sest that was tested; if something fails, pip install 'flwr==%s.*'",
-                *(flwr.__version__, what, tested, what.removesuffix("er"), tested),
-            )
+    """Log, once in a process, that the installed Flower is none of the releases that were tested."""
+    installed, oldest, newest = map(_release, (flwr.__version__, TESTED[0], TESTED[-1]))
+    if installed > newest:
+        said = f"newer than {TESTED[-1]}, the newest"
+    elif not installed:
+        said = f"of an unknown release; {TESTED[-1]} is the newest"
+    elif installed < oldest:
+        said = f"older than {TESTED[0]}, the oldest"
+    else:
+        return
+    log.warning(
+        "flwr %s is %s that was tested; if something fails: pip install 'flwr==%s.*'",
+        *(flwr.__version__, said, TESTED[-1]),
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:
