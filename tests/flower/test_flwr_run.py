@@ -23,6 +23,11 @@ from fed_dpsat.simulation import simulate
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"num_rounds": 2, "num_clients": 3, "clients_per_round": 2, "target_epsilon": 2.0, "local_steps": 2}
 BIN = Path(sys.executable).parent
+FLWR = (
+    "import flwr.cli.local_superlink as local; local.LOCAL_SUPERLINK_STARTUP_TIMEOUT = 120; "
+    "from flwr.cli.app import app; app()"
+)
+"""``flwr`` on a busy machine: its SuperLink has 15 s to start, which an import alone can take there."""
 
 
 def app_table() -> dict:
@@ -93,7 +98,7 @@ def test_flwr_run_trains_to_the_same_bits(flower_home, tmp_path, more):
     settings = {**SETTINGS, **more}
     overrides = " ".join(f"{key}={json.dumps(value)}" for key, value in {**settings, "out": str(out)}.items())
     command = [
-        "flwr", "run", str(ROOT), "local", "--stream", "-c", overrides,
+        sys.executable, "-c", FLWR, "run", str(ROOT), "local", "--stream", "-c", overrides,
         "--federation-config", "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=2",
     ]  # fmt: skip
     done = subprocess.run(command, env=flower_home, capture_output=True, text=True, timeout=240, cwd=tmp_path)
