@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from typer.core import TyperGroup
 
 from fed_dpsat import device_cli
 from fed_dpsat.config import RunConfig, parse_overrides
@@ -23,7 +24,19 @@ from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.plugins import PACKAGES, builtin, summary
 from fed_dpsat.watch import watched
 
+
+class _Commands(TyperGroup):
+    """What a command's imports find wrong, such as a Flower that lacks something, is one line too."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _fail(error, BAD_INPUT)
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -407,12 +420,12 @@ def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """What a user can mend is one line and an exit code, never a traceback."""
-    from flwr.common.logger import FLOWER_LOGGER
-
-    FLOWER_LOGGER.setLevel(logging.ERROR)
     handler = RichHandler(console=err_console, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     try:
+        from fed_dpsat.flower.compat import FLOWER_LOGGER
+
+        FLOWER_LOGGER.setLevel(logging.ERROR)
         yield
     except InputError as error:
         _fail(error, BAD_INPUT)

@@ -1,4 +1,4 @@
-"""The kernels of ``kernels.c``, compiled for this processor when they are first wanted.
+"""The kernels of ``kernels_source``, compiled for this processor when they are first wanted.
 
 They are an extra: without a C compiler, or where what it made does not agree with torch, ``refusal`` says why, and
 layers take torch's functions; steps were up to 1.6 times as long. The library lies in the user's cache, named after
@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fed_dpsat.engines.kernels_source import SOURCE
 from fed_dpsat.errors import SettingError
 
 log = logging.getLogger("fed_dpsat")
 
-SOURCE = Path(__file__).with_name("kernels.c")
 CACHE = Path("~/.cache/fed_dpsat/kernels")
 FLAGS = ("-O3", "-shared", "-fPIC", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math")
 VECTORS = {"AVX512": ("-mavx512f", "-mfma"), "AVX2": ("-mavx2", "-mfma")}
@@ -79,8 +79,8 @@ def suit(x: Tensor) -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL:
     """Raises ``RuntimeError``, ``OSError`` or ``SubprocessError`` with the reason where there is none."""
-    source, flags = SOURCE.read_bytes(), FLAGS + VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
-    digest = blake2b(source + repr(flags).encode(), digest_size=8).hexdigest()
+    flags = FLAGS + VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
+    digest = blake2b((SOURCE + repr(flags)).encode(), digest_size=8).hexdigest()
     folder, name = CACHE.expanduser(), f"kernels-{platform.machine()}-{digest}.so"
     if (folder / name).exists():
         return _opened(folder / name)
@@ -101,7 +101,9 @@ def _compile(made: Path, flags: tuple[str, ...]) -> None:
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise RuntimeError("no C compiler (cc, gcc, clang, or what CC names)")
-    command = [*shlex.split(compiler), *flags, str(SOURCE), "-o", str(made), "-lm"]
+    source = made.with_name("kernels.c")
+    source.write_text(SOURCE)
+    command = [*shlex.split(compiler), *flags, str(source), "-o", str(made), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]

@@ -3,7 +3,7 @@
 Flower's own runner (``flower-superexec``) installs the app that the server sends and runs that: the server's code, on
 the device, beside the data. Here the SuperNode is started with ``--isolation process`` and its messages are answered by
 ``fed_dpsat.flower.client_app`` as it is installed on the device; the server's bundle is never unpacked. It is also
-faster, since nothing is started per message. What it takes of Flower 1.41's runtime is in this module alone.
+faster, since nothing is started per message.
 """
 
 from __future__ import annotations
@@ -24,23 +24,13 @@ from pathlib import Path
 from types import FrameType
 
 from flwr.app import Context, Error, Message
-from flwr.common.constant import SubStatus
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
-from flwr.supercore.constant import TaskType
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.retry import make_simple_http_retry_invoker
-from flwr.supercore.run import Run
-from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import RunError
 from fed_dpsat.flower import compat
 from fed_dpsat.flower.client_app import app
+from fed_dpsat.flower.compat import node as runtime
 from fed_dpsat.flower.grid import answer
 from fed_dpsat.flower.on_device import POLICY
 
@@ -66,6 +56,8 @@ def run_device(policy_path: Path, port: int = 0) -> int:
     policy = Policy.load(policy_path)
     if not (policy.server and policy.root_certificates and policy.private_key):
         raise PolicyError(f"policy {policy_path}: server, root_certificates and private_key are needed to run")
+    compat.say_untested()
+    compat.identify_process()
     check_server(policy.server, policy.root_certificates)
     port = port or free_port()
     node = subprocess.Popen(
@@ -112,7 +104,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def other_version(run: Run) -> str:
+def other_version(run: compat.Run) -> str:
     """Why a run of another app, or another version of this one, is not answered; "" where it is ours."""
     mine = version(PACKAGE)
     name = run.fab_id.rpartition("/")[2]
@@ -125,23 +117,23 @@ def other_version(run: Run) -> str:
 
 def answer_one(address: str, token: str, task_id: int, policy_path: Path, folder: Path) -> None:
     """One message: pulled from the SuperNode, answered by the installed app, given back. One at a time computes."""
-    client = _client(address, "flwr-clientapp", RuntimeTokenHttpInterceptor(token))
+    client = _client(address, "flwr-clientapp", runtime.RuntimeTokenHttpInterceptor(token))
     with closing(client):
-        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat = runtime.HeartbeatSender(runtime.make_task_heartbeat_fn_http(client))
         heartbeat.start()
         try:
-            message, context, run, _ = pull_task_input(client)
+            message, context, run, _ = runtime.pull_task_input(client)
             with _COMPUTING:
-                TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, run.run_id, context.node_id
+                compat.act_for(run.run_id, context.node_id, task_id)
                 reply = _reply(message, context, run, policy_path, folder)
-                push_message(client, reply, context)
-            push_task_output(client, context, SubStatus.COMPLETED, "")
+                runtime.push_message(client, reply, context)
+            runtime.push_task_output(client, context, runtime.SubStatus.COMPLETED, "")
         finally:
             if heartbeat.is_running:
                 heartbeat.stop()
 
 
-def _reply(message: Message, context: Context, run: Run, policy_path: Path, folder: Path) -> Message:
+def _reply(message: Message, context: Context, run: compat.Run, policy_path: Path, folder: Path) -> Message:
     context.node_config = {**context.node_config, POLICY: str(policy_path)}
     if reason := other_version(run):
         device_log(folder).warning("run %s: refused: %s", run.run_id, one_line(reason))
@@ -164,7 +156,9 @@ def _serve(node: subprocess.Popen[bytes], address: str, policy_path: Path, folde
             threads = [thread for thread in threads if thread.is_alive()]
             try:
                 if len(threads) < MOST_AT_A_TIME:
-                    found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+                    found = client.AcquireTask(
+                        runtime.AcquireTaskRequest(supported_task_types=[runtime.TaskType.CLIENT_APP])
+                    )
                     if found.HasField("task") and found.token:
                         threads.append(
                             threading.Thread(target=attempt, args=(found.token, found.task.task_id), daemon=True)
@@ -176,22 +170,31 @@ def _serve(node: subprocess.Popen[bytes], address: str, policy_path: Path, folde
             time.sleep(POLL_SECONDS)
 
 
-def _client(address: str, component: str, *more: ProtobufClientInterceptor) -> RuntimeHttpClient:
-    retry = make_simple_http_retry_invoker()
+def _client(address: str, component: str, *more: runtime.ProtobufClientInterceptor) -> runtime.RuntimeHttpClient:
+    retry = runtime.make_simple_http_retry_invoker()
     retry.max_tries, retry.max_time = 5, 30.0
-    return RuntimeHttpClient.from_server_address(
+    return runtime.RuntimeHttpClient.from_server_address(
         server_address=address,
         insecure=True,
         root_certificates=None,
-        interceptors=[RuntimeVersionHttpInterceptor(component_name=component), *more],
+        interceptors=[runtime.RuntimeVersionHttpInterceptor(component_name=component), *more],
         retry_invoker=retry,
     )
 
 
 def _supernode(policy: Policy, policy_path: Path, port: int) -> list[str]:
-    start = "from flwr.supernode.cli import flower_supernode; flower_supernode()"
     return [
-        *(sys.executable, "-c", start, "--isolation", "process", "--host", "127.0.0.1", "--port", str(port)),
+        *(
+            sys.executable,
+            "-c",
+            runtime.START_SUPERNODE,
+            "--isolation",
+            "process",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ),
         *("--superlink", policy.server, "--root-certificates", policy.root_certificates),
         *("--auth-supernode-private-key", policy.private_key),
         *("--node-config", f"partition-id={policy.client}"),

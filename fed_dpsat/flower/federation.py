@@ -16,7 +16,7 @@ from fed_dpsat import plugins
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import records, stock
+from fed_dpsat.flower import compat, records, stock
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
@@ -60,6 +60,8 @@ def run_federation(
     experiment = dataclasses.replace(experiment, config=renamed(experiment.config, strategy=strategy))
     config = experiment.config
     plans = make_plans(config)
+    compat.say_untested()
+    compat.check_records()
     for warning in filter(None, (delta_warning(experiment), unused_warning(experiment))):
         log.warning("%s", warning)
     inner = build_strategy(config) if strategy is None else copied("strategy", strategy)

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array
-from flwr.common.constant import SType
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+
+from fed_dpsat.flower.compat import SType
 
 LARGEST_HEADER = 1024
 

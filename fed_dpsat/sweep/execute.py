@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.common.logger import FLOWER_LOGGER
-
 from fed_dpsat.errors import RunError
+from fed_dpsat.flower.compat import FLOWER_LOGGER
 from fed_dpsat.run_folder import RunFolder
 from fed_dpsat.simulation import resume, simulate
 from fed_dpsat.sweep.spec import Run

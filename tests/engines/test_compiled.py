@@ -199,12 +199,10 @@ MUTATIONS = {
 
 @pytest.fixture
 def another_source(tmp_path, monkeypatch):
-    """Compile other text than ``kernels.c``, with nothing remembered; puts all back."""
+    """Compile other text than ``kernels_source``, with nothing remembered; puts all back."""
 
     def use(text):
-        source = tmp_path / "kernels.c"
-        source.write_text(text)
-        monkeypatch.setattr(compiled, "SOURCE", source)
+        monkeypatch.setattr(compiled, "SOURCE", text)
         monkeypatch.setattr(compiled, "CACHE", tmp_path / "cache")
         forget()
 
@@ -221,15 +219,14 @@ def another_source(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_kernel_is_not_used(name, another_source):
     before, after = MUTATIONS[name]
-    text = compiled.SOURCE.read_text()
-    assert before in text
-    another_source(text.replace(before, after))
+    assert before in compiled.SOURCE
+    another_source(compiled.SOURCE.replace(before, after))
     assert "not those of torch" in compiled.refusal()
     assert compiled.decided("auto") == "torch"
 
 
 def test_without_a_compiler_torch_computes_and_says_why(another_source, monkeypatch, caplog):
-    another_source(compiled.SOURCE.read_text())
+    another_source(compiled.SOURCE)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert "no C compiler" in compiled.refusal()
@@ -257,7 +254,7 @@ def test_a_compiler_that_fails_is_quoted(another_source, monkeypatch):
 
 @here
 def test_a_folder_that_cannot_be_written_serves_one_process(another_source, monkeypatch, tmp_path):
-    another_source(compiled.SOURCE.read_text())
+    another_source(compiled.SOURCE)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(compiled, "CACHE", tmp_path / "file" / "kernels")
     assert compiled.refusal() == ""

@@ -1,10 +1,10 @@
-"""The few internals of Flower 1.41 that a grid of our own needs, in one place.
+"""The few internals of Flower that a grid of our own needs; the only package that knows any (``node`` has a device's).
 
-Flower has no public way to run a simulation in process or to plug a backend in (FLOWER.md). What is touched:
-``TaskIdentity`` (without it ``Message(...)`` raises), ``Run``, ``ErrorCode``, the id in a message's metadata, the
-dictionary in an ``ArrayRecord``, and the fields of ``Array``: Flower's own serialises when it is made, which costs a
-client that stays in the process a millisecond per megabyte and copy.
-``tests/flower/test_compat.py`` says which of them broke when the version range in pyproject.toml is raised.
+Flower has no public way to run a simulation in process or to plug a backend in. What is touched:
+``TaskIdentity`` (without it ``Message(...)`` raises), ``Run``, ``ErrorCode``, the logger, the id in a message's
+metadata, the dictionary in an ``ArrayRecord``, and the fields of ``Array``: Flower's own serialises when it is made,
+which costs a client that stays in the process a millisecond per megabyte and copy. ``versions`` says which releases
+were tested; one that lacks something raises ``FlowerError``, which names it, before anything is charged.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from typing import Any
 
 import flwr.app
 import numpy as np
-from flwr.app import ArrayRecord, Message
-from flwr.common.constant import ErrorCode, SType
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from numpy.typing import NDArray
+
+from fed_dpsat.flower.compat.versions import FlowerError, internals, say_untested
+
+with internals():
+    from flwr.common.constant import ErrorCode, SType
+    from flwr.common.logger import FLOWER_LOGGER
+    from flwr.supercore.run import Run
+    from flwr.supercore.task_identity import TaskIdentity
 
 SIMULATED_FAULT = 1000
 """The error code of a client that a simulation lets drop out or come too late; none of Flower's."""
@@ -102,10 +107,32 @@ def _fields(array: flwr.app.Array) -> tuple[object, ...]:
 
 
 def identify_process(run_id: int = SIMULATION_RUN_ID, node_id: int = SERVER_NODE_ID) -> None:
-    """Say on whose behalf this process creates messages."""
-    TaskIdentity.run_id = run_id
-    TaskIdentity.node_id = node_id
-    TaskIdentity.task_id = 1
+    """Say on whose behalf this process creates messages; raises ``FlowerError`` if Flower does not listen."""
+    act_for(run_id, node_id, 1)
+    check_records()
+
+
+def act_for(run_id: int, node_id: int, task_id: int) -> None:
+    """``identify_process`` for one task."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, node_id, task_id
+
+
+def check_records() -> None:
+    """Raise ``FlowerError`` unless messages and records hold what is set in them; a new name would make it vain."""
+    try:
+        metadata = Message(RecordDict(), SERVER_NODE_ID, MessageType.TRAIN).metadata
+    except Exception as error:  # whatever a message asks for that it did not before
+        raise FlowerError(f"message for this TaskIdentity ({error})") from error
+    wanted = {
+        "TaskIdentity.run_id": metadata.run_id == TaskIdentity.run_id,
+        "TaskIdentity.node_id": metadata.src_node_id == TaskIdentity.node_id,
+        "Metadata._message_id": "_message_id" in metadata.__dict__,
+        "ArrayRecord._data": "_data" in ArrayRecord().__dict__,
+        "Run.create_empty": hasattr(Run, "create_empty"),
+    }
+    for name, there in wanted.items():
+        if not there:
+            raise FlowerError(name)
 
 
 def empty_run(run_id: int = SIMULATION_RUN_ID) -> Run:
@@ -120,17 +147,23 @@ def set_message_id(message: Message, message_id: str) -> None:
 
 __all__ = [
     "ABSENT",
+    "FLOWER_LOGGER",
     "SERVER_NODE_ID",
     "SIMULATED_FAULT",
     "SIMULATION_RUN_ID",
     "Array",
     "ErrorCode",
+    "FlowerError",
     "Run",
+    "SType",
+    "act_for",
+    "check_records",
     "dtype_name",
     "empty_run",
     "identify_process",
     "items",
     "record_of",
+    "say_untested",
     "set_message_id",
     "view",
 ]

@@ -1,3 +1,6 @@
+"""The C source of the kernels that ``compiled`` compiles; a string, because bundles of Flower hold no C files."""
+
+SOURCE = r"""
 /* Per-example gradients where libraries have none: weights of convolutions, and the norm layers between them.
  *
  * Images have their channels last: x[B][H][W][C]. Every function works on one example at a time, whose image stays in
@@ -64,15 +67,16 @@ static const choice ONE[] = {{4, one_4_1}, {1, one_1_1}};
 static const choice FOUR[] = {{8, four_8_1}, {4, four_4_1}, {1, four_1_1}};
 #if LANES == 8
 TILE(wide, 12, 1)
-static const choice WIDE[] = {{12, wide_12_1}, {8, wide_8_1}, {4, wide_4_1}, {3, wide_3_1}, {2, wide_2_1}, {1, wide_1_1}};
+static const choice WIDE[] = {{12, wide_12_1}, {8, wide_8_1}, {4, wide_4_1}, {3, wide_3_1}, {2, wide_2_1},
+                              {1, wide_1_1}};
 static const choice WIDE_2[] = {{6, wide_6_2}, {4, wide_4_2}, {3, wide_3_2}, {2, wide_2_2}, {1, wide_1_2}};
 #else
 TILE(wide, 16, 1) TILE(wide, 24, 1) TILE(wide, 8, 2) TILE(wide, 12, 2)
 TILE(wide, 1, 4) TILE(wide, 2, 4) TILE(wide, 3, 4) TILE(wide, 4, 4) TILE(wide, 6, 4)
-static const choice WIDE[] = {{24, wide_24_1}, {16, wide_16_1}, {8, wide_8_1}, {4, wide_4_1}, {3, wide_3_1}, {2, wide_2_1},
-                              {1, wide_1_1}};
-static const choice WIDE_2[] = {{12, wide_12_2}, {8, wide_8_2}, {6, wide_6_2}, {4, wide_4_2}, {3, wide_3_2}, {2, wide_2_2},
-                                {1, wide_1_2}};
+static const choice WIDE[] = {{24, wide_24_1}, {16, wide_16_1}, {8, wide_8_1}, {4, wide_4_1}, {3, wide_3_1},
+                              {2, wide_2_1}, {1, wide_1_1}};
+static const choice WIDE_2[] = {{12, wide_12_2}, {8, wide_8_2}, {6, wide_6_2}, {4, wide_4_2}, {3, wide_3_2},
+                                {2, wide_2_2}, {1, wide_1_2}};
 static const choice WIDE_4[] = {{6, wide_6_4}, {4, wide_4_4}, {3, wide_3_4}, {2, wide_2_4}, {1, wide_1_4}};
 #endif
 
@@ -175,7 +179,8 @@ static void weights_of_one(const float *x, const float *g, float *rows, const ge
         }
 }
 
-/* Of rows[count][outputs], by output: squares, and where there are filters[count][outputs] sums and products with them. */
+/* Of rows[count][outputs], by output: squares, and where there are filters[count][outputs] sums and products with
+   them. */
 static void summary(const float *rows, const float *filters, size count, size outputs, double *squares, double *sums,
                     double *along) {
     memset(squares, 0, sizeof(double) * outputs);
@@ -271,7 +276,8 @@ COLUMNS(one, 1) COLUMNS(wide, 1) COLUMNS(wide, 4)
         for (; c < channels; c++, at++) one_1_##f(__VA_ARGS__);                                                        \
     }
 
-/* x[B][positions][channels] -> out, mean[B][groups], rstd[B][groups]; without a weight it is 1; room for 3 * channels doubles. */
+/* x[B][positions][channels] -> out, mean[B][groups], rstd[B][groups]; without a weight it is 1; room for 3 * channels
+   doubles. */
 void norm_forward(const float *x, const float *weight, const float *bias, float *out, float *mean, float *rstd,
                   double *room, size batch, size positions, size channels, size groups, double eps) {
     size each = channels / groups, count = positions * each;
@@ -338,3 +344,4 @@ void position_sums(const float *x, float *sums, double *room, size batch, size p
         for (size c = 0; c < channels; c++) sums[b * channels + c] = room[c];
     }
 }
+"""
