@@ -10,7 +10,8 @@ client that stays in the process a millisecond per megabyte and copy.
 from __future__ import annotations
 
 import functools
-from collections.abc import ItemsView, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import flwr.app
@@ -108,6 +109,18 @@ def identify_process(run_id: int = SIMULATION_RUN_ID, node_id: int = SERVER_NODE
     TaskIdentity.task_id = 1
 
 
+@contextmanager
+def as_before() -> Iterator[None]:
+    """On whose behalf this process creates messages is afterwards as it was before."""
+    names = ("_run_id", "_node_id", "_task_id")
+    before = {name: getattr(TaskIdentity, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, name, value)
+
+
 def empty_run(run_id: int = SIMULATION_RUN_ID) -> Run:
     """A run without an app bundle."""
     return Run.create_empty(run_id)
@@ -126,6 +139,7 @@ __all__ = [
     "Array",
     "ErrorCode",
     "Run",
+    "as_before",
     "dtype_name",
     "empty_run",
     "identify_process",
