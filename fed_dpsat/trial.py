@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from fed_dpsat.attacks import Attackers
 from fed_dpsat.data.dataset import Dataset, Examples
-from fed_dpsat.errors import InputError, RunError
+from fed_dpsat.errors import InputError, ModelError, RunError
 from fed_dpsat.evaluation import predict
 from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.noise import derive_seed
@@ -49,6 +49,7 @@ ROWS, LONGEST = 4, 300
 FLOWER_LOGGER = "flwr"
 ENGINES = {clipped_gradient_sum.__code__, stacked_sum.__code__}
 EVALUATION = {predict.__code__}
+MODULES = {"fed_dpsat.flower.codec": "codec", "fed_dpsat.flower.handover": "strategy"}
 
 
 class TrialError(InputError):
@@ -80,7 +81,9 @@ def try_client(experiment: Experiment) -> None:
             params, state = result.params, result.state
 
 
-def rehearsal(experiment: Experiment, clients: int, *, noise_multiplier: float, memo: dict[int, Any] | None = None) -> Experiment:
+def rehearsal(
+    experiment: Experiment, clients: int, *, noise_multiplier: float, memo: dict[int, Any] | None = None
+) -> Experiment:
     """``experiment`` of ``clients`` with ``ROWS`` made-up examples each, on copies of its objects.
 
     ``noise_multiplier`` is that of the run; that of the trial makes as much noise in the mean gradient, or in the mean
@@ -181,7 +184,9 @@ def check_outputs(tried: Experiment) -> None:
             outputs = tried.loss_fn.outputs(params, inputs)
         name = type(module).__name__
         if not isinstance(outputs, Tensor):
-            raise Unfit("model", f"{name} gives a {type(outputs).__name__}, not a tensor of logits", "return its logits")
+            raise Unfit(
+                "model", f"{name} gives a {type(outputs).__name__}, not a tensor of logits", "return its logits"
+            )
         if outputs.ndim != 2 or len(outputs) != count:
             raise Unfit(
                 "model",
@@ -218,7 +223,9 @@ def copied(kind: str, thing: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(thing, memo)
     except Exception as error:  # whatever an object says that holds a lock or a file
-        raise Unfit(kind, f"it cannot be copied ({_line(error)})", "give it a __deepcopy__: a trial is on copies") from None
+        raise Unfit(
+            kind, f"it cannot be copied ({_line(error)})", "give it a __deepcopy__: a trial is on copies"
+        ) from None
 
 
 @contextmanager
@@ -261,6 +268,7 @@ REMEDIES = {
     "optimizer": "lower lr, and run fed_dpsat.testing.check_optimizer on it",
     "strategy": "fed_dpsat.testing.check_strategy finds more",
     "attack": "see fed_dpsat.attacks.Attack",
+    "engine": "check_model and check_clipping of fed_dpsat.testing find whether model or clipping rule is wrong",
     "codec": "set update_codec=fp32",
 }
 
@@ -285,8 +293,8 @@ def _said(experiment: Experiment, kind: str, objects: Sequence[str], seen: str, 
     config = experiment.config
     values = {
         **config.settings(),
-        "optimizer": described(config.optimizer, config.base_optimizer),
         "codec": config.update_codec,
+        "optimizer": described(config.optimizer, config.base_optimizer),
     }
     if kind in objects:
         name = f"the {kind} that was given"
@@ -317,15 +325,16 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
             kind, where, engine = "engine", "", True
         elif frame.f_code in EVALUATION:
             kind, where, engine = "model", "in evaluation: ", False
-        elif frame.f_globals.get("__name__") == "fed_dpsat.flower.codec":
-            kind, where = "codec", ""
+        elif of_module := MODULES.get(frame.f_globals.get("__name__", "")):
+            kind, where = of_module, ""
         elif isinstance(owner, nn.Module):
             root = owner if root is None else root
             kind, where = "model", _layer(root, owner)
         elif found := [name for name, types in kinds.items() if type(owner) in types]:
             kind, where = found[0], f"{frame.f_code.co_name}: "
-    if engine and kind in ("engine", "model"):
-        return "model", where, _per_example(experiment, frames)
+    if engine and (kind == "model" or isinstance(error, ModelError)):
+        kind = "model"
+        return kind, where, _per_example(experiment, frames)
     if kind == "model":
         x = experiment.dataset.train.inputs
         shape = ", ".join(map(str, x.shape[1:]))

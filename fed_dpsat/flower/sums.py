@@ -102,7 +102,9 @@ def part_of(
     return Part(accepted={client: verdict}, total=total, scale=verdict[records.NUM_EXAMPLES])
 
 
-def judged_part(message: Message, reply: Message, client: int, *, release_counts: bool, clip_norm: float | None) -> Part:
+def judged_part(
+    message: Message, reply: Message, client: int, *, release_counts: bool, clip_norm: float | None
+) -> Part:
     """``part_of`` the ``reply`` of ``client`` to ``message``, judged by what that asks."""
     before = records.arrays_in(message.content, records.ARRAYS)
     assert before is not None  # what was sent

@@ -39,7 +39,9 @@ def try_federation(experiment: Experiment, strategy: Strategy | None = None, obj
     with trial.untouched(experiment.device), trial.held_back_logs(), compat.as_before():
         with trial.told(experiment, objects, inner):
             memo: dict[int, object] = {}
-            tried = trial.rehearsal(experiment, _clients(experiment, inner), noise_multiplier=noise_multiplier, memo=memo)
+            tried = trial.rehearsal(
+                experiment, _clients(experiment, inner), noise_multiplier=noise_multiplier, memo=memo
+            )
             trial.check_outputs(tried)
             _rounds(tried, trial.copied("strategy", inner, memo) if strategy else inner)
 
