@@ -296,10 +296,8 @@ def _said(experiment: Experiment, kind: str, objects: Sequence[str], seen: str, 
         "codec": config.update_codec,
         "optimizer": described(config.optimizer, config.base_optimizer),
     }
-    if kind in objects:
-        name = f"the {kind} that was given"
-    else:
-        name = f"{kind}={values[kind]!r}" if kind in values else kind
+    named = f"{kind}={values[kind]!r}" if kind in values else kind
+    name = f"the {kind} that was given" if kind in objects else named
     end = f"; {remedy}" if remedy else ""
     return f"{name} fails on made-up examples of {experiment.dataset.name}: {seen}{end} (nothing was charged)"
 

@@ -1,4 +1,4 @@
-"""What cannot run is found on made-up examples: one line, exit code 2, nobody charged; what can run gives the same bits."""
+"""What cannot run is found on made-up examples, in one line, nobody charged; what can run gives the same bits."""
 
 from __future__ import annotations
 
@@ -377,7 +377,7 @@ def test_a_weight_that_is_computed_is_copied_and_a_lock_is_refused_by_name(tmp_p
     try_federation(Experiment.build(RunConfig(**FAST), model=model), None, ["model"])
     strategy = FedMedian()
     strategy.lock = threading.Lock()
-    with pytest.raises(TrialError, match="^the strategy that was given .* cannot be copied .*__deepcopy__"):
+    with pytest.raises(TrialError, match=r"^the strategy that was given .* cannot be copied .*__deepcopy__"):
         simulate(RunConfig(**FAST), tmp_path / "run", strategy=strategy)
     assert not (tmp_path / "run").exists()
 

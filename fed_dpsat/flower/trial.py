@@ -36,14 +36,17 @@ def try_federation(experiment: Experiment, strategy: Strategy | None = None, obj
     inner = strategy or build_strategy(config)
     if "client_app" in objects:
         return
-    with trial.untouched(experiment.device), trial.held_back_logs(), compat.as_before():
-        with trial.told(experiment, objects, inner):
-            memo: dict[int, object] = {}
-            tried = trial.rehearsal(
-                experiment, _clients(experiment, inner), noise_multiplier=noise_multiplier, memo=memo
-            )
-            trial.check_outputs(tried)
-            _rounds(tried, trial.copied("strategy", inner, memo) if strategy else inner)
+    with (
+        trial.untouched(experiment.device),
+        trial.held_back_logs(),
+        compat.as_before(),
+        trial.told(experiment, objects, inner),
+    ):
+        memo: dict[int, object] = {}
+        clients = _clients(experiment, inner)
+        tried = trial.rehearsal(experiment, clients, noise_multiplier=noise_multiplier, memo=memo)
+        trial.check_outputs(tried)
+        _rounds(tried, trial.copied("strategy", inner, memo) if strategy else inner)
 
 
 def _clients(experiment: Experiment, inner: Strategy) -> int:

@@ -1,4 +1,4 @@
-"""Conformance of data sets: two splits of finite examples that are the same in each process, and no test on training."""
+"""Conformance of data sets: two splits of finite examples, the same in each process, no test on training."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Subject:
 def check_partition(
     factory: Callable[..., Any], *, labels: np.ndarray | None = None, num_clients: Sequence[int] = NUM_CLIENTS
 ) -> list[str]:
-    """Run the suite on a function of ``labels[N]`` (int64), ``num_clients`` and ``seed``, of which it may leave some out.
+    """Run the suite on a function of ``labels[N]`` (int64), ``num_clients`` and ``seed``, or of some of them.
 
     It returns one array of places in the training split for each client. ``labels`` are made up unless they are given:
     ten classes of 8 to 26 examples. Returns the names of the checks; raises ``ConformanceError``.
