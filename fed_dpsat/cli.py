@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, resume, sweep, list, calibrate, plan, ledger, audit, sharpness, report, compare."""
+"""``fed-dpsat``: run, resume, check, sweep, list, calibrate, plan, ledger, audit, sharpness, report, compare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from fed_dpsat.config import RunConfig, parse_overrides
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.plugins import PACKAGES, builtin, summary
 from fed_dpsat.watch import watched
+
+if TYPE_CHECKING:
+    from fed_dpsat.testing.configuration import Checked
 
 
 class _Commands(TyperGroup):
@@ -100,6 +103,33 @@ def resume(
         ) as show:
             result = simulation.resume(run, overrides=parse_overrides(overrides or ()), on_round=show)
     _print_result(result, run, as_json)
+
+
+@app.command()
+def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check all that CONFIG names, and try it on made-up examples, without training; exit code 2 if not all is fine.
+
+    The suites of fed_dpsat.testing run on data set, partition, model, clipping rule, optimizer and strategy.
+    """
+    from fed_dpsat.testing.configuration import check_configuration
+
+    found: list[Checked] = []
+    with _clear_errors():
+        for checked in check_configuration(RunConfig.load(config, overrides or ())):
+            found.append(checked)
+            if not as_json:
+                out_console.print(_check_line(checked), markup=False, highlight=False, soft_wrap=True)
+    fine = not any(checked.problem for checked in found)
+    if as_json:
+        _print_json({"fine": fine, "parts": [dataclasses.asdict(checked) for checked in found]})
+    if not fine:
+        raise typer.Exit(BAD_INPUT)
+
+
+def _check_line(checked: Checked) -> str:
+    of_part = "" if checked.part == "trial" else f", {checked.checks} checks"
+    said = f"NOT FINE: {checked.problem}" if checked.problem else f"fine{of_part}"
+    return f"{checked.part:10} {checked.name}: {said}" + (f" ({checked.note})" if checked.note else "")
 
 
 @app.command(name="list")

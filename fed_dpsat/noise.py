@@ -30,6 +30,7 @@ Purpose = Literal[
     "freeze",
     "direction",
     "validation",
+    "trial",
 ]
 
 SECRET: frozenset[Purpose] = frozenset({"sampling", "noise"})

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.errors import SettingError
@@ -123,8 +124,16 @@ def size(params: Params) -> int:
 
 
 def hessian_product(loss: Loss, params: Params, direction: Params) -> Params:
-    """The Hessian of ``loss`` at ``params`` times ``direction``: forward over reverse, exact."""
-    product: Params = jvp(grad(loss), (params,), (direction,))[1]
+    """The Hessian of ``loss`` at ``params`` times ``direction``: forward over reverse, exact.
+
+    Attention takes torch's math kernel, since the faster ones have neither a forward mode nor a second derivative. An
+    operation without a forward mode is differentiated in reverse twice.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            product: Params = jvp(grad(loss), (params,), (direction,))[1]
+        except NotImplementedError:
+            product = grad(lambda p: _dot(grad(loss)(p), direction))(params)
     return product
 
 
@@ -225,6 +234,10 @@ def draw_landscape(steps: NDArray[np.float64], losses: NDArray[np.float64], titl
     axes.set_title(title, fontsize=9)
     figure.colorbar(drawn, label="mean loss (nats)")
     figure.savefig(path, dpi=160)
+
+
+def _dot(a: Params, b: Params) -> Tensor:
+    return torch.stack([(t * b[name]).sum() for name, t in a.items()]).sum()
 
 
 def _flat(params: Params) -> NDArray[np.float64]:

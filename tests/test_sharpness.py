@@ -8,6 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.func import grad
+from torch.nn import functional
 from typer.testing import CliRunner
 
 from fed_dpsat.cli import app
@@ -112,7 +115,7 @@ def test_a_landscape_has_the_model_in_its_middle(tmp_path):
 
 def test_the_hessian_of_softmax_regression():
     """One example x of class 0 at w = 0: the Hessian is (diag(p) - p p^T) kron x x^T, p uniform over 10 classes."""
-    examples, module = digits().test, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False))
+    examples, module = digits().test, nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
     x = examples.batch(torch.tensor([0]))[0].double().flatten()
     params = {"1.weight": torch.zeros(10, 64, dtype=torch.float64)}
     loss = mean_loss(module, examples, torch.tensor([0]))
@@ -121,9 +124,78 @@ def test_the_hessian_of_softmax_regression():
     assert abs(trace - 0.9 * float(x @ x)) < 4 * error
 
 
+class Attention(nn.Module):
+    """Each row of an image is a token; ``layer`` is between two linear maps."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(8, 10)
+
+    def forward(self, x):
+        tokens = x.squeeze(1)
+        return self.head(self.layer(tokens).mean(1))
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        heads = x[:, None]
+        return functional.scaled_dot_product_attention(heads, heads.square(), heads).squeeze(1)
+
+
+class Heads(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Cube(torch.autograd.Function):
+    """Without a forward mode."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
+LAYERS = {
+    "multihead": lambda: Heads(8, 2, batch_first=True),
+    "transformer": lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+    "scaled dot product": lambda: nn.Sequential(nn.Linear(8, 8), Scaled()),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_product_through_attention_is_the_change_of_the_gradient(name):
+    """Central differences of the gradient in float64: 1e-6 apart from the exact product of a Hessian of size 1."""
+    torch.manual_seed(0)
+    module = Attention(LAYERS[name]())
+    loss = mean_loss(module, digits().test, torch.arange(20))
+    params = {n: p.detach().double() for n, p in module.named_parameters()}
+    direction = {n: torch.randn_like(p) for n, p in params.items()}
+    far = 1e-5
+    ahead, behind = (grad(loss)({n: p + s * direction[n] for n, p in params.items()}) for s in (far, -far))
+    expected = {n: (ahead[n] - behind[n]) / (2 * far) for n in params}
+    product = hessian_product(loss, params, direction)
+    assert float(flat(expected).norm()) > 0.1
+    assert float((flat(product) - flat(expected)).norm()) < 1e-6
+
+
+def test_what_has_no_forward_mode_is_differentiated_in_reverse_twice():
+    """The sum of cubes has the Hessian diag(6 w)."""
+    at = {"w": torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)}
+    product = hessian_product(lambda p: Cube.apply(p["w"]).sum(), at, {"w": torch.ones(3, dtype=torch.float64)})
+    assert product["w"].tolist() == [6, 12, -18]
+
+
 @pytest.mark.parametrize(("name", "value"), [("rho", 0.0), ("m", 0), ("top", 650), ("probes", 1)])
 def test_settings_out_of_bounds(name, value):
-    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     params = {n: p.detach() for n, p in module.named_parameters()}
     with pytest.raises(SettingError, match=name):
         measure(module, params, digits().test, **{name: value})

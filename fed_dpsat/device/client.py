@@ -24,14 +24,15 @@ from fed_dpsat.optimizers.base import State
 from fed_dpsat.params import Params
 from fed_dpsat.process import intra_op_threads
 from fed_dpsat.training import LocalResult
+from fed_dpsat.trial import try_client
 
 ReadParams = Callable[[Params], Params]
 """Reads the parameters of a message, which must be like those given; raises ``Refusal``."""
 
 
 def num_examples(policy: Policy, run: int, settings: Mapping[str, Any]) -> int:
-    """The declared size of the device's data, for a run that the policy admits."""
-    policy.admit(run, settings)
+    """The declared size of the device's data, for a run that the policy admits and that passes a trial here."""
+    _experiment(policy, policy.admit(run, settings), run)
     return len(own_data(policy, run).train)
 
 
@@ -85,19 +86,24 @@ def answer(
 
 @lru_cache(maxsize=1)
 def _experiment(policy: Policy, config: RunConfig, run: int = 0) -> Experiment:
-    """The run as this device trains it; names are loaded here, all of them on the policy's lists."""
+    """The run as this device trains it, tried on made-up examples; names are loaded here, all on the policy's lists."""
     data = own_data(policy, run)
     try:
         experiment = Experiment.build(config, dataset=data)
+        _check_size(policy, experiment)
+        try_client(experiment)
     except InputError as error:
         raise Refusal(str(error).replace(policy.start_from or "\0", "of the device")) from None
-    count = sum(p.numel() for p in experiment.trained(config.num_rounds).values())
+    return experiment
+
+
+def _check_size(policy: Policy, experiment: Experiment) -> None:
+    count = sum(p.numel() for p in experiment.trained(experiment.config.num_rounds).values())
     if count > policy.largest_parameters:
         raise Refusal(
-            f"model={config.model!r} has {count} parameters, above the {policy.largest_parameters} of this device; "
-            "choose a smaller one"
+            f"model={experiment.config.model!r} has {count} parameters, above the {policy.largest_parameters} of this "
+            "device; choose a smaller one"
         )
-    return experiment
 
 
 def flatten(state: State) -> Params:

@@ -18,6 +18,7 @@ from fed_dpsat.plans import spend
 from fed_dpsat.privacy.event import History
 from fed_dpsat.process import intra_op_threads, tune_allocator
 from fed_dpsat.training import LocalResult
+from fed_dpsat.trial import try_client
 
 Provider = Callable[[Mapping[str, Any]], Experiment]
 """Flower's run config to the experiment that this process works on."""
@@ -78,7 +79,7 @@ class StackingClientApp(ClientApp):
 
 def make_client_app(provider: Provider) -> ClientApp:
     """A client that trains on the experiment of ``provider``, under the partition its node is configured with."""
-    unpack = _Unpack()
+    unpack, tried = _Unpack(), list[Experiment]()
     client_app = StackingClientApp(lambda messages, contexts: _train_together(provider, messages, contexts, unpack))
 
     @client_app.query()
@@ -87,6 +88,9 @@ def make_client_app(provider: Provider) -> ClientApp:
             return on_device.identify(message, context)
         experiment, client = provider(context.run_config), _client(context)
         _check_same(experiment, message)
+        if not any(one is experiment for one in tried):  # once, before the server charges for anything
+            try_client(experiment)
+            tried[:] = [experiment]
         return Message(records.identity_content(client, len(experiment.partitions[client])), reply_to=message)
 
     @client_app.train()

@@ -29,7 +29,7 @@ from fed_dpsat.given import copied, renamed
 from fed_dpsat.inputs import inputs_of
 from fed_dpsat.loggers import Loggers
 from fed_dpsat.noise import NOISE_SOURCES
-from fed_dpsat.plans import make_plans
+from fed_dpsat.plans import ClientPlan, make_plans
 from fed_dpsat.privacy.ledger import PrivacyLedger
 from fed_dpsat.run_folder import RunFolder, jsonable
 from fed_dpsat.timing import Phases
@@ -85,28 +85,9 @@ def run_federation(
             f"client {span.client}", span.worker + 1, span.started, span.seconds
         )
     with PrivacyLedger(folder.ledger_path, must_exist=checkpoint is not None) as ledger:
-        private = PrivateStrategy(
-            inner,
-            ledger,
-            plans=plans,
-            delta=config.delta,
-            accountant=config.accountant,
-            cohort_size=config.cohort_size,
-            max_rounds_per_client=config.rounds_per_client,
-            seed=config.seed,
-            client_sampling=config.client_sampling,
-            min_clients=config.min_clients,
-            release_counts=config.release_counts,
-            join_timeout=config.join_timeout,
-            secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
-            release=ClientRelease.of(config, plans[0].event.noise_multiplier),
-            buffer=Buffer.of(config),
-            phases=phases,
-            within=experiment.subspace,
-            # a simulation has asked its workers when they started
-            fingerprint="" if isinstance(grid, SimulationGrid) else experiment.fingerprint,
-            secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
-        )
+        # a simulation has asked its workers when they started
+        fingerprint = "" if isinstance(grid, SimulationGrid) else experiment.fingerprint
+        private = private_strategy(experiment, inner, ledger, plans, phases, fingerprint)
         recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
         arrays = records.to_arrays(experiment.shared(1))
         if checkpoint is not None:
@@ -123,7 +104,7 @@ def run_federation(
                 config.reply_timeout,
                 evaluate_fn=recorder.after_round,
                 done=checkpoint.round if checkpoint else None,
-                before_round=lambda round, arrays: _unfrozen(experiment, private, round, arrays),
+                before_round=lambda round, arrays: unfrozen(experiment, private, round, arrays),
             )
             status = "completed"
         except FederationOver as reason:
@@ -147,7 +128,40 @@ def run_federation(
     return summary
 
 
-def _unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, arrays: ArrayRecord) -> ArrayRecord:
+def private_strategy(
+    experiment: Experiment,
+    inner: Strategy,
+    ledger: PrivacyLedger,
+    plans: Sequence[ClientPlan],
+    phases: Phases | None = None,
+    fingerprint: str = "",
+) -> PrivateStrategy:
+    """``inner`` as the configuration of ``experiment`` wraps it."""
+    config = experiment.config
+    return PrivateStrategy(
+        inner,
+        ledger,
+        plans=plans,
+        delta=config.delta,
+        accountant=config.accountant,
+        cohort_size=config.cohort_size,
+        max_rounds_per_client=config.rounds_per_client,
+        seed=config.seed,
+        client_sampling=config.client_sampling,
+        min_clients=config.min_clients,
+        release_counts=config.release_counts,
+        join_timeout=config.join_timeout,
+        secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
+        release=ClientRelease.of(config, plans[0].event.noise_multiplier),
+        buffer=Buffer.of(config),
+        phases=phases,
+        within=experiment.subspace,
+        fingerprint=fingerprint,
+        secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
+    )
+
+
+def unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, arrays: ArrayRecord) -> ArrayRecord:
     """The model with the layers that ``round`` trains; those that are new to it start where they were frozen.
 
     The inner strategy begins anew with them: what it has learned of the head alone has another shape.

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fed_dpsat.flower.client_app import from_run_config
 from fed_dpsat.flower.federation import run_federation
+from fed_dpsat.flower.trial import try_federation
 from fed_dpsat.run_folder import RunFolder
 
 app = ServerApp()
@@ -18,9 +19,11 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """One run, in the folder ``runs/flower-<run id>`` of where Flower runs the app, or in ``out``.
 
-    With ``resume`` the run in ``out`` goes on.
+    With ``resume`` the run in ``out`` goes on. What fails in a trial on made-up examples fails here, before any charge.
     """
     experiment = from_run_config(context.run_config)
     config = experiment.config
     folder = Path(config.out or f"runs/flower-{context.run_id}")
-    run_federation(grid, experiment, RunFolder(folder, resume=config.resume))
+    run_folder = RunFolder(folder, resume=config.resume)
+    try_federation(experiment)
+    run_federation(grid, experiment, run_folder)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fed_dpsat.client_level import bounded_move
 from fed_dpsat.flower import records
-from fed_dpsat.flower.replies import Failure
+from fed_dpsat.flower.replies import Failure, judge
 from fed_dpsat.params import Params
 
 OF_THE_MEAN = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
@@ -100,6 +100,24 @@ def part_of(
         move = bounded_move(total, records.to_read(before), clip_norm)
         return Part(accepted={client: verdict}, total=move, scale=1.0, own=True)
     return Part(accepted={client: verdict}, total=total, scale=verdict[records.NUM_EXAMPLES])
+
+
+def judged_part(
+    message: Message, reply: Message, client: int, *, release_counts: bool, clip_norm: float | None
+) -> Part:
+    """``part_of`` the ``reply`` of ``client`` to ``message``, judged by what that asks."""
+    before = records.arrays_in(message.content, records.ARRAYS)
+    assert before is not None  # what was sent
+    verdict = judge(
+        reply,
+        client=client,
+        task=records.read_task(message.content),
+        like=before,
+        release_counts=release_counts,
+        clip_norm=clip_norm,
+        within=records.read_within(message.content),
+    )
+    return part_of(client, reply, verdict, before=before, clip_norm=clip_norm)
 
 
 class Tree:

@@ -10,7 +10,6 @@ import itertools
 import re
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from fed_dpsat.errors import ModelError
@@ -97,6 +96,6 @@ def _own(prefix: str, layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _extent(p: Tensor) -> int:
     """Bytes from the first number to the last."""
-    if not p.numel() or isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+    if is_lazy(p) or not p.numel():
         return 0
     return (1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))) * p.element_size()

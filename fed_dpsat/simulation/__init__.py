@@ -18,6 +18,7 @@ from fed_dpsat.flower import client_app as client_app_module
 from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.flower.grid import Backend, SimulationGrid
 from fed_dpsat.flower.recorder import OnRound, Summary
+from fed_dpsat.flower.trial import try_federation
 from fed_dpsat.optimizers.base import PrivateOptimizer
 from fed_dpsat.process import tune_allocator
 from fed_dpsat.run_folder import RunFolder
@@ -54,6 +55,7 @@ def simulate(
     given = {"dataset": dataset, "model": model, "optimizer": optimizer, "strategy": strategy, "client_app": client_app}
     experiment = Experiment.build(config, dataset=dataset, model=model, optimizer=optimizer)
     objects = [name for name, value in given.items() if value is not None]
+    try_federation(experiment, strategy, objects)
     with simulation_grid(experiment, client_app, folder) as grid:
         return run_federation(grid, experiment, folder, strategy=strategy, on_round=on_round, objects=objects)
 

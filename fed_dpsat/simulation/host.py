@@ -19,7 +19,6 @@ from flwr.clientapp import ClientApp
 from fed_dpsat.flower import compat, records, sums
 from fed_dpsat.flower.client_app import StackingClientApp
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, answer, error_reply, node_context
-from fed_dpsat.flower.replies import judge
 from fed_dpsat.process import intra_op_threads
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.state import StateStore
@@ -135,18 +134,7 @@ class Host:
 
     def _part(self, message: Message, reply: Message, release_counts: bool) -> sums.Part:
         client = message.metadata.dst_node_id - FIRST_NODE_ID
-        before = records.arrays_in(message.content, records.ARRAYS)
-        assert before is not None  # what was sent
-        verdict = judge(
-            reply,
-            client=client,
-            task=records.read_task(message.content),
-            like=before,
-            release_counts=release_counts,
-            clip_norm=self._clip_norm,
-            within=records.read_within(message.content),
-        )
-        return sums.part_of(client, reply, verdict, before=before, clip_norm=self._clip_norm)
+        return sums.judged_part(message, reply, client, release_counts=release_counts, clip_norm=self._clip_norm)
 
 
 def _round(content: RecordDict) -> int | None:

@@ -7,6 +7,8 @@ suite                   takes                                      promises
 ``check_mechanism``     the factory of a mechanism                 noise of the declared size, each step
 ``check_optimizer``     ``() -> PrivateOptimizer``                 post-processing, and nothing hidden
 ``check_model``         ``() -> nn.Module`` and an input shape     examples do not mix
+``check_dataset``       ``() -> Dataset``                          finite, repeatable, test is not train
+``check_partition``     ``(labels, num_clients, seed) -> parts``   clients share no example
 ``check_accountant``    ``(events, delta) -> epsilon``             never below what was spent
 ``check_strategy``      ``() -> flwr Strategy``                    no reply spreads, no charge is missed
 ======================= ========================================== =====================================
@@ -24,9 +26,11 @@ from typing import TYPE_CHECKING
 from fed_dpsat.testing.accountant import check_accountant
 from fed_dpsat.testing.clipping import check_clipping
 from fed_dpsat.testing.conformance import ConformanceError
+from fed_dpsat.testing.dataset import check_dataset
 from fed_dpsat.testing.mechanism import check_mechanism
 from fed_dpsat.testing.model import check_model
 from fed_dpsat.testing.optimizer import check_optimizer
+from fed_dpsat.testing.partition import check_partition
 
 if TYPE_CHECKING:
     from fed_dpsat.testing.strategy import check_strategy
@@ -35,9 +39,11 @@ __all__ = [
     "ConformanceError",
     "check_accountant",
     "check_clipping",
+    "check_dataset",
     "check_mechanism",
     "check_model",
     "check_optimizer",
+    "check_partition",
     "check_strategy",
 ]
 

@@ -10,7 +10,8 @@ were tested; one that lacks something raises ``FlowerError``, which names it, be
 from __future__ import annotations
 
 import functools
-from collections.abc import ItemsView, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import flwr.app
@@ -135,6 +136,18 @@ def check_records() -> None:
             raise FlowerError(name)
 
 
+@contextmanager
+def as_before() -> Iterator[None]:
+    """On whose behalf this process creates messages is afterwards as it was before."""
+    names = ("_run_id", "_node_id", "_task_id")
+    before = {name: getattr(TaskIdentity, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, name, value)
+
+
 def empty_run(run_id: int = SIMULATION_RUN_ID) -> Run:
     """A run without an app bundle."""
     return Run.create_empty(run_id)
@@ -157,6 +170,7 @@ __all__ = [
     "Run",
     "SType",
     "act_for",
+    "as_before",
     "check_records",
     "dtype_name",
     "empty_run",

@@ -1,0 +1,141 @@
+"""The trial of a whole federation (``fed_dpsat.trial``): clients, codec, strategy and evaluation, with nothing on disk.
+
+Two clients are enough for a strategy that uses the mean alone, three hide each other in secure aggregation; any other
+strategy is shown a reply of each client of a cohort. What the code of clients does that is given as ``client_app``, and
+how Ray carries objects, is not tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
+from flwr.serverapp.strategy import Strategy
+
+from fed_dpsat import trial
+from fed_dpsat.evaluation import evaluation_of, predict, quality_of
+from fed_dpsat.experiment import Experiment
+from fed_dpsat.flower import compat, personal, records, sums
+from fed_dpsat.flower.client_app import StackingClientApp, make_client_app
+from fed_dpsat.flower.federation import build_strategy, private_strategy, unfrozen
+from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, SimulationGrid, node_context
+from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.plans import ClientPlan, make_plans
+from fed_dpsat.privacy.event import CLIENTS, PrivacyEvent
+from fed_dpsat.privacy.ledger import PrivacyLedger
+
+
+def try_federation(experiment: Experiment, strategy: Strategy | None = None, objects: Sequence[str] = ()) -> None:
+    """The first rounds of ``experiment`` under ``strategy``, or the one that it names, on made-up examples.
+
+    ``objects`` names what was given in Python. Raises ``TrialError`` for what fails, and what ``build_strategy`` and
+    ``make_plans`` raise. Whatever is given is afterwards as it was.
+    """
+    config = experiment.config
+    noise_multiplier = min(plan.event.noise_multiplier for plan in make_plans(config))
+    inner = strategy or build_strategy(config)
+    if "client_app" in objects:
+        return
+    with (
+        trial.untouched(experiment.device),
+        trial.held_back_logs(),
+        compat.as_before(),
+        trial.told(experiment, objects, inner),
+    ):
+        memo: dict[int, object] = {}
+        clients = _clients(experiment, inner)
+        tried = trial.rehearsal(experiment, clients, noise_multiplier=noise_multiplier, memo=memo)
+        trial.check_outputs(tried)
+        _rounds(tried, trial.copied("strategy", inner, memo) if strategy else inner)
+
+
+def _clients(experiment: Experiment, inner: Strategy) -> int:
+    cohort, secure = experiment.config.cohort_size, experiment.config.secure_aggregation
+    return min(cohort, 3 if secure else 2) if sums.only_mean(inner) else cohort
+
+
+def _rounds(tried: Experiment, inner: Strategy) -> None:
+    """Flower's loop over the clients of ``tried``, with a ledger in memory."""
+    config = tried.config
+    grid = SimulationGrid(_Clients(tried), config.num_clients, seconds=lambda client, round: 1.0 + client)
+    with PrivacyLedger(":memory:") as ledger:
+        private = private_strategy(tried, inner, ledger, [_plan(tried)] * config.num_clients)
+        private.start(
+            grid,
+            records.to_arrays(tried.shared(1)),
+            min(config.num_rounds, 2),
+            evaluate_fn=lambda round, arrays: _after_round(tried, private, grid, arrays),
+            before_round=lambda round, arrays: unfrozen(tried, private, round, arrays),
+        )
+    if config.privacy_unit == "example":
+        tried.carried_state()
+
+
+def _plan(tried: Experiment) -> ClientPlan:
+    config = tried.config
+    noise, steps = config.noise_multiplier, config.steps_per_round
+    of_client = config.privacy_unit == "client"
+    event = PrivacyEvent(noise_multiplier=noise, sample_rate=1.0, steps=1, kind=CLIENTS) if of_client else PrivacyEvent(
+        noise_multiplier=noise, sample_rate=1.0, steps=steps
+    )  # fmt: skip
+    return ClientPlan(target_epsilon=0.0, sample_rate=1.0, first_round=1, event=event, local_steps=steps)
+
+
+def _after_round(
+    tried: Experiment, private: PrivateStrategy, grid: SimulationGrid, arrays: ArrayRecord
+) -> MetricRecord | None:
+    """What a run does after a round; raises ``Unfit`` for a reply that did not count."""
+    if dropped := private.report.dropped:
+        raise trial.Unfit("optimizer", f"a client's reply after its first steps: {min(dropped.values())}",
+                          trial.REMEDIES["optimizer"])  # fmt: skip
+    predictions = predict(tried.loss_fn.module, records.to_params(arrays), tried.dataset.test)
+    evaluation_of(predictions)
+    quality_of(predictions, tried.dataset.num_classes)
+    if tried.personal:
+        personal.measure(grid, arrays, tried.config.num_clients)
+    return None
+
+
+class _Clients:
+    """A backend whose clients answer here, and whose errors are raised as they are."""
+
+    def __init__(self, tried: Experiment) -> None:
+        config = tried.config
+        self._app = make_client_app(lambda _: tried)
+        self._clip_norm = config.clip_norm if config.privacy_unit == "client" else None
+        self._stack = config.stack_clients
+        settings, count = config.settings(), config.num_clients
+        nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + count)
+        self._contexts = {node: node_context(node, settings, count) for node in nodes}
+
+    def run(
+        self, messages: Sequence[Message], *, release_counts: bool | None, timeout: float | None
+    ) -> Iterator[Answers]:
+        """As ``Backend.run``."""
+        for start in range(0, len(messages), self._stack):
+            asked = messages[start : start + self._stack]
+            replies = self._replies(asked, [self._contexts[message.metadata.dst_node_id] for message in asked])
+            if release_counts is None:
+                yield Answers(replies=replies)
+                continue
+            tree = sums.Tree(start)
+            for message, reply in zip(asked, replies, strict=True):
+                client = message.metadata.dst_node_id - FIRST_NODE_ID
+                tree.add(
+                    sums.judged_part(message, reply, client, release_counts=release_counts, clip_norm=self._clip_norm)
+                )
+            yield Answers(parts=tree.nodes)
+
+    def _replies(self, asked: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        app, replies = self._app, None
+        if len(asked) > 1 and isinstance(app, StackingClientApp):
+            try:
+                replies = app.train_together(asked, contexts)
+            except Exception:  # who fails together trains alone, as in a run
+                replies = None
+        if replies is None:
+            replies = [app(message, context) for message, context in zip(asked, contexts, strict=True)]
+        return replies
+
+    def close(self) -> None:
+        """Nothing to let go of."""

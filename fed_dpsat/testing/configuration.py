@@ -1,0 +1,120 @@
+"""Everything that a configuration names, checked without training: the suites, and the trial that each run has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fed_dpsat import plugins
+from fed_dpsat.config import RunConfig
+from fed_dpsat.errors import InputError
+from fed_dpsat.experiment import Experiment
+from fed_dpsat.flower.federation import build_strategy
+from fed_dpsat.flower.strategy_state import StrategyStateError, capture_state
+from fed_dpsat.flower.trial import try_federation
+from fed_dpsat.noise import derive_seed
+from fed_dpsat.optimizers.chain import build_optimizer, described
+from fed_dpsat.testing.clipping import check_clipping
+from fed_dpsat.testing.conformance import ConformanceError
+from fed_dpsat.testing.dataset import check_dataset
+from fed_dpsat.testing.model import check_model
+from fed_dpsat.testing.optimizer import check_optimizer
+from fed_dpsat.testing.partition import check_partition
+from fed_dpsat.testing.strategy import check_strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """One part of a configuration: how many ``checks`` it passed, the ``problem`` that ended them, and a ``note``."""
+
+    part: str
+    name: str
+    checks: int = 0
+    problem: str = ""
+    note: str = ""
+
+
+def check_configuration(config: RunConfig) -> Iterator[Checked]:
+    """Each part of ``config`` as it is checked, the trial of all together last.
+
+    Nothing is written but the data set's cache. Raises ``InputError`` for what cannot be built.
+    """
+    experiment = Experiment.build(config)
+    config = experiment.config
+    data = experiment.dataset
+    settings: dict[str, Any] = {
+        **config.settings(),
+        "total_steps": config.total_steps,
+        "steps_per_round": config.steps_per_round,
+        "input_shape": data.input_shape,
+        "num_classes": data.num_classes,
+        "labels": data.train.labels.numpy(),
+    }
+    yield _checked("dataset", config.dataset, lambda: check_dataset(lambda: _built("dataset", config, settings)))
+    yield _checked(
+        "partition",
+        config.partition,
+        lambda: check_partition(
+            lambda labels, num_clients, seed: _built(
+                "partition", config, {**settings, "labels": labels, "num_clients": num_clients, "seed": seed}
+            ),
+            labels=data.train.labels.numpy(),
+            num_clients=(config.num_clients,),
+        ),
+        note=_left_over(experiment),
+    )
+    yield _checked(
+        "model",
+        config.model,
+        lambda: check_model(
+            lambda: _built("model", config, {**settings, "seed": derive_seed(config.seed, purpose="model")}),
+            input_shape=data.input_shape,
+            num_classes=data.num_classes,
+            engine=config.engine,
+        ),
+    )
+    yield _checked(
+        "clipping",
+        config.clipping,
+        lambda: check_clipping(lambda clip_norm: _built("clipping", config, {**settings, "clip_norm": clip_norm})),
+    )
+    yield _checked(
+        "optimizer",
+        described(config.optimizer, config.base_optimizer),
+        lambda: check_optimizer(
+            lambda: build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
+        ),
+    )
+    yield _checked(
+        "strategy",
+        config.strategy,
+        lambda: check_strategy(lambda: build_strategy(config)),
+        note=_cannot_resume(config),
+    )
+    yield _checked("trial", "made-up examples", lambda: try_federation(experiment))
+
+
+def _built(kind: str, config: RunConfig, settings: dict[str, Any]) -> Any:
+    return plugins.build(kind, getattr(config, kind), settings)
+
+
+def _checked(part: str, name: str, check: Callable[[], list[str] | None], note: str = "") -> Checked:
+    try:
+        made = check()
+    except (ConformanceError, InputError) as error:
+        return Checked(part=part, name=name, problem=" ".join(str(error).split()), note=note)
+    return Checked(part=part, name=name, checks=len(made or ["trial"]), note=note)
+
+
+def _left_over(experiment: Experiment) -> str:
+    left = len(experiment.dataset.train) - sum(map(len, experiment.partitions))
+    return f"{left} of {len(experiment.dataset.train)} training examples are with no client" if left else ""
+
+
+def _cannot_resume(config: RunConfig) -> str:
+    try:
+        capture_state(build_strategy(config))
+    except StrategyStateError as error:
+        return f"a run of it cannot be resumed: {error}"
+    return ""

@@ -1,0 +1,119 @@
+"""Conformance of data sets: two splits of finite examples, the same in each process, no test on training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.testing.conformance import require, run_checks
+
+LOOKED_AT = 1000
+"""Rows of each split, spread evenly."""
+
+Make = Callable[[], Dataset]
+
+
+def check_dataset(factory: Make) -> list[str]:
+    """Run the suite on ``() -> Dataset``; the names of the checks that were made.
+
+    Of each split 1,000 rows are looked at, spread evenly. Raises ``ConformanceError``.
+    """
+    return run_checks("dataset", CHECKS, factory)
+
+
+def is_a_dataset_of_two_splits(make: Make) -> None:
+    """``Dataset``, with examples to train on and public ones to test on, and two classes or more."""
+    made = make()
+    require(
+        isinstance(made, Dataset),
+        expected="a fed_dpsat.data.Dataset",
+        seen=f"a {type(made).__name__}",
+        remedy="return Dataset(name=..., train=Examples(...), test=Examples(...), class_names=(...))",
+    )
+    for split in ("train", "test"):
+        require(
+            len(getattr(made, split)),
+            expected=f"examples in the {split} split",
+            seen="none",
+            remedy="clients train on train, and the server measures on test",
+        )
+    require(
+        made.num_classes >= 2,
+        expected="two classes or more",
+        seen=f"class_names={made.class_names}",
+        remedy="name the classes in the order of their numbers",
+    )
+
+
+def batches_are_finite(make: Make) -> None:
+    """Normalised inputs have no NaN and no inf."""
+    made = make()
+    for split in ("train", "test"):
+        examples = getattr(made, split)
+        rows = _spread(examples)
+        inputs, _ = examples.batch(rows)
+        bad = rows[~inputs.flatten(1).isfinite().all(1)]
+        require(
+            not len(bad),
+            expected=f"finite {split} inputs",
+            seen=f"NaN or inf in {len(bad)} of {len(rows)} rows, the first {int(bad[0]) if len(bad) else 0}",
+            remedy="fill in what is missing before, with a public constant",
+        )
+
+
+def each_call_gives_the_same_examples(make: Make) -> None:
+    """Workers, devices and resumed runs make the data set anew: it is the same to the bit."""
+    first, again = make(), make()
+    for split in ("train", "test"):
+        one, other = getattr(first, split), getattr(again, split)
+        same = len(one) == len(other) and torch.equal(one.labels, other.labels)
+        if same:
+            rows = _spread(one)
+            same = torch.equal(one.inputs[rows].nan_to_num(), other.inputs[rows].nan_to_num())
+        require(
+            same,
+            expected=f"the same {split} split from a second call",
+            seen="another one",
+            remedy="seed what is drawn or shuffled, and read files in a sorted order",
+        )
+    constants = [(d.train.mean, d.train.std, d.test.mean, d.test.std) for d in (first, again)]
+    require(
+        constants[0] == constants[1],
+        expected="the same mean and std from a second call",
+        seen=f"{constants[0]} and {constants[1]}",
+        remedy="write public constants down: statistics of the training split would be a release of their own",
+    )
+
+
+def test_split_is_not_the_training_split(make: Make) -> None:
+    """At most half of the public test rows are training rows: accuracy on private examples is a release."""
+    made = make()
+    private = _rows(made.train, torch.arange(min(len(made.train), 10 * LOOKED_AT)))
+    looked_at = _rows(made.test, torch.arange(min(len(made.test), LOOKED_AT)))
+    found = len(set(private) & set(looked_at))
+    require(
+        2 * found <= len(set(looked_at)),
+        expected="test examples that nobody trains on",
+        seen=f"{found} of {len(set(looked_at))} that are training examples too",
+        remedy="put examples aside for the test split, or set validation_share",
+    )
+
+
+CHECKS = (
+    is_a_dataset_of_two_splits,
+    batches_are_finite,
+    each_call_gives_the_same_examples,
+    test_split_is_not_the_training_split,
+)
+
+
+def _spread(examples: Examples) -> Tensor:
+    count = min(len(examples), LOOKED_AT)
+    return torch.linspace(0, len(examples) - 1, count, dtype=torch.float64).round().long()
+
+
+def _rows(examples: Examples, rows: Tensor) -> list[bytes]:
+    return [row.numpy().tobytes() for row in examples.inputs[rows]]
