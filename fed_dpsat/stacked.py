@@ -34,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.clipping.bound import Held, check_factors
 from fed_dpsat.engines.finite import squared_norm_rows
+from fed_dpsat.engines.loss import check_types
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_noise
 from fed_dpsat.params import Params
@@ -88,6 +89,7 @@ def train_stacked(
         check_known(member.mechanism, member.sampler, member.streams)
         check_bound(member.mechanism, clipping)
     clipping = Held(rule=clipping, clip_norm=members[0].mechanism.clip_norm)
+    check_types(params)
     count = len(members)
     noises = [member.streams.generator("noise") for member in members]
     coins = [member.sampler.batches(local_steps, member.streams.generator("sampling")) for member in members]

@@ -25,6 +25,8 @@ from fed_dpsat.privacy.event import PrivacyError
 SANE_NOISE = 1e6
 """Nobody needs more; beyond it float32 has no room for a gradient."""
 SANE_NUMBER = 2**31
+EXACT_ENGINES = ("auto", "planned", "vmap")
+"""Not another library's, whose gradients are tried on made-up examples only."""
 DEFAULT_OPTIMIZERS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
 
 
@@ -154,6 +156,7 @@ class Policy:
         if config.optimizer_args:
             self._listed("optimizer_args", config.optimizer_args, self.optimizer_args or ("none",))
         self._listed("clipping", config.clipping, self.clippings)
+        self._listed("engine", config.engine, EXACT_ENGINES)
         self._bounded("clip_norm", config.clip_norm, 0, self.largest_clip_norm)
         self._bounded("delta", config.delta, 0, self.largest_delta)
         self._bounded("local_steps", steps, 1, self.largest_local_steps)

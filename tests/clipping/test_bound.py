@@ -1,4 +1,4 @@
-"""Factors are held to the bound where they are used; what runs is held to what is charged. Wrong rules, each refused."""
+"""Factors are held to the bound where they are used, and what runs to what is charged; each wrong one is refused."""
 
 from __future__ import annotations
 
