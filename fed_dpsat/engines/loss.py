@@ -69,8 +69,8 @@ def check_types(params: Params) -> None:
     for name, p in params.items():
         if p.dtype not in WIDE:
             raise ModelError(
-                f"parameter {name} is {str(p.dtype).removeprefix('torch.')}, which rounds clipped sums and noise; train "
-                "in float32 (`module.float()`), with precision=bfloat16 if layers shall compute in that"
+                f"parameter {name} is {str(p.dtype).removeprefix('torch.')}, which rounds clipped sums and noise; "
+                "train in float32 (`module.float()`), with precision=bfloat16 if layers shall compute in that"
             )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ def made_up(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor)
     are looked up in, the targets below the number of outputs. Raises what the module raises if it takes none.
     """
     with torch.no_grad():
-        words = _first_that_passes(_lengths(loss_fn, params, inputs), lambda n: _outputs(loss_fn, params, inputs, n))
-        outputs = _outputs(loss_fn, params, inputs, words)
-        classes = _first_that_passes(
+        lengths = _lengths(loss_fn, params, inputs)
+        words, outputs = _first_that_passes(lengths, lambda n: loss_fn.outputs(params, drawn(inputs, 2, 0, n)))
+        classes, _ = _first_that_passes(
             _widths(outputs, targets), lambda n: loss_fn.criterion(outputs, drawn(targets, 2, 0, n))
         )
 
@@ -97,23 +98,10 @@ def _widths(outputs: Any, targets: Tensor) -> list[int]:
     return [outputs.shape[1], outputs.shape[-1], 2]
 
 
-def _outputs(loss_fn: ModelLoss, params: Params, inputs: Tensor, below: int) -> Any:
-    return loss_fn.outputs(params, drawn(inputs, 2, 0, below))
-
-
-def _first_that_passes(candidates: list[int], attempt: Callable[[int], Any]) -> int:
-    """The first number that ``attempt`` takes; raises what the last one raised."""
-    for below, last in _with_last(candidates):
-        try:
-            attempt(below)
-        except Exception:  # whatever a module says about numbers beyond its tables
-            if last:
-                raise
-        else:
-            return below
-    raise AssertionError("no candidate")
-
-
-def _with_last(candidates: list[int]) -> Iterator[tuple[int, bool]]:
-    for place, candidate in enumerate(candidates):
-        yield candidate, place == len(candidates) - 1
+def _first_that_passes(candidates: list[int], attempt: Callable[[int], Any]) -> tuple[int, Any]:
+    """The first number that ``attempt`` takes, and what it made of it; raises what it raises for the last one."""
+    *more, last = candidates
+    for below in more:
+        with suppress(Exception):  # whatever a module says about numbers beyond its tables
+            return below, attempt(below)
+    return last, attempt(last)

@@ -1,7 +1,7 @@
 """The hooks of Opacus behind the interface of the engines: slow, familiar, a cross-check.
 
-Its layers are not torch's in every setting, and it says so in few of them: 1.6 pads with zeros whatever ``padding_mode``
-is, trains the row of ``padding_idx``, ignores ``scale_grad_by_freq`` and has no table that all examples read together.
+Its layers are not torch's in every setting, and it says so in few: 1.6 pads with zeros whatever ``padding_mode`` is,
+trains the row of ``padding_idx``, ignores ``scale_grad_by_freq`` and has no table that all examples read together.
 So before a module is trained with it, its gradients of made-up examples are compared with those of autograd.
 """
 

@@ -38,8 +38,8 @@ def require(condition: object, *, expected: str, seen: str, remedy: str) -> None
 def run_checks(suite: str, checks: Sequence[Callable[[Subject], None]], subject: Subject) -> list[str]:
     """Make ``checks`` on ``subject`` in their order and return their names; torch's generator is left as it was.
 
-    A plug-in is taken as it is (``unchecked``): a suite measures what it does. Raises ``ConformanceError`` for the first
-    that is not met, and for one in which the plug-in raised.
+    A plug-in is taken as it is (``unchecked``): a suite measures what it does. Raises ``ConformanceError`` for the
+    first that is not met, and for one in which the plug-in raised.
     """
     made = []
     for check in checks:

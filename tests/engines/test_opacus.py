@@ -1,4 +1,4 @@
-"""Opacus is offered as a cross-check, so it is checked itself: against autograd, example by example, before it trains."""
+"""Opacus is a cross-check, so it is checked itself: against autograd, example by example, before it trains."""
 
 from __future__ import annotations
 
