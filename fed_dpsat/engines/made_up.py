@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -32,7 +33,7 @@ def _like(p: Tensor, generator: torch.Generator) -> Tensor:
         return p
     if p.ndim < 2:
         return (torch.rand(p.shape, generator=generator) + 0.5).to(p)
-    return (torch.randn(p.shape, generator=generator) * max(1, p[0].numel()) ** -0.5).to(p)
+    return (torch.randn(p.shape, generator=generator) / math.sqrt(max(1, p[:1].numel()))).to(p)
 
 
 def made_up(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Draw:
