@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
-from fed_dpsat.engines.loss import ModelLoss, check_module, cross_entropy
+from fed_dpsat.engines.loss import ModelLoss, check_module, check_types, cross_entropy
 from fed_dpsat.engines.opacus import opacus_sum
 from fed_dpsat.engines.planned import auto_sum, planned_sum
 from fed_dpsat.engines.vmap import vmap_sum
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
-from fed_dpsat.query import At, LossFn, simplified, zero_sum
+from fed_dpsat.query import At, LossFn, first_point, simplified, zero_sum
 
 __all__ = ["ENGINES", "LossFn", "ModelLoss", "check_module", "clipped_gradient_sum", "cross_entropy"]
 
@@ -48,12 +48,15 @@ def clipped_gradient_sum(
     coordinates, and ``query.spread`` undoes that once noise is in. Also returns how many examples had a gradient that
     was not finite. Both are sensitive: noise comes next.
     At most ``physical_batch_size`` per-example gradients are held at a time; the split changes nothing else.
+    Raises ``SettingError`` for a rule whose factors do not keep ``clipping.clip_norm``, and ``ModelError`` for
+    parameters of less than float32.
     """
     if engine not in ENGINES:
         raise SettingError("engine", engine, f"one of {', '.join(ENGINES)}", "choose one of those")
     if physical_batch_size < 1:
         raise SettingError("physical_batch_size", physical_batch_size, "at least 1", "128 suits most CPUs")
     at, clipped_sum = simplified(at), dict[str, Tensor]()
+    check_types(first_point(at))
     num_nonfinite = 0
     inputs, targets = batch
     if len(inputs) != len(targets):

@@ -32,14 +32,16 @@ from torch.func import grad, vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
+from fed_dpsat.clipping.bound import Held, check_factors
 from fed_dpsat.engines.finite import squared_norm_rows
+from fed_dpsat.engines.loss import check_types
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_noise
 from fed_dpsat.params import Params
 from fed_dpsat.placement import device_of, training_on
 from fed_dpsat.query import At, LossFn, Query, simplified
 from fed_dpsat.sampling import PoissonSampler
-from fed_dpsat.training import Batches, LocalResult, Streams, check_bound, check_rows
+from fed_dpsat.training import Batches, LocalResult, Streams, check_bound, check_known, check_rows
 
 
 class Unstackable(Exception):
@@ -84,7 +86,10 @@ def train_stacked(
     if len({alike(member.state) for member in members}) != 1:
         raise Unstackable("clients with states of different forms")
     for member in members:
+        check_known(member.mechanism, member.sampler, member.streams)
         check_bound(member.mechanism, clipping)
+    clipping = Held(rule=clipping, clip_norm=members[0].mechanism.clip_norm)
+    check_types(params)
     count = len(members)
     noises = [member.streams.generator("noise") for member in members]
     coins = [member.sampler.batches(local_steps, member.streams.generator("sampling")) for member in members]
@@ -155,7 +160,10 @@ def _chunk_sum(
     norms = {name: squared_norm_rows(g.flatten(0, 1)).view(real.shape) for name, g in rows.items()}
     finite = torch.stack(list(norms.values())).sum(0).isfinite()
     kept = real & finite
-    factors = _mapped(clipping.factors, "the clipping rule", {name: n.where(kept, 0) for name, n in norms.items()})
+    known = {name: n.where(kept, 0) for name, n in norms.items()}
+    held = torch.stack(list(known.values()))  # before the rule has them
+    factors = _mapped(clipping.factors, "the clipping rule", known)
+    check_factors(clipping, factors, list(known), held)
     if not bool(finite.all()):  # 0 * inf is NaN
         rows = {name: g.where(finite[..., None], 0) for name, g in rows.items()}
     sums = {

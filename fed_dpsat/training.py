@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, Tally
+from fed_dpsat.clipping.bound import Held
+from fed_dpsat.engines.plain import unbounded
 from fed_dpsat.errors import SettingError
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_seed
@@ -22,6 +25,7 @@ from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.query import spread
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.secure_noise import system_generator
+from fed_dpsat.unchecked import checking
 
 CLIPPING_SLOT = "clipping"
 """Where the state keeps what adaptive clipping has learned."""
@@ -88,14 +92,18 @@ def train_locally(
     """``local_steps`` private steps from ``params``; each is one event of ``mechanism``, empty batch or not.
 
     All is computed where ``params`` are. The data is touched through ``batches`` alone, and only the clipped sum is
-    made of it. Raises ``SettingError`` for a mechanism whose noise is scaled to another bound than ``clipping`` keeps,
-    or batches with more rows than examples: either would cost more than the event says.
+    made of it. Raises ``SettingError`` for what could cost more than the event says: a mechanism whose noise is scaled
+    to another bound than ``clipping`` has, factors that do not keep it, batches with more rows than examples, and a
+    mechanism, sampler or streams of another class than those named here (but within ``unchecked``).
     """
+    check_known(mechanism, sampler, streams)
     check_bound(mechanism, clipping)
     sampling, noise = streams.generator("sampling"), streams.generator("noise")
     adaptive = clipping if isinstance(clipping, AdaptiveClipping) else None
     clip_norm = float(state[CLIPPING_SLOT]["clip_norm"]) if CLIPPING_SLOT in state else clipping.clip_norm
     rule, of_gradient, of_count = clipping, mechanism, mechanism
+    if not unbounded(clipping):
+        rule = Held(rule=clipping, clip_norm=mechanism.clip_norm)
     ordinary = Ordinary.of(loss_fn, clipping, mechanism)
     # a mechanism of another class may keep what it released
     update = owned_update(optimizer) if type(mechanism) is GaussianMechanism else optimizer.update
@@ -137,10 +145,37 @@ def _joint(
     """The mechanisms of gradient and count, which together cost the event of ``mechanism``."""
     batch_size = mechanism.expected_batch_size
     gradient, count = adaptive.noise_multipliers(mechanism.noise_multiplier, batch_size)
+    if checking() and not _cost(gradient) + _cost(count) <= _cost(mechanism.noise_multiplier) * (1 + 1e-9):
+        raise SettingError(
+            "clipping",
+            type(adaptive).__name__,
+            f"one whose gradient and count cost noise_multiplier={mechanism.noise_multiplier:g} together",
+            "give noise_multipliers with z_gradient^-2 + z_count^-2 <= noise_multiplier^-2",
+        )
     return (
         GaussianMechanism(noise_multiplier=gradient, clip_norm=clip_norm, expected_batch_size=batch_size),
         GaussianMechanism(noise_multiplier=count, clip_norm=0.5, expected_batch_size=batch_size),
     )
+
+
+def _cost(noise_multiplier: float) -> float:
+    return noise_multiplier**-2 if noise_multiplier else math.inf
+
+
+def check_known(mechanism: GaussianMechanism, sampler: PoissonSampler, streams: Streams) -> None:
+    """Raise ``SettingError`` for a class that may add, draw or repeat something else than the event says."""
+    for name, part, known in (
+        ("mechanism", mechanism, GaussianMechanism),
+        ("sampler", sampler, PoissonSampler),
+        ("streams", streams, Streams),
+    ):
+        if type(part) is not known and checking():
+            raise SettingError(
+                name,
+                type(part).__name__,
+                f"a {known.__name__} itself, of which is known that it does what is charged",
+                "pass one, or vouch for yours: `with fed_dpsat.unchecked.unchecked():`",
+            )
 
 
 def check_bound(mechanism: GaussianMechanism, clipping: ClippingRule) -> None:

@@ -34,6 +34,7 @@ from fed_dpsat.query import At
 from fed_dpsat.sampling import PoissonSampler
 from fed_dpsat.stacked import Member, Unstackable, train_stacked
 from fed_dpsat.training import LocalResult, Streams, train_locally
+from fed_dpsat.unchecked import unchecked
 
 LAYERS, WIDTH = 16, 2
 SIZE = LAYERS * WIDTH
@@ -132,8 +133,12 @@ class Claim(Protocol):
 
 
 def play(game: Game) -> GameResult:
-    """Both worlds, the attack chosen on one half of the repetitions and judged on the other."""
-    (without, events), (with_it, _) = (_world(game, included) for included in (False, True))
+    """Both worlds, the attack chosen on one half of the repetitions and judged on the other.
+
+    What is played is taken as it is (``unchecked``): the game is to find what is broken.
+    """
+    with unchecked():
+        (without, events), (with_it, _) = (_world(game, included) for included in (False, True))
     steps = game.rounds * game.local_steps
     return result_of(game, without, with_it, steps=steps, epsilon_ledger=game.ledger(events, game.delta))
 

@@ -27,6 +27,8 @@ SANE_NOISE = 1e6
 SANE_NUMBER = 2**31
 ARGUMENTS = ("model_args", "optimizer_args", "clipping_args")
 """Texts that a run may give only as the policy lists them."""
+EXACT_ENGINES = ("auto", "planned", "vmap")
+"""Not another library's, whose gradients are tried on made-up examples only."""
 DEFAULT_OPTIMIZERS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
 
 
@@ -159,6 +161,7 @@ class Policy:
         for name in ARGUMENTS:
             if given := getattr(config, name):
                 self._listed(name, given, getattr(self, name) or ("none",))
+        self._listed("engine", config.engine, EXACT_ENGINES)
         self._bounded("clip_norm", config.clip_norm, 0, self.largest_clip_norm)
         self._bounded("delta", config.delta, 0, self.largest_delta)
         self._bounded("local_steps", steps, 1, self.largest_local_steps)

@@ -97,7 +97,7 @@ class Capture(TorchFunctionMode):
         elif call.name not in NARROW and call.weight is not None and x.is_floating_point() and is_card(x.device):
             x = x.to(call.weight.dtype)  # CUDA's norms take one type, where the CPU's take two
         with torch.autocast(device, enabled=False):
-            return _Planned.apply(self.tape, held, self.anchor, x)  # type: ignore[no-untyped-call]
+            return Planned.apply(self.tape, held, self.anchor, x)  # type: ignore[no-untyped-call]
 
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
         before, self.sequence_first = self.sequence_first, True
@@ -116,7 +116,9 @@ class Capture(TorchFunctionMode):
         return out.transpose(0, 1).contiguous().view(*call.x.shape[:-1], out.shape[-1])
 
 
-class _Planned(torch.autograd.Function):
+class Planned(torch.autograd.Function):
+    """The two passes of a layer; what goes into it and comes out of it is in the graph, its parameters are not."""
+
     @staticmethod
     def forward(ctx: Any, tape: Tape, call: Call, anchor: Tensor, x: Tensor) -> Tensor:
         ctx.tape, ctx.call = tape, call

@@ -23,7 +23,7 @@ def leaves_of(weight: Tensor, name: str) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ == "_PlannedBackward":
+        if type(node).__name__ == "PlannedBackward":
             raise Unplanned(f"{name} with weights that depend on the data")
         if (leaf := getattr(node, "variable", None)) is not None:
             leaves[id(leaf)] = leaf

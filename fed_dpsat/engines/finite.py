@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.clipping.bound import bounded_factors
 from fed_dpsat.params import Params
 
 LEAST, BLOCK = 64, 1024
@@ -50,10 +51,15 @@ def keep(rows: Tensor, finite: Tensor | None) -> Tensor:
 def finite_factors(
     squared_norms: dict[str, Tensor], clipping: ClippingRule
 ) -> tuple[dict[str, Tensor], Tensor | None, int]:
-    """Factors ``[B]`` per parameter, 0 for an example without a finite norm; which are finite; how many are not."""
-    finite = torch.stack(list(squared_norms.values())).sum(0).isfinite()
+    """Factors ``[B]`` per parameter, 0 for an example without a finite norm; which are finite; how many are not.
+
+    Raises ``SettingError`` for factors that leave an example more than ``clipping.clip_norm``.
+    """
+    rows = torch.stack(list(squared_norms.values()))
+    finite = rows.sum(0).isfinite()
     num_nonfinite = int((~finite).sum())
     if not num_nonfinite:
-        return clipping.factors(squared_norms), None, 0
-    factors = clipping.factors({name: n.where(finite, 0) for name, n in squared_norms.items()})
+        return bounded_factors(clipping, squared_norms, rows), None, 0
+    known = {name: n.where(finite, 0) for name, n in squared_norms.items()}
+    factors = bounded_factors(clipping, known, rows.where(finite, 0))
     return {name: f.where(finite, 0) for name, f in factors.items()}, finite, num_nonfinite

@@ -18,6 +18,8 @@ from fed_dpsat.params import Params
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+WIDE = frozenset({torch.float32, torch.float64})
+
 BATCH_NORM, INSTANCE_NORM = _BatchNorm, _InstanceNorm
 
 
@@ -60,6 +62,16 @@ class ModelLoss:
         with torch.autocast(inputs.device.type, dtype=PRECISIONS[self.precision]):
             outputs = call(self.module, params, inputs)
         return outputs.float()
+
+
+def check_types(params: Params) -> None:
+    """Raise ``ModelError`` for parameters in which a bound and noise would be rounded: all but float32 and float64."""
+    for name, p in params.items():
+        if p.dtype not in WIDE:
+            raise ModelError(
+                f"parameter {name} is {str(p.dtype).removeprefix('torch.')}, which rounds clipped sums and noise; "
+                "train in float32 (`module.float()`), with precision=bfloat16 if layers shall compute in that"
+            )
 
 
 def check_module(module: nn.Module) -> None:

@@ -1,21 +1,35 @@
-"""The hooks of Opacus behind the interface of the engines: slow, familiar, a cross-check."""
+"""The hooks of Opacus behind the interface of the engines: slow, familiar, a cross-check.
+
+Its layers are not torch's in every setting, and it says so in few: 1.6 pads with zeros whatever ``padding_mode`` is,
+trains the row of ``padding_idx``, ignores ``scale_grad_by_freq`` and has no table that all examples read together.
+So before a module is trained with it, its gradients of made-up examples are compared with those of autograd.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+import weakref
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fed_dpsat.clipping import ClippingRule
-from fed_dpsat.engines.contribution import MAY_MIX
+from fed_dpsat.engines.call import modules
 from fed_dpsat.engines.finite import finite_factors, keep, squared_norm_rows
 from fed_dpsat.engines.loss import ModelLoss
-from fed_dpsat.engines.probe import refusal
+from fed_dpsat.engines.made_up import made_up, made_up_parameters
+from fed_dpsat.engines.probe import Key, ask, key_of
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.params import Params
+from fed_dpsat.placement import generator_states, seed, training_on
 from fed_dpsat.query import At, LossFn, Query, simplified
+
+BATCH = 3
+
+_found: weakref.WeakKeyDictionary[nn.Module, dict[Key, str]] = weakref.WeakKeyDictionary()
 
 
 def opacus_sum(
@@ -24,8 +38,8 @@ def opacus_sum(
     """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite.
 
     ``mode`` is that of Opacus' ``GradSampleModule``: ``hooks``, ``ew`` or ``functorch``. Raises ``SettingError``
-    for a loss that is not a ``ModelLoss`` and a query of more than one point, ``ModelError`` for a module whose
-    examples mix: hooks would not notice.
+    for a loss that is not a ``ModelLoss``, a query of more than one point, and a layer whose gradients are not those of
+    autograd; ``ModelError`` for a module whose examples may mix: hooks would not notice.
     """
     params = simplified(at)
     if isinstance(params, Query):
@@ -37,14 +51,90 @@ def opacus_sum(
         )
     if not isinstance(loss_fn, ModelLoss):
         raise SettingError("engine", "opacus", "for a loss other than ModelLoss", "use 'auto' or 'vmap'")
-    if (reason := refusal(loss_fn, params, inputs, targets)).endswith(MAY_MIX):
-        raise ModelError(f"{type(loss_fn.module).__name__}: {reason}")
+    _compare_once(loss_fn, params, inputs, targets, mode)
+    if not (answer := ask(loss_fn, params, inputs, targets)).apart:
+        raise ModelError(f"engine='opacus' cannot train {type(loss_fn.module).__name__}: {answer.refusal}; use 'auto'")
     rows = per_example(loss_fn, params, inputs, targets, mode)
     factors, finite, num_nonfinite = finite_factors({n: squared_norm_rows(g) for n, g in rows.items()}, clipping)
     total = {
         name: (factors[name].to(g) @ keep(g, finite).reshape(len(g), -1)).view(g.shape[1:]) for name, g in rows.items()
     }
     return total, num_nonfinite
+
+
+def _compare_once(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, mode: str) -> None:
+    """Raise what ``_compare`` says of this module and examples of this kind."""
+    found, key = _found.setdefault(loss_fn.module, {}), (mode, *key_of(loss_fn, params, inputs, targets))
+    if key not in found:
+        with training_on(inputs.device):
+            found[key] = _compare(loss_fn, params, inputs, targets, mode)
+    if found[key]:
+        raise SettingError("engine", "opacus", found[key], "use 'auto' or 'vmap'")
+
+
+def _compare(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, mode: str) -> str:
+    """Which layer has other gradients than autograd gives example by example, on made-up ones; nothing if none has."""
+    trained = {name: p.detach() for name, p in params.items()}
+    try:
+        return _compare_in(torch.float64, 1e-6, loss_fn, trained, inputs, targets, mode)
+    except RuntimeError:  # a module that asks for the types it has
+        dtype = next((p.dtype for p in trained.values()), torch.float32)
+        return _compare_in(dtype, 1e-3, loss_fn, trained, inputs, targets, mode)
+
+
+def _compare_in(
+    dtype: torch.dtype, tolerance: float, loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, mode: str
+) -> str:
+    module = copy.deepcopy(loss_fn.module).to(dtype)
+    loss = replace(loss_fn, module=module, precision="float32")
+    inputs, targets = (t.to(dtype) if t.is_floating_point() else t for t in (inputs, targets))
+    random = made_up_parameters(module, {name: p.to(dtype) for name, p in params.items()})
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(random[name])
+    params = {name: random[name] for name in params}
+    draw = made_up(loss, params, inputs, targets)
+    for number in range(2):
+        x, y = draw(BATCH, number)
+        if number and not x.is_floating_point():
+            x = _few_words(module, x)
+        expected = _one_by_one(loss, params, x, y)
+        seed(x.device, 0)
+        try:
+            found = per_example(loss, params, x.clone(), y, mode)
+        except Exception as error:  # whatever Opacus says of a module that it does not take
+            said = str(error).strip().splitlines()
+            return f"for {type(module).__name__}: {type(error).__name__}, {said[0] if said else 'no reason given'}"
+        for name, rows in expected.items():
+            same = rows.shape == found[name].shape
+            away = float((found[name] - rows).norm() / rows.norm().clamp(min=1e-30)) if same else math.inf
+            if not away <= tolerance:
+                where = name.rpartition(".")[0]
+                layer = f"{where or 'the module'} ({type(module.get_submodule(where)).__name__})"
+                return f"right for {layer}: its gradients of {name} are not those of autograd on made-up examples"
+    return ""
+
+
+def _one_by_one(loss: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Params:
+    """``[B, *shape]`` by autograd: each example alone; all at once if the module draws, so that it draws the same."""
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad():
+        seed(inputs.device, 0)
+        before = generator_states(inputs.device)
+        losses = loss(leaves, inputs.clone(), targets)
+        draws = not all(torch.equal(*pair) for pair in zip(before, generator_states(inputs.device), strict=True))
+        rows = []
+        for i in range(len(inputs)):
+            one = losses[i] if draws else loss(leaves, inputs[i : i + 1].clone(), targets[i : i + 1])[0]
+            rows.append(torch.autograd.grad(one, list(leaves.values()), retain_graph=draws, materialize_grads=True))
+    return {name: torch.stack(each) for name, each in zip(leaves, zip(*rows, strict=True), strict=True)}
+
+
+def _few_words(module: nn.Module, words: Tensor) -> Tensor:
+    """``words``, but of a few that come often, those that pad among them."""
+    pads = {getattr(m, "padding_idx", None) for m in modules(module)} - {None}
+    few = words.new_tensor([*sorted(pads), 0, int(words.max())])  # type: ignore[type-var]
+    return few[words % len(few)]
 
 
 def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, mode: str) -> Params:

@@ -57,10 +57,10 @@ def planned_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clippi
     if unbounded(clipping) and (total := _plain(loss_fn, at, inputs, targets)) is not None:
         return total, 0
     try:
-        return _clipped_sum(_held(loss_fn, at, inputs, targets), zero_sum(at), len(inputs), clipping)
+        held = _held(loss_fn, at, inputs, targets)
     except Unplanned as unplanned:
-        reason = str(unplanned)
-    return _fall_back(reason, loss_fn, at, inputs, targets, clipping)
+        return _fall_back(str(unplanned), loss_fn, at, inputs, targets, clipping)
+    return _clipped_sum(held, zero_sum(at), len(inputs), clipping)  # which asks the rule: no way back from here
 
 
 def _plain(loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor) -> Params | None:

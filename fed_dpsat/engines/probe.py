@@ -1,15 +1,18 @@
 """Whether a module is one that the planned engine is right for: asked once, with made-up examples.
 
-Four things are looked at, on two and three examples: every operation keeps examples apart (``watch``), every layer's
-input starts with the batch dimension, the gradient of one example's loss stays in that example's place, and one
-example's loss does not feel the others.
-What is asked depends on shapes and parameters only, never on data, so every process comes to the same answer.
+Five things are looked at, on two and three examples: every operation keeps examples apart (``watch``), every layer's
+input starts with the batch dimension, the gradient of one example's loss stays in that example's place, one example's
+loss does not feel the others, and no buffer changes. Parameters are random, since those of a run may be zeros that
+hide what they will show; so are whole numbers, within what the module looks up.
+What is asked depends on shapes only, never on data or parameters, so every process comes to the same answer.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,9 +24,10 @@ from fed_dpsat.engines.capture import Call, Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 from fed_dpsat.engines.conv import Convolution
 from fed_dpsat.engines.loss import ModelLoss
+from fed_dpsat.engines.made_up import Draw, made_up, made_up_parameters
 from fed_dpsat.engines.norm import GroupNorm
 from fed_dpsat.engines.routes import routes
-from fed_dpsat.engines.watch import Watch
+from fed_dpsat.engines.watch import Watch, check_backward
 from fed_dpsat.params import Params
 from fed_dpsat.placement import seed, training_on
 
@@ -35,10 +39,14 @@ POOLS = (functional.max_pool2d, functional.avg_pool2d, torch.max_pool2d)
 
 @dataclass(frozen=True)
 class Answer:
-    """``refusal``: why not, or nothing; ``channels_last``: the memory format that suits the module's layers."""
+    """``refusal``: why not, or nothing; ``channels_last``: the memory format that suits the module's layers.
+
+    ``apart``: whether examples are known to keep apart, be the module one for the planned engine or not.
+    """
 
     refusal: str
     channels_last: bool = True
+    apart: bool = False
 
 
 _answers: weakref.WeakKeyDictionary[nn.Module, dict[Key, Answer]] = weakref.WeakKeyDictionary()
@@ -51,54 +59,113 @@ def refusal(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor)
 
 def ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Answer:
     """Whether, and in which format."""
-    answers = _answers.setdefault(loss_fn.module, {})
-    training = tuple(m.training for m in modules(loss_fn.module))
-    batches = tuple((t.shape[1:], t.dtype, t.device) for t in (inputs, targets))
-    key = (*batches, tuple(params), training, loss_fn.criterion, loss_fn.kernels)
+    answers, key = _answers.setdefault(loss_fn.module, {}), key_of(loss_fn, params, inputs, targets)
     if key not in answers:
         answers[key] = _ask(loss_fn, params, inputs, targets)
     return answers[key]
 
 
+def key_of(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Key:
+    """What an answer depends on, beside the module."""
+    training = tuple(m.training for m in modules(loss_fn.module))
+    batches = tuple((t.shape[1:], t.dtype, t.device) for t in (inputs, targets))
+    return (*batches, tuple(params), training, loss_fn.criterion, loss_fn.kernels)
+
+
 def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Answer:
     loss_fn = replace(loss_fn, precision="float32")  # what mixes does so at any precision; rounding must not hide it
-    last = True
+    last, in_the_open = True, ""
     try:
-        for batch in (2, 3):
-            with training_on(inputs.device):
-                last = _probe(loss_fn, params, _made_up(inputs, batch, 0), _made_up(targets, batch, 0) * 0)
+        with training_on(inputs.device), _buffers_kept(loss_fn.module):
+            drawn = made_up_parameters(loss_fn.module, params)
+            draw = made_up(loss_fn, drawn, inputs, targets)
+            constants: list[Tensor] | None = None
+            for batch in (2, 3):
+                last, in_the_open, constants = _probe(loss_fn, drawn, params.keys(), draw, batch, constants)
     except Unplanned as reason:
         return Answer(str(reason))
     except Exception as error:  # whatever a module or a criterion says about made-up examples
         return Answer(f"{type(error).__name__} on made-up examples: {str(error).splitlines()[0] if str(error) else ''}")
-    return Answer("", channels_last=last)
+    return Answer(in_the_open, channels_last=last, apart=True)
 
 
-def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> bool:
-    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+def _probe(
+    loss_fn: ModelLoss,
+    params: Params,
+    names: Collection[str],
+    draw: Draw,
+    batch: int,
+    constants: list[Tensor] | None,
+) -> tuple[bool, str, list[Tensor]]:
+    """Whether channels are best last, which parameter no planned layer uses, and the module's constants.
+
+    Raises ``Unplanned`` for all else.
+    """
+    leaves = {name: p.detach().requires_grad_(name in names) for name, p in params.items()}
     tape, plan = Tape(keep_calls=True), routes(loss_fn.kernels)
+    source, targets = draw(batch, 0)
+    source.requires_grad_(source.is_floating_point())
+    inputs = source.clone() if source.requires_grad else source  # a module may write into its input
     with torch.enable_grad():
         seed(inputs.device, 0)
-        capture = Watch(tape, plan, inputs, targets)
+        known = [*leaves.values(), *loss_fn.module.parameters(), *loss_fn.module.buffers()]
+        capture = Watch(tape, plan, inputs, targets, source, known, constants)
         with capture:
             losses = loss_fn(leaves, inputs, targets)
-        if losses.shape != (len(inputs),):
-            raise Unplanned(f"losses of shape {tuple(losses.shape)} for {len(inputs)} examples")
-        if not losses.requires_grad:
-            return True
-        wanted = [capture.anchor, *leaves.values()]
-        check_routed(leaves, torch.autograd.grad(losses[1], wanted, allow_unused=True)[1:])
-        for grad in tape.gradients:
-            if bool(grad[[i for i in range(len(inputs)) if i != 1]].any()):
-                raise Unplanned(f"a gradient leaves the place of its example in the batch: {MAY_MIX}")
-        others = _made_up(inputs, len(inputs), 1)
-        others[1] = inputs[1]
+        if losses.shape != (batch,):
+            raise Unplanned(f"losses of shape {tuple(losses.shape)} for {batch} examples")
+        if not capture.saw(losses):
+            raise Unplanned(f"losses that were made of the batch out of sight: {MAY_MIX}")
+        if not bool(losses.isfinite().all()):
+            raise Unplanned("losses of made-up examples that are not finite")
+        direct = _check_gradients(losses, tape, [capture.anchor, *(leaves[name] for name in names)])
+        others, other_targets = draw(batch, 1)
+        others[1], other_targets[1] = source.detach()[1], targets[1]
         seed(inputs.device, 0)
-        with Capture(Tape(), plan, len(inputs)):
-            again = loss_fn(leaves, others, targets)
+        with Capture(Tape(), plan, batch):
+            again = loss_fn(leaves, others, other_targets)
     if not torch.allclose(losses[1], again[1], rtol=1e-3, atol=1e-4, equal_nan=True):
         raise Unplanned(f"the loss of one example depends on the others: {MAY_MIX}")
-    return _suits_channels_last(tape.calls, capture.functions)
+    try:
+        check_routed({name: leaves[name] for name in names}, direct[1:])
+    except Unplanned as reason:
+        return True, str(reason), capture.constants
+    return _suits_channels_last(tape.calls, capture.functions), "", capture.constants
+
+
+def _check_gradients(losses: Tensor, tape: Tape, wanted: list[Tensor]) -> list[Tensor | None]:
+    """``Unplanned`` unless a gradient of an example's loss, of any size, stays in its row; those to ``wanted``."""
+    direct: list[Tensor | None] = [None] * len(wanted)
+    if not losses.requires_grad:
+        return direct
+    check_backward(losses)
+    sizes = torch.randn(len(losses), generator=torch.Generator().manual_seed(0)).to(losses)
+    for row in range(2) if len(losses) == 2 else [len(losses) - 1]:
+        tape.gradients.clear()
+        found = torch.autograd.grad(losses[row], wanted, sizes[row], retain_graph=True, allow_unused=True)
+        direct = [one if one is not None else other for one, other in zip(found, direct, strict=True)]
+        for grad in tape.gradients:
+            if bool(grad[[i for i in range(len(losses)) if i != row]].any()):
+                raise Unplanned(f"a gradient leaves the place of its example in the batch: {MAY_MIX}")
+    return direct
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """``Unplanned`` if a buffer of ``module`` changes; all are as they were before, whatever happens."""
+    before = [(name, b, b._version, b.detach().clone()) for name, b in module.named_buffers()]
+    try:
+        yield
+        now = dict(module.named_buffers())
+        for name, buffer, version, _ in before:
+            if now.get(name) is not buffer or buffer._version != version:
+                raise Unplanned(f"a forward pass changes the buffer {name}: {MAY_MIX}")
+    finally:
+        for name, buffer, version, kept in before:
+            path, _, key = name.rpartition(".")
+            module.get_submodule(path)._buffers[key] = buffer
+            if buffer._version != version:
+                buffer.detach().copy_(kept)
 
 
 def _suits_channels_last(calls: list[Call], functions: set[object]) -> bool:
@@ -124,12 +191,3 @@ def _suits_channels_last(calls: list[Call], functions: set[object]) -> bool:
         elif isinstance(call.layer, GroupNorm):
             last += 0.5 * values
     return last <= planes
-
-
-def _made_up(like: Tensor, batch: int, drawn: int) -> Tensor:
-    """``[batch, *like.shape[1:]]``: small numbers, or zeros where only whole numbers fit."""
-    shape = batch, *like.shape[1:]
-    if not like.is_floating_point():
-        return like.new_zeros(shape)
-    generator = torch.Generator().manual_seed(drawn)
-    return torch.randn(shape, generator=generator).to(like)

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from fed_dpsat.config import RunConfig
+from fed_dpsat.device.journal import Refusal
 from fed_dpsat.device.policy import Policy, PolicyError
 
 
@@ -77,3 +78,12 @@ def test_an_admitted_run_keeps_no_path_cohort_or_seed_of_the_servers(device, set
     assert (config.device, config.gpus_per_worker) == ("cpu", 0.0)
     assert config.noise_source == "system"
     assert "evil" not in config.partition
+
+
+def test_a_server_does_not_choose_another_librarys_engine(device, settings):
+    for engine in ("auto", "planned", "vmap"):
+        assert device.policy.admit(7, {**settings, "engine": engine}).engine == engine
+    with pytest.raises(
+        Refusal, match=r"engine='opacus' is not allowed on this device, which takes auto, planned, vmap"
+    ):
+        device.policy.admit(7, {**settings, "engine": "opacus"})
