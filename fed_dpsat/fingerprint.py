@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def fingerprint(found: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def _add_examples(digest: hashlib._Hash, split: Examples) -> None:
+def _add_examples(digest: Any, split: Examples) -> None:
     digest.update(json.dumps([list(split.inputs.shape), split.mean, split.std]).encode())
     _add(digest, split.labels)
     if not len(split):
@@ -58,7 +59,7 @@ def _add_examples(digest: hashlib._Hash, split: Examples) -> None:
         _add(digest, split.inputs[rows])
 
 
-def _add(digest: hashlib._Hash, values: Tensor) -> None:
+def _add(digest: Any, values: Tensor) -> None:
     """Type, shape and bytes, of a tensor on any device."""
     digest.update(json.dumps([str(values.dtype), list(values.shape)]).encode())
     if values.numel():

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fed_dpsat.errors import ModelError
 
