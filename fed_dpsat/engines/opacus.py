@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.draws import of_batch
 from fed_dpsat.engines.contribution import MAY_MIX
+from fed_dpsat.engines.drawing import Drawing, Pass, Undrawn, check_drawn
 from fed_dpsat.engines.finite import finite_factors, keep, squared_norm_rows
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.probe import refusal
 from fed_dpsat.errors import ModelError, SettingError
+from fed_dpsat.generators import Mark
 from fed_dpsat.params import Params
 from fed_dpsat.query import At, LossFn, Query, simplified
 
@@ -59,7 +62,15 @@ def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Ten
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         wrapped = wrap_model(module, grad_sample_mode=mode, loss_reduction="sum")
-        torch.autograd.backward(loss_fn.criterion(wrapped(inputs), targets).sum())
+        mark = Mark.here(inputs.device)
+        try:
+            with Drawing(Pass(of_batch(len(inputs)))):
+                total = loss_fn.criterion(wrapped(inputs), targets).sum()
+            torch.autograd.backward(total)
+            check_drawn(mark)
+        except Undrawn as undrawn:
+            mark.moved()
+            raise ModelError(f"{type(loss_fn.module).__name__}: {undrawn}; set engine=auto") from None
     named = dict(module.named_parameters())
     rows = {}
     for name, value in params.items():

@@ -12,20 +12,23 @@ import math
 import weakref
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fed_dpsat.draws import KEY_BYTES, Draws
 from fed_dpsat.engines.call import modules
 from fed_dpsat.engines.capture import Call, Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 from fed_dpsat.engines.conv import Convolution
+from fed_dpsat.engines.drawing import check_drawn
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.norm import GroupNorm
 from fed_dpsat.engines.routes import routes
 from fed_dpsat.engines.watch import Watch
+from fed_dpsat.generators import Mark, seed, training_on
 from fed_dpsat.params import Params
-from fed_dpsat.placement import seed, training_on
 
 Key = tuple[object, ...]
 
@@ -65,7 +68,7 @@ def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) ->
     last = True
     try:
         for batch in (2, 3):
-            with training_on(inputs.device):
+            with training_on(inputs.device), Draws(key=bytes(KEY_BYTES), ids=np.arange(batch)).used():
                 last = _probe(loss_fn, params, _made_up(inputs, batch, 0), _made_up(targets, batch, 0) * 0)
     except Unplanned as reason:
         return Answer(str(reason))
@@ -79,15 +82,18 @@ def _probe(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
     tape, plan = Tape(keep_calls=True), routes(loss_fn.kernels)
     with torch.enable_grad():
         seed(inputs.device, 0)
-        capture = Watch(tape, plan, inputs, targets)
+        capture, mark = Watch(tape, plan, inputs, targets), Mark.here(inputs.device)
         with capture:
             losses = loss_fn(leaves, inputs, targets)
         if losses.shape != (len(inputs),):
             raise Unplanned(f"losses of shape {tuple(losses.shape)} for {len(inputs)} examples")
         if not losses.requires_grad:
+            check_drawn(mark)
             return True
         wanted = [capture.anchor, *leaves.values()]
-        check_routed(leaves, torch.autograd.grad(losses[1], wanted, allow_unused=True)[1:])
+        direct = torch.autograd.grad(losses[1], wanted, allow_unused=True)
+        check_drawn(mark)
+        check_routed(leaves, direct[1:])
         for grad in tape.gradients:
             if bool(grad[[i for i in range(len(inputs)) if i != 1]].any()):
                 raise Unplanned(f"a gradient leaves the place of its example in the batch: {MAY_MIX}")

@@ -25,6 +25,9 @@ ABOUT = frozenset(
 )
 """Methods that say something about a tensor and nothing of its numbers."""
 
+UNSET = frozenset({"new_empty", "empty_like"})
+"""Tensors whose numbers say nothing yet."""
+
 
 class Watch(Capture):
     """A ``Capture`` that follows what came from ``inputs`` and ``targets``; raises ``Unplanned``, naming what mixes."""
@@ -49,8 +52,12 @@ class Watch(Capture):
         self.functions.add(func)
         flat, structure = tree_flatten((args, kwargs))
         batched = [i for i, leaf in enumerate(flat) if self._follows(leaf)]
+        calls = self.drawn.calls
         if not batched or name in ABOUT or self._inside_layer:
-            return super().__torch_function__(func, types, args, kwargs)
+            out = super().__torch_function__(func, types, args, kwargs)
+            if self.drawn.calls > calls and not batched and not self._inside_layer:
+                raise Unplanned(f"{name} draws of no tensor of the batch: {MAY_MIX}")
+            return out
         planned = func in self.plan or func is ATTENTION
         before = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in flat]
         states = generator_states(self._device)
@@ -76,7 +83,8 @@ class Watch(Capture):
             if leaf.ndim < 1 or leaf.shape[0] != self.batch:
                 raise Unplanned(f"{name} leaves the batch dimension: {MAY_MIX}")
             self._batched[id(leaf)] = leaf
-        if not planned:  # the layers that are planned for are known to keep examples apart
+        drawn = self.drawn.calls > calls or name in UNSET
+        if not planned and not drawn:  # the layers that are planned for are known to keep examples apart
             self._check_rows(func, name, before, batched, structure, outs, states)
         return out
 
