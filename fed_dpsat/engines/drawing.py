@@ -32,6 +32,7 @@ from fed_dpsat import draws as words_of
 from fed_dpsat.draws import Draws
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 from fed_dpsat.generators import Mark
+from fed_dpsat.placement import is_card
 
 Answer = Tensor | NotImplementedType
 """``NotImplemented`` for a call that draws nothing, or nothing that is known here: torch answers it."""
@@ -181,9 +182,13 @@ def _per_feature(input: Tensor, led: int) -> tuple[int, ...]:
 def _thinned(drawn: Pass, input: Tensor, shape: tuple[int, ...], p: float, training: bool, inplace: bool) -> Answer:
     if not training or not 0 < p <= 1 or not input.is_floating_point():
         return NotImplemented
-    mask = words_of.kept(drawn.words(shape, input.device)[..., 0], p).to(input.dtype)
-    if p < 1:
-        mask = mask.mul_(1 / (1 - p))
+    words = drawn.words(shape, input.device)[..., 0]
+    if drawn.row is None and input.dtype == torch.float32 and not is_card(input.device):
+        mask = torch.from_numpy(words_of.thinning(words.numpy(), p))
+    else:
+        mask = words_of.kept(words, p).to(input.dtype)
+        if p < 1:
+            mask = mask.mul_(1 / (1 - p))
     return input.mul_(mask) if inplace else input * mask
 
 
