@@ -3,7 +3,7 @@
 ============================================ ==========================================================
 on the card                                  on the CPU, whatever the device
 ============================================ ==========================================================
-the model, its loss and the server's tests   coins, noise and every other draw but a layer's own (dropout)
+the model, its loss and the server's tests   coins, noise and every other draw, those of dropout too
 a batch, from when its rows were gathered    data sets, messages, files, aggregation, the ledger
 parameters and state while a client trains   both before and after; scalars of a state (clock, counts)
 ============================================ ==========================================================

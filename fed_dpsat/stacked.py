@@ -11,7 +11,8 @@ batches of different sizes                     padded with examples of zeros, wh
 an empty batch                                 a zero sum, noised like any other
 an example with NaN or inf                     contributes zero, and is counted for its client
 an optimizer that cannot be mapped             its two functions are called client by client
-a loss or rule that cannot be mapped; dropout  ``Unstackable``
+a loss or rule that cannot be mapped           ``Unstackable``
+dropout, or another draw of loss or batches    ``Unstackable``
 an optimizer that asks a ``Query``             ``Unstackable``, unless it is one plain point
 ============================================== ==========================================================
 
