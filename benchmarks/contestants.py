@@ -50,7 +50,7 @@ def dropout_mlp() -> nn.Module:
 
 
 def dropout_cnn() -> nn.Module:
-    """Two 3x3 ReLU convolutions, 32 and 64 channels, dropout 0.25 of the pooled images and 0.5 of Linear(12544, 128)."""
+    """Two 3x3 ReLU convolutions, 32 and 64 channels, dropout 0.25 of the pooled images, 0.5 of Linear(12544, 128)."""
     images = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
     return nn.Sequential(
         *images, nn.Flatten(), nn.Linear(12544, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, CLASSES)
@@ -125,7 +125,7 @@ def _drawn_by_torch(step: Step) -> Step:
     def whole() -> object:
         with (
             mock.patch.object(drawing.Pass, "answer", lambda self, func, args, kwargs: func(*args, **kwargs)),
-            mock.patch.object(generators.Mark, "moved", lambda self: False),
+            mock.patch.object(generators.Mark, "moved", return_value=False),
         ):
             return step()
 

@@ -90,9 +90,9 @@ def _peak_in_a_process(name: str, model: str, size: int, args: argparse.Namespac
 
 def _peak_mb(name: str, model: str, size: int, physical: int, device: torch.device) -> float:
     first, _, second = name.partition(" ")
-    step = contestants([second if second in ("bfloat16", "torch-kernels") else first], model, size, physical, device)[
-        name
-    ]
+    step = contestants(
+        [second if second in ("bfloat16", "torch-kernels", "torch-draws") else first], model, size, physical, device
+    )[name]
     if is_card(device):
         held = torch.cuda.memory_allocated(device)
         step()
