@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fed_dpsat import plugins
+from fed_dpsat import generators, plugins
 from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.draws import Draws, fresh_key
+from fed_dpsat.engines import drawing
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers import DPSAT, DPSGD
 from fed_dpsat.params import trainable
@@ -40,10 +43,47 @@ def wide_linear_cnn() -> nn.Module:
     )
 
 
+def dropout_mlp() -> nn.Module:
+    """Two hidden layers of 256 and 128, dropout 0.5 after each."""
+    hidden = [nn.Linear(3072, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 128), nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(128, CLASSES))
+
+
+def dropout_cnn() -> nn.Module:
+    """Two 3x3 ReLU convolutions, 32 and 64 channels, dropout 0.25 of the pooled images, 0.5 of Linear(12544, 128)."""
+    images = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
+    return nn.Sequential(
+        *images, nn.Flatten(), nn.Linear(12544, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, CLASSES)
+    )
+
+
+class DropoutTransformer(nn.Module):
+    """One encoder layer, 4 heads and dropout 0.1, on 16 tokens of 192."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(192, 4, 256, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(192, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x[B, 3, 32, 32] -> logits[B, 10]``."""
+        logits: Tensor = self.head(self.encoder(x.reshape(x.shape[0], 16, 192)).mean(1))
+        return logits
+
+
+OWN: dict[str, Callable[[], nn.Module]] = {
+    "wide-linear-cnn": wide_linear_cnn,
+    "dropout-mlp": dropout_mlp,
+    "dropout-cnn": dropout_cnn,
+    "dropout-transformer": DropoutTransformer,
+}
+"""Models of these benchmarks alone."""
+
+
 def build(model: str, device: torch.device = CPU) -> nn.Module:
-    """A model by its short name, or ``wide-linear-cnn``."""
+    """A model by its short name, or one of ``OWN``."""
     torch.manual_seed(0)
-    module = wide_linear_cnn() if model == "wide-linear-cnn" else plugins.load("model", model)(SHAPE, CLASSES)
+    module = OWN[model]() if model in OWN else plugins.load("model", model)(SHAPE, CLASSES)
     made: nn.Module = module.to(device)
     return made
 
@@ -70,11 +110,26 @@ def contestants(
             steps |= {f"planned {name}": _engine("planned", model, size, physical, device, precision=name)}
         elif name == "torch-kernels":
             steps["planned torch-kernels"] = _engine("planned", model, size, physical, device, kernels="torch")
+        elif name == "torch-draws":
+            steps["planned torch-draws"] = _drawn_by_torch(_engine("planned", model, size, physical, device))
         elif name in ("dp-sgd", "dp-sat"):
             steps[name] = _optimizer_step(name, model, size, physical, device)
         else:
             steps[name] = _engine(name, model, size, physical, device)
     return {name: _finished(step, device) for name, step in steps.items()}
+
+
+def _drawn_by_torch(step: Step) -> Step:
+    """``step`` with torch's generator for the whole batch, which no guarantee is given for."""
+
+    def whole() -> object:
+        with (
+            mock.patch.object(drawing.Pass, "answer", lambda self, func, args, kwargs: func(*args, **kwargs)),
+            mock.patch.object(generators.Mark, "moved", return_value=False),
+        ):
+            return step()
+
+    return whole
 
 
 def _finished(step: Step, device: torch.device) -> Step:
@@ -116,7 +171,14 @@ def _engine(
         trainable(module),
         FlatClipping(clip_norm=CLIP_NORM),
     )
-    return lambda: clipped_gradient_sum(loss, params, data, clipping, engine=engine, physical_batch_size=physical)
+
+    def step() -> object:
+        draws = Draws(key=fresh_key(), ids=np.arange(size))
+        return clipped_gradient_sum(
+            loss, params, data, clipping, engine=engine, physical_batch_size=physical, draws=draws
+        )
+
+    return step
 
 
 def _optimizer_step(name: str, model: str, size: int, physical: int, device: torch.device) -> Step:

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.contestants import Step, contestants
-from fed_dpsat.placement import exact, is_card, require, torch_device
+from fed_dpsat.generators import training_on
+from fed_dpsat.placement import is_card, require, torch_device
 from fed_dpsat.process import tune_allocator
 
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -35,7 +36,7 @@ def main() -> None:
     require(args.device)
     tune_allocator()
     torch.set_num_threads(1)
-    with exact(torch_device(args.device)):
+    with training_on(torch_device(args.device)):  # as the loop of a client
         if args.peak:
             print(_peak_mb(args.peak, args.model[0], args.batch[0], args.physical, torch_device(args.device)))
             return
@@ -89,9 +90,9 @@ def _peak_in_a_process(name: str, model: str, size: int, args: argparse.Namespac
 
 def _peak_mb(name: str, model: str, size: int, physical: int, device: torch.device) -> float:
     first, _, second = name.partition(" ")
-    step = contestants([second if second in ("bfloat16", "torch-kernels") else first], model, size, physical, device)[
-        name
-    ]
+    step = contestants(
+        [second if second in ("bfloat16", "torch-kernels", "torch-draws") else first], model, size, physical, device
+    )[name]
     if is_card(device):
         held = torch.cuda.memory_allocated(device)
         step()
@@ -132,7 +133,7 @@ def _arguments() -> argparse.Namespace:
         type=lambda t: t.split(","),
         default=["nonprivate", "vmap"],
         help="nonprivate, vmap, opacus (all modes), bfloat16 (nonprivate and planned), torch-kernels (planned without "
-        "compiled ones), dp-sgd, dp-sat (whole steps)",
+        "compiled ones), torch-draws (planned with torch's own dropout), dp-sgd, dp-sat (whole steps)",
     )
     parser.add_argument("--physical", type=int, default=128, help="physical_batch_size")
     parser.add_argument("--repeats", type=int, default=9)

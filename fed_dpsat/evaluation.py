@@ -15,8 +15,10 @@ from torch.nn import functional
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Examples
+from fed_dpsat.generators import seed, training_on
+from fed_dpsat.modes import in_mode
 from fed_dpsat.params import Params
-from fed_dpsat.placement import device_of, exact, moved
+from fed_dpsat.placement import device_of, moved
 
 Predictions = list[tuple[Tensor, Tensor]]
 """``(logits[B, K], labels[B])``, batch by batch."""
@@ -88,18 +90,17 @@ class Quality:
 
 
 def predict(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Predictions:
-    """``(logits[B, K], labels[B])`` of each batch, in order, in evaluation mode, where ``module`` is."""
+    """``(logits[B, K], labels[B])`` of each batch, in order, in evaluation mode, where ``module`` is.
+
+    What a module draws even so is the same each time.
+    """
     device = device_of(module)
-    params, was_training = moved(params, device), module.training
-    module.eval()
-    found = []
-    try:
-        with torch.inference_mode(), exact(device):
-            for indices in torch.split(torch.arange(len(examples)), batch_size):
-                inputs, labels = examples.batch(indices, device)
-                found.append((functional_call(module, params, (inputs,)), labels))
-    finally:
-        module.train(was_training)
+    params, found = moved(params, device), []
+    with torch.inference_mode(), training_on(device), in_mode(module, training=False):
+        seed(device, 0)
+        for indices in torch.split(torch.arange(len(examples)), batch_size):
+            inputs, labels = examples.batch(indices, device)
+            found.append((functional_call(module, params, (inputs,)), labels))
     return found
 
 

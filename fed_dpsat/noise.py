@@ -4,8 +4,9 @@ Every draw of a seeded simulation comes from a generator derived from (run seed,
 The five are hashed to the 128-bit key of a Philox counter generator, so two different tuples share a stream
 only if BLAKE2b collides. Its words are the same in every version of numpy, and normals are made of them here, since
 numpy promises no such thing of its own. (``torch.Generator`` on CPU keeps just 32 bits of its seed: a few ten thousand
-streams would be enough for two clients to share their noise.) With ``noise_source=system`` what must stay secret,
-batches and noise, comes from ``fed_dpsat.secure_noise`` instead.
+streams would be enough for two clients to share their noise.) With ``noise_source=system`` what must stay secret comes
+from the operating system instead: batches and noise from ``fed_dpsat.secure_noise``, and the key of what examples draw
+inside a model (``fed_dpsat.draws``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 Purpose = Literal[
     "sampling",
     "noise",
+    "draws",
     "model",
     "cohort",
     "partition",
@@ -33,8 +35,12 @@ Purpose = Literal[
     "trial",
 ]
 
-SECRET: frozenset[Purpose] = frozenset({"sampling", "noise"})
-"""What the guarantee needs nobody to know. The other draws are public, and seeded whatever the source."""
+SECRET: frozenset[Purpose] = frozenset({"sampling", "noise", "draws"})
+"""What the guarantee needs nobody to know. The other draws are public, and seeded whatever the source.
+
+"draws" are those of single examples inside a model, such as dropout; "model" are initial weights, and what an optimizer
+draws, which never sees an example.
+"""
 
 SERVER = -1
 """The ``client`` of what is drawn for the run as a whole."""
@@ -65,9 +71,14 @@ def derive_generator(
 
     Reproducible and therefore NOT private: whoever knows the seed can subtract the noise.
     """
+    key = derive_key(seed, purpose=purpose, client=client, round=round, attempt=attempt)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+
+
+def derive_key(seed: int, *, purpose: Purpose, client: int = SERVER, round: int = 0, attempt: int = 0) -> bytes:
+    """16 bytes for one purpose of one client's attempt at one round; NOT secret."""
     identity = f"fed_dpsat|{seed}|{client}|{round}|{attempt}|{purpose}".encode()
-    key = int.from_bytes(blake2b(identity, digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key))
+    return blake2b(identity, digest_size=16).digest()
 
 
 def derive_seed(seed: int, *, purpose: Purpose, client: int = SERVER, round: int = 0, attempt: int = 0) -> int:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.draws import Draws
 from fed_dpsat.engines.loss import ModelLoss, check_module, check_types, cross_entropy
 from fed_dpsat.engines.opacus import opacus_sum
 from fed_dpsat.engines.planned import auto_sum, planned_sum
 from fed_dpsat.engines.vmap import vmap_sum
 from fed_dpsat.errors import SettingError
+from fed_dpsat.generators import borrowed
 from fed_dpsat.params import Params
 from fed_dpsat.query import At, LossFn, first_point, simplified, zero_sum
 
@@ -41,6 +43,7 @@ def clipped_gradient_sum(
     *,
     engine: str = "auto",
     physical_batch_size: int = 128,
+    draws: Draws | None = None,
 ) -> tuple[Params, int]:
     """Sum of clipped gradients, one per example of ``(inputs[B, ...], targets[B])``; a sum, not a mean.
 
@@ -48,6 +51,8 @@ def clipped_gradient_sum(
     coordinates, and ``query.spread`` undoes that once noise is in. Also returns how many examples had a gradient that
     was not finite. Both are sensitive: noise comes next.
     At most ``physical_batch_size`` per-example gradients are held at a time; the split changes nothing else.
+    ``draws`` is what models with dropout and the like draw, example by example; without it, by position, under a key
+    that no other call repeats. torch's, Python's and numpy's generators are afterwards where they were.
     Raises ``SettingError`` for a rule whose factors do not keep ``clipping.clip_norm``, and ``ModelError`` for
     parameters of less than float32.
     """
@@ -61,9 +66,15 @@ def clipped_gradient_sum(
     inputs, targets = batch
     if len(inputs) != len(targets):
         raise ValueError(f"batch of {len(inputs)} inputs and {len(targets)} targets: their sizes differ")
-    for x, y in zip(torch.split(inputs, physical_batch_size), torch.split(targets, physical_batch_size), strict=True):
-        if len(x):
-            chunk, nonfinite = ENGINES[engine](loss_fn, at, x, y, clipping)
-            num_nonfinite += nonfinite
-            clipped_sum = {name: clipped_sum[name].add_(c) for name, c in chunk.items()} if clipped_sum else chunk
+    draws = Draws.fresh(len(inputs)) if draws is None else draws
+    if len(draws) != len(inputs):
+        raise ValueError(f"draws of {len(draws)} examples for a batch of {len(inputs)}")
+    chunks = (torch.split(t, physical_batch_size) for t in batch)
+    with borrowed(inputs.device):
+        for x, y, own in zip(*chunks, draws.split(physical_batch_size), strict=True):
+            if len(x):
+                with own.used():
+                    chunk, nonfinite = ENGINES[engine](loss_fn, at, x, y, clipping)
+                num_nonfinite += nonfinite
+                clipped_sum = {name: clipped_sum[name].add_(c) for name, c in chunk.items()} if clipped_sum else chunk
     return clipped_sum or zero_sum(at), num_nonfinite

@@ -3,7 +3,7 @@
 ============================================ ==========================================================
 on the card                                  on the CPU, whatever the device
 ============================================ ==========================================================
-the model, its loss and the server's tests   coins, noise and every other draw but a layer's own (dropout)
+the model, its loss and the server's tests   coins, noise and every other draw, those of dropout too
 a batch, from when its rows were gathered    data sets, messages, files, aggregation, the ledger
 parameters and state while a client trains   both before and after; scalars of a state (clock, counts)
 ============================================ ==========================================================
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -112,17 +112,6 @@ def exact(device: torch.device) -> Iterator[None]:
     finally:
         cudnn.allow_tf32, cudnn.deterministic = before[:2]
         torch.set_float32_matmul_precision(before[2])
-
-
-def training_on(device: torch.device) -> AbstractContextManager[None]:
-    """``exact``, and torch's generators of the CPU and of ``device`` are afterwards as they were before."""
-    return _training_on_card(device) if is_card(device) else torch.random.fork_rng(devices=[])
-
-
-@contextmanager
-def _training_on_card(device: torch.device) -> Iterator[None]:
-    with exact(device), torch.random.fork_rng(devices=[device], device_type=device.type):
-        yield
 
 
 def seed(device: torch.device, value: int) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,18 @@ class LossFn(Protocol):
 
     def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
         """``inputs[B, ...], targets[B, ...] -> losses[B]``."""
+
+
+@runtime_checkable
+class OfOutputs(Protocol):
+    """A loss that is a criterion of a network's outputs."""
+
+    @property
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """``outputs[B, ...], targets[B, ...] -> losses[B]``."""
+
+    def outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
+        """``inputs[B, ...] -> outputs[B, K]``."""
 
 
 @dataclass(frozen=True, kw_only=True)

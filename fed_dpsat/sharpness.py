@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.errors import SettingError
+from fed_dpsat.modes import in_mode
 from fed_dpsat.params import Params, global_norm
 
 Loss = Callable[[Params], Tensor]
@@ -109,10 +110,8 @@ def mean_loss(module: nn.Module, examples: Examples, rows: Tensor | None = None)
     inputs = inputs.double()
 
     def loss(params: Params) -> Tensor:
-        was_training = module.training
-        module.eval()
-        outputs = functional_call(module, params, (inputs,))
-        module.train(was_training)
+        with in_mode(module, training=False):
+            outputs = functional_call(module, params, (inputs,))
         return functional.cross_entropy(outputs, targets)
 
     return loss

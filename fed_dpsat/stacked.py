@@ -11,7 +11,8 @@ batches of different sizes                     padded with examples of zeros, wh
 an empty batch                                 a zero sum, noised like any other
 an example with NaN or inf                     contributes zero, and is counted for its client
 an optimizer that cannot be mapped             its two functions are called client by client
-a loss or rule that cannot be mapped; dropout  ``Unstackable``
+a loss or rule that cannot be mapped           ``Unstackable``
+dropout, or another draw of loss or batches    ``Unstackable``
 an optimizer that asks a ``Query``             ``Unstackable``, unless it is one plain point
 ============================================== ==========================================================
 
@@ -35,13 +36,15 @@ from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.clipping.bound import Held, check_factors
 from fed_dpsat.engines.finite import squared_norm_rows
 from fed_dpsat.engines.loss import check_types
+from fed_dpsat.generators import Mark, others_moved, training_on
 from fed_dpsat.mechanism import GaussianMechanism
+from fed_dpsat.modes import in_mode
 from fed_dpsat.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_noise
 from fed_dpsat.params import Params
-from fed_dpsat.placement import device_of, training_on
+from fed_dpsat.placement import device_of
 from fed_dpsat.query import At, LossFn, Query, simplified
 from fed_dpsat.sampling import PoissonSampler
-from fed_dpsat.training import Batches, LocalResult, Streams, check_bound, check_known, check_rows
+from fed_dpsat.training import Batches, LocalResult, Streams, check_bound, check_known, check_rows, module_of
 
 
 class Unstackable(Exception):
@@ -97,19 +100,25 @@ def train_stacked(
     stack = {name: own[name] if name in own else p.expand(count, *p.shape) for name, p in params.items()}
     state = stacked_state([member.state for member in members])
     skipped = torch.zeros(count, dtype=torch.int64)
-    with training_on(device_of(params)):
-        draws = _Draws(members)
+    device = device_of(params)
+    with training_on(device), in_mode(module_of(loss_fn), training=True):
+        draws = _Draws(members, device)
         steps = _Optimizer(optimizer, draws)
         for _ in range(local_steps):
             drawn = [_batch(member, next(coins[k]), draws, k) for k, member in enumerate(members)]
             at = steps.query_point(stack, state)
+            mark = Mark.here(device)
             sums, nonfinite = stacked_sum(loss_fn, at, *_padded(drawn), clipping, physical_batch_size)
+            if mark.moved():
+                raise Unstackable("the loss, which draws random numbers")
             private = [
                 member.mechanism.privatize(_at(sums, k), noise)
                 for k, (member, noise) in enumerate(zip(members, noises, strict=True))
             ]
             state = _with_noise(state, members)
             stack, state = steps.update(stack, _stacked(private), state)
+            if others_moved():
+                raise Unstackable("an optimizer that draws from random or numpy.random")
             skipped += nonfinite.cpu()
     return [
         LocalResult(
@@ -197,7 +206,8 @@ def _with_noise(state: State, members: Sequence[Member]) -> State:
 class _Draws:
     """Torch's own generator, client by client, as each would find it alone."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], device: torch.device) -> None:
+        self.device = device
         self._states = []
         for member in members:
             torch.default_generator.manual_seed(member.streams.torch_seed())
@@ -269,8 +279,10 @@ def _one_clock(state: State) -> State:
 
 
 def _batch(member: Member, indices: Tensor, draws: _Draws, k: int) -> tuple[Tensor, Tensor]:
-    with draws.of(k):
-        batch = member.batches(indices)
+    mark = Mark.here(draws.device)
+    batch = member.batches(indices)
+    if mark.moved():
+        raise Unstackable("batches that draw random numbers")
     check_rows(batch, indices)
     return batch
 

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, Tally
 from fed_dpsat.clipping.bound import Held
+from fed_dpsat.draws import Draws, fresh_key, step_key
 from fed_dpsat.engines.plain import unbounded
 from fed_dpsat.errors import SettingError
+from fed_dpsat.generators import Mark, kept, seed, training_on
 from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_seed
+from fed_dpsat.modes import in_mode
+from fed_dpsat.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_key, derive_seed
 from fed_dpsat.optimizers.base import PrivateOptimizer, State, owned_update, set_noise
 from fed_dpsat.ordinary import Ordinary
 from fed_dpsat.params import Params
 from fed_dpsat.per_example import LossFn, clipped_gradient_sum
-from fed_dpsat.placement import device_of, seed, training_on
+from fed_dpsat.placement import device_of
 from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.query import spread
 from fed_dpsat.sampling import PoissonSampler
@@ -38,7 +41,8 @@ Batches = Callable[[Tensor], tuple[Tensor, Tensor]]
 class Streams:
     """Whose randomness this is: the generators of one client's attempt at one round.
 
-    With ``noise_source`` "system", batches and noise have generators that no seed, call or process repeats.
+    With ``noise_source`` "system", batches and noise have generators that no seed, call or process repeats, and so have
+    the draws of examples inside a model.
     """
 
     seed: int
@@ -59,8 +63,16 @@ class Streams:
             return system_generator()
         return derive_generator(self.seed, purpose=purpose, client=self.client, round=self.round, attempt=self.attempt)
 
+    def draws(self, step: int, indices: Tensor) -> Draws:
+        """What the examples ``indices[B]`` of the client draw inside a model, in a step of the round, from 0."""
+        if self.noise_source == "system" and "draws" in SECRET:
+            key = fresh_key()
+        else:
+            key = derive_key(self.seed, purpose="draws", client=self.client, round=self.round, attempt=self.attempt)
+        return Draws(key=step_key(key, step), ids=indices.cpu().numpy())
+
     def torch_seed(self) -> int:
-        """A seed for what draws from torch itself, such as dropout."""
+        """A seed for what an optimizer draws from torch itself, such as public directions."""
         return derive_seed(self.seed, purpose="model", client=self.client, round=self.round, attempt=self.attempt)
 
 
@@ -109,11 +121,11 @@ def train_locally(
     update = owned_update(optimizer) if type(mechanism) is GaussianMechanism else optimizer.update
     nonfinite = 0
     device = device_of(params)
-    with training_on(device):
+    with training_on(device), in_mode(module_of(loss_fn), training=True):
         seed(device, streams.torch_seed())
-        for indices in sampler.batches(local_steps, sampling):
-            batch = batches(indices)
-            check_rows(batch, indices)
+        for step, indices in enumerate(sampler.batches(local_steps, sampling)):
+            draws = streams.draws(step, indices)
+            batch = made_batch(batches, indices, draws, device)
             if adaptive:
                 rule = Tally(clip_norm=clip_norm)
                 of_gradient, of_count = _joint(adaptive, mechanism, clip_norm)
@@ -122,7 +134,7 @@ def train_locally(
             if ordinary:
                 loss, of_gradient = ordinary.pair(at)
             clipped_sum, skipped = clipped_gradient_sum(
-                loss, at, batch, rule, engine=engine, physical_batch_size=physical_batch_size
+                loss, at, batch, rule, engine=engine, physical_batch_size=physical_batch_size, draws=draws
             )
             private_gradient = spread(at, of_gradient.privatize(clipped_sum, noise))
             del at, clipped_sum  # or the next pass over a batch holds three models more
@@ -187,6 +199,31 @@ def check_bound(mechanism: GaussianMechanism, clipping: ClippingRule) -> None:
             f"that of the clipping rule, {clipping.clip_norm}",
             "noise is scaled to what clipping bounds; give both the same",
         )
+
+
+def module_of(loss_fn: LossFn) -> object:
+    """The module of a ``ModelLoss``, which a loop puts into training mode."""
+    return getattr(loss_fn, "module", None)
+
+
+def made_batch(batches: Batches, indices: Tensor, draws: Draws, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``batches(indices)``; example by example, each with generators seeded by ``draws``, if it draws from them.
+
+    Raises ``SettingError`` as ``check_rows``.
+    """
+    mark = Mark.here(device)
+    batch = batches(indices)
+    if mark.moved() and len(indices):
+        each = []
+        with kept(device):
+            for i, value in enumerate(draws.seeds()):
+                seed(device, value)
+                each.append(batches(indices[i : i + 1]))
+                check_rows(each[-1], indices[i : i + 1])
+        inputs, targets = zip(*each, strict=True)
+        batch = torch.cat(inputs), torch.cat(targets)
+    check_rows(batch, indices)
+    return batch
 
 
 def check_rows(batch: tuple[Tensor, Tensor], indices: Tensor) -> None:

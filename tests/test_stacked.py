@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 
 import numpy as np
 import pytest
@@ -346,6 +347,24 @@ def untrainable(reason, **changes):
 def test_dropout_is_refused():
     layers = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, CLASSES))
     untrainable("the loss, which vmap refuses", loss_fn=ModelLoss(layers))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random_sample], ids=["random", "numpy"])
+def test_a_model_that_draws_elsewhere_is_refused(draw):
+    class Drawing(nn.Flatten):
+        def forward(self, x):
+            return super().forward(x) * draw()
+
+    untrainable("the loss, which draws", loss_fn=ModelLoss(nn.Sequential(Drawing(), nn.Linear(64, CLASSES))))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random_sample, lambda: torch.rand(1)])
+def test_batches_that_draw_are_refused(draw):
+    own = [
+        dataclasses.replace(member, batches=lambda i, given=member.batches: (given(i)[0] * draw(), given(i)[1]))
+        for member in members(examples(), [SGD.init(trainable(loss_of("mlp").module))] * len(SIZES))
+    ]
+    untrainable("batches that draw", members=own)
 
 
 def test_a_rule_that_reads_numbers_is_refused():

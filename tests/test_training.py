@@ -1,4 +1,5 @@
 import math
+import random
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -8,16 +9,18 @@ import torch
 from torch import nn
 
 from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.draws import kept
 from fed_dpsat.errors import SettingError
+from fed_dpsat.generators import training_on
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.optimizers.base import climb
 from fed_dpsat.optimizers.dpsat import DPSAT, DPSATMomentum
 from fed_dpsat.optimizers.dpsgd import DPSGD
-from fed_dpsat.params import subtract, trainable
+from fed_dpsat.params import global_norm, subtract, trainable
 from fed_dpsat.per_example import ModelLoss
 from fed_dpsat.privacy.event import PrivacyEvent
 from fed_dpsat.sampling import PoissonSampler
-from fed_dpsat.training import LocalResult, Streams, train_locally
+from fed_dpsat.training import LocalResult, Streams, made_batch, train_locally
 from fed_dpsat.unchecked import unchecked
 
 STREAMS = Streams(seed=1, client=2, round=3)
@@ -349,10 +352,12 @@ def test_global_generators_are_neither_read_nor_moved(layers, same_bits):
     for seed in (0, 1):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        before = torch.get_rng_state(), np.random.get_state()[1]
+        random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
         results.append(train(params, ModelLoss(module)))
         assert torch.equal(torch.get_rng_state(), before[0])
         assert (np.random.get_state()[1] == before[1]).all()
+        assert random.getstate() == before[2]
     assert same_bits(results[0].params, results[1].params)
 
 
@@ -363,6 +368,189 @@ def test_dropout_follows_the_streams(same_bits):
     first = train(trainable(module), ModelLoss(module), **settings)
     other = train(trainable(module), ModelLoss(module), **settings, streams=replace(STREAMS, round=4))
     assert not same_bits(first.params, other.params)
+
+
+# What a model draws: example by example, secret where noise is, and the same for a seed in simulations.
+
+
+class Reaching(nn.Module):
+    """Draws from a generator that any code can reach."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.source = source
+
+    def forward(self, x):
+        drawn = {"random": random.random, "numpy": np.random.random_sample}[self.source]()
+        return x * drawn if self.training else x
+
+
+DRAWING = {
+    "dropout": lambda: nn.Dropout(0.5),
+    "random": lambda: Reaching("random"),
+    "numpy": lambda: Reaching("numpy"),
+}
+EXACT = {"sigma": 0, "clip_norm": 1.0}
+"""What two runs differ in is what examples drew."""
+
+
+def trained(layer, **changes):
+    module = network(layer)
+    settings = {**EXACT, "rate": 1, "local_steps": 2, **changes}
+    return train(trainable(module), ModelLoss(module), **settings).params
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_a_seed_repeats_what_a_model_draws(kind, same_bits):
+    random.seed(1)
+    first = trained(DRAWING[kind]())
+    random.seed(2)
+    np.random.seed(2)
+    assert same_bits(trained(DRAWING[kind]()), first)
+    for change in ({"seed": 9}, {"client": 9}, {"round": 9}, {"attempt": 9}):
+        assert not same_bits(trained(DRAWING[kind](), streams=replace(STREAMS, **change)), first)
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_who_knows_the_seed_does_not_know_what_a_model_draws_under_system(kind, same_bits):
+    secret = replace(STREAMS, noise_source="system")
+    assert not same_bits(trained(DRAWING[kind](), streams=secret), trained(DRAWING[kind](), streams=secret))
+
+
+def test_steps_and_examples_draw_each_their_own():
+    """The masks of one input number, over 200 steps of a client with 12 examples: coins, and no two alike by more."""
+    streams = replace(STREAMS, seed=4)
+    masks = torch.stack(
+        [
+            kept(torch.from_numpy(np.ascontiguousarray(streams.draws(step, torch.arange(12)).words(0, 64))), 0.5)
+            for step in range(200)
+        ]
+    ).double()
+    assert float(masks.mean()) == pytest.approx(0.5, abs=0.01)
+    flat = 2 * masks.flatten(2).reshape(200 * 12, 64) - 1
+    alike = (flat @ flat.T / 64).fill_diagonal_(0)
+    assert float(alike.abs().max()) < 0.9
+    assert float(alike.mean()) == pytest.approx(0, abs=0.001)
+
+
+def test_one_example_more_moves_a_step_by_at_most_its_bound():
+    """With the other examples' draws where they were: of a client whose last example is there or not, without noise."""
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 4)).double()
+    params = trainable(module)
+    for clip_norm in (0.01, 1.0):
+        sums = [
+            subtract(
+                train(
+                    params,
+                    ModelLoss(module),
+                    sigma=0,
+                    clip_norm=clip_norm,
+                    rate=1,
+                    num_examples=n,
+                    local_steps=1,
+                    batches=lambda i: (X.repeat(20, 1)[i], Y.repeat(20)[i]),
+                    optimizer=DPSGD(lr=n),  # divided by the expected batch size: the sum
+                ).params,
+                params,
+            )
+            for n in (200, 201)
+        ]
+        assert float(global_norm(subtract(*sums))) <= clip_norm * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_an_attacker_who_knows_the_seed_cannot_tell_an_example_apart(public, monkeypatch):
+    """One step at sigma 1 on 200 others, the example in front of them; the attacker computes either sum with the masks
+    of the run's seed, and guesses by which is nearer. With masks that are public, as they once were, all guesses are
+    right; the bound on one example allows half of them and a few more.
+    """
+    if public:
+        monkeypatch.setattr("fed_dpsat.training.SECRET", frozenset({"sampling", "noise"}))
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(20, 5))
+    params = trainable(module)
+    x, y = torch.randn(201, 20, generator=generator), torch.randint(5, (201,), generator=generator)
+
+    def released(with_it, sigma=0.0, source="seeded"):
+        first, count = 1 - with_it, 200 + with_it
+        moved = train(
+            params,
+            ModelLoss(module),
+            sigma=sigma,
+            rate=1,
+            num_examples=count,
+            local_steps=1,
+            batches=lambda i: (x[i + first], y[i + first]),
+            optimizer=DPSGD(lr=count),
+            streams=replace(STREAMS, noise_source=source),
+        ).params
+        return torch.cat([p.flatten() for p in moved.values()])
+
+    without, included = released(0), released(1)
+    right = 0
+    for trial in range(40):
+        seen = released(trial % 2, sigma=1.0, source="system")
+        right += int(((seen - included).norm() < (seen - without).norm()) == bool(trial % 2))
+    assert (right == 40) if public else (right < 34)
+
+
+class Augmenting:
+    """Batches that are drawn, each time anew."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def __call__(self, indices):
+        return X[indices] + self.draw(len(indices)), Y[indices]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda n: torch.rand(n, 3, dtype=torch.float64), lambda n: torch.tensor(np.random.rand(n, 3))],
+    ids=["torch", "numpy"],
+)
+def test_what_batches_draw_is_each_examples_own(draw, same_bits):
+    drawn = {}
+    for indices in (torch.arange(12), torch.tensor([3, 5, 11])):
+        with training_on(torch.device("cpu")):
+            batch, _ = made_batch(Augmenting(draw), indices, STREAMS.draws(0, indices), torch.device("cpu"))
+        drawn[len(indices)] = batch
+    assert torch.equal(drawn[12][[3, 5, 11]], drawn[3])
+    assert len(set((drawn[12] - X).flatten().tolist())) == 36
+    module = network()
+    runs = [train(trainable(module), ModelLoss(module), batches=Augmenting(draw)).params for _ in range(2)]
+    assert same_bits(*runs)
+
+
+# Training mode belongs to the loop.
+
+
+class Said(nn.Module):
+    """Keeps the mode it was called in."""
+
+    def __init__(self):
+        super().__init__()
+        self.modes = set()
+
+    def forward(self, x):
+        self.modes.add(self.training)
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_trains_in_training_mode_whatever_mode_it_comes_in(training, same_bits):
+    module = network(nn.Dropout(0.5)).train(training)
+    assert same_bits(train(trainable(module), ModelLoss(module), **EXACT).params, trained_in_mode())
+    assert {part.training for part in module.modules()} == {training}
+    said = Said()
+    module = network(said).eval()
+    train(trainable(module), ModelLoss(module))
+    assert said.modes == {True}
+
+
+def trained_in_mode():
+    module = network(nn.Dropout(0.5)).train()
+    return train(trainable(module), ModelLoss(module), **EXACT).params
 
 
 # Who sees what: the privacy argument is that only clipped sums are made of the data, only the mechanism

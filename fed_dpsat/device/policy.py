@@ -123,7 +123,10 @@ class Policy:
         )
 
     def admit(self, run: int, settings: Mapping[str, Any]) -> RunConfig:
-        """The run's settings as this device follows them: no path, cohort or seed of the server's is left in them.
+        """The run's settings as this device follows them: no path or cohort of the server's is left in them.
+
+        Its seed is, for public draws alone: initial weights, and directions of an optimizer, which sees no example.
+        Batches, noise and what examples draw inside a model come from the device's operating system.
 
         Raises ``Refusal`` for an unknown setting, a wrong value, or what the policy does not allow. No name is loaded.
         """

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fed_dpsat.draws import of_batch
 from fed_dpsat.engines.contribution import Contribution, Unplanned
+from fed_dpsat.engines.drawing import ATTENTION as ATTENTION
+from fed_dpsat.engines.drawing import UNCHECKED_ATTENTION, Pass
 from fed_dpsat.placement import is_card
 
 NARROW = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
@@ -61,6 +64,7 @@ class Capture(TorchFunctionMode):
     def __init__(self, tape: Tape, plan: dict[Callable[..., Any], Callable[..., Call]], batch: int) -> None:
         super().__init__()
         self.tape, self.plan, self.batch = tape, plan, batch
+        self.drawn = Pass(of_batch(batch))
         self.sequence_first = False
         self.anchor = torch.zeros((), requires_grad=True)
 
@@ -72,7 +76,7 @@ class Capture(TorchFunctionMode):
         if func is ATTENTION:
             return self._attention(*args, **kwargs)
         if func not in self.plan or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            return self.drawn.answer(func, args, kwargs)
         call = self.plan[func](*args, **kwargs)
         if not any(t is not None and t.requires_grad for t in (call.weight, call.bias)) and not self._faster(call):
             return func(*args, **kwargs)
@@ -102,7 +106,7 @@ class Capture(TorchFunctionMode):
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
         before, self.sequence_first = self.sequence_first, True
         try:
-            with self:
+            with self.drawn.in_attention(), self:
                 return UNCHECKED_ATTENTION(*args, **kwargs)
         finally:
             self.sequence_first = before
@@ -152,16 +156,3 @@ def _detached(t: Tensor | None, call: Call, x: Tensor) -> Tensor | None:
     if t is None:
         return None
     return t.detach().to(x.dtype) if call.name in NARROW else t.detach()
-
-
-def _unchecked(function: Any) -> Callable[..., Any]:
-    """``function`` without its question whether someone overrides it: we do, and want its inner calls."""
-    namespace = {**function.__globals__, "has_torch_function": lambda _: False}
-    inner = type(function)(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
-    inner.__kwdefaults__ = function.__kwdefaults__
-    unchecked: Callable[..., Any] = inner
-    return unchecked
-
-
-ATTENTION = torch.nn.functional.multi_head_attention_forward
-UNCHECKED_ATTENTION = _unchecked(ATTENTION)

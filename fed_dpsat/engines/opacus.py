@@ -13,21 +13,24 @@ import warnings
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.draws import KEY_BYTES, Draws, of_batch
 from fed_dpsat.engines.call import modules
+from fed_dpsat.engines.drawing import Drawing, Pass, Undrawn, check_drawn
 from fed_dpsat.engines.finite import finite_factors, keep, squared_norm_rows
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.made_up import made_up, made_up_parameters
 from fed_dpsat.engines.probe import Key, ask, key_of
 from fed_dpsat.errors import ModelError, SettingError
+from fed_dpsat.generators import Mark, training_on
 from fed_dpsat.params import Params
-from fed_dpsat.placement import generator_states, seed, training_on
 from fed_dpsat.query import At, LossFn, Query, simplified
 
-BATCH = 3
+BATCH, KEY = 3, bytes(KEY_BYTES)
 
 _found: weakref.WeakKeyDictionary[nn.Module, dict[Key, str]] = weakref.WeakKeyDictionary()
 
@@ -98,10 +101,13 @@ def _compare_in(
         x, y = draw(BATCH, number)
         if number and not x.is_floating_point():
             x = _few_words(module, x)
-        expected = _one_by_one(loss, params, x, y)
-        seed(x.device, 0)
         try:
-            found = per_example(loss, params, x.clone(), y, mode)
+            expected = _one_by_one(loss, params, x, y)
+        except Undrawn as undrawn:
+            return f"for {type(module).__name__}: {undrawn}"
+        try:
+            with Draws(key=KEY, ids=np.arange(BATCH)).used():
+                found = per_example(loss, params, x.clone(), y, mode)
         except Exception as error:  # whatever Opacus says of a module that it does not take
             said = str(error).strip().splitlines()
             return f"for {type(module).__name__}: {type(error).__name__}, {said[0] if said else 'no reason given'}"
@@ -116,17 +122,14 @@ def _compare_in(
 
 
 def _one_by_one(loss: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Params:
-    """``[B, *shape]`` by autograd: each example alone; all at once if the module draws, so that it draws the same."""
+    """``[B, *shape]`` by autograd, each example alone with draws of its own; raises ``Undrawn``."""
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    rows = []
     with torch.enable_grad():
-        seed(inputs.device, 0)
-        before = generator_states(inputs.device)
-        losses = loss(leaves, inputs.clone(), targets)
-        draws = not all(torch.equal(*pair) for pair in zip(before, generator_states(inputs.device), strict=True))
-        rows = []
         for i in range(len(inputs)):
-            one = losses[i] if draws else loss(leaves, inputs[i : i + 1].clone(), targets[i : i + 1])[0]
-            rows.append(torch.autograd.grad(one, list(leaves.values()), retain_graph=draws, materialize_grads=True))
+            with Draws(key=KEY, ids=np.array([i])).used(), Drawing(Pass(of_batch(1))):
+                one = loss(leaves, inputs[i : i + 1].clone(), targets[i : i + 1])[0]
+            rows.append(torch.autograd.grad(one, list(leaves.values()), materialize_grads=True))
     return {name: torch.stack(each) for name, each in zip(leaves, zip(*rows, strict=True), strict=True)}
 
 
@@ -149,7 +152,15 @@ def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Ten
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         wrapped = wrap_model(module, grad_sample_mode=mode, loss_reduction="sum")
-        torch.autograd.backward(loss_fn.criterion(wrapped(inputs), targets).sum())
+        mark = Mark.here(inputs.device)
+        try:
+            with Drawing(Pass(of_batch(len(inputs)))):
+                total = loss_fn.criterion(wrapped(inputs), targets).sum()
+            torch.autograd.backward(total)
+            check_drawn(mark)
+        except Undrawn as undrawn:
+            mark.moved()
+            raise ModelError(f"{type(loss_fn.module).__name__}: {undrawn}; set engine=auto") from None
     named = dict(module.named_parameters())
     rows = {}
     for name, value in params.items():

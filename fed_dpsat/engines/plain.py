@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fed_dpsat.clipping import ClippingRule, FlatClipping
+from fed_dpsat.draws import of_batch
 from fed_dpsat.engines.call import modules
+from fed_dpsat.engines.drawing import Drawing, Pass, Undrawn, check_drawn
 from fed_dpsat.engines.formats import turn_gradients
 from fed_dpsat.engines.loss import ModelLoss
+from fed_dpsat.generators import Mark
 from fed_dpsat.params import Params
-from fed_dpsat.placement import generator_states, rewind
 from fed_dpsat.query import At, LossFn, as_query, compact
 
 
@@ -27,14 +29,13 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) ->
 
     Weights whose absolute values add up to more than 1 could make an example's finite gradients overflow.
     """
-    query, states = as_query(at), generator_states(inputs.device)
+    query = as_query(at)
     if query.loss or math.fsum(abs(weight) for weight, _ in query.points) > 1 + 1e-9:
         return None
     total: Params = {}
     for weight, point in query.points:
         found = plain_sum(loss_fn, point, inputs, targets)
         if found is None:
-            rewind(inputs.device, states)
             return None
         for name, g in compact(query, found).items():
             total[name] = torch.add(total[name], g, alpha=weight) if name in total else g * weight
@@ -42,11 +43,12 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) ->
 
 
 def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Params | None:
-    """Sum of gradients over ``inputs[B, ...]``; None, and torch's generators as before, where it is not finite.
+    """Sum of gradients over ``inputs[B, ...]``; None where it is not finite.
 
-    inf and NaN never cancel in a sum, so a finite one has no example to drop. Else the examples have to be looked at.
+    inf and NaN never cancel in a sum, so a finite one has no example to drop. Else the examples have to be looked at;
+    also if they draw what one pass cannot tell apart, and then generators are as before.
     """
-    states = generator_states(inputs.device)
+    mark = Mark.here(inputs.device)
     if inputs.ndim > 4:
         inputs = inputs.contiguous()  # torch's GroupNorm crashes on volumes whose channels are last
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -55,15 +57,24 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) 
         inputs = inputs.detach().requires_grad_()  # and on images whose gradient nobody asks for
         wanted.append(inputs)
     with torch.enable_grad():
-        total = loss_fn(leaves, inputs, targets).sum()
-        if not total.requires_grad:
-            return {name: torch.zeros_like(p) for name, p in params.items()}
-        turn_gradients(total)
-        found = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)[: len(leaves)]
+        try:
+            with Drawing(Pass(of_batch(len(inputs)))):
+                total = loss_fn(leaves, inputs, targets).sum()
+            found = _gradients(total, wanted)[: len(leaves)]
+            check_drawn(mark)
+        except Undrawn:
+            mark.moved()
+            return None
     if not bool(torch.stack([gradient.sum() for gradient in found]).isfinite().all()):
-        rewind(inputs.device, states)
         return None
     return dict(zip(params, _owned(found), strict=True))
+
+
+def _gradients(total: Tensor, wanted: list[Tensor]) -> Sequence[Tensor]:
+    if not total.requires_grad:
+        return [torch.zeros_like(p) for p in wanted]
+    turn_gradients(total)
+    return torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
 
 
 def _owned(gradients: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -21,8 +21,9 @@ from fed_dpsat.engines.formats import is_channels_last, laid_out
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.probe import ask
 from fed_dpsat.engines.routes import routes
+from fed_dpsat.generators import training_on
 from fed_dpsat.params import trainable
-from fed_dpsat.placement import device_of, finish, training_on
+from fed_dpsat.placement import device_of, finish
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from fed_dpsat.clipping import ClippingRule
 from fed_dpsat.engines import derived
 from fed_dpsat.engines.capture import Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
+from fed_dpsat.engines.drawing import check_drawn
 from fed_dpsat.engines.finite import clipped_names, finite_factors
 from fed_dpsat.engines.formats import laid_out, turn_gradients
 from fed_dpsat.engines.loss import ModelLoss
@@ -34,6 +35,7 @@ from fed_dpsat.engines.probe import ask
 from fed_dpsat.engines.routes import routes
 from fed_dpsat.engines.vmap import combined, vmap_sum
 from fed_dpsat.errors import SettingError
+from fed_dpsat.generators import Mark
 from fed_dpsat.params import Params
 from fed_dpsat.query import At, LossFn, Query, compacted, first_point, simplified, zero_sum
 
@@ -116,14 +118,16 @@ def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Ten
 def run(tape: Tape, loss_fn: ModelLoss, leaves: Params, inputs: Tensor, targets: Tensor) -> None:
     """Forward and backward pass of the sum of the losses, recorded on ``tape``."""
     with torch.enable_grad():
-        capture = Capture(tape, routes(loss_fn.kernels), len(inputs))
+        capture, mark = Capture(tape, routes(loss_fn.kernels), len(inputs)), Mark.here(inputs.device)
         with capture:
             losses = loss_fn(leaves, inputs, targets)
         if not losses.requires_grad:
+            check_drawn(mark)
             return
         total, wanted = losses.sum(), [capture.anchor, *leaves.values()]
         turn_gradients(total)
         direct = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=False)
+    check_drawn(mark)
     check_routed(leaves, direct[1:])
 
 

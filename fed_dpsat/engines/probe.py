@@ -15,21 +15,24 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fed_dpsat.draws import KEY_BYTES, Draws
 from fed_dpsat.engines.call import modules
 from fed_dpsat.engines.capture import Call, Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 from fed_dpsat.engines.conv import Convolution
+from fed_dpsat.engines.drawing import check_drawn
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.made_up import Draw, made_up, made_up_parameters
 from fed_dpsat.engines.norm import GroupNorm
 from fed_dpsat.engines.routes import routes
 from fed_dpsat.engines.watch import Watch, check_backward
+from fed_dpsat.generators import Mark, seed, training_on
 from fed_dpsat.params import Params
-from fed_dpsat.placement import seed, training_on
 
 Key = tuple[object, ...]
 
@@ -81,7 +84,8 @@ def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) ->
             draw = made_up(loss_fn, drawn, inputs, targets)
             constants: list[Tensor] | None = None
             for batch in (2, 3):
-                last, in_the_open, constants = _probe(loss_fn, drawn, params.keys(), draw, batch, constants)
+                with Draws(key=bytes(KEY_BYTES), ids=np.arange(batch)).used():
+                    last, in_the_open, constants = _probe(loss_fn, drawn, params.keys(), draw, batch, constants)
     except Unplanned as reason:
         return Answer(str(reason))
     except Exception as error:  # whatever a module or a criterion says about made-up examples
@@ -109,7 +113,7 @@ def _probe(
     with torch.enable_grad():
         seed(inputs.device, 0)
         known = [*leaves.values(), *loss_fn.module.parameters(), *loss_fn.module.buffers()]
-        capture = Watch(tape, plan, inputs, targets, source, known, constants)
+        capture, mark = Watch(tape, plan, inputs, targets, source, known, constants), Mark.here(inputs.device)
         with capture:
             losses = loss_fn(leaves, inputs, targets)
         if losses.shape != (batch,):
@@ -119,6 +123,7 @@ def _probe(
         if not bool(losses.isfinite().all()):
             raise Unplanned("losses of made-up examples that are not finite")
         direct = _check_gradients(losses, tape, [capture.anchor, *(leaves[name] for name in names)])
+        check_drawn(mark)
         others, other_targets = draw(batch, 1)
         others[1], other_targets[1] = source.detach()[1], targets[1]
         seed(inputs.device, 0)

@@ -19,13 +19,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fed_dpsat.engines.capture import ATTENTION, Capture, Planned, Tape
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
-from fed_dpsat.placement import generator_states, rewind
+from fed_dpsat.engines.drawing import Drawing, Pass
 
 ABOUT = frozenset(
     {"size", "dim", "numel", "__len__", "is_floating_point", "is_complex", "is_contiguous", "stride", "element_size"}
     | {"nelement", "is_signed", "has_names"}
 )
 """Methods that say something about a tensor and nothing of its numbers."""
+
+UNSET = frozenset({"new_empty", "empty_like"})
+"""Tensors whose numbers say nothing yet."""
 
 
 class Watch(Capture):
@@ -65,6 +68,7 @@ class Watch(Capture):
         name = getattr(func, "__name__", str(func))
         self.functions.add(func)
         flat, structure = tree_flatten((args, kwargs))
+        calls = self.drawn.calls
         if self._inside_layer or name in ABOUT:
             return super().__torch_function__(func, types, args, kwargs)
         for leaf in flat:
@@ -72,15 +76,17 @@ class Watch(Capture):
         batched = [i for i, leaf in enumerate(flat) if self._follows(leaf)]
         if not batched:
             out = super().__torch_function__(func, types, args, kwargs)
+            if self.drawn.calls > calls:
+                raise Unplanned(f"{name} draws of no tensor of the batch: {MAY_MIX}")
             self._made_elsewhere(out)
             return out
         planned = func in self.plan or func is ATTENTION
         if planned:
             self._check_arguments(func, name, args, kwargs)
-        looked_at = func not in self.plan  # the layers that are planned for are known to keep examples apart
+        # the layers that are planned for are known to keep examples apart
+        looked_at = func not in self.plan and name not in UNSET
         before = [_own(leaf) for leaf in flat] if looked_at else []
         versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in flat]
-        states = generator_states(self._device)
         self._inside_layer = planned
         try:
             out = super().__torch_function__(func, types, args, kwargs)
@@ -101,7 +107,7 @@ class Watch(Capture):
         for number, leaf in enumerate(outs):
             self._follow(name, leaf, dimension=1 if func is ATTENTION and not number else 0)
         if looked_at:
-            self._check_rows(func, name, before, [flat[i] for i in batched], batched, structure, outs, states)
+            self._check_rows(func, name, before, [flat[i] for i in batched], batched, structure, outs, calls)
         return out
 
     def saw(self, losses: Tensor) -> bool:
@@ -180,23 +186,25 @@ class Watch(Capture):
         batched: list[int],
         structure: Any,
         outs: list[Tensor],
-        states: tuple[Tensor, ...],
+        calls: int,
     ) -> None:
-        """``func`` again, with all rows but one replaced: that row of what it makes has to stay; so for each row."""
-        now = generator_states(self._device)
+        """``func`` again, with all rows but one replaced: that row of what it makes has to stay; so for each row.
+
+        It draws again what its ``calls``-th call drew.
+        """
         for row in range(self.batch):
             changed = list(before)
             for index, leaf in zip(batched, followed, strict=True):
                 changed[index] = _others_changed(before[index], row, self._dimension(leaf))
-            rewind(self._device, states)
-            with torch.no_grad(), torch._C.DisableTorchFunction():
+            drawn = Pass(self.drawn.draws)
+            drawn.calls = calls
+            with torch.no_grad(), Drawing(drawn):
                 args, kwargs = tree_unflatten([_own(leaf) for leaf in changed], structure)
                 again = [leaf for leaf in tree_flatten(func(*args, **kwargs))[0] if leaf is not None]
             for first, second in zip(outs, again, strict=True):
                 kept, found = (t.detach().select(self._dimension(first), row) for t in (first, second))
                 if not torch.allclose(kept, found, rtol=1e-4, atol=1e-6, equal_nan=True):
                     raise Unplanned(f"{name} feels other rows of the batch: {MAY_MIX}")
-        rewind(self._device, now)
 
 
 def check_backward(losses: Tensor) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,22 +33,10 @@ from torch.nn import functional
 from fed_dpsat.errors import SettingError
 from fed_dpsat.optimizers.base import CLOCK, PrivateOptimizer, State
 from fed_dpsat.params import Params
-from fed_dpsat.query import At, LossFn, Query, as_query
+from fed_dpsat.query import At, LossFn, OfOutputs, Query, as_query
 
 EPOCHS = "saf_epochs"
 """The slot that says of which epoch each stored model is."""
-
-
-@runtime_checkable
-class OfOutputs(Protocol):
-    """A loss that is a criterion of a network's outputs."""
-
-    @property
-    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """``outputs[B, ...], targets[B, ...] -> losses[B]``."""
-
-    def outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
-        """``inputs[B, ...] -> outputs[B, K]``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -389,6 +389,26 @@ def test_noise_has_no_seed(device, task):
     assert (found[0] != found[1]).all()
 
 
+def test_no_seed_of_the_servers_is_that_of_what_a_model_draws(device, task, monkeypatch):
+    """Two admitted runs, and the same one again, each with the server's seed: keys that nobody else can derive."""
+    from fed_dpsat import training
+    from fed_dpsat.draws import step_key
+    from fed_dpsat.noise import derive_key
+
+    keys, of_training = [], training.clipped_gradient_sum
+
+    def heard(*arguments, draws, **settings):
+        keys.append(draws.key)
+        return of_training(*arguments, draws=draws, **settings)
+
+    monkeypatch.setattr(training, "clipped_gradient_sum", heard)
+    for run in (1, 2):
+        assert device.ask(task(), run=run, changes={"seed": 12345}).has_content()
+    assert len(set(keys)) == len(keys) == 4  # two runs of two steps
+    derived = derive_key(12345, purpose="draws", client=0, round=1)
+    assert not {step_key(derived, step) for step in range(4)} & set(keys)
+
+
 def test_momentum_and_direction_survive_on_the_devices_disk(device, task):
     from fed_dpsat.device.client import unflatten, unpack
     from fed_dpsat.device.journal import open_journal

@@ -64,7 +64,7 @@ def test_a_missing_key_and_a_missing_file_are_told(device):
         Policy.load(device.policy_path)
 
 
-def test_an_admitted_run_keeps_no_path_cohort_or_seed_of_the_servers(device, settings):
+def test_an_admitted_run_keeps_no_path_or_cohort_of_the_servers(device, settings):
     theirs = {
         **settings, "data_path": "/etc", "cache_dir": "/etc", "client_table": "/etc/passwd", "out": "/etc",
         "num_clients": 1000, "clients_per_round": 7, "partition": "evil:partition", "workers": 9,

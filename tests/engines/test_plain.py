@@ -55,16 +55,17 @@ def test_an_example_that_is_not_finite_is_still_dropped_and_counted(bad):
         torch.testing.assert_close(total[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_draws_once_whether_or_not_the_pass_is_thrown_away():
+def test_a_pass_that_is_thrown_away_moves_no_generator():
     module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 3))
     params = {name: p.detach() for name, p in module.named_parameters()}
     inputs, targets = batch()
     inputs[2] = float("nan")
-    torch.manual_seed(5)
-    assert plain.plain_sum(ModelLoss(module), params, inputs, targets) is None
-    after = torch.rand(1)
-    torch.manual_seed(5)
-    assert torch.equal(torch.rand(1), after)
+    for loss in (ModelLoss(module), lambda *given: ModelLoss(module)(*given) * torch.rand(6)):
+        torch.manual_seed(5)
+        assert plain.plain_sum(loss, params, inputs, targets) is None
+        after = torch.rand(1)
+        torch.manual_seed(5)
+        assert torch.equal(torch.rand(1), after)
 
 
 def test_no_other_rule_is_taken_for_unbounded():

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fed_dpsat import placement
+from fed_dpsat import generators, placement
 from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
 from fed_dpsat.simulation import simulate
@@ -85,7 +85,7 @@ def test_tf32_is_off_on_a_card_and_as_it_was_afterwards(pretended):
     assert before == (True, False, "highest")  # torch's defaults, which round the inputs of convolutions
     torch.set_float32_matmul_precision("high")
     try:
-        with placement.training_on(pretended):
+        with generators.training_on(pretended):
             assert (cudnn.allow_tf32, cudnn.deterministic) == (False, True)
             assert torch.get_float32_matmul_precision() == "highest"
         assert (cudnn.allow_tf32, cudnn.deterministic) == before[:2]
@@ -99,7 +99,7 @@ def test_generators_of_both_are_forked_seeded_and_rewound(card, pretended):
         return torch.rand(3).tolist(), torch.rand(3, device=pretended).cpu().tolist()
 
     before = torch.get_rng_state().tolist(), card.state.tolist()
-    with placement.training_on(pretended):
+    with generators.training_on(pretended):
         placement.seed(pretended, 5)
         states, first = placement.generator_states(pretended), draws()
         assert draws() != first
