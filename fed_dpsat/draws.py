@@ -156,8 +156,10 @@ def uniforms(words: Tensor, dtype: torch.dtype) -> Tensor:
     bits = BITS[dtype]
     if bits > 32:
         high, low = ((words[..., i].to(torch.int64) & 0xFFFFFFFF) for i in (0, 1))
-        return ((high << 21) ^ (low >> 11)).to(dtype).mul_(2.0**-bits)
-    return ((words[..., 0] >> (32 - bits)) + 2 ** (bits - 1)).to(torch.float32).mul_(2.0**-bits).to(dtype)
+        whole, wide = (high << 21) ^ (low >> 11), torch.float64
+    else:
+        whole, wide = (words[..., 0] >> (32 - bits)) + 2 ** (bits - 1), torch.float32
+    return whole.to(wide).mul_(2.0**-bits).to(dtype)
 
 
 def normals(words: Tensor, dtype: torch.dtype) -> Tensor:

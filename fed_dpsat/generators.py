@@ -119,7 +119,7 @@ class Mark:
     """Where the generators stood; to be asked once."""
 
     device: torch.device
-    torch: tuple[Tensor, ...]
+    states: tuple[Tensor, ...]
     others: Any
 
     @classmethod
@@ -130,9 +130,9 @@ class Mark:
     def moved(self) -> bool:
         """Whether anyone has drawn since; then the generators are set back."""
         now = placement.generator_states(self.device)
-        drawn = any(a.numpy().tobytes() != b.numpy().tobytes() for a, b in zip(now, self.torch, strict=True))
+        drawn = any(a.numpy().tobytes() != b.numpy().tobytes() for a, b in zip(now, self.states, strict=True))
         if drawn:
-            placement.rewind(self.device, self.torch)
+            placement.rewind(self.device, self.states)
         if self.others is None:
             return others_moved() or drawn
         if apart := _differ(self.others, _states()):

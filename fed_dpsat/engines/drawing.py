@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import NotImplementedType
 from typing import Any
 
 import torch
@@ -34,8 +33,8 @@ from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 from fed_dpsat.generators import Mark
 from fed_dpsat.placement import is_card
 
-Answer = Tensor | NotImplementedType
-"""``NotImplemented`` for a call that draws nothing, or nothing that is known here: torch answers it."""
+Answer = Any
+"""A tensor; ``NotImplemented`` for a call that draws nothing, or nothing that is known here: torch answers it."""
 
 
 class Undrawn(Unplanned):
@@ -311,7 +310,7 @@ def _normal(
     tensors = [t for t in (mean, std) if isinstance(t, Tensor)]
     if out is not None or size or others or not tensors or tensors[0].dtype not in words_of.BITS:
         return NotImplemented
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
     return _normals(drawn, tuple(shape), tensors[0].dtype, tensors[0].device) * std + mean
 
 

@@ -92,7 +92,8 @@ def check_repeats(loss: LossFn, begun: Begun, point: Params, inputs: Tensor, tar
         for _ in range(2):
             with _alone(begun, inputs.device, value):
                 losses.append(loss(point, inputs[:1], targets[:1]))
-    if not torch.allclose(*losses, rtol=1e-4, atol=1e-6, equal_nan=True):
+    first, second = losses
+    if not torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True):
         raise ModelError(
             f"{_name(begun.loss_fn)} draws from a generator of its own, or keeps a state: two passes over one example "
             "with equal seeds differ; draw from torch, random or numpy.random without a generator, which are seeded "
