@@ -21,7 +21,14 @@ from fed_dpsat.engines import compiled
 from fed_dpsat.simulation import simulate
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {"num_rounds": 2, "num_clients": 3, "clients_per_round": 2, "target_epsilon": 2.0, "local_steps": 2}
+SETTINGS = {
+    "num_rounds": 2,
+    "num_clients": 3,
+    "clients_per_round": 2,
+    "target_epsilon": 2.0,
+    "local_steps": 2,
+    "join_timeout": 600.0,
+}
 BIN = Path(sys.executable).parent
 FLWR = (
     "import flwr.cli.local_superlink as local; local.LOCAL_SUPERLINK_STARTUP_TIMEOUT = 120; "
@@ -101,7 +108,7 @@ def test_flwr_run_trains_to_the_same_bits(flower_home, tmp_path, more):
         sys.executable, "-c", FLWR, "run", str(ROOT), "local", "--stream", "-c", overrides,
         "--federation-config", "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=2",
     ]  # fmt: skip
-    done = subprocess.run(command, env=flower_home, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    done = subprocess.run(command, env=flower_home, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     deadline = time.monotonic() + 30
     while not (out / "summary.json").exists() and time.monotonic() < deadline:
         time.sleep(0.5)
