@@ -4,7 +4,7 @@
 #   noise mechanisms.
 # A good guess: `pip install diffprivlib` gives a package that imports: its range for scikit-learn has no upper end.
 # Seen: ImportError: cannot import name 'DOUBLE' from 'sklearn.tree._tree'.
-# Why it matters: Whoever compares mechanisms or budgets with it has to pin scikit-learn (1.6.1 works).
+# Why it matters: To compare mechanisms or budgets with it, pin scikit-learn (1.6.1 works).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

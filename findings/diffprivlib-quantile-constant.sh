@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Packages: diffprivlib==0.6.6 scikit-learn==1.6.1 numpy==2.2.6
+# Packages: diffprivlib==0.6.6 scikit-learn==1.6.1 numpy==2.4.6
 # What: `tools.median` raises if all values are equal; the intervals between equal values have length zero and the
 #   probabilities become NaN.
 # A good guess: Equal values are ordinary data (a clipped column, an unchanged sensor): the median is near the
@@ -12,7 +12,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q --disable-pip-version-check diffprivlib==0.6.6 scikit-learn==1.6.1 numpy==2.2.6
+"$folder/venv/bin/pip" install -q --disable-pip-version-check diffprivlib==0.6.6 scikit-learn==1.6.1 numpy==2.4.6
 "$folder/venv/bin/python" -W ignore - <<'PY'
 import numpy as np
 from diffprivlib import tools

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Packages: torch==2.13.0 opacus==1.6.0 numpy==2.4.6
-# What: Leaving the loop of a `BatchMemoryManager` in the middle of a step leaves the half-summed gradients in the
-#   optimizer: the next epoch's first step holds them as well as its own batch.
+# What: Leaving the loop of a `BatchMemoryManager` in the middle of a step leaves the half-summed gradients and one
+#   flag too many in the optimizer: the next epoch's first step holds the old part, its own batch and a part of the
+#   next one.
 # A good guess: `break` (a limit of steps, early stopping) drops what was not stepped. Each step sums one batch of 8
 #   examples.
 # Seen: 8 examples a batch in parts of at most 3, break in the second batch after one part: the first step of the
-#   next epoch sums 10 or 11 examples.
-# Why it matters: An example that is in both batches counts twice in one noisy step: its sensitivity is 2
-#   max_grad_norm, the charge is for one. Call optimizer.zero_grad() is no cure: it keeps the sum on purpose.
+#   next epoch sums 14 examples.
+# Why it matters: An example that is in more than one of these batches counts each time in one noisy step: its
+#   sensitivity is 2 or 3 times max_grad_norm, the charge is for one. optimizer.zero_grad() is no cure: it keeps the
+#   sum on purpose.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -5,8 +5,8 @@
 #   of 1/256 or so and the rate is another one.
 # A good guess: Coins for examples do not depend on the type of the model: the sampler's mean rate is sample_rate.
 # Seen: sample_rate 0.001 over 12,000,000 coins: float32 0.0010, bfloat16 0.0029.
-# Why it matters: Three times the examples of what the accountant charges. At noise 1, rate 0.001, 10,000 steps,
-#   delta 1e-5 the right epsilon is 2.5 times the printed one (PLD 0.63 and 1.98).
+# Why it matters: A step takes three times the examples that the accountant charges for, so the printed epsilon is
+#   too small. Draw coins in float32 or float64 whatever the default type is.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
