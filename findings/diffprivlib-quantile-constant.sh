@@ -11,8 +11,8 @@
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q --disable-pip-version-check diffprivlib==0.6.6 scikit-learn==1.6.1 numpy==2.4.6
+python3 -m venv --without-pip "$folder/venv"
+python3 -m pip --python "$folder/venv/bin/python" install -q --disable-pip-version-check diffprivlib==0.6.6 scikit-learn==1.6.1 numpy==2.4.6
 "$folder/venv/bin/python" -W ignore - <<'PY'
 import numpy as np
 from diffprivlib import tools

@@ -9,8 +9,8 @@
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q --disable-pip-version-check flwr==1.42.0 numpy==2.4.6 torch==2.13.0
+python3 -m venv --without-pip "$folder/venv"
+python3 -m pip --python "$folder/venv/bin/python" install -q --disable-pip-version-check flwr==1.42.0 numpy==2.4.6 torch==2.13.0
 "$folder/venv/bin/python" -W ignore - <<'PY'
 import logging
 

@@ -10,8 +10,8 @@
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q --disable-pip-version-check torch==2.13.0 opacus==1.6.0 numpy==2.4.6
+python3 -m venv --without-pip "$folder/venv"
+python3 -m pip --python "$folder/venv/bin/python" install -q --disable-pip-version-check torch==2.13.0 opacus==1.6.0 numpy==2.4.6
 "$folder/venv/bin/python" -W ignore - <<'PY'
 import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
