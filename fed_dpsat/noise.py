@@ -97,7 +97,7 @@ def standard_normals(generator: np.random.Generator, count: int) -> Tensor:
     By Box and Muller (1958), a radius of 31 bits and an angle of 32: none is beyond 6.66, which 3e-11 of a normal
     distribution is. numpy's own ``standard_normal`` takes three times as long.
     """
-    normals = torch.empty(2 * math.ceil(count / 2))
+    normals = torch.empty(2 * math.ceil(count / 2), dtype=torch.float32)
     for start in range(0, len(normals), 2 * WORDS):
         pair = normals[start : start + 2 * WORDS].view(2, -1)
         words = generator.integers(0, 2**64, size=pair.shape[1], dtype=np.uint64)

@@ -166,6 +166,18 @@ def test_normals_for_tensors_are_one_draw_in_their_order():
     assert torch.equal(flat, standard_normals(derive_generator(**ONE), 7))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_normals_do_not_depend_on_the_default_type(default):
+    expected = standard_normals(derive_generator(**ONE), 7)
+    torch.set_default_dtype(default)
+    try:
+        found = standard_normals(derive_generator(**ONE), 7)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_normals_do_not_change_from_version_to_version():
     expected = torch.tensor([0.36997977, 1.38399792])
     torch.testing.assert_close(standard_normals(derive_generator(**ONE), 2), expected)
