@@ -35,14 +35,15 @@ from torch import Tensor, nn
 
 from fed_dpsat.attacks import Attackers
 from fed_dpsat.data.dataset import Dataset, Examples
-from fed_dpsat.errors import InputError, ModelError, RunError
+from fed_dpsat.errors import InputError, ModelError, RunError, SettingError
 from fed_dpsat.evaluation import predict
 from fed_dpsat.experiment import Experiment, Task
+from fed_dpsat.generators import seed, training_on
 from fed_dpsat.noise import derive_seed
 from fed_dpsat.optimizers.chain import described
 from fed_dpsat.params import Params
 from fed_dpsat.per_example import clipped_gradient_sum
-from fed_dpsat.placement import generator_states, moved, rewind, seed, training_on
+from fed_dpsat.placement import moved
 from fed_dpsat.stacked import stacked_sum
 
 ROWS, LONGEST = 4, 300
@@ -277,7 +278,7 @@ def told(experiment: Experiment, objects: Sequence[str] = (), strategy: object =
     """What fails inside, as a ``TrialError`` of one line; ``objects`` are those that were given in Python."""
     try:
         yield
-    except TrialError:
+    except (TrialError, SettingError):  # has its name, value, bound and remedy already
         raise
     except Unfit as unfit:
         raise TrialError(_said(experiment, unfit.kind, objects, unfit.seen, unfit.remedy)) from None

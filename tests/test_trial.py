@@ -21,7 +21,8 @@ from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.digits import digits
 from fed_dpsat.engines import planned
 from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import compat
+from fed_dpsat.flower import compat, server_app
+from fed_dpsat.flower.grid import node_context
 from fed_dpsat.flower.trial import try_federation
 from fed_dpsat.optimizers import DPSGD
 from fed_dpsat.plans import make_plans
@@ -409,3 +410,11 @@ def test_what_plans_refuse_is_said_first():
         make_plans(config)
     with pytest.raises(ValueError, match="enough for one round"):
         try_federation(Experiment.build(config))
+
+
+def test_a_server_on_a_network_tries_before_it_makes_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    context = node_context(1, RunConfig(**FAST, strategy="flwr.serverapp.strategy:FedAvg", lr=1e20).settings(), 3)
+    with pytest.raises(TrialError, match="numbers beyond"):
+        server_app.main(None, context)
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import InputError
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower.federation import build_strategy
+from fed_dpsat.flower.promise import delta_warning, unused_warning
 from fed_dpsat.flower.strategy_state import StrategyStateError, capture_state
 from fed_dpsat.flower.trial import try_federation
 from fed_dpsat.noise import derive_seed
@@ -62,7 +63,7 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
             labels=data.train.labels.numpy(),
             num_clients=(config.num_clients,),
         ),
-        note=_left_over(experiment),
+        note=unused_warning(experiment),
     )
     yield _checked(
         "model",
@@ -92,11 +93,11 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         lambda: check_strategy(lambda: build_strategy(config)),
         note=_cannot_resume(config),
     )
-    yield _checked("trial", "made-up examples", lambda: try_federation(experiment))
+    yield _checked("trial", "made-up examples", lambda: try_federation(experiment), note=delta_warning(experiment))
 
 
 def _built(kind: str, config: RunConfig, settings: dict[str, Any]) -> Any:
-    return plugins.build(kind, getattr(config, kind), settings)
+    return plugins.build(kind, getattr(config, kind), settings, getattr(config, f"{kind}_args"))
 
 
 def _checked(part: str, name: str, check: Callable[[], list[str] | None], note: str = "") -> Checked:
@@ -105,11 +106,6 @@ def _checked(part: str, name: str, check: Callable[[], list[str] | None], note: 
     except (ConformanceError, InputError) as error:
         return Checked(part=part, name=name, problem=" ".join(str(error).split()), note=note)
     return Checked(part=part, name=name, checks=len(made or ["trial"]), note=note)
-
-
-def _left_over(experiment: Experiment) -> str:
-    left = len(experiment.dataset.train) - sum(map(len, experiment.partitions))
-    return f"{left} of {len(experiment.dataset.train)} training examples are with no client" if left else ""
 
 
 def _cannot_resume(config: RunConfig) -> str:

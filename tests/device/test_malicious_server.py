@@ -357,6 +357,25 @@ def test_a_model_with_batch_norm_is_refused_even_if_the_policy_lists_it(device, 
     assert history(device) == ()
 
 
+def test_a_model_that_cannot_be_trained_privately_is_refused_before_a_charge(device, tmp_path):
+    """A trial on made-up examples says so to whoever asks who the device is, and to whoever asks for a round."""
+    source = tmp_path / "recurrent.py"
+    source.write_text(
+        "from torch import nn\n"
+        "class Recurrent(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.gru = nn.GRU(2, 2, batch_first=True)\n"
+        "    def forward(self, x):\n"
+        "        return self.gru(x[:, 0, None])[0][:, -1]\n"
+    )
+    device.write(models=f'["linear", "{source}:Recurrent"]')
+    changes = {"model": f"{source}:Recurrent"}
+    asked = device.send(RecordDict(), MessageType.QUERY, settings={**device_settings(), **changes})
+    assert "layer gru (GRU): RuntimeError" in asked.error.reason
+    refused(device, device.ask(changes=changes), "layer gru (GRU): RuntimeError")
+
+
 def test_an_error_that_tells_of_data_stays_on_the_device(device):
     data = device.path / "data.py"
     data.write_text(data.read_text().replace("arange(20) % 2", "full((20,), 41)"))

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from torch import nn
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.experiment import Experiment, Task
@@ -49,6 +50,13 @@ def test_nothing_leaves_but_what_the_table_in_records_lists(experiment, context)
 def test_identity_is_partition_and_declared_size(experiment, context):
     reply = ask(experiment, context, message_type=MessageType.QUERY)
     assert dict(reply.content[records.IDENTITY]) == {"client": 1, "num_examples": len(experiment.partitions[1])}
+
+
+def test_a_node_that_cannot_train_does_not_join(context):
+    """Asked who it is, before any charge, it tries itself on made-up examples: once, if that goes well."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 9))
+    reply = ask(Experiment.build(CONFIG, model=module), context, message_type=MessageType.QUERY)
+    assert "gives 9 logits, and digits has 10 classes" in reply.error.reason
 
 
 def test_state_and_its_own_count_stay(experiment, context):

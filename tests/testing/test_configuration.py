@@ -18,7 +18,7 @@ FAST = ["--set", "noise_multiplier=2", "--set", "accountant=rdp", "--set", "num_
 def quick(monkeypatch):
     """Without the two suites that take seconds; they have tests of their own."""
     for name in ("check_clipping", "check_strategy"):
-        monkeypatch.setattr(configuration, name, lambda factory, name=name: [factory and name])
+        monkeypatch.setattr(configuration, name, lambda factory: ["skipped"])
 
 
 def test_a_good_configuration_is_fine_and_nothing_is_written(quick, tmp_path, monkeypatch):
