@@ -19,7 +19,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fed_dpsat.engines.call import modules
 from fed_dpsat.errors import ModelError
-from fed_dpsat.placement import device_of, seed, training_on
+from fed_dpsat.generators import seed, training_on
+from fed_dpsat.placement import device_of
 
 OWN = vars(nn.Module()).keys()
 """What each module has, whatever it is."""
@@ -92,8 +93,6 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 def _check_mode(module: nn.Module, inputs: Tensor, values: Mapping[str, Tensor], mode: str) -> None:
     def run(x: Tensor) -> Any:
-        random.seed(0)
-        np.random.seed(0)
         seed(x.device, 0)
         with torch.no_grad():
             return module(x.clone())
@@ -154,10 +153,14 @@ def _kept(module: nn.Module, *, parameters: bool = True) -> list[Kept]:
     return [
         (places, name, tensor, tensor.detach().clone())
         for part in modules(module)
-        for places in ([part._parameters, part._buffers] if parameters else [part._buffers])
+        for places in _places(part, parameters)
         for name, tensor in places.items()
         if tensor is not None
     ]
+
+
+def _places(part: nn.Module, parameters: bool) -> list[dict[str, Any]]:
+    return [part._parameters, part._buffers] if parameters else [part._buffers]
 
 
 def _put_back(kept: Iterable[Kept]) -> list[Tensor]:
