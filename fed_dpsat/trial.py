@@ -22,7 +22,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import random
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -146,9 +145,11 @@ def made_up(dataset: Dataset, count: int, *, public: bool) -> Dataset:
     and begin anew each ``ROWS``.
     """
     shown = dataset.test if public and len(dataset.test) else None
-    splits = {name: _made_up(getattr(dataset, name), shown, n, dataset.num_classes) for name, n in
-              (("train", count), ("test", ROWS))}  # fmt: skip
-    return dataclasses.replace(dataset, **splits)
+    train, test = (
+        _made_up(like, shown, rows, dataset.num_classes)
+        for like, rows in ((dataset.train, count), (dataset.test, ROWS))
+    )
+    return dataclasses.replace(dataset, train=train, test=test)
 
 
 def _made_up(like: Examples, public: Examples | None, count: int, num_classes: int) -> Examples:
@@ -231,15 +232,9 @@ def copied(kind: str, thing: Any, memo: dict[int, Any]) -> Any:
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
     """The generators that a plug-in may draw from are afterwards as they were before, and so are warnings."""
-    states, python, legacy = generator_states(device), random.getstate(), np.random.get_state()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run has them too
-            yield
-    finally:
-        rewind(device, states)
-        random.setstate(python)
-        np.random.set_state(legacy)
+    with warnings.catch_warnings(), generators.kept(device):
+        warnings.simplefilter("ignore")  # the run has them too
+        yield
 
 
 @contextmanager
@@ -309,7 +304,7 @@ def _line(error: BaseException) -> str:
 
 def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> tuple[str, str, str]:
     """What kind of object ``error`` is of, where in it, and the remedy: by the innermost frame that is of one."""
-    kinds = {
+    kinds: dict[str, set[type]] = {
         "clipping": {type(experiment.clipping)},
         "optimizer": {type(link) for link in _chain(experiment.optimizer)},
         "strategy": set(type(strategy).__mro__) - {object} if strategy is not None else set(),
