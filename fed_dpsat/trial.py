@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fed_dpsat import generators
 from fed_dpsat.attacks import Attackers
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.errors import InputError, ModelError, RunError, SettingError
