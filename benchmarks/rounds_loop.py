@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from benchmarks.turns import Turn
 from fed_dpsat.config import RunConfig
+from fed_dpsat.engines.drawing import Drawing, Pass
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.noise import derive_generator
@@ -23,8 +24,8 @@ def loop(config: RunConfig, turn: Turn) -> Params:
 
     Local training is not private where the unit is one client: changes are clipped, and noised once a round.
 
-    Not private: ``backward`` and ``torch.optim.SGD``, channels last, which is the faster layout (and the one in which
-    the planned engine draws dropout). Private: ``clipped_gradient_sum``, noise, the same step.
+    Not private: ``backward`` and ``torch.optim.SGD``, channels last, which is the faster layout. Private:
+    ``clipped_gradient_sum``, noise, the same step. Dropout draws as it does there, example by example.
     """
     tune_allocator()
     experiment = Experiment.build(config)
@@ -72,11 +73,12 @@ def _plain_client(experiment: Experiment, model: Params, client: int, round: int
     module.load_state_dict(model)
     optimizer = torch.optim.SGD(module.parameters(), lr=config.lr)
     indices, sampler, streams = _draws(experiment, client, round)
-    for batch in sampler.batches(config.local_steps, streams.generator("sampling")):
+    for step, batch in enumerate(sampler.batches(config.local_steps, streams.generator("sampling"))):
         inputs, targets = data.batch(indices[batch])
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
-        losses = functional.cross_entropy(module(inputs), targets, reduction="sum")
+        with Drawing(Pass(streams.draws(step, batch))):
+            losses = functional.cross_entropy(module(inputs), targets, reduction="sum")
         torch.autograd.backward(losses / sampler.expected_batch_size)
         optimizer.step()
     return trainable(module)
@@ -92,18 +94,17 @@ def _private_client(experiment: Experiment, model: Params, client: int, round: i
         expected_batch_size=sampler.expected_batch_size,
     )
     noise = streams.generator("noise")
-    for batch in sampler.batches(config.local_steps, streams.generator("sampling")):
-        examples = data.batch(indices[batch])
-        clipped_sum, _ = clipped_gradient_sum(experiment.loss_fn, params, examples, experiment.clipping)
+    for step, batch in enumerate(sampler.batches(config.local_steps, streams.generator("sampling"))):
+        examples, draws = data.batch(indices[batch]), streams.draws(step, batch)
+        clipped_sum, _ = clipped_gradient_sum(experiment.loss_fn, params, examples, experiment.clipping, draws=draws)
         for name, gradient in mechanism.privatize(clipped_sum, noise).items():
             params[name].sub_(gradient, alpha=config.lr)
     return params
 
 
 def _draws(experiment: Experiment, client: int, round: int) -> tuple[torch.Tensor, PoissonSampler, Streams]:
-    """Whose examples, how they are sampled, and the client's generators; seeds torch for dropout."""
+    """Whose examples, how they are sampled, and the client's generators."""
     indices = torch.from_numpy(np.asarray(experiment.partitions[client]))
     streams = Streams(seed=experiment.config.seed, client=client, round=round)
-    torch.manual_seed(streams.torch_seed())
     sampler = PoissonSampler(num_examples=len(indices), sample_rate=experiment.config.sample_rate)
     return indices, sampler, streams

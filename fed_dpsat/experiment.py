@@ -182,6 +182,7 @@ class Experiment:
                 torch.manual_seed(derive_seed(config.seed, purpose="model"))
                 model = plugins.build("model", config.model, settings, config.model_args)
         else:
+            check_memory(model)  # a copy has memory of its own for each parameter
             model = copied("model", model)
         model, start = _started(model, config)
         _require_float32(model, start, config.model)

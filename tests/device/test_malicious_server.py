@@ -359,21 +359,21 @@ def test_a_model_with_batch_norm_is_refused_even_if_the_policy_lists_it(device, 
 
 def test_a_model_that_cannot_be_trained_privately_is_refused_before_a_charge(device, tmp_path):
     """A trial on made-up examples says so to whoever asks who the device is, and to whoever asks for a round."""
-    source = tmp_path / "recurrent.py"
+    source = tmp_path / "short.py"
     source.write_text(
         "from torch import nn\n"
-        "class Recurrent(nn.Module):\n"
+        "class Short(nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
-        "        self.gru = nn.GRU(2, 2, batch_first=True)\n"
+        "        self.linear = nn.Linear(2, 1)\n"
         "    def forward(self, x):\n"
-        "        return self.gru(x[:, 0, None])[0][:, -1]\n"
+        "        return self.linear(x[:, 0])\n"
     )
-    device.write(models=f'["linear", "{source}:Recurrent"]')
-    changes = {"model": f"{source}:Recurrent"}
+    device.write(models=f'["linear", "{source}:Short"]')
+    changes = {"model": f"{source}:Short"}
     asked = device.send(RecordDict(), MessageType.QUERY, settings={**device_settings(), **changes})
-    assert "layer gru (GRU): RuntimeError" in asked.error.reason
-    refused(device, device.ask(changes=changes), "layer gru (GRU): RuntimeError")
+    assert "Short gives 1 logits" in asked.error.reason
+    refused(device, device.ask(changes=changes), "Short gives 1 logits")
 
 
 def test_an_error_that_tells_of_data_stays_on_the_device(device):
@@ -423,7 +423,7 @@ def test_no_seed_of_the_servers_is_that_of_what_a_model_draws(device, task, monk
     monkeypatch.setattr(training, "clipped_gradient_sum", heard)
     for run in (1, 2):
         assert device.ask(task(), run=run, changes={"seed": 12345}).has_content()
-    assert len(set(keys)) == len(keys) == 4  # two runs of two steps
+    assert len(set(keys)) == len(keys) >= 4  # two runs of two steps, and those of their trials
     derived = derive_key(12345, purpose="draws", client=0, round=1)
     assert not {step_key(derived, step) for step in range(4)} & set(keys)
 

@@ -29,6 +29,9 @@ KINDS = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("untried")
+
+
 def charged(folder):
     """The rounds that anybody was charged for."""
     with PrivacyLedger(folder / "ledger.sqlite", must_exist=True) as ledger:

@@ -111,7 +111,7 @@ def test_clients_with_noise_of_their_own_are_known_by_it(tmp_path):
         {"budget_mode": "retire", "target_epsilon": 50.0},  # enough for every round: nobody can retire
         {"noise_multiplier": 0.0, "target_epsilon": 5.0},  # calibrated to all rounds
         {"delay": "exponential"},  # late, and waited for
-        {"strategy": "low-pass"},
+        {"strategy": "flwr.serverapp.strategy:FedAvgM"},
     ],
 )
 def test_what_cannot_bind_or_show_leaves_the_figure(tmp_path, settings):
