@@ -176,7 +176,7 @@ def test_every_engine_draws_the_same(name):
 @pytest.mark.parametrize("name", sorted({*MAPPED, *ALONE} - {"gumbel"}))
 def test_opacus_is_refused_what_its_one_pass_cannot_tell_apart(name):
     loss, x, y, _ = setting(name)
-    with pytest.raises((ModelError, SettingError), match="engine='opacus' (is not|cannot train)"):
+    with pytest.raises((ModelError, SettingError), match=r"engine='opacus' (is not|cannot train)"):
         total(loss, x, y, IDS, engine="opacus")
 
 
