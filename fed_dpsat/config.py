@@ -386,7 +386,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Scalar]:
 def _parse(key: str, text: str) -> Scalar:
     kinds = {spec.name: str(spec.type) for spec in dataclasses.fields(RunConfig)}
     if kinds.get(key) == "str":
-        return text.strip("\"'")
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text.count(text[0]) == 2
+        return text[1:-1] if quoted else text
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

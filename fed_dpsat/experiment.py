@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fed_dpsat import client_level, plugins
+from fed_dpsat import client_level, generators, plugins
 from fed_dpsat.attacks import Attackers, Scene, choose_attackers
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.config import RunConfig
@@ -29,7 +30,7 @@ from fed_dpsat.given import copied, renamed
 from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.models.ties import check_memory, named_tensors
-from fed_dpsat.noise import derive_generator, derive_seed
+from fed_dpsat.noise import Purpose, derive_generator, derive_seed
 from fed_dpsat.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock, subspace_of
 from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.optimizers.proximal import Proximal
@@ -151,7 +152,9 @@ class Experiment:
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
         settings["steps_per_round"] = config.steps_per_round
         if dataset is None:
-            dataset = plugins.build("dataset", config.dataset, settings, config.dataset_args)
+            with _seeded(config, "partition"):
+                dataset = plugins.build("dataset", config.dataset, settings, config.dataset_args)
+        plugins.required("dataset", config.dataset, dataset)
         if config.validation_share:
             dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
         if config.num_clients > len(dataset.train):
@@ -171,29 +174,31 @@ class Experiment:
             "seed": derive_seed(config.seed, purpose="partition"),
             "labels": settings["labels"].copy(),
         }
+        with _seeded(config, "partition"):
+            parts = plugins.build("partition", config.partition, partition_settings, config.partition_args)
         partitions = disjoint_parts(
-            plugins.build("partition", config.partition, partition_settings, config.partition_args),
+            parts,
             num_clients=config.num_clients,
             num_examples=len(dataset.train),
             partition=config.partition,
         )
         if model is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(config.seed, purpose="model"))
+            with _seeded(config, "model"):
                 model = plugins.build("model", config.model, settings, config.model_args)
         else:
-            check_memory(model)  # a copy has memory of its own for each parameter
+            check_memory(plugins.required("model", config.model, model))  # which a copy would part
             model = copied("model", model)
-        model, start = _started(model, config)
+        model, start = _started(plugins.required("model", config.model, model), config)
         _require_float32(model, start, config.model)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         else:
-            optimizer = copied("optimizer", optimizer)
+            optimizer = copied("optimizer", plugins.required("optimizer", config.optimizer, optimizer))
         if clipping is None:
             clipping = plugins.build("clipping", config.clipping, settings, config.clipping_args)
         else:
             clipping = copied("clipping", clipping)
+        plugins.required("clipping", config.clipping, clipping)
         attackers = _attackers(config, settings)
         module = module_on(model, torch_device(config.device))
         _check_unchanging(module, dataset.input_shape)
@@ -509,6 +514,14 @@ def _check_unchanging(module: nn.Module, input_shape: tuple[int, ...]) -> None:
         )
 
 
+@contextmanager
+def _seeded(config: RunConfig, purpose: Purpose) -> Iterator[None]:
+    """A factory may draw from any generator: the same for a seed; afterwards they are as they were."""
+    with generators.kept(CPU):
+        generators.seed(CPU, derive_seed(config.seed, purpose=purpose))
+        yield
+
+
 def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
     """``model`` with the weights of ``start_from`` and frozen as ``train_layers`` says."""
     sha256 = ""
@@ -542,4 +555,5 @@ def _attackers(config: RunConfig, settings: Mapping[str, Any]) -> Attackers | No
     if not config.attack:
         return None
     attack = plugins.build("attack", config.attack, settings, config.attack_args)
+    plugins.required("attack", config.attack, attack)
     return Attackers(attack=attack, clients=choose_attackers(config.num_clients, config.attackers, config.seed))

@@ -101,6 +101,16 @@ def training_on(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def returned() -> Iterator[None]:
+    """Those of Python and numpy are afterwards as they were before; nothing is seeded."""
+    states = _states()
+    try:
+        yield
+    finally:
+        _set_states(states)
+
+
 def seed(device: torch.device, value: int) -> None:
     """Set all generators, inside of ``kept``."""
     placement.seed(device, value & (2**63 - 1))

@@ -27,12 +27,13 @@ import inspect
 import pkgutil
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fed_dpsat.errors import InputError
+from fed_dpsat.errors import InputError, RunError
 
 PACKAGES = {
     "optimizer": "fed_dpsat.optimizers",
@@ -53,6 +54,22 @@ TABLES = {
     "strategy": "STRATEGIES",
     "attack": "ATTACKS",
     "logger": "LOGGERS",
+}
+
+HAVE = {
+    "optimizer": ("init", "query_point", "update"),
+    "clipping": ("clip_norm", "factors"),
+    "model": ("named_parameters", "named_buffers", "train"),
+    "dataset": ("train", "test", "class_names"),
+    "attack": ("forge",),
+}
+"""What the objects of a kind have at least; the rest is for the suites of ``fed_dpsat.testing``."""
+WHAT = {
+    "optimizer": "a private optimizer (fed_dpsat.optimizers)",
+    "clipping": "a clipping rule (fed_dpsat.clipping)",
+    "model": "a torch.nn.Module",
+    "dataset": "a fed_dpsat.data.dataset.Dataset",
+    "attack": "an attack (fed_dpsat.attacks)",
 }
 
 Factory = Callable[..., Any]
@@ -103,7 +120,10 @@ def build(kind: str, name: str, settings: Mapping[str, Any], arguments: str = ""
 
 
 def call(kind: str, name: str, factory: Factory, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """``build`` of a ``factory`` that was loaded before, with arguments as they are."""
+    """``build`` of a ``factory`` that was loaded before, with arguments as they are.
+
+    Raises ``PluginError`` for whatever the factory raises, with its place.
+    """
     parameters = _parameters(kind, name, factory).values()
     settings = {**settings, **given}
     missing = [
@@ -112,12 +132,32 @@ def call(kind: str, name: str, factory: Factory, settings: Mapping[str, Any], gi
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in settings
     ]
     if missing:
-        raise PluginError(f"{kind}={name!r} needs {missing[0]!r}, which is not a setting; give it a default")
+        raise PluginError(
+            f"{kind}={name!r} needs {missing[0]!r}, which is not a setting; give it by {kind}_args, or a default"
+        )
     named = {p.name for p in parameters}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters) and (unknown := given.keys() - named):
         near = difflib.get_close_matches(wrong := min(unknown), named, n=3) or sorted(named)
         raise PluginError(f"{kind}={name!r} takes no {wrong!r}; did you mean {', '.join(near) or 'nothing'}?")
-    return factory(**{key: settings[key] for key in named & settings.keys() | given.keys()})
+    try:
+        return factory(**{key: settings[key] for key in named & settings.keys() | given.keys()})
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # whatever a factory raises
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        said = next(iter(str(error).splitlines()), "")
+        raise PluginError(
+            f"{kind}={name!r} fails: {type(error).__name__}: {said} ({Path(frame.filename).name}, line {frame.lineno})"
+        ) from error
+
+
+def required(kind: str, name: str, thing: Any) -> Any:
+    """``thing``, if it has what an object of ``kind`` has; raises ``PluginError``."""
+    wanted = HAVE.get(kind, ())
+    if lacking := [attribute for attribute in wanted if isinstance(thing, type) or not hasattr(thing, attribute)]:
+        what = f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+        raise PluginError(f"{kind}={name!r} is {what}, without {lacking[0]!r}; return {WHAT[kind]}")
+    return thing
 
 
 def parameters(kind: str, name: str, factory: Factory) -> list[str]:
@@ -131,7 +171,7 @@ def parse_arguments(kind: str, text: str) -> dict[str, Any]:
     try:
         (found,) = tomllib.loads(f"arguments = {{{text}}}").values()
     except ValueError as error:
-        raise PluginError(f"{kind}_args={text!r} are no arguments ({error}); write a = 1, b = 2") from None
+        raise PluginError(f"{kind}_args={text!r} are no arguments ({error}); write a = 1, b = 'text'") from None
     return dict(found)
 
 

@@ -86,7 +86,7 @@ def test_no_choice_of_noise_is_not_a_choice_of_none():
     assert "set one of the two above 0, or private=false" in result.stderr
 
 
-def test_every_client_failing_is_exit_code_one(tmp_path):
+def test_every_client_failing_is_exit_code_one(tmp_path, untried):
     plugin = tmp_path / "broken.py"
     plugin.write_text(
         "from torch import nn\n"

@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.config import RunConfig, parse_overrides
 from fed_dpsat.errors import SettingError
 
 GOOD = {"target_epsilon": 3.0}
@@ -93,3 +93,11 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
     config = RunConfig(**GOOD, data_path="data").with_absolute_paths()
     assert config.data_path == str(tmp_path / "data")
     assert config.cache_dir.startswith("/")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("'linear'", "linear"), ("column = 'w'", "column = 'w'"), ("'a' + 'b'", "'a' + 'b'"), ("'", "'"), ("''", "")],
+)
+def test_an_override_loses_a_pair_of_quotes_around_it_and_no_other(text, value):
+    assert parse_overrides([f"model={text}"]) == {"model": value}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -284,3 +285,35 @@ def test_one_that_does_so_for_some_examples_fails_that_client_and_is_put_back():
     with pytest.raises(ModelError, match="changes dark while it trained"):
         experiment.client_round(1, task, start, None)
     assert float(experiment.loss_fn.module.dark) == 0
+
+
+DRAWING = """
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def network():
+    layer = nn.Linear(64, 10)
+    layer.weight.data = torch.from_numpy(np.random.randn(10, 64)).float() * random.random()
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+def parts(labels, num_clients):
+    return np.array_split(np.random.permutation(len(labels)), num_clients)
+"""
+
+
+def test_a_factory_that_draws_from_any_generator_makes_the_same_for_a_seed(tmp_path):
+    """Only torch was seeded: two runs of one seed had other weights, and numpy's generator had moved."""
+    (tmp_path / "mine.py").write_text(DRAWING)
+    config = dataclasses.replace(CONFIG, model=f"{tmp_path}/mine.py:network", partition=f"{tmp_path}/mine.py:parts")
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    first, again = (Experiment.build(config) for _ in range(2))
+    other = Experiment.build(dataclasses.replace(config, seed=1))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    assert same(first.shared(), again.shared())
+    assert not same(first.shared(), other.shared())

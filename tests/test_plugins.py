@@ -5,7 +5,7 @@ import pytest
 from fed_dpsat import plugins
 from fed_dpsat.clipping import FlatClipping
 from fed_dpsat.optimizers.dpsgd import DPSGD
-from fed_dpsat.plugins import PluginError, build, builtin, load, summary
+from fed_dpsat.plugins import PluginError, build, builtin, load, required, summary
 
 
 @pytest.fixture
@@ -124,7 +124,10 @@ def test_a_factory_gets_the_settings_that_it_names():
 
 
 def test_a_setting_that_is_missing_is_named():
-    with pytest.raises(PluginError, match="optimizer='dp-sgd' needs 'lr', which is not a setting; give it a default"):
+    with pytest.raises(
+        PluginError,
+        match="optimizer='dp-sgd' needs 'lr', .* give it by optimizer_args, or a default",
+    ):
         build("optimizer", "dp-sgd", {"rho": 1})
 
 
@@ -157,7 +160,7 @@ def test_arguments_fill_what_no_setting_does():
     ("arguments", "message"),
     [
         ("momentun = 0.5", "optimizer='dp-sgd' takes no 'momentun'; did you mean momentum"),
-        ("momentum 0.5", "optimizer_args='momentum 0.5' are no arguments .*write a = 1, b = 2"),
+        ("momentum 0.5", "optimizer_args='momentum 0.5' are no arguments .*write a = 1, b = 'text'"),
         ("momentum = 0.5} \n x = {", "are no arguments"),
         ("lr = 2", "optimizer_args='lr = 2': 'lr' is a setting of its own; set it as that"),
     ],
@@ -184,3 +187,18 @@ def test_arguments_reach_a_stock_strategy():
 def test_a_models_own_word_may_be_one_of_the_settings():
     made = build("model", "torch.nn:Dropout", {"p": 0.0, "dropout_rate": 0.0}, "p = 0.25")
     assert made.p == 0.25
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise KeyError('writer')", r"model='.*mine.py:make' fails: KeyError: 'writer' \(mine.py, line 2\)"),
+        ("return None", "is a NoneType, without 'named_parameters'; return a torch.nn.Module"),
+        ("import torch; return torch.nn.Linear", "is the class Linear, without 'named_parameters'"),
+    ],
+)
+def test_a_factory_that_fails_or_makes_something_else_is_one_line(tmp_path, body, said):
+    (tmp_path / "mine.py").write_text(f"def make():\n    {body}\n")
+    with pytest.raises(PluginError, match=said) as raised:
+        required("model", "mine.py:make", build("model", f"{tmp_path}/mine.py:make", {}))
+    assert "\n" not in str(raised.value)

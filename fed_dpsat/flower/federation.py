@@ -20,7 +20,7 @@ from fed_dpsat.flower import compat, records, stock
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
-from fed_dpsat.flower.nodes import FederationError, FederationOver
+from fed_dpsat.flower.nodes import FederationOver
 from fed_dpsat.flower.promise import delta_warning, unused_warning
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
@@ -173,11 +173,13 @@ def unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, array
 
 
 def build_strategy(config: RunConfig) -> Strategy:
-    """The inner strategy that ``config`` names; raises ``PluginError`` or ``FederationError`` if it is none."""
+    """The inner strategy that ``config`` names; raises ``PluginError`` if it is none."""
     settings = {**config.settings(), "known_noise": KnownNoise.of(config)}
     inner = plugins.build("strategy", config.strategy, settings, config.strategy_args)
     if not isinstance(inner, Strategy):
-        raise FederationError(f"strategy={config.strategy!r} made a {type(inner).__name__}, not a Flower Strategy")
+        raise plugins.PluginError(
+            f"strategy={config.strategy!r} is a {type(inner).__name__}; return a strategy of flwr.serverapp.strategy"
+        )
     return inner
 
 

@@ -88,6 +88,7 @@ class _Link:
 
     def build(self, settings: Mapping[str, Any], given: Mapping[str, Any]) -> PrivateOptimizer:
         built: PrivateOptimizer = plugins.call("optimizer", self.name, self.factory, settings, given)
+        plugins.required("optimizer", self.name, built)
         return built
 
 

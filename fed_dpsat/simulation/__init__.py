@@ -10,6 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
+from fed_dpsat import generators
 from fed_dpsat.config import RunConfig, Scalar
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
@@ -56,7 +57,7 @@ def simulate(
     experiment = Experiment.build(config, dataset=dataset, model=model, optimizer=optimizer)
     objects = [name for name, value in given.items() if value is not None]
     try_federation(experiment, strategy, objects)
-    with simulation_grid(experiment, client_app, folder) as grid:
+    with generators.returned(), simulation_grid(experiment, client_app, folder) as grid:  # Flower draws from random
         return run_federation(grid, experiment, folder, strategy=strategy, on_round=on_round, objects=objects)
 
 
@@ -74,7 +75,7 @@ def resume(
             "run",
             str(run),
             "described by its settings alone",
-            f"{', '.join(objects)} came from Python; give them again, to simulate(...) with resume=True",
+            f"{', '.join(objects)} came from Python; give them again, to simulate(RunConfig(..., resume=True), ...)",
         )
     if (summary := folder.summary()).get("status") == "completed":
         return summary

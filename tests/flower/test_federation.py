@@ -13,7 +13,6 @@ from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from fed_dpsat.config import RunConfig
 from fed_dpsat.flower.federation import build_strategy
-from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.plugins import PluginError
 from fed_dpsat.simulation import simulate
 
@@ -32,7 +31,7 @@ def test_a_built_in_a_stock_and_a_file(tmp_path):
 
 
 def test_what_is_no_strategy_is_refused():
-    with pytest.raises(FederationError, match="made a Fraction, not a Flower Strategy"):
+    with pytest.raises(PluginError, match="is a Fraction; return a strategy of"):
         build_strategy(named("fractions:Fraction"))
     with pytest.raises(PluginError, match="wrap it in one"):
         build_strategy(named("builtins:dict"))

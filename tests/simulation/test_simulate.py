@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAdam
@@ -312,3 +314,10 @@ def test_replies_that_workers_find_invalid_end_the_run_at_the_third_round_too(tm
         simulate(dataclasses.replace(CONFIG, workers=1, lr=1e20, num_rounds=8), tmp_path / "run")
     with PrivacyLedger(tmp_path / "run" / "ledger.sqlite", must_exist=True) as ledger:
         assert sum(ledger.rounds_by_client().values()) == 3 * CONFIG.clients_per_round
+
+
+def test_the_callers_generators_are_afterwards_as_they_were(tmp_path):
+    """Flower's strategies draw from random."""
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    simulate(dataclasses.replace(CONFIG, num_rounds=1), tmp_path / "run")
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
