@@ -126,7 +126,7 @@ def test_a_factory_gets_the_settings_that_it_names():
 def test_a_setting_that_is_missing_is_named():
     with pytest.raises(
         PluginError,
-        match="optimizer='dp-sgd' needs 'lr', .* give it by optimizer_args, or a default",
+        match=r"optimizer='dp-sgd' needs 'lr', .* give it by optimizer_args, or a default",
     ):
         build("optimizer", "dp-sgd", {"rho": 1})
 
