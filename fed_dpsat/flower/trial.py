@@ -20,6 +20,7 @@ from fed_dpsat.flower.client_app import StackingClientApp, make_client_app
 from fed_dpsat.flower.federation import build_strategy, private_strategy, unfrozen
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, SimulationGrid, node_context
 from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.given import copied
 from fed_dpsat.plans import ClientPlan, make_plans
 from fed_dpsat.privacy.event import CLIENTS, PrivacyEvent
 from fed_dpsat.privacy.ledger import PrivacyLedger
@@ -46,7 +47,7 @@ def try_federation(experiment: Experiment, strategy: Strategy | None = None, obj
         clients = _clients(experiment, inner)
         tried = trial.rehearsal(experiment, clients, noise_multiplier=noise_multiplier, memo=memo)
         trial.check_outputs(tried)
-        _rounds(tried, trial.copied("strategy", inner, memo) if strategy else inner)
+        _rounds(tried, copied("strategy", inner, memo) if strategy else inner)
 
 
 def _clients(experiment: Experiment, inner: Strategy) -> int:
