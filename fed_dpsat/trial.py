@@ -313,14 +313,11 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
             kind, where = found[0], f"{frame.f_code.co_name}: "
     if engine and (kind == "model" or isinstance(error, ModelError)):
         kind = "model"
-        return (
-            kind,
-            where,
-            (
-                f"its forward pass works, its per-example gradients (engine={experiment.config.engine}) do not: write that "
-                "layer with operations that torch.func.vmap can map"
-            ),
+        remedy = (
+            f"its forward pass works, its per-example gradients (engine={experiment.config.engine}) do not: write "
+            "that layer with operations that torch.func.vmap can map"
         )
+        return kind, where, remedy
     if kind == "model":
         x = experiment.dataset.train.inputs
         shape = ", ".join(map(str, x.shape[1:]))

@@ -396,6 +396,17 @@ def test_a_client_is_tried_without_a_server(plugins):
         try_client(Experiment.build(RunConfig(**FAST, optimizer="o.py:reorders")))
 
 
+def test_a_data_set_without_test_examples_is_refused_before_a_folder(tmp_path):
+    data = digits()
+    nothing = dataclasses.replace(data.test, inputs=data.test.inputs[:0], labels=data.test.labels[:0])
+    without = dataclasses.replace(data, test=nothing)
+    with pytest.raises(SettingError, match=r"^dataset='digits.* at least one test example; set validation_share=0\.1"):
+        simulate(RunConfig(**FAST), tmp_path / "run", dataset=without)
+    assert not (tmp_path / "run").exists()
+    config = RunConfig(**FAST, validation_share=0.1)
+    assert simulate(config, tmp_path / "run", dataset=without)["status"] == "completed"
+
+
 def test_what_plans_refuse_is_said_first():
     config = RunConfig(**{**FAST, "noise_multiplier": 0.4}, target_epsilon=0.01, budget_mode="retire")
     with pytest.raises(ValueError, match="enough for one round"):

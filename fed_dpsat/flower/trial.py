@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import trial
+from fed_dpsat.errors import SettingError
 from fed_dpsat.evaluation import evaluation_of, predict, quality_of
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import compat, personal, records, sums
@@ -35,6 +36,13 @@ def try_federation(experiment: Experiment, strategy: Strategy | None = None, obj
     config = experiment.config
     noise_multiplier = min(plan.event.noise_multiplier for plan in make_plans(config))
     inner = strategy or build_strategy(config)
+    if not len(experiment.dataset.test):
+        raise SettingError(
+            "dataset",
+            experiment.dataset.name,
+            "with at least one test example",
+            "set validation_share=0.1, which puts training examples aside for it",
+        )
     if "client_app" in objects:
         return
     with (
