@@ -10,6 +10,8 @@ import copy
 import dataclasses
 from typing import Any, TypeVar
 
+from torch import Tensor, nn
+
 from fed_dpsat.config import RunConfig, Scalar
 from fed_dpsat.errors import SettingError
 
@@ -25,17 +27,25 @@ UNUSED: dict[str, dict[str, Scalar]] = {
 """By setting, others that an object in its place makes nothing of, at their defaults."""
 
 
-def copied(setting: str, given: Given) -> Given:
-    """A copy of ``given``, for a run to work on. Raises ``SettingError`` for what cannot be copied."""
+def copied(setting: str, given: Given, memo: dict[int, Any] | None = None) -> Given:
+    """A copy of ``given``, for a run or its trial to work on; ``memo`` is that of ``copy.deepcopy``.
+
+    A weight that a module computes from others is copied by value. Raises ``SettingError`` for what has no copy.
+    """
+    memo = {} if memo is None else memo
+    for part in given.modules() if isinstance(given, nn.Module) else ():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # as weight_norm leaves one
+                memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(given)
+        return copy.deepcopy(given, memo)
     except Exception as error:  # whatever its parts raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingError(
             setting,
             type(given).__name__,
             f"an object that can be copied ({reason}), and a run begins from a copy",
-            f"name the function that makes it: {setting}=path/to/file.py:function",
+            f"name the function that makes it: {setting}=path/to/file.py:function, or give it a __deepcopy__",
         ) from error
 
 

@@ -19,7 +19,6 @@ objects                 copies; torch's, numpy's and Python's own generators are
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import traceback
@@ -39,6 +38,7 @@ from fed_dpsat.errors import InputError, ModelError, RunError, SettingError
 from fed_dpsat.evaluation import predict
 from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.generators import seed, training_on
+from fed_dpsat.given import copied
 from fed_dpsat.noise import derive_seed
 from fed_dpsat.optimizers.chain import described
 from fed_dpsat.params import Params
@@ -215,21 +215,6 @@ def check_result(after: Params, before: Params) -> None:
         raise Unfit("optimizer", f"its first steps give {wrong}", REMEDIES["optimizer"])
 
 
-def copied(kind: str, thing: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy; ``Unfit`` for what has none. A weight that a module computes from others is copied by value."""
-    if isinstance(thing, nn.Module):
-        for part in thing.modules():
-            for value in vars(part).values():
-                if isinstance(value, Tensor) and not value.is_leaf:  # as weight_norm leaves one
-                    memo[id(value)] = value.detach().clone()
-    try:
-        return copy.deepcopy(thing, memo)
-    except Exception as error:  # whatever an object says that holds a lock or a file
-        raise Unfit(
-            kind, f"it cannot be copied ({_line(error)})", "give it a __deepcopy__: a trial is on copies"
-        ) from None
-
-
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
     """The generators that a plug-in may draw from are afterwards as they were before, and so are warnings."""
@@ -328,7 +313,11 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
             kind, where = found[0], f"{frame.f_code.co_name}: "
     if engine and (kind == "model" or isinstance(error, ModelError)):
         kind = "model"
-        return kind, where, _per_example(experiment, frames)
+        remedy = (
+            f"its forward pass works, its per-example gradients (engine={experiment.config.engine}) do not: write "
+            "that layer with operations that torch.func.vmap can map"
+        )
+        return kind, where, remedy
     if kind == "model":
         x = experiment.dataset.train.inputs
         shape = ", ".join(map(str, x.shape[1:]))
@@ -339,18 +328,6 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
 def _layer(root: nn.Module, layer: nn.Module) -> str:
     name = next((name for name, part in root.named_modules() if part is layer), "")
     return f"layer {name} ({type(layer).__name__}): " if name else f"{type(layer).__name__}: "
-
-
-def _per_example(experiment: Experiment, frames: Sequence[Any]) -> str:
-    """What to do about a model whose forward pass works, and whose per-example gradients fail."""
-    if any(isinstance(frame.f_locals.get("self"), nn.RNNBase) for frame in frames):
-        return "its forward pass works, its per-example gradients do not: opacus.layers has DPGRU, DPLSTM and DPRNN"
-    if any(frame.f_code.co_filename.endswith("torch/utils/checkpoint.py") for frame in frames):
-        return "call the block without torch.utils.checkpoint: physical_batch_size bounds memory"
-    return (
-        f"its forward pass works, its per-example gradients (engine={experiment.config.engine}) do not: write that "
-        "layer with operations that torch.func.vmap can map"
-    )
 
 
 def _chain(optimizer: object) -> list[object]:

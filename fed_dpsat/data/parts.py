@@ -23,6 +23,7 @@ def disjoint_parts(parts: Any, *, num_clients: int, num_examples: int, partition
     more or fewer than ``num_clients``     one part per client
     a part that is empty                   at least one example each
     a mask, floats, text, two dimensions   whole numbers ``[n]``
+    a masked array that hides any          ``compressed()``
     a number outside ``[0, num_examples)`` a place in the training split
     an example twice in a part, or in two  one client for each
     ====================================== ==================================
@@ -59,9 +60,13 @@ def disjoint_parts(parts: Any, *, num_clients: int, num_examples: int, partition
 
 def _whole(part: Any, partition: str, client: int) -> np.ndarray:
     """``part`` as a one-dimensional array of whole numbers of some kind, not empty."""
+    name = f"{partition}: part {client}"
+    if np.ma.is_masked(part):
+        raise DataError(f"{name} is masked, and a client has an example or has not; give part.compressed()")
+    if type(part) is not np.ndarray and isinstance(part, np.ndarray):
+        part = np.array(part, subok=False)  # a subclass may say other than what it holds
     if isinstance(part, np.ndarray) and part.ndim == 1 and len(part) and part.dtype.kind in "iu":
         return part
-    name = f"{partition}: part {client}"
     try:
         array = np.asarray(part)
     except (ValueError, TypeError) as error:

@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import trial
+from fed_dpsat.errors import SettingError
 from fed_dpsat.evaluation import evaluation_of, predict, quality_of
 from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import compat, personal, records, sums
@@ -20,6 +21,7 @@ from fed_dpsat.flower.client_app import StackingClientApp, make_client_app
 from fed_dpsat.flower.federation import build_strategy, private_strategy, unfrozen
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, SimulationGrid, node_context
 from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.given import copied
 from fed_dpsat.plans import ClientPlan, make_plans
 from fed_dpsat.privacy.event import CLIENTS, PrivacyEvent
 from fed_dpsat.privacy.ledger import PrivacyLedger
@@ -34,6 +36,13 @@ def try_federation(experiment: Experiment, strategy: Strategy | None = None, obj
     config = experiment.config
     noise_multiplier = min(plan.event.noise_multiplier for plan in make_plans(config))
     inner = strategy or build_strategy(config)
+    if not len(experiment.dataset.test):
+        raise SettingError(
+            "dataset",
+            experiment.dataset.name,
+            "with at least one test example",
+            "set validation_share=0.1, which puts training examples aside for it",
+        )
     if "client_app" in objects:
         return
     with (
@@ -46,7 +55,7 @@ def try_federation(experiment: Experiment, strategy: Strategy | None = None, obj
         clients = _clients(experiment, inner)
         tried = trial.rehearsal(experiment, clients, noise_multiplier=noise_multiplier, memo=memo)
         trial.check_outputs(tried)
-        _rounds(tried, trial.copied("strategy", inner, memo) if strategy else inner)
+        _rounds(tried, copied("strategy", inner, memo) if strategy else inner)
 
 
 def _clients(experiment: Experiment, inner: Strategy) -> int:

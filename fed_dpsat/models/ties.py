@@ -81,7 +81,13 @@ def shared_head(module: nn.Module) -> tuple[str, str] | None:
 
 
 def check_memory(module: nn.Module) -> None:
-    """Raise ``ModelError`` if two parameters lie in the same memory: each would be trained for itself."""
+    """Raise ``ModelError`` for two parameters in the same memory, each trained for itself, or one without a shape."""
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{type(module).__name__} does not know the shape of {name} yet; call it once on an example before it "
+                "is given"
+            )
     spans = sorted((p.device.type, p.data_ptr(), p.data_ptr() + _extent(p), n) for n, p in module.named_parameters())
     for (kind, _, end, one), (other_kind, start, _, other) in itertools.pairwise(spans):
         if kind == other_kind and start and start < end:
@@ -97,6 +103,6 @@ def _own(prefix: str, layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _extent(p: Tensor) -> int:
     """Bytes from the first number to the last."""
-    if is_lazy(p) or not p.numel():
+    if not p.numel():
         return 0
     return (1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))) * p.element_size()

@@ -54,6 +54,8 @@ def that_shuffles_its_labels(labels, num_clients):
         ([0, 1], r"part 0 is int64 \[\]"),
         ([np.array([0, 1], dtype="m8[s]"), [2]], r"part 0 is timedelta64\[s\] \[2\]"),
         ([[0, 2**70], [1]], r"part 0 is object \[2\]"),
+        ([np.ma.MaskedArray([0, 1], mask=[False, True]), [2]], r"part 0 is masked.*compressed"),
+        (np.ma.MaskedArray([[0, 1], [2, 3]], mask=[[False, False], [False, True]]), r"part 1 is masked.*compressed"),
     ],
 )
 def test_what_is_no_partition_is_refused_in_one_line(parts, said):
@@ -78,6 +80,19 @@ def test_whole_numbers_of_any_kind_become_int64_in_their_order(parts):
     assert first.dtype == second.dtype == np.int64
     assert first.tolist() == [0, 5]
     assert second.tolist() == [9, 2]
+
+
+class Lying(np.ndarray):
+    """Says that it has two examples, and has four."""
+
+    def __len__(self):
+        return 2
+
+
+def test_a_subclass_of_arrays_is_taken_by_the_numbers_it_holds():
+    (part,) = disjoint_parts([np.arange(4).view(Lying)], num_clients=1, num_examples=4, partition="mine")
+    assert type(part) is np.ndarray
+    assert part.tolist() == [0, 1, 2, 3]
 
 
 def test_what_a_partition_holds_on_to_changes_nothing_afterwards():

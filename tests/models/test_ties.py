@@ -218,3 +218,9 @@ def test_a_run_with_a_tied_head_is_dp_sgd_of_one_tensor():
         experiment = Experiment.build(config, model=module)
         found.append(experiment.client_round(0, task, experiment.trained(1), None).params)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("module", [nn.LazyLinear(10), nn.LazyBatchNorm1d(affine=False)])
+def test_a_module_that_does_not_know_its_shapes_is_refused_in_one_line(module):
+    with pytest.raises(ModelError, match=r"^Sequential does not know the shape of 1\.\w+ .*call it once on an example"):
+        check_memory(nn.Sequential(nn.Flatten(), module))
