@@ -61,8 +61,11 @@ def _reasons(experiment: Experiment, strategy: PrivateStrategy, rounds: Lines) -
     if strategy.retired or any(_may_retire(experiment, plan) for plan in set(strategy.plans)):
         yield "budgets can end before the rounds do, so who may take part, and when the run ends, depends on coins"
     sizes = [len(indices) for indices in experiment.partitions]
-    if len({plan.event for plan in strategy.plans}) > 1 or max(sizes) - min(sizes) > 1:
-        yield "clients differ in size, noise or sample rate, so the level of the noise in a model tells who took part"
+    if len({plan.event for plan in strategy.plans}) > 1 or len(set(sizes)) > 1:
+        yield (
+            "clients differ in size, noise or sample rate, so the level of the noise in a model tells who took part; "
+            "validation_share can leave as many examples as divide evenly"
+        )
     if config.secure_aggregation:
         yield "with secure_aggregation the model stays also in rounds of too few clients, which tells of their number"
     if not sums.only_mean(strategy.inner):

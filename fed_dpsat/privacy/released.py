@@ -6,17 +6,22 @@ dominating pair of a composed round (example there, example not there), the pair
 dominating pairs stay dominating). Multiplying q into the sample rate of every STEP is wrong: the steps of a round share
 one coin.
 
-q is not the rate p of the coin, since the models tell of the coins. With n clients that toss:
+q is not the rate p of the coin, since the models tell of the coins. With n clients that toss, M ~ Binomial(n, p) take
+part. An observer tells by each round's model in which set E of numbers M is: an empty round leaves the model as it was,
+to the bit, and the level of the noise in a mean shows M more or less exactly. Given that, q = E[M | M in E] / n:
 
 ============================= =========================== ====================================================
-the observer tells            q in a round of m > 0       where it shows
+the observer tells            E in a round of m > 0       q
 ============================= =========================== ====================================================
-whether somebody took part    p / (1 - (1 - p) ** n)      an empty round leaves the model as it was, to the bit
-how many took part            m / n                       the level of the noise in a mean of m
+whether somebody took part    {1, ..., n}                 p / (1 - (1 - p) ** n)
+how many took part            {m}                         m / n
+less than that                any that holds m            at most ``chance_given(p, m, n)``
 ============================= =========================== ====================================================
 
-In an empty round nobody takes part, and it costs nothing. Who takes part does not depend on any example, so either
-figure may be given for the rounds as they fell; the larger of the two holds against both observers.
+The largest q over all E with m is of {m} and the numbers from some t on: with c the largest mean, a number above c that
+is not in E would raise the mean, and one below c other than m lowers it. So n - m + 1 sets are tried. In an empty round
+nobody takes part, and it costs nothing. Who takes part does not depend on any example, so the figure may be given for
+the rounds as they fell.
 
 The losses of a composed round come from ``pld`` and are moved to log((1 - q) + q exp(loss)), each split between two
 points of a grid so that its mass under both measures stays (connect the dots), which never lowers epsilon.
@@ -65,8 +70,9 @@ if TYPE_CHECKING:
 ASSUMPTIONS = (
     "assumes that the observer sees the released models alone; that each client takes part by a coin of its own, "
     "tossed once a round and kept secret, the run's records with it, and its seed where that draws the coins; that a "
-    "client carries no state (momentum, ascent direction) into its next round; and that the models show how many took "
-    "part but not whether a client did, which its other examples or its size may: who can tell has the server's epsilon"
+    "client carries no state (momentum, ascent direction) into its next round; and that the models show of a round "
+    "how many took part, or a set of numbers that this is in, but not whether a client "
+    "did, which its other examples or its size may: who can tell has the server's epsilon"
 )
 """What the figure rests on; printed wherever it is printed."""
 
@@ -91,22 +97,35 @@ def epsilon_of_models(
 ) -> float:
     """Epsilon at ``delta`` of rounds with these ``cohorts``, drawn by coins of chance ``coin``; 0 if all are empty.
 
-    Against who tells which rounds are empty, and against who tells how many took part: the larger. Holds under
-    ``ASSUMPTIONS`` only. Raises ``PrivacyError`` for a coin outside (0, 1].
+    Against each observer who tells by the model of a round in which set its number of clients is, 0 by itself. Holds
+    under ``ASSUMPTIONS`` only. Raises ``PrivacyError`` for a coin outside (0, 1].
     """
     if not 0 < coin <= 1:
         raise PrivacyError(f"coin={coin} is not in (0, 1]; it is clients_per_round / num_clients")
-    held = [cohort for cohort in cohorts if cohort.asked]
+    held = Counter(cohort for cohort in cohorts if cohort.asked)
     if not held:
         return 0.0
-    not_empty = Counter(_given_somebody(coin, tossed) for _, tossed in held)
-    by_size = Counter(m / n for m, n in held)
-    return max(epsilon_released(event, chances, delta, accountant) for chances in (not_empty, by_size))
+    chances: Counter[float] = Counter()
+    for (asked, tossed), rounds in held.items():
+        chances[chance_given(coin, asked, tossed)] += rounds
+    return epsilon_released(event, chances, delta, accountant)
 
 
-def _given_somebody(coin: float, tossed: int) -> float:
-    """The chance of one of ``tossed`` coins to have fallen, given that one of them has."""
-    return 1.0 if coin == 1 else min(1.0, coin / -math.expm1(tossed * math.log1p(-coin)))
+def chance_given(coin: float, asked: int, tossed: int) -> float:
+    """The largest chance of a client to be among ``asked`` of ``tossed`` for an observer who tells a set of numbers.
+
+    The maximum of ``E[M | M in E] / tossed`` over sets E of numbers from 1 to ``tossed`` with ``asked`` in them, of M
+    that is binomial.
+    """
+    if coin == 1 or asked == tossed:
+        return 1.0
+    number = np.arange(asked, tossed + 1)
+    steps = np.log((tossed - number[:-1]) / (number[:-1] + 1)) + math.log(coin) - math.log1p(-coin)
+    log_weight = np.concatenate([[0.0], np.cumsum(steps)])  # log(P(M = number) / P(M = asked))
+    from_on = np.logaddexp.accumulate(log_weight[:0:-1])
+    numbers_from_on = np.logaddexp.accumulate((log_weight + np.log(number))[:0:-1])
+    means = np.exp(np.logaddexp(math.log(asked), numbers_from_on) - np.logaddexp(0.0, from_on))
+    return min(1.0, max(asked, float(means.max())) / tossed)
 
 
 def epsilon_released(event: PrivacyEvent, chances: Chances, delta: float, accountant: str = "pld") -> float:

@@ -19,6 +19,7 @@ from fed_dpsat.simulation import resume, simulate
 CONFIG = RunConfig(
     **{"num_clients": 4, "clients_per_round": 1, "client_sampling": "poisson", "noise_multiplier": 2.0, "delta": 1e-4},
     **{"num_rounds": 12, "sample_rate": 1.0, "ascent_memory": "zero", "seed": 3, "evaluate_every": 12},
+    validation_share=5 / 1437,  # which leaves 1432 = 4 * 358
 )
 
 
@@ -56,7 +57,7 @@ def test_the_level_of_noise_tells_how_many_took_part(tmp_path):
     config = changed(num_rounds=20, clients_per_round=2, evaluate_every=20, sample_rate=0.1, seed=1)
     simulate(config, tmp_path / "run")
     lines = [line for line in lines_of(tmp_path / "run") if line["asked"]]
-    of_one = config.lr * config.noise_multiplier * config.clip_norm / 35.9  # batches of a tenth of 1437 / 4 examples
+    of_one = config.lr * config.noise_multiplier * config.clip_norm / 35.8  # batches of a tenth of 1432 / 4 examples
     levels = np.sqrt(650) * of_one / np.sqrt(np.arange(1, 5))
     guesses = [1 + int(abs(levels - line["update_norm"]).argmin()) for line in lines]
     right = np.mean([guess == len(line["asked"]) for guess, line in zip(guesses, lines, strict=True)])
@@ -83,6 +84,7 @@ def test_who_tosses_before_others_join_is_known_to_take_part(tmp_path):
         ({"momentum": 0.5}, "a client carries momentum into its next round"),
         ({"ascent_memory": "client"}, "a client carries .* into its next round"),
         ({"partition": "size-skew"}, "clients differ in size"),
+        ({"validation_share": 4 / 1437}, "clients differ in size"),  # 359, 358, 358, 358
         ({"max_rounds_per_client": 2}, "max_rounds_per_client, who may take part depends on earlier coins"),
         ({"budget_mode": "retire", "target_epsilon": 2.2}, "budgets can end before the rounds do"),
         ({"secure_aggregation": True, "clients_per_round": 3}, "rounds of too few clients"),

@@ -191,12 +191,12 @@ def epsilon_of_two_rounds(clients, coin, sigma, delta, tells):
 def test_an_observer_who_sees_that_rounds_were_not_empty_against_all_coins_listed(clients, coin, sigma, delta):
     truth = epsilon_of_two_rounds(clients, coin, sigma, delta, tells=lambda cohorts: "not empty")["not empty"]
     event = PrivacyEvent(noise_multiplier=sigma, sample_rate=1.0, steps=1)
-    chance = module._given_somebody(coin, clients)
-    assert chance == pytest.approx(coin / (1 - (1 - coin) ** clients))
+    chance = coin / (1 - (1 - coin) ** clients)
     ours = epsilon_released(event, {chance: 2}, delta)
     assert truth * (1 - 1e-4) <= ours <= truth * (1 + 2e-3) + 1e-4
     assert epsilon_released(event, {coin: 2}, delta) < 0.95 * truth  # the wrong version: the coin's own chance
-    assert epsilon_of_models(event, [Cohort(1, clients)] * 2, coin, delta) >= ours  # whatever the sizes were
+    of_models = epsilon_of_models(event, [Cohort(1, clients)] * 2, coin, delta)
+    assert of_models >= ours * (1 - 1e-9)  # whatever the sizes were
 
 
 def sizes_of(cohorts):
@@ -216,7 +216,7 @@ def test_an_observer_who_counts_cohorts_against_all_coins_listed(clients, coin, 
         empty = Cohort(0, clients)
         ours = epsilon_of_models(event, [*(Cohort(size, clients) for size in sizes), empty], coin, delta)
         assert ours >= truth * (1 - 1e-4)
-    chance = module._given_somebody(coin, clients)  # the wrong version: one that does not grow with what is told
+    chance = coin / (1 - (1 - coin) ** clients)  # the wrong version: one that does not grow with what is told
     assert epsilon_released(event, {chance: 2}, delta) < 0.9 * by_sizes[clients, clients]
 
 
@@ -227,14 +227,61 @@ def test_four_clients_by_hand():
     right = epsilon_released(event, {0.25 / (1 - 0.75**4): 10}, 1e-4)
     assert right == pytest.approx(2.45, abs=0.005)
     ones = [*[Cohort(1, 4)] * 10, *[Cohort(0, 4)] * 2]
-    assert epsilon_of_models(event, ones, 0.25, 1e-4) == right
+    assert epsilon_of_models(event, ones, 0.25, 1e-4) == pytest.approx(right, rel=1e-9)
     as_expected = [*[Cohort(1, 4)] * 6, *[Cohort(2, 4)] * 3, Cohort(3, 4), *[Cohort(0, 4)] * 2]
-    assert epsilon_of_models(event, as_expected, 0.25, 1e-4) == pytest.approx(2.68, abs=0.005)
+    assert epsilon_of_models(event, as_expected, 0.25, 1e-4) == pytest.approx(3.17, abs=0.005)
     everybody = [Cohort(4, 4)] * 10
     assert epsilon_of_models(event, everybody, 0.25, 1e-4) == epsilon([event] * 10, 1e-4)
     assert epsilon_of_models(event, [Cohort(0, 4)] * 12, 0.25, 1e-4) == 0
     with pytest.raises(PrivacyError, match="coin=0 is not in"):
         epsilon_of_models(event, ones, 0, 1e-4)
+
+
+def means_of_sets(clients, coin):
+    """Each set of numbers from 1 with E[M | M in it], every one listed."""
+    chance = {m: math.comb(clients, m) * coin**m * (1 - coin) ** (clients - m) for m in range(1, clients + 1)}
+    for size in range(1, clients + 1):
+        for told in itertools.combinations(chance, size):
+            yield told, sum(m * chance[m] for m in told) / sum(chance[m] for m in told)
+
+
+@pytest.mark.parametrize("coin", [0.01, 0.25, 0.6, 0.99])
+@pytest.mark.parametrize("clients", [1, 2, 4, 9])
+def test_the_chance_is_the_largest_over_every_set_that_an_observer_may_tell(clients, coin):
+    means = list(means_of_sets(clients, coin))
+    for asked in range(1, clients + 1):
+        largest = max(mean for told, mean in means if asked in told)
+        assert module.chance_given(coin, asked, clients) == pytest.approx(largest / clients, rel=1e-12)
+
+
+def test_an_observer_who_tells_all_from_fewer_has_more_than_either_of_two_others():
+    """The wrong version took the larger epsilon of who counts and who tells that somebody took part: 3.65."""
+    event = PrivacyEvent(noise_multiplier=2.0, sample_rate=1.0, steps=1)
+    fewer = dict(means_of_sets(4, 0.25))[1, 2, 3] / 4
+    truth = epsilon_released(event, {1.0: 3, fewer: 9}, 1e-4)
+    counts = epsilon_released(event, {1.0: 3, 0.25: 9}, 1e-4)
+    somebody = epsilon_released(event, {0.25 / (1 - 0.75**4): 12}, 1e-4)
+    assert max(counts, somebody) == pytest.approx(3.65, abs=0.005)
+    assert truth == pytest.approx(4.09, abs=0.005)
+    assert epsilon_of_models(event, [*[Cohort(4, 4)] * 3, *[Cohort(1, 4)] * 9], 0.25, 1e-4) >= truth
+
+
+def test_every_observer_of_two_rounds_against_all_coins_listed():
+    """Each way to put 1, 2 and 3 of three clients in sets, and each pair of rounds: all coins listed, no formula."""
+    event = PrivacyEvent(noise_multiplier=0.8, sample_rate=1.0, steps=1)
+    for sets in ({1: 1, 2: 1, 3: 3}, {1: 1, 2: 2, 3: 1}, {1: 1, 2: 2, 3: 2}):
+        found = epsilon_of_two_rounds(3, 0.4, 0.8, 1e-5, lambda cohorts, s=sets: tuple(s[len(c)] for c in cohorts))
+        for first, second in itertools.combinations_with_replacement(sets, 2):
+            ours = epsilon_of_models(event, [Cohort(first, 3), Cohort(second, 3)], 0.4, 1e-5)
+            assert found[sets[first], sets[second]] * (1 - 1e-4) <= ours
+
+
+def test_a_chance_among_many_clients_is_one():
+    asked = [1, 7, 100, 1000, 99_999]
+    chances = [module.chance_given(0.001, m, 100_000) for m in asked]
+    assert all(m / 100_000 <= chance <= 1 for m, chance in zip(asked, chances, strict=True))
+    assert module.chance_given(0.001, 100, 100_000) < 1.2e-3  # 1.13e-3: who tells 100 and more from fewer
+    assert module.chance_given(1.0, 5, 5) == 1
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])

@@ -280,7 +280,7 @@ def test_a_ledger_that_was_changed_after_the_run_is_found(tmp_path):
 
 
 def test_the_epsilon_of_released_models_is_given_with_its_assumptions_where_clients_toss_coins(tmp_path, reference):
-    poisson = dataclasses.replace(CONFIG, client_sampling="poisson", ascent_memory="zero")
+    poisson = dataclasses.replace(CONFIG, client_sampling="poisson", ascent_memory="zero", validation_share=2 / 1437)
     summary = simulate(poisson, tmp_path / "run")
     assert "other examples" in summary["epsilon_released_assumptions"]
     event = PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2)
