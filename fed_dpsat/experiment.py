@@ -16,7 +16,7 @@ from torch import nn
 
 from fed_dpsat import client_level, plugins
 from fed_dpsat.attacks import Attackers, Scene, choose_attackers
-from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
+from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping, check_clip_norm
 from fed_dpsat.config import RunConfig
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.data.parts import disjoint_parts
@@ -122,6 +122,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         config = self.config
+        check_clip_norm(self.clipping.clip_norm)
         parts = disjoint_parts(
             self.partitions,
             num_clients=config.num_clients,
