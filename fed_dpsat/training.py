@@ -104,9 +104,10 @@ def train_locally(
     """``local_steps`` private steps from ``params``; each is one event of ``mechanism``, empty batch or not.
 
     All is computed where ``params`` are. The data is touched through ``batches`` alone, and only the clipped sum is
-    made of it. Raises ``SettingError`` for what could cost more than the event says: a mechanism whose noise is scaled
-    to another bound than ``clipping`` has, factors that do not keep it, batches with more rows than examples, and a
-    mechanism, sampler or streams of another class than those named here (but within ``unchecked``).
+    made of it; row i of a batch has to be made of example i alone, which nothing here can see. Raises ``SettingError``
+    for what could cost more than the event says: a mechanism whose noise is scaled to another bound than ``clipping``
+    has, factors that do not keep it, batches with more rows than examples, and a mechanism, sampler or streams of
+    another class than those named here (but within ``unchecked``).
     """
     check_known(mechanism, sampler, streams)
     check_bound(mechanism, clipping)

@@ -43,7 +43,7 @@ class PerLayer:
 
 
 class Global:
-    """A toy rule that drops some examples and scales others by less than one; it looks at the batch, so ``unchecked``."""
+    """A toy rule that drops some examples and scales others; it looks at the batch, so ``unchecked``."""
 
     clip_norm = 1.0
 
