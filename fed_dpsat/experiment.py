@@ -17,9 +17,9 @@ from torch import nn
 
 from fed_dpsat import client_level, generators, plugins
 from fed_dpsat.attacks import Attackers, Scene, choose_attackers
-from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping
+from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, FlatClipping, check_clip_norm
 from fed_dpsat.config import RunConfig
-from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
 from fed_dpsat.engines import compiled
@@ -106,7 +106,8 @@ class Experiment:
     The model is where it is computed with; parameters and states come from the CPU and go there.
     ``named`` says that every object came from a name in it, so that another process can build them too. ``attackers``
     train on labels of their own in ``dataset``, and forge what they send. ``personal`` names the parameters that stay
-    on the client. Raises ``DataError`` for ``partitions`` that are none of ``dataset`` (``disjoint_parts``).
+    on the client. Raises ``DataError`` for ``partitions`` that are none of ``dataset`` (``disjoint_parts``), and for
+    splits of a class other than ``Examples``, whose batches may mix examples.
     """
 
     config: RunConfig
@@ -123,6 +124,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         config = self.config
+        check_clip_norm(self.clipping.clip_norm)
+        check_plain(self.dataset)
         parts = disjoint_parts(
             self.partitions,
             num_clients=config.num_clients,
@@ -154,7 +157,7 @@ class Experiment:
         if dataset is None:
             with _seeded(config, "partition"):
                 dataset = plugins.build("dataset", config.dataset, settings, config.dataset_args)
-        plugins.required("dataset", config.dataset, dataset)
+        check_plain(plugins.required("dataset", config.dataset, dataset))
         if config.validation_share:
             dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
         if config.num_clients > len(dataset.train):

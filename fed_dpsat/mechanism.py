@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fed_dpsat.clipping import check_clip_norm
+from fed_dpsat.clipping.base import check_clip_norm, plain_number
 from fed_dpsat.errors import SettingError
 from fed_dpsat.noise import standard_normals
 from fed_dpsat.params import Params
@@ -28,7 +28,7 @@ class GaussianMechanism:
     clip_norm inf               only with noise_multiplier 0
     =========================== ==================================================
 
-    Raises ``SettingError`` for NaN or negative noise, no bound on the sum, or no batch to divide by.
+    Raises ``SettingError`` for NaN or negative noise, no bound on the sum, no batch to divide by, or what is no number.
     """
 
     noise_multiplier: float
@@ -36,7 +36,9 @@ class GaussianMechanism:
     expected_batch_size: float
 
     def __post_init__(self) -> None:
-        check_clip_norm(self.clip_norm)
+        object.__setattr__(self, "clip_norm", check_clip_norm(self.clip_norm))
+        for name in ("noise_multiplier", "expected_batch_size"):  # read once: a tensor can be another number later
+            object.__setattr__(self, name, plain_number(name, getattr(self, name)))
         if not 0 <= self.noise_multiplier < math.inf:
             raise SettingError(
                 "noise_multiplier", self.noise_multiplier, "in [0, inf)", "`fed-dpsat calibrate` finds one"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.clipping import ClippingRule
+from fed_dpsat.clipping.bound import held
 from fed_dpsat.draws import Draws
 from fed_dpsat.engines.loss import ModelLoss, check_module, check_types, cross_entropy
 from fed_dpsat.engines.opacus import opacus_sum
@@ -60,6 +61,7 @@ def clipped_gradient_sum(
         raise SettingError("engine", engine, f"one of {', '.join(ENGINES)}", "choose one of those")
     if physical_batch_size < 1:
         raise SettingError("physical_batch_size", physical_batch_size, "at least 1", "128 suits most CPUs")
+    clipping = held(clipping)
     at, clipped_sum = simplified(at), dict[str, Tensor]()
     check_types(first_point(at))
     num_nonfinite = 0

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from torch.func import grad, vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from fed_dpsat.clipping import AdaptiveClipping, ClippingRule
-from fed_dpsat.clipping.bound import Held, check_factors
+from fed_dpsat.clipping.bound import Held, bounded_factors
 from fed_dpsat.engines.finite import squared_norm_rows
 from fed_dpsat.engines.loss import check_types
 from fed_dpsat.generators import Mark, others_moved, training_on
@@ -171,8 +172,7 @@ def _chunk_sum(
     kept = real & finite
     known = {name: n.where(kept, 0) for name, n in norms.items()}
     held = torch.stack(list(known.values()))  # before the rule has them
-    factors = _mapped(clipping.factors, "the clipping rule", known)
-    check_factors(clipping, factors, list(known), held)
+    factors = bounded_factors(clipping, known, held, partial(_mapped, clipping.factors, "the clipping rule"))
     if not bool(finite.all()):  # 0 * inf is NaN
         rows = {name: g.where(finite[..., None], 0) for name, g in rows.items()}
     sums = {

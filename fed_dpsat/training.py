@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, Tally
+from fed_dpsat.clipping import AdaptiveClipping, ClippingRule, Tally, check_clip_norm
 from fed_dpsat.clipping.bound import Held
 from fed_dpsat.draws import Draws, fresh_key, step_key
 from fed_dpsat.engines.plain import unbounded
@@ -104,15 +104,16 @@ def train_locally(
     """``local_steps`` private steps from ``params``; each is one event of ``mechanism``, empty batch or not.
 
     All is computed where ``params`` are. The data is touched through ``batches`` alone, and only the clipped sum is
-    made of it. Raises ``SettingError`` for what could cost more than the event says: a mechanism whose noise is scaled
-    to another bound than ``clipping`` has, factors that do not keep it, batches with more rows than examples, and a
-    mechanism, sampler or streams of another class than those named here (but within ``unchecked``).
+    made of it; row i of a batch has to be made of example i alone, which nothing here can see. Raises ``SettingError``
+    for what could cost more than the event says: a mechanism whose noise is scaled to another bound than ``clipping``
+    has, factors that do not keep it, batches with more rows than examples, and a mechanism, sampler or streams of
+    another class than those named here (but within ``unchecked``).
     """
     check_known(mechanism, sampler, streams)
     check_bound(mechanism, clipping)
     sampling, noise = streams.generator("sampling"), streams.generator("noise")
     adaptive = clipping if isinstance(clipping, AdaptiveClipping) else None
-    clip_norm = float(state[CLIPPING_SLOT]["clip_norm"]) if CLIPPING_SLOT in state else clipping.clip_norm
+    clip_norm = float(state[CLIPPING_SLOT]["clip_norm"]) if CLIPPING_SLOT in state else mechanism.clip_norm
     rule, of_gradient, of_count = clipping, mechanism, mechanism
     if not unbounded(clipping):
         rule = Held(rule=clipping, clip_norm=mechanism.clip_norm)
@@ -144,7 +145,7 @@ def train_locally(
             nonfinite += skipped
             if adaptive and isinstance(rule, Tally):
                 below = of_count.privatize({"below": torch.tensor(rule.centred)}, noise)["below"]
-                clip_norm = adaptive.next_clip_norm(clip_norm, float(below) + 0.5)
+                clip_norm = check_clip_norm(adaptive.next_clip_norm(clip_norm, float(below) + 0.5))
     if adaptive:
         state = {**state, CLIPPING_SLOT: {"clip_norm": torch.tensor(clip_norm)}}
     event = mechanism.event(sample_rate=sampler.sample_rate, steps=local_steps)
@@ -192,11 +193,12 @@ def check_known(mechanism: GaussianMechanism, sampler: PoissonSampler, streams: 
 
 def check_bound(mechanism: GaussianMechanism, clipping: ClippingRule) -> None:
     """Raise ``SettingError`` where noise is scaled to another bound than examples keep."""
-    if mechanism.clip_norm != clipping.clip_norm:
+    declared = check_clip_norm(clipping.clip_norm)
+    if mechanism.clip_norm != declared:
         raise SettingError(
             "mechanism.clip_norm",
             mechanism.clip_norm,
-            f"that of the clipping rule, {clipping.clip_norm}",
+            f"that of the clipping rule, {declared}",
             "noise is scaled to what clipping bounds; give both the same",
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fed_dpsat.config import RunConfig
-from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.data.dataset import DataError, Dataset, Examples
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.optimizers.base import ASCENT, CLOCK
@@ -317,3 +317,50 @@ def test_a_factory_that_draws_from_any_generator_makes_the_same_for_a_seed(tmp_p
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert same(first.shared(), again.shared())
     assert not same(first.shared(), other.shared())
+
+
+class Mixing(Examples):
+    def batch(self, indices, device=None):
+        inputs, labels = super().batch(indices, device)
+        return inputs - inputs.mean(0), labels
+
+
+class Shifting(torch.Tensor):
+    """Rows that are taken from it are rows less their mean."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        answer = super().__torch_function__(func, types, args, kwargs or {})
+        return answer - answer.mean(0) if func is torch.Tensor.index_select else answer
+
+
+def mixed(split, kind):
+    values = dict(vars(split))
+    if kind == "rows":
+        return Examples(**{**values, "inputs": split.inputs.as_subclass(Shifting)})
+    if kind == "class":
+        return Mixing(**values)
+    own = Examples(**values)
+    object.__setattr__(own, "batch", Mixing(**values).batch)
+    return own
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("kind", ["class", "rows", "method"])
+def test_examples_that_may_mix_in_a_batch_are_refused(kind, split, share, experiment):
+    """One of them would move the gradients of all others of its batch."""
+    given = dataclasses.replace(experiment.dataset, **{split: mixed(getattr(experiment.dataset, split), kind)})
+    config = dataclasses.replace(CONFIG, validation_share=share)
+    with pytest.raises(DataError, match=rf"{split} .* is not .*; put .* into the model"):
+        Experiment.build(config, dataset=given)
+    with pytest.raises(DataError, match=rf"{split} .* is not .*; put .* into the model"):
+        dataclasses.replace(experiment, dataset=given)
+
+
+def test_a_data_set_that_may_answer_otherwise_later_is_refused(experiment):
+    class Changing(Dataset):
+        pass
+
+    with pytest.raises(DataError, match=r"'Changing' is not Dataset itself"):
+        Experiment.build(CONFIG, dataset=Changing(**vars(experiment.dataset)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fed_dpsat.clipping.base import check_finite_clip_norm
+from fed_dpsat.clipping.base import check_finite_clip_norm, plain_number
 from fed_dpsat.clipping.flat import FlatClipping
 from fed_dpsat.errors import SettingError
 
@@ -35,7 +35,9 @@ class AdaptiveClipping:
     clip_lr: float = 0.2
 
     def __post_init__(self) -> None:
-        check_finite_clip_norm(self.clip_norm)
+        object.__setattr__(self, "clip_norm", check_finite_clip_norm(self.clip_norm))
+        for name in ("clip_quantile", "clip_lr"):
+            object.__setattr__(self, name, plain_number(name, getattr(self, name)))
         if not 0 < self.clip_quantile < 1:
             raise SettingError("clip_quantile", self.clip_quantile, "in (0, 1)", "0.5 is the paper's")
         if not 0 <= self.clip_lr < math.inf:
@@ -74,6 +76,9 @@ class Tally:
 
     clip_norm: float
     centred: float = field(default=0.0, repr=False)
+
+    def __post_init__(self) -> None:
+        self.clip_norm = check_finite_clip_norm(self.clip_norm)
 
     def factors(self, squared_norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """As flat clipping; adds 1/2 per example below C and -1/2 per example above."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fed_dpsat.clipping.base import check_finite_clip_norm
+from fed_dpsat.clipping.base import check_finite_clip_norm, plain_number
 from fed_dpsat.errors import SettingError
 
 
@@ -22,7 +22,8 @@ class GlobalClipping:
     global_threshold: float = 10.0
 
     def __post_init__(self) -> None:
-        check_finite_clip_norm(self.clip_norm)
+        object.__setattr__(self, "clip_norm", check_finite_clip_norm(self.clip_norm))
+        object.__setattr__(self, "global_threshold", plain_number("global_threshold", self.global_threshold))
         if not self.global_threshold > 0:
             raise SettingError("global_threshold", self.global_threshold, "above 0", "10 is a common start")
 

@@ -22,7 +22,7 @@ class PerLayerClipping:
     clip_norm: float
 
     def __post_init__(self) -> None:
-        check_finite_clip_norm(self.clip_norm)
+        object.__setattr__(self, "clip_norm", check_finite_clip_norm(self.clip_norm))
 
     def factors(self, squared_norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """One factor per example and layer."""

@@ -102,3 +102,17 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, ``(C, ...)``."""
         return tuple(self.train.inputs.shape[1:])
+
+
+def check_plain(dataset: Dataset) -> None:
+    """Raise ``DataError`` unless it is a ``Dataset`` of ``Examples`` themselves, whose batches are known not to mix."""
+    if type(dataset) is not Dataset:
+        raise DataError(f"dataset={type(dataset).__name__!r} is not Dataset itself; return a Dataset of Examples")
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        remedy = "put a transform into the model, where it sees one example"
+        if type(split) is not Examples or vars(split).keys() != Examples.__dataclass_fields__.keys():
+            raise DataError(f"{dataset.name}: {name} split {type(split).__name__!r} is not Examples itself; {remedy}")
+        for part, tensor in (("inputs", split.inputs), ("labels", split.labels)):
+            if type(tensor) is not Tensor:
+                kind = type(tensor).__name__
+                raise DataError(f"{dataset.name}: {name} {part} of class {kind!r} is not a plain Tensor; {remedy}")
