@@ -81,7 +81,7 @@ def key_of(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
     """What an answer depends on, beside the module."""
     training = tuple(m.training for m in modules(loss_fn.module))
     batches = tuple((t.shape[1:], t.dtype, t.device) for t in (inputs, targets))
-    return (*batches, tuple(params), training, loss_fn.criterion, loss_fn.kernels)
+    return (*batches, tuple(params), training, loss_fn.criterion, loss_fn.precision, loss_fn.kernels)
 
 
 def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Answer:
@@ -154,7 +154,8 @@ def _probe(
 
 def course_of(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Course:
     """Of one pass forward."""
-    with Capture(Tape(), routes(loss_fn.kernels), len(inputs)) as capture, torch.no_grad():
+    capture = Capture(Tape(), routes(loss_fn.kernels), len(inputs))
+    with torch.enable_grad(), capture:  # as in training: a module sees whether gradients are on
         loss_fn(params, inputs, targets)
     return capture.course
 

@@ -11,6 +11,7 @@ from torch import nn
 from fed_dpsat.clipping import FlatClipping
 from fed_dpsat.draws import KEY_BYTES, Draws
 from fed_dpsat.engines.contribution import Unplanned
+from fed_dpsat.engines.loss import PRECISIONS
 from fed_dpsat.engines.planned import per_example
 from fed_dpsat.engines.probe import ask, refusal
 from fed_dpsat.errors import InputError, ModelError
@@ -389,3 +390,12 @@ def test_passes_of_any_size_are_as_expected(name):
     expected = ask(loss, trained, inputs, targets).expected
     assert expected is not None
     per_example(loss, trained, inputs, targets, expected)
+
+
+def test_a_pass_at_either_precision_is_as_expected():
+    _, inputs, targets = of_kind(lambda x: x)
+    module = Model(nn.Dropout())
+    trained = trainable(module)
+    for precision in PRECISIONS:
+        loss = ModelLoss(module, precision=precision)
+        per_example(loss, trained, inputs, targets, ask(loss, trained, inputs, targets).expected)
