@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fed_dpsat.draws import of_batch
 from fed_dpsat.engines.contribution import Contribution, Unplanned
+from fed_dpsat.engines.course import Course
 from fed_dpsat.engines.drawing import ATTENTION as ATTENTION
 from fed_dpsat.engines.drawing import UNCHECKED_ATTENTION, Pass
 from fed_dpsat.placement import is_card
@@ -65,6 +66,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.tape, self.plan, self.batch = tape, plan, batch
         self.drawn = Pass(of_batch(batch))
+        self.course = Course()
         self.sequence_first = False
         self.anchor = torch.zeros((), requires_grad=True)
 
@@ -73,6 +75,7 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Answer ``func`` by a layer where its weights lead to parameters; else call it."""
         kwargs = kwargs or {}
+        self.course.note(func, args, kwargs)
         if func is ATTENTION:
             return self._attention(*args, **kwargs)
         if func not in self.plan or not torch.is_grad_enabled():

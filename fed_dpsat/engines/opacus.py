@@ -24,7 +24,7 @@ from fed_dpsat.engines.drawing import Drawing, Pass, Undrawn, check_drawn
 from fed_dpsat.engines.finite import finite_factors, keep, squared_norm_rows
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.made_up import made_up, made_up_parameters
-from fed_dpsat.engines.probe import Key, ask, key_of
+from fed_dpsat.engines.probe import Key, ask, course_of, key_of
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.generators import Mark, training_on
 from fed_dpsat.params import Params
@@ -57,6 +57,11 @@ def opacus_sum(
     _compare_once(loss_fn, params, inputs, targets, mode)
     if not (answer := ask(loss_fn, params, inputs, targets)).apart:
         raise ModelError(f"engine='opacus' cannot train {type(loss_fn.module).__name__}: {answer.refusal}; use 'auto'")
+    if answer.expected and not answer.expected.holds(course_of(loss_fn, params, inputs, targets), len(inputs)):
+        raise ModelError(
+            f"engine='opacus' cannot train {type(loss_fn.module).__name__}: what it does depends on the number of "
+            "examples or on values of parameters; use 'auto'"
+        )
     rows = per_example(loss_fn, params, inputs, targets, mode)
     factors, finite, num_nonfinite = finite_factors({n: squared_norm_rows(g) for n, g in rows.items()}, clipping)
     total = {

@@ -25,7 +25,8 @@ from torch import Tensor
 from fed_dpsat.clipping import ClippingRule
 from fed_dpsat.engines import derived
 from fed_dpsat.engines.capture import Capture, Tape, check_routed
-from fed_dpsat.engines.contribution import Contribution, Rows, Unplanned
+from fed_dpsat.engines.contribution import MAY_MIX, Contribution, Rows, Unplanned
+from fed_dpsat.engines.course import Expected
 from fed_dpsat.engines.drawing import check_drawn
 from fed_dpsat.engines.finite import clipped_names, finite_factors
 from fed_dpsat.engines.formats import laid_out, turn_gradients
@@ -59,7 +60,7 @@ def planned_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clippi
     if unbounded(clipping) and (total := _plain(loss_fn, at, inputs, targets)) is not None:
         return total, 0
     try:
-        held = _held(loss_fn, at, inputs, targets)
+        held = _held(loss_fn, at, inputs, targets, answer.expected)
     except Unplanned as unplanned:
         return _fall_back(str(unplanned), loss_fn, at, inputs, targets, clipping)
     return _clipped_sum(held, zero_sum(at), len(inputs), clipping)  # which asks the rule: no way back from here
@@ -70,15 +71,21 @@ def _plain(loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor) -> Param
     return ordinary(loss_fn, at, inputs, targets)  # type: ignore[arg-type]
 
 
-def _held(loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor) -> dict[str, Contribution]:
+def _held(
+    loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor, expected: Expected | None
+) -> dict[str, Contribution]:
     """Contributions of what ``at`` asks for: rows where points are combined or coordinates left out, else as held."""
+
+    def found(point: Params) -> dict[str, Contribution]:
+        return per_example(loss_fn, point, inputs, targets, expected)
+
     if not isinstance(at, Query):
-        return per_example(loss_fn, at, inputs, targets)
+        return found(at)
     (weight, point), *more = at.points
     if more or weight != 1:
-        rows = combined(at, lambda p: {n: c.rows() for n, c in per_example(loss_fn, p, inputs, targets).items()})
+        rows = combined(at, lambda p: {n: c.rows() for n, c in found(p).items()})
         return {name: Rows(data=g) for name, g in rows.items()}
-    held = per_example(loss_fn, point, inputs, targets)
+    held = found(point)
     for name in (at.active or {}).keys() & held.keys():
         held[name] = Rows(data=compacted(at, {name: held[name].rows()})[name])
     return held
@@ -104,23 +111,34 @@ def auto_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping:
     return engine(loss_fn, at, inputs, targets, clipping)
 
 
-def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> dict[str, Contribution]:
+def per_example(
+    loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, expected: Expected | None = None
+) -> dict[str, Contribution]:
     """Per-example gradients by parameter, held as each layer chose; no entry for an unused one.
 
-    Raises ``Unplanned``, with the reason.
+    Raises ``Unplanned``, with the reason; also for a pass that is not as ``expected``.
     """
     tape = Tape()
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    run(tape, loss_fn, leaves, inputs, targets)
+    run(tape, loss_fn, leaves, inputs, targets, expected)
     return _gather(tape, leaves)
 
 
-def run(tape: Tape, loss_fn: ModelLoss, leaves: Params, inputs: Tensor, targets: Tensor) -> None:
+def run(
+    tape: Tape,
+    loss_fn: ModelLoss,
+    leaves: Params,
+    inputs: Tensor,
+    targets: Tensor,
+    expected: Expected | None = None,
+) -> None:
     """Forward and backward pass of the sum of the losses, recorded on ``tape``."""
     with torch.enable_grad():
         capture, mark = Capture(tape, routes(loss_fn.kernels), len(inputs)), Mark.here(inputs.device)
         with capture:
             losses = loss_fn(leaves, inputs, targets)
+        if expected is not None and not expected.holds(capture.course, len(inputs)):
+            raise Unplanned(f"a pass that does something else than those on made-up examples: {MAY_MIX}")
         if not losses.requires_grad:
             check_drawn(mark)
             return

@@ -1,9 +1,11 @@
 """Whether a module is one that the planned engine is right for: asked once, with made-up examples.
 
-Five things are looked at, on two and three examples: every operation keeps examples apart (``watch``), every layer's
+Six things are looked at, on two and three examples: every operation keeps examples apart (``watch``), every layer's
 input starts with the batch dimension, the gradient of one example's loss stays in that example's place, one example's
-loss does not feel the others, and no buffer changes. Parameters are random, since those of a run may be zeros that
-hide what they will show; so are whole numbers, within what the module looks up.
+loss does not feel the others, it and its gradient are what they are for that example alone, wherever it stands among
+however many, and no buffer changes. A pass that does something else than those (``course``) is not covered by them.
+Parameters are random, since those of a run may be zeros that hide what they will show; so are whole numbers, within
+what the module looks up.
 What is asked depends on shapes only, never on data or parameters, so every process comes to the same answer.
 """
 
@@ -20,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fed_dpsat.draws import KEY_BYTES, Draws
+from fed_dpsat.draws import KEY_BYTES, Draws, of_batch
 from fed_dpsat.engines.call import modules
 from fed_dpsat.engines.capture import Call, Capture, Tape, check_routed
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
 from fed_dpsat.engines.conv import Convolution
-from fed_dpsat.engines.drawing import check_drawn
+from fed_dpsat.engines.course import Course, Expected
+from fed_dpsat.engines.drawing import Drawing, Pass, check_drawn
 from fed_dpsat.engines.loss import ModelLoss
 from fed_dpsat.engines.made_up import Draw, made_up, made_up_parameters
 from fed_dpsat.engines.norm import GroupNorm
@@ -40,16 +43,22 @@ POOLS = (functional.max_pool2d, functional.avg_pool2d, torch.max_pool2d)
 """Ten times slower where channels have planes."""
 
 
+PLACES = ((0,), (1,), (2,), (1, 0), (2, 0, 1))
+"""Which examples stand where, each alone first."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """``refusal``: why not, or nothing; ``channels_last``: the memory format that suits the module's layers.
 
-    ``apart``: whether examples are known to keep apart, be the module one for the planned engine or not.
+    ``apart``: whether examples are known to keep apart, be the module one for the planned engine or not, in passes
+    that are as ``expected``.
     """
 
     refusal: str
     channels_last: bool = True
     apart: bool = False
+    expected: Expected | None = None
 
 
 _answers: weakref.WeakKeyDictionary[nn.Module, dict[Key, Answer]] = weakref.WeakKeyDictionary()
@@ -72,12 +81,12 @@ def key_of(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) 
     """What an answer depends on, beside the module."""
     training = tuple(m.training for m in modules(loss_fn.module))
     batches = tuple((t.shape[1:], t.dtype, t.device) for t in (inputs, targets))
-    return (*batches, tuple(params), training, loss_fn.criterion, loss_fn.kernels)
+    return (*batches, tuple(params), training, loss_fn.criterion, loss_fn.precision, loss_fn.kernels)
 
 
 def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Answer:
-    loss_fn = replace(loss_fn, precision="float32")  # what mixes does so at any precision; rounding must not hide it
-    last, in_the_open = True, ""
+    asked, loss_fn = loss_fn, replace(loss_fn, precision="float32")  # what mixes does so at any; rounding may hide it
+    last, in_the_open, courses = True, "", []
     try:
         with training_on(inputs.device), _buffers_kept(loss_fn.module):
             drawn = made_up_parameters(loss_fn.module, params)
@@ -85,12 +94,17 @@ def _ask(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) ->
             constants: list[Tensor] | None = None
             for batch in (2, 3):
                 with Draws(key=bytes(KEY_BYTES), ids=np.arange(batch)).used():
-                    last, in_the_open, constants = _probe(loss_fn, drawn, params.keys(), draw, batch, constants)
+                    last, in_the_open, watch = _probe(loss_fn, drawn, params.keys(), draw, batch, constants)
+                    constants = watch.constants
+                    courses.append(watch.course if asked == loss_fn else course_of(asked, drawn, *draw(batch, 0)))
+            if not (expected := Expected(*courses)).same:
+                raise Unplanned(f"what it does depends on how many examples there are: {MAY_MIX}")
+            _check_places(loss_fn, drawn, params.keys(), draw)
     except Unplanned as reason:
         return Answer(str(reason))
     except Exception as error:  # whatever a module or a criterion says about made-up examples
         return Answer(f"{type(error).__name__} on made-up examples: {str(error).splitlines()[0] if str(error) else ''}")
-    return Answer(in_the_open, channels_last=last, apart=True)
+    return Answer(in_the_open, channels_last=last, apart=True, expected=expected)
 
 
 def _probe(
@@ -100,8 +114,8 @@ def _probe(
     draw: Draw,
     batch: int,
     constants: list[Tensor] | None,
-) -> tuple[bool, str, list[Tensor]]:
-    """Whether channels are best last, which parameter no planned layer uses, and the module's constants.
+) -> tuple[bool, str, Watch]:
+    """Whether channels are best last, which parameter no planned layer uses, and what was watched.
 
     Raises ``Unplanned`` for all else.
     """
@@ -134,8 +148,44 @@ def _probe(
     try:
         check_routed({name: leaves[name] for name in names}, direct[1:])
     except Unplanned as reason:
-        return True, str(reason), capture.constants
-    return _suits_channels_last(tape.calls, capture.functions), "", capture.constants
+        return True, str(reason), capture
+    return _suits_channels_last(tape.calls, capture.functions), "", capture
+
+
+def course_of(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Course:
+    """Of one pass forward."""
+    capture = Capture(Tape(), routes(loss_fn.kernels), len(inputs))
+    with torch.enable_grad(), capture:  # as in training: a module sees whether gradients are on
+        loss_fn(params, inputs, targets)
+    return capture.course
+
+
+def _check_places(loss_fn: ModelLoss, params: Params, names: Collection[str], draw: Draw) -> None:
+    """``Unplanned`` unless an example's loss and gradient are what they are for it alone, wherever it stands."""
+    leaves = {name: p.detach().requires_grad_(name in names) for name, p in params.items()}
+    wanted, (inputs, targets) = [leaves[name] for name in names], draw(max(map(len, PLACES)), 2)
+    alone: dict[int, tuple[Tensor, Tensor]] = {}
+    for order in PLACES:
+        ids = np.array(order)
+        with torch.enable_grad(), Draws(key=bytes(KEY_BYTES), ids=ids).used():
+            seed(inputs.device, 0)
+            with Drawing(Pass(of_batch(len(order)))):
+                losses = loss_fn(leaves, inputs[list(order)], targets[list(order)])
+        for place, example in enumerate(order):
+            loss = losses[place]
+            found = loss.detach(), _gradient(loss, wanted)
+            first = alone.setdefault(example, found)
+            away = (found[1] - first[1]).norm()
+            if not torch.allclose(found[0], first[0], 1e-3, 1e-4) or not away <= 1e-3 * first[1].norm() + 1e-5:
+                raise Unplanned(f"the loss of an example depends on its place or on how many there are: {MAY_MIX}")
+
+
+def _gradient(loss: Tensor, wanted: list[Tensor]) -> Tensor:
+    """In one row."""
+    if not loss.requires_grad or not wanted:
+        return torch.zeros(1)
+    found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.reshape(-1) for g in found])
 
 
 def _check_gradients(losses: Tensor, tape: Tape, wanted: list[Tensor]) -> list[Tensor | None]:

@@ -19,13 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fed_dpsat.engines.capture import ATTENTION, Capture, Planned, Tape
 from fed_dpsat.engines.contribution import MAY_MIX, Unplanned
+from fed_dpsat.engines.course import ABOUT
 from fed_dpsat.engines.drawing import Drawing, Pass
-
-ABOUT = frozenset(
-    {"size", "dim", "numel", "__len__", "is_floating_point", "is_complex", "is_contiguous", "stride", "element_size"}
-    | {"nelement", "is_signed", "has_names"}
-)
-"""Methods that say something about a tensor and nothing of its numbers."""
 
 UNSET = frozenset({"new_empty", "empty_like"})
 """Tensors whose numbers say nothing yet."""

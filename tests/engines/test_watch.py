@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn
 
 from fed_dpsat.clipping import FlatClipping
-from fed_dpsat.engines.probe import refusal
-from fed_dpsat.errors import ModelError
+from fed_dpsat.draws import KEY_BYTES, Draws
+from fed_dpsat.engines.contribution import Unplanned
+from fed_dpsat.engines.loss import PRECISIONS
+from fed_dpsat.engines.planned import per_example
+from fed_dpsat.engines.probe import ask, refusal
+from fed_dpsat.errors import InputError, ModelError
 from fed_dpsat.params import global_norm, subtract, trainable
-from fed_dpsat.per_example import ENGINES, ModelLoss, clipped_gradient_sum
+from fed_dpsat.per_example import ENGINES, ModelLoss, clipped_gradient_sum, cross_entropy
 from fed_dpsat.plugins import builtin
 
 
@@ -283,3 +288,114 @@ def test_what_holds_no_float32_is_refused_by_name():
                 clipped_gradient_sum(
                     ModelLoss(module), trainable(module), batch, FlatClipping(clip_norm=1.0), engine=engine
                 )
+
+
+def positions(x):
+    """As a tutorial adds them to sequences whose second dimension is the batch, to a batch that is the first."""
+    return (x[:, None] + TABLE[: x.size(0), None]).mean(1)
+
+
+TABLE = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+BY_PLACE = {
+    "positions of the batch": positions,
+    "looked up by place": lambda x: x + nn.functional.embedding(torch.arange(len(x)), TABLE),
+    "a triangle": lambda x: x * torch.ones(len(x), 4).tril(),
+    "a unit matrix": lambda x: x + torch.eye(len(x), 4),
+    "its place": lambda x: x * torch.arange(len(x))[:, None],
+}
+BY_SIZE = {
+    "a mean of many": lambda x: x - x.mean(0) if len(x) > 8 else x,
+    "an odd number": lambda x: x * (len(x) % 2 * 2 - 1),
+    "a step by the size": lambda x: x.roll(len(x) // 4, 0),
+    "another sign for many": lambda x: -x if len(x) > 40 else x,
+    "another number for many": lambda x: x * (-1.0 if len(x) > 40 else 1.0),
+}
+
+
+def moved(loss, inputs, targets, clip_norm, **options):
+    """By how many clip norms a sum moves without its first example."""
+    ids, sums = np.arange(len(inputs)), []
+    for few in (ids, ids[1:]):
+        draws, batch = Draws(key=bytes(KEY_BYTES), ids=few), (inputs[few], targets[few])
+        rule = FlatClipping(clip_norm=clip_norm)
+        sums.append(clipped_gradient_sum(loss, trainable(loss.module), batch, rule, draws=draws, **options)[0])
+    return float(global_norm(subtract(*sums))) / clip_norm
+
+
+def of_kind(body, seed=0):
+    torch.manual_seed(seed)
+    inputs, targets = torch.randn(41, 4), torch.arange(41) % 4
+    inputs[0] *= 100
+    return ModelLoss(Model(body)), inputs, targets
+
+
+@pytest.mark.parametrize("case", BY_PLACE)
+def test_what_tells_examples_apart_by_their_place_is_refused(case):
+    assert "mix" in asked(BY_PLACE[case])
+
+
+@pytest.mark.parametrize("case", [*BY_PLACE, *BY_SIZE])
+def test_one_example_moves_a_sum_by_one_clip_norm_whatever_place_and_size_do(case):
+    body = {**BY_PLACE, **BY_SIZE}[case]
+    assert moved(*of_kind(body), 0.1) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("case", [*BY_PLACE, *BY_SIZE])
+def test_opacus_refuses_what_depends_on_place_or_size(case):
+    body = {**BY_PLACE, **BY_SIZE}[case]
+    with pytest.raises(InputError, match="opacus"):
+        clipped_gradient_sum(*_batch_of(*of_kind(body)), FlatClipping(clip_norm=0.1), engine="opacus")
+
+
+def _batch_of(loss, inputs, targets):
+    return loss, trainable(loss.module), (inputs, targets)
+
+
+def test_a_criterion_by_the_number_of_examples_is_refused():
+    loss, inputs, targets = of_kind(lambda x: x)
+    signed = ModelLoss(loss.module, lambda o, t: cross_entropy(o, t) * (len(t) % 2 * 2 - 1))
+    assert "mix" in refusal(signed, trainable(loss.module), inputs, targets)
+    assert moved(signed, inputs, targets, 0.1) <= 1 + 1e-5
+
+
+class Scaled(Model):
+    """Mixes at zeros, with which heads begin."""
+
+    def forward(self, x):
+        hidden = self.linear(x)
+        return hidden - hidden.mean(0) if float(self.linear.bias.detach().sum()) == 0 else hidden
+
+
+def test_a_branch_on_the_value_of_a_parameter_is_not_planned_for():
+    _, inputs, targets = of_kind(lambda x: x)
+    module = Scaled(None)
+    nn.init.zeros_(module.linear.bias)
+    trained = trainable(module)
+    answer = ask(ModelLoss(module), trained, inputs, targets)
+    assert answer.expected is not None
+    with pytest.raises(Unplanned, match="something else"):
+        per_example(ModelLoss(module), trained, inputs, targets, answer.expected)
+    assert moved(ModelLoss(module), inputs, targets, 0.1) <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", ["tanh-cnn", "resnet10-gn", "transformer"])
+def test_passes_of_any_size_are_as_expected(name):
+    size = 7
+    if name == "transformer":
+        module, inputs = Words(lambda x: x), TOKENS[:1].repeat(size, 1)
+    else:
+        shape = (1, 28, 28) if name in ("dpnasnet-fashion-mnist", "resnet10-gn") else (3, 32, 32)
+        module, inputs = builtin("model")[name](shape, 10), torch.randn(size, *shape)
+    loss, trained, targets = ModelLoss(module), trainable(module), torch.zeros(size, dtype=torch.int64)
+    expected = ask(loss, trained, inputs, targets).expected
+    assert expected is not None
+    per_example(loss, trained, inputs, targets, expected)
+
+
+def test_a_pass_at_either_precision_is_as_expected():
+    _, inputs, targets = of_kind(lambda x: x)
+    module = Model(nn.Dropout())
+    trained = trainable(module)
+    for precision in PRECISIONS:
+        loss = ModelLoss(module, precision=precision)
+        per_example(loss, trained, inputs, targets, ask(loss, trained, inputs, targets).expected)
