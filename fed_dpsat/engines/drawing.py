@@ -87,6 +87,8 @@ class Pass:
             made = ANSWERS[func](self, *args, **kwargs)
             if made is not NotImplemented:
                 return made
+        if (name := getattr(func, "__name__", "")) in RANDOM:  # also where a model seeds it and sets all back
+            raise Undrawn(f"{name}, whose random numbers one pass cannot tell apart")
         return func(*args, **kwargs)
 
 
@@ -384,6 +386,14 @@ def _unchecked(function: Any) -> Callable[..., Any]:
 ATTENTION = functional.multi_head_attention_forward
 UNCHECKED_ATTENTION = _unchecked(ATTENTION)
 UNCHECKED_GUMBEL = _unchecked(functional.gumbel_softmax)
+
+RANDOM = frozenset(
+    {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli"}
+    | {"multinomial", "poisson", "binomial", "native_dropout", "_standard_gamma", "_sample_dirichlet"}
+    | {"bernoulli_", "uniform_", "normal_", "exponential_", "cauchy_", "geometric_", "log_normal_", "random_"}
+    | {f"fractional_max_pool{n}d{more}" for n in (2, 3) for more in ("", "_with_indices")}
+)
+"""Functions that draw whatever they are given."""
 
 ANSWERS: dict[Callable[..., Any], Callable[..., Answer]] = {
     functional.dropout: _dropout,

@@ -88,6 +88,8 @@ class Watch(Capture):
         finally:
             self._inside_layer = False
         if name == "__get__" and not isinstance(out, Tensor):
+            if isinstance(out, torch.autograd.graph.Node):
+                raise Unplanned(f"a module takes hold of its backward pass (grad_fn): {MAY_MIX}")
             return out  # shape, dtype, device and their like
         for leaf, version in zip(flat, versions, strict=True):
             if isinstance(leaf, Tensor) and leaf._version != version and not self._follows(leaf):

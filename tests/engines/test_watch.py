@@ -399,3 +399,22 @@ def test_a_pass_at_either_precision_is_as_expected():
     for precision in PRECISIONS:
         loss = ModelLoss(module, precision=precision)
         per_example(loss, trained, inputs, targets, ask(loss, trained, inputs, targets).expected)
+
+
+def test_a_hook_on_a_node_of_the_backward_pass_goes_to_vmap():
+    """It may normalise over the batch: one example moved the sum by 8.8 times the bound."""
+
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = self.linear(x)
+            if h.grad_fn is not None:
+                h.grad_fn.register_prehook(lambda grads: (grads[0] / grads[0].norm(),))
+            return h
+
+    module = Hooked()
+    loss, x, y = ModelLoss(module), torch.randn(5, 4), torch.zeros(5, dtype=torch.long)
+    assert "backward pass" in refusal(loss, trainable(module), x, y)
