@@ -137,7 +137,7 @@ def test_calibrate_says_what_it_protects_and_finds_noise_for_whole_clients():
     assert "the server is trusted" in output
     plain = " ".join(invoke("calibrate", "--set", "target_epsilon=4", "--set", "delta=1e-3").output.split())
     assert "one example of one client" in plain
-    assert "delta=0.001 is for clients of at most 999 examples" in plain
+    assert "delta=0.001 is small enough for clients with at most 999 examples" in plain
     assert found["delta_is_for"].startswith("delta=0.001 is below 1/100, one of the clients")
     large = invoke("calibrate", "--json", *arguments, "--set", "delta=0.01")
     assert json.loads(large.stdout)["delta_is_for"].startswith("delta=0.01 is not below 1/100")

@@ -5,7 +5,7 @@ strategy     how                                                         cheap f
 ============ =========================================================== =====================================
 ``product``  norms from Gram matrices of patches, then one ordinary      many channels, few positions
              weight gradient of weighted outputs
-``compiled`` a kernel of our own (``kernels.c``)                         two dimensions, where C compiles
+``compiled`` a kernel of our own (``kernels_source``)                    two dimensions, where C compiles
 ``channels`` one grouped weight gradient for a few examples side by      two dimensions, many positions
              side as channels
 ``rows``     batched product of outputs and patches                      kernels of 1x1; other dimensions
@@ -62,7 +62,7 @@ class Geometry:
 
     @property
     def compiles(self) -> bool:
-        """Whether ``kernels.c`` has it."""
+        """Whether ``kernels_source`` has it."""
         return len(self.kernel) == 2 and (self.groups == 1 or self.depthwise)
 
     def positions(self, sides: tuple[int, ...]) -> tuple[int, ...]:

@@ -26,8 +26,8 @@ OWN = vars(nn.Module()).keys()
 """What each module has, whatever it is."""
 SHOWN = 3
 REMEDY = (
-    "one module serves all clients and the server, and what a pass writes is neither noised nor swapped nor saved: "
-    "leave it out, or compute it anew in each pass"
+    "all clients and the server share one module, so a value that a forward pass writes would be shared without noise: "
+    "remove that state, or compute it anew in each pass"
 )
 FOR_SPECTRAL_NORM = "spectral_norm iterates on buffers from pass to pass: use nn.utils.parametrizations.weight_norm"
 

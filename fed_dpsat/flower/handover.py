@@ -81,7 +81,9 @@ class Handover:
         try:
             records.check_arrays(RecordDict({records.ARRAYS: model}), self.model)
         except RecordError as error:
-            raise FederationError(f"{name} returned a model that is none: {error}") from error
+            raise FederationError(
+                f"{name} returned other parameters than the model's, or in another order: {error}"
+            ) from error
         return model, metrics
 
 

@@ -53,8 +53,8 @@ def _reasons(experiment: Experiment, strategy: PrivateStrategy, rounds: Lines) -
     config = experiment.config
     if carried := experiment.carried_state():
         yield (
-            f"a client carries {', '.join(sorted(carried))} into its next round, by which a later update tells of an "
-            "earlier coin"
+            f"clients keep state between rounds ({', '.join(sorted(carried))}), so a later update tells whether a "
+            "client took part earlier"
         )
     if config.rounds_per_client < config.num_rounds:
         yield "with max_rounds_per_client, who may take part depends on earlier coins, which are secret"

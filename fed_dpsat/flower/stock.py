@@ -48,9 +48,9 @@ def check(strategy: Strategy) -> None:
     for one in _nested(strategy):
         if isinstance(one, CLIENT_SIDE + SERVER_SIDE):
             why = (
-                "one whose noise covers anything here: no client clips its change for it"
+                "one whose noise protects anything here, because no client clips its change for it"
                 if isinstance(one, CLIENT_SIDE)
-                else "one that a ledger charges: its noise is of numpy's global generator, and its bound is of all "
+                else "one whose noise a ledger counts: it comes from numpy's global generator, and the bound is on all "
                 "arrays of a reply, counters included"
             )
             inner = type(one.strategy).__name__

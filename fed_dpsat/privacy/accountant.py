@@ -59,8 +59,8 @@ def large_delta(delta: float, unit: str, size: int) -> str:
         return ""
     whom = "the clients" if unit == "client" else "the examples of the smallest client"
     return (
-        f"delta={delta:g} is not below 1/{size}, one of {whom}: a guarantee that may fail so often allows to publish "
-        "one of them; set delta far below that"
+        f"delta={delta:g} is not below 1/{size}, one of {whom}: with such a delta, to publish one of them in full "
+        "would count as private; set delta far below that"
     )
 
 
