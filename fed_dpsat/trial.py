@@ -107,6 +107,7 @@ def rehearsal(
         max_rounds_per_client=0,
         min_clients=1,
         buffer_size=min(config.buffer_size, clients),
+        secure_aggregation=config.secure_aggregation and clients > 1,
         sample_rate=1.0,
         local_epochs=0,
         local_steps=steps if experiment.subspace(1) is not None else min(steps, 2 + steps % 2),

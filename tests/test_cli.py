@@ -218,14 +218,15 @@ def test_a_worker_that_dies_is_one_line_and_leaves_the_json_whole(tmp_path):
         "import os, pathlib, signal\n"
         "from torch import nn\n"
         "class Dying(nn.Module):\n"
-        '    """Takes the first worker with it that trains."""\n'
+        '    """Kills the first worker that trains once the run is under way, and not in its trial."""\n'
         "    def __init__(self, num_classes):\n"
         "        super().__init__()\n"
         "        self.linear = nn.Linear(64, num_classes)\n"
         "    def forward(self, x):\n"
         "        once = pathlib.Path(__file__).with_name('died')\n"
         "        on_ray = b'ray::' in pathlib.Path('/proc/self/cmdline').read_bytes()\n"
-        "        if self.training and on_ray and not once.exists():\n"
+        "        under_way = pathlib.Path(__file__).with_name('run').joinpath('rounds.jsonl').exists()\n"
+        "        if self.training and on_ray and under_way and not once.exists():\n"
         "            once.touch()\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
         "        return self.linear(x.flatten(1))\n"

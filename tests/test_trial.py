@@ -396,6 +396,24 @@ def test_a_client_is_tried_without_a_server(plugins):
         try_client(Experiment.build(RunConfig(**FAST, optimizer="o.py:reorders")))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"secure_aggregation": True},
+        {"secure_aggregation": True, "clients_per_round": 3, "min_clients": 3},
+        {"buffer_size": 2, "delay": "lognormal"},
+        {"clients_per_round": 2, "client_sampling": "poisson"},
+        {"privacy_unit": "client"},
+        {"model": "mlp", "personal_layers": "head"},
+        {"clipping": "adaptive"},
+        {"attack": "sign-flip", "attackers": 0.4},
+    ],
+    ids=lambda kind: "-".join(kind),
+)
+def test_a_client_of_each_kind_of_round_is_tried_alone(kind):
+    try_client(Experiment.build(RunConfig(**{**FAST, "num_clients": 4, **kind})))
+
+
 def test_a_data_set_without_test_examples_is_refused_before_a_folder(tmp_path):
     data = digits()
     nothing = dataclasses.replace(data.test, inputs=data.test.inputs[:0], labels=data.test.labels[:0])
