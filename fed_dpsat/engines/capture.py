@@ -96,7 +96,7 @@ class Capture(TorchFunctionMode):
         if call.x.ndim < 1 or call.x.shape[0] != self.batch:
             raise Unplanned(f"{call.name} of an input that does not start with the batch dimension")
         if self.tape.keep_calls:
-            self.tape.calls.append(call)
+            self.tape.calls.append(replace(call, x=call.x.detach()))  # its graph holds the tape: neither could go
         held = replace(call, x=None)  # or every input would live until the end of the backward pass
         x, device = call.x, call.x.device.type
         if call.name in NARROW and x.is_floating_point() and torch.is_autocast_enabled(device):

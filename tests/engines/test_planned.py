@@ -1,3 +1,4 @@
+import gc
 import logging
 import math
 from contextlib import nullcontext
@@ -12,6 +13,8 @@ from torch import nn
 
 from fed_dpsat.clipping import FlatClipping, Tally
 from fed_dpsat.engines import compiled, planned
+from fed_dpsat.engines.capture import Tape
+from fed_dpsat.engines.plan import plan_table
 from fed_dpsat.engines.probe import refusal
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.cnn import tanh_cnn, tanh_cnn_small
@@ -612,3 +615,16 @@ def test_the_count_of_adaptive_clipping_has_the_sensitivity_that_is_charged():
         clipped_gradient_sum(loss, trainable(layer), (few, torch.zeros(len(few))), tally)
         counts.append(tally.centred)
     assert abs(counts[0] - counts[1]) == 0.5
+
+
+def test_nothing_of_a_model_outlives_it():
+    """A graph in the tape of its own nodes is a circle through C++, which Python cannot collect."""
+    gc.collect()
+    before = sum(type(o) is Tape for o in gc.get_objects())
+    loss_fn = ModelLoss(mlp((4,), 3))
+    params, batch = trainable(loss_fn.module), (torch.randn(5, 4), torch.arange(5) % 3)
+    clipped_gradient_sum(loss_fn, params, batch, UNCLIPPED)
+    plan_table(loss_fn.module, (4,), 5)
+    del loss_fn, params
+    gc.collect()
+    assert sum(type(o) is Tape for o in gc.get_objects()) == before
