@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from fed_dpsat.privacy import PrivacyEvent, epsilons
+from fed_dpsat.accounting import PrivacyEvent, epsilons
 
 CASES = ((10_000, 100), (1_000_000, 10))
 

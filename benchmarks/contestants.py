@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fed_dpsat import generators, plugins
-from fed_dpsat.clipping import FlatClipping
-from fed_dpsat.draws import Draws, fresh_key
-from fed_dpsat.engines import drawing
-from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.optimizers import DPSAT, DPSGD
+from fed_dpsat import plugins
 from fed_dpsat.params import trainable
-from fed_dpsat.per_example import ModelLoss, clipped_gradient_sum
-from fed_dpsat.placement import CPU, finish
+from fed_dpsat.step import generators
+from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.draws import Draws, fresh_key
+from fed_dpsat.step.gradients import drawing
+from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.optimizers import DPSAT, DPSGD
+from fed_dpsat.step.placement import CPU, finish
 
 Step = Callable[[], object]
 CLIP_NORM = 1.0

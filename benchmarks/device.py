@@ -17,13 +17,13 @@ import time
 import torch
 
 from fed_dpsat import plugins
-from fed_dpsat.clipping import FlatClipping
-from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.optimizers import DPSAT, DPSGD
 from fed_dpsat.params import trainable
-from fed_dpsat.per_example import ModelLoss, clipped_gradient_sum
-from fed_dpsat.process import tune_allocator
-from fed_dpsat.secure_noise import system_generator
+from fed_dpsat.run.process import tune_allocator
+from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.optimizers import DPSAT, DPSGD
+from fed_dpsat.step.secure_noise import system_generator
 
 SHAPES = {
     "linear": (1, 28, 28),

@@ -14,14 +14,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fed_dpsat.clipping import FlatClipping
-from fed_dpsat.mechanism import GaussianMechanism
 from fed_dpsat.models.cnn import tanh_cnn
-from fed_dpsat.noise import derive_generator
 from fed_dpsat.params import Params, trainable
-from fed_dpsat.per_example import ModelLoss, clipped_gradient_sum
-from fed_dpsat.process import tune_allocator
-from fed_dpsat.secure_noise import add_noise_on_grid, system_generator
+from fed_dpsat.run.process import tune_allocator
+from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.noise import derive_generator
+from fed_dpsat.step.secure_noise import add_noise_on_grid, system_generator
 
 BATCH, ROUNDS, STEPS_EVERY = 64, 45, 3
 STEP = "step: vmap, batch 64"

@@ -40,7 +40,7 @@ import torch
 from benchmarks.rounds_contestants import Setting
 from benchmarks.rounds_measure import Entry, Measured, Row, entry, measure, ratio, table
 from benchmarks.rounds_plugins import cifar_clients
-from fed_dpsat.config import RunConfig
+from fed_dpsat.settings.config import RunConfig
 
 COHORT = 50
 STACKED_CLIENTS, STACKED_MODELS = 256, ("linear", "mlp", "tanh-cnn-small")

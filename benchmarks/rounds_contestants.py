@@ -24,11 +24,11 @@ from flwr.clientapp import ClientApp
 from benchmarks.rounds_loop import loop
 from benchmarks.rounds_plugins import Padded, one_example_each
 from benchmarks.turns import Contestant, Turn, turn_from_stdin
-from fed_dpsat.config import RunConfig
-from fed_dpsat.flower import records
+from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params, trainable
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
-from fed_dpsat.training import LocalResult
+from fed_dpsat.step.loop import LocalResult
 
 NOISE_MULTIPLIER, CENTRAL_NOISE_MULTIPLIER = 1.0, 0.01
 LOOP_TIMEOUT = 600.0

@@ -7,16 +7,16 @@ import torch
 from torch.nn import functional
 
 from benchmarks.turns import Turn
-from fed_dpsat.config import RunConfig
-from fed_dpsat.engines.drawing import Drawing, Pass
-from fed_dpsat.experiment import Experiment
-from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.noise import derive_generator
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.params import Params, trainable
-from fed_dpsat.per_example import clipped_gradient_sum
-from fed_dpsat.process import tune_allocator
-from fed_dpsat.sampling import PoissonSampler
-from fed_dpsat.training import Streams
+from fed_dpsat.run.process import tune_allocator
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.gradients.drawing import Drawing, Pass
+from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
+from fed_dpsat.step.loop import Streams
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.noise import derive_generator
+from fed_dpsat.step.sampling import PoissonSampler
 
 
 def loop(config: RunConfig, turn: Turn) -> Params:

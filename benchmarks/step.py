@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.contestants import Step, contestants
-from fed_dpsat.generators import training_on
-from fed_dpsat.placement import is_card, require, torch_device
-from fed_dpsat.process import tune_allocator
+from fed_dpsat.run.process import tune_allocator
+from fed_dpsat.step.generators import training_on
+from fed_dpsat.step.placement import is_card, require, torch_device
 
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 

@@ -1,7 +1,7 @@
 """Private federated learning with client-side DP-SAT.
 
 What is exported here is what README.md and docs/ explain; everything else may change without notice. Names are
-resolved when they are used, so that ``import fed_dpsat.mechanism`` loads neither Flower nor Ray.
+resolved when they are used, so that ``import fed_dpsat.step.mechanism`` loads neither Flower nor Ray.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
-    "DPSAT": "fed_dpsat.optimizers",
-    "DPSGD": "fed_dpsat.optimizers",
-    "DPSATMomentum": "fed_dpsat.optimizers",
-    "FlatClipping": "fed_dpsat.clipping",
-    "GaussianMechanism": "fed_dpsat.mechanism",
-    "ModelLoss": "fed_dpsat.per_example",
-    "PoissonSampler": "fed_dpsat.sampling",
-    "PrivacyEvent": "fed_dpsat.privacy",
-    "PrivacyLedger": "fed_dpsat.privacy",
-    "RunConfig": "fed_dpsat.config",
-    "clipped_gradient_sum": "fed_dpsat.per_example",
-    "derive_generator": "fed_dpsat.noise",
-    "epsilon": "fed_dpsat.privacy",
-    "noise_multiplier_for": "fed_dpsat.privacy",
+    "DPSAT": "fed_dpsat.step.optimizers",
+    "DPSGD": "fed_dpsat.step.optimizers",
+    "DPSATMomentum": "fed_dpsat.step.optimizers",
+    "FlatClipping": "fed_dpsat.step.clipping",
+    "GaussianMechanism": "fed_dpsat.step.mechanism",
+    "ModelLoss": "fed_dpsat.step.gradients.per_example",
+    "PoissonSampler": "fed_dpsat.step.sampling",
+    "PrivacyEvent": "fed_dpsat.accounting",
+    "PrivacyLedger": "fed_dpsat.accounting",
+    "RunConfig": "fed_dpsat.settings.config",
+    "clipped_gradient_sum": "fed_dpsat.step.gradients.per_example",
+    "derive_generator": "fed_dpsat.step.noise",
+    "epsilon": "fed_dpsat.accounting",
+    "noise_multiplier_for": "fed_dpsat.accounting",
     "simulate": "fed_dpsat.simulation",
     "trainable": "fed_dpsat.params",
 }

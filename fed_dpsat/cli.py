@@ -18,11 +18,11 @@ from rich.logging import RichHandler
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fed_dpsat import device_cli
-from fed_dpsat.config import RunConfig, parse_overrides
+from fed_dpsat.device import command as device_cli
 from fed_dpsat.errors import InputError, RunError, SettingError
+from fed_dpsat.lab.watch import watched
 from fed_dpsat.plugins import PACKAGES, builtin, summary
-from fed_dpsat.watch import watched
+from fed_dpsat.settings.config import RunConfig, parse_overrides
 
 if TYPE_CHECKING:
     from fed_dpsat.testing.configuration import Checked
@@ -94,7 +94,7 @@ def resume(
     --set takes what says how to run and not what: workers, ray_address, reply_timeout and their kind.
     """
     from fed_dpsat import simulation
-    from fed_dpsat.run_folder import RunFolder
+    from fed_dpsat.run.folder import RunFolder
 
     with _clear_errors():
         folder = RunFolder(run, resume=True)
@@ -151,10 +151,10 @@ def list_plugins(as_json: AsJson = False) -> None:
 @app.command()
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
+    from fed_dpsat.accounting import epsilon_table
+    from fed_dpsat.accounting.event import UNITS
+    from fed_dpsat.accounting.plans import make_plans
     from fed_dpsat.flower.promise import threat_model
-    from fed_dpsat.plans import make_plans
-    from fed_dpsat.privacy import epsilon_table
-    from fed_dpsat.privacy.event import UNITS
 
     with _clear_errors():
         settings = RunConfig.load(config, overrides or ())
@@ -197,7 +197,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
 
 def _who_delta_is_for(settings: RunConfig) -> str:
     """As far as settings tell; no data is looked at."""
-    from fed_dpsat.privacy import large_delta
+    from fed_dpsat.accounting import large_delta
 
     if settings.privacy_unit == "client":
         fine = f"delta={settings.delta:g} is below 1/{settings.num_clients}, one of the clients"
@@ -220,8 +220,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """How the planned engine computes each layer's per-example gradients in a run."""
-    from fed_dpsat.engines.plan import plan_table, plan_text
-    from fed_dpsat.experiment import Experiment
+    from fed_dpsat.client.build import Experiment
+    from fed_dpsat.step.gradients.plan import plan_table, plan_text
 
     with _clear_errors():
         settings = RunConfig.load(config, overrides or ())
@@ -247,7 +247,7 @@ def ledger(
 ) -> None:
     """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
     from fed_dpsat.flower.promise import threat_model
-    from fed_dpsat.statement import read_statement
+    from fed_dpsat.run.statement import read_statement
 
     with _clear_errors():
         statement = read_statement(run, delta)
@@ -302,8 +302,8 @@ def sweep(
 
     docs/sweeps.md says what is in FILE. --set overrides a setting of its base.
     """
-    from fed_dpsat.sweep import run_sweep
-    from fed_dpsat.sweep.show import print_sweep, shown
+    from fed_dpsat.lab.sweep import run_sweep
+    from fed_dpsat.lab.sweep.show import print_sweep, shown
 
     folder = out or Path("runs") / file.stem
     with _clear_errors(), shown(err_console, quiet=as_json) as show:
@@ -337,7 +337,7 @@ def audit(
 
     The bound stands beside the ledger's epsilon. Seeds are those of the configuration.
     """
-    from fed_dpsat.audit.command import config_of, run_audit
+    from fed_dpsat.lab.audit.command import config_of, run_audit
 
     with _clear_errors():
         settings = config_of(config, overrides or ())
@@ -370,7 +370,7 @@ def sharpness(
     as_json: AsJson = False,
 ) -> None:
     """How sharp the minimum is that a run found, on public test data; also written to RUN/sharpness.json."""
-    from fed_dpsat.report.sharpness import measure_run, sharpness_words
+    from fed_dpsat.lab.report.sharpness import measure_run, sharpness_words
 
     with _clear_errors():
         found = measure_run(
@@ -389,7 +389,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """One page per run, with figures beside it as SVG and PNG: what privacy cost and what it bought."""
-    from fed_dpsat.report.page import write_report
+    from fed_dpsat.lab.report.page import write_report
 
     with _clear_errors():
         if out is not None and len(runs) > 1:
@@ -416,7 +416,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Groups of runs by what differs: means and intervals over seeds, and the front of accuracy against epsilon."""
-    from fed_dpsat.report import comparing, comparing_page, condensed
+    from fed_dpsat.lab.report import comparing, comparing_page, condensed
 
     with _clear_errors():
         if out is None:
@@ -438,7 +438,7 @@ def compare(
 
 
 def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
-    from fed_dpsat.watch.result import result_table
+    from fed_dpsat.lab.watch.result import result_table
 
     if as_json:
         _print_json(result)
@@ -453,7 +453,7 @@ def _clear_errors() -> Iterator[None]:
     handler = RichHandler(console=err_console, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     try:
-        from fed_dpsat.flower.compat import FLOWER_LOGGER
+        from fed_dpsat.flower.wire.compat import FLOWER_LOGGER
 
         FLOWER_LOGGER.setLevel(logging.ERROR)
         yield
@@ -475,7 +475,7 @@ def _fail(error: object, code: int) -> None:
 
 
 def _print_json(value: Any) -> None:
-    from fed_dpsat.run_folder import jsonable
+    from fed_dpsat.run.folder import jsonable
 
     out_console.print(json.dumps(jsonable(value), indent=2), soft_wrap=True, highlight=False, markup=False)
 

@@ -7,14 +7,14 @@ their table, so a new built-in is one new file:
 ========== =========================== ==============
 kind       package                     table
 ========== =========================== ==============
-optimizer  ``fed_dpsat.optimizers``    ``OPTIMIZERS``
-clipping   ``fed_dpsat.clipping``      ``CLIPPING``
+optimizer  ``fed_dpsat.step.optimizers``    ``OPTIMIZERS``
+clipping   ``fed_dpsat.step.clipping``      ``CLIPPING``
 model      ``fed_dpsat.models``        ``MODELS``
 dataset    ``fed_dpsat.data``          ``DATASETS``
 partition  ``fed_dpsat.data``          ``PARTITIONS``
 strategy   ``strategies``              ``STRATEGIES``
-attack     ``fed_dpsat.attacks``       ``ATTACKS``
-logger     ``fed_dpsat.loggers``       ``LOGGERS``
+attack     ``fed_dpsat.lab.attacks``       ``ATTACKS``
+logger     ``fed_dpsat.lab.loggers``       ``LOGGERS``
 ========== =========================== ==============
 """
 
@@ -36,14 +36,14 @@ from typing import Any
 from fed_dpsat.errors import InputError, RunError
 
 PACKAGES = {
-    "optimizer": "fed_dpsat.optimizers",
-    "clipping": "fed_dpsat.clipping",
+    "optimizer": "fed_dpsat.step.optimizers",
+    "clipping": "fed_dpsat.step.clipping",
     "model": "fed_dpsat.models",
     "dataset": "fed_dpsat.data",
     "partition": "fed_dpsat.data",
     "strategy": "strategies",
-    "attack": "fed_dpsat.attacks",
-    "logger": "fed_dpsat.loggers",
+    "attack": "fed_dpsat.lab.attacks",
+    "logger": "fed_dpsat.lab.loggers",
 }
 TABLES = {
     "optimizer": "OPTIMIZERS",
@@ -65,11 +65,11 @@ HAVE = {
 }
 """What the objects of a kind have at least; the rest is for the suites of ``fed_dpsat.testing``."""
 WHAT = {
-    "optimizer": "a private optimizer (fed_dpsat.optimizers)",
-    "clipping": "a clipping rule (fed_dpsat.clipping)",
+    "optimizer": "a private optimizer (fed_dpsat.step.optimizers)",
+    "clipping": "a clipping rule (fed_dpsat.step.clipping)",
     "model": "a torch.nn.Module",
     "dataset": "a fed_dpsat.data.dataset.Dataset",
-    "attack": "an attack (fed_dpsat.attacks)",
+    "attack": "an attack (fed_dpsat.lab.attacks)",
 }
 
 Factory = Callable[..., Any]

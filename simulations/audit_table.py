@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from fed_dpsat import RunConfig
-from fed_dpsat.audit import audit_one_run, play
-from fed_dpsat.audit.command import game_of
+from fed_dpsat.lab.audit import audit_one_run, play
+from fed_dpsat.lab.audit.command import game_of
 from simulations.repeat import kept
 
 BASE = RunConfig(dataset="digits", num_rounds=8, noise_multiplier=1.0, delta=1e-4, evaluate_every=8)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 
 TARGET = 0.8

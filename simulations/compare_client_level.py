@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fed_dpsat import RunConfig, simulate
-from fed_dpsat.experiment import Experiment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.flower.personal import summarised
 from simulations.compare_personal import client_accuracies
 from simulations.repeat import difference, kept, spread

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from fed_dpsat import RunConfig, simulate
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import evaluate
 from fed_dpsat.data.dataset import Examples
-from fed_dpsat.evaluation import evaluate
-from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower.personal import summarised
 from simulations.repeat import difference, kept, spread
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
-from fed_dpsat.report.canvas import style
-from fed_dpsat.report.palette import SERIES
-from fed_dpsat.sweep.pivot import Cells, read
-from fed_dpsat.sweep.statistics import half_width
+from fed_dpsat.lab.report.canvas import style
+from fed_dpsat.lab.report.palette import SERIES
+from fed_dpsat.lab.sweep.pivot import Cells, read
+from fed_dpsat.lab.sweep.statistics import half_width
 
 REFERENCE = "dp-sgd"
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from fed_dpsat import RunConfig, simulate
-from fed_dpsat.evaluation import predict, quality_of
-from fed_dpsat.experiment import Experiment
-from fed_dpsat.report.sharpness import measure_run
-from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import predict, quality_of
+from fed_dpsat.lab.report.sharpness import measure_run
+from fed_dpsat.run.folder import RunFolder
 from simulations.repeat import half_width, kept
 
 BASE = RunConfig(

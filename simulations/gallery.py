@@ -3,7 +3,7 @@
 Claims nothing but what the gallery shows: digits, ten clients, 30 rounds, linear model, seeds 0 to 2 (n = 3), delta
 1e-4. ``budgets``: DP-SAT and DP-SGD at epsilon 0.5, 1, 3 and 8, and without noise. Nothing was tuned for it. It takes
 minutes; runs that are there are not made again, and one that was killed goes on. The page:
-python -m fed_dpsat.report.gallery.
+python -m fed_dpsat.lab.report.gallery.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from fed_dpsat import RunConfig, simulate
-from fed_dpsat.report.condensed import write_runs
-from fed_dpsat.report.reading import read_run
+from fed_dpsat.lab.report.condensed import write_runs
+from fed_dpsat.lab.report.reading import read_run
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "simulations" / "digits_dpsat.toml"

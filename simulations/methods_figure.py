@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import fmean
 
-from fed_dpsat.report.canvas import style
-from fed_dpsat.report.palette import BLUE, MUTED
-from fed_dpsat.sweep.pivot import read
-from fed_dpsat.sweep.statistics import half_width
+from fed_dpsat.lab.report.canvas import style
+from fed_dpsat.lab.report.palette import BLUE, MUTED
+from fed_dpsat.lab.sweep.pivot import read
+from fed_dpsat.lab.sweep.statistics import half_width
 from simulations.dp_sat_figure import REFERENCE, command_line, differences
 
 LOWEST = -7.5

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fed_dpsat import RunConfig, simulate
-from fed_dpsat.sweep.statistics import difference, half_width, spread
+from fed_dpsat.lab.sweep.statistics import difference, half_width, spread
 
 __all__ = ["accuracies", "difference", "half_width", "kept", "spread"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from ray.cluster_utils import Cluster
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 
 CONFIG = Path(__file__).with_name("digits_dpsat.toml")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fed_dpsat.config import RunConfig
-from fed_dpsat.engines import compiled
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
+from fed_dpsat.step.gradients import compiled
 
 ARITHMETIC = "04c84eef059a"
 COMMON = {"num_rounds": 3, "noise_multiplier": 1.0, "delta": 1e-4, "num_clients": 6, "local_steps": 2, "seed": 3}

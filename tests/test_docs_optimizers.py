@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fed_dpsat import RunConfig, plugins
-from fed_dpsat.optimizers.chain import split_chain
 from fed_dpsat.simulation import simulate
+from fed_dpsat.step.optimizers.chain import split_chain
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "optimizers.md").read_text()

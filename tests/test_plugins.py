@@ -3,9 +3,9 @@ import sys
 import pytest
 
 from fed_dpsat import plugins
-from fed_dpsat.clipping import FlatClipping
-from fed_dpsat.optimizers.dpsgd import DPSGD
 from fed_dpsat.plugins import PluginError, build, builtin, load, required, summary
+from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.optimizers.dpsgd import DPSGD
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_every_kind_has_a_table():
 
 
 def test_a_dotted_name():
-    assert load("optimizer", "fed_dpsat.optimizers.dpsgd:DPSGD") is DPSGD
+    assert load("optimizer", "fed_dpsat.step.optimizers.dpsgd:DPSGD") is DPSGD
 
 
 def test_a_file(file):
@@ -89,8 +89,8 @@ def test_two_files_of_one_name_are_two_plugins(file):
         ("", "did you mean adam, .*dp-sat, dp-sat-momentum, dp-sgd, .*zeroth-order"),
         ("nowhere.at_all:Thing", "cannot import 'nowhere.at_all'"),
         ("nowhere/at_all.py:Thing", "cannot import 'nowhere/at_all.py' .*no file"),
-        ("fed_dpsat.optimizers.dpsgd:DPSDG", "has no 'DPSDG'; did you mean DPSGD"),
-        ("fed_dpsat.optimizers.dpsgd:zzz", "has no 'zzz'$"),
+        ("fed_dpsat.step.optimizers.dpsgd:DPSDG", "has no 'DPSDG'; did you mean DPSGD"),
+        ("fed_dpsat.step.optimizers.dpsgd:zzz", "has no 'zzz'$"),
         (":DPSGD", "optimizer=':DPSGD'"),
         (".dpsgd:DPSGD", r"optimizer='\.dpsgd:DPSGD'"),
     ],

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from fed_dpsat import plugins
 from fed_dpsat.cli import app
-from fed_dpsat.config import RunConfig
+from fed_dpsat.lab.sweep.reading import read_spec
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
-from fed_dpsat.sweep.reading import read_spec
 from simulations import dp_sat_figure, methods_figure
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ import fed_dpsat
 import fed_dpsat.testing
 from fed_dpsat import plugins
 from fed_dpsat.cli import app
-from fed_dpsat.config import MACHINE, RunConfig
+from fed_dpsat.settings.config import MACHINE, RunConfig
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "# nav: begin", "# nav: end"
@@ -36,14 +36,14 @@ SECTIONS = (
 """Where a page goes: into the first section with a pattern that fits, so that a new one is in some."""
 
 EXTENSION_POINTS = (
-    "fed_dpsat.optimizers.base:PrivateOptimizer",
-    "fed_dpsat.clipping:ClippingRule",
+    "fed_dpsat.step.optimizers.base:PrivateOptimizer",
+    "fed_dpsat.step.clipping:ClippingRule",
     "fed_dpsat.data.dataset:Examples",
     "fed_dpsat.data.dataset:Dataset",
     "fed_dpsat.flower.updates:UpdateStrategy",
     "fed_dpsat.flower.updates:Updates",
-    "fed_dpsat.attacks:Attack",
-    "fed_dpsat.loggers:RunLogger",
+    "fed_dpsat.lab.attacks:Attack",
+    "fed_dpsat.lab.loggers:RunLogger",
 )
 
 

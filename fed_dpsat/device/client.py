@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from fed_dpsat.config import MACHINE, RunConfig
+from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.trial import try_client
 from fed_dpsat.device.data import own_data
 from fed_dpsat.device.journal import Refusal, Request
 from fed_dpsat.device.policy import Policy
 from fed_dpsat.device.release import release
 from fed_dpsat.errors import InputError
-from fed_dpsat.experiment import Experiment, Task
-from fed_dpsat.optimizers.base import State
 from fed_dpsat.params import Params
-from fed_dpsat.process import intra_op_threads
-from fed_dpsat.training import LocalResult
-from fed_dpsat.trial import try_client
+from fed_dpsat.run.process import intra_op_threads
+from fed_dpsat.settings.config import MACHINE, RunConfig
+from fed_dpsat.step.loop import LocalResult
+from fed_dpsat.step.optimizers.base import State
 
 ReadParams = Callable[[Params], Params]
 """Reads the parameters of a message, which must be like those given; raises ``Refusal``."""

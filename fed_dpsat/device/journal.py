@@ -12,8 +12,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fed_dpsat.accounting import storage
 from fed_dpsat.errors import InputError
-from fed_dpsat.privacy import storage
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (run TEXT PRIMARY KEY, settings BLOB NOT NULL);

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.accounting.event import PrivacyError
+from fed_dpsat.client.build import Task
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.errors import InputError, SettingError
-from fed_dpsat.experiment import Task
-from fed_dpsat.optimizers.chain import split_chain
-from fed_dpsat.privacy.event import PrivacyError
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.optimizers.chain import split_chain
 
 SANE_NOISE = 1e6
 """Nobody needs more; beyond it float32 has no room for a gradient."""

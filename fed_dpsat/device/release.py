@@ -23,10 +23,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from fed_dpsat.accounting import LedgerError, PrivacyEvent, PrivacyLedger
+from fed_dpsat.accounting.plans import BudgetError, spend
 from fed_dpsat.device.journal import Journal, Kept, Refusal, Request, open_journal
 from fed_dpsat.errors import SettingError
-from fed_dpsat.plans import BudgetError, spend
-from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger
 
 CLIENT, ATTEMPT = 0, 0
 """The key of a device's charges is the number of the release alone."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fed_dpsat.accounting import LedgerError, PrivacyLedger, epsilon
 from fed_dpsat.device.journal import open_journal
 from fed_dpsat.device.log import last_line
 from fed_dpsat.device.policy import Policy
 from fed_dpsat.device.release import ACCOUNTANT, CLIENT, check_answers, journal_path, ledger_path
-from fed_dpsat.privacy import LedgerError, PrivacyLedger, epsilon
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,17 +29,17 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.accounting.event import History
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower import records
 from fed_dpsat.flower.exchange import Exchange
 from fed_dpsat.flower.handover import Aggregate
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round_kind import RoundKind, Seconds, seconds_of
-from fed_dpsat.noise import derive_generator
+from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params, subtract
-from fed_dpsat.privacy.event import History
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.noise import derive_generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,16 +9,17 @@ from typing import Any
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.config import RunConfig
-from fed_dpsat.experiment import Experiment, Request
-from fed_dpsat.flower import codec, on_device, personal, records, secure_client
-from fed_dpsat.flower.records import RecordError
+from fed_dpsat.accounting.event import History
+from fed_dpsat.accounting.plans import spend
+from fed_dpsat.client.build import Experiment, Request
+from fed_dpsat.client.trial import try_client
+from fed_dpsat.flower import on_device, personal, secure_client
+from fed_dpsat.flower.wire import codec, records
+from fed_dpsat.flower.wire.records import RecordError
 from fed_dpsat.params import Params
-from fed_dpsat.plans import spend
-from fed_dpsat.privacy.event import History
-from fed_dpsat.process import intra_op_threads, tune_allocator
-from fed_dpsat.training import LocalResult
-from fed_dpsat.trial import try_client
+from fed_dpsat.run.process import intra_op_threads, tune_allocator
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.loop import LocalResult
 
 Provider = Callable[[Mapping[str, Any]], Experiment]
 """Flower's run config to the experiment that this process works on."""

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord
 
-from fed_dpsat.config import RunConfig
-from fed_dpsat.flower import records
 from fed_dpsat.flower.sums import Part
-from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.noise import derive_generator
-from fed_dpsat.secure_noise import system_generator
+from fed_dpsat.flower.wire import records
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.noise import derive_generator
+from fed_dpsat.step.secure_noise import system_generator
 
 
 @dataclass(frozen=True, kw_only=True)

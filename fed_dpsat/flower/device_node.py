@@ -28,11 +28,11 @@ from flwr.app import Context, Error, Message
 from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower import compat
 from fed_dpsat.flower.client_app import app
-from fed_dpsat.flower.compat import node as runtime
 from fed_dpsat.flower.grid import answer
 from fed_dpsat.flower.on_device import POLICY
+from fed_dpsat.flower.wire import compat
+from fed_dpsat.flower.wire.compat import node as runtime
 
 log = getLogger("fed_dpsat")
 

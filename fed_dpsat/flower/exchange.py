@@ -8,16 +8,16 @@ from logging import getLogger
 
 from flwr.app import Message
 
-from fed_dpsat.experiment import Task
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.client.build import Task
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.handover import Aggregate, Handover
 from fed_dpsat.flower.nodes import Directory
 from fed_dpsat.flower.replies import Failure, judge
 from fed_dpsat.flower.report import RoundReport, Verdicts
-from fed_dpsat.privacy.ledger import PrivacyLedger
-from fed_dpsat.process import intra_op_threads
-from fed_dpsat.subspace import Coordinates, Span
-from fed_dpsat.timing import Phases
+from fed_dpsat.run.process import intra_op_threads
+from fed_dpsat.run.timing import Phases
+from fed_dpsat.step.subspace import Coordinates, Span
 
 log = getLogger("fed_dpsat")
 

@@ -13,10 +13,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import plugins
-from fed_dpsat.config import RunConfig
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.accounting.plans import ClientPlan, make_plans
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.given import copied, renamed
 from fed_dpsat.errors import RunError, SettingError
-from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import compat, records, stock
+from fed_dpsat.flower import stock
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
@@ -25,14 +27,13 @@ from fed_dpsat.flower.promise import delta_warning, unused_warning
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
-from fed_dpsat.given import copied, renamed
-from fed_dpsat.inputs import inputs_of
-from fed_dpsat.loggers import Loggers
-from fed_dpsat.noise import NOISE_SOURCES
-from fed_dpsat.plans import ClientPlan, make_plans
-from fed_dpsat.privacy.ledger import PrivacyLedger
-from fed_dpsat.run_folder import RunFolder, jsonable
-from fed_dpsat.timing import Phases
+from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.lab.loggers import Loggers
+from fed_dpsat.run.folder import RunFolder, jsonable
+from fed_dpsat.run.inputs import inputs_of
+from fed_dpsat.run.timing import Phases
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.noise import NOISE_SOURCES
 
 log = getLogger("fed_dpsat")
 

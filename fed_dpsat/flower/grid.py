@@ -11,9 +11,10 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fed_dpsat.flower import compat, sums
-from fed_dpsat.flower.records import PARTITION_ID
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.replies import Failure
+from fed_dpsat.flower.wire import compat
+from fed_dpsat.flower.wire.records import PARTITION_ID
 
 FIRST_NODE_ID = compat.SERVER_NODE_ID + 1
 

@@ -15,11 +15,12 @@ from flwr.app import ArrayRecord, Message, MetricRecord, MetricRecordValues, Rec
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.flower.records import RecordError
 from fed_dpsat.flower.report import Verdicts
+from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.flower.wire.records import RecordError
 
 Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
 

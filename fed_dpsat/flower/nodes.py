@@ -10,8 +10,8 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.wire import compat, records
 
 log = getLogger("fed_dpsat")
 

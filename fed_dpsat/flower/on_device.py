@@ -21,11 +21,11 @@ from fed_dpsat.device.journal import Refusal
 from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower import codec, records
-from fed_dpsat.flower.wire import read_array
+from fed_dpsat.flower.wire import codec, records
+from fed_dpsat.flower.wire.arrays import read_array
 from fed_dpsat.params import Params
-from fed_dpsat.process import tune_allocator
-from fed_dpsat.subspace import Coordinates, Span
+from fed_dpsat.run.process import tune_allocator
+from fed_dpsat.step.subspace import Coordinates, Span
 
 POLICY = "policy"
 """The key of a node's configuration that makes it a device."""

@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fed_dpsat.experiment import Experiment
+from fed_dpsat.accounting import epsilon
+from fed_dpsat.accounting.plans import ClientPlan
+from fed_dpsat.accounting.released import ASSUMPTIONS, Cohort, epsilon_of_models
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.strategy import PrivateStrategy
-from fed_dpsat.plans import ClientPlan
-from fed_dpsat.privacy import epsilon
-from fed_dpsat.privacy.released import ASSUMPTIONS, Cohort, epsilon_of_models
 
 Lines = Sequence[Mapping[str, Any]]
 """Of ``rounds.jsonl``."""

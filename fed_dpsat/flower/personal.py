@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import evaluate
+from fed_dpsat.client.personal import worst_decile
 from fed_dpsat.data.dataset import Examples
-from fed_dpsat.evaluation import evaluate
-from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import compat, on_device, records
+from fed_dpsat.flower import on_device
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.flower.records import RecordError
-from fed_dpsat.personal import worst_decile
+from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.flower.wire.records import RecordError
 
 ACCURACY = "accuracy"
 

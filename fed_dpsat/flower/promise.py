@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fed_dpsat.config import RunConfig
-from fed_dpsat.evaluation import measured_on
-from fed_dpsat.experiment import Experiment
-from fed_dpsat.privacy import large_delta
+from fed_dpsat.accounting import large_delta
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import measured_on
+from fed_dpsat.settings.config import RunConfig
 
 VALIDATION_RELEASED = (
     "accuracy and loss on the examples that validation_share holds out of the private training data, by round, and of "

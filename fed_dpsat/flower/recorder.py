@@ -12,9 +12,11 @@ import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from fed_dpsat.evaluation import Evaluation, Predictions, evaluation_of, measured_on, predict, quality_of
-from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import personal, records
+from fed_dpsat.accounting.event import UNITS
+from fed_dpsat.accounting.ledger import Head
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import Evaluation, Predictions, evaluation_of, measured_on, predict, quality_of
+from fed_dpsat.flower import personal
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.outsider import epsilon_of_outsider
@@ -23,12 +25,11 @@ from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.throughput import Throughput
 from fed_dpsat.flower.updates import KnownNoise
-from fed_dpsat.loggers import Loggers
-from fed_dpsat.noise import NOISE_SOURCES
+from fed_dpsat.flower.wire import records
+from fed_dpsat.lab.loggers import Loggers
 from fed_dpsat.params import Params
-from fed_dpsat.privacy.event import UNITS
-from fed_dpsat.privacy.ledger import Head
-from fed_dpsat.run_folder import Checkpoint, RunFolder, jsonable
+from fed_dpsat.run.folder import Checkpoint, RunFolder, jsonable
+from fed_dpsat.step.noise import NOISE_SOURCES
 
 log = getLogger("fed_dpsat")
 

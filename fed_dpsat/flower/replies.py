@@ -7,11 +7,11 @@ from typing import Literal
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fed_dpsat.client_level import excess
-from fed_dpsat.experiment import Task
-from fed_dpsat.flower import codec, compat, records
-from fed_dpsat.flower.records import RecordError
-from fed_dpsat.subspace import Coordinates, Span
+from fed_dpsat.client.build import Task
+from fed_dpsat.client.unit import excess
+from fed_dpsat.flower.wire import codec, compat, records
+from fed_dpsat.flower.wire.records import RecordError
+from fed_dpsat.step.subspace import Coordinates, Span
 
 BYTES = "bytes"
 """The size of a reply's arrays, beside its metrics."""

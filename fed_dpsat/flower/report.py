@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
 
-from fed_dpsat.experiment import Task
-from fed_dpsat.flower import records
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.client.build import Task
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.replies import BYTES, Failure
-from fed_dpsat.privacy.event import PrivacyEvent
-from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.flower.wire import records
 
 log = getLogger("fed_dpsat")
 

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fed_dpsat.cohort import draw_cohort, toss_cohort
+from fed_dpsat.accounting.event import History
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.accounting.plans import ClientPlan, affordable
+from fed_dpsat.flower.cohort import draw_cohort, toss_cohort
 from fed_dpsat.flower.nodes import FederationOver
-from fed_dpsat.plans import ClientPlan, affordable
-from fed_dpsat.privacy.event import History
-from fed_dpsat.privacy.ledger import PrivacyLedger
-from fed_dpsat.secure_noise import system_generator
+from fed_dpsat.step.secure_noise import system_generator
 
 
 class Roster:

@@ -7,12 +7,12 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
+from fed_dpsat.accounting.event import History
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.exchange import Exchange
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.handover import Aggregate
 from fed_dpsat.flower.roster import Roster
-from fed_dpsat.privacy.event import History
 
 Seconds = Callable[[int, int], float]
 """Client and round to the simulated time between setting out and arriving."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fed_dpsat.flower import compat, records
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.secagg.fixed_point import encode, fraction_bits
 from fed_dpsat.secagg.rounds import PublicKeys, Secrets, mask, open_shares, share
 

@@ -15,13 +15,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.exchange import Exchange
 from fed_dpsat.flower.handover import Aggregate
 from fed_dpsat.flower.replies import Failure, judge
 from fed_dpsat.flower.round_kind import RoundKind
 from fed_dpsat.flower.secure_client import MASKED, SECURE, flat
 from fed_dpsat.flower.sums import Part
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.secagg.fixed_point import decode, fraction_bits
 from fed_dpsat.secagg.rounds import PublicKeys, unmask
 

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from fed_dpsat.flower.client_app import from_run_config
 from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.flower.trial import try_federation
-from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.run.folder import RunFolder
 
 app = ServerApp()
 

@@ -26,8 +26,8 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from fed_dpsat.config import RunConfig
 from fed_dpsat.errors import SettingError
+from fed_dpsat.settings.config import RunConfig
 
 log = getLogger("fed_dpsat")
 

@@ -15,9 +15,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from fed_dpsat.accounting import epsilon
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.accounting.plans import ClientPlan
+from fed_dpsat.client.build import Task
 from fed_dpsat.errors import SettingError
-from fed_dpsat.experiment import Task
-from fed_dpsat.flower import codec, records, stock, sums
+from fed_dpsat.flower import stock, sums
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.exchange import Exchange
@@ -28,11 +31,9 @@ from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round_kind import RoundKind, seconds_of
 from fed_dpsat.flower.secure_server import SecureSums
 from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
-from fed_dpsat.plans import ClientPlan
-from fed_dpsat.privacy import epsilon
-from fed_dpsat.privacy.ledger import PrivacyLedger
-from fed_dpsat.subspace import Coordinates, Span
-from fed_dpsat.timing import Phases
+from fed_dpsat.flower.wire import codec, records
+from fed_dpsat.run.timing import Phases
+from fed_dpsat.step.subspace import Coordinates, Span
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 BeforeRound = Callable[[int, ArrayRecord], ArrayRecord]

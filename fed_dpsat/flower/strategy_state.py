@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower import compat
+from fed_dpsat.flower.wire import compat
 
 Plain = Any
 """What ``torch.load(weights_only=True)`` reads: scalars, text, tensors, and lists and dicts of those."""

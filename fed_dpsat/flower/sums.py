@@ -25,9 +25,9 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 from torch import Tensor
 
-from fed_dpsat.client_level import bounded_move
-from fed_dpsat.flower import records
+from fed_dpsat.client.unit import bounded_move
 from fed_dpsat.flower.replies import Failure, judge
+from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params
 
 OF_THE_MEAN = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)

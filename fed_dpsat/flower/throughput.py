@@ -8,7 +8,7 @@ from collections import Counter
 from statistics import fmean
 from typing import Any
 
-from fed_dpsat.experiment import Experiment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.flower.strategy import PrivateStrategy
 
 

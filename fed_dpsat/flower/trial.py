@@ -1,4 +1,4 @@
-"""The trial of a whole federation (``fed_dpsat.trial``): clients, codec, strategy and evaluation, with nothing on disk.
+"""The trial of a whole federation (as ``client.trial``): clients, codec, strategy, evaluation, with nothing on disk.
 
 Two clients are enough for a strategy that uses the mean alone, three hide each other in secure aggregation; any other
 strategy is shown a reply of each client of a cohort. What the code of clients does that is given as ``client_app``, and
@@ -12,19 +12,20 @@ from collections.abc import Iterator, Sequence
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from fed_dpsat import trial
+from fed_dpsat.accounting.event import CLIENTS, PrivacyEvent
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.accounting.plans import ClientPlan, make_plans
+from fed_dpsat.client import trial
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
+from fed_dpsat.client.given import copied
 from fed_dpsat.errors import SettingError
-from fed_dpsat.evaluation import evaluation_of, predict, quality_of
-from fed_dpsat.experiment import Experiment
-from fed_dpsat.flower import compat, personal, records, sums
+from fed_dpsat.flower import personal, sums
 from fed_dpsat.flower.client_app import StackingClientApp, make_client_app
 from fed_dpsat.flower.federation import build_strategy, private_strategy, unfrozen
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, SimulationGrid, node_context
 from fed_dpsat.flower.strategy import PrivateStrategy
-from fed_dpsat.given import copied
-from fed_dpsat.plans import ClientPlan, make_plans
-from fed_dpsat.privacy.event import CLIENTS, PrivacyEvent
-from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.flower.wire import compat, records
 
 
 def try_federation(experiment: Experiment, strategy: Strategy | None = None, objects: Sequence[str] = ()) -> None:

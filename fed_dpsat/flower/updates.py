@@ -18,12 +18,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower import compat, records
-from fed_dpsat.optimizers.chain import split_chain
-from fed_dpsat.optimizers.dpsgd import SCHEDULES
-from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.optimizers.chain import split_chain
+from fed_dpsat.step.optimizers.dpsgd import SCHEDULES
 
 Vector = NDArray[np.floating]
 

@@ -10,22 +10,22 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fed_dpsat import generators
-from fed_dpsat.config import RunConfig, Scalar
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
-from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import client_app as client_app_module
 from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.flower.grid import Backend, SimulationGrid
 from fed_dpsat.flower.recorder import OnRound, Summary
 from fed_dpsat.flower.trial import try_federation
-from fed_dpsat.optimizers.base import PrivateOptimizer
-from fed_dpsat.process import tune_allocator
-from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.run.process import tune_allocator
+from fed_dpsat.settings.config import RunConfig, Scalar
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.in_process import InProcessBackend
 from fed_dpsat.simulation.state import kept_rounds
+from fed_dpsat.step import generators
+from fed_dpsat.step.optimizers.base import PrivateOptimizer
 
 
 def simulate(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fed_dpsat.config import RunConfig
-from fed_dpsat.noise import derive_generator
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.noise import derive_generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,11 @@ from typing import Any
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_app import StackingClientApp
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, answer, error_reply, node_context
-from fed_dpsat.process import intra_op_threads
+from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.state import StateStore
 

@@ -11,8 +11,8 @@ from typing import Any
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.flower import compat
 from fed_dpsat.flower.grid import Answers, unanswered
+from fed_dpsat.flower.wire import compat
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.host import Host
 from fed_dpsat.simulation.state import StateStore

@@ -35,8 +35,8 @@ from flwr.clientapp import ClientApp
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower import compat
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, unanswered
+from fed_dpsat.flower.wire import compat
 from fed_dpsat.simulation.cluster import connect, explained
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.ray_pool import Pool, Slot, Work

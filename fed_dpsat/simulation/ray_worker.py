@@ -13,14 +13,14 @@ import ray
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.engines import compiled
 from fed_dpsat.errors import RunError, SettingError
-from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers
-from fed_dpsat.placement import require
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.host import Host
 from fed_dpsat.simulation.state import StateStore
+from fed_dpsat.step.gradients import compiled
+from fed_dpsat.step.placement import require
 
 References = Mapping[str, "ray.ObjectRef[Any]"]
 """Record name to the arrays that lie in Ray's object store."""

@@ -2,7 +2,7 @@
 
 A state is filed under the round that made it: ``state/<client>/<round>.state``. The one before stays until the next
 round, so that a client whose worker or driver died starts its round again from where it was. Nothing is synced to the
-disk: files survive a killed process, not a power cut. How a file is written is in ``fed_dpsat.state_file``.
+disk: files survive a killed process, not a power cut. How a file is written is in ``fed_dpsat.run.state_file``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fed_dpsat.flower import compat
-from fed_dpsat.state_file import ARRAYS, SUFFIX, Record, StateError, read_state, write_state
+from fed_dpsat.flower.wire import compat
+from fed_dpsat.run.state_file import ARRAYS, SUFFIX, Record, StateError, read_state, write_state
 
 __all__ = ["StateError", "StateStore", "kept_rounds"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from fed_dpsat.privacy.accountant import epsilon as trusted_epsilon
-from fed_dpsat.privacy.event import PrivacyEvent
+from fed_dpsat.accounting.accountant import epsilon as trusted_epsilon
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.testing.conformance import require, run_checks
 
 Accountant = Callable[[Sequence[PrivacyEvent], float], float]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fed_dpsat.clipping import ClippingRule
 from fed_dpsat.params import Params, global_norm, subtract
-from fed_dpsat.per_example import clipped_gradient_sum
+from fed_dpsat.step.clipping import ClippingRule
+from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.problems import Shapes, filled, prescribed, size
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from fed_dpsat.unchecked import unchecked
+from fed_dpsat.step.unchecked import unchecked
 
 Subject = TypeVar("Subject")
 

@@ -17,12 +17,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from fed_dpsat.flower import records
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.strategy import PrivateStrategy
-from fed_dpsat.plans import ClientPlan
-from fed_dpsat.privacy.event import PrivacyEvent
-from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.flower.wire import records
 from fed_dpsat.simulation.in_process import InProcessBackend
 
 NUM_CLIENTS = 8

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.accounting.accountant import epsilon
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.params import Params
-from fed_dpsat.privacy.accountant import epsilon
-from fed_dpsat.privacy.event import PrivacyEvent
-from fed_dpsat.sampling import PoissonSampler
+from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.loop import LocalResult, Streams, train_locally
+from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.noise import (
     Subject,
@@ -26,7 +27,6 @@ from fed_dpsat.testing.noise import (
     stream,
 )
 from fed_dpsat.testing.problems import TrainLoop, Watching, copied, kind, prescribed
-from fed_dpsat.training import LocalResult, Streams, train_locally
 
 STEPS, EXAMPLES, RATE, GRADIENT = 30, 8, 0.125, 0.25
 FIRST = Streams(seed=0, client=0, round=1)

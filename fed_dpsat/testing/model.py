@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fed_dpsat.clipping import FlatClipping
-from fed_dpsat.engines.unchanging import check_unchanging
 from fed_dpsat.errors import ModelError
 from fed_dpsat.params import Params, global_norm, subtract, trainable, zeros_like
-from fed_dpsat.per_example import Engine, ModelLoss, check_module, clipped_gradient_sum
+from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.gradients.per_example import Engine, ModelLoss, check_module, clipped_gradient_sum
+from fed_dpsat.step.gradients.unchanging import check_unchanging
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.problems import copied, difference
 

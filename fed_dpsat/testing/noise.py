@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fed_dpsat.noise import derive_generator
 from fed_dpsat.params import Params
+from fed_dpsat.step.noise import derive_generator
 from fed_dpsat.testing import statistics
 from fed_dpsat.testing.conformance import require
 from fed_dpsat.testing.problems import TrainLoop, filled

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fed_dpsat.optimizers.base import ASCENT, PrivateOptimizer, State, owned_update
 from fed_dpsat.params import Params, zeros_like
-from fed_dpsat.query import At, as_query, first_point
+from fed_dpsat.step.loop import train_locally
+from fed_dpsat.step.optimizers.base import ASCENT, PrivateOptimizer, State, owned_update
+from fed_dpsat.step.query import At, as_query, first_point
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.problems import (
     TrainLoop,
@@ -30,7 +31,6 @@ from fed_dpsat.testing.rounds import (
     training_is_replayed_from_private_gradients_alone,
     zero_lr_keeps_every_bit,
 )
-from fed_dpsat.training import train_locally
 
 STEPS = 6
 SIGNATURES = {

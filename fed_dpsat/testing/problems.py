@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fed_dpsat.optimizers.base import PrivateOptimizer, State
 from fed_dpsat.params import Params
-from fed_dpsat.query import At, compact, first_point, spread
-from fed_dpsat.training import LocalResult
+from fed_dpsat.step.loop import LocalResult
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.step.query import At, compact, first_point, spread
 
 TrainLoop = Callable[..., LocalResult]
 """A training loop with the signature of ``train_locally``."""

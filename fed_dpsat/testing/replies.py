@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
-from fed_dpsat.flower import records
+from fed_dpsat.flower.wire import records
 from fed_dpsat.testing.federation import NUM_CLIENTS, Tamper, as_model, as_record, start
 
 BAD_CLIENT = 2

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fed_dpsat.clipping import FlatClipping
-from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.optimizers.base import PrivateOptimizer, State, set_clock, set_noise
 from fed_dpsat.params import Params, global_norm, subtract
-from fed_dpsat.query import spread
-from fed_dpsat.sampling import PoissonSampler
+from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.loop import LocalResult, Streams
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, set_clock, set_noise
+from fed_dpsat.step.query import spread
+from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.testing.conformance import require
 from fed_dpsat.testing.problems import (
     TrainLoop,
@@ -26,7 +27,6 @@ from fed_dpsat.testing.problems import (
     quadratic,
     restored,
 )
-from fed_dpsat.training import LocalResult, Streams
 
 SHAPES = {"weight": (3, 2), "bias": (3,)}
 ROUNDS, STEPS, EXAMPLES, RATE = 3, 4, 12, 0.5

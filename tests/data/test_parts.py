@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.data.dataset import DataError
 from fed_dpsat.data.parts import disjoint_parts
-from fed_dpsat.experiment import Experiment
+from fed_dpsat.settings.config import RunConfig
 
 TEN = {"num_clients": 2, "num_examples": 10, "partition": "mine"}
 

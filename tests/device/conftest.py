@@ -11,14 +11,14 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.client.build import Task
 from fed_dpsat.device.policy import Policy
 from fed_dpsat.device.release import prepare
-from fed_dpsat.experiment import Task
-from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.client_app import app
 from fed_dpsat.flower.grid import answer
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.params import Params
+from fed_dpsat.settings.config import RunConfig
 
 POLICY = """
 folder = "device"

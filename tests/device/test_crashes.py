@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from fed_dpsat.accounting import PrivacyEvent, PrivacyLedger, epsilon
 from fed_dpsat.device.release import CLIENT, journal_path, ledger_path, prepare
-from fed_dpsat.privacy import PrivacyEvent, PrivacyLedger, epsilon
 
 EVENT = PrivacyEvent(noise_multiplier=5.0, sample_rate=1.0, steps=1)
 DELTA = 1e-5
@@ -28,7 +28,7 @@ import ctypes, hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 from fed_dpsat.device.journal import Refusal, Request
 from fed_dpsat.device.release import release
-from fed_dpsat.privacy import LedgerError, PrivacyEvent, epsilon
+from fed_dpsat.accounting import LedgerError, PrivacyEvent, epsilon
 
 folder, budget = Path(sys.argv[1]), float(sys.argv[2])
 wire = os.open(folder.parent / "wire", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fed_dpsat.data.dataset import DataError
 from fed_dpsat.device.data import own_data
-from fed_dpsat.flower import records
+from fed_dpsat.flower.wire import records
 
 CLASSES = ("cat", "dog", "owl")
 

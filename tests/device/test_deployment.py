@@ -13,8 +13,8 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from fed_dpsat.accounting import PrivacyLedger, epsilon
 from fed_dpsat.device.release import CLIENT, ledger_path
-from fed_dpsat.privacy import PrivacyLedger, epsilon
 from simulations.deploy_local import Deployment, make_certificates, make_device
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, MetricRecord, RecordDict
 
+from fed_dpsat.accounting import PrivacyLedger
 from fed_dpsat.device.release import CLIENT, ledger_path
-from fed_dpsat.flower import records
-from fed_dpsat.privacy import PrivacyLedger
-from fed_dpsat.subspace import Coordinates
+from fed_dpsat.flower.wire import records
+from fed_dpsat.step.subspace import Coordinates
 
 
 def history(device):
@@ -115,7 +115,7 @@ def test_settings_that_the_policy_does_not_allow_are_refused(device, changes, sa
 
 
 def device_settings():
-    from fed_dpsat.config import RunConfig
+    from fed_dpsat.settings.config import RunConfig
 
     return RunConfig(
         dataset="pixels", noise_source="system", noise_multiplier=2.0, delta=1e-4, sample_rate=0.5, num_clients=3
@@ -410,9 +410,9 @@ def test_noise_has_no_seed(device, task):
 
 def test_no_seed_of_the_servers_is_that_of_what_a_model_draws(device, task, monkeypatch):
     """Two admitted runs, and the same one again, each with the server's seed: keys that nobody else can derive."""
-    from fed_dpsat import training
-    from fed_dpsat.draws import step_key
-    from fed_dpsat.noise import derive_key
+    from fed_dpsat.step import loop as training
+    from fed_dpsat.step.draws import step_key
+    from fed_dpsat.step.noise import derive_key
 
     keys, of_training = [], training.clipped_gradient_sum
 

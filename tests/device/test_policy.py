@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from fed_dpsat.config import RunConfig
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.device.policy import Policy, PolicyError
+from fed_dpsat.settings.config import RunConfig
 
 
 def test_paths_are_beside_the_file(device):

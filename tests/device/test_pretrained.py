@@ -7,7 +7,7 @@ import torch
 
 from fed_dpsat.device.client import _experiment
 from fed_dpsat.device.policy import Policy
-from fed_dpsat.flower import records
+from fed_dpsat.flower.wire import records
 from fed_dpsat.models.mlp import mlp
 
 FROM = {"start_from": "server.pt", "train_layers": "last", "model": "mlp"}

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
+from fed_dpsat.accounting import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
 from fed_dpsat.device.journal import Refusal, Request
 from fed_dpsat.device.release import CLIENT, journal_path, ledger_path, prepare, release
 from fed_dpsat.errors import SettingError
-from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
 
 EVENT = PrivacyEvent(noise_multiplier=5.0, sample_rate=1.0, steps=1)
 DELTA = 1e-5
@@ -176,7 +176,7 @@ import os, sys
 from pathlib import Path
 from fed_dpsat.device.journal import Refusal, Request
 from fed_dpsat.device.release import release
-from fed_dpsat.privacy import LedgerError, PrivacyEvent
+from fed_dpsat.accounting import LedgerError, PrivacyEvent
 folder, budget, me = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 event = PrivacyEvent(noise_multiplier=5.0, sample_rate=1.0, steps=1)
 print("ready", flush=True)

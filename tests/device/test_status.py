@@ -8,10 +8,10 @@ import sqlite3
 import pytest
 from typer.testing import CliRunner
 
+from fed_dpsat.accounting import epsilon
 from fed_dpsat.cli import app
 from fed_dpsat.device.log import LARGEST_BYTES, device_log, last_line, one_line
 from fed_dpsat.device.release import ledger_path
-from fed_dpsat.privacy import epsilon
 
 
 def call(*arguments):
@@ -73,7 +73,7 @@ def test_an_older_copy_of_the_ledger_is_told_and_answers_no_more(device, task):
 
 
 def test_status_while_a_writer_holds_the_ledger(device):
-    from fed_dpsat.privacy import PrivacyLedger
+    from fed_dpsat.accounting import PrivacyLedger
 
     device.ask()
     with PrivacyLedger(ledger_path(device.folder)):

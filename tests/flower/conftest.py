@@ -12,12 +12,12 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from fed_dpsat.flower import records
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.strategy import PrivateStrategy
-from fed_dpsat.plans import ClientPlan
-from fed_dpsat.privacy.event import PrivacyEvent
-from fed_dpsat.privacy.ledger import PrivacyLedger
+from fed_dpsat.flower.wire import records
 from fed_dpsat.simulation.in_process import InProcessBackend
 
 NUM_CLIENTS = 4

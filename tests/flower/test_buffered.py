@@ -10,12 +10,12 @@ import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.accounting import PrivacyLedger
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.privacy import PrivacyLedger
-from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 
 CONFIG = RunConfig(

@@ -8,14 +8,14 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from torch import nn
 
-from fed_dpsat.config import RunConfig
-from fed_dpsat.experiment import Experiment, Task
-from fed_dpsat.flower import compat, records
+from fed_dpsat.accounting import PrivacyEvent, epsilon
+from fed_dpsat.client.build import Experiment, Task
 from fed_dpsat.flower.client_app import app, from_run_config, make_client_app
 from fed_dpsat.flower.grid import FIRST_NODE_ID, answer, node_context
-from fed_dpsat.optimizers import DPSGD
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.params import trainable
-from fed_dpsat.privacy import PrivacyEvent, epsilon
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.optimizers import DPSGD
 
 CONFIG = RunConfig(noise_multiplier=2.0, delta=1e-4, num_clients=3, target_epsilon=1.5, budget_mode="retire")
 TASK = Task(round=1, noise_multiplier=2.0, sample_rate=0.5, local_steps=1)

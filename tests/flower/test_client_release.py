@@ -15,17 +15,19 @@ import torch
 from flwr.serverapp.strategy import FedAdam, FedMedian
 from torch import nn
 
-from fed_dpsat import RunConfig, client_level, simulate
+from fed_dpsat import RunConfig, simulate
+from fed_dpsat.accounting import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
+from fed_dpsat.client import unit as client_level
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
-from fed_dpsat.experiment import Experiment
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower import records, round_kind, sums
+from fed_dpsat.flower import round_kind, sums
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.roster import Roster
-from fed_dpsat.mechanism import GaussianMechanism, normals_like
-from fed_dpsat.noise import SERVER, derive_generator
-from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
-from fed_dpsat.statement import read_statement
+from fed_dpsat.flower.wire import records
+from fed_dpsat.run.statement import read_statement
+from fed_dpsat.step.mechanism import GaussianMechanism, normals_like
+from fed_dpsat.step.noise import SERVER, derive_generator
 
 C, SIGMA = 0.05, 0.7
 CONFIG = RunConfig(

@@ -9,14 +9,14 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fed_dpsat.config import RunConfig
-from fed_dpsat.experiment import Experiment, Task
-from fed_dpsat.flower import codec, records
+from fed_dpsat.client.build import Experiment, Task
 from fed_dpsat.flower.replies import Failure, judge
+from fed_dpsat.flower.wire import codec, records
 from fed_dpsat.params import trainable
-from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
-from fed_dpsat.subspace import Coordinates, Span, cut, direction, laid_end_to_end
+from fed_dpsat.step.subspace import Coordinates, Span, cut, direction, laid_end_to_end
 
 START = {"w": torch.arange(60.0).view(6, 10), "b": torch.full((40,), -3.0)}
 CHANGE = {"w": torch.linspace(-1, 1, 60).view(6, 10), "b": torch.linspace(0.001, 0.01, 40)}
@@ -232,7 +232,7 @@ def test_a_run_is_the_same_to_the_bit_whether_frozen_coordinates_travel_or_not(
     config = dataclasses.replace(FREEZE, strategy=strategy)
     given = None
     if optimizer == "dp-sat":
-        from fed_dpsat.optimizers import DPSAT
+        from fed_dpsat.step.optimizers import DPSAT
 
         given = DPSAT(base=Experiment.build(config).optimizer, rho=0.05)
     sparse = simulate(config, tmp_path / "sparse", optimizer=given)

@@ -11,10 +11,10 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fed_dpsat.cohort import draw_cohort
-from fed_dpsat.flower import compat, records
+from fed_dpsat.flower.cohort import draw_cohort
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.flower.wire import compat, records
 
 LEAST_ID = 100
 

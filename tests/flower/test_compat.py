@@ -20,9 +20,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fed_dpsat.errors import InputError
-from fed_dpsat.flower import compat
-from fed_dpsat.flower.compat import versions
 from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.wire import compat
+from fed_dpsat.flower.wire.compat import versions
 from fed_dpsat.simulation.in_process import InProcessBackend
 
 ROOT = Path(__file__).parents[2]

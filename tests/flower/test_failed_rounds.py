@@ -10,11 +10,11 @@ import torch
 from flwr.app import Error, Message
 
 from fed_dpsat import RunConfig, simulate
-from fed_dpsat.experiment import Experiment
+from fed_dpsat.accounting import PrivacyLedger
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.privacy import PrivacyLedger
+from fed_dpsat.flower.wire import compat, records
 
 ROUNDS = 8
 DIVERGING = RunConfig(num_clients=4, num_rounds=ROUNDS, noise_multiplier=2.0, delta=1e-4, lr=1e20)

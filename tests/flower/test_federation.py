@@ -11,9 +11,9 @@ import pytest
 import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
-from fed_dpsat.config import RunConfig
 from fed_dpsat.flower.federation import build_strategy
 from fed_dpsat.plugins import PluginError
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 
 SMALL = RunConfig(num_clients=3, num_rounds=2, sample_rate=0.5, noise_multiplier=200.0, lr=0.25, evaluate_every=2)

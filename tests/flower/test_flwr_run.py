@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fed_dpsat.config import RunConfig
-from fed_dpsat.engines import compiled
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
+from fed_dpsat.step.gradients import compiled
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {

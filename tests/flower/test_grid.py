@@ -6,8 +6,8 @@ import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.flower import records
 from fed_dpsat.flower.grid import FIRST_NODE_ID, SimulationGrid
+from fed_dpsat.flower.wire import records
 from fed_dpsat.simulation.in_process import InProcessBackend
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from fed_dpsat.flower import records
+from fed_dpsat.flower.wire import records
 
 
 class Bomb:

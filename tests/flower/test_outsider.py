@@ -9,11 +9,11 @@ import re
 import numpy as np
 import pytest
 
-from fed_dpsat.cohort import toss_cohort
-from fed_dpsat.config import RunConfig
-from fed_dpsat.plans import make_plans
-from fed_dpsat.privacy import PrivacyLedger
-from fed_dpsat.privacy.released import Cohort, epsilon_of_models, epsilon_released
+from fed_dpsat.accounting import PrivacyLedger
+from fed_dpsat.accounting.plans import make_plans
+from fed_dpsat.accounting.released import Cohort, epsilon_of_models, epsilon_released
+from fed_dpsat.flower.cohort import toss_cohort
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 
 CONFIG = RunConfig(

@@ -11,13 +11,13 @@ import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from fed_dpsat import RunConfig, simulate
-from fed_dpsat.evaluation import evaluate
-from fed_dpsat.experiment import Experiment
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import evaluate
+from fed_dpsat.client.personal import PERSONAL
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.grid import answer
 from fed_dpsat.flower.personal import _rows, summarised
-from fed_dpsat.personal import PERSONAL
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.simulation.state import StateStore, kept_rounds
 
 CONFIG = RunConfig(

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from fed_dpsat.config import RunConfig
 from fed_dpsat.flower.promise import also_released
+from fed_dpsat.settings.config import RunConfig
 
 CONFIG = RunConfig(noise_multiplier=1.0, delta=1e-4)
 OF_CLIENTS = {"privacy_unit": "client", "client_sampling": "poisson", "clients_per_round": 2}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from fed_dpsat.experiment import Task
-from fed_dpsat.flower import records
-from fed_dpsat.flower.records import RecordError
-from fed_dpsat.privacy.event import PrivacyEvent, merge
-from fed_dpsat.training import LocalResult
+from fed_dpsat.accounting.event import PrivacyEvent, merge
+from fed_dpsat.client.build import Task
+from fed_dpsat.flower.wire import records
+from fed_dpsat.flower.wire.records import RecordError
+from fed_dpsat.step.loop import LocalResult
 
 PARAMS = {"weight": torch.tensor([[1.5, -2.0]]), "scale": torch.tensor(3.0), "count": torch.tensor(7)}
 EVENT = PrivacyEvent(noise_multiplier=1.5, sample_rate=0.25, steps=3)

@@ -7,12 +7,12 @@ import math
 
 import pytest
 
+from fed_dpsat.accounting import PrivacyEvent, epsilon
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.flower import roster as roster_module
 from fed_dpsat.flower.nodes import FederationOver
 from fed_dpsat.flower.roster import Roster
-from fed_dpsat.plans import ClientPlan
-from fed_dpsat.privacy import PrivacyEvent, epsilon
-from fed_dpsat.privacy.ledger import PrivacyLedger
 
 EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
 PLAN = ClientPlan(target_epsilon=epsilon([EVENT] * 2, 1e-5) + 1e-6, sample_rate=0.1, first_round=1, event=EVENT)

@@ -7,10 +7,10 @@ import pytest
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower import records
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.round_kind import RoundKind
 from fed_dpsat.flower.secure_server import SecureSums
+from fed_dpsat.flower.wire import records
 
 
 class TwoWaves(RoundKind):

@@ -11,11 +11,12 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from fed_dpsat import RunConfig, simulate
+from fed_dpsat.client.build import Experiment, Task
 from fed_dpsat.errors import SettingError
-from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower import records, secure_client
+from fed_dpsat.flower import secure_client
 from fed_dpsat.flower.secure_client import SECURE
+from fed_dpsat.flower.wire import records
 from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.simulation.state import StateStore, kept_rounds
 

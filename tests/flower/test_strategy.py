@@ -10,9 +10,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
-from fed_dpsat.flower import records
+from fed_dpsat.accounting import PrivacyEvent, epsilon
 from fed_dpsat.flower.nodes import FederationError, FederationOver
-from fed_dpsat.privacy import PrivacyEvent, epsilon
+from fed_dpsat.flower.wire import records
 
 EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
 

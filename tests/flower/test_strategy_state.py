@@ -10,8 +10,8 @@ import torch
 from flwr.app import ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
-from fed_dpsat.flower import records
 from fed_dpsat.flower.strategy_state import StrategyStateError, capture_state, restore_state
+from fed_dpsat.flower.wire import records
 
 
 def through_a_file(state):

@@ -11,8 +11,9 @@ import torch
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, FedYogi, Krum
 
-from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.replies import Failure
+from fed_dpsat.flower.wire import compat, records
 
 
 def reply(client, params, size):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fed_dpsat import RunConfig
-from fed_dpsat.experiment import Experiment, Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.build import Experiment, Task
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.params import trainable
-from fed_dpsat.privacy.event import PrivacyEvent
 
 
 def measured(config: RunConfig, round: int) -> np.ndarray:

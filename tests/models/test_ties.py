@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.personal import personal_names
 from fed_dpsat.errors import ModelError, SettingError
-from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.models.ties import check_memory, layers, named_tensors
 from fed_dpsat.params import trainable
-from fed_dpsat.personal import personal_names
+from fed_dpsat.settings.config import RunConfig
 
 
 class Tied(nn.Module):

@@ -19,10 +19,10 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from ray.exceptions import ObjectStoreFullError, OutOfMemoryError, RayError
 
-from fed_dpsat.engines import compiled
 from fed_dpsat.errors import RunError, SettingError
-from fed_dpsat.flower import compat, records
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.simulation import cluster, ray_backend, ray_pool, ray_worker
+from fed_dpsat.step.gradients import compiled
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.accounting import PrivacyLedger
 from fed_dpsat.errors import SettingError
-from fed_dpsat.privacy import PrivacyLedger
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 from fed_dpsat.simulation.faults import Faults
 

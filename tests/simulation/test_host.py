@@ -9,9 +9,10 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.experiment import Task
-from fed_dpsat.flower import compat, records, sums
+from fed_dpsat.client.build import Task
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.grid import FIRST_NODE_ID
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.simulation.host import Host
 from fed_dpsat.simulation.state import StateStore
 

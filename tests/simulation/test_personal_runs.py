@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 
 CONFIG = RunConfig(

@@ -12,11 +12,11 @@ from flwr.serverapp.strategy import FedAvg
 from typer.testing import CliRunner
 
 from fed_dpsat.cli import app
-from fed_dpsat.config import RunConfig
+from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.evaluation import evaluate
 from fed_dpsat.errors import SettingError
-from fed_dpsat.evaluation import evaluate
-from fed_dpsat.experiment import Experiment, Task
 from fed_dpsat.models.mlp import mlp
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 
 HIGH = "simulations.digit_halves:high"

@@ -13,8 +13,8 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.grid import Answers
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.simulation import ray_backend, ray_pool, ray_worker
 
 

@@ -16,11 +16,11 @@ import torch
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from fed_dpsat import simulation
-from fed_dpsat.config import RunConfig
+from fed_dpsat.accounting import LedgerError, PrivacyLedger
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.privacy import LedgerError, PrivacyLedger
-from fed_dpsat.run_folder import RunFolder
+from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 
 CONFIG = RunConfig(
@@ -71,7 +71,7 @@ def killed(config, folder, owner, name, call, *, after, **objects):
 
 
 def client_round():
-    from fed_dpsat.experiment import Experiment
+    from fed_dpsat.client.build import Experiment
 
     return Experiment, "client_round"
 
@@ -147,7 +147,7 @@ def test_on_workers_too(uninterrupted, tmp_path, ray_cluster):
 def test_a_driver_of_workers_killed_mid_round_is_resumed(uninterrupted, tmp_path):
     script = (
         "import os, signal, sys\n"
-        "from fed_dpsat.config import RunConfig\n"
+        "from fed_dpsat.settings.config import RunConfig\n"
         "from fed_dpsat import simulation\n"
         "from fed_dpsat.flower import sums\n"
         "settings = eval(sys.argv[2])\n"

@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 from flwr.app import Message, MessageType, RecordDict
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.accounting import PrivacyLedger
+from fed_dpsat.client.build import Experiment, Task
 from fed_dpsat.errors import RunError, SettingError
-from fed_dpsat.experiment import Experiment, Task
-from fed_dpsat.flower import compat, records
 from fed_dpsat.flower.client_app import app, make_client_app
 from fed_dpsat.flower.grid import FIRST_NODE_ID, SimulationGrid, answer, node_context
 from fed_dpsat.flower.nodes import FederationError, identify_nodes
-from fed_dpsat.privacy import PrivacyLedger
+from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 from fed_dpsat.simulation.in_process import InProcessBackend
 

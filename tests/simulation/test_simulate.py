@@ -13,16 +13,16 @@ import torch
 from flwr.serverapp.strategy import FedAdam
 from torch import nn
 
-from fed_dpsat.config import RunConfig
+from fed_dpsat.accounting import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
+from fed_dpsat.accounting.released import Cohort, epsilon_of_models
 from fed_dpsat.data.digits import digits
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.optimizers import DPSGD
-from fed_dpsat.privacy import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
-from fed_dpsat.privacy.released import Cohort, epsilon_of_models
-from fed_dpsat.report.reading import read_run
+from fed_dpsat.lab.report.reading import read_run
+from fed_dpsat.run.statement import read_statement
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
-from fed_dpsat.statement import read_statement
+from fed_dpsat.step.optimizers import DPSGD
 
 CONFIG = RunConfig(
     noise_multiplier=2.0, delta=1e-4, seed=1, num_clients=5, clients_per_round=2, num_rounds=4, local_steps=2

@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 
-from fed_dpsat.config import RunConfig
-from fed_dpsat.experiment import Experiment
+from fed_dpsat.accounting import PrivacyLedger
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.params import global_norm, subtract
-from fed_dpsat.privacy import PrivacyLedger
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 
 CONFIG = RunConfig(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fed_dpsat.flower import records
+from fed_dpsat.flower.wire import records
 from fed_dpsat.simulation import state
 from fed_dpsat.simulation.state import StateError, StateStore, kept_rounds
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from fed_dpsat.privacy import epsilon
-from fed_dpsat.privacy.accountant import ACCOUNTANTS
+from fed_dpsat.accounting import epsilon
+from fed_dpsat.accounting.accountant import ACCOUNTANTS
 from fed_dpsat.testing import check_accountant
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fed_dpsat import plugins
-from fed_dpsat.clipping import FlatClipping
+from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.testing import check_clipping
 
 

@@ -52,7 +52,7 @@ def test_the_generator_of_torch_is_left_as_it_was():
 
 def test_numerics_suites_load_neither_flower_nor_ray():
     code = (
-        "import sys; from fed_dpsat.testing import check_clipping; from fed_dpsat.clipping import FlatClipping; "
+        "import sys; from fed_dpsat.testing import check_clipping; from fed_dpsat.step.clipping import FlatClipping; "
         "check_clipping(FlatClipping); print([m for m in ('flwr', 'ray') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

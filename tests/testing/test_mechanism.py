@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fed_dpsat.mechanism import GaussianMechanism
-from fed_dpsat.per_example import clipped_gradient_sum
+from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
+from fed_dpsat.step.loop import LocalResult, Streams, train_locally
+from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.testing import check_mechanism
-from fed_dpsat.training import LocalResult, Streams, train_locally
 
 
 def wrong(name):

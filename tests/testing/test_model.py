@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fed_dpsat import plugins
-from fed_dpsat.per_example import ENGINES
+from fed_dpsat.step.gradients.per_example import ENGINES
 from fed_dpsat.testing import check_model
 
 SHAPES = {"dpnasnet-fashion-mnist": (1, 28, 28)}

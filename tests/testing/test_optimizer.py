@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from fed_dpsat import plugins
-from fed_dpsat.config import RunConfig
-from fed_dpsat.optimizers import DPSAT, DPSGD
-from fed_dpsat.optimizers.base import ASCENT, climb
-from fed_dpsat.optimizers.chain import build_optimizer
 from fed_dpsat.params import zeros_like
-from fed_dpsat.per_example import clipped_gradient_sum
-from fed_dpsat.query import Query
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
+from fed_dpsat.step.loop import LocalResult, train_locally
+from fed_dpsat.step.optimizers import DPSAT, DPSGD
+from fed_dpsat.step.optimizers.base import ASCENT, climb
+from fed_dpsat.step.optimizers.chain import build_optimizer
+from fed_dpsat.step.query import Query
 from fed_dpsat.testing import check_optimizer
-from fed_dpsat.training import LocalResult, train_locally
 
 
 def shipped(name, lr=0.1):

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import strategy as stock
 from flwr.serverapp.strategy import FedAvg
 
-from fed_dpsat.privacy import PrivacyLedger
+from fed_dpsat.accounting import PrivacyLedger
 from fed_dpsat.testing import check_strategy
 from fed_dpsat.testing.federation import Federation, start, still
 
@@ -234,7 +234,7 @@ def test_a_broken_strategy_is_caught(factory, caught):
 
 
 def test_a_wrapper_that_lets_bad_replies_through_is_caught(caught, monkeypatch):
-    monkeypatch.setattr("fed_dpsat.flower.records.check_arrays", lambda content, like: None)
+    monkeypatch.setattr("fed_dpsat.flower.wire.records.check_arrays", lambda content, like: None)
     assert caught(check_strategy, FedAvg) == "bad_replies_do_not_spread"
 
 

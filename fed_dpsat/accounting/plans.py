@@ -1,0 +1,161 @@
+"""Each client's plan: what it may spend, how it samples, and from which round it is there.
+
+Without a table every client has the plan of the configuration. A table is a CSV file that ``client_table`` names, one
+line per client that differs; an empty field is the configuration's value::
+
+    client,target_epsilon,sample_rate,first_round
+    0,1.0,,
+    7,4.0,0.1,20
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fed_dpsat.accounting import PrivacyEvent, epsilon, merge, noise_multiplier_for
+from fed_dpsat.accounting.event import CLIENTS, History
+from fed_dpsat.errors import InputError, SettingError
+from fed_dpsat.settings.config import RunConfig
+
+
+class BudgetError(InputError):
+    """A client is asked for more than its budget has left; nothing was computed on its data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientPlan:
+    """``target_epsilon`` 0 is no budget; ``event`` is what one round costs; ``first_round`` counts from 1.
+
+    A client takes ``local_steps`` in a round, 0 is for those of the ``event``: one of the unit "client" has one step.
+    """
+
+    target_epsilon: float
+    sample_rate: float
+    first_round: int
+    event: PrivacyEvent
+    local_steps: int = 0
+
+    @property
+    def budget(self) -> float:
+        """The largest epsilon this client may reach."""
+        return self.target_epsilon or math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    target_epsilon: float
+    sample_rate: float
+    first_round: int
+
+
+COLUMNS: Mapping[str, Callable[[str], Any]] = {"target_epsilon": float, "sample_rate": float, "first_round": int}
+
+
+def make_plans(config: RunConfig) -> list[ClientPlan]:
+    """The plan of each client; noise is calibrated once per distinct budget, rate and number of rounds.
+
+    Raises ``InputError`` for a table that makes no sense, or a budget below what one round costs.
+    """
+    rows = read_table(config)
+    noise = {row: _noise_multiplier(config, row) for row in set(rows)}
+    events = {row: _event(config, row, noise[row]) for row in noise}
+    steps = config.steps_per_round
+    plans = [ClientPlan(event=events[row], local_steps=steps, **dataclasses.asdict(row)) for row in rows]
+    for client, plan in enumerate(plans):
+        cost = epsilon([plan.event], config.delta, config.accountant)
+        if cost > plan.budget:
+            raise SettingError(
+                "target_epsilon",
+                plan.target_epsilon,
+                f"enough for one round of client {client}, which costs {cost:.4g}",
+                "raise the budget or the noise, or lower local_steps or sample_rate",
+            )
+    return plans
+
+
+def read_table(config: RunConfig) -> list[_Row]:
+    """One row per client: the configuration's values, replaced where ``client_table`` says so."""
+    default = _Row(target_epsilon=config.target_epsilon, sample_rate=config.sample_rate, first_round=1)
+    rows = [default] * config.num_clients
+    if not config.client_table:
+        return rows
+    seen: set[int] = set()
+    for line, fields in _lines(Path(config.client_table)):
+        where = f"client_table={config.client_table!r}, line {line}"
+        try:
+            client = int(fields.pop("client"))
+            values = {key: COLUMNS[key](text) for key, text in fields.items() if text}
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
+        if not 0 <= client < config.num_clients or client in seen:
+            raise InputError(f"{where}: client {client} is there twice or not in 0 to {config.num_clients - 1}")
+        seen.add(client)
+        rows[client] = row = dataclasses.replace(default, **values)
+        if not (0 <= row.target_epsilon < math.inf and 0 < row.sample_rate <= 1):
+            raise InputError(f"{where}: target_epsilon is in [0, inf) and sample_rate in (0, 1]")
+        if not 1 <= row.first_round <= config.num_rounds:
+            raise InputError(f"{where}: first_round={row.first_round} is not in 1 to num_rounds={config.num_rounds}")
+    return rows
+
+
+def affordable(history: Iterable[PrivacyEvent], plan: ClientPlan, delta: float, accountant: str) -> bool:
+    """Whether a client with ``history`` can take one more round of its ``plan`` within its budget; public inputs."""
+    return math.isinf(plan.budget) or epsilon([*history, plan.event], delta, accountant) <= plan.budget
+
+
+def spend(history: History, event: PrivacyEvent, budget: float, delta: float, accountant: str) -> History:
+    """``history`` and ``event``; ``BudgetError`` if together they cost more than ``budget`` (0 is no budget).
+
+    A client keeps its own count and refuses, whatever the server believes.
+    """
+    spent = merge([*history, event])
+    if budget and (cost := epsilon(spent, delta, accountant)) > budget:
+        raise BudgetError(
+            f"budget={budget:g} is below {cost:.4g}, what epsilon would be after this round at delta {delta:g}; "
+            "refused, nothing was computed"
+        )
+    return spent
+
+
+def _noise_multiplier(config: RunConfig, row: _Row) -> float:
+    """The configured noise, or the least that lets the client's whole schedule fit its budget."""
+    if not config.private or config.budget_mode == "retire" or not row.target_epsilon:
+        return config.noise_multiplier
+    rounds = min(config.rounds_per_client, config.num_rounds - row.first_round + 1)
+    of_round = _event(config, row, 1.0)
+    return noise_multiplier_for(
+        row.target_epsilon, config.delta, of_round.sample_rate, rounds * of_round.steps, config.accountant
+    )
+
+
+def _event(config: RunConfig, row: _Row, noise_multiplier: float) -> PrivacyEvent:
+    """What a round costs: its steps on examples, or one release of clients, whom only their own coins amplify."""
+    if config.privacy_unit == "example":
+        return PrivacyEvent(
+            noise_multiplier=noise_multiplier, sample_rate=row.sample_rate, steps=config.steps_per_round
+        )
+    return PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=config.amplifying_rate, steps=1, kind=CLIENTS)
+
+
+def _lines(path: Path) -> Iterable[tuple[int, dict[str, str]]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError("client_table", str(path), "a readable CSV file", str(error)) from None
+    reader = csv.DictReader(text.splitlines())
+    unknown = set(reader.fieldnames or ()) - {"client", *COLUMNS}
+    if "client" not in (reader.fieldnames or ()) or unknown:
+        raise InputError(
+            f"client_table={str(path)!r}: columns are {reader.fieldnames}; wanted are client and any of "
+            f"{', '.join(COLUMNS)}"
+        )
+    for fields in reader:
+        if None in fields or None in fields.values():
+            raise InputError(f"client_table={str(path)!r}, line {reader.line_num}: not as many fields as columns")
+        yield reader.line_num, {key: value.strip() for key, value in fields.items()}

@@ -1,0 +1,231 @@
+"""The ledger's file: SQLite that is durable, append-only and written by one process.
+
+Durability: ``journal_mode=DELETE`` with ``synchronous=EXTRA``. FULL is not enough in that mode: after a power
+loss an unsynced directory can bring the journal of a committed transaction back, which undoes it. WAL with
+FULL would be durable too and saves half a millisecond per commit, but leaves charges in a second file that a
+copy of ``ledger.sqlite`` misses, and cannot be read from a read-only folder.
+
+One writer: it holds an exclusive lock on the empty side file ``<path>.lock`` for its life. The operating
+system ends the lock with the process, kill -9 included, so nothing needs cleaning up. Readers need no lock.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from fed_dpsat.accounting import chain
+from fed_dpsat.accounting.chain import LedgerError
+from fed_dpsat.accounting.event import History, PrivacyError, PrivacyEvent
+
+APPLICATION_ID = 0x46445053  # "FDPS"
+SCHEMA_VERSION = 1
+BUSY_SECONDS = 60.0
+LAST = 2**63 - 1
+"""After every round."""
+_SCHEMA = """
+CREATE TABLE head (chain TEXT PRIMARY KEY, rows INTEGER NOT NULL, hash BLOB NOT NULL);
+CREATE TABLE charges (
+    seq INTEGER PRIMARY KEY, client INTEGER NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    kind TEXT NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
+    hash BLOB NOT NULL, UNIQUE (round, attempt, client));
+CREATE TABLE outcomes (
+    seq INTEGER PRIMARY KEY, client INTEGER NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    outcome TEXT NOT NULL, hash BLOB NOT NULL, UNIQUE (round, attempt, client));
+CREATE TRIGGER charges_update BEFORE UPDATE ON charges
+    BEGIN SELECT RAISE(ABORT, 'charges are append-only'); END;
+CREATE TRIGGER charges_delete BEFORE DELETE ON charges
+    BEGIN SELECT RAISE(ABORT, 'charges are append-only'); END;
+CREATE TRIGGER outcomes_update BEFORE UPDATE ON outcomes
+    BEGIN SELECT RAISE(ABORT, 'outcomes are append-only'); END;
+CREATE TRIGGER outcomes_delete BEFORE DELETE ON outcomes
+    BEGIN SELECT RAISE(ABORT, 'outcomes are append-only'); END;
+CREATE TRIGGER head_delete BEFORE DELETE ON head BEGIN SELECT RAISE(ABORT, 'the head stays'); END;
+"""
+
+
+@contextmanager
+def explained(path: Path | str, doing: str) -> Iterator[None]:
+    """Turn what SQLite says into a ``LedgerError`` that names the file and a remedy."""
+    remedies = {
+        sqlite3.SQLITE_FULL: "the disk is full; free space and resume: nothing of this was charged",
+        sqlite3.SQLITE_BUSY: "another process writes to it; wait for its end, or read with readonly=True",
+        sqlite3.SQLITE_NOTADB: "it is not a ledger; give another path, or restore it from a backup",
+        sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a backup: it has no epsilon to trust",
+        sqlite3.SQLITE_READONLY: "it is read-only here; make the folder writable",
+        sqlite3.SQLITE_CANTOPEN: "it cannot be opened; check the path and its permissions",
+    }
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        remedy = remedies.get(code, "no charge is made and nothing may be released; see the reason")
+        raise LedgerError(f"cannot {doing} ledger {path}: {remedy} ({error})") from error
+
+
+def open_file(path: Path, *, readonly: bool, must_exist: bool) -> sqlite3.Connection:
+    """A connection to a checked ledger; an absent one is created whole, or not at all."""
+    with explained(path, "open"):
+        if not path.exists():
+            if readonly or must_exist:
+                raise LedgerError(
+                    f"no ledger at {path}; without it what was spent is unknown: restore the file, or start a new run"
+                )
+            _create(path)
+        connection = _connect(path, "ro" if readonly else "rw")
+        try:
+            _check_header(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def open_memory() -> sqlite3.Connection:
+    """A ledger that dies with the process: for tests."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    _write_schema(connection)
+    return connection
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Be the only writer of ``path``, across processes and within this one."""
+    side = path.with_name(path.name + ".lock")
+    with explained(path, "lock"):
+        holder = sqlite3.connect(side, isolation_level=None, timeout=0)
+    try:
+        with explained(path, "write to"):
+            holder.execute("BEGIN EXCLUSIVE")
+        yield
+    finally:
+        holder.close()
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection, path: Path | str) -> Iterator[None]:
+    """All of it, on disk, when the block ends; none of it when it raises."""
+    with explained(path, "write to"):
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+@contextmanager
+def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
+    """All that the block reads is of one moment, whatever a writer commits meanwhile."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def verify_file(connection: sqlite3.Connection) -> None:
+    """Read everything; ``LedgerError`` at the first row, head, table or trigger that is not as written."""
+    damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if damage != "ok":
+        raise LedgerError(f"the ledger's file is damaged ({damage}); restore it from a backup")
+    with closing(open_memory()) as model:
+        if _schema(connection) != _schema(model):
+            raise LedgerError("the ledger's tables or triggers were changed; restore it from a backup")
+    for name in chain.COLUMNS:
+        chain.check(connection, name)
+
+
+def read_histories(connection: sqlite3.Connection, before: int = LAST) -> Iterator[tuple[int, History]]:
+    """Clients with their merged histories, of rounds ``before`` that one; equal histories are one object."""
+    events: dict[tuple[object, ...], PrivacyEvent] = {}
+    histories: dict[History, History] = {}
+    client, history = -1, list[PrivacyEvent]()
+    release = "kind, noise_multiplier, sample_rate"
+    for row_client, *row in connection.execute(
+        f"SELECT client, {release}, SUM(steps) FROM charges WHERE round < ? "
+        f"GROUP BY client, {release} ORDER BY client, {release}",
+        (before,),
+    ):
+        if row_client != client and history:
+            yield client, histories.setdefault(tuple(history), tuple(history))
+            history = []
+        client = row_client
+        key = tuple(row)
+        if key not in events:
+            kind, noise, rate, steps = row
+            try:
+                events[key] = PrivacyEvent(kind=kind, noise_multiplier=noise, sample_rate=rate, steps=steps)
+            except PrivacyError as error:
+                raise LedgerError(
+                    f"client {client} has a charge that no fed_dpsat made ({error}); restore the ledger from a backup"
+                ) from error
+        history.append(events[key])
+    if history:
+        yield client, histories.setdefault(tuple(history), tuple(history))
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=BUSY_SECONDS
+    )
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master")
+    except sqlite3.OperationalError as error:
+        connection.close()
+        if mode == "ro" and error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK:
+            # A writer was killed inside a transaction; SQLite undoes that, which a reader may not.
+            _connect(path, "rw").close()
+            return _connect(path, mode)
+        raise
+    except BaseException:
+        connection.close()
+        raise
+    if mode == "rw":
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("PRAGMA synchronous = EXTRA")
+        connection.execute("PRAGMA recursive_triggers = ON")  # else INSERT OR REPLACE deletes silently
+    return connection
+
+
+def _check_header(connection: sqlite3.Connection, path: Path) -> None:
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if application != APPLICATION_ID:
+        raise LedgerError(
+            f"{path} is not a ledger of fed_dpsat (or is empty: cut off); give another path, or restore it "
+            "from a backup"
+        )
+    if version != SCHEMA_VERSION:
+        raise LedgerError(f"{path} has schema {version}, this fed_dpsat reads {SCHEMA_VERSION}; upgrade fed_dpsat")
+    if path.stat().st_size % connection.execute("PRAGMA page_size").fetchone()[0]:
+        raise LedgerError(f"{path} is damaged: it ends inside a page; restore it from a backup")
+
+
+def _create(path: Path) -> None:
+    """Under another name, then renamed: a ledger that exists is complete, so an empty one is damaged."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    connection = sqlite3.connect(new, isolation_level=None)
+    try:
+        connection.execute("PRAGMA synchronous = EXTRA")
+        _write_schema(connection)
+    finally:
+        connection.close()
+    new.replace(path)  # on disk with the first charge at the latest: EXTRA syncs the folder
+
+
+def _write_schema(connection: sqlite3.Connection) -> None:
+    connection.executescript(
+        f"BEGIN; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+    )
+    connection.executemany("INSERT INTO head VALUES (?, 0, ?)", [(name, chain.GENESIS) for name in chain.COLUMNS])
+
+
+def _schema(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
+    return connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()

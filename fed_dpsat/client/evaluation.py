@@ -1,0 +1,201 @@
+"""Quality of a model on a test split: accuracy, loss, calibration, and how it is spread over classes and clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from fed_dpsat.data.dataset import Examples
+from fed_dpsat.params import Params
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.generators import seed, training_on
+from fed_dpsat.step.modes import in_mode
+from fed_dpsat.step.placement import device_of, moved
+
+Predictions = list[tuple[Tensor, Tensor]]
+"""``(logits[B, K], labels[B])``, batch by batch."""
+
+CALIBRATION_BINS = 15
+"""Equal-width bins of confidence, as in Guo et al. 2017, section 5."""
+
+
+def measured_on(config: RunConfig) -> str:
+    """The examples that models of a run are evaluated on, in words."""
+    return "validation examples held out of the training split" if config.validation_share else "public test split"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Accuracy in [0, 1] and mean cross-entropy in nats over ``num_examples``."""
+
+    accuracy: float
+    loss: float
+    num_examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Examples whose confidence is in ``(low, high]``: how many, how sure on average, how often right."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassAccuracy:
+    """Share of the ``count`` test examples of one class that are recognised; None where there are none."""
+
+    count: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """A model on ``num_examples``, of which ``num_nonfinite`` had no finite output.
+
+    ============ ==================================================================================
+    field        definition, range
+    ============ ==================================================================================
+    nll          mean of ``-log p(label)`` in nats, the loss of ``Evaluation``
+    brier        mean of ``sum_k (p_k - [label is k])^2``, [0, 2]; Brier 1950, equation 2
+    ece          ``sum_b n_b / n |accuracy_b - confidence_b|``, [0, 1]; Guo et al. 2017, equation 3
+    mce          ``max_b |accuracy_b - confidence_b|`` over bins that are not empty; equation 5
+    bins         the reliability diagram: ``CALIBRATION_BINS`` of equal width, closed above
+    per_class    in the order of the classes
+    ============ ==================================================================================
+
+    With an output that is not finite, nll, brier, ece and mce are NaN: they have no value, and bins leave it out.
+    """
+
+    num_examples: int
+    num_nonfinite: int
+    accuracy: float
+    nll: float
+    brier: float
+    ece: float
+    mce: float
+    bins: tuple[Bin, ...]
+    per_class: tuple[ClassAccuracy, ...]
+
+
+def predict(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Predictions:
+    """``(logits[B, K], labels[B])`` of each batch, in order, in evaluation mode, where ``module`` is.
+
+    What a module draws even so is the same each time.
+    """
+    device = device_of(module)
+    params, found = moved(params, device), []
+    with torch.inference_mode(), training_on(device), in_mode(module, training=False):
+        seed(device, 0)
+        for indices in torch.split(torch.arange(len(examples)), batch_size):
+            inputs, labels = examples.batch(indices, device)
+            found.append((functional_call(module, params, (inputs,)), labels))
+    return found
+
+
+def evaluate(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Evaluation:
+    """Accuracy and loss of ``module`` at ``params``."""
+    return evaluation_of(predict(module, params, examples, batch_size))
+
+
+def evaluation_of(predictions: Predictions) -> Evaluation:
+    """Accuracy and loss; a sum over batches in order, so it is reproducible."""
+    correct, loss, total = 0, 0.0, 0
+    for outputs, labels in predictions:
+        correct += int((outputs.argmax(1) == labels).sum())
+        loss += float(functional.cross_entropy(outputs, labels, reduction="sum"))
+        total += len(labels)
+    return Evaluation(accuracy=correct / total, loss=loss / total, num_examples=total)
+
+
+def quality_of(predictions: Predictions, num_classes: int) -> Quality:
+    """Of logits ``[N, K]`` and labels ``[N]``, in double precision; for public examples only: nothing is noised."""
+    outputs, labels = torch.cat([o for o, _ in predictions]), torch.cat([y for _, y in predictions])
+    finite = torch.isfinite(outputs).all(1)
+    right = (outputs.argmax(1) == labels).cpu().numpy()
+    log_p = functional.log_softmax(outputs.double(), dim=1)
+    p, of_label = log_p.exp(), log_p.gather(1, labels.view(-1, 1))
+    brier = (p - functional.one_hot(labels, p.shape[1])).square().sum(1).mean()
+    bins = reliability(p.max(1).values[finite].cpu().numpy(), right[finite.cpu().numpy()])
+    gaps = [
+        (b.count, abs(b.accuracy - b.confidence)) for b in bins if b.confidence is not None and b.accuracy is not None
+    ]
+    whole = bool(finite.all())
+    return Quality(
+        num_examples=len(labels),
+        num_nonfinite=int((~finite).sum()),
+        accuracy=float(right.mean()),
+        nll=-float(of_label.mean()) if whole else math.nan,
+        brier=float(brier) if whole else math.nan,
+        ece=math.fsum(count * gap for count, gap in gaps) / len(labels) if whole else math.nan,
+        mce=max(gap for _, gap in gaps) if whole else math.nan,
+        bins=bins,
+        per_class=_per_class(right, labels.cpu().numpy(), num_classes),
+    )
+
+
+def reliability(
+    confidences: NDArray[np.float64], right: NDArray[np.bool_], num_bins: int = CALIBRATION_BINS
+) -> tuple[Bin, ...]:
+    """``confidences[N]`` and whether each was ``right[N]``, in ``num_bins`` of width 1 / num_bins, closed above."""
+    at = np.clip(np.ceil(confidences * num_bins).astype(int) - 1, 0, num_bins - 1)
+    counts = np.bincount(at, minlength=num_bins)
+    sure = np.bincount(at, confidences, minlength=num_bins)
+    hits = np.bincount(at, right, minlength=num_bins)
+    return tuple(
+        Bin(
+            low=b / num_bins,
+            high=(b + 1) / num_bins,
+            count=int(counts[b]),
+            confidence=float(sure[b] / counts[b]) if counts[b] else None,
+            accuracy=float(hits[b] / counts[b]) if counts[b] else None,
+        )
+        for b in range(num_bins)
+    )
+
+
+def client_accuracies(label_counts: NDArray[np.int64], per_class: Sequence[ClassAccuracy]) -> NDArray[np.float64]:
+    """``[clients]``: the accuracy to expect on test examples whose labels are mixed as the client's; NaN if unknown.
+
+    The mean of the classes' test accuracies, weighted by ``label_counts[clients, classes]``: what dealing test examples
+    by each client's label distribution gives on average, without the chance of the deal. The counts are private data of
+    a client, so this is for simulations alone, where whoever reads it has all data. NaN where a client holds a class
+    without a test example.
+    """
+    accuracy = np.array([math.nan if c.accuracy is None else c.accuracy for c in per_class])
+    held = np.where(label_counts > 0, label_counts * accuracy, 0.0)
+    found: NDArray[np.float64] = held.sum(1) / label_counts.sum(1)
+    return found
+
+
+def worst_decile(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """Mean of the lowest tenth of ``values[N]``, of at least one of them; NaN for none."""
+    lowest = np.sort(np.asarray(values, dtype=np.float64))[: max(1, math.ceil(len(values) / 10))]
+    return float(lowest.mean()) if len(lowest) else math.nan
+
+
+def gini(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """``sum_ij |x_i - x_j| / (2 N^2 mean)`` of ``values[N] >= 0``: 0 is all equal; 0 for all zero, NaN for none."""
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    n, total = len(ordered), float(ordered.sum())
+    if not n or math.isnan(total):
+        return math.nan
+    weights = 2 * np.arange(1, n + 1) - n - 1
+    return float(weights @ ordered) / (n * total) if total else 0.0
+
+
+def _per_class(right: NDArray[np.bool_], labels: NDArray[np.int64], num_classes: int) -> tuple[ClassAccuracy, ...]:
+    counts = np.bincount(labels, minlength=num_classes)
+    hits = np.bincount(labels, right, minlength=num_classes)
+    return tuple(ClassAccuracy(count=int(n), accuracy=float(hits[k] / n) if n else None) for k, n in enumerate(counts))

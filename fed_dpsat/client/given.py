@@ -1,0 +1,68 @@
+"""Objects that a caller hands over in Python: a run works on copies of them, and says what they were.
+
+So two runs with one object begin alike, and the caller's stays as it was: a strategy's memory, a model's place, modes,
+flags and buffers. Data sets are not copied: nothing writes into one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from fed_dpsat.errors import SettingError
+from fed_dpsat.settings.config import RunConfig, Scalar
+
+Given = TypeVar("Given")
+
+FROM_PYTHON = "(from Python)"
+"""Ends the name of an object in a configuration."""
+
+UNUSED: dict[str, dict[str, Scalar]] = {
+    "optimizer": {"base_optimizer": "dp-sgd", "optimizer_args": ""},
+    "strategy": {"strategy_args": ""},
+}
+"""By setting, others that an object in its place makes nothing of, at their defaults."""
+
+
+def copied(setting: str, given: Given, memo: dict[int, Any] | None = None) -> Given:
+    """A copy of ``given``, for a run or its trial to work on; ``memo`` is that of ``copy.deepcopy``.
+
+    A weight that a module computes from others is copied by value. Raises ``SettingError`` for what has no copy.
+    """
+    memo = {} if memo is None else memo
+    for part in given.modules() if isinstance(given, nn.Module) else ():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # as weight_norm leaves one
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(given, memo)
+    except Exception as error:  # whatever its parts raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingError(
+            setting,
+            type(given).__name__,
+            f"an object that can be copied ({reason}), and a run begins from a copy",
+            f"name the function that makes it: {setting}=path/to/file.py:function, or give it a __deepcopy__",
+        ) from error
+
+
+def called(given: Any) -> str:
+    """``"module.Class (from Python)"``, over those that it has as its ``base``; of a data set its own name."""
+    if isinstance(name := getattr(given, "name", None), str) and hasattr(given, "class_names"):
+        return f"{name} {FROM_PYTHON}"
+    chain = [given]
+    while (base := getattr(chain[-1], "base", None)) is not None:
+        chain.append(base)
+    return f"{' over '.join(f'{type(one).__module__}.{type(one).__qualname__}' for one in chain)} {FROM_PYTHON}"
+
+
+def renamed(config: RunConfig, **given: Any) -> RunConfig:
+    """``config`` with the names of those that are ``given`` (not None) by their settings."""
+    names: dict[str, Any] = {}
+    for setting, value in given.items():
+        if value is not None:
+            names |= {setting: called(value), **UNUSED.get(setting, {})}
+    return dataclasses.replace(config, **names)

@@ -1,0 +1,340 @@
+"""One trial before anything is charged: a run's own objects, copied, on made-up examples of its data's shape and types.
+
+A model that no engine takes, a head with too few outputs, an optimizer that fails in its second step: all of them would
+fail after clients were charged. So each run, and each client on a network or a device, goes its whole way once on
+examples that nobody holds, and what fails there ends in one line.
+
+======================= ================================================================================
+what                    in the trial
+======================= ================================================================================
+inputs                  rows of the public test split; without one, random bytes, or random zeros and ones
+labels                  made up, the largest class among them
+examples of a client    ``ROWS``, each in each batch
+local steps             2, or 3 if a round has an odd number of more; all where the optimizer sends their sum
+rounds                  2, if the run has them: what is carried over is carried over once
+noise                   as much in the mean gradient as in the run, from streams of its own
+objects                 copies; torch's, numpy's and Python's own generators are put back
+======================= ================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fed_dpsat.client.attackers import Attackers
+from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.evaluation import predict
+from fed_dpsat.client.given import copied
+from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.errors import InputError, ModelError, RunError, SettingError
+from fed_dpsat.params import Params
+from fed_dpsat.step import generators
+from fed_dpsat.step.generators import seed, training_on
+from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
+from fed_dpsat.step.noise import derive_seed
+from fed_dpsat.step.optimizers.chain import described
+from fed_dpsat.step.placement import moved
+from fed_dpsat.step.stacked import stacked_sum
+
+ROWS, LONGEST = 4, 300
+FLOWER_LOGGER = "flwr"
+ENGINES = {clipped_gradient_sum.__code__, stacked_sum.__code__}
+EVALUATION = {predict.__code__}
+MODULES = {"fed_dpsat.flower.wire.codec": "codec", "fed_dpsat.flower.handover": "strategy"}
+
+
+class TrialError(InputError):
+    """What a run would have failed at, found on made-up examples; nothing was charged."""
+
+
+class Unfit(Exception):
+    """What the trial found to be wrong with ``kind`` of object, where nothing raised; ``seen`` and the remedy."""
+
+    def __init__(self, kind: str, seen: str, remedy: str) -> None:
+        super().__init__(seen)
+        self.kind, self.seen, self.remedy = kind, seen, remedy
+
+
+def try_client(experiment: Experiment) -> None:
+    """A client's rounds on made-up examples, without a server: model, loss, engine, clipping and optimizer.
+
+    Raises ``TrialError`` for what fails in them.
+    """
+    with untouched(experiment.device), held_back_logs(), told(experiment):
+        tried = rehearsal(experiment, 1, noise_multiplier=experiment.config.noise_multiplier or 1.0)
+        check_outputs(tried)
+        params, state = tried.shared(1), None
+        for task in tasks(tried, tried.config.noise_multiplier):
+            params = {**tried.shared(task.round), **params}
+            result = tried.client_round(0, task, params, state)
+            check_result(result.params, params)
+            params, state = result.params, result.state
+
+
+def rehearsal(
+    experiment: Experiment, clients: int, *, noise_multiplier: float, memo: dict[int, Any] | None = None
+) -> Experiment:
+    """``experiment`` of ``clients`` with ``ROWS`` made-up examples each, on copies of its objects.
+
+    ``noise_multiplier`` is that of the run; that of the trial makes as much noise in the mean gradient, or in the mean
+    of clients. ``memo`` is that of ``copy.deepcopy``, for copies of what refers to the same objects.
+    """
+    config, memo = experiment.config, {} if memo is None else memo
+    module = copied("model", experiment.loss_fn.module, memo)
+    optimizer = copied("optimizer", experiment.optimizer, memo)
+    attackers = experiment.attackers
+    if attackers:
+        attackers = Attackers(attack=copied("attack", attackers.attack, memo), clients=(0,))
+    expected = config.sample_rate * min(len(part) for part in experiment.partitions)
+    size, of_run = (ROWS, expected) if config.privacy_unit == "example" else (clients, config.cohort_size)
+    steps = config.steps_per_round
+    stand_in = dataclasses.replace(
+        config,
+        num_clients=clients,
+        clients_per_round=0,
+        client_sampling="fixed",
+        client_table="",
+        max_rounds_per_client=0,
+        min_clients=1,
+        buffer_size=min(config.buffer_size, clients),
+        secure_aggregation=config.secure_aggregation and clients > 1,
+        sample_rate=1.0,
+        local_epochs=0,
+        local_steps=steps if experiment.subspace(1) is not None else min(steps, 2 + steps % 2),
+        unfreeze_round=min(config.unfreeze_round, 2),
+        budget_mode="calibrate",
+        target_epsilon=0.0,
+        noise_multiplier=noise_multiplier * size / of_run if config.private else 0.0,
+        attack="",
+        attackers=0.0,
+        dropout_rate=0.0,
+        client_timeout=0.0,
+        workers=0,
+        ray_address="",
+        gpus_per_worker=0.0,
+        seed=derive_seed(config.seed, purpose="trial"),
+        out="",
+        resume=False,
+    )
+    return dataclasses.replace(
+        experiment,
+        config=stand_in,
+        dataset=made_up(experiment.dataset, clients * ROWS, public=not config.validation_share),
+        partitions=np.split(np.arange(clients * ROWS), clients),
+        loss_fn=dataclasses.replace(experiment.loss_fn, module=module),
+        optimizer=optimizer,
+        clipping=copied("clipping", experiment.clipping, memo),
+        budgets=[0.0] * clients,
+        named=False,
+        attackers=attackers,
+    )
+
+
+def made_up(dataset: Dataset, count: int, *, public: bool) -> Dataset:
+    """``count`` training and ``ROWS`` test examples like those of ``dataset``, none of them a training example.
+
+    If the test split is ``public``, inputs are rows of it. Labels are spread over all classes, from the largest down,
+    and begin anew each ``ROWS``.
+    """
+    shown = dataset.test if public and len(dataset.test) else None
+    train, test = (
+        _made_up(like, shown, rows, dataset.num_classes)
+        for like, rows in ((dataset.train, count), (dataset.test, ROWS))
+    )
+    return dataclasses.replace(dataset, train=train, test=test)
+
+
+def _made_up(like: Examples, public: Examples | None, count: int, num_classes: int) -> Examples:
+    shape, generator = (count, *like.inputs.shape[1:]), torch.Generator().manual_seed(0)
+    if public is not None and public.inputs.dtype == like.inputs.dtype:
+        inputs = public.inputs[torch.arange(count) % len(public)]
+    elif like.inputs.dtype == torch.uint8:
+        inputs = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    else:  # a pixel, a feature and the number of a token may all be 0 or 1
+        inputs = torch.randint(2, shape, generator=generator).to(like.inputs.dtype)
+    place, client = torch.arange(count) % ROWS, torch.arange(count) // ROWS
+    labels = (num_classes - 1 - place * (1 + client)) % num_classes
+    return dataclasses.replace(like, inputs=inputs, labels=labels)
+
+
+def tasks(tried: Experiment, noise_multiplier: float) -> list[Task]:
+    """What a client of the trial is asked, round by round."""
+    steps = tried.config.steps_per_round
+    return [
+        Task(round=round, noise_multiplier=noise_multiplier, sample_rate=1.0, local_steps=steps)
+        for round in range(1, min(tried.config.num_rounds, 2) + 1)
+    ]
+
+
+def check_outputs(tried: Experiment) -> None:
+    """Raise ``Unfit`` unless the model gives a row of logits per example, with one for each class, in training mode."""
+    dataset, device, module = tried.dataset, tried.device, tried.loss_fn.module
+    params = moved({**tried.trained(1), **tried.trained(tried.config.num_rounds)}, device)
+    for count in (ROWS, 1):
+        inputs, _ = dataset.train.batch(torch.arange(count), device)
+        with training_on(device), torch.no_grad():
+            seed(device, tried.config.seed)
+            outputs = tried.loss_fn.outputs(params, inputs)
+        name = type(module).__name__
+        if not isinstance(outputs, Tensor):
+            raise Unfit(
+                "model", f"{name} gives a {type(outputs).__name__}, not a tensor of logits", "return its logits"
+            )
+        if outputs.ndim != 2 or len(outputs) != count:
+            raise Unfit(
+                "model",
+                f"{name} gives {list(outputs.shape)} for {list(inputs.shape)}",
+                f"return logits [{count}, {dataset.num_classes}], the batch first and also for one example",
+            )
+        if outputs.shape[1] < dataset.num_classes:
+            raise Unfit(
+                "model",
+                f"{name} gives {outputs.shape[1]} logits, and {dataset.name} has {dataset.num_classes} classes",
+                f"make its last layer {dataset.num_classes} wide",
+            )
+
+
+def check_result(after: Params, before: Params) -> None:
+    """Raise ``Unfit`` unless ``after`` has the names, in order, shapes and types of ``before`` and is finite."""
+    wrong = "" if list(after) == list(before) else f"parameters {list(after)[:5]}, not {list(before)[:5]}"
+    for name, p in before.items() if not wrong else ():
+        if after[name].shape != p.shape or after[name].dtype != p.dtype:
+            wrong = f"{name} as {after[name].dtype}{list(after[name].shape)}, not {p.dtype}{list(p.shape)}"
+        elif not bool(after[name].isfinite().all()):
+            wrong = f"NaN or inf in {name}"
+    if wrong:
+        raise Unfit("optimizer", f"its first steps give {wrong}", REMEDIES["optimizer"])
+
+
+@contextmanager
+def untouched(device: torch.device) -> Iterator[None]:
+    """The generators that a plug-in may draw from are afterwards as they were before, and so are warnings."""
+    with warnings.catch_warnings(), generators.kept(device):
+        warnings.simplefilter("ignore")  # the run has them too
+        yield
+
+
+@contextmanager
+def held_back_logs() -> Iterator[None]:
+    """What the library logs is said once the trial went well; else what failed is all there is to say."""
+    ours, flower, kept = logging.getLogger("fed_dpsat"), logging.getLogger(FLOWER_LOGGER), list[logging.LogRecord]()
+
+    def keep(record: logging.LogRecord) -> bool:
+        kept.append(record)
+        return False
+
+    level = flower.level
+    ours.addFilter(keep)
+    flower.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.removeFilter(keep)
+        flower.setLevel(level)
+    for record in kept:
+        ours.handle(record)
+
+
+REMEDIES = {
+    "clipping": "fed_dpsat.testing.check_clipping finds more",
+    "optimizer": "lower lr, and run fed_dpsat.testing.check_optimizer on it",
+    "strategy": "fed_dpsat.testing.check_strategy finds more",
+    "attack": "see fed_dpsat.lab.attacks.Attack",
+    "engine": "check_model and check_clipping of fed_dpsat.testing find whether model or clipping rule is wrong",
+    "codec": "set update_codec=fp32",
+}
+
+
+@contextmanager
+def told(experiment: Experiment, objects: Sequence[str] = (), strategy: object = None) -> Iterator[None]:
+    """What fails inside, as a ``TrialError`` of one line; ``objects`` are those that were given in Python."""
+    try:
+        yield
+    except (TrialError, SettingError):  # has its name, value, bound and remedy already
+        raise
+    except Unfit as unfit:
+        raise TrialError(_said(experiment, unfit.kind, objects, unfit.seen, unfit.remedy)) from None
+    except Exception as error:  # whatever a plug-in raises
+        kind, where, remedy = _blamed(error, experiment, strategy)
+        own = isinstance(error, InputError | RunError)
+        detail = f"{where}{error}" if own else f"{where}{_line(error)}"
+        raise TrialError(_said(experiment, kind, objects, detail, "" if own and ";" in detail else remedy)) from error
+
+
+def _said(experiment: Experiment, kind: str, objects: Sequence[str], seen: str, remedy: str) -> str:
+    config = experiment.config
+    values = {
+        **config.settings(),
+        "codec": config.update_codec,
+        "optimizer": described(config.optimizer, config.base_optimizer),
+    }
+    named = f"{kind}={values[kind]!r}" if kind in values else kind
+    name = f"the {kind} that was given" if kind in objects else named
+    end = f"; {remedy}" if remedy else ""
+    return f"{name} fails on made-up examples of {experiment.dataset.name}: {seen}{end} (nothing was charged)"
+
+
+def _line(error: BaseException) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:LONGEST] if first else type(error).__name__
+
+
+def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> tuple[str, str, str]:
+    """What kind of object ``error`` is of, where in it, and the remedy: by the innermost frame that is of one."""
+    kinds: dict[str, set[type]] = {
+        "clipping": {type(experiment.clipping)},
+        "optimizer": {type(link) for link in _chain(experiment.optimizer)},
+        "strategy": set(type(strategy).__mro__) - {object} if strategy is not None else set(),
+        "attack": {type(experiment.attackers.attack)} if experiment.attackers else set(),
+    }
+    kind, where, engine, root = "the run", "", False, None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in frames:
+        owner = frame.f_locals.get("self")
+        if frame.f_code in ENGINES:
+            kind, where, engine = "engine", "", True
+        elif frame.f_code in EVALUATION:
+            kind, where, engine = "model", "in evaluation: ", False
+        elif of_module := MODULES.get(frame.f_globals.get("__name__", "")):
+            kind, where = of_module, ""
+        elif isinstance(owner, nn.Module):
+            root = owner if root is None else root
+            kind, where = "model", _layer(root, owner)
+        elif found := [name for name, types in kinds.items() if type(owner) in types]:
+            kind, where = found[0], f"{frame.f_code.co_name}: "
+    if engine and (kind == "model" or isinstance(error, ModelError)):
+        kind = "model"
+        remedy = (
+            f"its forward pass works, its per-example gradients (engine={experiment.config.engine}) do not: write "
+            "that layer with operations that torch.func.vmap can map"
+        )
+        return kind, where, remedy
+    if kind == "model":
+        x = experiment.dataset.train.inputs
+        shape = ", ".join(map(str, x.shape[1:]))
+        return kind, where, f"its inputs are float32 [B, {shape}], normalised: make it take those"
+    return kind, where, REMEDIES.get(kind, "")
+
+
+def _layer(root: nn.Module, layer: nn.Module) -> str:
+    name = next((name for name, part in root.named_modules() if part is layer), "")
+    return f"layer {name} ({type(layer).__name__}): " if name else f"{type(layer).__name__}: "
+
+
+def _chain(optimizer: object) -> list[object]:
+    """``optimizer`` and its bases."""
+    found: list[object] = []
+    while optimizer is not None and optimizer not in found:
+        found.append(optimizer)
+        optimizer = getattr(optimizer, "base", None)
+    return found

@@ -1,0 +1,103 @@
+"""``fed-dpsat device``: init, run, status; what the owner of a device types."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fed_dpsat.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from fed_dpsat.device.policy import Policy
+    from fed_dpsat.device.status import DeviceStatus
+
+app = typer.Typer(no_args_is_help=True, help="A client on a device of its own, with a policy and a ledger.")
+
+PolicyFile = Annotated[Path, typer.Argument(metavar="POLICY", help="TOML file; docs/deploy.md has an example.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+BAD_INPUT, FAILED = 2, 1
+
+
+@app.command()
+def init(policy: PolicyFile) -> None:
+    """Check the policy, count the examples and begin the ledger; once per device."""
+    from fed_dpsat.accounting import large_delta
+    from fed_dpsat.device.data import own_data
+    from fed_dpsat.device.policy import Policy
+    from fed_dpsat.device.release import prepare
+
+    try:
+        read = Policy.load(policy)
+        examples = len(own_data(read).train)
+        prepare(Path(read.folder))
+    except (InputError, RunError) as error:
+        raise _failed(error) from None
+    typer.echo(f"device {read.client}: {examples} examples, ledger begun in {read.folder}")
+    if warning := large_delta(read.largest_delta, "example", examples):
+        typer.echo(f"warning: largest_delta: {warning}", err=True)
+
+
+@app.command()
+def run(
+    policy: PolicyFile,
+    port: Annotated[int, typer.Option(help="Port on this machine between SuperNode and client; 0 finds one.")] = 0,
+) -> None:
+    """Connect to the policy's server and answer it, with the code that is installed here, until stopped."""
+    from fed_dpsat.flower.device_node import run_device
+
+    try:
+        code = run_device(policy, port)
+    except (InputError, RunError) as error:
+        raise _failed(error) from None
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(policy: PolicyFile, as_json: AsJson = False) -> None:
+    """Budget spent and left, rounds, last contact, the policy, and whether the ledger is whole."""
+    from fed_dpsat.device.policy import Policy
+    from fed_dpsat.device.status import read_status
+
+    try:
+        read = Policy.load(policy)
+        found = read_status(read)
+    except (InputError, RunError) as error:
+        raise _failed(error) from None
+    if as_json:
+        told = {**dataclasses.asdict(found), "epsilon_left": found.epsilon_left, "policy": dataclasses.asdict(read)}
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        typer.echo(_text(read, found))
+    if found.integrity != "unbroken":
+        raise typer.Exit(FAILED)
+
+
+def _text(policy: Policy, found: DeviceStatus) -> str:
+    from fed_dpsat.device.policy import ARGUMENTS
+
+    runs = ", ".join(f"{run}: {rounds}" for run, rounds in found.rounds_by_run.items()) or "none"
+    lines = {
+        "device": f"{found.client}, data for {policy.dataset}",
+        "server": policy.server or "none in the policy",
+        "epsilon spent": f"{found.epsilon_spent:.4f} of {found.epsilon_budget:g} at delta {found.delta:g} (PLD)",
+        "epsilon left": f"{found.epsilon_left:.4f}",
+        "rounds charged": str(found.rounds),
+        "rounds by run": runs,
+        "last contact": found.last_contact or "never",
+        "ledger": f"{found.integrity}, {found.charges} charges, head {found.sha256[:16]}",
+    }
+    bounds = {spec.name: getattr(policy, spec.name) for spec in dataclasses.fields(policy)}
+    lines |= {name: str(value) for name, value in bounds.items() if name.startswith(("largest_", "least_"))}
+    lines |= {name: ", ".join(bounds[name]) for name in ("models", "optimizers", "clippings", *ARGUMENTS)}
+    lines["release_counts"] = str(policy.release_counts).lower()
+    return "\n".join(f"{name:28}{value}" for name, value in lines.items())
+
+
+def _failed(error: InputError | RunError) -> typer.Exit:
+    typer.echo(f"error: {error}", err=True)
+    return typer.Exit(BAD_INPUT if isinstance(error, InputError) else FAILED)

@@ -1,0 +1,301 @@
+"""What crosses the wire, each key defined once.
+
+====================== ============ ============================================ =============
+record                 type         content                                      direction
+====================== ============ ============================================ =============
+``arrays``             ArrayRecord  the parameters that are trained              both
+``config``             ConfigRecord whatever the inner strategy says             to the client
+``fed_dpsat.task``     ConfigRecord round, attempt, noise, rate and steps        to the client
+``fed_dpsat.subspace`` ConfigRecord what the round can change, where known       to the client
+``fed_dpsat.event``    ConfigRecord client, round, attempt and the PrivacyEvent  to the server
+``metrics``            MetricRecord ``num-examples``, declared public            to the server
+``fed_dpsat.secure``   ConfigRecord a phase of secure aggregation, if asked for  both
+``fed_dpsat.identity`` ConfigRecord client and num_examples, when asked who      to the server
+``fed_dpsat.same``     ConfigRecord the fingerprint of the server's experiment   to the client
+====================== ============ ============================================ =============
+
+Nothing that was computed on private data leaves a client but ``arrays``, which are noised; and, only if the setting
+``release_counts`` asks for it, ``nonfinite-examples`` in ``metrics``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    ConfigRecordValues,
+    Message,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fed_dpsat.accounting.event import History, PrivacyEvent, merge
+from fed_dpsat.client.build import Task
+from fed_dpsat.flower.wire import compat
+from fed_dpsat.flower.wire.arrays import read_array
+from fed_dpsat.params import Params
+from fed_dpsat.step.loop import LocalResult
+from fed_dpsat.step.optimizers.base import State
+from fed_dpsat.step.subspace import Coordinates, Span, described, read_subspace
+
+ARRAYS = "arrays"
+METRICS = "metrics"
+NUM_EXAMPLES = "num-examples"
+NONFINITE = "nonfinite-examples"
+TASK = "fed_dpsat.task"
+SUBSPACE = "fed_dpsat.subspace"
+EVENT = "fed_dpsat.event"
+IDENTITY = "fed_dpsat.identity"
+SAME = "fed_dpsat.same"
+STATE = "fed_dpsat.state"
+HISTORY = "fed_dpsat.history"
+PARTITION_ID = "partition-id"
+
+OF_CLIENTS = ("unit", "client_rate")
+"""What a task says under the unit "client"."""
+
+LARGEST = 1e14
+"""Beyond it no reply is one: the squares of a billion such numbers still add up in float32."""
+
+
+class RecordError(ValueError):
+    """A message that does not hold what it must; the text says what is missing or wrong."""
+
+
+with warnings.catch_warnings():  # torch says once per process that it cannot keep a read-only array from being written
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.broadcast_to(np.float32(0), 1))
+
+
+def to_arrays(params: Params) -> ArrayRecord:
+    """Tensors to Flower arrays, shapes and types as they are; they share memory, which nobody may change any more."""
+    return compat.record_of({name: p.detach().cpu().numpy() for name, p in params.items()})
+
+
+def to_read(arrays: ArrayRecord) -> dict[str, Tensor]:
+    """Flower arrays to tensors that are only read: without a copy where the arrays hold their values."""
+    return {name: torch.from_numpy(compat.view(array)) for name, array in compat.items(arrays)}
+
+
+def to_params(arrays: ArrayRecord) -> Params:
+    """Flower arrays to tensors that own their memory."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in compat.items(arrays)}
+
+
+def arrays_in(content: RecordDict, key: str) -> ArrayRecord | None:
+    """The array record ``key``, or None. (``content.array_records`` makes a dictionary of all, tenths of a ms each.)"""
+    record = content.get(key)
+    return record if isinstance(record, ArrayRecord) else None
+
+
+def config_in(content: RecordDict, key: str) -> ConfigRecord | None:
+    """The config record ``key``, or None."""
+    record = content.get(key)
+    return record if isinstance(record, ConfigRecord) else None
+
+
+def task_record(task: Task) -> ConfigRecord:
+    """The server's request; its unit only where that is not one example, which is what devices know."""
+    record = dataclasses.asdict(task)
+    return ConfigRecord(record if task.unit != "example" else {k: record[k] for k in record if k not in OF_CLIENTS})
+
+
+def read_task(content: RecordDict) -> Task:
+    """The request in a message; raises ``RecordError`` for one that is not whole."""
+    record = _config(content, TASK)
+    try:
+        return Task(**record)
+    except TypeError as error:
+        raise RecordError(f"{TASK}: {error}") from None
+
+
+def subspace_record(subspace: Coordinates | Span) -> ConfigRecord:
+    """What the round can change, from the server: a client writes its reply by it, and the server reads it so."""
+    return ConfigRecord(described(subspace))
+
+
+def read_within(content: RecordDict) -> Coordinates | Span | None:
+    """The subspace in a message; None where the reply is a whole model.
+
+    Raises ``RecordError`` for what is none, or has other steps than the task: a client would work for nothing.
+    """
+    if config_in(content, SUBSPACE) is None:
+        return None
+    try:
+        found = read_subspace(_config(content, SUBSPACE))
+    except ValueError as error:
+        raise RecordError(f"{SUBSPACE}: {error}") from None
+    if isinstance(found, Span) and found.steps != (steps := read_task(content).local_steps):
+        raise RecordError(f"{SUBSPACE}: {found.steps} steps, and {steps} in {TASK!r}")
+    return found
+
+
+def read_proximal_mu(content: RecordDict) -> float:
+    """What stock FedProx asks of a client; 0 where the strategy is another. Raises ``RecordError`` below 0."""
+    record = config_in(content, "config")
+    mu = 0.0 if record is None else record.get("proximal-mu", 0.0)
+    if not isinstance(mu, int | float) or not 0 <= mu < float("inf"):
+        raise RecordError(f"proximal-mu={mu!r} is not in [0, inf)")
+    return float(mu)
+
+
+def reply_content(
+    client: int, task: Task, result: LocalResult, num_examples: int, *, release_counts: bool = False
+) -> RecordDict:
+    """All that leaves a client after a round: noised parameters (bounded ones, to a server that is trusted to noise
+    them), their event, the public size.
+
+    With ``release_counts`` also how many examples had no finite gradient: an exact release that no event covers.
+    """
+    metrics: dict[str, MetricRecordValues] = {NUM_EXAMPLES: num_examples}
+    if release_counts:
+        metrics[NONFINITE] = result.nonfinite_examples
+    event: dict[str, ConfigRecordValues] = {**result.event.to_dict()}
+    event |= {"client": client, "round": task.round, "attempt": task.attempt}
+    return RecordDict(
+        {
+            ARRAYS: to_arrays(result.params),
+            EVENT: ConfigRecord(event),
+            METRICS: MetricRecord(metrics),
+        }
+    )
+
+
+def read_event(content: RecordDict) -> tuple[int, int, int, PrivacyEvent]:
+    """``(client, round, attempt, event)`` of a reply; raises ``RecordError`` where there is none."""
+    values = _config(content, EVENT)
+    try:
+        client, round, attempt = (values.pop(key) for key in ("client", "round", "attempt"))
+        return client, round, attempt, PrivacyEvent.from_dict(values)
+    except (KeyError, ValueError) as error:
+        raise RecordError(f"no valid privacy event ({error})") from None
+
+
+def check_arrays(content: RecordDict, like: ArrayRecord) -> None:
+    """Raise ``RecordError`` unless the reply's arrays are finite and have the names, shapes and types of ``like``."""
+    record, count = arrays_in(content, ARRAYS), sum(isinstance(r, ArrayRecord) for r in content.values())
+    if record is None or count != 1:
+        raise RecordError(f"{count} array records, expected {ARRAYS!r} alone")
+    if list(record) != list(like):
+        raise RecordError("other parameters than the model's")
+    for (name, expected), (_, array) in zip(compat.items(like), compat.items(record), strict=True):
+        if tuple(array.shape) != tuple(expected.shape) or array.dtype != expected.dtype:
+            raise RecordError(f"{name} is {array.dtype}{list(array.shape)}, not {expected.dtype}{list(expected.shape)}")
+        try:
+            values = _values(array, expected)
+        except ValueError as error:
+            raise RecordError(f"{name} {error}") from None
+        if values.dtype.kind == "u" or _is_small(values):  # masked: any number is one
+            continue
+        if not (values.max(initial=0) <= LARGEST and values.min(initial=0) >= -LARGEST):  # NaN is neither
+            what = f"numbers beyond {LARGEST:g}" if np.isfinite(values).all() else "NaN or inf"
+            raise RecordError(f"{name} has {what}")
+
+
+def _is_small(values: NDArray[Any]) -> bool:
+    """Whether one pass says that no number is beyond ``LARGEST``: a rounded sum of squares is at least each of them."""
+    return values.dtype.kind == "f" and bool(np.vdot(values, values) <= LARGEST)
+
+
+def _values(array: Array, like: Array) -> NDArray[Any]:
+    """The values of ``array``, to read; ``ValueError`` if it came from a network and holds other than what it says."""
+    if not isinstance(array, compat.Array):
+        return read_array(array, tuple(like.shape), np.dtype(like.dtype))
+    values = array.view()
+    if values.shape != tuple(like.shape) or compat.dtype_name(values.dtype) != like.dtype:
+        raise ValueError(f"holds {values.dtype}{list(values.shape)}, which is not what it says")
+    return values
+
+
+def read_metrics(content: RecordDict, *, release_counts: bool = False) -> dict[str, float]:
+    """The declared size, alone but for what may be released; raises ``RecordError`` unless it is there and positive."""
+    allowed = [NUM_EXAMPLES, NONFINITE] if release_counts else [NUM_EXAMPLES]
+    found = content.get(METRICS)
+    metrics: Any = found if isinstance(found, MetricRecord) else {}
+    count = sum(isinstance(record, MetricRecord) for record in content.values())
+    if list(metrics) != allowed or count != 1:
+        raise RecordError(f"metrics are not {', '.join(allowed)} alone")
+    num_examples = metrics[NUM_EXAMPLES]
+    if not isinstance(num_examples, int | float) or not 0 < num_examples < float("inf"):
+        raise RecordError(f"{NUM_EXAMPLES}={num_examples} is not above 0")
+    if release_counts and not isinstance(metrics[NONFINITE], int):
+        raise RecordError(f"{NONFINITE}={metrics[NONFINITE]} is no count")
+    return dict(metrics)
+
+
+def same_content(fingerprint: str) -> RecordDict:
+    """What a message says of the server's experiment; nothing for an empty ``fingerprint``."""
+    return RecordDict({SAME: ConfigRecord({"sha256": fingerprint})} if fingerprint else {})
+
+
+def check_same(content: RecordDict, fingerprint: str) -> None:
+    """Raise ``RecordError`` where the message is of another experiment than that of ``fingerprint``."""
+    record = config_in(content, SAME)
+    if record is not None and record.get("sha256") != fingerprint:
+        raise RecordError(
+            "this process made other data, another partition or other frozen weights of the run's names than the "
+            "server: a plug-in has to make the same each time, from the seed that it is given; a node with data of "
+            "its own needs a policy. Nothing was computed"
+        )
+
+
+def identity_content(client: int, num_examples: int) -> RecordDict:
+    """Answer to the question who this node is."""
+    return RecordDict({IDENTITY: ConfigRecord({"client": client, "num_examples": num_examples})})
+
+
+def read_identity(reply: Message) -> int:
+    """The client behind a node; raises ``RecordError`` if it does not say."""
+    if reply.has_error():
+        raise RecordError(reply.error.reason or f"error {reply.error.code}")
+    client = _config(reply.content, IDENTITY).get("client")
+    if not isinstance(client, int):
+        raise RecordError("no client in the identity")
+    return client
+
+
+def save_state(content: RecordDict, state: State) -> None:
+    """Keep ``state`` in a client's context, one array per slot and name."""
+    flat = {f"{slot}/{name}": value for slot, params in state.items() for name, value in params.items()}
+    content[STATE] = to_arrays(flat)
+
+
+def load_state(content: RecordDict) -> State | None:
+    """The state that ``save_state`` kept, or None."""
+    if (record := arrays_in(content, STATE)) is None:
+        return None
+    state: State = {}
+    for key, value in to_params(record).items():
+        slot, _, name = key.partition("/")
+        state.setdefault(slot, {})[name] = value
+    return state
+
+
+def save_history(content: RecordDict, history: History) -> None:
+    """Keep what a client has spent, by its own count, in its context."""
+    content[HISTORY] = ConfigRecord({"events": [json.dumps(event.to_dict()) for event in history]})
+
+
+def load_history(content: RecordDict) -> History:
+    """What ``save_history`` kept; empty where there is nothing."""
+    if config_in(content, HISTORY) is None:
+        return ()
+    return merge(PrivacyEvent.from_dict(json.loads(event)) for event in _config(content, HISTORY)["events"])
+
+
+def _config(content: RecordDict, key: str) -> dict[str, Any]:
+    record = config_in(content, key)
+    if record is None:
+        raise RecordError(f"no {key!r} record")
+    return dict(record)

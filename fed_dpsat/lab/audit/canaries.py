@@ -1,0 +1,404 @@
+"""An audit in one run: canaries that each joined by a fair coin, and guesses which of them did.
+
+Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846), Algorithm 1. The whole federation of a configuration trains, with
+the canaries that the coins let in among the data of one client. Two attackers:
+
+============ =========================================================== ==========================================
+name         a canary is                                                 scored by
+============ =========================================================== ==========================================
+gradient     an example whose gradient is one coordinate (per layer, if  likelihood ratio of all private gradients
+             the rule clips per layer), clipped to the bound             of the client, all other examples known
+mislabelled  a public test image with a wrong label                      how far its loss fell, over all global
+                                                                         models
+============ =========================================================== ==========================================
+
+The top and the bottom k of the scores are guessed "in" and "out", for each k of shares fixed in advance; the best
+counts, at a confidence corrected for the number of shares (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fed_dpsat.accounting import PrivacyLedger, epsilon
+from fed_dpsat.accounting.plans import make_plans
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.errors import SettingError
+from fed_dpsat.flower.federation import run_federation
+from fed_dpsat.lab.audit.bounds import best_one_run_epsilon, check_confidence
+from fed_dpsat.lab.audit.scores import log_likelihood_ratio
+from fed_dpsat.params import Params
+from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.simulation import simulation_grid
+from fed_dpsat.step.clipping import ClippingRule
+from fed_dpsat.step.gradients.per_example import LossFn, ModelLoss, clipped_gradient_sum
+from fed_dpsat.step.loop import LocalResult
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.step.optimizers.chain import split_chain
+from fed_dpsat.step.query import At, spread
+
+ATTACKS = ("gradient", "mislabelled")
+SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)
+"""Shares of the canaries that are guessed about; all are tried, and all are paid for."""
+
+UNREAD = frozenset({"saf", "zeroth-order"})
+"""Optimizers for which no gradient canary can be made: a loss made of outputs, and a release that is a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneRunAudit:
+    """``epsilon_lower`` holds with ``confidence`` for ``client``, whose releases were charged ``epsilon_ledger``."""
+
+    attack: str
+    epsilon_lower: float
+    epsilon_ledger: float
+    delta: float
+    confidence: float
+    client: int
+    canaries: int
+    included: int
+    guesses: int
+    correct: int
+    shares_tried: int
+    steps: int
+
+    @property
+    def broken(self) -> bool:
+        """Whether the attack shows more than the ledger says."""
+        return self.epsilon_lower > self.epsilon_ledger
+
+
+def audit_one_run(
+    config: RunConfig, *, attack: str = "gradient", canaries: int = 500, confidence: float = 0.95, seed: int = 0
+) -> OneRunAudit:
+    """Train the federation of ``config`` once, with canaries, and guess; ``seed`` is that of the coins.
+
+    The run trains clients one after the other in this process. Raises ``SettingError`` for more canaries than the
+    model has coordinates (gradient) or the test split images (mislabelled), or an attack that there is not.
+    """
+    check_confidence(confidence)
+    if attack not in ATTACKS:
+        raise SettingError("attack", attack, f"one of {', '.join(ATTACKS)}", "choose one of those")
+    check_unit(config)
+    if attack == "gradient" and (unread := UNREAD & {config.optimizer, *split_chain(config.base_optimizer)}):
+        raise SettingError(
+            "optimizer",
+            min(unread),
+            "one whose examples have a gradient of their loss alone",
+            "audit --game, if at all",
+        )
+    if attack == "gradient" and config.unfreeze_round:
+        raise SettingError("unfreeze_round", config.unfreeze_round, "0 in an audit", "audit each part by itself")
+    if canaries < 20:
+        raise SettingError("canaries", canaries, "at least 20", "a handful of guesses shows nothing; 500 is usual")
+    config = one_process(config)
+    experiment = Experiment.build(config)
+    client = costliest_client(config)
+    generator = np.random.default_rng([seed, 0xCA7A27])
+    coins = generator.random(canaries) < 0.5
+    run = _gradient_scores if attack == "gradient" else _mislabelled_scores
+    scores, spent, steps = run(experiment, client, coins, generator)
+    tries = [_right(scores, coins, int(share * canaries) // 2) for share in SHARES]
+    lower, best = best_one_run_epsilon(canaries, tries, config.delta, confidence)
+    return OneRunAudit(
+        attack=attack,
+        epsilon_lower=lower,
+        epsilon_ledger=spent,
+        delta=config.delta,
+        confidence=confidence,
+        client=client,
+        canaries=canaries,
+        included=int(coins.sum()),
+        guesses=tries[best][0],
+        correct=tries[best][1],
+        shares_tried=len(SHARES),
+        steps=steps,
+    )
+
+
+def one_process(config: RunConfig) -> RunConfig:
+    """``config`` for clients that train one after the other here, on the CPU, where they can be watched."""
+    here: dict[str, Any] = {"workers": 0, "ray_address": "", "gpus_per_worker": 0.0, "device": "cpu"}
+    return dataclasses.replace(config, **here, stack_clients=1, out="", resume=False, profile=False)
+
+
+def check_unit(config: RunConfig) -> None:
+    """Raise ``SettingError`` for a run that is not private, or whose promise is about clients: attacks on examples."""
+    if config.privacy_unit != "example":
+        raise SettingError("privacy_unit", config.privacy_unit, "'example' for canaries", "play the game alone: --game")
+    check_private(config)
+
+
+def check_private(config: RunConfig) -> None:
+    """Raise ``SettingError`` for a run that makes no claim."""
+    if not config.private:
+        raise SettingError(
+            "private", config.private, "true in an audit", "epsilon is infinite; there is no claim to test"
+        )
+
+
+def costliest_client(config: RunConfig) -> int:
+    """The client whose round costs most by the plan, the first of several."""
+    plans = make_plans(config)
+    return int(np.argmax([epsilon([plan.event], config.delta, config.accountant) for plan in plans]))
+
+
+def train(experiment: Experiment, client: int | None, folder: RunFolder, on_round: Any = None) -> float:
+    """Run the federation; epsilon that its ledger holds against ``client``, or the maximum over clients."""
+    config = experiment.config
+    with simulation_grid(experiment, None, folder) as grid:
+        run_federation(grid, experiment, folder, on_round=on_round, objects=["experiment of an audit"])
+    with PrivacyLedger(folder.ledger_path, readonly=True) as ledger:
+        spent: dict[int, float] = ledger.epsilon_by_client(config.delta, config.accountant)
+    return float(max(spent.values(), default=0.0) if client is None else spent.get(client, 0.0))
+
+
+def _right(scores: NDArray[np.float64], coins: NDArray[np.bool_], k: int) -> tuple[int, int]:
+    """``(guesses, correct)`` where the ``k`` highest are guessed in and the ``k`` lowest out."""
+    order = np.argsort(scores, kind="stable")
+    out, into = order[:k], order[len(order) - k :]
+    return 2 * k, int((~coins[out]).sum() + coins[into].sum())
+
+
+# gradient canaries
+
+
+@dataclass(frozen=True)
+class CanaryLoss(ModelLoss):
+    """A model's loss, and for targets from ``num_classes`` on the linear loss of a canary.
+
+    ``coordinates[m, L]`` are those of canary m in the flat parameters, each with the slope ``slope``.
+    """
+
+    num_classes: int = 0
+    coordinates: Tensor = field(default_factory=lambda: torch.zeros(0, 1, dtype=torch.int64))
+    slope: float = 1.0
+
+    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
+        """``inputs[B, ...], targets[B] -> losses[B]``."""
+        is_canary = targets >= self.num_classes
+        ordinary = super().__call__(params, inputs, targets.clamp(max=self.num_classes - 1))
+        which = self.coordinates[(targets - self.num_classes).clamp(min=0)]
+        flat = torch.cat([p.flatten() for p in params.values()])
+        linear = self.slope * flat[which].sum(-1)
+        return torch.where(is_canary, linear, ordinary)
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """What the attacker computes of each private gradient of the client, when it is ``on``."""
+
+    loss: LossFn
+    batch: tuple[Tensor, Tensor]
+    clipping: ClippingRule
+    coordinates: Tensor
+    sample_rate: float
+    scale: float
+    on: bool = False
+    along: list[Tensor] = field(default_factory=list)
+
+    def see(self, at: At, private_gradient: Params) -> None:
+        """Subtract what the known examples are expected to add, and keep each canary's share, in clip norms."""
+        known = spread(at, clipped_gradient_sum(self.loss, at, self.batch, self.clipping)[0])
+        residual = torch.cat([g.flatten() * self.scale for g in private_gradient.values()])
+        residual = residual - self.sample_rate * torch.cat([k.flatten() for k in known.values()])
+        length = self.clipping.clip_norm * math.sqrt(self.coordinates.shape[1])
+        self.along.append(residual[self.coordinates].sum(1).double() / length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching:
+    """A private optimizer whose query points and private gradients a ``Watch`` sees."""
+
+    inner: PrivateOptimizer
+    watch: Watch
+    asked: list[At] = field(default_factory=list)
+
+    def init(self, params: Params) -> State:
+        """As the one that is watched."""
+        return self.inner.init(params)
+
+    def query_point(self, params: Params, state: State) -> At:
+        """As the one that is watched."""
+        at = self.inner.query_point(params, state)
+        self.asked[:] = [at]
+        return at
+
+    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        """As the one that is watched."""
+        if self.watch.on:
+            self.watch.see(self.asked[0], private_gradient)
+        return self.inner.update(params, private_gradient, state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedExperiment(Experiment):
+    """An experiment that turns the watch on for one client."""
+
+    watch: Watch
+    watched: int
+
+    def client_round(self, client: int, *arguments: Any, **more: Any) -> LocalResult:
+        """As ever."""
+        self.watch.on = client == self.watched
+        try:
+            return super().client_round(client, *arguments, **more)
+        finally:
+            self.watch.on = False
+
+
+def canary_coordinates(params: Params, clipping: ClippingRule, canaries: int, generator: np.random.Generator) -> Tensor:
+    """Different coordinates for each canary, ``[m, L]``: L = 1, or one per layer where the rule keeps more of that."""
+    sizes = {name: p.numel() for name, p in params.items()}
+    starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+    single, each = max(sizes, key=lambda name: sizes[name]), _largest_of_layers(sizes)
+    kept = [float(_clipped(clipping, sizes, names)[1].max()) for names in ([single], each)]
+    spread = len(each) > 1 and kept[1] > 1.01 * kept[0]
+    room = min(sizes[name] for name in each) if spread else sum(sizes.values())
+    if canaries > room:
+        raise SettingError("canaries", canaries, f"at most {room}, the coordinates that there are", "lower it")
+    if not spread:
+        return torch.from_numpy(generator.permutation(room)[:canaries])[:, None]
+    columns = [starts[name] + generator.permutation(sizes[name])[:canaries] for name in each]
+    return torch.from_numpy(np.stack(columns, 1))
+
+
+def slope_of(clipping: ClippingRule, params: Params, coordinates: Tensor) -> float:
+    """The slope along each of its coordinates that makes a canary weigh most after clipping."""
+    sizes, spread = {name: p.numel() for name, p in params.items()}, coordinates.shape[1]
+    names = _largest_of_layers(sizes) if spread > 1 else [max(sizes, key=lambda name: sizes[name])]
+    norms, left = _clipped(clipping, sizes, names)
+    return float(norms[left >= left.max() * (1 - 1e-6)].min()) / math.sqrt(spread)
+
+
+def _largest_of_layers(sizes: dict[str, int]) -> list[str]:
+    """The name of the largest parameter of each layer, in order."""
+    layers: dict[str, list[str]] = {}
+    for name in sizes:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    return [max(names, key=lambda name: sizes[name]) for names in layers.values()]
+
+
+def _clipped(clipping: ClippingRule, sizes: dict[str, int], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Norms ``[n]`` of a gradient spread evenly over ``names``, and what the rule leaves of each."""
+    limit = float(getattr(clipping, "global_threshold", clipping.clip_norm))
+    norms = torch.cat([torch.logspace(-3, 3, 61, dtype=torch.float64) * clipping.clip_norm, torch.tensor([limit])])
+    shares = {name: norms**2 * (name in names) / len(names) for name in sizes}
+    factors = clipping.factors(shares)
+    left = torch.stack([f.double().square() * shares[name] for name, f in factors.items()])
+    return norms, left.nan_to_num().sum(0).sqrt()  # a tensor without a gradient may have a factor of C / 0
+
+
+def _gradient_scores(
+    experiment: Experiment, client: int, coins: NDArray[np.bool_], generator: np.random.Generator
+) -> tuple[NDArray[np.float64], float, int]:
+    config, dataset = experiment.config, experiment.dataset
+    params = experiment.trained(1)
+    coordinates = canary_coordinates(params, experiment.clipping, len(coins), generator)
+    included = torch.from_numpy(np.flatnonzero(coins))
+    blank = dataset.train.inputs.new_zeros((len(included), *dataset.input_shape))
+    labels = dataset.num_classes + included
+    own = experiment.partitions[client]
+    plan = make_plans(config)[client]
+    watch = Watch(
+        loss=experiment.loss_fn,
+        batch=dataset.train.batch(torch.from_numpy(own)),
+        clipping=experiment.clipping,
+        coordinates=coordinates,
+        sample_rate=plan.event.sample_rate,
+        scale=plan.event.sample_rate * (len(own) + len(included)),
+    )
+    watched = WatchedExperiment(
+        **{
+            **_fields(experiment),
+            "config": dataclasses.replace(config, engine="vmap"),
+            "dataset": _with_examples(dataset, blank, labels, [f"canary {i}" for i in range(len(coins))]),
+            "partitions": _with_rows(experiment.partitions, client, len(dataset.train), len(included)),
+            "loss_fn": CanaryLoss(
+                experiment.loss_fn.module,
+                experiment.loss_fn.criterion,
+                experiment.loss_fn.precision,
+                experiment.loss_fn.kernels,
+                num_classes=dataset.num_classes,
+                coordinates=coordinates,
+                slope=slope_of(experiment.clipping, params, coordinates),
+            ),
+            "optimizer": Watching(inner=experiment.optimizer, watch=watch),
+            "named": False,
+        },
+        watch=watch,
+        watched=client,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        spent = train(watched, client, RunFolder(Path(folder) / "run"))
+    along = torch.stack(watch.along, 1).numpy()
+    return log_likelihood_ratio(along, plan.event.noise_multiplier, plan.event.sample_rate), spent, along.shape[1]
+
+
+# mislabelled canaries
+
+
+def _mislabelled_scores(
+    experiment: Experiment, client: int, coins: NDArray[np.bool_], generator: np.random.Generator
+) -> tuple[NDArray[np.float64], float, int]:
+    dataset, count = experiment.dataset, len(coins)
+    if count > len(dataset.test):
+        raise SettingError("canaries", count, f"at most {len(dataset.test)}, the test images", "lower it")
+    rows = torch.from_numpy(generator.permutation(len(dataset.test))[:count])
+    wrong = torch.from_numpy(generator.integers(1, dataset.num_classes, count))
+    labels = (dataset.test.labels[rows] + wrong) % dataset.num_classes
+    included = torch.from_numpy(np.flatnonzero(coins))
+    audited = dataclasses.replace(
+        experiment,
+        dataset=_with_examples(dataset, dataset.test.inputs[rows[included]], labels[included], []),
+        partitions=_with_rows(experiment.partitions, client, len(dataset.train), len(included)),
+        named=False,
+    )
+    inputs, losses = dataset.test.batch(rows)[0], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = RunFolder(Path(name) / "run")
+
+        def look(record: object) -> None:
+            checkpoint = folder.load_checkpoint()
+            assert checkpoint is not None  # written before anyone is told of the round
+            with torch.no_grad():
+                losses.append(experiment.loss_fn(checkpoint.params, inputs, labels).double().numpy())
+
+        spent = train(audited, client, folder, look)
+    return losses[0] - np.mean(losses[1:], axis=0), spent, len(losses) - 1
+
+
+def _with_examples(dataset: Dataset, inputs: Tensor, labels: Tensor, more_classes: Sequence[str]) -> Dataset:
+    """``dataset`` with examples more at the end of its training split."""
+    old = dataset.train
+    extended = Examples(
+        inputs=torch.cat([old.inputs, inputs]),
+        labels=torch.cat([old.labels, labels]),
+        mean=old.mean,
+        std=old.std,
+    )
+    return dataclasses.replace(dataset, train=extended, class_names=(*dataset.class_names, *more_classes))
+
+
+def _with_rows(partitions: Sequence[NDArray[np.int64]], client: int, first: int, count: int) -> list[NDArray[np.int64]]:
+    """``partitions`` with ``count`` rows from ``first`` on given to ``client``."""
+    extended = list(partitions)
+    extended[client] = np.concatenate([extended[client], np.arange(first, first + count)])
+    return extended
+
+
+def _fields(experiment: Experiment) -> dict[str, Any]:
+    return {f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment)}

@@ -1,0 +1,120 @@
+"""All audits of one configuration, as data and in words: what ``fed-dpsat audit`` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fed_dpsat import plugins
+from fed_dpsat.accounting.plans import make_plans
+from fed_dpsat.errors import SettingError
+from fed_dpsat.flower.client_release import ClientRelease
+from fed_dpsat.lab.audit.canaries import audit_one_run, check_private, check_unit, costliest_client
+from fed_dpsat.lab.audit.client_game import ClientGame, play_clients
+from fed_dpsat.lab.audit.game import Game, GameResult, play
+from fed_dpsat.lab.audit.membership import draw_membership, membership_curve
+from fed_dpsat.lab.audit.words import LIMITS, game_words, membership_words, one_run_words
+from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.optimizers.chain import build_optimizer
+
+GAME_STEPS = 8
+"""A game of a configuration plays its first rounds, up to so many steps: the mechanism of later ones is the same."""
+
+
+def config_of(path: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The settings of a TOML file or a run folder, or the defaults.
+
+    Raises ``SettingError`` for a run that was given objects in Python: its settings do not describe it.
+    """
+    if path is None or not path.is_dir():
+        return RunConfig.load(path, overrides)
+    folder = RunFolder(path, resume=True)
+    if objects := folder.objects():
+        raise SettingError("run", str(path), "described by its settings alone", f"it was given {', '.join(objects)}")
+    return RunConfig.load(path / "config.toml", overrides)
+
+
+def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
+    """The game with the optimizer, clipping rule, noise and rates of the costliest client of ``config``."""
+    check_unit(config)
+    settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
+    settings["steps_per_round"] = config.steps_per_round
+    event = make_plans(config)[costliest_client(config)].event
+    local_steps = min(config.steps_per_round, GAME_STEPS)
+    return Game(
+        optimizer=build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args),
+        clipping=plugins.build("clipping", config.clipping, settings, config.clipping_args),
+        noise_multiplier=event.noise_multiplier,
+        sample_rate=event.sample_rate,
+        rounds=min(config.rounds_per_client, GAME_STEPS // local_steps),
+        local_steps=local_steps,
+        others=99 if config.clipping == "adaptive" else 1,
+        repetitions=repetitions,
+        delta=config.delta,
+        confidence=confidence,
+        seed=config.seed,
+    )
+
+
+def client_game_of(config: RunConfig, *, repetitions: int, confidence: float) -> ClientGame:
+    """The game with the release of ``config``, whose unit is the client."""
+    event = make_plans(config)[0].event
+    release = ClientRelease.of(config, event.noise_multiplier)
+    assert release is not None  # or the unit is another
+    return ClientGame(
+        release=release,
+        event=event,
+        rounds=min(config.rounds_per_client, GAME_STEPS),
+        repetitions=repetitions,
+        delta=config.delta,
+        confidence=confidence,
+        seed=config.seed,
+    )
+
+
+def _play(config: RunConfig, *, repetitions: int, confidence: float) -> GameResult:
+    check_private(config)
+    if config.privacy_unit == "client":
+        return play_clients(client_game_of(config, repetitions=repetitions, confidence=confidence))
+    return play(game_of(config, repetitions=repetitions, confidence=confidence))
+
+
+def run_audit(
+    config: RunConfig,
+    *,
+    attacks: Sequence[str],
+    canaries: int,
+    repetitions: int,
+    models: int,
+    figure: Path | None,
+    confidence: float,
+) -> tuple[dict[str, Any], list[str]]:
+    """``(what was found, paragraphs)``: the game, one run for each of ``attacks``, and a curve if ``models``.
+
+    A run that is not private makes no claim that could be tested; of it there is a curve alone.
+    """
+    report: dict[str, Any] = {}
+    words: list[str] = []
+    if config.private or not models:
+        if attacks:
+            check_unit(config)
+        played = _play(config, repetitions=repetitions, confidence=confidence)
+        report["game"] = {**dataclasses.asdict(played), "broken": played.broken}
+        words.append(game_words(played))
+    for attack in attacks if config.private else ():
+        found = audit_one_run(config, attack=attack, canaries=canaries, confidence=confidence, seed=config.seed)
+        report[attack] = {**dataclasses.asdict(found), "broken": found.broken}
+        words.append(one_run_words(found))
+    if models:
+        curve = membership_curve(config, models=models, seed=config.seed)
+        if figure:
+            draw_membership(curve, figure)
+        report["membership"] = {
+            name: value.tolist() if hasattr(value, "tolist") else value
+            for name, value in dataclasses.asdict(curve).items()
+        }
+        words.append(membership_words(curve))
+    return {**report, "limits": LIMITS}, [*words, LIMITS]

@@ -1,0 +1,372 @@
+"""The distinguishing game: the real training step on two neighbouring data sets, many times, and who can tell.
+
+The worst case that an adversary can set up: a loss whose gradients it knows, ``others`` examples it knows, a server
+that sends the same model in every round, and one example more in the second world, whose gradient is clipped and points
+along ``u``. All private gradients and all models are seen. The other examples lie across ``u``; with ``follow`` they
+have no gradient until the query point is moved along ``u``, and then one along it: what an ascent direction knows of
+the example is multiplied by their number.
+
+Each repetition has its own coins and noise. The attack, of the menu in ``scores``, and its threshold are chosen on the
+first half of the repetitions and judged on the second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fed_dpsat.accounting import PrivacyEvent, PrivacyLedger
+from fed_dpsat.errors import SettingError
+from fed_dpsat.lab.audit.bounds import check_confidence, gaussian_epsilon, two_world_epsilon
+from fed_dpsat.lab.audit.scores import Guess, Seen, Values, choose, errors, scores
+from fed_dpsat.params import Params, trainable
+from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
+from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
+from fed_dpsat.step.loop import LocalResult, Streams, train_locally
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, set_clock
+from fed_dpsat.step.query import At
+from fed_dpsat.step.sampling import PoissonSampler
+from fed_dpsat.step.stacked import Member, Unstackable, train_stacked
+from fed_dpsat.step.unchecked import unchecked
+
+LAYERS, WIDTH = 16, 2
+SIZE = LAYERS * WIDTH
+STACK = 500
+
+
+def ledger_epsilon(events: Sequence[PrivacyEvent], delta: float) -> float:
+    """What the ledger says of one client whose rounds cost ``events``."""
+    with PrivacyLedger(":memory:") as ledger:
+        for round, event in enumerate(events, 1):
+            ledger.charge(0, round, 0, event)
+        return ledger.epsilon(delta)
+
+
+def as_it_is(member: Member) -> Member:
+    """The client of a game, unchanged; tests put a broken one in its place."""
+    return member
+
+
+@dataclass(frozen=True, kw_only=True)
+class Game:
+    """One game: what is trained, how often, and what it is said to cost.
+
+    ``repetitions`` are those in each world. ``client`` may exchange parts of a client, ``ledger`` the account:
+    that is how a broken mechanism is played. ``alone`` trains repetitions one by one with ``train_locally``; else they
+    are stacked (``train_stacked``) where they can be. Raises ``SettingError`` for settings that make no game.
+    """
+
+    optimizer: PrivateOptimizer
+    clipping: ClippingRule
+    noise_multiplier: float
+    sample_rate: float = 1.0
+    rounds: int = 1
+    local_steps: int = 1
+    others: int = 1
+    follow: bool = False
+    repetitions: int = 1000
+    delta: float = 1e-5
+    confidence: float = 0.95
+    seed: int = 0
+    alone: bool = False
+    client: Callable[[Member], Member] = as_it_is
+    ledger: Callable[[Sequence[PrivacyEvent], float], float] = ledger_epsilon
+
+    def __post_init__(self) -> None:
+        check_confidence(self.confidence)
+        for name, value, least in (("rounds", self.rounds, 1), ("others", self.others, 1)):
+            if value < least:
+                raise SettingError(name, value, f"at least {least}", "a game needs one")
+        if self.repetitions < 20:
+            raise SettingError("repetitions", self.repetitions, "at least 20", "half of them only choose the attack")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GameResult:
+    """``epsilon_lower`` holds with ``confidence``; ``epsilon_ledger`` is what the same releases were charged.
+
+    ``epsilon_if_gaussian`` holds only for a mechanism that is a Gaussian one (no sampling); else it is None.
+    """
+
+    epsilon_lower: float
+    epsilon_if_gaussian: float | None
+    epsilon_ledger: float
+    delta: float
+    confidence: float
+    repetitions: int
+    steps: int
+    guess: Guess
+    false_positive_rate: float
+    false_negative_rate: float
+
+    @property
+    def broken(self) -> bool:
+        """Whether the attack shows more than the ledger says."""
+        return self.epsilon_lower > self.epsilon_ledger
+
+
+class Claim(Protocol):
+    """What any game says of the mechanism that it plays, and how sure its bound is to be."""
+
+    @property
+    def noise_multiplier(self) -> float:
+        """As declared."""
+
+    @property
+    def sample_rate(self) -> float:
+        """As declared."""
+
+    @property
+    def delta(self) -> float:
+        """Of the bound."""
+
+    @property
+    def confidence(self) -> float:
+        """Of the bound."""
+
+
+def play(game: Game) -> GameResult:
+    """Both worlds, the attack chosen on one half of the repetitions and judged on the other.
+
+    What is played is taken as it is (``unchecked``): the game is to find what is broken.
+    """
+    with unchecked():
+        (without, events), (with_it, _) = (_world(game, included) for included in (False, True))
+    steps = game.rounds * game.local_steps
+    return result_of(game, without, with_it, steps=steps, epsilon_ledger=game.ledger(events, game.delta))
+
+
+def result_of(game: Claim, without: Seen, with_it: Seen, *, steps: int, epsilon_ledger: float) -> GameResult:
+    """What two worlds, of as many repetitions each, show of ``game``."""
+    guess, false_positives, false_negatives, trials = judged(game, without, with_it)
+    seen = false_positives, false_negatives, trials, game.delta, game.confidence
+    return GameResult(
+        epsilon_lower=two_world_epsilon(*seen),
+        epsilon_if_gaussian=gaussian_epsilon(*seen) if game.sample_rate == 1 else None,
+        epsilon_ledger=epsilon_ledger,
+        delta=game.delta,
+        confidence=game.confidence,
+        repetitions=len(without.along),
+        steps=steps,
+        guess=guess,
+        false_positive_rate=false_positives / trials[0],
+        false_negative_rate=false_negatives / trials[1],
+    )
+
+
+def judged(game: Claim, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
+    """The attack chosen on the first half of what was seen, and its errors and trials on the second half."""
+    half = len(without.along) // 2
+
+    def scored(world: Seen, rows: slice) -> dict[str, Values]:
+        return scores(world.part(rows), game.noise_multiplier, game.sample_rate)
+
+    first, second = slice(None, half), slice(half, None)
+    guess = choose(scored(without, first), scored(with_it, first), game.delta, game.confidence)
+    return guess, *errors(guess, scored(without, second), scored(with_it, second))
+
+
+class Crafted(nn.Module):
+    """``inputs[B, SIZE + 1] -> outputs[B, 1]``: <a, w> + b relu(<u, w>), with (a, b) the row of an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Vector() for _ in range(LAYERS))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The loss itself, as the only output."""
+        flat = torch.cat([layer.weight for layer in self.layers])  # type: ignore[misc]
+        return (inputs[:, :-1] @ flat + inputs[:, -1] * torch.relu(flat.sum() / math.sqrt(SIZE)))[:, None]
+
+
+class _Vector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH))
+
+
+def crafted_loss() -> ModelLoss:
+    """Losses that are the outputs of ``Crafted``, for optimizers that ask for outputs too."""
+    return ModelLoss(Crafted(), criterion=lambda outputs, targets: outputs.squeeze(1))
+
+
+def strongest_norm(clipping: ClippingRule, shapes: Params) -> float:
+    """The norm, of a gradient spread evenly, that the rule leaves longest: large, but for rules that drop the large."""
+    norms = torch.logspace(-3, 3, 61, dtype=torch.float64) * clipping.clip_norm
+    norms = torch.cat([norms, torch.tensor([float(getattr(clipping, "global_threshold", clipping.clip_norm))])])
+    factors = clipping.factors({name: norms**2 * p.numel() / SIZE for name, p in shapes.items()})
+    kept = torch.stack([f.double() ** 2 * norms**2 * shapes[name].numel() / SIZE for name, f in factors.items()])
+    lengths = kept.sum(0)
+    return float(norms[lengths >= lengths.max() * (1 - 1e-6)].min()) if math.isfinite(float(lengths.max())) else 1.0
+
+
+def _start() -> Params:
+    return trainable(Crafted())
+
+
+def _rows(game: Game) -> Tensor:
+    """``[others + 1, SIZE + 1]``, the example in question last."""
+    norm = strongest_norm(game.clipping, _start())
+    along = torch.full((SIZE,), norm / math.sqrt(SIZE))
+    across = along * torch.tensor([1.0, -1.0]).repeat(SIZE // 2)
+    rows = torch.zeros(game.others + 1, SIZE + 1)
+    if game.follow:
+        rows[:-1, -1] = norm
+    else:
+        rows[:-1, :-1] = across
+    rows[-1, :-1] = along
+    return rows
+
+
+def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
+    """What the repetitions of one world released, and what the rounds of one of them cost."""
+    rows = _rows(game)
+    count = game.others + included  # the declared size, which the mean divides by, is public and the same in both
+    sampler = PoissonSampler(num_examples=count, sample_rate=game.sample_rate)
+    mechanism = GaussianMechanism(
+        noise_multiplier=game.noise_multiplier,
+        clip_norm=game.clipping.clip_norm,
+        expected_batch_size=game.sample_rate * (game.others + 1),
+    )
+    start, along, norms, moves = _start(), [], [], []
+    events: list[PrivacyEvent] = []
+    for first in range(0, game.repetitions, STACK):
+        ids = range(first, min(first + STACK, game.repetitions))
+        state = set_clock(game.optimizer.init(start), 0)
+        states: list[State] = [state] * len(ids)
+        gradients: list[Tensor] = []
+        moved: list[Tensor] = []
+        for round in range(1, game.rounds + 1):
+            members = [
+                Member(
+                    batches=lambda indices: (rows[indices], torch.zeros(len(indices))),
+                    state=set_clock(states[k], (round - 1) * game.local_steps),
+                    sampler=sampler,
+                    mechanism=mechanism,
+                    streams=Streams(seed=game.seed, client=int(included), round=round, attempt=i),
+                )
+                for k, i in enumerate(ids)
+            ]
+            results, released = _train(game, start, [game.client(member) for member in members])
+            states = [result.state for result in results]
+            gradients.append(released)
+            moved.append(torch.stack([-_flat(result.params) for result in results])[:, None])
+            if not first:
+                events.append(results[0].event)
+        seen = torch.cat(gradients, 1) * (mechanism.expected_batch_size / game.clipping.clip_norm)
+        along.append((seen * _signs(game, start, rows[-1:], seen)).sum(2) / math.sqrt(seen.shape[2]))
+        norms.append(seen.square().sum(2))
+        moves.append(torch.cat(moved, 1).sum(2) / math.sqrt(SIZE))
+    return Seen(**{n: torch.cat(t).numpy() for n, t in (("along", along), ("norms", norms), ("moves", moves))}), events
+
+
+def _signs(game: Game, start: Params, row: Tensor, seen: Tensor) -> Tensor:
+    """``[T, 1]``: 1; but of a method that releases one number, whether the example moves it up or down in each step."""
+    steps, state = seen.shape[1], game.optimizer.init(start)
+    if seen.shape[2] == SIZE:
+        return torch.ones(steps, 1)
+    signs = []
+    for step in range(steps):  # the loss is linear but for ``follow``: it does not matter from where it is asked
+        at = game.optimizer.query_point(start, set_clock(state, step))
+        total, _ = clipped_gradient_sum(crafted_loss(), at, (row, torch.zeros(1)), game.clipping, engine="vmap")
+        signs.append(_flat(total).sign())
+    return torch.stack(signs)
+
+
+def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[LocalResult], Tensor]:
+    """One round of each repetition, and the private gradients that each gave its optimizer, ``[n, steps, SIZE]``."""
+    if not game.alone and not isinstance(game.clipping, AdaptiveClipping):
+        mechanisms = [_Watched.of(member.mechanism) for member in members]
+        watched = [replace(member, mechanism=m) for member, m in zip(members, mechanisms, strict=True)]
+        try:
+            results = train_stacked(
+                start,
+                watched,
+                loss_fn=crafted_loss(),
+                optimizer=game.optimizer,
+                clipping=game.clipping,
+                local_steps=game.local_steps,
+                physical_batch_size=STACK * (game.others + 1),
+            )
+        except Unstackable:
+            return _one_by_one(game, start, members)
+        return results, torch.stack([mechanism.released() for mechanism in mechanisms])
+    return _one_by_one(game, start, members)
+
+
+def _one_by_one(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[LocalResult], Tensor]:
+    results, released = [], []
+    for member in members:
+        watching = _Watching(game.optimizer)
+        result = train_locally(
+            start,
+            loss_fn=crafted_loss(),
+            optimizer=watching,
+            clipping=game.clipping,
+            local_steps=game.local_steps,
+            batches=member.batches,
+            state=member.state,
+            sampler=member.sampler,
+            mechanism=member.mechanism,
+            streams=member.streams,
+            engine="vmap",
+        )
+        results.append(result)
+        released.append(torch.stack(watching.released))
+    return results, torch.stack(released)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watched(GaussianMechanism):
+    """Any mechanism, whose answers are kept."""
+
+    inner: GaussianMechanism
+    kept: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, inner: GaussianMechanism) -> _Watched:
+        return cls(
+            inner=inner,
+            noise_multiplier=inner.noise_multiplier,
+            clip_norm=inner.clip_norm,
+            expected_batch_size=inner.expected_batch_size,
+        )
+
+    def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
+        private = self.inner.privatize(clipped_sum, generator)
+        self.kept.append(_flat(private))
+        return private
+
+    def event(self, *, sample_rate: float, steps: int) -> PrivacyEvent:
+        return self.inner.event(sample_rate=sample_rate, steps=steps)
+
+    def released(self) -> Tensor:
+        return torch.stack(self.kept)
+
+
+class _Watching:
+    """Any optimizer, whose private gradients are kept."""
+
+    def __init__(self, inner: PrivateOptimizer) -> None:
+        self.inner, self.released = inner, list[Tensor]()
+
+    def init(self, params: Params) -> State:
+        return self.inner.init(params)
+
+    def query_point(self, params: Params, state: State) -> At:
+        return self.inner.query_point(params, state)
+
+    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        self.released.append(_flat(private_gradient))
+        return self.inner.update(params, private_gradient, state)
+
+
+def _flat(params: Params) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in params.values()]).double()

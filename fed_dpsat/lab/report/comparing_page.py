@@ -1,0 +1,131 @@
+"""A comparison as a page, as rows for a terminal or a CSV file, and as plain data."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fed_dpsat.errors import InputError
+from fed_dpsat.lab.report import canvas
+from fed_dpsat.lab.report.canvas import Table
+from fed_dpsat.lab.report.comparing import PROMISE_WORDS, Comparison, Group, compare
+from fed_dpsat.lab.report.comparing_figures import drawings, mean_text
+from fed_dpsat.lab.report.condensed import read_runs, write_runs
+from fed_dpsat.lab.report.numbers import Estimate, plain, rounded
+from fed_dpsat.lab.report.page import render
+
+SUFFIXES = {".html", ".csv", ".jsonl"}
+
+
+def write_comparison(paths: Sequence[Path], out: Path) -> Comparison:
+    """A page with its table as CSV beside it, a CSV file, or the runs condensed, by the suffix of ``out``.
+
+    Raises ``InputError`` for another suffix, and what ``read_runs`` and ``compare`` raise.
+    """
+    if out.suffix not in SUFFIXES:
+        raise InputError(f"--out={str(out)!r} is not one of *.html, *.csv (the table), *.jsonl (the runs, condensed)")
+    runs = read_runs(paths)
+    found = compare(runs)
+    if out.suffix == ".jsonl":
+        write_runs(runs, out)
+        return found
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".csv").write_text(as_csv(found))
+        if out.suffix == ".html":
+            out.write_text(as_html(found, out.parent / f"{out.stem}-figures"))
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); name another place with --out") from None
+    return found
+
+
+def as_html(found: Comparison, figures: Path) -> str:
+    """The page; its figures go into the folder ``figures`` too."""
+    canvas.matplotlib()
+    return render(
+        "compare.html.j2",
+        title=f"{sum(g.accuracy.n for g in found.groups)} runs in {len(found.groups)} groups",
+        found=found,
+        table=as_table(found),
+        drawings=list(drawings(found, figures)),
+        promises=[g.promise for g in found.groups if math.isfinite(g.epsilon)][:1],
+        common=[(k, v) for k, v in found.common.items() if v != ""],
+    )
+
+
+def as_table(found: Comparison) -> Table:
+    """One row per group, numbers rounded to what their intervals support; promises are columns where they differ."""
+    parts = ["delta", *(name for name in PROMISE_WORDS if name != "delta" and _differ(found, name))]
+    head = ["group", "n", "accuracy (%)", "sd", "loss (nats)", "ECE", "epsilon", "front"]
+    rows = [
+        (
+            group.label,
+            str(group.accuracy.n),
+            mean_text(group.accuracy),
+            _sd(group.accuracy),
+            mean_text(group.loss),
+            mean_text(group.calibration),
+            plain(group.epsilon),
+            "yes" if group.on_front else "",
+            *(str(getattr(group.promise, name)) for name in parts),
+        )
+        for group in found.groups
+    ]
+    words = tuple(PROMISE_WORDS[name] for name in parts)
+    return Table(head=(*head, *words), rows=tuple(rows), note=" ".join(found.notes))
+
+
+def _differ(found: Comparison, part: str) -> bool:
+    return len({getattr(promise, part) for promise in found.promises}) > 1
+
+
+def as_csv(found: Comparison) -> str:
+    """One row per group, unrounded."""
+    text = io.StringIO()
+    rows = [_flat(group) for group in found.groups]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_data(found: Comparison) -> dict[str, Any]:
+    """For ``--json``."""
+    return {
+        "groups": [
+            {
+                "label": group.label,
+                "settings": group.settings,
+                "runs": [str(run.path) for run in group.runs],
+                "seeds": group.seeds,
+                "accuracy": dataclasses.asdict(group.accuracy),
+                "loss": dataclasses.asdict(group.loss) if group.loss else None,
+                "ece": dataclasses.asdict(group.calibration) if group.calibration else None,
+                "epsilon": group.epsilon,
+                "on_front": group.on_front,
+                **dataclasses.asdict(group.promise),
+            }
+            for group in found.groups
+        ],
+        "differing": found.differing,
+        "comparable": len(found.promises) <= 1,
+        "notes": found.notes,
+    }
+
+
+def _flat(group: Group) -> dict[str, Any]:
+    row: dict[str, Any] = {"group": group.label, **group.settings, "n": group.accuracy.n}
+    row["seeds"] = " ".join(map(str, group.seeds))
+    for name, value in (("accuracy", group.accuracy), ("loss", group.loss), ("ece", group.calibration)):
+        for part in ("mean", "sd", "low", "high"):
+            row[f"{name}_{part}"] = getattr(value, part) if value else ""
+    return {**row, "epsilon": group.epsilon, "on_front": group.on_front, **dataclasses.asdict(group.promise)}
+
+
+def _sd(value: Estimate) -> str:
+    return plain(None) if math.isnan(value.sd) else rounded(value.sd, value.sd)

@@ -1,0 +1,114 @@
+"""Runs as small JSON lines, to be committed: what a comparison needs, without models and ledgers.
+
+The first line holds the settings that all runs of the file share, each other line a run. Settings are all there, so
+that a later default does not change what a run was; curves keep ``MAX_POINTS`` rounds, numbers five digits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fed_dpsat.errors import InputError
+from fed_dpsat.lab.report.numbers import spread_out
+from fed_dpsat.lab.report.reading import Run, read_run
+from fed_dpsat.settings.config import MACHINE, RunConfig
+
+FORMAT = "fed_dpsat runs 1"
+MAX_POINTS = 11
+KEPT = ("status", "ended_early", "privacy_unit", "threat_model", "noise")
+SCORES = ("round", "measured_on", "num_examples", "num_nonfinite", "accuracy", "nll", "brier", "ece", "mce")
+CURVES = ("round", "test_accuracy", "test_loss", "epsilon")
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Run folders, folders of run folders (a sweep's too), and all runs of ``.jsonl`` files; else ``InputError``."""
+    found: list[Run] = []
+    for path in paths:
+        found += _read(path) if path.suffix == ".jsonl" else [read_run(folder) for folder in _folders(path)]
+    return found
+
+
+def _folders(path: Path) -> list[Path]:
+    """Itself if it holds a run, else the runs in it; a sweep has them in ``runs``, and those put aside are none."""
+    if (path / "config.toml").exists():
+        return [path]
+    inside = sorted(file.parent for way in ("*", "runs/*") for file in path.glob(f"{way}/config.toml"))
+    return [folder for folder in inside if ".failed-" not in folder.name] or [path]
+
+
+def write_runs(runs: Sequence[Run], path: Path) -> None:
+    """All ``runs`` into one file; raises ``InputError`` where it cannot be written."""
+    settings = [{k: v for k, v in run.config.settings().items() if k not in MACHINE} for run in runs]
+    for own in settings:
+        own["client_table"] = Path(str(own["client_table"])).name  # not where it lay
+    common = {k: v for k, v in settings[0].items() if all(other[k] == v for other in settings)}
+    lines: list[dict[str, Any]] = [{"format": FORMAT, "settings": common}]
+    for run, own in zip(runs, settings, strict=True):
+        evaluated = run.evaluated
+        shown = [evaluated[i] for i in spread_out(len(evaluated), MAX_POINTS)]
+        lines.append(
+            {
+                "name": run.name,
+                "settings": {k: v for k, v in own.items() if k not in common},
+                "objects": run.objects,
+                "packages": {
+                    k: v for k, v in run.environment.get("packages", {}).items() if k in ("fed-dpsat", "torch")
+                },
+                "epsilon": _short(run.epsilon),
+                "summary": {key: run.summary.get(key) for key in KEPT},
+                "quality": {key: _short(run.quality[key]) for key in SCORES} if run.quality else None,
+                "rounds": {key: [_short(line[key]) for line in shown] for key in CURVES},
+            }
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n" for line in lines))
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); name another place with --out") from None
+
+
+def _read(path: Path) -> list[Run]:
+    try:
+        head, *lines = (json.loads(line) for line in path.read_text().splitlines())
+        if head["format"] != FORMAT:
+            raise InputError(f"{path} is of the form {head['format']!r}, this version reads {FORMAT!r}")
+        return [_run(line, head["settings"]) for line in lines]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} holds no runs that `fed-dpsat compare --out` wrote ({error!r})") from None
+
+
+def _run(line: dict[str, Any], common: dict[str, Any]) -> Run:
+    columns = [[_long(value) for value in line["rounds"][key]] for key in CURVES]
+    quality = line["quality"]
+    return Run(
+        path=Path(line["name"]),
+        config=RunConfig.from_mapping({**common, **line["settings"]}),
+        environment={"objects": line["objects"], "packages": line["packages"]},
+        rounds=tuple(dict(zip(CURVES, values, strict=True)) for values in zip(*columns, strict=True)),
+        timing=(),
+        summary=line["summary"],
+        quality={key: _long(value) for key, value in quality.items()} if quality else None,
+        simulation=None,
+        sharpness=None,
+        epsilon=float(line["epsilon"]),
+        missing=(),
+    )
+
+
+def _short(value: Any) -> Any:
+    """Five significant digits; what JSON cannot hold as text."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else str(value)
+
+
+def _long(value: Any) -> Any:
+    return float(value) if value in ("inf", "-inf", "nan") else value

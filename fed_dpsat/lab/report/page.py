@@ -1,0 +1,120 @@
+"""One run as one HTML page that needs nothing else, and its figures as files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fed_dpsat.client.evaluation import measured_on
+from fed_dpsat.errors import InputError
+from fed_dpsat.lab.report import canvas, model_figures, palette, training_figures, words
+from fed_dpsat.lab.report.canvas import Drawing
+from fed_dpsat.lab.report.numbers import duration, percent, plain, wilson
+from fed_dpsat.lab.report.reading import Run, read_run
+from fed_dpsat.lab.report.sharpness import sharpness_words
+from fed_dpsat.lab.report.spending import Spending, read_spending
+
+SECTIONS = ("What privacy bought", "What privacy cost", "The model", "The clients", "The machine")
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """The page at ``out`` (``report.html`` in the run folder), figures in ``figures/`` beside it; where it is.
+
+    Raises ``InputError`` for a folder that holds no run, a damaged one, or a missing extra.
+    """
+    canvas.matplotlib()
+    run, out = read_run(folder), out or folder / "report.html"
+    spending = read_spending(run)
+    figures = out.parent / "figures" if out.name == "report.html" else out.parent / f"{out.stem}-figures"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sections = {name: list(_drawings(run, spending, name, figures)) for name in SECTIONS}
+        drawn = {drawing.name for drawings in sections.values() for drawing in drawings}
+        out.write_text(
+            render(
+                "report.html.j2",
+                run=run,
+                title=f"{run.name}: {run.method} on {run.config.dataset}",
+                cards=_cards(run),
+                state=words.state_of(run),
+                statement=words.statement(run),
+                sections={name: drawings for name, drawings in sections.items() if drawings},
+                sharpness=sharpness_words(run.sharpness) if run.sharpness else "",
+                not_shown=words.not_shown(run, drawn),
+                changed=words.changed_settings(run.config),
+                settings=words.all_settings(run.config),
+                versions=_versions(run),
+            )
+        )
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); name another place with --out") from None
+    return out
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this package, filled; values are escaped, so that no name in a run folder becomes markup."""
+    try:
+        import jinja2
+    except ImportError:
+        raise InputError("reports need matplotlib and Jinja2; pip install 'fed-dpsat[figures]'") from None
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fed_dpsat.lab.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-")
+    return environment.get_template(template).render(colours=palette.css(), **values)
+
+
+def _drawings(run: Run, spending: Spending | None, section: str, folder: Path) -> Iterator[Drawing]:
+    if section == SECTIONS[0]:
+        yield from training_figures.quality_curves(run, folder)
+        return
+    if section == SECTIONS[1]:
+        made = [
+            training_figures.spending_curves(run, spending, folder) if spending else None,
+            training_figures.signal_and_noise(run, folder),
+            model_figures.clip_norms(run, folder),
+        ]
+    elif section == SECTIONS[2]:
+        made = [model_figures.reliability_diagram(run, folder), model_figures.class_accuracy(run, folder)]
+    elif section == SECTIONS[3]:
+        made = [model_figures.client_accuracy(run, folder), *model_figures.partition(run, folder)]
+    else:
+        made = list(training_figures.time_and_bytes(run, folder))
+    yield from (drawing for drawing in made if drawing is not None)
+
+
+def _cards(run: Run) -> list[tuple[str, str, str]]:
+    """``(label, figure, what it rests on)``."""
+    n, accuracy = run.num_test, run.accuracy
+    rests = measured_on(run.config)
+    if n and accuracy is not None:
+        low, high = wilson(accuracy, n)
+        of = "validation" if run.config.validation_share else "public test"
+        rests = f"{n:,} {of} examples, 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+    quality: Mapping[str, Any] = run.quality or {}
+    seconds = sum(line["seconds"] for line in run.timing)
+    delta = f"at delta = {run.config.delta:g}, {run.config.accountant.upper()}" if run.config.private else "no noise"
+    return [
+        (f"{'validation' if run.config.validation_share else 'test'} accuracy", percent(accuracy, n), rests),
+        ("epsilon", plain(run.epsilon), delta),
+        ("calibration error", plain(quality.get("ece")), f"ECE; MCE {plain(quality.get('mce'))}"),
+        ("Brier score", plain(quality.get("brier")), f"NLL {plain(quality.get('nll'))} nats"),
+        ("clients", f"{run.config.num_clients:,}", f"{run.config.cohort_size:,} a round, {run.config.partition}"),
+        ("time", duration(seconds) if seconds else "unknown", f"{run.rounds[-1]['round'] if run.rounds else 0} rounds"),
+    ]
+
+
+def _versions(run: Run) -> list[tuple[str, str]]:
+    environment = run.environment
+    rows = [("command", " ".join(environment.get("command", []))), ("seed", str(run.config.seed))]
+    rows += [(key, str(environment[key])) for key in ("python", "platform", "cpus") if key in environment]
+    rows += [(name, str(number)) for name, number in environment.get("packages", {}).items()]
+    if head := run.summary.get("ledger_head"):
+        rows.append(("ledger", f"{head['charges']} charges, head {head['sha256']}"))
+    return rows

@@ -1,0 +1,129 @@
+"""The privacy statement of a run as sentences, and what its page cannot show and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fed_dpsat.lab.report.numbers import plain
+from fed_dpsat.lab.report.reading import Run
+from fed_dpsat.settings.config import RunConfig
+
+STATUS = {
+    "completed": "The run is complete.",
+    "interrupted": "The run was interrupted; `fed-dpsat resume` goes on with it.",
+    "failed": "The run failed; what was done until then is shown.",
+    "unfinished": "The run has not ended, or was killed; `fed-dpsat resume` goes on with it.",
+}
+
+NOT_COUNTED = (
+    "tuning: if settings were chosen by looking at runs on the same private data, that choice is a release that no "
+    "epsilon here covers."
+)
+
+
+def state_of(run: Run) -> str:
+    """How far the run came, and why not further."""
+    done = run.rounds[-1]["round"] if run.rounds else 0
+    words = f"{STATUS.get(run.status, run.status)} {done} of {run.config.num_rounds} rounds."
+    if reason := run.summary.get("ended_early"):
+        words += f" It ended before: {reason}."
+    return words
+
+
+def statement(run: Run) -> list[tuple[str, str]]:
+    """``(subject, sentence)`` for each part of the promise; what no summary holds is said from the configuration."""
+    config, summary = run.config, run.summary
+    if not config.private:
+        return [("Privacy", "None: the run was without noise, and epsilon is infinite.")]
+    spent = "unknown" if math.isnan(run.epsilon) else plain(run.epsilon, 4)
+    unit = summary.get("privacy_unit", "one example of one client, add-or-remove; maximum over clients")
+    public, released = ("; ".join(summary.get(key, ())) for key in ("declared_public", "also_released"))
+    found = [
+        ("Guarantee", f"epsilon {spent} at delta {config.delta:g}, by {config.accountant.upper()}."),
+        ("Protects", f"{unit}."),
+        ("Against", f"{summary.get('threat_model', 'a server that sees every update')}."),
+        ("Noise", _noise(run)),
+        ("Source of noise", f"{summary.get('noise') or config.noise_source}.{_seeded(config)}"),
+        ("Declared public", f"{public or 'see docs/privacy.md'}."),
+        ("Also released", f"{released or 'nothing'}."),
+        ("Not counted", NOT_COUNTED),
+    ]
+    if "epsilon_released" in summary:
+        found.insert(1, ("To those who see models alone", _to_outsiders(summary)))
+    if warning := summary.get("delta_warning"):
+        found.insert(1, ("Delta", f"{warning}."))
+    if retired := summary.get("retired"):
+        found.append(("Retired", f"{len(retired)} clients had spent their budget and were no longer asked."))
+    if run.objects:
+        found.append(("From Python", f"{', '.join(run.objects)}: the settings alone do not describe this run."))
+    return found
+
+
+def not_shown(run: Run, drawn: set[str]) -> list[str]:
+    """A sentence for each figure that is not there."""
+    reasons = list(run.missing)
+    if not run.evaluated:
+        reasons.append("Accuracy and loss: no model was evaluated.")
+    elif "accuracy-against-epsilon" not in drawn:
+        reasons.append("Accuracy and loss against epsilon: it is infinite.")
+    if "epsilon-per-client" not in drawn:
+        why = "it is infinite" if math.isinf(run.epsilon) else "there is no ledger, or nothing in it"
+        reasons.append(f"Epsilon of each client: {why}.")
+    if "signal-and-noise" not in drawn and run.rounds:
+        reasons.append("Update against noise: an older version wrote rounds.jsonl, or no round was completed.")
+    if "client-accuracy" not in drawn:
+        reasons.append("Accuracy by client: it needs the clients' label counts, which only a simulation has.")
+    if run.simulation is None:
+        reasons.append("Who holds what: there is no simulation.json. A deployment does not know its clients' labels.")
+    if run.sharpness is None:
+        reasons.append("Sharpness: it was not measured; `fed-dpsat sharpness` does, and the next report shows it.")
+    clip = (
+        "" if run.config.clipping != "adaptive" else " but for the bound that adaptive clipping learned, inside epsilon"
+    )
+    reasons.append(
+        f"Clip rate, gradient norms and training loss: they are functions of private data that this run did not "
+        f"release{clip}, so nobody has them."
+    )
+    return reasons
+
+
+def changed_settings(config: RunConfig) -> list[tuple[str, str, str]]:
+    """``(name, value, meaning)`` of the settings that are not at their defaults."""
+    default = RunConfig(noise_multiplier=1.0).settings() | {"noise_multiplier": 0.0}
+    return [row for row in all_settings(config) if config.settings()[row[0]] != default[row[0]]]
+
+
+def all_settings(config: RunConfig) -> list[tuple[str, str, str]]:
+    """``(name, value, meaning)`` of every setting."""
+    import dataclasses
+
+    return [(f.name, str(getattr(config, f.name)), f.metadata["doc"]) for f in dataclasses.fields(config)]
+
+
+def _to_outsiders(summary: Mapping[str, Any]) -> str:
+    if "epsilon_released_missing" in summary:
+        return f"epsilon is not known: {summary['epsilon_released_missing']}."
+    return f"epsilon {plain(summary['epsilon_released'], 4)}; {summary['epsilon_released_assumptions']}."
+
+
+def _noise(run: Run) -> str:
+    multiplier = run.summary.get("noise_multiplier", run.config.noise_multiplier)
+    clip = run.summary.get("clip_norm", run.config.clip_norm)
+    at = f"noise multiplier {plain(multiplier, 4)}" if multiplier else "a noise multiplier calibrated to the budget"
+    if run.config.privacy_unit == "client":
+        return f"{at}, at clip norm {clip:g} of a client's whole change, on the sum of a cohort, by the server."
+    steps = "1 local step" if run.config.steps_per_round == 1 else f"{run.config.steps_per_round} local steps"
+    return (
+        f"{at}, the least of all clients, at clip norm {clip:g}; {steps} a round, each on a Poisson batch at "
+        f"sample rate {run.config.sample_rate:g}."
+    )
+
+
+def _seeded(config: RunConfig) -> str:
+    if config.noise_source != "seeded":
+        return ""
+    return (
+        f" Who knows seed {config.seed} can subtract the noise: this is a simulation of privacy, and protects nobody."
+    )

@@ -1,0 +1,202 @@
+"""What a sweep is asked for: a TOML file with a base, a grid, and what to tune; checked whole before anything runs.
+
+::
+
+    base = "digits_dpsat.toml"         # a run's configuration, beside this file; or a [base] table of settings
+
+    [grid]                             # every combination is a cell
+    target_epsilon = [1, 3, 8]         # an axis: a setting and its values
+    seed = [0, 1, 2]                   # each cell is run with each
+
+    [grid.method]                      # an axis of named bundles of settings
+    dp-sgd = { optimizer = "dp-sgd" }
+    dp-sat = { optimizer = "dp-sat" }
+
+    [tune]                             # searched for each cell, on training examples put aside
+    validation_share = 0.1
+    seeds = [100, 101]                 # other ones than the grid's
+    lr = [1, 2, 4]                     # for every cell
+
+    [tune.dp-sat]                      # for the cells of this bundle (or value) alone
+    rho = [0, 0.03, 0.1]
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fed_dpsat.errors import SettingError
+from fed_dpsat.lab.sweep.spec import DEFAULTS, KNOWN, Axis, Spec, SweepError
+from fed_dpsat.settings.config import Scalar, parse_overrides
+
+NOT_IN_BASE = {
+    "out": "name the folder with --out",
+    "resume": "a sweep goes on by itself",
+    "validation_share": "it belongs into [tune]",
+}
+NOT_IN_GRID = {**NOT_IN_BASE, "workers": "use --workers"}
+NOT_IN_GRID |= dict.fromkeys(("ray_address", "device", "gpus_per_worker"), "put it into the base")
+TUNE_OWN = ("validation_share", "seeds")
+COLUMNS = (
+    *("stage", "split", "n", "failed", "chosen", "at_edge", "accuracy", "loss", "epsilon", "rounds", "seconds"),
+    *("status", "error", "folder"),
+)
+"""Names of the table's own, which no axis may take."""
+
+
+def read_spec(path: Path, overrides: Iterable[str] = (), only: Iterable[str] = ()) -> Spec:
+    """From a TOML file; ``key=value`` strings win over its base. Raises ``InputError`` for any mistake.
+
+    ``only``, ``AXIS=LABEL,LABEL`` each, leaves the other labels of an axis out.
+    """
+    raw = _read(path)
+    _known("table", raw, ("base", "grid", "tune"), str(path))
+    base = {**_base(raw.get("base", {}), path), **parse_overrides(overrides)}
+    for key, instead in NOT_IN_BASE.items():
+        if key in base and base[key] != DEFAULTS[key]:
+            raise SweepError(f"{path}: base sets {key}; {instead}")
+    grid = raw.get("grid", {})
+    if not isinstance(grid, dict) or not grid:
+        raise SweepError(f"{path}: [grid] is empty; give at least one axis, for instance seed = [0, 1, 2]")
+    axes = {name: _axis(name, values) for name, values in grid.items() if name != "seed"}
+    seeds = _seeds("grid.seed", grid.get("seed", [base.get("seed", DEFAULTS["seed"])]))
+    tune = _tune(raw.get("tune", {}), axes)
+    spec = Spec(base=base, axes=_only(axes, only), seeds=seeds, **tune)
+    if both := set(spec.seeds) & set(spec.tune_seeds):
+        raise SweepError(f"seed {min(both)} is in grid.seed and in tune.seeds; what is chosen on a seed flatters it")
+    spec.check()
+    return spec
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingError("sweep", str(path), "a readable file", error.strerror or "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError("sweep", str(path), "valid TOML", str(error)) from None
+
+
+def _base(base: object, path: Path) -> dict[str, Any]:
+    if isinstance(base, str):
+        base = _read(path.parent / base)
+    if not isinstance(base, dict):
+        raise SweepError(f"{path}: base is {base!r}; give the path of a configuration, or a [base] table of settings")
+    _known("setting", base, KNOWN, "base")
+    return base
+
+
+def _axis(name: str, values: object) -> Axis:
+    where = f"grid.{name}"
+    if isinstance(values, dict):
+        if name in COLUMNS:
+            raise SweepError(f"{where}: the table of results has a column {name!r} of its own; name the axis otherwise")
+        if name in KNOWN:
+            raise SweepError(f"{where} is a table of bundles, but {name} is a setting; name the axis otherwise")
+        for label, bundle in values.items():
+            if not isinstance(bundle, dict):
+                raise SweepError(f"{where}.{label} is {bundle!r}, not a table of settings: {{ lr = 2.0 }}")
+            _known("setting", bundle, KNOWN, f"{where}.{label}")
+            _allowed(bundle, f"{where}.{label}")
+        axis: Axis = values
+    else:
+        _known("setting", [name], KNOWN, "grid", "an axis of named bundles is a table, [grid.NAME]")
+        _allowed([name], "grid")
+        values = _list(where, values)
+        axis = {_label(value): {name: value} for value in values}
+        if len(axis) < len(values):
+            raise SweepError(f"{where} = {values} has a value twice; take one out")
+    if not axis:
+        raise SweepError(f"{where} is empty; give it a value, or leave it out")
+    return axis
+
+
+def _only(axes: Mapping[str, Axis], only: Iterable[str]) -> Mapping[str, Axis]:
+    for choice in only:
+        name, separator, labels = choice.partition("=")
+        if not separator:
+            raise SettingError("--only", choice, "of the form AXIS=LABEL,LABEL", "for example --only method=dp-sgd")
+        _known("axis of the grid", [name], axes, "--only")
+        wanted = labels.split(",")
+        _known(f"label of grid.{name}", wanted, axes[name], "--only")
+        axes = {**axes, name: {label: axes[name][label] for label in axes[name] if label in wanted}}
+    return axes
+
+
+def _tune(table: object, axes: Mapping[str, Axis]) -> dict[str, Any]:
+    if not table:
+        return {}
+    if not isinstance(table, dict):
+        raise SweepError(f"tune is {table!r}, not a table; see `fed-dpsat sweep --help`")
+    labels = [label for axis in axes.values() for label in axis]
+    common = {k: v for k, v in table.items() if not isinstance(v, dict) and k not in TUNE_OWN}
+    tables = {k: v for k, v in table.items() if isinstance(v, dict)}
+    _known("bundle or value of the grid", tables, labels, "tune")
+    for label in tables:
+        if labels.count(label) > 1:
+            raise SweepError(f"tune.{label}: {label} is on several axes of the grid; name them apart")
+    for where, found in (("tune", common), *((f"tune.{label}", of) for label, of in tables.items())):
+        _known("setting", found, KNOWN, where)
+        _allowed(found, where)
+    if "seed" in [*common, *(key for of in tables.values() for key in of)]:
+        raise SweepError("tune: seed is not tuned; give the seeds of the search as tune.seeds")
+    if not common and not tables:
+        raise SweepError(
+            "[tune] names nothing to search; give a setting and its values, lr = [1, 2, 4], or leave it out"
+        )
+    share = table.get("validation_share", 0.1)
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < 1:
+        raise SettingError("tune.validation_share", share, "in (0, 1)", "0.1 is usual")
+    if "seeds" not in table:
+        raise SweepError("[tune] has no seeds; give some that are not the grid's, seeds = [100, 101]")
+    return {
+        "tune": {key: _list(f"tune.{key}", values) for key, values in common.items()},
+        "tune_of": {
+            label: {key: _list(f"tune.{label}.{key}", values) for key, values in of.items()}
+            for label, of in tables.items()
+        },
+        "tune_seeds": _seeds("tune.seeds", table["seeds"]),
+        "validation_share": float(share),
+    }
+
+
+def _list(where: str, values: object) -> list[Scalar]:
+    if not isinstance(values, list) or not all(isinstance(value, bool | int | float | str) for value in values):
+        raise SweepError(f"{where} is {values!r}, not a list of values: [1, 2, 4]")
+    if not values:
+        raise SweepError(f"{where} is empty; give it a value, or leave it out")
+    if len({(type(v) is bool, v) for v in values}) < len(values):
+        raise SweepError(f"{where} = {values} has a value twice; take one out")
+    return values
+
+
+def _seeds(where: str, values: object) -> tuple[int, ...]:
+    seeds = _list(where, values)
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds):
+        raise SweepError(f"{where} = {seeds} are not all whole numbers of 0 or more")
+    return tuple(int(seed) for seed in seeds)
+
+
+def _known(what: str, names: Iterable[str], known: Iterable[str], where: str, otherwise: str = "") -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else otherwise or f"there are {', '.join(known[:12])}"
+            raise SweepError(f"{where}: {name!r} is no {what}; {hint}")
+
+
+def _allowed(names: Iterable[str], where: str) -> None:
+    for name in names:
+        if name in NOT_IN_GRID:
+            raise SweepError(f"{where} sets {name}; {NOT_IN_GRID[name]}")
+
+
+def _label(value: Scalar) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,133 @@
+"""The tables of a sweep: ``results``, a row per run (CSV and Parquet), and ``summary``, a row per cell."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fed_dpsat.lab.sweep.spec import Run, Settings, Spec
+from fed_dpsat.lab.sweep.statistics import deviation, half_width
+from fed_dpsat.settings.config import RunConfig, Scalar
+
+Row = dict[str, Any]
+Chosen = Mapping[tuple[str, ...], Settings]
+"""Key of a cell to the tuned settings that were chosen for it."""
+
+FAILED, COMPLETED = "failed", "completed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a run: its summary, or in ``error`` why there is none."""
+
+    run: Run
+    folder: str
+    summary: Mapping[str, Any]
+    error: str = ""
+
+    def number(self, key: str) -> float | None:
+        """Of the summary, in which what JSON cannot hold is text."""
+        return float(self.summary[key]) if self.summary.get(key) is not None else None
+
+
+def row(spec: Spec, outcome: Outcome) -> Row:
+    """One run: where it lies in the grid, what it was given, what came of it. None is what is not known."""
+    run, config, number = outcome.run, outcome.run.config, outcome.number
+    return {
+        **_place(spec, run),
+        "seed": run.seed,
+        "split": "validation" if config.validation_share else "test",
+        "delta": config.delta,
+        "noise_multiplier": number("noise_multiplier"),
+        "epsilon": number("epsilon"),
+        "accuracy": number("test_accuracy"),
+        "loss": number("test_loss"),
+        "rounds": outcome.summary.get("rounds_completed"),
+        "seconds": number("seconds"),
+        "status": FAILED if outcome.error else COMPLETED,
+        "error": outcome.error,
+        "folder": outcome.folder,
+    }
+
+
+def summarise(spec: Spec, outcomes: Sequence[Outcome], chosen: Chosen) -> list[Row]:
+    """A row per stage, cell and tuned settings: n, mean, sample standard deviation, 95 % half width, failures.
+
+    ``at_edge`` names what was chosen from the end of its list, where a better value may lie beyond.
+    """
+    groups: dict[object, list[Outcome]] = {}
+    for outcome in outcomes:
+        run = outcome.run
+        groups.setdefault((run.stage, run.cell.key, tuple(run.tuned.items())), []).append(outcome)
+    return [_summary(spec, group, chosen) for group in groups.values()]
+
+
+def _summary(spec: Spec, group: Sequence[Outcome], chosen: Chosen) -> Row:
+    run, done = group[0].run, [outcome for outcome in group if not outcome.error]
+
+    def numbers(key: str) -> list[float]:
+        return [value for outcome in done if (value := outcome.number(key)) is not None]
+
+    accuracies = numbers("test_accuracy")
+    is_chosen = bool(run.tuned) and chosen.get(run.cell.key) == run.tuned
+    return {
+        **_place(spec, run),
+        "split": "validation" if run.config.validation_share else "test",
+        "n": len(done),
+        "failed": len(group) - len(done),
+        "accuracy_mean": fmean(accuracies) if accuracies else None,
+        "accuracy_sd": deviation(accuracies),
+        "accuracy_ci95": half_width(accuracies),
+        "loss_mean": fmean(numbers("test_loss")) if done else None,
+        "epsilon_max": max(numbers("epsilon"), default=None),
+        "delta": run.config.delta,
+        "seconds_mean": fmean(numbers("seconds")) if done else None,
+        "chosen": is_chosen,
+        "at_edge": " ".join(at_edge(run.cell.tune, run.tuned)) if is_chosen else "",
+    }
+
+
+def _place(spec: Spec, run: Run) -> Row:
+    """Stage, label on each axis, and the settings that vary; of an axis of values that is the same."""
+    settings = run.config.settings()
+    return {"stage": run.stage, **run.cell.labels, **{key: settings[key] for key in spec.settings}}
+
+
+def at_edge(tune: Mapping[str, Sequence[Scalar]], chosen: Mapping[str, Scalar]) -> list[str]:
+    """Tuned numbers whose chosen value is the least or the largest of three or more, but for a setting's own bound."""
+    found = []
+    for key, values in tune.items():
+        numbers = sorted(v for v in values if isinstance(v, int | float) and not isinstance(v, bool))
+        bound = RunConfig.__dataclass_fields__[key].metadata["least"]
+        if len(numbers) > 2 and chosen[key] in (numbers[0], numbers[-1]) and chosen[key] != bound:
+            found.append(key)
+    return found
+
+
+def write(folder: Path, rows: Sequence[Row], summary: Sequence[Row]) -> None:
+    """``results.csv``, ``results.parquet`` and ``summary.csv``, each whole at any time."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    for name, table in (("results", rows), ("summary", summary)):
+        text = io.StringIO()
+        if table:
+            writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+        _replace(folder / f"{name}.csv", text.getvalue().encode())
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows)), buffer)
+    _replace(folder / "results.parquet", buffer.getvalue())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,59 @@
+"""A run that has ended, in the terminal: what it reached, what that cost and in whose eyes, where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from fed_dpsat.step.optimizers.chain import described
+
+
+def result_table(result: Mapping[str, Any]) -> Table:
+    """What ``summary.json`` says to who waited for it."""
+    table = Table(show_header=False, title="Result", title_justify="left")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    split = result.get("evaluated_on", "test")
+    table.add_row(f"{split} accuracy", f"{result['test_accuracy']:.2%}")
+    if "personal_accuracy" in result:
+        table.add_row(
+            "personal models",
+            f"{result['personal_accuracy']:.2%} mean of {result['personal_clients']} clients on their shares of the "
+            f"{split} split, worst decile {result['personal_worst_decile']:.2%}",
+        )
+    table.add_row(f"{split} loss", f"{result['test_loss']:.4f} nats")
+    table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
+    table.add_row("protects", result["privacy_unit"])
+    table.add_row("against", result["threat_model"])
+    if "epsilon_released_missing" in result:
+        table.add_row("of models alone", f"not known: {result['epsilon_released_missing']}")
+    elif "epsilon_released" in result:
+        table.add_row("of models alone", f"{result['epsilon_released']:.3f}; {result['epsilon_released_assumptions']}")
+    table.add_row(
+        "noise",
+        f"multiplier {result['noise_multiplier']:.4f}, clip norm {result['clip_norm']:g}",
+    )
+    table.add_row("noise source", result["noise"])
+    for release in result["also_released"]:
+        table.add_row("also released", release)
+    method = described(result["optimizer"], result["base_optimizer"])
+    table.add_row("training", f"{method}, {result['model']} on {result['dataset']}, {result['strategy']}")
+    table.add_row(
+        "schedule",
+        f"{result['rounds_completed']} rounds x {result['local_steps']} local steps, "
+        f"{result['num_clients']} clients, sample rate {result['sample_rate']:g}, "
+        f"seed {result['seed']}",
+    )
+    if unused := result.get("unused_examples"):
+        table.add_row("unused", f"{unused} training examples are in no part of the partition: nobody trained on them")
+    longest = sorted(result["phases"], key=lambda name: -result["phases"][name])
+    phases = ", ".join(f"{name} {result['phases'][name]:.1f}" for name in longest)
+    table.add_row("time", f"{result['seconds']:.1f} s ({phases})")
+    table.add_row(
+        "throughput",
+        f"{result['clients_per_second']:.3g} clients/s, {result['examples_per_second']:.3g} examples/s expected; "
+        f"memory {result['peak_memory_mb']:.0f} MB without workers",
+    )
+    return table

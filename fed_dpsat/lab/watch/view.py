@@ -1,0 +1,153 @@
+"""How a run looks on a terminal: a few lines that stay in place, and one line per round where there is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fed_dpsat.lab.watch.held import HeldWarnings
+from fed_dpsat.lab.watch.progress import Progress
+from fed_dpsat.lab.watch.sparkline import ASCII, BLOCKS, sparkline
+
+NARROW = 70
+"""Columns below which a bar goes under its numbers and not beside them."""
+
+LABEL, LEAST_NUMBER, NOTE = 10, 8, 27
+"""Columns of a row's parts; its bar gets the rest."""
+
+PHASES = ("send", "train", "aggregate", "evaluate")
+
+Row = tuple[str, str, RenderableType | None, str]
+
+
+class View:
+    """A renderable that stands for ``progress`` at the time it is drawn, ``clock`` in seconds."""
+
+    def __init__(self, *, title: str, progress: Progress, held: HeldWarnings, clock: Callable[[], float]) -> None:
+        self.title, self.progress, self.held, self.clock = title, progress, held, clock
+        self._started = self._last = clock()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """One more round."""
+        self._last = self.clock()
+        self.progress.add(record)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        narrow = options.max_width < NARROW
+        number_width = max(LEAST_NUMBER, 2 * len(str(self.progress.num_rounds)) + 1)
+        wide = options.max_width - LABEL - (0 if narrow else number_width + NOTE + 2)
+        yield Text(self.title, style="bold", overflow="ellipsis", no_wrap=True)
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        for label, number, bar, note in self._rows(max(8, wide), ASCII if options.ascii_only else BLOCKS):
+            if narrow or bar is None:
+                grid.add_row(Text(label, style="dim"), Text(f"{number}  {note}".strip()))
+                if bar is not None:
+                    grid.add_row("", bar)
+            else:
+                beside = Table.grid(padding=(0, 1, 0, 0))
+                beside.add_column(width=number_width)
+                beside.add_column(width=max(8, wide))
+                beside.add_row(Text(number), bar, Text(note, style="dim"))
+                grid.add_row(Text(label, style="dim"), beside)
+        grid.columns[0].width = LABEL - 1
+        yield grid
+        yield from self._warnings()
+
+    def _rows(self, width: int, ramp: str) -> Iterator[Row]:
+        progress = self.progress
+        bar = _bar(progress.done, progress.num_rounds, width, "green")
+        yield "round", f"{progress.done}/{progress.num_rounds}", bar, self._times()
+        for label, name, form in (("accuracy", "test_accuracy", "{:.1%}"), ("loss", "test_loss", "{:.3f}")):
+            if values := progress.measured(name):
+                curve = Text(sparkline(values, width, ramp), style="cyan")
+                finite = [value for value in values if math.isfinite(value)] or [math.nan]
+                extremes = f"{form.format(min(finite))} to {form.format(max(finite))}"
+                yield label, form.format(values[-1]), curve, extremes
+        if progress.last is None:
+            yield "preparing", "", None, ""
+            return
+        yield self._epsilon(width)
+        yield "clients", _counts(progress), None, ""
+        if "timing" in progress.last and progress.done:
+            timing = progress.last["timing"]
+            yield (
+                "pace",
+                f"{timing['clients_per_second']:.3g} clients/s, {timing['examples_per_second']:.3g} examples/s, "
+                f"{timing['peak_memory_mb']:.0f} MB without workers",
+                None,
+                "",
+            )
+            yield "a round", f"{timing['seconds']:.3g} s: {phases_text(timing['phases'])}", None, ""
+
+    def _times(self) -> str:
+        now = self.clock()
+        left = self.progress.seconds_left(now - self._last)
+        return duration(now - self._started) + (
+            "" if left is None or self.progress.done >= self.progress.num_rounds else f", {duration(left)} left"
+        )
+
+    def _epsilon(self, width: int) -> Row:
+        progress = self.progress
+        assert progress.last is not None
+        spent, at = float(progress.last["epsilon"]), f"at delta {progress.delta:g}, {progress.accountant}"
+        if not math.isfinite(spent):
+            return "epsilon", "inf", None, "no noise, no guarantee"
+        if not math.isfinite(progress.budget):
+            return "epsilon", f"{spent:.3f}", None, f"no budget, {at}"
+        bar = _bar(spent, progress.budget, width, "magenta")
+        return "epsilon", f"{spent:.3f}", bar, f"of {progress.budget:g} {at}"
+
+    def _warnings(self) -> Iterator[RenderableType]:
+        if self.held.count:
+            yield Text(f"{self.held.count:,} warning{'s'[: self.held.count > 1]}", style="yellow")
+            for text in list(self.held.recent):
+                yield Padding(Text(text, overflow="ellipsis", no_wrap=True), (0, 0, 0, 2))
+
+
+def phases_text(phases: Mapping[str, float]) -> str:
+    """Seconds of the phases that a round always has, in their order; the summary has them all."""
+    return ", ".join(f"{name} {phases[name]:.2g}" for name in PHASES if name in phases)
+
+
+def round_line(progress: Progress) -> str:
+    """The last round in one line, and how long the others may take; quality is that of the last evaluation."""
+    record: Mapping[str, Any] | None = progress.last
+    assert record is not None
+    accuracy, loss = progress.measured("test_accuracy"), progress.measured("test_loss")
+    quality = f"accuracy {accuracy[-1]:.1%}  loss {loss[-1]:.3f}  " if accuracy else ""
+    rate = f"  {record['timing']['clients_per_second']:.3g} clients/s" if record["round"] else ""
+    if (left := progress.seconds_left(0.0)) and progress.done < progress.num_rounds:
+        rate += f"  {duration(left)} left"
+    return f"round {record['round']}/{progress.num_rounds}  {quality}epsilon {float(record['epsilon']):.2f}{rate}"
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: 7 s, 3 min 5 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _bar(completed: float, total: float, width: int, style: str) -> ProgressBar:
+    return ProgressBar(total=total, completed=completed, width=width, complete_style=style, finished_style=style)
+
+
+def _counts(progress: Progress) -> str:
+    last = progress.last
+    assert last is not None
+    text = f"{len(last['asked'])} asked, {last['accepted']} accepted, {len(last['dropped'])} dropped"
+    if progress.done > 1:
+        text += "; in all " + ", ".join(f"{progress.total(name):,}" for name in ("asked", "accepted", "dropped"))
+    if retired := progress.total("retired"):
+        text += f"; {retired:,} retired"
+    return text

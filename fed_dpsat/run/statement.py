@@ -1,0 +1,135 @@
+"""A ledger as a statement of account: one line per client, totals, and whether the file is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fed_dpsat.accounting import LedgerError, PrivacyLedger, large_delta
+from fed_dpsat.accounting.event import UNITS
+from fed_dpsat.accounting.ledger import Head
+from fed_dpsat.accounting.plans import affordable, make_plans
+from fed_dpsat.errors import SettingError
+from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.settings.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientLine:
+    """One client: ``epsilon`` is PLD's; ``state`` is active, retired or not asked yet."""
+
+    client: int
+    rounds: int
+    steps: int
+    noise_multipliers: tuple[float, ...]
+    epsilon: float
+    epsilon_rdp: float
+    delta: float
+    budget: float
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """All lines, the maxima over clients, what they protect, and the head of the hash chain."""
+
+    unit: str
+    clients: tuple[ClientLine, ...]
+    epsilon: float
+    epsilon_rdp: float
+    delta: float
+    charges: int
+    sha256: str
+    delta_warning: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+
+def read_statement(run: Path, delta: float | None = None) -> Statement:
+    """The statement of a run folder; raises ``LedgerError`` unless its ledger is whole and its chain unbroken.
+
+    ``delta`` defaults to the run's. The heads of the chain that checkpoint and ``summary.json`` noted must be in it, so
+    a file that was rewritten, or an older copy, is found too.
+    """
+    folder = RunFolder(run, resume=True)
+    config = folder.config()
+    delta = config.delta if delta is None else delta
+    if not 0 < delta < 1:
+        raise SettingError("delta", delta, "in (0, 1)", "leave it out for that of the run")
+    plans = make_plans(config)
+    with trusted_ledger(folder) as ledger:
+        if ledger.unit not in (None, config.privacy_unit):
+            raise LedgerError(
+                f"{run / 'ledger.sqlite'} protects {UNITS.get(str(ledger.unit), ledger.unit)}, but the run's "
+                f"privacy_unit={config.privacy_unit!r}; it is another run's ledger"
+            )
+        spent = {name: ledger.epsilon_by_client(delta, name) for name in ("pld", "rdp")}
+        rounds = ledger.rounds_by_client()
+        lines = []
+        for client, plan in enumerate(plans):
+            history = ledger.history(client)
+            retired = not affordable(history, plan, config.delta, config.accountant)
+            lines.append(
+                ClientLine(
+                    client=client,
+                    rounds=rounds.get(client, 0),
+                    steps=sum(event.steps for event in history),
+                    noise_multipliers=tuple(sorted({event.noise_multiplier for event in history})),
+                    epsilon=spent["pld"].get(client, 0.0),
+                    epsilon_rdp=spent["rdp"].get(client, 0.0),
+                    delta=delta,
+                    budget=plan.budget,
+                    state="retired" if retired else "active" if history else "not asked",
+                )
+            )
+        return Statement(
+            unit=UNITS[config.privacy_unit],
+            clients=tuple(lines),
+            epsilon=ledger.epsilon(delta, "pld"),
+            epsilon_rdp=ledger.epsilon(delta, "rdp"),
+            delta=delta,
+            charges=ledger.head.charges,
+            sha256=ledger.head.sha256,
+            delta_warning=_delta_warning(folder, config, delta),
+        )
+
+
+def _delta_warning(folder: RunFolder, config: RunConfig, delta: float) -> str:
+    """Of the sizes that the run noted: a simulation all of them, a deployment what its own delta came to."""
+    if config.privacy_unit == "client":
+        return large_delta(delta, "client", config.num_clients)
+    if sizes := folder.sizes():
+        return large_delta(delta, "example", min(sizes))
+    return str(folder.summary().get("delta_warning", "")) if delta == config.delta else ""
+
+
+@contextmanager
+def trusted_ledger(folder: RunFolder) -> Iterator[PrivacyLedger]:
+    """The run's ledger, to be read; ``LedgerError`` unless it is whole and holds all that the run noted of it."""
+    with PrivacyLedger(folder.ledger_path, readonly=True) as ledger:
+        ledger.verify()
+        _check_heads(folder, ledger)
+        yield ledger
+
+
+def _check_heads(folder: RunFolder, ledger: PrivacyLedger) -> None:
+    """``LedgerError`` unless the ledger goes on from the checkpoint's head, and ends in that of a completed run."""
+    if (checkpoint := folder.load_checkpoint()) is not None:
+        ledger.check_extends(Head(*checkpoint.server["ledger_head"]), f"at round {checkpoint.round}")
+    summary = folder.summary()
+    published = summary.get("ledger_head")
+    if not published:
+        return
+    if summary["status"] != "completed":  # what was resumed since then has charged more
+        ledger.check_extends(Head(**published), f"when the run was {summary['status']}")
+    elif published != ledger.head._asdict():
+        raise LedgerError(
+            f"{folder.ledger_path} has {ledger.head.charges} charges ending in {ledger.head.sha256[:16]}, but "
+            f"the run ended with {published['charges']} ending in {published['sha256'][:16]}; it was changed afterwards"
+        )

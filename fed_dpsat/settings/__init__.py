@@ -1,0 +1,1 @@
+"""What a run is told: each setting with its bounds, and what cannot be set together."""

@@ -1,0 +1,102 @@
+"""What one layer adds to one parameter's per-example gradients: norms first, then a weighted sum.
+
+A layer either holds its per-example gradients (``Rows``) or the factors they are products of (``Product``),
+whichever is cheaper; both answer the same three questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.step.gradients.finite import keep, squared_norm_rows
+
+MAY_MIX = "examples may mix"
+"""How a reason ends that would be one against any pass over a whole batch, not just the planned one."""
+
+
+class Unplanned(Exception):
+    """A module, or values, that the planned engine has no exact way for; the message says which."""
+
+
+class Contribution(Protocol):
+    """Per-example gradients ``g[B, *shape]`` of one parameter, held one way or another."""
+
+    def squared_norms(self) -> Tensor:
+        """``[B]``."""
+
+    def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
+        """``sum_i factors[i] g[i]``, ``[*shape]``; examples that are not ``finite`` add nothing."""
+
+    def rows(self) -> Tensor:
+        """``[B, *shape]``, for a parameter that several layers share."""
+
+
+def wide(t: Tensor) -> Tensor:
+    """``t`` in float32 at least: what is clipped has to be what is summed, to more digits than bfloat16 has."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def as_they_are(rows: Tensor) -> Tensor:
+    """``[K, *shape] -> [K, *shape]``."""
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Materialised: ``data[B, ...]`` in any layout, ``to_shape``: ``[K, ...] -> [K, *shape]``, squared ``norms[B]``.
+
+    ``filters``, for weights that are functions: squared norms, sums, and products with the weight, each ``[B, O]``.
+    """
+
+    data: Tensor
+    to_shape: Callable[[Tensor], Tensor] = as_they_are
+    norms: Tensor | None = None
+    filters: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def squared_norms(self) -> Tensor:
+        """``[B]``."""
+        return squared_norm_rows(self.data) if self.norms is None else self.norms
+
+    def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
+        """One pass over the rows."""
+        total = factors.to(self.data) @ keep(self.data, finite).reshape(len(self.data), -1)
+        return self.to_shape(total.view(1, *self.data.shape[1:]))[0]
+
+    def rows(self) -> Tensor:
+        """The rows themselves."""
+        return self.to_shape(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Rows of a few examples each, one after the other: a copy into one tensor would cost a pass over them."""
+
+    parts: list[Rows]
+
+    def squared_norms(self) -> Tensor:
+        """``[B]``."""
+        return torch.cat([part.squared_norms() for part in self.parts])
+
+    def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
+        """One pass over the rows."""
+        sizes = [len(part.data) for part in self.parts]
+        kept = [None] * len(sizes) if finite is None else list(torch.split(finite, sizes))
+        total = self.parts[0].data.new_zeros(self.parts[0].data[0].numel())
+        for part, some, good in zip(self.parts, torch.split(factors.to(total), sizes), kept, strict=True):
+            total.addmv_(keep(part.data, good).reshape(len(some), -1).t(), some)
+        first = self.parts[0]
+        return first.to_shape(total.view(1, *first.data.shape[1:]))[0]
+
+    def rows(self) -> Tensor:
+        """All rows in one tensor."""
+        return torch.cat([part.rows() for part in self.parts])
+
+
+def together(parts: list[Rows]) -> Contribution:
+    """The examples of ``parts``, at least one, in their order."""
+    return parts[0] if len(parts) == 1 else Parts(parts=parts)

@@ -1,0 +1,42 @@
+"""Embeddings: the per-example gradient has one row per word that occurs, so norms need equal words only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from fed_dpsat.step.gradients.contribution import wide
+from fed_dpsat.step.gradients.linear import Roles
+from fed_dpsat.step.gradients.product import gram, gram_norms, product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """``words[B, *] -> [B, *, D]``; the row ``padding`` gets no gradient, -1 for none."""
+
+    words: int
+    padding: int
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output, and what the backward pass needs."""
+        return functional.embedding(x, weight), (x,)
+
+    def backward(
+        self, grad: Tensor, weight: Tensor, saved: tuple[Tensor, ...], need_input: bool, roles: tuple[str, ...]
+    ) -> tuple[Tensor | None, Roles]:
+        """No gradient of words; the contribution to the table."""
+        words = saved[0].reshape(len(grad), -1)
+        grad = wide(grad).reshape(*words.shape, -1)
+        grad = grad.masked_fill((words == self.padding)[..., None], 0)
+        same = (words[:, :, None] == words[:, None, :]).to(grad)
+        norms = gram_norms(same, gram(grad))
+        return None, {"weight": product(words, grad, of=self._of, each=self._each, norms=norms)}
+
+    def _of(self, words: Tensor, grad: Tensor) -> Tensor:
+        return grad.new_zeros(self.words, grad.shape[-1]).index_add(0, words.flatten(), grad.flatten(0, 1))
+
+    def _each(self, words: Tensor, grad: Tensor) -> Tensor:
+        rows = grad.new_zeros(len(words), self.words, grad.shape[-1])
+        return rows.scatter_add(1, words[..., None].expand_as(grad), grad)

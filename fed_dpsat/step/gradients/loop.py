@@ -1,0 +1,156 @@
+"""One example after the other, by itself: right for any module, also for one that draws as it likes.
+
+Each example has torch's generators and those of ``random`` and ``numpy.random`` seeded with draws of its own, and
+buffers as the module had them. What remains is a module that keeps a generator, or another state, of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.errors import ModelError
+from fed_dpsat.params import Params
+from fed_dpsat.step.draws import Draws
+from fed_dpsat.step.generators import kept, seed
+from fed_dpsat.step.gradients.loss import ModelLoss
+from fed_dpsat.step.placement import exact
+from fed_dpsat.step.query import LossFn, OfOutputs
+
+log = logging.getLogger("fed_dpsat")
+
+
+_reasons: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+_repeats: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+def needed(loss_fn: LossFn) -> bool:
+    """Whether ``loss_fn`` was found to need it."""
+    return _key(loss_fn) in _reasons
+
+
+def remember(loss_fn: LossFn, reason: str) -> None:
+    """Never try ``loss_fn`` another way again; the log says why, once."""
+    _reasons[_key(loss_fn)] = reason
+    _say_once(_name(loss_fn), reason)
+
+
+class Begun:
+    """``loss_fn``, whose every call ``begin``s an example's draws anew: its loss is one function at all points."""
+
+    def __init__(self, loss_fn: LossFn) -> None:
+        self.loss_fn = loss_fn
+        self.begin: Callable[[], None] = lambda: None
+        if isinstance(loss_fn, OfOutputs):
+            self.criterion, self.outputs = loss_fn.criterion, self._outputs
+
+    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
+        """The losses of ``loss_fn``."""
+        self.begin()
+        return self.loss_fn(params, inputs, targets)
+
+    def _outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
+        self.begin()
+        outputs: Tensor = self.loss_fn.outputs(params, inputs)  # type: ignore[attr-defined]
+        return outputs
+
+
+def gradients(loss: LossFn, begun: Begun, draws: Draws, inputs: Tensor, targets: Tensor) -> Callable[[Params], Params]:
+    """At a point, the gradients ``[B, *shape]`` of ``loss``, which was made of ``begun``.
+
+    Raises ``ModelError`` as ``check_repeats``.
+    """
+
+    def of_all(point: Params) -> Params:
+        check_repeats(loss, begun, point, inputs, targets, draws)
+        leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
+        rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
+        with kept(inputs.device), exact(inputs.device), torch.enable_grad():
+            for i, value in enumerate(draws.seeds()):
+                with _alone(begun, inputs.device, value):
+                    found = _gradient(loss(leaves, inputs[i : i + 1], targets[i : i + 1]).sum(), leaves)
+                for name, g in found.items():
+                    rows[name].append(g)
+        return {name: torch.stack(each) for name, each in rows.items()}
+
+    return of_all
+
+
+def check_repeats(loss: LossFn, begun: Begun, point: Params, inputs: Tensor, targets: Tensor, draws: Draws) -> None:
+    """Once per module, for the first example: raises ``ModelError`` if two passes with equal seeds differ."""
+    subject = _subject(begun.loss_fn)
+    if _key(begun.loss_fn) in _repeats:
+        return
+    value, losses = next(draws.split(1)).seeds()[0], []
+    with kept(inputs.device), torch.no_grad():
+        for _ in range(2):
+            with _alone(begun, inputs.device, value):
+                losses.append(loss(point, inputs[:1], targets[:1]))
+    first, second = losses
+    if not torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True):
+        raise ModelError(
+            f"{_name(begun.loss_fn)} draws from a generator of its own, or keeps a state: two passes over one example "
+            "with equal seeds differ; draw from torch, random or numpy.random without a generator, which are seeded "
+            "for each example"
+        )
+    if _key(begun.loss_fn) is subject:
+        _repeats.add(subject)
+
+
+@contextmanager
+def _alone(begun: Begun, device: torch.device, value: int) -> Iterator[None]:
+    """For one pass: all generators are seeded, and buffers are afterwards what they were before."""
+    with _buffers_kept(begun.loss_fn):
+        begun.begin = lambda: seed(device, value)
+        begun.begin()
+        yield
+
+
+def _gradient(loss: Tensor, leaves: Params) -> Params:
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in leaves.items()}
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+@contextmanager
+def _buffers_kept(loss_fn: LossFn) -> Iterator[None]:
+    buffers = list(loss_fn.module.buffers()) if isinstance(loss_fn, ModelLoss) else []
+    before = [b.detach().clone() for b in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+def _subject(loss_fn: LossFn) -> object:
+    return loss_fn.module if isinstance(loss_fn, ModelLoss) else loss_fn
+
+
+def _key(loss_fn: LossFn) -> object:
+    """What is remembered by: the type, for an object that no dictionary holds."""
+    subject = _subject(loss_fn)
+    try:
+        hash(subject)
+        weakref.ref(subject)
+    except TypeError:
+        return type(subject)
+    return subject
+
+
+def _name(loss_fn: LossFn) -> str:
+    subject = _subject(loss_fn)
+    return type(subject).__name__ if isinstance(loss_fn, ModelLoss) else getattr(subject, "__name__", repr(subject))
+
+
+@functools.cache
+def _say_once(name: str, reason: str) -> None:
+    log.warning("%s has one pass per example, which is slow: %s", name, reason)

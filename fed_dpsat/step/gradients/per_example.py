@@ -1,0 +1,82 @@
+"""Sums of clipped per-example gradients: one interface, several engines.
+
+=========================== ============================================
+case                        result
+=========================== ============================================
+empty batch                 zeros
+an example with NaN or inf  contributes zero, and is counted
+physical batches            the sum over chunks, up to rounding
+a frozen parameter          not in ``at``, so not in the sum
+=========================== ============================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.errors import SettingError
+from fed_dpsat.params import Params
+from fed_dpsat.step.clipping import ClippingRule
+from fed_dpsat.step.clipping.bound import held
+from fed_dpsat.step.draws import Draws
+from fed_dpsat.step.generators import borrowed
+from fed_dpsat.step.gradients.loss import ModelLoss, check_module, check_types, cross_entropy
+from fed_dpsat.step.gradients.opacus import opacus_sum
+from fed_dpsat.step.gradients.planned import auto_sum, planned_sum
+from fed_dpsat.step.gradients.vmap import vmap_sum
+from fed_dpsat.step.query import At, LossFn, first_point, simplified, zero_sum
+
+__all__ = ["ENGINES", "LossFn", "ModelLoss", "check_module", "clipped_gradient_sum", "cross_entropy"]
+
+Engine = Callable[[LossFn, At, Tensor, Tensor, ClippingRule], tuple[Params, int]]
+
+ENGINES: dict[str, Engine] = {"auto": auto_sum, "vmap": vmap_sum, "planned": planned_sum, "opacus": opacus_sum}
+
+
+def clipped_gradient_sum(
+    loss_fn: LossFn,
+    at: At,
+    batch: tuple[Tensor, Tensor],
+    clipping: ClippingRule,
+    *,
+    engine: str = "auto",
+    physical_batch_size: int = 128,
+    draws: Draws | None = None,
+) -> tuple[Params, int]:
+    """Sum of clipped gradients, one per example of ``(inputs[B, ...], targets[B])``; a sum, not a mean.
+
+    ``at`` is where gradients are taken, or a ``Query``; then a name with a mask has the vector of its active
+    coordinates, and ``query.spread`` undoes that once noise is in. Also returns how many examples had a gradient that
+    was not finite. Both are sensitive: noise comes next.
+    At most ``physical_batch_size`` per-example gradients are held at a time; the split changes nothing else.
+    ``draws`` is what models with dropout and the like draw, example by example; without it, by position, under a key
+    that no other call repeats. torch's, Python's and numpy's generators are afterwards where they were.
+    Raises ``SettingError`` for a rule whose factors do not keep ``clipping.clip_norm``, and ``ModelError`` for
+    parameters of less than float32.
+    """
+    if engine not in ENGINES:
+        raise SettingError("engine", engine, f"one of {', '.join(ENGINES)}", "choose one of those")
+    if physical_batch_size < 1:
+        raise SettingError("physical_batch_size", physical_batch_size, "at least 1", "128 suits most CPUs")
+    clipping = held(clipping)
+    at, clipped_sum = simplified(at), dict[str, Tensor]()
+    check_types(first_point(at))
+    num_nonfinite = 0
+    inputs, targets = batch
+    if len(inputs) != len(targets):
+        raise ValueError(f"batch of {len(inputs)} inputs and {len(targets)} targets: their sizes differ")
+    draws = Draws.fresh(len(inputs)) if draws is None else draws
+    if len(draws) != len(inputs):
+        raise ValueError(f"draws of {len(draws)} examples for a batch of {len(inputs)}")
+    chunks = (torch.split(t, physical_batch_size) for t in batch)
+    with borrowed(inputs.device):
+        for x, y, own in zip(*chunks, draws.split(physical_batch_size), strict=True):
+            if len(x):
+                with own.used():
+                    chunk, nonfinite = ENGINES[engine](loss_fn, at, x, y, clipping)
+                num_nonfinite += nonfinite
+                clipped_sum = {name: clipped_sum[name].add_(c) for name, c in chunk.items()} if clipped_sum else chunk
+    return clipped_sum or zero_sum(at), num_nonfinite

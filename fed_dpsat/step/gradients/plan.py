@@ -1,0 +1,136 @@
+"""What the planned engine does with a module, layer by layer, as a table; times beside it if asked for.
+
+The plan is a count of multiplications (``conv.choose``, ``linear.choose``), not a race: every worker of a run, and
+every run on any machine with vectors of the same width, picks the same strategies, so the same seed gives the same
+bits. Times only inform.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fed_dpsat.params import trainable
+from fed_dpsat.step.generators import training_on
+from fed_dpsat.step.gradients import conv, linear
+from fed_dpsat.step.gradients.capture import Call, Capture, Tape
+from fed_dpsat.step.gradients.formats import is_channels_last, laid_out
+from fed_dpsat.step.gradients.loss import ModelLoss
+from fed_dpsat.step.gradients.probe import ask
+from fed_dpsat.step.gradients.routes import routes
+from fed_dpsat.step.placement import device_of, finish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One layer: its first parameter, its input, its strategy, and seconds by strategy if timed."""
+
+    parameter: str
+    layer: str
+    input_shape: tuple[int, ...]
+    channels_last: bool
+    strategy: str
+    seconds: dict[str, float]
+
+
+def plan_table(
+    module: nn.Module,
+    input_shape: tuple[int, ...],
+    batch: int,
+    *,
+    kernels: str = "auto",
+    timed: bool = False,
+    repeats: int = 5,
+) -> tuple[list[Row], str]:
+    """Rows in the order of the forward pass on made-up images of ``input_shape``, and why ``vmap`` if it is that.
+
+    ``timed`` runs every strategy that fits a layer ``repeats`` times and keeps the median: norms and weighted sum.
+    """
+    loss, params = ModelLoss(module, _any_loss, kernels=kernels), trainable(module)
+    device = device_of(module)
+    inputs = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.zeros(batch, device=device)
+    answer = ask(loss, params, inputs, targets)
+    if answer.refusal:
+        return [], answer.refusal
+    inputs = laid_out(inputs, answer.channels_last)
+    leaves = {name: p.requires_grad_() for name, p in params.items()}
+    tape = Tape(keep_calls=True)
+    with training_on(device), torch.enable_grad(), Capture(tape, routes(kernels), batch):
+        loss(leaves, inputs, targets)
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    learning = [call for call in tape.calls if _held(call)]
+    return [_row(call, names, repeats if timed else 0) for call in learning], ""
+
+
+def plan_text(rows: list[Row], reason: str) -> str:
+    """The table to print: one line per layer, times in milliseconds; "last" says where the channels are in memory."""
+    if reason:
+        return f"vmap for the whole module: {reason}"
+    lines = [f"{'parameter':32} {'layer':12} {'input':22} strategy"]
+    for row in rows:
+        times = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in row.seconds.items())
+        shape = "x".join(map(str, row.input_shape)) + (" last" if row.channels_last else "")
+        lines.append(f"{row.parameter:32} {row.layer:12} {shape:22} {row.strategy:10} {times}".rstrip())
+    return "\n".join(lines)
+
+
+def _any_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.flatten(1).square().sum(1)
+
+
+def _held(call: Call) -> list[Tensor]:
+    return [t for t in (call.weight, call.bias) if t is not None and t.requires_grad]
+
+
+def _row(call: Call, names: dict[int, str], repeats: int) -> Row:
+    held = _held(call)
+    parameter = next((names[id(t)] for t in held if id(t) in names), f"a function of {_parents(held[0], names)}")
+    return Row(
+        parameter=parameter,
+        layer=call.name,
+        input_shape=tuple(call.x.shape),
+        channels_last=is_channels_last(call.x),
+        strategy=getattr(call.layer, "strategy", "rows"),
+        seconds={name: _median(step, repeats) for name, step in _alternatives(call).items()} if repeats else {},
+    )
+
+
+def _parents(weight: Tensor, names: dict[int, str]) -> str:
+    from fed_dpsat.step.gradients.derived import leaves_of
+
+    return ", ".join(names.get(id(leaf), "?") for leaf in leaves_of(weight, "layer"))
+
+
+def _alternatives(call: Call) -> dict[str, Callable[[], Any]]:
+    """A function that does norms and weighted sum of one layer, for every strategy that fits it."""
+    layer, weight = call.layer, call.weight
+    if weight is None or not isinstance(layer, conv.Convolution | linear.Linear):
+        return {}
+    strategies = ["product", "rows"] if isinstance(layer, linear.Linear) else conv.fitting(layer.geometry, call.x)
+    x, w = call.x.detach(), weight.detach()
+    with torch.no_grad():
+        out, saved = layer.forward(x, w, None)
+    factors = torch.ones(len(x), device=x.device)
+
+    def step(strategy: str) -> None:
+        found = replace(layer, strategy=strategy).backward(out, w, saved, False, ("weight",))[1]["weight"]
+        found.squared_norms()
+        found.weighted_sum(factors, None)
+        finish(x.device)
+
+    return {strategy: lambda strategy=strategy: step(strategy) for strategy in strategies}  # type: ignore[misc]
+
+
+def _median(step: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]

@@ -1,0 +1,120 @@
+"""Per-example gradients that are sums of outer products: norms without the gradients (ghost clipping).
+
+|sum_t a_t g_t^T|^2 = sum_{s,t} (a_s . a_t)(g_s . g_t): two Gram matrices (Goodfellow 2015; Li et al. 2022).
+
+That sum may cancel, and a norm that is the difference of large numbers could come out far too small: the bound
+would not hold. So where the result is small beside the Gram matrices, or squares leave the range of a float32,
+an example's gradient is made after all, for the norm and for the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.step.gradients.contribution import Rows
+from fed_dpsat.step.gradients.finite import keep, squared_norm_rows
+
+CANCELLATION = 16.0
+"""How much larger than the squared norm the product of the Gram matrices' norms may be."""
+
+LARGEST_SQUARE = 1e16
+"""Beyond this one factor may be large where the square of the other has vanished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Never materialised but for few: sums over positions of products of ``inputs[B, ...]``, ``outputs[B, ...]``.
+
+    ``outputs`` are gradients. ``of(inputs, outputs)`` is the ordinary gradient ``[*shape]`` of a whole batch, so
+    the weighted sum is that of weighted outputs; ``each`` makes rows ``[K, *shape]``. ``norms[B]`` are squared;
+    ``exact`` holds the rows of the examples ``unsure[B]``, None if there are none. A convolution leaves the Gram
+    matrices of its patches, how it applies other weights to inputs, and what it ``made`` of them without its bias, for
+    weights that are functions.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    of: Callable[[Tensor, Tensor], Tensor]
+    each: Callable[[Tensor, Tensor], Tensor]
+    norms: Tensor
+    unsure: Tensor
+    exact: Rows | None
+    inputs_gram: Tensor | None = None
+    apply: Callable[[Tensor, Tensor], Tensor] | None = None
+    made: Tensor | None = None
+
+    def squared_norms(self) -> Tensor:
+        """``[B]``."""
+        return self.norms
+
+    def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
+        """One ordinary weight gradient."""
+        sure = finite
+        if self.exact is not None:
+            sure = ~self.unsure if finite is None else finite & ~self.unsure
+        weights = factors.to(self.outputs).view(-1, *[1] * (self.outputs.ndim - 1))
+        inputs = keep(self.inputs, sure) if self.inputs.is_floating_point() else self.inputs
+        total = self.of(inputs, keep(self.outputs, sure) * weights)
+        if self.exact is None:
+            return total
+        kept = None if finite is None else finite[self.unsure]
+        return total + self.exact.weighted_sum(factors[self.unsure], kept)
+
+    def rows(self) -> Tensor:
+        """``[B, *shape]``."""
+        return self.each(self.inputs, self.outputs)
+
+
+def product(
+    inputs: Tensor,
+    outputs: Tensor,
+    *,
+    of: Callable[[Tensor, Tensor], Tensor],
+    each: Callable[[Tensor, Tensor], Tensor],
+    norms: tuple[Tensor, Tensor],
+    inputs_gram: Tensor | None = None,
+    apply: Callable[[Tensor, Tensor], Tensor] | None = None,
+    made: Tensor | None = None,
+) -> Product:
+    """A ``Product`` from its ``norms`` and which of them are unsure, as ``gram_norms`` gives them."""
+    squared, unsure = norms
+    exact = None
+    if bool(unsure.any()):
+        exact = Rows(data=each(inputs[unsure], outputs[unsure]))
+        squared = squared.masked_scatter(unsure, exact.squared_norms())
+    return Product(
+        inputs=inputs,
+        outputs=outputs,
+        of=of,
+        each=each,
+        norms=squared,
+        unsure=unsure,
+        exact=exact,
+        inputs_gram=inputs_gram,
+        apply=apply,
+        made=made,
+    )
+
+
+def single_norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms ``[B]`` of one outer product each, of ``inputs[B, I]`` and ``outputs[B, O]``; which are unsure."""
+    a, g = squared_norm_rows(inputs), squared_norm_rows(outputs)
+    return a * g, (a > LARGEST_SQUARE) | (g > LARGEST_SQUARE)
+
+
+def gram_norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_{s,t} inputs[B, s, t] outputs[B, s, t]``, ``[B]``, and which of them are unsure."""
+    squared = (inputs * outputs).sum((1, 2), dtype=torch.float64)
+    size = (squared_norm_rows(inputs) * squared_norm_rows(outputs)).sqrt()
+    largest = torch.maximum(*(t.diagonal(dim1=1, dim2=2).amax(1) for t in (inputs, outputs)))
+    unsure = (size > CANCELLATION * squared) | (largest > LARGEST_SQUARE)
+    return squared + torch.finfo(inputs.dtype).eps * size, unsure  # what rounding may have taken
+
+
+def gram(rows: Tensor) -> Tensor:
+    """``rows[B, T, D] -> [B, T, T]``, all inner products of the rows of one example."""
+    return torch.bmm(rows, rows.transpose(1, 2))

@@ -1,0 +1,149 @@
+"""Which torch function is which layer, and by which strategy: the static plan, with compiled ``kernels`` or without."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fed_dpsat.step.gradients import compiled, conv, linear
+from fed_dpsat.step.gradients.capture import Call
+from fed_dpsat.step.gradients.contribution import Unplanned
+from fed_dpsat.step.gradients.embedding import Embedding
+from fed_dpsat.step.gradients.formats import is_channels_last
+from fed_dpsat.step.gradients.norm import GroupNorm, LayerNorm
+from fed_dpsat.step.placement import is_card
+
+Size = int | tuple[int, ...] | list[int]
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+    if input.ndim < 2:
+        raise Unplanned("a linear layer of one vector")
+    strategy = linear.choose(math.prod(input.shape[1:-1]), weight.shape[1], weight.shape[0])
+    return Call(name="linear", layer=linear.Linear(strategy=strategy), x=input, weight=weight, bias=bias)
+
+
+def _convolution(dimensions: int, kernels: bool) -> Callable[..., Call]:
+    def route(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+    ) -> Call:
+        name = f"conv{dimensions}d"
+        if input.ndim != dimensions + 2:
+            raise Unplanned(f"{name} of one example without a batch dimension")
+        shape, dilations = tuple(weight.shape), _sizes(dilation, dimensions)
+        if padding == "same":
+            totals = [d * (k - 1) for d, k in zip(dilations, shape[2:], strict=True)]
+            uneven = [w for t in reversed(totals) for w in (0, t % 2)]
+            input = functional.pad(input, uneven) if any(uneven) else input
+            padding = tuple(t // 2 for t in totals)
+        geometry = conv.Geometry(
+            shape=shape,
+            stride=_sizes(stride, dimensions),
+            padding=_sizes(0 if isinstance(padding, str) else padding, dimensions),
+            dilation=dilations,
+            groups=groups,
+        )
+        sides, card = tuple(input.shape[2:]), is_card(input.device)
+        ours = kernels and geometry.compiles and compiled.suit(input)
+        strategy = conv.choose(geometry, sides, is_channels_last(input), card, ours)
+        layer = conv.Convolution(geometry=geometry, strategy=strategy, derived=not weight.is_leaf)
+        return Call(name=name, layer=layer, x=input, weight=weight, bias=bias)
+
+    return route
+
+
+def _group_norm(kernels: bool) -> Callable[..., Call]:
+    def route(
+        input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> Call:
+        layer = GroupNorm(groups=num_groups, eps=eps, kernels=kernels and compiled.suit(input))
+        return Call(name="group_norm", layer=layer, x=input, weight=weight, bias=bias)
+
+    return route
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Call:
+    layer = LayerNorm(shape=tuple(normalized_shape), eps=eps)
+    if input.ndim <= len(layer.shape):
+        raise Unplanned("layer_norm over the batch dimension")
+    return Call(name="layer_norm", layer=layer, x=input, weight=weight, bias=bias)
+
+
+def _instance_norm(kernels: bool) -> Callable[..., Call]:
+    def route(
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Call:
+        if running_mean is not None or running_var is not None or not use_input_stats:
+            raise Unplanned("instance_norm with running statistics")
+        layer = GroupNorm(groups=input.shape[1], eps=eps, kernels=kernels and compiled.suit(input))
+        return Call(name="instance_norm", layer=layer, x=input, weight=weight, bias=bias)
+
+    return route
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Call:
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise Unplanned("embedding with max_norm, scale_grad_by_freq or sparse")
+    words = weight.shape[0]
+    padding = -1 if padding_idx is None else padding_idx % words
+    return Call(name="embedding", layer=Embedding(words=words, padding=padding), x=input, weight=weight, bias=None)
+
+
+def _sizes(size: Size, dimensions: int) -> tuple[int, ...]:
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * dimensions if len(sizes) == 1 else sizes
+
+
+Routes = dict[Callable[..., Any], Callable[..., Call]]
+
+
+def routes(kernels: str) -> Routes:
+    """By function; ``kernels`` as the setting says."""
+    return _routes(compiled.decided(kernels) == "compiled")
+
+
+@functools.cache
+def _routes(kernels: bool) -> Routes:
+    return {
+        functional.linear: _linear,
+        torch.conv1d: _convolution(1, kernels),
+        torch.conv2d: _convolution(2, kernels),
+        torch.conv3d: _convolution(3, kernels),
+        functional.group_norm: _group_norm(kernels),
+        functional.layer_norm: _layer_norm,
+        functional.instance_norm: _instance_norm(kernels),
+        functional.embedding: _embedding,
+    }

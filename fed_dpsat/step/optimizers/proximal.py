@@ -1,0 +1,43 @@
+"""The proximal term of FedProx (Li et al., MLSys 2020, arXiv 1812.06127), on the client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fed_dpsat.params import Params
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, check_space
+from fed_dpsat.step.query import At
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proximal:
+    """``base`` on the private gradient plus ``proximal_mu * (w - anchor)``, the slope of ``mu / 2 |w - anchor|^2``.
+
+    ``anchor`` is the global model, so the term is a function of released quantities: it costs nothing. It is 0 in the
+    first step of a round, and for what the global model does not have (a private head).
+    """
+
+    base: PrivateOptimizer
+    anchor: Params
+    proximal_mu: float
+    moves_like_base: ClassVar[bool] = True
+
+    def init(self, params: Params) -> State:
+        """As ``base``."""
+        return self.base.init(params)
+
+    def query_point(self, params: Params, state: State) -> At:
+        """As ``base``."""
+        return self.base.query_point(params, state)
+
+    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        """The step of ``base``, pulled towards the anchor."""
+        check_space("proximal_mu", self.proximal_mu, params, private_gradient)
+        slope = {
+            name: torch.add(g, params[name] - self.anchor[name], alpha=self.proximal_mu) if name in self.anchor else g
+            for name, g in private_gradient.items()
+        }
+        return self.base.update(params, slope, state)

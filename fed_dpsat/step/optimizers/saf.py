@@ -1,0 +1,129 @@
+"""SAF (Du et al., NeurIPS 2022, arXiv 2205.14083, its trajectory loss): flat minima for one more forward.
+
+The loss of example i adds ``saf_weight * tau^2 * KL(softmax(f(w_old) / tau) || softmax(f(w) / tau))``, w_old the
+weights of E epochs ago; tau^2 is in their code (github.com/AngusDujw/SAF), for which lambda 0.3 at tau 5 was chosen.
+The paper stores each example's old outputs; here they are recomputed from old weights, which were made of private
+gradients: so the term is a function of one example and of public state, clipping bounds it with the rest of the
+gradient, and a step costs one event.
+
+================================= =================================================================
+case                              what happens
+================================= =================================================================
+saf_weight = 0                    ``base``, bit for bit
+the first E epochs                ``base``, bit for bit: there are no old weights
+a client that was away            the newest weights that are at least E epochs old
+a loss that has no outputs        ``SettingError``
+================================= =================================================================
+
+An epoch is 1 / sample_rate steps, of the federation's clock. A client keeps E + 1 models, one of each epoch's first
+step: 4 times the model at E = 3, which a server that simulates many clients holds for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fed_dpsat.errors import SettingError
+from fed_dpsat.params import Params
+from fed_dpsat.step.optimizers.base import CLOCK, PrivateOptimizer, State
+from fed_dpsat.step.query import At, LossFn, OfOutputs, Query, as_query
+
+EPOCHS = "saf_epochs"
+"""The slot that says of which epoch each stored model is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAF:
+    """SAF: ``base`` on a loss that stays near its outputs of ``saf_epochs`` epochs ago (Du et al. 2022).
+
+    ``saf_weight`` is the paper's lambda, ``saf_temperature`` its tau. Raises ``SettingError``.
+    """
+
+    base: PrivateOptimizer
+    sample_rate: float
+    saf_weight: float = 0.3
+    saf_temperature: float = 5.0
+    saf_epochs: int = 3
+    moves_like_base: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, value, bound, good in (
+            ("saf_weight", self.saf_weight, "in [0, inf)", 0 <= self.saf_weight < math.inf),
+            ("saf_temperature", self.saf_temperature, "in (0, inf)", 0 < self.saf_temperature < math.inf),
+            ("saf_epochs", self.saf_epochs, "at least 1", self.saf_epochs >= 1),
+            ("sample_rate", self.sample_rate, "in (0, 1]", 0 < self.sample_rate <= 1),
+        ):
+            if not good:
+                raise SettingError(name, value, bound, "the authors' code has 0.3, 5 and 2 or 3")
+
+    def init(self, params: Params) -> State:
+        """As ``base``; no old weights yet."""
+        return self.base.init(params)
+
+    def query_point(self, params: Params, state: State) -> At:
+        """Where ``base`` looks, with the term in the loss once there are old weights."""
+        at, old = self.base.query_point(params, state), self._old(state)
+        if old is None:
+            return at
+        query = as_query(at)
+        wrap = trajectory_loss(old, self.saf_weight, self.saf_temperature)
+        inner = query.loss
+        return Query(
+            points=query.points, active=query.active, loss=wrap if inner is None else lambda loss: inner(wrap(loss))
+        )
+
+    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        """The step of ``base``; in the first of an epoch, ``params`` take the place of the oldest model."""
+        moved, after = self.base.update(params, private_gradient, state)
+        if self.saf_weight == 0:
+            return moved, after
+        known, epoch = after.get(EPOCHS, {}), self._epoch(state)
+        if known and max(int(e) for e in known.values()) >= epoch:
+            return moved, after
+        slot = f"saf_{epoch % (self.saf_epochs + 1)}"
+        return moved, {**after, slot: params, EPOCHS: {**known, slot: torch.tensor(epoch)}}
+
+    def _epoch(self, state: State) -> int:
+        return int(state[CLOCK]["step"]) // math.ceil(1 / self.sample_rate)
+
+    def _old(self, state: State) -> Params | None:
+        known = {slot: int(epoch) for slot, epoch in state.get(EPOCHS, {}).items()}
+        latest = self._epoch(state) - self.saf_epochs
+        enough = [(epoch, slot) for slot, epoch in known.items() if epoch <= latest]
+        return state[max(enough)[1]] if enough and self.saf_weight else None
+
+
+def trajectory_loss(old: Params, weight: float, temperature: float) -> Callable[[LossFn], LossFn]:
+    """Wraps a loss: adds ``weight`` times the ``divergence`` of its outputs from those at ``old``."""
+
+    def wrap(loss_fn: LossFn) -> LossFn:
+        if not isinstance(loss_fn, OfOutputs):
+            raise SettingError(
+                "optimizer", "saf", "for a loss without outputs", "use ModelLoss, or a loss with criterion and outputs"
+            )
+        made: OfOutputs = loss_fn
+
+        def loss(params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
+            now = made.outputs(params, inputs)
+            then = made.outputs(old, inputs).detach()
+            return made.criterion(now, targets) + weight * divergence(then, now, temperature)
+
+        return loss
+
+    return wrap
+
+
+def divergence(then: Tensor, now: Tensor, temperature: float) -> Tensor:
+    """``temperature^2 KL(softmax(then / temperature) || softmax(now / temperature))``, ``[B]`` from ``[B, K]``."""
+    p, q = (functional.log_softmax(outputs / temperature, dim=1) for outputs in (then, now))
+    return functional.kl_div(q, p, reduction="none", log_target=True).flatten(1).sum(1) * temperature**2
+
+
+OPTIMIZERS = {"saf": SAF}

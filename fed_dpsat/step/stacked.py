@@ -1,0 +1,316 @@
+"""Clients trained together: parameters and states stacked, one kernel for the examples of all (``torch.func.vmap``).
+
+Everything that makes a client's round private stays that of the client: its coins, its noise, its mechanism, the
+factors of its own examples. What clients share is arithmetic, and no kernel sums over clients.
+
+============================================== ==========================================================
+case                                           what happens
+============================================== ==========================================================
+batches of different sizes                     padded with examples of zeros, which add exactly nothing,
+                                               also where their gradient is NaN
+an empty batch                                 a zero sum, noised like any other
+an example with NaN or inf                     contributes zero, and is counted for its client
+an optimizer that cannot be mapped             its two functions are called client by client
+a loss or rule that cannot be mapped           ``Unstackable``
+dropout, or another draw of loss or batches    ``Unstackable``
+an optimizer that asks a ``Query``             ``Unstackable``, unless it is one plain point
+============================================== ==========================================================
+
+The result of a client differs in its last bits from that alone: sums are added up in another order, which depends on
+how many examples the largest batch of the stack has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn.utils.rnn import pad_sequence
+
+from fed_dpsat.params import Params
+from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
+from fed_dpsat.step.clipping.bound import Held, bounded_factors
+from fed_dpsat.step.generators import Mark, others_moved, training_on
+from fed_dpsat.step.gradients.finite import squared_norm_rows
+from fed_dpsat.step.gradients.loss import check_types
+from fed_dpsat.step.loop import Batches, LocalResult, Streams, check_bound, check_known, check_rows, module_of
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.modes import in_mode
+from fed_dpsat.step.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_noise
+from fed_dpsat.step.placement import device_of
+from fed_dpsat.step.query import At, LossFn, Query, simplified
+from fed_dpsat.step.sampling import PoissonSampler
+
+
+class Unstackable(Exception):
+    """Something that clients cannot be trained together with; the message says what, and nothing was released."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One client of a stack: what is its own of the arguments of ``train_locally``; ``own`` are parameters."""
+
+    batches: Batches
+    state: State
+    sampler: PoissonSampler
+    mechanism: GaussianMechanism
+    streams: Streams
+    own: Params = field(default_factory=dict)
+
+
+def alike(state: State) -> Hashable:
+    """Equal for states that can be stacked: the same slots, names, shapes and types, and the same time on the clock."""
+    form = sorted((slot, n, tuple(t.shape), str(t.dtype)) for slot, params in state.items() for n, t in params.items())
+    return tuple(form), repr(state.get(CLOCK))
+
+
+def train_stacked(
+    params: Params,
+    members: Sequence[Member],
+    *,
+    loss_fn: LossFn,
+    optimizer: PrivateOptimizer,
+    clipping: ClippingRule,
+    local_steps: int,
+    physical_batch_size: int = 128,
+) -> list[LocalResult]:
+    """What ``train_locally`` makes of each of ``members`` from the same ``params`` but for its own, to 1e-6 relative.
+
+    At most ``physical_batch_size`` per-example gradients are held at a time, but one per client at least. Raises
+    ``Unstackable``, or what ``train_locally`` raises for any of them.
+    """
+    if isinstance(clipping, AdaptiveClipping):
+        raise Unstackable("adaptive clipping, whose bound is another one for each client")
+    if len({alike(member.state) for member in members}) != 1:
+        raise Unstackable("clients with states of different forms")
+    for member in members:
+        check_known(member.mechanism, member.sampler, member.streams)
+        check_bound(member.mechanism, clipping)
+    clipping = Held(rule=clipping, clip_norm=members[0].mechanism.clip_norm)
+    check_types(params)
+    count = len(members)
+    noises = [member.streams.generator("noise") for member in members]
+    coins = [member.sampler.batches(local_steps, member.streams.generator("sampling")) for member in members]
+    own = _stacked([member.own for member in members])
+    stack = {name: own[name] if name in own else p.expand(count, *p.shape) for name, p in params.items()}
+    state = stacked_state([member.state for member in members])
+    skipped = torch.zeros(count, dtype=torch.int64)
+    device = device_of(params)
+    with training_on(device), in_mode(module_of(loss_fn), training=True):
+        draws = _Draws(members, device)
+        steps = _Optimizer(optimizer, draws)
+        for _ in range(local_steps):
+            drawn = [_batch(member, next(coins[k]), draws, k) for k, member in enumerate(members)]
+            at = steps.query_point(stack, state)
+            mark = Mark.here(device)
+            sums, nonfinite = stacked_sum(loss_fn, at, *_padded(drawn), clipping, physical_batch_size)
+            if mark.moved():
+                raise Unstackable("the loss, which draws random numbers")
+            private = [
+                member.mechanism.privatize(_at(sums, k), noise)
+                for k, (member, noise) in enumerate(zip(members, noises, strict=True))
+            ]
+            state = _with_noise(state, members)
+            stack, state = steps.update(stack, _stacked(private), state)
+            if others_moved():
+                raise Unstackable("an optimizer that draws from random or numpy.random")
+            skipped += nonfinite.cpu()
+    return [
+        LocalResult(
+            params=_own(_at(stack, k)),
+            state={slot: _own(p) for slot, p in _state_at(state, k).items()},
+            event=member.mechanism.event(sample_rate=member.sampler.sample_rate, steps=local_steps),
+            nonfinite_examples=int(skipped[k]),
+        )
+        for k, member in enumerate(members)
+    ]
+
+
+def stacked_sum(
+    loss_fn: LossFn,
+    params: Params,
+    inputs: Tensor,
+    targets: Tensor,
+    real: Tensor,
+    clipping: ClippingRule,
+    physical_batch_size: int = 128,
+) -> tuple[Params, Tensor]:
+    """Clipped sums ``[K, *shape]`` at ``params[K, *shape]`` over ``inputs[K, B, ...]``, and nonfinite counts ``[K]``.
+
+    Only the examples that are ``real[K, B]`` are in the sums and counts. Raises ``Unstackable``.
+    """
+    count = len(real)
+    width = max(1, physical_batch_size // count)
+    total = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in params.items()}
+    nonfinite = torch.zeros(count, dtype=torch.int64, device=real.device)
+    chunks = (torch.split(t, width, dim=1) for t in (inputs, targets, real))
+    for x, y, r in zip(*chunks, strict=True):
+        if r.shape[1]:
+            chunk, skipped = _chunk_sum(loss_fn, params, x, y, r, clipping)
+            total = {name: total[name] + c for name, c in chunk.items()}
+            nonfinite += skipped
+    return total, nonfinite
+
+
+def _chunk_sum(
+    loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, real: Tensor, clipping: ClippingRule
+) -> tuple[Params, Tensor]:
+    def loss_of_one(p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return loss_fn(p, x[None], y[None]).squeeze(0)
+
+    of_client = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
+    gradients = _mapped(of_client, "the loss", params, inputs, targets)
+    rows = {name: g.reshape(*real.shape, -1) for name, g in gradients.items()}
+    norms = {name: squared_norm_rows(g.flatten(0, 1)).view(real.shape) for name, g in rows.items()}
+    finite = torch.stack(list(norms.values())).sum(0).isfinite()
+    kept = real & finite
+    known = {name: n.where(kept, 0) for name, n in norms.items()}
+    held = torch.stack(list(known.values()))  # before the rule has them
+    factors = bounded_factors(clipping, known, held, partial(_mapped, clipping.factors, "the clipping rule"))
+    if not bool(finite.all()):  # 0 * inf is NaN
+        rows = {name: g.where(finite[..., None], 0) for name, g in rows.items()}
+    sums = {
+        name: torch.bmm(factors[name].where(kept, 0).to(g)[:, None], g).view_as(params[name])
+        for name, g in rows.items()
+    }
+    return sums, (real & ~finite).sum(1)
+
+
+def _mapped(function: Callable[..., Any], what: str, *arguments: Any) -> Any:
+    """``function`` for each client, who sees its own row alone; ``Unstackable`` where it cannot be mapped."""
+    try:
+        return vmap(function)(*arguments)
+    except RuntimeError as error:
+        raise Unstackable(f"{what}, which vmap refuses: {str(error).strip().splitlines()[0]}") from error
+
+
+def stacked_state(states: Sequence[State]) -> State:
+    """Slots with a leading dimension for clients; the clock, which is the same for all, as it is."""
+    first = states[0]
+    return {slot: p if slot == CLOCK else _stacked([state[slot] for state in states]) for slot, p in first.items()}
+
+
+def _with_noise(state: State, members: Sequence[Member]) -> State:
+    """Each client's own noise, in the slot of those who ask for it."""
+    if NOISE not in state:
+        return state
+    return {**state, NOISE: _stacked([set_noise(state, member.mechanism.noise_std)[NOISE] for member in members])}
+
+
+class _Draws:
+    """Torch's own generator, client by client, as each would find it alone."""
+
+    def __init__(self, members: Sequence[Member], device: torch.device) -> None:
+        self.device = device
+        self._states = []
+        for member in members:
+            torch.default_generator.manual_seed(member.streams.torch_seed())
+            self._states.append(torch.get_rng_state())
+        self.count = len(members)
+
+    @contextmanager
+    def of(self, k: int) -> Iterator[None]:
+        torch.set_rng_state(self._states[k])
+        yield
+        self._states[k] = torch.get_rng_state()
+
+
+class _Optimizer:
+    """Both functions of ``optimizer`` on stacks: mapped over clients, or client by client if it cannot be."""
+
+    def __init__(self, optimizer: PrivateOptimizer, draws: _Draws) -> None:
+        self._optimizer, self._draws, self._maps = optimizer, draws, True
+
+    def query_point(self, params: Params, state: State) -> Params:
+        clock, slots = _split(state)
+        if self._maps:
+            try:
+                return vmap(lambda p, s: _point(self._optimizer.query_point(p, {**s, **clock})))(params, slots)
+            except Unstackable:
+                raise
+            except Exception:  # whatever it is, it is raised again where it does not come of the mapping
+                self._maps = False
+        return _stacked([self._asked(k, params, state) for k in range(self._draws.count)])
+
+    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        clock, slots = _split(state)
+        if self._maps:
+            try:
+                moved, after = vmap(lambda p, g, s: self._optimizer.update(p, g, {**s, **clock}))(
+                    params, private_gradient, slots
+                )
+                return moved, _one_clock(after)
+            except Exception:
+                self._maps = False
+        each = [self._moved(k, params, private_gradient, state) for k in range(self._draws.count)]
+        if len({alike(after) for _, after in each}) != 1:
+            raise Unstackable("an optimizer that leaves states of different forms")
+        return _stacked([moved for moved, _ in each]), stacked_state([after for _, after in each])
+
+    def _asked(self, k: int, params: Params, state: State) -> Params:
+        with self._draws.of(k):
+            return _point(self._optimizer.query_point(_at(params, k), _state_at(state, k)))
+
+    def _moved(self, k: int, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+        with self._draws.of(k):
+            return self._optimizer.update(_at(params, k), _at(private_gradient, k), _state_at(state, k))
+
+
+def _point(at: At) -> Params:
+    at = simplified(at)
+    if isinstance(at, Query):
+        raise Unstackable("an optimizer that asks for more than one plain gradient")
+    return at
+
+
+def _one_clock(state: State) -> State:
+    """vmap answers one clock per client; they have to agree."""
+    if CLOCK not in state:
+        return state
+    if any(bool((t != t[:1]).any()) for t in state[CLOCK].values()):
+        raise Unstackable("an optimizer whose clock runs differently for each client")
+    return {**state, CLOCK: {name: t[0] for name, t in state[CLOCK].items()}}
+
+
+def _batch(member: Member, indices: Tensor, draws: _Draws, k: int) -> tuple[Tensor, Tensor]:
+    mark = Mark.here(draws.device)
+    batch = member.batches(indices)
+    if mark.moved():
+        raise Unstackable("batches that draw random numbers")
+    check_rows(batch, indices)
+    return batch
+
+
+def _padded(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """``inputs[K, B, ...]``, ``targets[K, B, ...]``, and which of them are there, ``real[K, B]``."""
+    inputs, targets = (pad_sequence([batch[i] for batch in batches], batch_first=True) for i in (0, 1))
+    sizes = torch.tensor([len(y) for _, y in batches], device=targets.device)
+    return inputs, targets, torch.arange(targets.shape[1], device=targets.device) < sizes[:, None]
+
+
+def _split(state: State) -> tuple[State, State]:
+    """The clock, which is one for all, and the slots of each."""
+    return {s: p for s, p in state.items() if s == CLOCK}, {s: p for s, p in state.items() if s != CLOCK}
+
+
+def _stacked(each: Sequence[Params]) -> Params:
+    return {name: torch.stack([params[name] for params in each]) for name in each[0]}
+
+
+def _at(stack: Params, k: int) -> Params:
+    return {name: t[k] for name, t in stack.items()}
+
+
+def _state_at(state: State, k: int) -> State:
+    return {slot: p if slot == CLOCK else _at(p, k) for slot, p in state.items()}
+
+
+def _own(params: Params) -> Params:
+    """In memory of its own, so that nobody keeps the stack alive."""
+    return {name: t.clone() for name, t in params.items()}

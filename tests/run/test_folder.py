@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from fed_dpsat.errors import RunError, SettingError
+from fed_dpsat.run.folder import Checkpoint, RunFolder, jsonable
+from fed_dpsat.settings.config import RunConfig
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(SettingError, match=r"new or an empty folder.*--out"):
+        RunFolder(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingError, match=r"run' is not where files can be written; name another folder"):
+        RunFolder(tmp_path / "file" / "run")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(SettingError, match="not where files can be written"):
+        RunFolder(tmp_path / "run")
+
+
+def test_what_a_run_leaves_that_was_killed_before_it_began_is_in_nobodys_way(tmp_path):
+    for name in ("environment.json", "config.toml.tmp"):
+        (tmp_path / name).write_text("{")
+    with pytest.raises(SettingError, match=r"killed before config.toml was there starts again: fed-dpsat run"):
+        RunFolder(tmp_path, resume=True)
+    RunFolder(tmp_path).open(RunConfig(target_epsilon=3.0))
+    with pytest.raises(SettingError, match="new or an empty folder"):
+        RunFolder(tmp_path)
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do_and_leaves_what_was_there(tmp_path, full_disk):
+    folder = RunFolder(tmp_path / "run")
+    folder.open(RunConfig(target_epsilon=3.0))
+    saved = Checkpoint(round=1, params={"w": torch.ones(2)}, server={})
+    folder.save_checkpoint(saved)
+    path = str(tmp_path / "run")
+    with full_disk(20_000):
+        with pytest.raises(RunError, match=rf"cannot write {path}/checkpoint/model.pt: File too large; free space"):
+            folder.save_checkpoint(Checkpoint(round=2, params={"w": torch.ones(100_000)}, server={}))
+        with pytest.raises(RunError, match=rf"cannot write {path}/rounds.jsonl: File too large"):
+            folder.append_round({"round": 0, "dropped": "x" * 30_000}, {"round": 0})
+        with pytest.raises(RunError, match=rf"cannot write {path}/summary.json: File too large"):
+            folder.close({"text": "x" * 30_000})
+    assert folder.load_checkpoint().round == 1
+    assert folder.rounds() == []
+    assert folder.summary() == {}
+
+
+def test_nothing_is_written_before_it_is_opened(tmp_path):
+    RunFolder(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_written_can_be_read(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    config = RunConfig(target_epsilon=3.0)
+    folder.open(config)
+    assert RunConfig.load(tmp_path / "run" / "config.toml") == config
+    for number in range(3):
+        folder.append_round({"round": number, "epsilon": math.inf}, {"round": number, "seconds": 0.1})
+        lines = (tmp_path / "run" / "rounds.jsonl").read_text()
+        assert lines.endswith("\n")
+        assert [json.loads(line)["round"] for line in lines.splitlines()] == list(range(number + 1))
+    folder.save_checkpoint(Checkpoint(round=2, params={"w": torch.ones(2)}, server={"seen": [1]}))
+    loaded = torch.load(folder.checkpoint_path, weights_only=True)
+    assert loaded["round"] == 2
+    assert torch.equal(loaded["params"]["w"], torch.ones(2))
+    folder.close({"epsilon": math.inf})
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"epsilon": "inf"}
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["device"] == "cpu"
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
+
+
+def test_what_json_cannot_hold_becomes_text():
+    assert jsonable({1: [math.inf, 0.5, (math.nan,)]}) == {"1": ["inf", 0.5, ["nan"]]}
+
+
+def test_rounds_are_read_back_without_a_line_that_was_cut_short(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.rounds() == []
+    folder.append_round({"round": 0, "epsilon": float("inf")}, {"round": 0})
+    (tmp_path / "rounds.jsonl").open("a").write('{"round": 1, "eps')
+    assert folder.rounds() == [{"round": 0, "epsilon": "inf"}]

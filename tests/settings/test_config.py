@@ -1,0 +1,103 @@
+"""Settings: TOML, overrides and Flower's run config are one thing, and a bad one is one clear line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+
+import pytest
+
+from fed_dpsat.errors import SettingError
+from fed_dpsat.settings.config import RunConfig, parse_overrides
+
+GOOD = {"target_epsilon": 3.0}
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("target_epsilon = 3.0\nlr = 1.0\nnum_rounds = 5\n")
+    config = RunConfig.load(file, ["lr=4", "dataset=cifar10", "private = true"])
+    assert (config.lr, config.num_rounds, config.dataset) == (4.0, 5, "cifar10")
+    assert isinstance(config.lr, float)
+
+
+def test_the_resolved_file_is_the_same_config():
+    config = RunConfig(**GOOD, data_path='C:\\a "quoted" path', delta=1e-7)
+    assert RunConfig(**tomllib.loads(config.to_toml())) == config
+
+
+def test_infinity_survives_the_file():
+    config = RunConfig(private=False, clip_norm=math.inf)
+    assert RunConfig(**tomllib.loads(config.to_toml())).clip_norm == math.inf
+
+
+def test_every_setting_says_what_it_is():
+    assert all(spec.metadata["doc"] for spec in dataclasses.fields(RunConfig))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lrr=1", ["lrr=1", "did you mean lr"]),
+        ("lr=fast", ["lr='fast'", "float"]),
+        ("lr=true", ["lr=True", "float"]),
+        ("lr=nan", ["lr=nan", "at least 0"]),
+        ("num_rounds=1.5", ["num_rounds=1.5", "int"]),
+        ("num_rounds=0", ["num_rounds=0", "at least 1"]),
+        ("private=1", ["private=1", "bool"]),
+        ("sample_rate=0", ["sample_rate=0", "above 0 and at most 1"]),
+        ("sample_rate=1.2", ["sample_rate=1.2", "at most 1"]),
+        ("noise_multiplier=-1", ["noise_multiplier=-1", "at least 0"]),
+        ("noise_multiplier=nan", ["noise_multiplier=nan"]),
+        ("clip_norm=0", ["clip_norm=0", "above 0"]),
+        ("accountant=pdl", ["accountant='pdl'", "did you mean pld"]),
+        ("ascent_memory=none", ["ascent_memory='none'", "client, zero"]),
+        ("workers=-1", ["workers=-1", "at least 0"]),
+        ("gpus_per_worker=2", ["gpus_per_worker=2", "at most 1"]),
+        ("lr", ["--set='lr'", "key=value"]),
+    ],
+)
+def test_bad_settings_name_key_value_bound_and_remedy(override, words):
+    with pytest.raises(SettingError) as caught:
+        RunConfig.load(None, ["target_epsilon=3.0", override])
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert "\n" not in text
+
+
+def test_a_broken_or_missing_file_is_named(tmp_path):
+    with pytest.raises(SettingError, match="No such file"):
+        RunConfig.load(tmp_path / "nothing.toml")
+    (tmp_path / "broken.toml").write_text("lr = = 1")
+    with pytest.raises(SettingError, match="valid TOML"):
+        RunConfig.load(tmp_path / "broken.toml")
+
+
+def test_the_most_rounds_one_client_can_take_part_in():
+    config = RunConfig(**GOOD, num_rounds=100, local_steps=4)
+    assert config.rounds_per_client == 100
+    sometimes = dataclasses.replace(config, clients_per_round=2)
+    assert sometimes.rounds_per_client == 100  # chance may pick one client every time
+    assert dataclasses.replace(sometimes, max_rounds_per_client=25).rounds_per_client == 25
+
+
+def test_passes_over_the_data_are_steps():
+    config = RunConfig(**GOOD, local_epochs=2, sample_rate=0.3, num_rounds=10)
+    assert config.steps_per_round == 7  # 2 / 0.3, rounded up
+    assert config.total_steps == 70
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig(**GOOD, data_path="data").with_absolute_paths()
+    assert config.data_path == str(tmp_path / "data")
+    assert config.cache_dir.startswith("/")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("'linear'", "linear"), ("column = 'w'", "column = 'w'"), ("'a' + 'b'", "'a' + 'b'"), ("'", "'"), ("''", "")],
+)
+def test_an_override_loses_a_pair_of_quotes_around_it_and_no_other(text, value):
+    assert parse_overrides([f"model={text}"]) == {"model": value}

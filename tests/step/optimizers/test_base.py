@@ -1,0 +1,110 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fed_dpsat.params import global_norm, subtract
+from fed_dpsat.step.optimizers import DPSAT, DPSGD
+from fed_dpsat.step.optimizers.base import CLOCK, climb, owned_update, set_clock
+
+PARAMS = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0, 0.0])}
+
+
+def per_tensor(params, direction, rho):
+    """Wrong: each tensor climbs by rho."""
+    return {name: p + rho * direction[name] / direction[name].norm() for name, p in params.items()}
+
+
+def test_by_hand_over_all_parameters_together():
+    """The direction (3; 4, 0) has norm 5; tensor by tensor it would climb 5 in each."""
+    direction = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0, 0.0])}
+    there = {"a": torch.tensor([4.0]), "b": torch.tensor([6.0, 0.0])}
+    torch.testing.assert_close(climb(PARAMS, direction, 5), there)
+    wrong = per_tensor(PARAMS, direction, 5)
+    assert [wrong["a"].item(), wrong["b"][0].item()] == [6, 7]
+
+
+def test_without_a_direction_nothing_moves(same_bits):
+    zero = {"a": torch.zeros(1), "b": torch.zeros(2)}
+    assert same_bits(climb(PARAMS, None, 0.1), PARAMS)
+    assert same_bits(climb(PARAMS, zero, 0.1), PARAMS)
+
+
+def test_without_a_radius_nothing_moves(same_bits):
+    nowhere = {"a": torch.tensor([float("nan")]), "b": torch.ones(2)}
+    assert same_bits(climb(PARAMS, nowhere, 0), PARAMS)
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3), st.sampled_from([1e-12, 1e-6, 1.0, 1e6, 1e15]))
+def test_the_way_is_rho_long_whatever_the_length_of_the_direction(direction, scale):
+    d = torch.tensor(direction).where(torch.tensor(direction).abs() > 1e-3, 0) * scale
+    origin = {"a": torch.zeros(1), "b": torch.zeros(2)}
+    there = climb(origin, {"a": d[:1], "b": d[1:]}, 0.03)
+    assert float(global_norm(there)) == pytest.approx(0.03 if d.any() else 0, rel=1e-5)
+
+
+def test_nothing_is_changed_in_place(same_bits):
+    direction = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0, 0.0])}
+    before = [{name: t.clone() for name, t in d.items()} for d in (PARAMS, direction)]
+    there = climb(PARAMS, direction, 5)
+    assert same_bits(PARAMS, before[0])
+    assert same_bits(direction, before[1])
+    assert global_norm(subtract(there, PARAMS)) == 5
+
+
+def test_types_are_kept():
+    params = {"a": torch.zeros(1, dtype=torch.float64), "b": torch.zeros(2)}
+    there = climb(params, {name: torch.ones_like(p) for name, p in params.items()}, 0.1)
+    assert [p.dtype for p in there.values()] == [torch.float64, torch.float32]
+
+
+def test_the_clock_is_a_slot_like_any_other():
+    state = {"momentum": PARAMS}
+    ticked = set_clock(state, 7)
+    assert ticked[CLOCK]["step"] == 7
+    assert ticked["momentum"] is PARAMS
+    assert CLOCK not in state
+    assert set_clock(ticked, 8)[CLOCK]["step"] == 8
+    assert ticked[CLOCK]["step"] == 7
+
+
+class OwnUpdate(DPSGD):
+    def update(self, params, private_gradient, state):
+        return params, state
+
+
+class Both(OwnUpdate):
+    def update(self, params, private_gradient, state):
+        return params, state
+
+    def update_owned(self, params, private_gradient, state):
+        return params, state
+
+
+class OwnedAlone(DPSGD):
+    def update_owned(self, params, private_gradient, state):
+        return params, state
+
+
+class Silent(Both):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (DPSGD, "update_owned"),
+        (Both, "update_owned"),
+        (Silent, "update_owned"),
+        (OwnUpdate, "update"),
+        (OwnedAlone, "update"),
+    ],
+)
+def test_a_gradient_is_given_away_to_who_wrote_both_updates(kind, name):
+    optimizer = kind(lr=0.1)
+    assert owned_update(optimizer) == getattr(optimizer, name)
+
+
+def test_a_gradient_is_not_given_away_to_who_keeps_it():
+    optimizer = DPSAT(base=DPSGD(lr=0.1), rho=0.1)
+    assert owned_update(optimizer) == optimizer.update

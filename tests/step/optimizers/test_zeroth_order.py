@@ -1,0 +1,153 @@
+"""Zeroth-order steps against the paper, by hand and over 50 steps; what is clipped and noised is one number."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fed_dpsat.errors import SettingError
+from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.noise import standard_normals
+from fed_dpsat.step.optimizers import DPSAT, DPSGD
+from fed_dpsat.step.optimizers.base import set_clock, subspace_of
+from fed_dpsat.step.optimizers.dplis import DPlis
+from fed_dpsat.step.optimizers.random_freeze import RandomFreeze
+from fed_dpsat.step.optimizers.saf import SAF
+from fed_dpsat.step.optimizers.zeroth_order import SCALAR, ZerothOrder
+from fed_dpsat.step.subspace import Span, direction
+
+W = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
+
+
+def zeroth(base=None, **settings):
+    return ZerothOrder(base=base or DPSGD(lr=0.3), **{"seed": 0, "steps_per_round": 5, **settings})
+
+
+def test_by_hand():
+    """f = a^2 + 3 b at (1, 2) along u: ((a + mu u0)^2 - (a - mu u0)^2 + 6 mu u1) / (2 mu) = 2 a u0 + 3 u1."""
+    optimizer = zeroth(DPSGD(lr=0.5), smoothing=0.25)
+    state = optimizer.init(W)
+    u0, u1 = direction(0, 0, 2).tolist()
+    assert u0**2 + u1**2 == pytest.approx(2)
+    at = optimizer.query_point(W, state)
+    assert at.points[0][1].keys() == {SCALAR}
+
+    def loss(params, inputs, targets):
+        return (params["a"] ** 2 + 3 * params["b"]).expand(len(inputs))
+
+    batch = torch.zeros(1, 1), torch.zeros(1)
+    total, _ = clipped_gradient_sum(loss, at, batch, FlatClipping(clip_norm=100))
+    assert total[SCALAR].item() == pytest.approx(2 * u0 + 3 * u1, rel=1e-5)
+    clipped, _ = clipped_gradient_sum(loss, at, batch, FlatClipping(clip_norm=0.5))
+    assert abs(clipped[SCALAR].item()) == pytest.approx(min(0.5, abs(2 * u0 + 3 * u1)))
+    moved, _ = optimizer.update(W, {SCALAR: torch.tensor(4.0)}, state)
+    assert [float(p) for p in moved.values()] == pytest.approx([1 - 0.5 * 4 * u0, 2 - 0.5 * 4 * u1])
+
+
+def test_fifty_steps_of_the_paper(problem):
+    mu, w = 0.01, problem.start
+    optimizer = zeroth(DPSGD(lr=problem.lr / 4), smoothing=mu)
+    for step, ours in enumerate(problem.walk(optimizer)):
+        u = direction(0, step, 12).double().numpy().reshape(3, 4)
+        numbers = [
+            (problem.value(w + mu * u, x, y) - problem.value(w - mu * u, x, y)) / (2 * mu)
+            for x, y in problem.examples(step)
+        ]
+        total = sum(np.clip(number, -problem.clip_norm, problem.clip_norm) for number in numbers)
+        w = w - problem.lr / 4 * (total + problem.noise[step].flat[0]) / 6 * u
+        np.testing.assert_allclose(ours, w, rtol=1e-7, atol=1e-9)
+
+
+def test_it_learns(problem):
+    """Without noise or bound it follows projections of the gradient, and the loss falls."""
+    x, y = torch.from_numpy(problem.inputs[:10].reshape(-1, 4)), torch.from_numpy(problem.targets[:10].reshape(-1))
+    optimizer = zeroth(DPSGD(lr=0.2))
+    params = problem.params(problem.start)
+    state, first = optimizer.init(params), float(problem.loss(params, x, y).mean())
+    for _ in range(60):
+        total, _ = clipped_gradient_sum(
+            problem.loss, optimizer.query_point(params, state), (x, y), FlatClipping(clip_norm=1e9), engine="vmap"
+        )
+        params, state = optimizer.update(params, {SCALAR: total[SCALAR] / len(x)}, state)
+    assert float(problem.loss(params, x, y).mean()) < 0.75 * first
+
+
+def test_one_number_is_noised_whatever_the_size_of_the_model():
+    params = {"w": torch.zeros(1000)}
+    optimizer = zeroth()
+    state = optimizer.init(params)
+    total, _ = clipped_gradient_sum(
+        lambda p, x, y: x @ p["w"],
+        optimizer.query_point(params, state),
+        (torch.ones(2, 1000), torch.zeros(2)),
+        FlatClipping(clip_norm=1),
+    )
+    assert {name: t.shape for name, t in total.items()} == {SCALAR: ()}
+    mechanism = GaussianMechanism(noise_multiplier=1, clip_norm=1, expected_batch_size=2)
+    private = mechanism.privatize(total, np.random.default_rng(0))
+    expected = (float(total[SCALAR]) + float(standard_normals(np.random.default_rng(0), 1))) / 2
+    assert float(private[SCALAR]) == pytest.approx(expected, rel=1e-6)
+    moved, _ = optimizer.update(params, private, state)
+    torch.testing.assert_close(moved["w"], -0.3 * private[SCALAR] * direction(0, 0, 1000))
+
+
+def test_the_round_is_in_the_span_of_its_directions_unless_the_base_adds_to_it():
+    assert zeroth().subspace(3, 10) == Span(seed=0, first=10, steps=5)
+    for base in (DPSGD(lr=1, momentum=0.9), DPSGD(lr=1, weight_decay=0.1), DPlis(base=DPSGD(lr=1, momentum=0.5))):
+        assert zeroth(base).subspace(3, 10) is None
+
+
+def test_around_random_freeze_it_looks_along_active_coordinates_and_moves_no_other():
+    base = RandomFreeze(base=DPSGD(lr=1), seed=0, steps_per_round=5, total_steps=50, freeze_rate=0.5, freeze_ramp=0)
+    optimizer, params = zeroth(base), {"w": torch.zeros(8)}
+    state, active = optimizer.init(params), base.subspace(1, 8).active(8)
+    seen = []
+
+    def loss(p, x, y):
+        seen.append(p["w"])
+        return p["w"].sum().expand(len(x))
+
+    clipped_gradient_sum(
+        loss, optimizer.query_point(params, state), (torch.zeros(1, 1), torch.zeros(1)), FlatClipping(clip_norm=1)
+    )
+    assert all(torch.equal(w != 0, active) for w in seen)
+    moved, _ = optimizer.update(params, {SCALAR: torch.tensor(1.0)}, state)
+    assert torch.equal(moved["w"] != 0, active)
+    assert subspace_of(optimizer, 1, 8) == base.subspace(1, 8)
+
+
+def test_saf_may_be_on_either_side(problem):
+    """The wrapped losses nest: both orders give the same number."""
+    params = problem.params(problem.start)
+    old = {name: p + 1 for name, p in params.items()}
+    found = []
+    for optimizer in (
+        SAF(base=zeroth(), sample_rate=1, saf_epochs=1),
+        zeroth(SAF(base=DPSGD(lr=0.3), sample_rate=1, saf_epochs=1)),
+    ):
+        state = set_clock({**optimizer.init(params), "saf_0": old, "saf_epochs": {"saf_0": torch.tensor(0)}}, 3)
+        batch = torch.from_numpy(problem.inputs[0]), torch.from_numpy(problem.targets[0])
+        total, _ = clipped_gradient_sum(
+            problem.loss, optimizer.query_point(params, state), batch, FlatClipping(clip_norm=1), engine="vmap"
+        )
+        found.append(float(total[SCALAR]))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_a_method_that_climbs_in_parameter_space_is_refused_around_it():
+    for outer in (DPSAT(base=zeroth(), rho=0.1), DPlis(base=zeroth(), radius=0.1)):
+        with pytest.raises(
+            SettingError, match=r"is not possible around a base whose private gradient is of \['along'\]"
+        ):
+            outer.query_point(W, outer.init(W))
+
+
+@pytest.mark.parametrize(("name", "value"), [("smoothing", 0), ("smoothing", math.nan), ("steps_per_round", 0)])
+def test_what_is_out_of_bounds_is_refused(name, value):
+    with pytest.raises(SettingError, match=f"^{name}="):
+        zeroth(**{name: value})
