@@ -44,6 +44,27 @@ RUNS = {
     "kalman": ({"strategy": "kalman"}, "148557ef28e5"),
     "random-freeze": ({"optimizer": "random-freeze", "model": "mlp"}, "95330b0fe421"),
     "zeroth-order": ({"optimizer": "zeroth-order"}, "c9721e336b8a"),
+    "dp-sgd": ({"optimizer": "dp-sgd", "model": "mlp"}, "fe2d3e39e303"),
+    "dp-sam": ({"optimizer": "dp-sam", "model": "mlp"}, "7496dec8c53a"),
+    "adam": ({"optimizer": "adam", "model": "mlp"}, "340020e42151"),
+    "dplis": ({"optimizer": "dplis", "model": "mlp"}, "5c847921ec9f"),
+    "disk": ({"optimizer": "disk", "model": "mlp"}, "32c36ff008c5"),
+    "extrapolated": ({"optimizer": "extrapolated", "model": "mlp"}, "2a6bca301888"),
+    "modelmix": ({"optimizer": "modelmix", "model": "mlp"}, "c02f78204cef"),
+    "saf": ({"optimizer": "saf", "model": "mlp"}, "a5720fadb565"),
+    "sat-over-adam": ({"optimizer": "dp-sat", "base_optimizer": "adam", "model": "mlp"}, "9ba33b04d3e2"),
+    "freeze-over-momentum": (
+        {"optimizer": "random-freeze", "base_optimizer": "dp-sgd", "momentum": 0.5, "model": "mlp"},
+        "fd5d3ea999b5",
+    ),
+    "stacked-momentum": (
+        {"stack_clients": 3, "model": "mlp", "optimizer": "dp-sat-momentum", "momentum": 0.5},
+        "702ef0d51c96",
+    ),
+    "stacked-adam": ({"stack_clients": 3, "model": "mlp", "optimizer": "adam"}, "95415673dfdf"),
+    "per-layer": ({"clipping": "per-layer", "model": "mlp"}, "602da315458e"),
+    "fedadam": ({"strategy": "flwr.serverapp.strategy:FedAdam", "model": "mlp"}, "f3d3855bacca"),
+    "fedmedian": ({"strategy": "flwr.serverapp.strategy:FedMedian"}, "87d68e59c81d"),
     "ordinary": ({"private": False, "noise_multiplier": 0.0, "optimizer": "dp-sgd", "clip_norm": 1.0}, "02fd65825064"),
 }
 
