@@ -4,17 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 INSTALLED := $(VENV)/.installed
+# Tests run with one thread each, so two processes take two cores. PYTEST_ADDOPTS="-n 0" runs them in one.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 
-.PHONY: run test test-all check docs install clean
+.PHONY: run test test-all quick check docs install clean
 
 run: install
 	$(BIN)/fed-dpsat run simulations/digits_dpsat.toml --out $(OUT)
 
 test: check
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: check
-	$(BIN)/pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
+
+# Numerics, optimizers and clipping alone.
+quick: install
+	$(PYTEST) tests/step tests/accounting
 
 check: install
 	$(BIN)/ruff check .

@@ -14,6 +14,13 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    """One process has the session's Ray cluster (``-n 2 --dist loadgroup``)."""
+    for item in items:
+        if "ray_cluster" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture
 def full_disk():
     """A context in which no file gets larger than so many bytes: what a full disk does, for every user alike."""

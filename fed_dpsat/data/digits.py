@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
@@ -21,9 +23,7 @@ def digits() -> Dataset:
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits" (test part), UCI Machine
     Learning Repository, 1998.
     """
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = _read()
     inputs = torch.from_numpy(images.astype(np.float32) / 16).view(-1, 1, 8, 8)
     order = np.random.RandomState(0).permutation(len(labels))  # a stream that NumPy has frozen for good
     order = order[np.argsort(labels[order], kind="stable")]
@@ -39,6 +39,15 @@ def digits() -> Dataset:
         )
 
     return Dataset(name="digits", train=examples(~is_test), test=examples(is_test), class_names=tuple("0123456789"))
+
+
+@functools.cache
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Once per process: the file is text. What is made of the arrays is a copy."""
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+    images, labels = load_digits(return_X_y=True)
+    return images, labels
 
 
 DATASETS = {"digits": digits}

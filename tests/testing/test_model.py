@@ -85,7 +85,14 @@ def naive_hooks(loss_fn, params, inputs, targets, clipping):
     return {n: torch.einsum("b,b...->...", factors[n], g) for n, g in rows.items()}, 0
 
 
-@pytest.mark.parametrize("name", [n for n in plugins.builtin("model") if not n.startswith("wrn")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("dpnasnet-cifar", "resnet10-gn") else name
+        for name in plugins.builtin("model")
+        if not name.startswith("wrn")
+    ],
+)
 def test_every_shipped_model_conforms(name):
     shape = SHAPES.get(name, (3, 32, 32))
     factory = plugins.builtin("model")[name]

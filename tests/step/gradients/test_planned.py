@@ -400,7 +400,9 @@ def test_the_networks_of_this_project(name):
     assert distance(total, expected) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["mlp", "tanh-cnn-small", "resnet20-gn", "wrn16-4-gn"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "tanh-cnn-small", "resnet20-gn", pytest.param("wrn16-4-gn", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("engine", ["planned", "opacus"])
 def test_nobody_adds_more_than_the_bound(name, engine):
     """Gradients of 1e4 times C, one example at a time, each within C(1 + 1e-6)."""
@@ -419,7 +421,9 @@ def test_nobody_adds_more_than_the_bound(name, engine):
 
 @pytest.mark.parametrize("engine", ["planned", "opacus"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["mlp", "tanh-cnn-small", "resnet20-gn", "wrn16-4-gn"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "tanh-cnn-small", "resnet20-gn", pytest.param("wrn16-4-gn", marks=pytest.mark.slow)]
+)
 def test_a_bad_example_is_counted_and_adds_nothing(name, bad, engine):
     make, shape = BUILT_IN[name]
     torch.manual_seed(0)
