@@ -28,9 +28,9 @@ from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import compat, records
-from fed_dpsat.lab.loggers import Loggers
 from fed_dpsat.run.folder import RunFolder, jsonable
 from fed_dpsat.run.inputs import inputs_of
+from fed_dpsat.run.loggers import Loggers
 from fed_dpsat.run.timing import Phases
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.noise import NOISE_SOURCES

@@ -26,9 +26,9 @@ from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.throughput import Throughput
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import records
-from fed_dpsat.lab.loggers import Loggers
 from fed_dpsat.params import Params
 from fed_dpsat.run.folder import Checkpoint, RunFolder, jsonable
+from fed_dpsat.run.loggers import Loggers
 from fed_dpsat.step.noise import NOISE_SOURCES
 
 log = getLogger("fed_dpsat")

@@ -1,6 +1,6 @@
 """Where else a run is written: TensorBoard, MLflow, Weights & Biases or a logger of your own; off by default."""
 
-from fed_dpsat.lab.loggers.base import RunLogger, public_settings, scalars
-from fed_dpsat.lab.loggers.fan_out import Loggers
+from fed_dpsat.lab.loggers.base import public_settings, scalars
+from fed_dpsat.run.loggers import RunLogger
 
-__all__ = ["Loggers", "RunLogger", "public_settings", "scalars"]
+__all__ = ["RunLogger", "public_settings", "scalars"]

@@ -1,9 +1,4 @@
-"""What a logger is, and what the built-in ones send.
-
-A logger runs beside the server and gets what the run folder holds, no more: the configuration, the lines of
-``rounds.jsonl`` and ``timing.jsonl``, the summary. Nothing that a client computed on its data reaches it but through
-them.
-"""
+"""What the built-in loggers send."""
 
 from __future__ import annotations
 
@@ -11,29 +6,12 @@ import importlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fed_dpsat.plugins import PluginError
 from fed_dpsat.settings.config import MACHINE, RunConfig, Scalar
 
 PRIVATE_PATHS = frozenset({"data_path", "client_table"})
-
-
-class RunLogger(Protocol):
-    """Told of a run by three calls; a copy each, so that it can change nothing.
-
-    What ``begin`` raises ends the run before a client is asked. What the others raise is said once, and the run goes
-    on without the logger.
-    """
-
-    def begin(self, config: RunConfig, folder: Path, next_round: int) -> None:
-        """The run in ``folder`` begins, or goes on, with ``next_round``: 0 in a new one, its first evaluation."""
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        """A line of ``rounds.jsonl`` and under ``timing`` one of ``timing.jsonl``, as JSON holds them."""
-
-    def end(self, summary: Mapping[str, Any]) -> None:
-        """What ``summary.json`` holds; ``status`` says whether the run is complete."""
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from fed_dpsat.cli import app
 from fed_dpsat.errors import RunError
-from fed_dpsat.lab.loggers import Loggers
 from fed_dpsat.plugins import PluginError
 from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.run.loggers import Loggers
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 

@@ -1,4 +1,9 @@
-"""All loggers of a run as one, of which none can end or delay it for good."""
+"""What a logger is, and all loggers of a run as one, of which none can end or delay it for good.
+
+A logger runs beside the server and gets what the run folder holds, no more: the configuration, the lines of
+``rounds.jsonl`` and ``timing.jsonl``, the summary. Nothing that a client computed on its data reaches it but through
+them. Built-in ones are in ``fed_dpsat.lab.loggers``.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,33 @@ import copy
 from collections.abc import Callable, Mapping
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fed_dpsat import plugins
 from fed_dpsat.errors import InputError, RunError
-from fed_dpsat.lab.loggers.base import RunLogger
 from fed_dpsat.plugins import PluginError
 from fed_dpsat.settings.config import RunConfig
 
 log = getLogger("fed_dpsat")
 
 METHODS = ("begin", "round", "end")
+
+
+class RunLogger(Protocol):
+    """Told of a run by three calls; a copy each, so that it can change nothing.
+
+    What ``begin`` raises ends the run before a client is asked. What the others raise is said once, and the run goes
+    on without the logger.
+    """
+
+    def begin(self, config: RunConfig, folder: Path, next_round: int) -> None:
+        """The run in ``folder`` begins, or goes on, with ``next_round``: 0 in a new one, its first evaluation."""
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """A line of ``rounds.jsonl`` and under ``timing`` one of ``timing.jsonl``, as JSON holds them."""
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """What ``summary.json`` holds; ``status`` says whether the run is complete."""
 
 
 class Loggers:
