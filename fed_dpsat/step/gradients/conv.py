@@ -26,6 +26,7 @@ from fed_dpsat.step.gradients import compiled, patches
 from fed_dpsat.step.gradients.contribution import Contribution, Rows, together, wide
 from fed_dpsat.step.gradients.finite import filter_squares
 from fed_dpsat.step.gradients.formats import alike, dense, is_channels_last, laid_out, unset
+from fed_dpsat.step.gradients.geometry import Geometry
 from fed_dpsat.step.gradients.linear import Roles
 from fed_dpsat.step.gradients.product import gram, gram_norms, product
 from fed_dpsat.step.placement import bytes_at_once
@@ -38,39 +39,6 @@ NARROW_VECTORS = "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 FEW_CHANNELS = 8
 """oneDNN fills planes up to 16 of them, group by group; the channels of colour images are better off last."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """What a convolution is, but for its batch: sizes per dimension, ``shape`` that of the weight."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """Sizes of the kernel."""
-        return self.shape[2:]
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether every channel has one filter of its own."""
-        return self.groups == self.shape[0] and self.shape[1] == 1 and self.groups > 1
-
-    @property
-    def compiles(self) -> bool:
-        """Whether ``kernels_source`` has it."""
-        return len(self.kernel) == 2 and (self.groups == 1 or self.depthwise)
-
-    def positions(self, sides: tuple[int, ...]) -> tuple[int, ...]:
-        """Sides of the output, for an input with these sides."""
-        return tuple(
-            (side + 2 * p - d * (k - 1) - 1) // s + 1
-            for side, p, d, k, s in zip(sides, self.padding, self.dilation, self.kernel, self.stride, strict=True)
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

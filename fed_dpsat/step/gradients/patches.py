@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fed_dpsat.step.gradients.formats import is_channels_last
-
-if TYPE_CHECKING:
-    from fed_dpsat.step.gradients.conv import Geometry
+from fed_dpsat.step.gradients.geometry import Geometry
 
 MANY = 8
 """From so many on, a strided copy is as fast as ``torch.cat``, which is twice as fast for two."""

@@ -16,6 +16,7 @@ from fed_dpsat.step.gradients.capture import Call
 from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.embedding import Embedding
 from fed_dpsat.step.gradients.formats import is_channels_last
+from fed_dpsat.step.gradients.geometry import Geometry
 from fed_dpsat.step.gradients.norm import GroupNorm, LayerNorm
 from fed_dpsat.step.placement import is_card
 
@@ -48,7 +49,7 @@ def _convolution(dimensions: int, kernels: bool) -> Callable[..., Call]:
             uneven = [w for t in reversed(totals) for w in (0, t % 2)]
             input = functional.pad(input, uneven) if any(uneven) else input
             padding = tuple(t // 2 for t in totals)
-        geometry = conv.Geometry(
+        geometry = Geometry(
             shape=shape,
             stride=_sizes(stride, dimensions),
             padding=_sizes(0 if isinstance(padding, str) else padding, dimensions),

@@ -18,6 +18,7 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.gradients import compiled, conv
 from fed_dpsat.step.gradients.formats import laid_out
+from fed_dpsat.step.gradients.geometry import Geometry
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 
 here = pytest.mark.skipif(bool(compiled.refusal()), reason=f"no compiled kernels here: {compiled.refusal()}")
@@ -50,7 +51,7 @@ def near(ours, theirs):
 )
 def test_weights_of_convolutions(seed, batch, channels, out, sides, kernel, stride, padding, dilation, depthwise):
     channels = out if depthwise else channels
-    geometry = conv.Geometry(
+    geometry = Geometry(
         shape=(out, 1 if depthwise else channels, *kernel),
         stride=stride,
         padding=padding,

@@ -21,6 +21,7 @@ from fed_dpsat.params import global_norm, trainable
 from fed_dpsat.step.clipping import FlatClipping, Tally
 from fed_dpsat.step.gradients import compiled, planned
 from fed_dpsat.step.gradients.capture import Tape
+from fed_dpsat.step.gradients.geometry import Geometry
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.gradients.plan import plan_table
 from fed_dpsat.step.gradients.probe import refusal
@@ -183,7 +184,7 @@ def test_every_strategy_of_a_convolution(seed, channels, out, side, high, wide, 
     from fed_dpsat.step.gradients import conv
 
     x = seeded(seed, 3, channels, side + 4, side + 5).double()
-    geometry = conv.Geometry(
+    geometry = Geometry(
         shape=(out, channels, high, wide),
         stride=(stride, stride),
         padding=(padding, padding),
