@@ -26,3 +26,14 @@ def subtract(a: Params, b: Params) -> Params:
 def global_norm(params: Params) -> Tensor:
     """Euclidean norm over all tensors together, a scalar; 0 for no tensors."""
     return torch.nn.utils.get_total_norm(list(params.values()), foreach=False)  # vmap has no rule for foreach
+
+
+def laid_end_to_end(params: Params) -> Tensor:
+    """All coordinates, ``[d]``."""
+    return torch.cat([p.flatten() for p in params.values()])
+
+
+def cut(flat: Tensor, like: Params) -> Params:
+    """``flat[d]`` as tensors of the names and shapes of ``like``."""
+    pieces = torch.split(flat, [p.numel() for p in like.values()])
+    return {name: piece.view_as(p) for (name, p), piece in zip(like.items(), pieces, strict=True)}

@@ -30,7 +30,7 @@ from fed_dpsat.data.validation import hold_out
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.models.ties import check_memory, named_tensors
-from fed_dpsat.params import Params, subtract, trainable, zeros_like
+from fed_dpsat.params import Params, laid_end_to_end, subtract, trainable, zeros_like
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step import generators
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, FlatClipping, check_clip_norm
@@ -47,7 +47,7 @@ from fed_dpsat.step.placement import CPU, decided, device_of, is_card, module_on
 from fed_dpsat.step.query import first_point
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.stacked import Member, Unstackable, alike, train_stacked
-from fed_dpsat.step.subspace import Coordinates, Span, laid_end_to_end
+from fed_dpsat.step.subspace import Coordinates, Span
 
 log = logging.getLogger("fed_dpsat")
 

@@ -10,7 +10,6 @@ is taken at the head's value, so it is an adaptive composition of private releas
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -98,12 +97,6 @@ def deal_test(
         for share, dealt in zip(shares, np.split(examples, np.cumsum(sizes)[:-1]), strict=True):
             share.append(dealt)
     return [np.sort(np.concatenate(share)) for share in shares]
-
-
-def worst_decile(accuracies: Sequence[float]) -> float:
-    """Mean of the lowest tenth, rounded up to whole clients."""
-    worst = sorted(accuracies)[: max(1, math.ceil(len(accuracies) / 10))]
-    return sum(worst) / len(worst)
 
 
 def _classes(labels: np.ndarray) -> int:

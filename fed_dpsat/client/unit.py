@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from fed_dpsat.params import Params, subtract
+from fed_dpsat.params import Params, cut, laid_end_to_end, subtract
 
 ROUNDING = 2.0**-22
 """Of the norm of a model: what float32 may add to a move by writing it as a model, twice."""
@@ -47,11 +47,9 @@ def largest(change: Params, share: float) -> Params:
     """The ``ceil(share * d)`` coordinates of largest magnitude of all ``d`` together; the others are 0."""
     if share >= 1:
         return change
-    flat = torch.cat([value.flatten() for value in change.values()])
+    flat = laid_end_to_end(change)
     kept = flat.abs().nan_to_num(nan=math.inf).topk(math.ceil(share * len(flat))).indices
-    sparse = torch.zeros_like(flat).index_copy_(0, kept, flat[kept])
-    pieces = torch.split(sparse, [value.numel() for value in change.values()])
-    return {name: piece.view_as(value) for (name, value), piece in zip(change.items(), pieces, strict=True)}
+    return cut(torch.zeros_like(flat).index_copy_(0, kept, flat[kept]), change)
 
 
 def bounded_model(after: Params, before: Params, *, clip_norm: float, keep_share: float) -> Params:

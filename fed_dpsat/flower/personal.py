@@ -13,8 +13,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.evaluation import evaluate
-from fed_dpsat.client.personal import worst_decile
+from fed_dpsat.client.evaluation import evaluate, worst_decile
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.flower import on_device
 from fed_dpsat.flower.grid import SimulationGrid

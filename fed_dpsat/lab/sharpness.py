@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.errors import SettingError
-from fed_dpsat.params import Params, global_norm
+from fed_dpsat.params import Params, cut, global_norm, laid_end_to_end
 from fed_dpsat.step.modes import in_mode
 
 Loss = Callable[[Params], Tensor]
@@ -240,10 +240,9 @@ def _dot(a: Params, b: Params) -> Tensor:
 
 
 def _flat(params: Params) -> NDArray[np.float64]:
-    flat: NDArray[np.float64] = torch.cat([p.detach().flatten() for p in params.values()]).double().numpy()
+    flat: NDArray[np.float64] = laid_end_to_end(params).detach().double().numpy()
     return flat
 
 
 def _shaped(flat: NDArray[np.float64], params: Params) -> Params:
-    parts = torch.split(torch.from_numpy(flat), [p.numel() for p in params.values()])
-    return {name: part.view(p.shape).to(p) for part, (name, p) in zip(parts, params.items(), strict=True)}
+    return {name: part.to(params[name]) for name, part in cut(torch.from_numpy(flat), params).items()}

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_dpsat.params import Params
 from fed_dpsat.step.noise import derive_generator
 
 
@@ -121,17 +120,6 @@ def read_subspace(said: Mapping[str, Any]) -> Coordinates | Span:
     if not all(type(value) is int and value >= 0 for value in values.values()):
         raise ValueError(f"{dict(said)} describes no subspace: whole numbers, at least 0")
     return kind(**values)
-
-
-def laid_end_to_end(params: Params) -> Tensor:
-    """``[d]``."""
-    return torch.cat([p.flatten() for p in params.values()])
-
-
-def cut(flat: Tensor, like: Params) -> Params:
-    """``flat[d]`` as tensors of the names and shapes of ``like``."""
-    pieces = torch.split(flat, [p.numel() for p in like.values()])
-    return {name: piece.view_as(p) for (name, p), piece in zip(like.items(), pieces, strict=True)}
 
 
 @functools.lru_cache(maxsize=2)

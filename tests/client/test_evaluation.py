@@ -97,6 +97,7 @@ def test_accuracy_on_a_clients_mix_of_labels_is_the_weighted_mean():
         ([0.0, 1.0], 0.0, 0.5),  # |0 - 1| twice over 2 * 4 * 1/2
         ([1.0, 2.0, 3.0], 1.0, 2 / 9),  # 8 over 2 * 9 * 2
         ([0.9] * 18 + [0.1, 0.3], 0.2, None),  # two of twenty
+        ([i / 100 for i in range(11)], 0.005, None),  # two of eleven
         ([0.0, 0.0], 0.0, 0.0),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fed_dpsat.client.build import Experiment, Request, Task
-from fed_dpsat.client.personal import PERSONAL, deal_test, only, personal_names, without, worst_decile
+from fed_dpsat.client.personal import PERSONAL, deal_test, only, personal_names, without
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
@@ -76,11 +76,6 @@ def test_largest_remainders_give_all_of_a_class_away_and_ties_to_no_client_in_pa
     dealt = [deal_test(np.zeros(10, int), np.zeros(3, int), partitions, seed=s) for s in range(20)]
     assert all(sum(map(len, shares)) == 3 for shares in dealt)
     assert len({tuple(map(len, shares)) for shares in dealt}) > 5
-
-
-def test_worst_decile():
-    assert worst_decile([0.5]) == 0.5
-    assert worst_decile([i / 100 for i in range(11)]) == pytest.approx(0.005)  # two of eleven
 
 
 def test_the_head_stays_in_the_state_and_goes_on_from_there(experiment):

@@ -12,11 +12,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fed_dpsat.client.build import Experiment, Task
 from fed_dpsat.flower.replies import Failure, judge
 from fed_dpsat.flower.wire import codec, records
-from fed_dpsat.params import trainable
+from fed_dpsat.params import cut, laid_end_to_end, trainable
 from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
-from fed_dpsat.step.subspace import Coordinates, Span, cut, direction, laid_end_to_end
+from fed_dpsat.step.subspace import Coordinates, Span, direction
 
 START = {"w": torch.arange(60.0).view(6, 10), "b": torch.full((40,), -3.0)}
 CHANGE = {"w": torch.linspace(-1, 1, 60).view(6, 10), "b": torch.linspace(0.001, 0.01, 40)}

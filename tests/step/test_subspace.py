@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fed_dpsat.step.subspace import Coordinates, Span, cut, described, direction, laid_end_to_end, read_subspace
+from fed_dpsat.params import cut, laid_end_to_end
+from fed_dpsat.step.subspace import Coordinates, Span, described, direction, read_subspace
 
 
 def test_coordinates_keep_every_bit_and_let_nothing_else_through():

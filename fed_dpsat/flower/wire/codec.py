@@ -29,8 +29,8 @@ from torch import Tensor
 
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.flower.wire.arrays import read_array
-from fed_dpsat.params import Params
-from fed_dpsat.step.subspace import Coordinates, Span, cut
+from fed_dpsat.params import Params, cut, laid_end_to_end
+from fed_dpsat.step.subspace import Coordinates, Span
 
 UPDATE = "fed_dpsat.update"
 """The record that says how the arrays of a reply are written; absent for whole parameters in fp32."""
@@ -44,7 +44,10 @@ def encode(
     """A reply whose parameters, which began the round at ``start``, are written by ``codec``, ``within`` a subspace."""
     if codec == "fp32" and within is None:
         return content
-    before, after = _flat(start), _flat(records.to_read(content.array_records[records.ARRAYS]))
+    before, after = (
+        laid_end_to_end(start).float(),
+        laid_end_to_end(records.to_read(content.array_records[records.ARRAYS])).float(),
+    )
     origin, numbers = before, after
     if within is not None:
         origin, numbers = within.numbers(before, before), within.numbers(before, after)
@@ -74,7 +77,7 @@ def decode(content: RecordDict, like: ArrayRecord, within: Coordinates | Span | 
             raise records.RecordError(f"no {UPDATE!r} record: a whole model, where the round is within a subspace")
         return content
     start = records.to_read(like)
-    before = _flat(start)
+    before = laid_end_to_end(start).float()
     origin = before if within is None else within.numbers(before, before)
     codec, share = said.get("codec"), said.get("share")
     if not isinstance(share, float) or not 0 < share <= 1 or set(said) != {"codec", "share"}:
@@ -132,10 +135,6 @@ def _array(content: RecordDict, name: str, size: int, dtype: str) -> np.ndarray:
 
 def _values(content: RecordDict, size: int) -> Tensor:
     return torch.from_numpy(_array(content, VALUES, size, "float32").copy())
-
-
-def _flat(params: Params) -> Tensor:
-    return torch.cat([p.flatten().float() for p in params.values()])
 
 
 def _kept(size: int, share: float) -> int:

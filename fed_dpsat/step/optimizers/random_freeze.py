@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, cut
 from fed_dpsat.step.optimizers.base import CLOCK, PrivateOptimizer, State, check_space
 from fed_dpsat.step.query import At, Query, as_query, first_point
-from fed_dpsat.step.subspace import Coordinates, cut
+from fed_dpsat.step.subspace import Coordinates
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, cut
 from fed_dpsat.step.optimizers.base import CLOCK, PrivateOptimizer, State, subspace_of
 from fed_dpsat.step.optimizers.dpsgd import DPSGD
 from fed_dpsat.step.query import At, LossFn, Query, as_query, compact, spread
-from fed_dpsat.step.subspace import Coordinates, Span, cut, direction
+from fed_dpsat.step.subspace import Coordinates, Span, direction
 
 SCALAR = "along"
 """The one name of query point and private gradient."""
