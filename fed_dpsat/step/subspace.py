@@ -17,28 +17,13 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fed_dpsat.step.noise import derive_generator
-
-
-class Subspace(Protocol):
-    """Of models with ``d`` coordinates laid end to end, those that a round which began at ``start[d]`` can end at."""
-
-    kind: ClassVar[str]
-
-    def size(self, d: int) -> int:
-        """How many numbers say where the round ended."""
-
-    def numbers(self, start: Tensor, end: Tensor) -> Tensor:
-        """``[size]`` of ``end[d]``."""
-
-    def end(self, start: Tensor, numbers: Tensor) -> Tensor:
-        """``[d]``: the inverse."""
 
 
 @dataclass(frozen=True, kw_only=True)
