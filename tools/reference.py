@@ -30,7 +30,7 @@ SECTIONS = (
     ("Guides", ("recipes.md", "optimizers.md", "strategies.md", "sweeps.md", "reports.md", "scale.md", "deploy.md")),
     ("Privacy", ("privacy.md", "audit.md")),
     ("Results", ("gallery.md", "sharpness.md", "results/*.md")),
-    ("Reference", ("reference/*.md",)),
+    ("Reference", ("architecture.md", "reference/*.md")),
     ("More", ("*.md",)),
 )
 """Where a page goes: into the first section with a pattern that fits, so that a new one is in some."""
