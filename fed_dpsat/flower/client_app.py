@@ -154,21 +154,16 @@ def _train_together(
 
 def _request(experiment: Experiment, message: Message, context: Context, unpack: _Unpack) -> tuple[Request, History]:
     """What is asked, and the client's history with it; what ``unpack`` makes is shared. Raises if spent."""
-    client, task = _client(context), records.read_task(message.content)
-    kept = records.load_history(context.state)
-    if task.unit != experiment.config.privacy_unit:
-        raise RecordError(f"asked in the unit {task.unit!r}, where the run's is {experiment.config.privacy_unit!r}")
-    history = kept
-    if task.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
-        history = spend(
-            kept, task.event, experiment.budgets[client], experiment.config.delta, experiment.config.accountant
-        )
+    client, assignment = _client(context), records.read_assignment(message.content)
+    history, event, config = records.load_history(context.state), assignment.event, experiment.config
+    if event.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
+        history = spend(history, event, experiment.budgets[client], config.delta, config.accountant)
     params = unpack(message.content, records.ARRAYS)
     if params is None:
         raise RecordError(f"no {records.ARRAYS!r} to train from")
     request = Request(
         client=client,
-        task=task,
+        assignment=assignment,
         params=params,
         state=records.load_state(context.state),
         proximal_mu=records.read_proximal_mu(message.content),
@@ -185,7 +180,7 @@ def _reply(experiment: Experiment, request: Request, result: LocalResult) -> Rec
     each = experiment.config.privacy_unit == "client"  # counts once, and its size is nobody's business
     size = 1 if each else len(experiment.partitions[request.client])
     release_counts = experiment.config.release_counts
-    return records.reply_content(request.client, request.task, result, size, release_counts=release_counts)
+    return records.reply_content(request.client, request.assignment, result, size, release_counts=release_counts)
 
 
 def _encoded(experiment: Experiment, request: Request, message: Message, content: RecordDict) -> RecordDict:

@@ -9,7 +9,7 @@ from logging import getLogger
 from flwr.app import Message
 
 from fed_dpsat.accounting.ledger import PrivacyLedger
-from fed_dpsat.client.build import Task
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.handover import Aggregate, Handover
 from fed_dpsat.flower.nodes import Directory
@@ -24,10 +24,10 @@ log = getLogger("fed_dpsat")
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """``messages`` by client, not sent yet; ``tasks`` of all whom the round costs, in the ledger already."""
+    """``messages`` by client, not sent yet; ``assignments`` of all whom the round costs, in the ledger already."""
 
     messages: Mapping[int, Message]
-    tasks: Mapping[int, Task]
+    assignments: Mapping[int, Assignment]
     within: Coordinates | Span | None
     handover: Handover
     report: RoundReport
@@ -56,7 +56,7 @@ class Exchange:
                 verdicts[client] = verdict = judge(
                     reply,
                     client=client,
-                    task=self.tasks[client],
+                    assignment=self.assignments[client],
                     like=self.handover.model,
                     release_counts=self.handover.release_counts,
                     clip_norm=self.handover.clip_norm,
@@ -87,7 +87,7 @@ class Exchange:
 
     def _note(self, verdicts: Verdicts) -> None:
         self.report.note(verdicts, release_counts=self.handover.release_counts)
-        self.report.settle(self.ledger, self.tasks)
+        self.report.settle(self.ledger, self.assignments)
         self.report.count_failure(self.directory.num_clients)
 
     def _keep_model(self) -> Aggregate:

@@ -30,7 +30,7 @@ from fed_dpsat.step.subspace import Coordinates, Span
 POLICY = "policy"
 """The key of a node's configuration that makes it a device."""
 
-KNOWN = {records.ARRAYS, records.TASK, records.SUBSPACE, records.SAME, "config"}
+KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SAME, "config"}
 """Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it. What
 the server's own data are is not its business: it has others.
 
@@ -59,9 +59,9 @@ def train(message: Message, context: Context) -> Message:
         content = message.content
         if unknown := set(content) - KNOWN:
             raise Refusal(f"the message has a record {sorted(unknown)[0]!r}, which no device takes; leave it out")
-        task = content.config_records.get(records.TASK)
-        if task is None:
-            raise Refusal(f"the message has no {records.TASK!r} record; say what is asked")
+        assignment = content.config_records.get(records.ASSIGNMENT)
+        if assignment is None:
+            raise Refusal(f"the message has no {records.ASSIGNMENT!r} record; say what is asked")
         config = policy.admit(context.run_id, context.run_config)
         within = _within(content)
         tune_allocator()
@@ -69,7 +69,7 @@ def train(message: Message, context: Context) -> Message:
             policy,
             context.run_id,
             context.run_config,
-            dict(task),
+            dict(assignment),
             lambda like: _fitting(within, read_arrays(content.array_records.get(records.ARRAYS), like)),
             _proximal_mu(content),
         )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fed_dpsat.client.build import Task
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.unit import excess
 from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import RecordError
@@ -37,13 +37,13 @@ def judge(
     reply: Message,
     *,
     client: int,
-    task: Task,
+    assignment: Assignment,
     like: ArrayRecord,
     release_counts: bool,
     clip_norm: float | None = None,
     within: Coordinates | Span | None = None,
 ) -> dict[str, float] | Failure:
-    """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong.
+    """The metrics of a valid reply of ``client`` to ``assignment``, whose model is like ``like``; else what is wrong.
 
     With a ``clip_norm``, a model that is farther from ``like`` is none. ``within`` is what the server said that the
     round can change.
@@ -54,13 +54,13 @@ def judge(
     try:
         reply.content = codec.decode(reply.content, like, within)
         said_client, said_round, attempt, event = records.read_event(reply.content)
-        if (said_client, said_round, attempt) != (client, task.round, task.attempt):
+        if (said_client, said_round, attempt) != (client, assignment.round, assignment.attempt):
             raise RecordError(
                 f"says client {said_client}, round {said_round}, attempt {attempt}; "
-                f"asked was client {client}, round {task.round}, attempt {task.attempt}"
+                f"asked was client {client}, round {assignment.round}, attempt {assignment.attempt}"
             )
-        if event != task.event:
-            raise RecordError(f"its event {event} is not the one that was charged, {task.event}")
+        if event != assignment.event:
+            raise RecordError(f"its event {event} is not the one that was charged, {assignment.event}")
         metrics = records.read_metrics(reply.content, release_counts=release_counts)
         records.check_arrays(reply.content, like)
         if clip_norm is not None:

@@ -30,7 +30,7 @@ MASKED = "masked"
 def answer(client: int, content: RecordDict, state: RecordDict, num_examples: int) -> RecordDict:
     """The answer to a question of the phases keys, shares or open; raises ``ValueError`` for one out of turn."""
     asked: dict[str, Any] = dict(content.config_records[SECURE])
-    round = str(records.read_task(content).round)
+    round = str(records.read_assignment(content).round)
     answers: dict[str, Callable[[], dict[str, Any]]] = {
         "keys": lambda: _keys(client, round, state, num_examples),
         "shares": lambda: _shares(client, round, state, asked),
@@ -47,7 +47,7 @@ def hide(client: int, content: RecordDict, state: RecordDict, reply: RecordDict)
     Raises ``ValueError`` where fewer than the threshold have shared: their masks could be opened.
     """
     asked: dict[str, Any] = dict(content.config_records[SECURE])
-    own, kept = _kept(client, str(records.read_task(content).round), state)
+    own, kept = _kept(client, str(records.read_assignment(content).round), state)
     if "present" in kept:
         raise ValueError(f"client {client} has sent its update of round {own.round}: two under one mask would tell")
     present, threshold = list(asked["clients"]), int(kept["threshold"])

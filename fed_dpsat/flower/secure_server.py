@@ -139,7 +139,9 @@ class _Round:
     def _message(self, client: int, question: Mapping[str, Any]) -> Message:
         asked = self._exchange.messages[client]
         given = asked.content
-        content = RecordDict({**given} if question["phase"] == "masked" else {records.TASK: given[records.TASK]})
+        content = RecordDict(
+            {**given} if question["phase"] == "masked" else {records.ASSIGNMENT: given[records.ASSIGNMENT]}
+        )
         content[SECURE] = ConfigRecord(dict(question))
         return Message(content, asked.metadata.dst_node_id, MessageType.TRAIN)
 
@@ -148,8 +150,8 @@ class _Round:
         self._metrics: dict[int, dict[str, float]] = {}
 
         def read(client: int, reply: Message) -> Any:
-            task, release_counts = self._exchange.tasks[client], self._exchange.handover.release_counts
-            verdict = judge(reply, client=client, task=task, like=like, release_counts=release_counts)
+            assignment, release_counts = self._exchange.assignments[client], self._exchange.handover.release_counts
+            verdict = judge(reply, client=client, assignment=assignment, like=like, release_counts=release_counts)
             if isinstance(verdict, Failure):
                 raise _Bad(verdict)
             if verdict[records.NUM_EXAMPLES] != examples[client]:

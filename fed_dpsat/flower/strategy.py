@@ -8,7 +8,6 @@ business; how a cohort is asked is that of the kind of rounds (``round_kind``).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -18,7 +17,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fed_dpsat.accounting import epsilon
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan
-from fed_dpsat.client.build import Task
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import stock, sums
 from fed_dpsat.flower.buffered import Buffer
@@ -167,7 +166,7 @@ class PrivateStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Draw the cohort, let the inner strategy address it, charge it, and add the task to each message."""
+        """Draw the cohort, let the inner strategy address it, charge it, and add the assignment to each message."""
         self.report = RoundReport(round=server_round, failed_rounds=self.report.failed_rounds)
         self._directory.look_again(grid, self.roster.min_clients)
         self.roster.join(self._directory.nodes)
@@ -176,13 +175,13 @@ class PrivateStrategy(Strategy):
         messages = self._addressed(cohort, server_round, arrays, config, grid)
         self.report.asked = list(messages)
         self.report.tossed = self.roster.tossed if len(messages) == len(cohort) else None
-        tasks = self._charge(list(messages), server_round)
+        assignments = self._charge(list(messages), server_round)
         within = self._within(server_round)
-        self._add_records(messages, tasks, within)
+        self._add_records(messages, assignments, within)
         self.report.bytes_down = sum(codec.num_bytes(message.content) for message in messages.values())
         self._exchange = Exchange(
             messages=messages,
-            tasks=tasks,
+            assignments=assignments,
             within=within,
             handover=Handover(
                 inner=self.inner,
@@ -191,7 +190,7 @@ class PrivateStrategy(Strategy):
                 question=self._directory.question(next(iter(self._directory.nodes))),
                 release_counts=self.release_counts,
                 release=self.release,
-                attempt=max((task.attempt for task in tasks.values()), default=0),
+                attempt=max((assignment.attempt for assignment in assignments.values()), default=0),
             ),
             report=self.report,
             ledger=self.ledger,
@@ -262,50 +261,44 @@ class PrivateStrategy(Strategy):
             )
         return {client: by_client[client] for client in cohort if client in by_client}
 
-    def _charge(self, asked: list[int], round: int) -> dict[int, Task]:
-        """The tasks of all whom the round costs, once that is in the ledger: with coins, of all who have one."""
+    def _charge(self, asked: list[int], round: int) -> dict[int, Assignment]:
+        """The assignments of all whom the round costs, once that is in the ledger: with coins, of all who have one."""
         everyone = self.release is not None and self.release.every_client
         costs = self.roster.population(round) if everyone else asked
-        tasks = {client: self._task(client, round) for client in costs}
-        for attempt, events in by_attempt(tasks):
+        assignments = {
+            client: Assignment.of(self.plans[client], round=round, attempt=self._attempts.get(client, 0))
+            for client in costs
+        }
+        for attempt, events in by_attempt(assignments):
             self.ledger.charge_many(round, attempt, events)
         self.roster.charged(costs)
         self._attempts = {}
-        return tasks
+        return assignments
 
     def _pass_time(self, round: int, grid: Grid) -> None:
         if seconds := seconds_of(grid):
             self.kind.pass_time(seconds(client, round) for client in self.report.asked)
             self.report.simulated_seconds = self.kind.now
 
-    def _task(self, client: int, server_round: int) -> Task:
-        plan = self.plans[client]
-        task = Task(
-            round=server_round,
-            noise_multiplier=plan.event.noise_multiplier,
-            sample_rate=plan.sample_rate,
-            local_steps=plan.local_steps or plan.event.steps,
-            attempt=self._attempts.get(client, 0),
-        )
-        if plan.event.unit == "example":
-            return task
-        return dataclasses.replace(task, unit=plan.event.unit, client_rate=plan.event.sample_rate)
-
     def _add_records(
-        self, messages: Mapping[int, Message], tasks: Mapping[int, Task], within: Coordinates | Span | None
+        self, messages: Mapping[int, Message], assignments: Mapping[int, Assignment], within: Coordinates | Span | None
     ) -> None:
-        """Give messages their tasks. Those that shared a content and have equal tasks share one again."""
-        contents: dict[tuple[int, Task], tuple[RecordDict, RecordDict]] = {}
+        """Give messages their assignments. Those that shared a content and have equal assignments share one again."""
+        contents: dict[tuple[int, Assignment], tuple[RecordDict, RecordDict]] = {}
         for client, message in messages.items():
-            given, task = message.content, tasks[client]
-            if (id(given), task) not in contents:
+            given, assignment = message.content, assignments[client]
+            if (id(given), assignment) not in contents:
                 content = RecordDict(
-                    {**given, records.TASK: records.task_record(task), **records.same_content(self._fingerprint)}
+                    {
+                        **given,
+                        records.ASSIGNMENT: records.assignment_record(assignment),
+                        **records.same_content(self._fingerprint),
+                    }
                 )
                 if within is not None:
                     content[records.SUBSPACE] = records.subspace_record(within)
-                contents[id(given), task] = given, content
-            message.content = contents[id(given), task][1]
+                contents[id(given), assignment] = given, content
+            message.content = contents[id(given), assignment][1]
 
 
 def _kind(secure_threshold: float, buffer: Buffer | None) -> RoundKind:

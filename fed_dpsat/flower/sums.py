@@ -111,7 +111,7 @@ def judged_part(
     verdict = judge(
         reply,
         client=client,
-        task=records.read_task(message.content),
+        assignment=records.read_assignment(message.content),
         like=before,
         release_counts=release_counts,
         clip_norm=clip_norm,

@@ -68,7 +68,7 @@ class Clients:
         if client == self._liar:
             far = {n: (before[n] + 10 * move[n]).to(before[n].dtype) for n in before}
             reply.content[records.ARRAYS] = records.to_arrays(far)
-        round = records.read_task(message.content).round
+        round = records.read_assignment(message.content).round
         self.moves.setdefault(round, []).append(move)
         return reply
 
@@ -376,10 +376,10 @@ def test_a_sparse_change_travels_sparse(tmp_path):
 def test_a_resumed_run_repeats_its_noise_and_with_system_noise_pays_again(tmp_path, monkeypatch):
     rounds = Experiment.client_round
 
-    def killed_in_round_2(self, client, task, *args, **kwargs):
-        if task.round == 2:
+    def killed_in_round_2(self, client, assignment, *args, **kwargs):
+        if assignment.round == 2:
             raise KeyboardInterrupt
-        return rounds(self, client, task, *args, **kwargs)
+        return rounds(self, client, assignment, *args, **kwargs)
 
     _, _, whole = run(CONFIG, tmp_path / "whole")
     for source, attempts in (("seeded", 1), ("system", 2)):

@@ -15,7 +15,7 @@ from fed_dpsat.flower.nodes import FederationOver
 from fed_dpsat.flower.roster import Roster
 
 EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
-PLAN = ClientPlan(target_epsilon=epsilon([EVENT] * 2, 1e-5) + 1e-6, sample_rate=0.1, first_round=1, event=EVENT)
+PLAN = ClientPlan(target_epsilon=epsilon([EVENT] * 2, 1e-5) + 1e-6, first_round=1, event=EVENT)
 
 
 def make(ledger, plans, size=2, **settings):
