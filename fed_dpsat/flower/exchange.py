@@ -12,12 +12,11 @@ from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.handover import Aggregate, Handover
+from fed_dpsat.flower.judge import Failure, Verdict, Verdicts, judge
 from fed_dpsat.flower.nodes import Directory
-from fed_dpsat.flower.replies import Failure, judge
-from fed_dpsat.flower.report import RoundReport, Verdicts
+from fed_dpsat.flower.report import RoundReport
 from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.run.timing import Phases
-from fed_dpsat.step.subspace import Coordinates, Span
 
 log = getLogger("fed_dpsat")
 
@@ -28,7 +27,6 @@ class Exchange:
 
     messages: Mapping[int, Message]
     assignments: Mapping[int, Assignment]
-    within: Coordinates | Span | None
     handover: Handover
     report: RoundReport
     ledger: PrivacyLedger
@@ -48,19 +46,17 @@ class Exchange:
 
     def judged(self, replies: Iterable[Message]) -> tuple[dict[int, Message], Verdicts]:
         """The valid ones by client, and what became of everybody's, which is noted."""
-        verdicts: dict[int, Mapping[str, float] | Failure] = {}
+        verdicts: dict[int, Verdict] = {}
         valid: dict[int, Message] = {}
         for reply in replies:
             client = self._expected(reply, verdicts)
             if client is not None:
                 verdicts[client] = verdict = judge(
                     reply,
-                    client=client,
-                    assignment=self.assignments[client],
-                    like=self.handover.model,
+                    self.messages[client].content,
+                    client,
                     release_counts=self.handover.release_counts,
                     clip_norm=self.handover.clip_norm,
-                    within=self.within,
                 )
                 if not isinstance(verdict, Failure):
                     valid[client] = reply

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_release import ClientRelease
+from fed_dpsat.flower.judge import Verdicts
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.flower.report import Verdicts
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.flower.wire.records import RecordError
 

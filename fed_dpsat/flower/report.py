@@ -10,8 +10,8 @@ from typing import Any
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.flower.judge import BYTES, Failure, Verdicts
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.flower.replies import BYTES, Failure
 from fed_dpsat.flower.wire import records
 
 log = getLogger("fed_dpsat")
@@ -20,9 +20,6 @@ MAX_FAILED_ROUNDS = 3
 """Rounds in a row without a valid reply, and with a client that failed or sent another, after which a run ends."""
 
 DIVERGED = "; if that is a model that diverged, start a new run with a lower lr"
-
-Verdicts = Mapping[int, Mapping[str, float] | Failure]
-"""Client to the metrics of its valid reply, or to what was wrong with it."""
 
 
 @dataclass(kw_only=True)

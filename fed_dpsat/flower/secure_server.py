@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from fed_dpsat.flower.exchange import Exchange
 from fed_dpsat.flower.handover import Aggregate
-from fed_dpsat.flower.replies import Failure, judge
+from fed_dpsat.flower.judge import Failure, judge
 from fed_dpsat.flower.round_kind import RoundKind
 from fed_dpsat.flower.secure_client import MASKED, SECURE, flat
 from fed_dpsat.flower.sums import Part
@@ -70,7 +70,7 @@ class _Round:
     def __init__(self, exchange: Exchange, grid: Grid, timeout: float) -> None:
         self._exchange, self._grid, self._timeout = exchange, grid, timeout
         self.failed: dict[int, Failure] = {}
-        self.accepted: dict[int, dict[str, float]] = {}
+        self.accepted: dict[int, Mapping[str, float]] = {}
 
     def run(self, threshold: int) -> dict[str, torch.Tensor]:
         """The mean model. Raises ``TooFew``, or ``ValueError`` for answers that do not fit together."""
@@ -147,11 +147,11 @@ class _Round:
 
     def _judged(self, examples: Mapping[int, float]) -> Callable[[int, Message], Any]:
         like = ArrayRecord({MASKED: Array(np.zeros(flat(self._like).size, dtype=np.uint64))})
-        self._metrics: dict[int, dict[str, float]] = {}
+        self._metrics: dict[int, Mapping[str, float]] = {}
 
         def read(client: int, reply: Message) -> Any:
-            assignment, release_counts = self._exchange.assignments[client], self._exchange.handover.release_counts
-            verdict = judge(reply, client=client, assignment=assignment, like=like, release_counts=release_counts)
+            asked, release_counts = self._exchange.messages[client].content, self._exchange.handover.release_counts
+            verdict = judge(reply, asked, client, release_counts=release_counts, like=like)
             if isinstance(verdict, Failure):
                 raise _Bad(verdict)
             if verdict[records.NUM_EXAMPLES] != examples[client]:

@@ -182,7 +182,6 @@ class PrivateStrategy(Strategy):
         self._exchange = Exchange(
             messages=messages,
             assignments=assignments,
-            within=within,
             handover=Handover(
                 inner=self.inner,
                 round=server_round,

@@ -224,7 +224,7 @@ def test_one_client_moves_the_sum_by_at_most_c(tmp_path):
 def per_tensor(config, monkeypatch):
     one = client_level._bounded
     monkeypatch.setattr(client_level, "_bounded", lambda change, c: {n: one({n: v}, c)[n] for n, v in change.items()})
-    monkeypatch.setattr("fed_dpsat.flower.replies.excess", lambda *_: 0.0)
+    monkeypatch.setattr("fed_dpsat.flower.judge.excess", lambda *_: 0.0)
 
 
 @pytest.mark.parametrize("wrong", [per_tensor, pytest.param(by_realised_cohort, marks=pytest.mark.slow)])

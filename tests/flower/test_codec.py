@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.flower.replies import Failure, judge
+from fed_dpsat.flower.judge import Failure, judge
 from fed_dpsat.flower.wire import codec, records
 from fed_dpsat.params import trainable
 from fed_dpsat.run.folder import RunFolder
@@ -171,14 +171,14 @@ def a_reply(experiment, params, within, forge=lambda content: content):
             return False
 
     message = Reply()
-    verdict = judge(
-        message,
-        client=0,
-        assignment=assignment,
-        like=records.to_arrays(params),
-        release_counts=False,
-        within=experiment.subspace(2),
+    asked = RecordDict(
+        {
+            records.ARRAYS: records.to_arrays(params),
+            records.ASSIGNMENT: records.assignment_record(assignment),
+            records.SUBSPACE: records.subspace_record(experiment.subspace(2)),
+        }
     )
+    verdict = judge(message, asked, 0, release_counts=False)
     return verdict, message.content
 
 
