@@ -52,7 +52,8 @@ ROWS, LONGEST = 4, 300
 FLOWER_LOGGER = "flwr"
 ENGINES = {clipped_gradient_sum.__code__, stacked_sum.__code__}
 EVALUATION = {predict.__code__}
-MODULES = {"fed_dpsat.flower.wire.codec": "codec", "fed_dpsat.flower.handover": "strategy"}
+MODULES = {"fed_dpsat.flower.wire.codec": "codec"}
+FUNCTIONS = {"fed_dpsat.flower.round.Round._aggregated": "strategy"}
 
 
 class TrialError(InputError):
@@ -304,8 +305,10 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
             kind, where, engine = "engine", "", True
         elif frame.f_code in EVALUATION:
             kind, where, engine = "model", "in evaluation: ", False
-        elif of_module := MODULES.get(frame.f_globals.get("__name__", "")):
-            kind, where = of_module, ""
+        elif of_place := MODULES.get(module := frame.f_globals.get("__name__", "")) or FUNCTIONS.get(
+            f"{module}.{frame.f_code.co_qualname}"
+        ):
+            kind, where = of_place, ""
         elif isinstance(owner, nn.Module):
             root = owner if root is None else root
             kind, where = "model", _layer(root, owner)

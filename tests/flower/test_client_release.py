@@ -21,7 +21,8 @@ from fed_dpsat.client import unit as client_level
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower import round_kind, sums
+from fed_dpsat.flower import round as rounds
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.wire import records
@@ -351,7 +352,7 @@ def bits(a, b):
 
 def test_over_a_network_it_is_the_same(tmp_path, monkeypatch):
     _, lines, model = run(RARE, tmp_path / "here")
-    monkeypatch.setattr(round_kind, "SimulationGrid", type("None of them", (), {}))
+    monkeypatch.setattr(rounds, "SimulationGrid", type("None of them", (), {}))
     _, others, other = run(RARE, tmp_path / "network")
     assert bits(model, other)
     assert [line["epsilon"] for line in lines] == [line["epsilon"] for line in others]

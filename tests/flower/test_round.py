@@ -8,7 +8,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.buffered import Buffer
-from fed_dpsat.flower.round_kind import RoundKind
+from fed_dpsat.flower.round import RoundKind
 from fed_dpsat.flower.secure_server import SecureSums
 from fed_dpsat.flower.wire import records
 
@@ -22,13 +22,13 @@ class TwoWaves(RoundKind):
     def pass_time(self, lasting):
         self.now += 2.0
 
-    def train(self, exchange, grid, timeout):
+    def ask(self, round, grid, timeout):
         replies = []
         for first in (1, 0):
-            messages = [m for client, m in exchange.messages.items() if client % 2 == first]
+            messages = [m for client, m in round.messages.items() if client % 2 == first]
             replies += grid.send_and_receive(messages, timeout=timeout)
             self.waves += 1
-        return exchange.one_by_one(replies)
+        return replies
 
     def state_dict(self):
         return {**super().state_dict(), "waves": self.waves}
