@@ -18,13 +18,11 @@ from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import stock, sums
-from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.nodes import Directory
 from fed_dpsat.flower.report import RoundReport
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round import Round, RoundKind, seconds_of
-from fed_dpsat.flower.secure_server import SecureSums
 from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
 from fed_dpsat.flower.sums import Part
 from fed_dpsat.run.timing import Phases
@@ -45,8 +43,8 @@ class PrivateStrategy(Strategy):
     ``max_rounds_per_client`` rounds are charged to it, and for good once its next round would exceed its budget:
     both depend on the ledger alone, never on data. Charges are durable before a message is sent and stay, whatever
     becomes of the reply. With a ``release`` the unit is one client: replies are bounded, added up and noised here, also
-    where there are none, and the inner strategy sees what comes of it. How rounds go is left to their ``kind``: with a
-    ``secure_threshold`` or a ``buffer`` one of these, else ordinary ones. ``secret_coins`` draw whom no seed tells.
+    if there are none, and the inner strategy sees what comes of it. ``kind`` says how rounds go; None is ordinary ones.
+    With ``secret_coins`` no seed tells who is drawn.
 
     Raises ``SettingError`` for an ``inner`` that cannot be in it, ``FederationOver`` when fewer than ``min_clients``
     are left, ``FederationError`` when all asked fail or no reply is valid.
@@ -67,9 +65,8 @@ class PrivateStrategy(Strategy):
         min_clients: int = 1,
         release_counts: bool = False,
         join_timeout: float = 60.0,
-        secure_threshold: float = 0.0,
         release: ClientRelease | None = None,
-        buffer: Buffer | None = None,
+        kind: RoundKind | None = None,
         phases: Phases | None = None,
         within: Within = lambda round: None,
         fingerprint: str = "",
@@ -83,7 +80,7 @@ class PrivateStrategy(Strategy):
         self.accountant = accountant
         self.release_counts = release_counts
         self.release = release
-        self.kind = _kind(secure_threshold, buffer)
+        self.kind = kind or RoundKind()
         hides = "privacy_unit=client releases nothing else" if release else self.kind.hides
         if hides and not sums.only_mean(inner):
             raise SettingError("strategy", type(inner).__name__, "one that uses only the mean of replies", hides)
@@ -232,10 +229,3 @@ class PrivateStrategy(Strategy):
         if seconds := seconds_of(grid):
             self.kind.pass_time(seconds(client, round) for client in self.report.asked)
             self.report.simulated_seconds = self.kind.now
-
-
-def _kind(secure_threshold: float, buffer: Buffer | None) -> RoundKind:
-    """As the arguments say; ordinary without any."""
-    if secure_threshold and buffer:
-        raise SettingError("buffer", buffer.size, "None with a secure_threshold", "masks cancel within one cohort")
-    return buffer or (SecureSums(secure_threshold) if secure_threshold else RoundKind())

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flwr.serverapp.strategy import FedAvg, FedMedian
+from flwr.serverapp.strategy import FedMedian
 
-from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.round import RoundKind
-from fed_dpsat.flower.secure_server import SecureSums
 from fed_dpsat.flower.wire import records
 
 
@@ -51,13 +49,11 @@ def one_by_one(federation, tamper):
 
 
 def buffered(federation, tamper):
-    return federation(tamper, inner=FedMedian(), buffer=buffer())
+    return federation(tamper, inner=FedMedian(), kind=buffer())
 
 
 def of_ones_own(federation, tamper):
-    made = federation(tamper, inner=FedMedian())
-    made.strategy.kind = TwoWaves()
-    return made
+    return federation(tamper, inner=FedMedian(), kind=TwoWaves())
 
 
 KINDS = [added_up, one_by_one, buffered, of_ones_own]
@@ -110,10 +106,3 @@ def test_a_new_kind_is_one_class(federation):
     again = of_ones_own(federation, None).strategy
     again.load_state_dict(state, next_round=4, same_noise=True)
     assert (again.kind.now, again.kind.waves) == (6.0, 6)
-
-
-def test_the_arguments_choose_one_kind(federation):
-    assert isinstance(federation(secure_threshold=0.67).strategy.kind, SecureSums)
-    assert type(federation(inner=FedAvg()).strategy.kind) is RoundKind
-    with pytest.raises(SettingError, match="masks cancel within one cohort"):
-        federation(secure_threshold=0.67, buffer=buffer())
