@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from logging import getLogger
@@ -24,7 +25,7 @@ from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationOver
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
-from fed_dpsat.flower.secure_server import SecureSums
+from fed_dpsat.flower.round import RoundKind
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import compat, records
@@ -154,12 +155,19 @@ def private_strategy(
         release_counts=config.release_counts,
         join_timeout=config.join_timeout,
         release=ClientRelease.of(config, plans[0].event.noise_multiplier),
-        kind=SecureSums(config.secure_threshold) if config.secure_aggregation else Buffer.of(config),
+        kind=_kind(config),
         phases=phases,
         within=experiment.subspace,
         fingerprint=fingerprint,
         secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
     )
+
+
+def _kind(config: RunConfig) -> RoundKind:
+    if config.secure_aggregation:  # a wing, which is loaded by name
+        kind: RoundKind = importlib.import_module("fed_dpsat.secagg.server").SecureSums(config.secure_threshold)
+        return kind
+    return Buffer.of(config) or RoundKind()
 
 
 def unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, arrays: ArrayRecord) -> ArrayRecord:

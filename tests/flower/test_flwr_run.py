@@ -90,7 +90,7 @@ def test_the_bundle_has_all_that_a_run_reads():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["fab-include"]
     package = {path for path in (ROOT / "fed_dpsat").rglob("*") if path.is_file() and path.suffix != ".pyc"}
     left_out = package - {path for pattern in patterns for path in ROOT.glob(pattern)}
-    names = {path.name for path in left_out if path.parent != ROOT / "fed_dpsat" / "report" / "templates"}
+    names = {path.name for path in left_out if path.parent != ROOT / "fed_dpsat" / "lab" / "report" / "templates"}
     assert names == {"py.typed"}
 
 

@@ -59,7 +59,14 @@ IDENTITY = "fed_dpsat.identity"
 SAME = "fed_dpsat.same"
 STATE = "fed_dpsat.state"
 HISTORY = "fed_dpsat.history"
+SECURE = "fed_dpsat.secure"
+MASKED = "masked"
+"""The phase of secure aggregation in which a client trains, and the array that it sends then."""
+
 PARTITION_ID = "partition-id"
+POLICY = "policy"
+"""Keys of a node's configuration: the client that it holds; the file that makes it a device."""
+
 
 LARGEST = 1e14
 """Beyond it no reply is one: the squares of a billion such numbers still add up in float32."""

@@ -12,19 +12,15 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.flower.wire.records import MASKED, SECURE
 from fed_dpsat.secagg.fixed_point import encode, fraction_bits
 from fed_dpsat.secagg.rounds import PublicKeys, Secrets, mask, open_shares, share
-
-SECURE = "fed_dpsat.secure"
-"""The record of a phase, in questions and answers."""
 
 SECRETS = "fed_dpsat.secrets"
 """The record that a client keeps and never sends."""
 
 KEYS, LISTS = ("seal_key", "mask_key", "seed"), ("seal", "mask", "sealed")
 """What of that record is bytes, and lists of bytes."""
-
-MASKED = "masked"
 
 
 def answer(client: int, content: RecordDict, state: RecordDict, num_examples: int) -> RecordDict:

@@ -17,9 +17,10 @@ from flwr.serverapp import Grid
 
 from fed_dpsat.flower.judge import Failure, judge
 from fed_dpsat.flower.round import Round, RoundKind
-from fed_dpsat.flower.secure_client import MASKED, SECURE, flat
 from fed_dpsat.flower.sums import Part
 from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.flower.wire.records import MASKED, SECURE
+from fed_dpsat.secagg.client import flat
 from fed_dpsat.secagg.fixed_point import decode, fraction_bits
 from fed_dpsat.secagg.rounds import PublicKeys, unmask
 

@@ -16,9 +16,9 @@ from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower import secure_client
-from fed_dpsat.flower.secure_client import SECURE
 from fed_dpsat.flower.wire import records
+from fed_dpsat.flower.wire.records import SECURE
+from fed_dpsat.secagg import client as secure_client
 from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.simulation.state import StateStore, kept_rounds
 
