@@ -136,13 +136,13 @@ def idle_app(sleep: float) -> ClientApp:
 
     @app.train()
     def do_nothing(message: Message, context: Context) -> Message:
-        task = records.read_task(message.content)
+        assignment = records.read_assignment(message.content)
         params = records.to_params(message.content.array_records[records.ARRAYS])
         if sleep:  # 0 too lets another process have the core
             time.sleep(sleep)
-        result = LocalResult(params=params, state={}, event=task.event, nonfinite_examples=0)
+        result = LocalResult(params=params, state={}, event=assignment.event, nonfinite_examples=0)
         client = int(context.node_config[records.PARTITION_ID])
-        return Message(records.reply_content(client, task, result, 1), reply_to=message)
+        return Message(records.reply_content(client, assignment, result, 1), reply_to=message)
 
     return app
 

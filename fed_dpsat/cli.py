@@ -154,7 +154,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
     from fed_dpsat.accounting import epsilon_table
     from fed_dpsat.accounting.event import UNITS
     from fed_dpsat.accounting.plans import make_plans
-    from fed_dpsat.flower.promise import threat_model
+    from fed_dpsat.run.promise import threat_model
 
     with _clear_errors():
         settings = RunConfig.load(config, overrides or ())
@@ -246,7 +246,7 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
-    from fed_dpsat.flower.promise import threat_model
+    from fed_dpsat.run.promise import threat_model
     from fed_dpsat.run.statement import read_statement
 
     with _clear_errors():

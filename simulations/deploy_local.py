@@ -28,7 +28,7 @@ from typing import Any, Self
 import numpy as np
 
 from fed_dpsat.data.digits import MEAN, STD, digits
-from fed_dpsat.flower.device_node import free_port
+from fed_dpsat.device.node import free_port
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -29,22 +29,44 @@ class BudgetError(InputError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientPlan:
-    """``target_epsilon`` 0 is no budget; ``event`` is what one round costs; ``first_round`` counts from 1.
+class LocalTraining:
+    """The work of a client under the unit "client", before the server releases; no event covers one step of it."""
 
-    A client takes ``local_steps`` in a round, 0 is for those of the ``event``: one of the unit "client" has one step.
+    sample_rate: float
+    local_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientPlan:
+    """``target_epsilon`` 0 is no budget; ``event`` is the cost of one round; ``first_round`` counts from 1.
+
+    Under the unit "example" the ``event`` says what the client does in a round, under "client" ``training`` does.
+    Raises ``SettingError`` for an event of one unit with the work of the other.
     """
 
     target_epsilon: float
-    sample_rate: float
     first_round: int
     event: PrivacyEvent
-    local_steps: int = 0
+    training: LocalTraining | None = None
+
+    def __post_init__(self) -> None:
+        check_training(self.event, self.training)
 
     @property
     def budget(self) -> float:
         """The largest epsilon this client may reach."""
         return self.target_epsilon or math.inf
+
+
+def check_training(event: PrivacyEvent, training: LocalTraining | None) -> None:
+    """Raise ``SettingError`` unless local training stands beside an event of the unit "client", and only there."""
+    if (training is None) != (event.unit == "example"):
+        raise SettingError(
+            "training",
+            training,
+            f"possible beside an event of the unit {event.unit!r}",
+            "give LocalTraining under the unit 'client' alone; an event of the unit 'example' says its own steps",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +85,8 @@ def make_plans(config: RunConfig) -> list[ClientPlan]:
     Raises ``InputError`` for a table that makes no sense, or a budget below what one round costs.
     """
     rows = read_table(config)
-    noise = {row: _noise_multiplier(config, row) for row in set(rows)}
-    events = {row: _event(config, row, noise[row]) for row in noise}
-    steps = config.steps_per_round
-    plans = [ClientPlan(event=events[row], local_steps=steps, **dataclasses.asdict(row)) for row in rows]
+    of_row = {row: _plan(config, row, _noise_multiplier(config, row)) for row in set(rows)}
+    plans = [of_row[row] for row in rows]
     for client, plan in enumerate(plans):
         cost = epsilon([plan.event], config.delta, config.accountant)
         if cost > plan.budget:
@@ -77,6 +97,12 @@ def make_plans(config: RunConfig) -> list[ClientPlan]:
                 "raise the budget or the noise, or lower local_steps or sample_rate",
             )
     return plans
+
+
+def plan_of(config: RunConfig) -> ClientPlan:
+    """A client's plan at the noise of ``config``, without table and budget."""
+    row = _Row(target_epsilon=0.0, sample_rate=config.sample_rate, first_round=1)
+    return _plan(config, row, config.noise_multiplier)
 
 
 def read_table(config: RunConfig) -> list[_Row]:
@@ -128,19 +154,25 @@ def _noise_multiplier(config: RunConfig, row: _Row) -> float:
     if not config.private or config.budget_mode == "retire" or not row.target_epsilon:
         return config.noise_multiplier
     rounds = min(config.rounds_per_client, config.num_rounds - row.first_round + 1)
-    of_round = _event(config, row, 1.0)
+    of_round = _plan(config, row, 1.0).event
     return noise_multiplier_for(
         row.target_epsilon, config.delta, of_round.sample_rate, rounds * of_round.steps, config.accountant
     )
 
 
-def _event(config: RunConfig, row: _Row, noise_multiplier: float) -> PrivacyEvent:
-    """What a round costs: its steps on examples, or one release of clients, whom only their own coins amplify."""
+def _plan(config: RunConfig, row: _Row, noise_multiplier: float) -> ClientPlan:
+    """The only place that makes the event of a round: its steps on examples, or one release of clients.
+
+    Only a client's own coin amplifies a release of clients.
+    """
+    rate, steps = row.sample_rate, config.steps_per_round
     if config.privacy_unit == "example":
-        return PrivacyEvent(
-            noise_multiplier=noise_multiplier, sample_rate=row.sample_rate, steps=config.steps_per_round
-        )
-    return PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=config.amplifying_rate, steps=1, kind=CLIENTS)
+        event, training = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=rate, steps=steps), None
+    else:
+        of_round, kind = config.amplifying_rate, CLIENTS
+        event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=of_round, steps=1, kind=kind)
+        training = LocalTraining(sample_rate=rate, local_steps=steps)
+    return ClientPlan(target_epsilon=row.target_epsilon, first_round=row.first_round, event=event, training=training)
 
 
 def _lines(path: Path) -> Iterable[tuple[int, dict[str, str]]]:

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from fed_dpsat import plugins
-from fed_dpsat.accounting import PrivacyEvent
-from fed_dpsat.accounting.event import CLIENTS
+from fed_dpsat.accounting.event import PrivacyError
 from fed_dpsat.accounting.plans import read_table
 from fed_dpsat.client import unit as client_level
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.attackers import Attackers, Scene, choose_attackers
 from fed_dpsat.client.fingerprint import contents, fingerprint
 from fed_dpsat.client.given import copied, renamed
@@ -55,38 +55,11 @@ STACKING_ENGINES = ("auto", "vmap")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """What the server asks of a client in one round, and so what the round costs it.
-
-    Under the ``unit`` "client" noise is the server's: the round is one release, of clients drawn at ``client_rate``.
-    """
-
-    round: int
-    noise_multiplier: float
-    sample_rate: float
-    local_steps: int
-    attempt: int = 0
-    unit: str = "example"
-    client_rate: float = 1.0
-
-    @property
-    def event(self) -> PrivacyEvent:
-        """What doing it costs."""
-        if self.unit == "client":
-            return PrivacyEvent(
-                noise_multiplier=self.noise_multiplier, sample_rate=self.client_rate, steps=1, kind=CLIENTS
-            )
-        return PrivacyEvent(
-            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.local_steps
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Request:
     """One client's round: the arguments of ``Experiment.client_round``."""
 
     client: int
-    task: Task
+    assignment: Assignment
     params: Params
     state: State | None
     proximal_mu: float = 0.0
@@ -302,7 +275,7 @@ class Experiment:
     def client_round(
         self,
         client: int,
-        task: Task,
+        assignment: Assignment,
         params: Params,
         state: State | None,
         proximal_mu: float = 0.0,
@@ -311,9 +284,10 @@ class Experiment:
 
         ``proximal_mu`` is what FedProx asks for.
 
-        Raises ``SettingError`` for a task that no mechanism or sampler accepts.
+        Raises ``SettingError`` for an assignment that no mechanism or sampler accepts, and ``PrivacyError`` for one of
+        another unit than the run's, or if what ran costs something else than its event.
         """
-        result = self._train(client, task, params, state, proximal_mu)
+        result = self._train(client, assignment, params, state, proximal_mu)
         if self.attackers is None or client not in self.attackers.clients:
             return result
         honest = subtract(result.params, params)
@@ -323,12 +297,19 @@ class Experiment:
                 update=honest,
                 colluders=lambda: [
                     honest,
-                    *(subtract(self._train(other, task, params, None, proximal_mu).params, params) for other in others),
+                    *(
+                        subtract(self._train(other, assignment, params, None, proximal_mu).params, params)
+                        for other in others
+                    ),
                 ],
                 num_clients=self.config.num_clients,
                 num_attackers=len(self.attackers.clients),
                 generator=derive_generator(
-                    self.config.seed, purpose="attack", client=client, round=task.round, attempt=task.attempt
+                    self.config.seed,
+                    purpose="attack",
+                    client=client,
+                    round=assignment.round,
+                    attempt=assignment.attempt,
                 ),
             )
         )
@@ -337,8 +318,8 @@ class Experiment:
     def client_rounds(self, requests: Sequence[Request]) -> list[LocalResult]:
         """As ``client_round`` for each, to about 1e-6 relative: trained together where they can be.
 
-        Together are those with the same task but for noise and rate, the same ``params`` object and states of one
-        form. Who attacks trains alone; and so does everyone under an engine that was chosen by name, or with a loss,
+        Together are those with equal ``local_steps``, the same ``params`` object and states of one form. Who attacks
+        trains alone; and so does everyone under an engine that was chosen by name, or with a loss,
         rule or optimizer that cannot be stacked, which the log says once. Raises what ``client_round`` raises.
         """
         groups: dict[Hashable, list[int]] = {}
@@ -357,7 +338,7 @@ class Experiment:
     def _kind(self, request: Request, member: Member) -> Hashable:
         if self.attackers is not None and request.client in self.attackers.clients:
             return request.client
-        return request.task.local_steps, request.proximal_mu, id(request.params), alike(member.state)
+        return request.assignment.local_steps, request.proximal_mu, id(request.params), alike(member.state)
 
     def _together(
         self, requests: Sequence[Request], placed: Sequence[Request], members: Sequence[Member]
@@ -376,7 +357,7 @@ class Experiment:
                         loss_fn=self.loss_fn,
                         optimizer=self._optimizer(first.params, first.proximal_mu),
                         clipping=self.local_clipping,
-                        local_steps=first.task.local_steps,
+                        local_steps=first.assignment.local_steps,
                         physical_batch_size=config.physical_batch_size,
                     )
                 return [self._to_send(*pair) for pair in zip(placed, results, strict=True)]
@@ -387,14 +368,14 @@ class Experiment:
     def _train(
         self,
         client: int,
-        task: Task,
+        assignment: Assignment,
         params: Params,
         state: State | None,
         proximal_mu: float,
     ) -> LocalResult:
         asked = Request(
             client=client,
-            task=task,
+            assignment=assignment,
             params=params,
             state=state,
             proximal_mu=proximal_mu,
@@ -411,13 +392,13 @@ class Experiment:
                 sampler=member.sampler,
                 clipping=self.local_clipping,
                 mechanism=member.mechanism,
-                local_steps=task.local_steps,
+                local_steps=assignment.local_steps,
                 streams=member.streams,
                 engine=self.config.engine,
                 physical_batch_size=self.config.physical_batch_size,
             )
         sent = self._to_send(request, result)
-        within = self.subspace(task.round)
+        within = self.subspace(assignment.round)
         if isinstance(within, Coordinates):
             within.check(laid_end_to_end(params), laid_end_to_end(sent.params))
         return sent
@@ -450,10 +431,12 @@ class Experiment:
         if self.personal:
             params, state = without(params, self.personal), {**state, PERSONAL: only(params, self.personal)}
         if self.config.privacy_unit == "client":
-            event = request.task.event
+            event = request.assignment.event  # the server's release
             params = client_level.bounded_model(
                 params, request.params, clip_norm=self.clipping.clip_norm, keep_share=self.config.keep_share
             )
+        if event != request.assignment.event:
+            raise PrivacyError(f"the round ran as {event}, and {request.assignment.event} was charged; nothing is sent")
         state = {slot: moved(kept, CPU) for slot, kept in state.items()}
         return dataclasses.replace(result, params=moved(params, CPU), state=state, event=event)
 
@@ -470,9 +453,13 @@ class Experiment:
 
     def _member(self, request: Request) -> Member:
         """What is the client's own of its round: data, state, sampler, mechanism, streams."""
-        config, task = self.config, request.task
+        config, assignment = self.config, request.assignment
+        if assignment.event.unit != config.privacy_unit:
+            raise PrivacyError(
+                f"asked in the unit {assignment.event.unit!r}, but the run's privacy_unit={config.privacy_unit!r}"
+            )
         indices = torch.from_numpy(self.partitions[request.client])
-        sampler = PoissonSampler(num_examples=len(indices), sample_rate=task.sample_rate)
+        sampler = PoissonSampler(num_examples=len(indices), sample_rate=assignment.sample_rate)
         whole = self.whole(request.params, request.state)
         known = request.state is not None and not self._outgrown(request)
         state = dict(request.state or {}) if known else self.optimizer.init(whole)
@@ -480,21 +467,21 @@ class Experiment:
         if config.ascent_memory != "client":
             state.pop(ASCENT, None)
         mechanism = GaussianMechanism(
-            noise_multiplier=task.noise_multiplier if config.privacy_unit == "example" else 0.0,
+            noise_multiplier=assignment.local_noise_multiplier,
             clip_norm=self.local_clipping.clip_norm,
             expected_batch_size=sampler.expected_batch_size,
         )
         return Member(
             batches=lambda batch: self.dataset.train.batch(indices[batch], self.device),
-            state=set_clock(state, (task.round - 1) * config.steps_per_round),
+            state=set_clock(state, (assignment.round - 1) * config.steps_per_round),
             sampler=sampler,
             mechanism=mechanism,
             own=only(whole, self.personal),
             streams=Streams(
                 seed=config.seed,
                 client=request.client,
-                round=task.round,
-                attempt=task.attempt,
+                round=assignment.round,
+                attempt=assignment.attempt,
                 noise_source=config.noise_source,
             ),
         )

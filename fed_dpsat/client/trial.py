@@ -31,8 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fed_dpsat.accounting.plans import plan_of
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.attackers import Attackers
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import predict
 from fed_dpsat.client.given import copied
 from fed_dpsat.data.dataset import Dataset, Examples
@@ -50,7 +52,8 @@ ROWS, LONGEST = 4, 300
 FLOWER_LOGGER = "flwr"
 ENGINES = {clipped_gradient_sum.__code__, stacked_sum.__code__}
 EVALUATION = {predict.__code__}
-MODULES = {"fed_dpsat.flower.wire.codec": "codec", "fed_dpsat.flower.handover": "strategy"}
+MODULES = {"fed_dpsat.flower.wire.codec": "codec"}
+FUNCTIONS = {"fed_dpsat.flower.round.Round._aggregated": "strategy"}
 
 
 class TrialError(InputError):
@@ -74,9 +77,9 @@ def try_client(experiment: Experiment) -> None:
         tried = rehearsal(experiment, 1, noise_multiplier=experiment.config.noise_multiplier or 1.0)
         check_outputs(tried)
         params, state = tried.shared(1), None
-        for task in tasks(tried, tried.config.noise_multiplier):
-            params = {**tried.shared(task.round), **params}
-            result = tried.client_round(0, task, params, state)
+        for assignment in assignments(tried):
+            params = {**tried.shared(assignment.round), **params}
+            result = tried.client_round(0, assignment, params, state)
             check_result(result.params, params)
             params, state = result.params, result.state
 
@@ -167,13 +170,10 @@ def _made_up(like: Examples, public: Examples | None, count: int, num_classes: i
     return dataclasses.replace(like, inputs=inputs, labels=labels)
 
 
-def tasks(tried: Experiment, noise_multiplier: float) -> list[Task]:
+def assignments(tried: Experiment) -> list[Assignment]:
     """What a client of the trial is asked, round by round."""
-    steps = tried.config.steps_per_round
-    return [
-        Task(round=round, noise_multiplier=noise_multiplier, sample_rate=1.0, local_steps=steps)
-        for round in range(1, min(tried.config.num_rounds, 2) + 1)
-    ]
+    plan = plan_of(tried.config)
+    return [Assignment.of(plan, round=round) for round in range(1, min(tried.config.num_rounds, 2) + 1)]
 
 
 def check_outputs(tried: Experiment) -> None:
@@ -305,8 +305,10 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
             kind, where, engine = "engine", "", True
         elif frame.f_code in EVALUATION:
             kind, where, engine = "model", "in evaluation: ", False
-        elif of_module := MODULES.get(frame.f_globals.get("__name__", "")):
-            kind, where = of_module, ""
+        elif of_place := MODULES.get(module := frame.f_globals.get("__name__", "")) or FUNCTIONS.get(
+            f"{module}.{frame.f_code.co_qualname}"
+        ):
+            kind, where = of_place, ""
         elif isinstance(owner, nn.Module):
             root = owner if root is None else root
             kind, where = "model", _layer(root, owner)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.trial import try_client
 from fed_dpsat.device.data import own_data
 from fed_dpsat.device.journal import Refusal, Request
@@ -43,20 +44,20 @@ def answer(
     record: Mapping[str, Any],
     read_params: ReadParams,
     proximal_mu: float = 0.0,
-) -> tuple[Task, LocalResult]:
-    """The task in ``record`` and what came of it; its parameters and event may leave.
+) -> tuple[Assignment, LocalResult]:
+    """The assignment in ``record`` and what came of it; its parameters and event may leave.
 
     Raises ``Refusal`` in words that may leave. Any other error may tell of data and may not.
     """
     config = policy.admit(run, settings)
-    task = policy.admit_task(record)
+    assignment = policy.admit_assignment(record)
     experiment = _experiment(policy, config, run)
-    own = experiment.shared(task.round)
+    own = experiment.shared(assignment.round)
     params = read_params(own)
     request = Request(
         run=str(run),
-        round=task.round,
-        attempt=task.attempt,
+        round=assignment.round,
+        attempt=assignment.attempt,
         settings=_digest({name: value for name, value in settings.items() if name not in MACHINE}),
         digest=_digest(settings, record, params, {"proximal_mu": proximal_mu}),
     )
@@ -64,7 +65,7 @@ def answer(
     def compute(state: bytes | None) -> tuple[bytes, bytes]:
         kept = None if state is None else unflatten(unpack(state))
         with intra_op_threads(policy.threads):
-            result = experiment.client_round(0, task, params, kept, proximal_mu)
+            result = experiment.client_round(0, assignment, params, kept, proximal_mu)
         counted = torch.tensor(result.nonfinite_examples)
         reply = {f"params/{name}": value for name, value in result.params.items()} | {"nonfinite": counted}
         return pack(reply), pack(flatten(result.state))
@@ -73,7 +74,7 @@ def answer(
         release(
             Path(policy.folder),
             request,
-            task.event,
+            assignment.event,
             epsilon=policy.largest_epsilon,
             delta=policy.largest_delta,
             compute=compute,
@@ -81,7 +82,7 @@ def answer(
     )
     nonfinite = int(reply.pop("nonfinite"))
     released = {name.partition("/")[2]: value for name, value in reply.items()}
-    return task, LocalResult(params=released, state={}, event=task.event, nonfinite_examples=nonfinite)
+    return assignment, LocalResult(params=released, state={}, event=assignment.event, nonfinite_examples=nonfinite)
 
 
 @lru_cache(maxsize=1)

@@ -48,7 +48,7 @@ def run(
     port: Annotated[int, typer.Option(help="Port on this machine between SuperNode and client; 0 finds one.")] = 0,
 ) -> None:
     """Connect to the policy's server and answer it, with the code that is installed here, until stopped."""
-    from fed_dpsat.flower.device_node import run_device
+    from fed_dpsat.device.node import run_device
 
     try:
         code = run_device(policy, port)

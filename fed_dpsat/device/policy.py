@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from fed_dpsat.accounting.event import PrivacyError
-from fed_dpsat.client.build import Task
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.settings.config import RunConfig
@@ -187,11 +186,14 @@ class Policy:
             )
         return {"start_from": self.start_from}
 
-    def admit_task(self, record: Mapping[str, Any]) -> Task:
+    def admit_assignment(self, record: Mapping[str, Any]) -> Assignment:
         """What a message asks for; raises ``Refusal`` unless it is whole, of the right types and within bounds."""
-        kinds = {"round": int, "attempt": int, "noise_multiplier": float, "sample_rate": float, "local_steps": int}
+        numbers = {"round": int, "attempt": int, "noise_multiplier": float, "sample_rate": float, "steps": int}
+        kinds: dict[str, type] = {**numbers, "kind": str}
         if record.keys() != kinds.keys():
-            raise Refusal(f"the task has keys {sorted(map(str, record))[:10]}, not {sorted(kinds)}; send those alone")
+            raise Refusal(
+                f"the assignment has keys {sorted(map(str, record))[:10]}, not {sorted(kinds)}; send those alone"
+            )
         for name, value in record.items():
             if type(value) is not kinds[name]:
                 raise Refusal(f"{name} is a {type(value).__name__}, not a {kinds[name].__name__}; send one")
@@ -199,13 +201,11 @@ class Policy:
         self._bounded("attempt", record["attempt"], 0, SANE_NUMBER)
         self._bounded("noise_multiplier", record["noise_multiplier"], self.least_noise_multiplier, SANE_NOISE)
         self._bounded("sample_rate", record["sample_rate"], self.least_sample_rate, self.largest_sample_rate)
-        self._bounded("local_steps", record["local_steps"], 1, self.largest_local_steps)
-        task = Task(**record)
+        self._bounded("steps", record["steps"], 1, self.largest_local_steps)
         try:
-            _ = task.event
-        except PrivacyError as error:
+            return Assignment.from_dict(record)
+        except ValueError as error:  # also an event of the unit "client", which comes with other work
             raise Refusal(str(error)) from None
-        return task
 
     def _listed(self, name: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:

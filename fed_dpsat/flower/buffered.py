@@ -31,11 +31,9 @@ from numpy.typing import NDArray
 
 from fed_dpsat.accounting.event import History
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower.exchange import Exchange
-from fed_dpsat.flower.handover import Aggregate
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.roster import Roster
-from fed_dpsat.flower.round_kind import RoundKind, Seconds, seconds_of
+from fed_dpsat.flower.round import Aggregate, Round, RoundKind, Seconds, seconds_of
 from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params, subtract
 from fed_dpsat.settings.config import RunConfig
@@ -96,24 +94,25 @@ class Buffer(RoundKind):
     def pass_time(self, lasting: Iterable[float]) -> None:
         """It passed when they set out, until the buffer was full."""
 
-    def train(self, exchange: Exchange, grid: Grid, timeout: float) -> Aggregate:
+    def ask(self, round: Round, grid: Grid, timeout: float) -> Iterable[Message]:
+        """Replies one by one, which arrive in other rounds."""
+        return grid.send_and_receive(list(round.messages.values()), timeout=timeout)
+
+    def aggregate(self, round: Round, replies: Iterable[Message]) -> Aggregate:  # type: ignore[override]
         """What is computed is kept until it arrives; what arrives moves the model of now."""
-        with exchange.phases("train"):
-            valid, _ = exchange.judged(grid.send_and_receive(list(exchange.messages.values()), timeout=timeout))
-        with exchange.phases("aggregate"):
-            model = records.to_params(exchange.handover.model)
-            for client, reply in valid.items():
-                self.put(client, cargo_of(reply.content, model))
-            arrived = self.arrive()
-            stale = {client: exchange.report.round - flight.round for client, flight in arrived.items()}
-            exchange.report.arrived = stale
-            replies, metrics = {}, {}
-            for client, flight in arrived.items():
-                if flight.cargo is not None:
-                    content = moved(flight.cargo, model, self.share(stale[client]))
-                    replies[client] = Message(content, reply_to=exchange.directory.question(client))
-                    metrics[client] = flight.cargo.metrics
-            return exchange.hand_over(list(arrived), replies, metrics)
+        valid, _ = round.judged(replies)
+        model = records.to_params(round.model)
+        for client, reply in valid.items():
+            self.put(client, cargo_of(reply.content, model))
+        arrived = self.arrive()
+        round.report.arrived = stale = {client: round.number - flight.round for client, flight in arrived.items()}
+        moves, metrics = {}, {}
+        for client, flight in arrived.items():
+            if flight.cargo is not None:
+                content = moved(flight.cargo, model, self.share(stale[client]))
+                moves[client] = Message(content, reply_to=round.directory.question(client))
+                metrics[client] = flight.cargo.metrics
+        return round.hand_over(list(arrived), moves, metrics)
 
     def set_out(self, round: int, eligible: Iterable[int] | NDArray[np.int64], seconds: Seconds) -> list[int]:
         """Clients that set out in ``round``, ascending. Time passes until the buffer is full or nobody is under way."""

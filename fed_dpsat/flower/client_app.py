@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,7 @@ from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.plans import spend
 from fed_dpsat.client.build import Experiment, Request
 from fed_dpsat.client.trial import try_client
-from fed_dpsat.flower import on_device, personal, secure_client
+from fed_dpsat.flower import personal
 from fed_dpsat.flower.wire import codec, records
 from fed_dpsat.flower.wire.records import RecordError
 from fed_dpsat.params import Params
@@ -23,6 +24,14 @@ from fed_dpsat.step.loop import LocalResult
 
 Provider = Callable[[Mapping[str, Any]], Experiment]
 """Flower's run config to the experiment that this process works on."""
+
+
+DEVICE, SECURE_AGGREGATION = "fed_dpsat.device.handlers", "fed_dpsat.secagg.client"
+"""Modules that answer in the place of an ordinary client; one is loaded when a message or node asks for it."""
+
+
+def _wing(name: str) -> Any:
+    return importlib.import_module(name)
 
 
 @lru_cache(maxsize=1)
@@ -85,8 +94,8 @@ def make_client_app(provider: Provider) -> ClientApp:
 
     @client_app.query()
     def identify(message: Message, context: Context) -> Message:
-        if on_device.POLICY in context.node_config:
-            return on_device.identify(message, context)
+        if records.POLICY in context.node_config:
+            return Message(_wing(DEVICE).identify(message, context), reply_to=message)
         experiment, client = provider(context.run_config), _client(context)
         _check_same(experiment, message)
         if not any(one is experiment for one in tried):  # once, before the server charges for anything
@@ -96,19 +105,21 @@ def make_client_app(provider: Provider) -> ClientApp:
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
-        secure = secure_client.SECURE in message.content
-        if secure and on_device.POLICY in context.node_config:
+        secure = records.SECURE in message.content
+        if secure and records.POLICY in context.node_config:
             raise RecordError("a device with a policy takes no part in secure aggregation yet; nothing was computed")
-        if on_device.POLICY in context.node_config:
-            return on_device.train(message, context)
+        if records.POLICY in context.node_config:
+            return Message(_wing(DEVICE).train(message, context), reply_to=message)
         experiment = provider(context.run_config)
         _check_same(experiment, message)
         if secure != experiment.config.secure_aggregation:
             raise RecordError("the server and this client do not agree on secure_aggregation; nothing was computed")
-        if secure and message.content.config_records[secure_client.SECURE]["phase"] != secure_client.MASKED:
+        if secure and message.content.config_records[records.SECURE]["phase"] != records.MASKED:
             client = _client(context)
             size = len(experiment.partitions[client])
-            return Message(secure_client.answer(client, message.content, context.state, size), reply_to=message)
+            return Message(
+                _wing(SECURE_AGGREGATION).answer(client, message.content, context.state, size), reply_to=message
+            )
         if experiment.config.tune_malloc:
             tune_allocator()
         request, history = _request(experiment, message, context, unpack)
@@ -120,7 +131,7 @@ def make_client_app(provider: Provider) -> ClientApp:
         unpack.check_untouched()
         _keep(context, history, result)
         if secure:
-            content = secure_client.hide(request.client, message.content, context.state, content)
+            content = _wing(SECURE_AGGREGATION).hide(request.client, message.content, context.state, content)
         return Message(content, reply_to=message)
 
     @client_app.evaluate()
@@ -134,8 +145,8 @@ def _train_together(
     provider: Provider, messages: Sequence[Message], contexts: Sequence[Context], unpack: _Unpack
 ) -> list[Message] | None:
     experiment = provider(contexts[0].run_config)
-    secure = any(secure_client.SECURE in message.content for message in messages)
-    if secure or experiment.config.secure_aggregation or any(on_device.POLICY in c.node_config for c in contexts):
+    secure = any(records.SECURE in message.content for message in messages)
+    if secure or experiment.config.secure_aggregation or any(records.POLICY in c.node_config for c in contexts):
         return None  # masks and devices' journals are made client by client, in ``train``
     if experiment.config.tune_malloc:
         tune_allocator()
@@ -154,21 +165,16 @@ def _train_together(
 
 def _request(experiment: Experiment, message: Message, context: Context, unpack: _Unpack) -> tuple[Request, History]:
     """What is asked, and the client's history with it; what ``unpack`` makes is shared. Raises if spent."""
-    client, task = _client(context), records.read_task(message.content)
-    kept = records.load_history(context.state)
-    if task.unit != experiment.config.privacy_unit:
-        raise RecordError(f"asked in the unit {task.unit!r}, where the run's is {experiment.config.privacy_unit!r}")
-    history = kept
-    if task.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
-        history = spend(
-            kept, task.event, experiment.budgets[client], experiment.config.delta, experiment.config.accountant
-        )
+    client, assignment = _client(context), records.read_assignment(message.content)
+    history, event, config = records.load_history(context.state), assignment.event, experiment.config
+    if event.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
+        history = spend(history, event, experiment.budgets[client], config.delta, config.accountant)
     params = unpack(message.content, records.ARRAYS)
     if params is None:
         raise RecordError(f"no {records.ARRAYS!r} to train from")
     request = Request(
         client=client,
-        task=task,
+        assignment=assignment,
         params=params,
         state=records.load_state(context.state),
         proximal_mu=records.read_proximal_mu(message.content),
@@ -185,7 +191,7 @@ def _reply(experiment: Experiment, request: Request, result: LocalResult) -> Rec
     each = experiment.config.privacy_unit == "client"  # counts once, and its size is nobody's business
     size = 1 if each else len(experiment.partitions[request.client])
     release_counts = experiment.config.release_counts
-    return records.reply_content(request.client, request.task, result, size, release_counts=release_counts)
+    return records.reply_content(request.client, request.assignment, result, size, release_counts=release_counts)
 
 
 def _encoded(experiment: Experiment, request: Request, message: Message, content: RecordDict) -> RecordDict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from logging import getLogger
@@ -23,14 +24,15 @@ from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationOver
-from fed_dpsat.flower.promise import delta_warning, unused_warning
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
+from fed_dpsat.flower.round import RoundKind
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.run.folder import RunFolder, jsonable
 from fed_dpsat.run.inputs import inputs_of
 from fed_dpsat.run.loggers import Loggers
+from fed_dpsat.run.promise import delta_warning, unused_warning
 from fed_dpsat.run.timing import Phases
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.noise import NOISE_SOURCES
@@ -152,14 +154,20 @@ def private_strategy(
         min_clients=config.min_clients,
         release_counts=config.release_counts,
         join_timeout=config.join_timeout,
-        secure_threshold=config.secure_threshold if config.secure_aggregation else 0.0,
         release=ClientRelease.of(config, plans[0].event.noise_multiplier),
-        buffer=Buffer.of(config),
+        kind=_kind(config),
         phases=phases,
         within=experiment.subspace,
         fingerprint=fingerprint,
         secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
     )
+
+
+def _kind(config: RunConfig) -> RoundKind:
+    if config.secure_aggregation:  # a wing, which is loaded by name
+        kind: RoundKind = importlib.import_module("fed_dpsat.secagg.server").SecureSums(config.secure_threshold)
+        return kind
+    return Buffer.of(config) or RoundKind()
 
 
 def unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, arrays: ArrayRecord) -> ArrayRecord:

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fed_dpsat.flower import sums
-from fed_dpsat.flower.replies import Failure
+from fed_dpsat.flower.judge import Failure
 from fed_dpsat.flower.wire import compat
 from fed_dpsat.flower.wire.records import PARTITION_ID
 

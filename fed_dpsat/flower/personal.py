@@ -15,7 +15,6 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, R
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluate, worst_decile
 from fed_dpsat.data.dataset import Examples
-from fed_dpsat.flower import on_device
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.wire import compat, records
@@ -26,7 +25,7 @@ ACCURACY = "accuracy"
 
 def answer(provider: Callable[[Mapping[str, Any]], Experiment], message: Message, context: Context) -> RecordDict:
     """Accuracy and size of the client's share; outside a simulation ``RecordError``, and nothing is built."""
-    if context.run_id != compat.SIMULATION_RUN_ID or on_device.POLICY in context.node_config:
+    if context.run_id != compat.SIMULATION_RUN_ID or records.POLICY in context.node_config:
         raise RecordError("a client evaluates in a simulation alone: its share of the test split tells of its labels")
     experiment = provider(context.run_config)
     share = experiment.test_shares[int(context.node_config[records.PARTITION_ID])]

@@ -20,7 +20,6 @@ from fed_dpsat.flower import personal
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.outsider import epsilon_of_outsider
-from fed_dpsat.flower.promise import also_released, declared_public, delta_warning, threat_model
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.throughput import Throughput
@@ -29,6 +28,7 @@ from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params
 from fed_dpsat.run.folder import Checkpoint, RunFolder, jsonable
 from fed_dpsat.run.loggers import Loggers
+from fed_dpsat.run.promise import also_released, declared_public, delta_warning, threat_model
 from fed_dpsat.step.noise import NOISE_SOURCES
 
 log = getLogger("fed_dpsat")

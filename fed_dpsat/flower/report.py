@@ -9,9 +9,9 @@ from typing import Any
 
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
-from fed_dpsat.client.build import Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.flower.judge import BYTES, Failure, Verdicts
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.flower.replies import BYTES, Failure
 from fed_dpsat.flower.wire import records
 
 log = getLogger("fed_dpsat")
@@ -20,9 +20,6 @@ MAX_FAILED_ROUNDS = 3
 """Rounds in a row without a valid reply, and with a client that failed or sent another, after which a run ends."""
 
 DIVERGED = "; if that is a model that diverged, start a new run with a lower lr"
-
-Verdicts = Mapping[int, Mapping[str, float] | Failure]
-"""Client to the metrics of its valid reply, or to what was wrong with it."""
 
 
 @dataclass(kw_only=True)
@@ -66,9 +63,9 @@ class RoundReport:
                 self.at_fault[client] = verdict
             log.warning("round %d: client %d dropped: %s", self.round, client, verdict.reason)
 
-    def settle(self, ledger: PrivacyLedger, tasks: Mapping[int, Task]) -> None:
+    def settle(self, ledger: PrivacyLedger, assignments: Mapping[int, Assignment]) -> None:
         """Write outcomes beside the charges, but for those that a driver wrote before it died."""
-        for attempt, events in by_attempt(tasks):
+        for attempt, events in by_attempt(assignments):
             settled = ledger.outcomes(self.round, attempt)
             outcomes = {c: self.dropped.get(c, "released") for c in events if c not in settled}
             ledger.settle_many(self.round, attempt, outcomes)
@@ -89,7 +86,10 @@ class RoundReport:
             )
 
 
-def by_attempt(tasks: Mapping[int, Task]) -> Iterator[tuple[int, dict[int, PrivacyEvent]]]:
+def by_attempt(assignments: Mapping[int, Assignment]) -> Iterator[tuple[int, dict[int, PrivacyEvent]]]:
     """The events of each attempt; most rounds have one."""
-    for attempt in sorted({task.attempt for task in tasks.values()}):
-        yield attempt, {client: task.event for client, task in tasks.items() if task.attempt == attempt}
+    for attempt in sorted({assignment.attempt for assignment in assignments.values()}):
+        yield (
+            attempt,
+            {client: assignment.event for client, assignment in assignments.items() if assignment.attempt == attempt},
+        )

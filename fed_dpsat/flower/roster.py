@@ -1,11 +1,12 @@
-"""Who may be asked in a round: clients that are there, have joined, and have rounds and budget left.
+"""Who may be asked in a round, and who is: clients that are there, have joined, and have rounds and budget left.
 
-What a round costs depends on the clients that it asks, not on how many there are.
+Cohorts are drawn by partition from a seeded generator, so that rates are the ones accounted. What a round costs
+depends on the clients that it asks, not on how many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan, affordable
-from fed_dpsat.flower.cohort import draw_cohort, toss_cohort
 from fed_dpsat.flower.nodes import FederationOver
+from fed_dpsat.step.noise import derive_generator
 from fed_dpsat.step.secure_noise import system_generator
 
 
@@ -123,3 +124,34 @@ class Roster:
         if key not in self._affordable:
             self._affordable[key] = affordable(*key, self.delta, self.accountant)
         return self._affordable[key]
+
+
+def toss_cohort(
+    seed: int,
+    round: int,
+    eligible: Collection[int] | NDArray[np.int64],
+    rate: float,
+    generator: np.random.Generator | None = None,
+) -> list[int]:
+    """Each of the ``eligible`` clients by a coin of its own of probability ``rate``, ascending; may be empty.
+
+    A ``generator`` tosses in the place of the seed's.
+    """
+    clients = _ascending(eligible)
+    coins = (generator or derive_generator(seed, purpose="cohort", round=round)).random(len(clients))
+    cohort: list[int] = clients[coins < rate].tolist()
+    return cohort
+
+
+def draw_cohort(seed: int, round: int, eligible: Collection[int] | NDArray[np.int64], size: int) -> list[int]:
+    """``size`` of the ``eligible`` clients, uniformly without replacement, ascending; all where fewer are left."""
+    clients = _ascending(eligible)
+    if len(clients) > size:
+        generator = derive_generator(seed, purpose="cohort", round=round)
+        clients = np.sort(generator.choice(clients, size=size, replace=False, shuffle=False))
+    cohort: list[int] = clients.tolist()
+    return cohort
+
+
+def _ascending(clients: Collection[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.sort(clients if isinstance(clients, np.ndarray) else np.array(list(clients), dtype=np.int64))

@@ -8,30 +8,23 @@ business; how a cohort is asked is that of the kind of rounds (``round_kind``).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fed_dpsat.accounting import epsilon
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan
-from fed_dpsat.client.build import Task
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import stock, sums
-from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
-from fed_dpsat.flower.exchange import Exchange
-from fed_dpsat.flower.handover import Handover
-from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
-from fed_dpsat.flower.report import RoundReport, by_attempt
+from fed_dpsat.flower.nodes import Directory
+from fed_dpsat.flower.report import RoundReport
 from fed_dpsat.flower.roster import Roster
-from fed_dpsat.flower.round_kind import RoundKind, seconds_of
-from fed_dpsat.flower.secure_server import SecureSums
+from fed_dpsat.flower.round import Round, RoundKind, seconds_of
 from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
-from fed_dpsat.flower.wire import codec, records
+from fed_dpsat.flower.sums import Part
 from fed_dpsat.run.timing import Phases
 from fed_dpsat.step.subspace import Coordinates, Span
 
@@ -50,8 +43,8 @@ class PrivateStrategy(Strategy):
     ``max_rounds_per_client`` rounds are charged to it, and for good once its next round would exceed its budget:
     both depend on the ledger alone, never on data. Charges are durable before a message is sent and stay, whatever
     becomes of the reply. With a ``release`` the unit is one client: replies are bounded, added up and noised here, also
-    where there are none, and the inner strategy sees what comes of it. How rounds go is left to their ``kind``: with a
-    ``secure_threshold`` or a ``buffer`` one of these, else ordinary ones. ``secret_coins`` draw whom no seed tells.
+    if there are none, and the inner strategy sees what comes of it. ``kind`` says how rounds go; None is ordinary ones.
+    With ``secret_coins`` no seed tells who is drawn.
 
     Raises ``SettingError`` for an ``inner`` that cannot be in it, ``FederationOver`` when fewer than ``min_clients``
     are left, ``FederationError`` when all asked fail or no reply is valid.
@@ -72,9 +65,8 @@ class PrivateStrategy(Strategy):
         min_clients: int = 1,
         release_counts: bool = False,
         join_timeout: float = 60.0,
-        secure_threshold: float = 0.0,
         release: ClientRelease | None = None,
-        buffer: Buffer | None = None,
+        kind: RoundKind | None = None,
         phases: Phases | None = None,
         within: Within = lambda round: None,
         fingerprint: str = "",
@@ -88,7 +80,7 @@ class PrivateStrategy(Strategy):
         self.accountant = accountant
         self.release_counts = release_counts
         self.release = release
-        self.kind = _kind(secure_threshold, buffer)
+        self.kind = kind or RoundKind()
         hides = "privacy_unit=client releases nothing else" if release else self.kind.hides
         if hides and not sums.only_mean(inner):
             raise SettingError("strategy", type(inner).__name__, "one that uses only the mean of replies", hides)
@@ -146,7 +138,9 @@ class PrivateStrategy(Strategy):
             with self.phases("send"):
                 self.configure_train(round, result.arrays, config, grid)
             self._pass_time(round, grid)
-            arrays, metrics = self.kind.train(self._exchange, grid, timeout)
+            with self.phases("train"):
+                replies = self.kind.ask(self._round, grid, timeout)
+            arrays, metrics = self.aggregate_train(round, replies)
             result.arrays = arrays or result.arrays
             if metrics is not None:
                 result.train_metrics_clientapp[round] = metrics
@@ -167,44 +161,34 @@ class PrivateStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Draw the cohort, let the inner strategy address it, charge it, and add the task to each message."""
+        """Draw the cohort, let the inner strategy address it, charge it, and add the assignment to each message."""
         self.report = RoundReport(round=server_round, failed_rounds=self.report.failed_rounds)
-        self._directory.look_again(grid, self.roster.min_clients)
-        self.roster.join(self._directory.nodes)
-        cohort, retiring = self.kind.cohort(self.roster, server_round, seconds_of(grid))
-        self.report.retired = {c: epsilon(spent, self.delta, self.accountant) for c, spent in retiring.items()}
-        messages = self._addressed(cohort, server_round, arrays, config, grid)
-        self.report.asked = list(messages)
-        self.report.tossed = self.roster.tossed if len(messages) == len(cohort) else None
-        tasks = self._charge(list(messages), server_round)
-        within = self._within(server_round)
-        self._add_records(messages, tasks, within)
-        self.report.bytes_down = sum(codec.num_bytes(message.content) for message in messages.values())
-        self._exchange = Exchange(
-            messages=messages,
-            tasks=tasks,
-            within=within,
-            handover=Handover(
-                inner=self.inner,
-                round=server_round,
-                model=arrays,
-                question=self._directory.question(next(iter(self._directory.nodes))),
-                release_counts=self.release_counts,
-                release=self.release,
-                attempt=max((task.attempt for task in tasks.values()), default=0),
-            ),
-            report=self.report,
+        self._round = Round(
+            number=server_round,
+            model=arrays,
+            inner=self.inner,
             ledger=self.ledger,
+            roster=self.roster,
             directory=self._directory,
-            phases=self.phases,
+            report=self.report,
+            release=self.release,
+            release_counts=self.release_counts,
         )
-        return list(messages.values())
+        self._round.draw(self.kind, config, grid)
+        self._round.charge(self._attempts)
+        self._attempts = {}
+        self._round.assign(self._within(server_round), self._fingerprint)
+        return list(self._round.messages.values())
 
     def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
+        self, server_round: int, replies: Iterable[Message | Part]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Drop what is not valid, by name; the rest goes to the inner strategy in the order of clients."""
-        return self._exchange.one_by_one(replies)
+        """The last phase of a round: drop invalid replies, by name, and hand the rest to the inner strategy.
+
+        ``replies`` are of clients, or sums of replies that workers have judged; they may come while this waits.
+        """
+        with self.phases("aggregate"):
+            return self.kind.aggregate(self._round, self.phases.waiting_for("train", replies))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -241,75 +225,7 @@ class PrivateStrategy(Strategy):
         restore_state(self.inner, state["inner"])
         self.kind.load_state_dict(state)
 
-    def _addressed(
-        self, cohort: list[int], round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> dict[int, Message]:
-        """What the inner strategy has to say to whom, in the order of the ``cohort``.
-
-        In a round with nobody in it that releases all the same, it is asked too: it learns the model.
-        """
-        shown = cohort or (list(self._directory.nodes)[:1] if self.release else [])
-        view = CohortGrid(grid, [self._directory.nodes[client] for client in shown])
-        messages = list(self.inner.configure_train(round, arrays, config, view)) if shown else []
-        if not cohort:
-            return {}
-        by_client = {self._directory.client_at(message.metadata.dst_node_id): message for message in messages}
-        if len(by_client) < len(messages) or not by_client.keys() <= set(cohort):
-            raise FederationError(
-                f"{type(self.inner).__name__} addressed nodes {[m.metadata.dst_node_id for m in messages]} in round "
-                f"{round}, where the cohort is {cohort}; a strategy asks each node of the grid it is shown "
-                "at most once"
-            )
-        return {client: by_client[client] for client in cohort if client in by_client}
-
-    def _charge(self, asked: list[int], round: int) -> dict[int, Task]:
-        """The tasks of all whom the round costs, once that is in the ledger: with coins, of all who have one."""
-        everyone = self.release is not None and self.release.every_client
-        costs = self.roster.population(round) if everyone else asked
-        tasks = {client: self._task(client, round) for client in costs}
-        for attempt, events in by_attempt(tasks):
-            self.ledger.charge_many(round, attempt, events)
-        self.roster.charged(costs)
-        self._attempts = {}
-        return tasks
-
     def _pass_time(self, round: int, grid: Grid) -> None:
         if seconds := seconds_of(grid):
             self.kind.pass_time(seconds(client, round) for client in self.report.asked)
             self.report.simulated_seconds = self.kind.now
-
-    def _task(self, client: int, server_round: int) -> Task:
-        plan = self.plans[client]
-        task = Task(
-            round=server_round,
-            noise_multiplier=plan.event.noise_multiplier,
-            sample_rate=plan.sample_rate,
-            local_steps=plan.local_steps or plan.event.steps,
-            attempt=self._attempts.get(client, 0),
-        )
-        if plan.event.unit == "example":
-            return task
-        return dataclasses.replace(task, unit=plan.event.unit, client_rate=plan.event.sample_rate)
-
-    def _add_records(
-        self, messages: Mapping[int, Message], tasks: Mapping[int, Task], within: Coordinates | Span | None
-    ) -> None:
-        """Give messages their tasks. Those that shared a content and have equal tasks share one again."""
-        contents: dict[tuple[int, Task], tuple[RecordDict, RecordDict]] = {}
-        for client, message in messages.items():
-            given, task = message.content, tasks[client]
-            if (id(given), task) not in contents:
-                content = RecordDict(
-                    {**given, records.TASK: records.task_record(task), **records.same_content(self._fingerprint)}
-                )
-                if within is not None:
-                    content[records.SUBSPACE] = records.subspace_record(within)
-                contents[id(given), task] = given, content
-            message.content = contents[id(given), task][1]
-
-
-def _kind(secure_threshold: float, buffer: Buffer | None) -> RoundKind:
-    """As the arguments say; ordinary without any."""
-    if secure_threshold and buffer:
-        raise SettingError("buffer", buffer.size, "None with a secure_threshold", "masks cancel within one cohort")
-    return buffer or (SecureSums(secure_threshold) if secure_threshold else RoundKind())

@@ -26,7 +26,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedPro
 from torch import Tensor
 
 from fed_dpsat.client.unit import bounded_move
-from fed_dpsat.flower.replies import Failure, judge
+from fed_dpsat.flower.judge import Failure, Verdict, judge
 from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params
 
@@ -82,7 +82,7 @@ class Part:
 def part_of(
     client: int,
     reply: Message | None,
-    verdict: Mapping[str, float] | Failure | None,
+    verdict: Verdict | None,
     *,
     before: ArrayRecord | None = None,
     clip_norm: float | None = None,
@@ -107,16 +107,7 @@ def judged_part(
 ) -> Part:
     """``part_of`` the ``reply`` of ``client`` to ``message``, judged by what that asks."""
     before = records.arrays_in(message.content, records.ARRAYS)
-    assert before is not None  # what was sent
-    verdict = judge(
-        reply,
-        client=client,
-        task=records.read_task(message.content),
-        like=before,
-        release_counts=release_counts,
-        clip_norm=clip_norm,
-        within=records.read_within(message.content),
-    )
+    verdict = judge(reply, message.content, client, release_counts=release_counts, clip_norm=clip_norm)
     return part_of(client, reply, verdict, before=before, clip_norm=clip_norm)
 
 

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Strategy
 
-from fed_dpsat.accounting.event import CLIENTS, PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
-from fed_dpsat.accounting.plans import ClientPlan, make_plans
+from fed_dpsat.accounting.plans import make_plans, plan_of
 from fed_dpsat.client import trial
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
@@ -69,7 +68,7 @@ def _rounds(tried: Experiment, inner: Strategy) -> None:
     config = tried.config
     grid = SimulationGrid(_Clients(tried), config.num_clients, seconds=lambda client, round: 1.0 + client)
     with PrivacyLedger(":memory:") as ledger:
-        private = private_strategy(tried, inner, ledger, [_plan(tried)] * config.num_clients)
+        private = private_strategy(tried, inner, ledger, [plan_of(config)] * config.num_clients)
         private.start(
             grid,
             records.to_arrays(tried.shared(1)),
@@ -79,16 +78,6 @@ def _rounds(tried: Experiment, inner: Strategy) -> None:
         )
     if config.privacy_unit == "example":
         tried.carried_state()
-
-
-def _plan(tried: Experiment) -> ClientPlan:
-    config = tried.config
-    noise, steps = config.noise_multiplier, config.steps_per_round
-    of_client = config.privacy_unit == "client"
-    event = PrivacyEvent(noise_multiplier=noise, sample_rate=1.0, steps=1, kind=CLIENTS) if of_client else PrivacyEvent(
-        noise_multiplier=noise, sample_rate=1.0, steps=steps
-    )  # fmt: skip
-    return ClientPlan(target_epsilon=0.0, sample_rate=1.0, first_round=1, event=event, local_steps=steps)
 
 
 def _after_round(

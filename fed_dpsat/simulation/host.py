@@ -139,8 +139,8 @@ class Host:
 
 
 def _round(content: RecordDict) -> int | None:
-    task = records.config_in(content, records.TASK)
-    return None if task is None else int(task["round"])  # type: ignore[arg-type]
+    assignment = records.config_in(content, records.ASSIGNMENT)
+    return None if assignment is None else int(assignment["round"])  # type: ignore[arg-type]
 
 
 @functools.cache

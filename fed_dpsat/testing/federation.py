@@ -27,7 +27,7 @@ from fed_dpsat.simulation.in_process import InProcessBackend
 
 NUM_CLIENTS = 8
 EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
-PLAN = ClientPlan(target_epsilon=0.0, sample_rate=EVENT.sample_rate, first_round=1, event=EVENT)
+PLAN = ClientPlan(target_epsilon=0.0, first_round=1, event=EVENT)
 
 Model = Mapping[str, NDArray[Any]]
 Move = Callable[[int, int, Model], Model]
@@ -142,8 +142,8 @@ class Federation:
 
     def _answer(self, client: int, content: RecordDict) -> RecordDict:
         model = as_model(content.array_records[records.ARRAYS])
-        # a message of the strategy's own making has no task: it is asked all the same
-        number = records.read_task(content).round if records.TASK in content.config_records else 0
+        # a message of the strategy's own making has no assignment: it is asked all the same
+        number = records.read_assignment(content).round if records.ASSIGNMENT in content.config_records else 0
         self.answered[client, number] += 1
         if self.ledger.rounds_by_client().get(client, 0) < len([1 for c, _ in self.answered if c == client]):
             self.uncharged.append((client, number))

@@ -8,20 +8,22 @@ import pytest
 import torch
 
 from fed_dpsat import RunConfig, simulate
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.attacks import choose_attackers
 from fed_dpsat.params import subtract, trainable
 
 CONFIG = RunConfig(num_clients=5, num_rounds=2, noise_multiplier=1.0, attack="sign-flip", attackers=0.4)
 HONEST = dataclasses.replace(CONFIG, attack="", attackers=0.0)
-TASK = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=1)
+ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1))
 
 
 def updates(config: RunConfig) -> list[dict[str, torch.Tensor]]:
     experiment = Experiment.build(config)
     params = trainable(experiment.loss_fn.module)
-    return [subtract(experiment.client_round(c, TASK, params, None).params, params) for c in range(5)]
+    return [subtract(experiment.client_round(c, ASSIGNMENT, params, None).params, params) for c in range(5)]
 
 
 def test_the_share_is_rounded_drawn_from_the_seed_and_at_least_one():

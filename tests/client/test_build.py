@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.plans import make_plans
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.data.dataset import DataError, Dataset, Examples
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.params import trainable
@@ -20,7 +22,7 @@ from fed_dpsat.simulation import simulate
 from fed_dpsat.step.optimizers.base import ASCENT, CLOCK
 
 CONFIG = RunConfig(noise_multiplier=1.0, num_clients=4, local_steps=2, num_rounds=3, momentum=0.5)
-TASK = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=2)
+ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2))
 
 
 @pytest.fixture(scope="module")
@@ -62,31 +64,31 @@ def test_building_leaves_the_global_generator_alone():
 
 
 def test_a_round_is_a_function_of_seed_client_and_round(experiment, params):
-    first = experiment.client_round(1, TASK, params, None)
-    assert same(first.params, experiment.client_round(1, TASK, params, None).params)
+    first = experiment.client_round(1, ASSIGNMENT, params, None)
+    assert same(first.params, experiment.client_round(1, ASSIGNMENT, params, None).params)
     for other in (
-        experiment.client_round(2, TASK, params, None),
-        experiment.client_round(1, dataclasses.replace(TASK, round=2), params, None),
-        experiment.client_round(1, dataclasses.replace(TASK, attempt=1), params, None),
+        experiment.client_round(2, ASSIGNMENT, params, None),
+        experiment.client_round(1, dataclasses.replace(ASSIGNMENT, round=2), params, None),
+        experiment.client_round(1, dataclasses.replace(ASSIGNMENT, attempt=1), params, None),
     ):
         assert not same(first.params, other.params)
 
 
 def test_the_event_is_the_one_that_the_server_charges(experiment, params):
-    assert experiment.client_round(0, TASK, params, None).event == TASK.event == make_plans(CONFIG)[0].event
+    assert experiment.client_round(0, ASSIGNMENT, params, None).event == ASSIGNMENT.event == make_plans(CONFIG)[0].event
 
 
 def test_momentum_and_ascent_stay_with_the_client(experiment, params):
-    first = experiment.client_round(0, TASK, params, None)
+    first = experiment.client_round(0, ASSIGNMENT, params, None)
     assert {"momentum", ASCENT, CLOCK} <= first.state.keys()
-    second = dataclasses.replace(TASK, round=2)
+    second = dataclasses.replace(ASSIGNMENT, round=2)
     kept = experiment.client_round(0, second, params, first.state)
     forgot = experiment.client_round(0, second, params, None)
     assert not same(kept.params, forgot.params)
 
 
 def test_the_clock_follows_the_federation(experiment, params):
-    late = experiment.client_round(0, dataclasses.replace(TASK, round=3), params, None)
+    late = experiment.client_round(0, dataclasses.replace(ASSIGNMENT, round=3), params, None)
     assert int(late.state[CLOCK]["step"]) == 6
 
 
@@ -102,7 +104,7 @@ def first_query(experiment, params, state):
             points.append(experiment.optimizer.query_point(at, state))
             return points[-1]
 
-    dataclasses.replace(experiment, optimizer=Watching()).client_round(0, TASK, params, state)
+    dataclasses.replace(experiment, optimizer=Watching()).client_round(0, ASSIGNMENT, params, state)
     return points[0]
 
 
@@ -124,15 +126,15 @@ def test_objects_stand_in_for_names():
     config = RunConfig(noise_multiplier=1.0, num_clients=2, sample_rate=1.0)
     experiment = Experiment.build(config, dataset=tiny([0, 1, 0]), model=model)
     assert not experiment.named
-    result = experiment.client_round(0, TASK, trainable(model), None)
+    result = experiment.client_round(0, ASSIGNMENT, trainable(model), None)
     assert result.params.keys() == trainable(model).keys()
 
 
 def test_a_client_with_one_example_trains():
     experiment = Experiment.build(RunConfig(noise_multiplier=1.0, num_clients=3), dataset=tiny([0, 1, 0]))
     assert [len(indices) for indices in experiment.partitions] == [1, 1, 1]
-    task = dataclasses.replace(TASK, local_steps=5)
-    result = experiment.client_round(0, task, trainable(experiment.loss_fn.module), None)
+    assignment = dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, steps=5))
+    result = experiment.client_round(0, assignment, trainable(experiment.loss_fn.module), None)
     assert all(torch.isfinite(p).all() for p in result.params.values())
 
 
@@ -164,7 +166,7 @@ def test_a_frozen_layer_may_be_of_another_type():
     config = RunConfig(noise_multiplier=1.0, num_clients=2, sample_rate=1.0, train_layers="head")
     experiment = Experiment.build(config, dataset=tiny([0, 1, 0]), model=Half())
     params = experiment.trained(1)
-    moved = experiment.client_round(0, TASK, params, None).params
+    moved = experiment.client_round(0, ASSIGNMENT, params, None).params
     assert moved.keys() == {"head.weight", "head.bias"}
     assert not same(moved, params)
 
@@ -281,9 +283,12 @@ def test_one_that_does_so_for_some_examples_fails_that_client_and_is_put_back():
     dark[plain.partitions[1]] = 0
     data = dataclasses.replace(plain.dataset, train=dataclasses.replace(plain.dataset.train, inputs=dark))
     experiment = Experiment.build(dataclasses.replace(CONFIG, engine="planned"), dataset=data, model=CountsDarkImages())
-    task, start = dataclasses.replace(TASK, sample_rate=1.0), experiment.trained(1)
+    assignment, start = (
+        dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, sample_rate=1.0)),
+        experiment.trained(1),
+    )
     with pytest.raises(ModelError, match="changes dark while it trained"):
-        experiment.client_round(1, task, start, None)
+        experiment.client_round(1, assignment, start, None)
     assert float(experiment.loss_fn.module.dark) == 0
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fed_dpsat.client.build import Experiment, Request, Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment, Request
 from fed_dpsat.client.personal import PERSONAL, deal_test, only, personal_names, without
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import trainable
@@ -26,7 +28,7 @@ CONFIG = RunConfig(
     lr=0.5,
     clip_norm=0.1,
 )
-TASK = Task(round=1, noise_multiplier=1.0, sample_rate=1.0, local_steps=1)
+ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=1))
 HEAD, BODY = {"3.weight", "3.bias"}, {"1.weight", "1.bias"}
 
 
@@ -79,7 +81,7 @@ def test_largest_remainders_give_all_of_a_class_away_and_ties_to_no_client_in_pa
 
 
 def test_the_head_stays_in_the_state_and_goes_on_from_there(experiment):
-    first = experiment.client_round(0, TASK, experiment.shared(), None)
+    first = experiment.client_round(0, ASSIGNMENT, experiment.shared(), None)
     assert first.params.keys() == BODY
     assert first.state[PERSONAL].keys() == HEAD
     initial = trainable(experiment.loss_fn.module)
@@ -88,7 +90,7 @@ def test_the_head_stays_in_the_state_and_goes_on_from_there(experiment):
     assert list(whole) == list(initial)
     assert torch.equal(whole["3.bias"], first.state[PERSONAL]["3.bias"])
     shared = Experiment.build(dataclasses.replace(CONFIG, personal_layers=""))
-    second = dataclasses.replace(TASK, round=2)
+    second = dataclasses.replace(ASSIGNMENT, round=2)
     expected = shared.client_round(0, second, whole, {k: v for k, v in first.state.items() if k != PERSONAL})
     found = experiment.client_round(0, second, first.params, first.state)
     assert all(torch.equal(expected.params[n], p) for n, p in {**found.params, **found.state[PERSONAL]}.items())
@@ -115,7 +117,7 @@ def step_in_float64(experiment, client):
 
 
 def check_the_whole_gradient_is_clipped_and_noised_together(experiment):
-    result = experiment.client_round(1, TASK, experiment.shared(), None)
+    result = experiment.client_round(1, ASSIGNMENT, experiment.shared(), None)
     for name, expected in step_in_float64(experiment, 1).items():
         found = {**result.params, **result.state[PERSONAL]}[name]
         assert torch.allclose(found.double(), expected, atol=2e-6), name
@@ -141,14 +143,14 @@ def test_a_head_without_noise_is_found(experiment, monkeypatch):
 
 def test_the_head_of_the_last_round_decides_where_the_body_is_released(experiment):
     """Why it has to be noised: another head, and the same coins and noise give another body."""
-    state = experiment.client_round(0, TASK, experiment.shared(), None).state
+    state = experiment.client_round(0, ASSIGNMENT, experiment.shared(), None).state
     moved = {**state, PERSONAL: {n: p + 1 for n, p in state[PERSONAL].items()}}
-    one, other = (experiment.client_round(0, TASK, experiment.shared(), s).params for s in (state, moved))
+    one, other = (experiment.client_round(0, ASSIGNMENT, experiment.shared(), s).params for s in (state, moved))
     assert not torch.equal(one["1.weight"], other["1.weight"])
 
 
 def test_fedprox_pulls_what_the_global_model_has(experiment):
-    two = dataclasses.replace(TASK, local_steps=2)
+    two = dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, steps=2))
     result = experiment.client_round(0, two, experiment.shared(), None, proximal_mu=10.0)
     free = experiment.client_round(0, two, experiment.shared(), None)
     assert not torch.equal(result.params["1.weight"], free.params["1.weight"])
@@ -157,8 +159,8 @@ def test_fedprox_pulls_what_the_global_model_has(experiment):
 def test_stacked_clients_keep_a_head_each(experiment):
     requests = []
     for client in range(3):
-        state = experiment.client_round(client, TASK, experiment.shared(), None).state
-        requests.append(Request(client=client, task=TASK, params=experiment.shared(), state=state))
+        state = experiment.client_round(client, ASSIGNMENT, experiment.shared(), None).state
+        requests.append(Request(client=client, assignment=ASSIGNMENT, params=experiment.shared(), state=state))
     shared = requests[0].params
     requests = [dataclasses.replace(request, params=shared) for request in requests]
     for request, stacked in zip(requests, experiment.client_rounds(requests), strict=True):

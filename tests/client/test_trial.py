@@ -15,10 +15,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fed_dpsat import simulation
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.cli import app
-from fed_dpsat.client import trial
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.trial import TrialError, made_up, rehearsal, try_client
 from fed_dpsat.data.dataset import Dataset, Examples
@@ -294,7 +295,12 @@ def test_no_private_example_is_looked_at(share, monkeypatch):
     try_client(experiment)
     assert len(largest) > 8
     assert max(largest) <= 1
-    experiment.client_round(0, trial.tasks(experiment, 1.0)[0], experiment.shared(), None)
+    experiment.client_round(
+        0,
+        Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=1)),
+        experiment.shared(),
+        None,
+    )
     assert largest[-1] == 77
 
 

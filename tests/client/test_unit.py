@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from fed_dpsat.accounting.event import CLIENTS, PrivacyEvent
+from fed_dpsat.accounting.plans import LocalTraining
 from fed_dpsat.client import unit as client_level
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.unit import bounded, bounded_model, bounded_move, excess, largest
 from fed_dpsat.settings.config import RunConfig
 
@@ -117,8 +120,12 @@ def test_a_client_of_dp_fedsam_takes_the_steps_of_sam_and_sends_them_bounded_onc
         rho=0.05, lr=0.3, clip_norm=0.05, keep_share=share, model="mlp",
     )  # fmt: skip
     experiment = Experiment.build(config)
-    task = Task(round=1, noise_multiplier=1.0, sample_rate=1.0, local_steps=4, unit="client", client_rate=0.2)
-    sent = experiment.client_round(0, task, experiment.shared(), None)
+    assignment = Assignment(
+        round=1,
+        event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.2, steps=1, kind=CLIENTS),
+        training=LocalTraining(sample_rate=1.0, local_steps=4),
+    )
+    sent = experiment.client_round(0, assignment, experiment.shared(), None)
     start = {n: p.double() for n, p in experiment.shared().items()}
     at = dict(start)
     for _ in range(2):  # two calls each
@@ -131,7 +138,7 @@ def test_a_client_of_dp_fedsam_takes_the_steps_of_sam_and_sends_them_bounded_onc
     expected = {n: 0.05 * value / total(kept) for n, value in kept.items()}
     assert total(change) > 0.1  # so that clipping matters
     assert all(torch.allclose(sent.params[n].double() - start[n], expected[n], atol=1e-6) for n in expected)
-    assert sent.event == task.event
+    assert sent.event == assignment.event
     assert (sent.event.unit, sent.event.sample_rate, sent.event.steps) == ("client", 0.2, 1)
 
 

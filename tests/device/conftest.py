@@ -11,7 +11,8 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 
-from fed_dpsat.client.build import Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.device.policy import Policy
 from fed_dpsat.device.release import prepare
 from fed_dpsat.flower.client_app import app
@@ -46,7 +47,7 @@ def examples():
 SETTINGS = RunConfig(
     dataset="pixels", noise_source="system", noise_multiplier=2.0, delta=1e-4, sample_rate=0.5, num_clients=3
 ).settings()
-TASK = Task(round=1, noise_multiplier=2.0, sample_rate=0.5, local_steps=2)
+ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2))
 
 
 def model() -> Params:
@@ -83,10 +84,14 @@ class Device:
         assert not context.state  # what a device keeps lies on its disk
         return reply
 
-    def ask(self, task: Task = TASK, params: Params | None = None, *, extra=None, changes=None, **to) -> Message:
-        """One round of ``task``; ``changes`` are made to the run's settings."""
+    def ask(
+        self, assignment: Assignment = ASSIGNMENT, params: Params | None = None, *, extra=None, changes=None, **to
+    ) -> Message:
+        """One round of ``assignment``; ``changes`` are made to the run's settings."""
         arrays = params if isinstance(params, ArrayRecord) else records.to_arrays(params or model())
-        content = RecordDict({records.ARRAYS: arrays, records.TASK: records.task_record(task), **(extra or {})})
+        content = RecordDict(
+            {records.ARRAYS: arrays, records.ASSIGNMENT: records.assignment_record(assignment), **(extra or {})}
+        )
         return self.send(content, settings={**SETTINGS, **(changes or {})}, **to)
 
     def log(self) -> list[str]:
@@ -100,9 +105,14 @@ def device(tmp_path) -> Device:
 
 
 @pytest.fixture
-def task():
-    """The usual task with changes."""
-    return lambda **changes: dataclasses.replace(TASK, **changes)
+def assignment():
+    """The usual assignment with changes."""
+
+    def changed(**changes):
+        own = {name: changes.pop(name) for name in ("round", "attempt") if name in changes}
+        return dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, **changes), **own)
+
+    return changed
 
 
 @pytest.fixture

@@ -48,24 +48,25 @@ def refused(device, reply, says):
         ({"sample_rate": 1.0}, "sample_rate=1.0 is not in [1e-06, 0.5]"),
         ({"sample_rate": 0.0}, "sample_rate=0.0 is not in"),
         ({"sample_rate": float("nan")}, "sample_rate=nan is not in"),
-        ({"local_steps": 1_000_000}, "local_steps=1000000 is not in [1, 5]"),
-        ({"local_steps": 0}, "local_steps=0 is not in"),
-        ({"local_steps": True}, "local_steps is a bool, not a int"),
+        ({"steps": 1_000_000}, "steps=1000000 is not in [1, 5]"),
+        ({"steps": 0}, "steps=0 is not in"),
+        ({"steps": True}, "steps is a bool, not a int"),
+        ({"kind": "poisson_gaussian_clients"}, "LocalTraining under the unit 'client' alone"),
         ({"round": 0}, "round=0 is not in"),
         ({"round": 2**62}, "is not in [1, 2.14748e+09]"),
         ({"attempt": -1}, "attempt=-1 is not in"),
         ({"round": [1, 2]}, "round is a list, not a int"),
     ],
 )
-def test_a_task_out_of_bounds_is_refused(device, task, changes, says):
-    honest = records.task_record(task())
-    refused(device, device.ask(extra={records.TASK: ConfigRecord({**honest, **changes})}), says)
+def test_an_assignment_out_of_bounds_is_refused(device, assignment, changes, says):
+    honest = records.assignment_record(assignment())
+    refused(device, device.ask(extra={records.ASSIGNMENT: ConfigRecord({**honest, **changes})}), says)
 
 
 @pytest.mark.parametrize("key", ["seed", "noise_source", "clip_norm", "fed_dpsat"])
-def test_an_unknown_key_in_the_task_is_refused(device, task, key):
-    honest = records.task_record(task())
-    refused(device, device.ask(extra={records.TASK: ConfigRecord({**honest, key: 7})}), "the task has keys")
+def test_an_unknown_key_in_the_assignment_is_refused(device, assignment, key):
+    honest = records.assignment_record(assignment())
+    refused(device, device.ask(extra={records.ASSIGNMENT: ConfigRecord({**honest, key: 7})}), "the assignment has keys")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_a_model_of_100000_layers_or_other_names_is_refused(device):
         ({"fed_dpsat.state": ArrayRecord({"a": Array(GOOD)})}, "'fed_dpsat.state', which no device takes"),
         ({"secret": ConfigRecord({"a": 1})}, "'secret', which no device takes"),
         ({"metrics": MetricRecord({"a": 1})}, "'metrics', which no device takes"),
-        ({records.TASK: MetricRecord({"round": 1})}, "no 'fed_dpsat.task' record"),
+        ({records.ASSIGNMENT: MetricRecord({"round": 1})}, "no 'fed_dpsat.assignment' record"),
         ({records.ARRAYS: ConfigRecord({"round": 1})}, "no 'arrays' record"),
     ],
 )
@@ -238,7 +239,7 @@ def test_a_subspace_that_is_none_is_refused_before_anything_is_charged(device, s
     refused(device, device.ask(extra={records.SUBSPACE: ConfigRecord(said)}), says)
 
 
-def test_within_a_subspace_the_same_private_update_is_sent_in_part(device, task):
+def test_within_a_subspace_the_same_private_update_is_sent_in_part(device, assignment):
     """Four of six coordinates: the bits that are in the whole reply to the same question, and one charge for both."""
     within = Coordinates(seed=0, round=1, frozen=2)
     whole = device.ask().content.array_records[records.ARRAYS]
@@ -246,7 +247,7 @@ def test_within_a_subspace_the_same_private_update_is_sent_in_part(device, task)
     flat = torch.cat([torch.from_numpy(whole[name].numpy().copy()).flatten() for name in whole])
     assert list(part) == ["values"]
     assert part["values"].numpy().tolist() == flat[within.active(6)].tolist()
-    assert history(device) == (task().event,)
+    assert history(device) == (assignment().event,)
 
 
 def test_a_strategys_own_config_is_not_read(device):
@@ -260,7 +261,7 @@ def test_a_device_does_not_evaluate_and_loads_nothing_to_say_so(device, tmp_path
     assert history(device) == ()
 
 
-def test_a_private_head_stays_on_the_devices_disk(device, task):
+def test_a_private_head_stays_on_the_devices_disk(device, assignment):
     from fed_dpsat.device.client import unflatten, unpack
     from fed_dpsat.device.journal import open_journal
     from fed_dpsat.device.release import journal_path
@@ -268,12 +269,12 @@ def test_a_private_head_stays_on_the_devices_disk(device, task):
     changes, shared = {"personal_layers": "1.bias"}, {"1.weight": torch.zeros(2, 2)}
     reply = device.ask(params=shared, changes=changes)
     assert list(reply.content[records.ARRAYS]) == ["1.weight"]
-    assert history(device) == (task().event,)
+    assert history(device) == (assignment().event,)
     with open_journal(journal_path(device.folder)) as journal:
         state = unflatten(unpack(journal.kept().state))
     assert state["personal"].keys() == {"1.bias"}
     assert float(state["personal"]["1.bias"].abs().sum()) > 0
-    refused = device.ask(dataclasses.replace(task(), round=2), changes=changes)
+    refused = device.ask(dataclasses.replace(assignment(), round=2), changes=changes)
     assert "has 2 arrays that are not the 1 of the model" in refused.error.reason
     wrong = device.ask(run=9, params=shared, changes={"personal_layers": "1"})
     assert "nothing would be left to share" in wrong.error.reason
@@ -286,21 +287,21 @@ def test_other_kinds_of_message_have_no_answer(device, kind):
     assert history(device) == ()
 
 
-def test_a_round_before_the_handshake_is_a_private_update_like_any(device, task):
+def test_a_round_before_the_handshake_is_a_private_update_like_any(device, assignment):
     assert device.ask().has_content()
-    assert history(device) == (task().event,)
+    assert history(device) == (assignment().event,)
 
 
-def test_identical_rounds_are_one_answer_and_one_charge(device, task):
+def test_identical_rounds_are_one_answer_and_one_charge(device, assignment):
     first, second = (device.ask(node=node).content[records.ARRAYS] for node in (5, 6))  # also by a new node id
     assert all((first[name].numpy() == second[name].numpy()).all() for name in first)
-    assert history(device) == (task().event,)
+    assert history(device) == (assignment().event,)
 
 
-def test_identical_rounds_under_new_numbers_are_charged_until_nothing_is_left(device, task):
+def test_identical_rounds_under_new_numbers_are_charged_until_nothing_is_left(device, assignment):
     answered = 0
     for attempt in range(100):
-        reply = device.ask(task(attempt=attempt, noise_multiplier=1.0))
+        reply = device.ask(assignment(attempt=attempt, noise_multiplier=1.0))
         if reply.has_error():
             break
         answered += 1
@@ -308,25 +309,25 @@ def test_identical_rounds_under_new_numbers_are_charged_until_nothing_is_left(de
     assert 1 <= answered < 20
     assert sum(event.steps for event in history(device)) == 2 * answered
     for run in (8, 9):
-        assert "budget=8 is below" in device.ask(task(noise_multiplier=1.0), run=run).error.reason
+        assert "budget=8 is below" in device.ask(assignment(noise_multiplier=1.0), run=run).error.reason
     assert sum(event.steps for event in history(device)) == 2 * answered
 
 
-def test_settings_that_change_within_a_run_are_refused(device, task):
+def test_settings_that_change_within_a_run_are_refused(device, assignment):
     device.ask()
-    reply = device.ask(task(round=2), changes={"lr": 9.0})
+    reply = device.ask(assignment(round=2), changes={"lr": 9.0})
     assert "other settings than it began with" in reply.error.reason
-    assert history(device) == (task().event,)
+    assert history(device) == (assignment().event,)
 
 
-def test_crafted_weights_do_not_let_one_example_through(device, task):
+def test_crafted_weights_do_not_let_one_example_through(device, assignment):
     """Weights under which a gradient is huge, or overflows: what an update may move stays clip_norm and noise."""
     clip_norm, lr, rate, steps, noise = 0.5, 2.0, 0.5, 2, 2.0
     most = 20 * clip_norm + 8 * noise * clip_norm  # 20 examples, and noise that exceeds 8 sigma with chance 1e-15
     for round, scale in enumerate([1.0, 1e6, 1e19, 3e38], start=1):
         weights = torch.tensor([[scale, -scale], [-scale, scale]])
         start = {"1.weight": weights, "1.bias": torch.tensor([scale, -scale])}
-        reply = device.ask(task(round=round), params=records.to_arrays(start))
+        reply = device.ask(assignment(round=round), params=records.to_arrays(start))
         end = {name: torch.from_numpy(a.numpy().copy()) for name, a in reply.content[records.ARRAYS].items()}
         for name, value in start.items():
             moved = (end[name].double() - value.double()).abs().max()
@@ -402,13 +403,13 @@ def test_counts_leave_only_if_policy_and_run_say_so(device):
     assert dict(content[records.METRICS]) == {"num-examples": 20, "nonfinite-examples": 0}
 
 
-def test_noise_has_no_seed(device, task):
+def test_noise_has_no_seed(device, assignment):
     """Two devices, or attempts, with equal settings and seed get other noise; in a simulation it would be equal."""
-    found = [device.ask(task(), run=run).content[records.ARRAYS]["1.weight"].numpy() for run in (1, 2)]
+    found = [device.ask(assignment(), run=run).content[records.ARRAYS]["1.weight"].numpy() for run in (1, 2)]
     assert (found[0] != found[1]).all()
 
 
-def test_no_seed_of_the_servers_is_that_of_what_a_model_draws(device, task, monkeypatch):
+def test_no_seed_of_the_servers_is_that_of_what_a_model_draws(device, assignment, monkeypatch):
     """Two admitted runs, and the same one again, each with the server's seed: keys that nobody else can derive."""
     from fed_dpsat.step import loop as training
     from fed_dpsat.step.draws import step_key
@@ -422,21 +423,21 @@ def test_no_seed_of_the_servers_is_that_of_what_a_model_draws(device, task, monk
 
     monkeypatch.setattr(training, "clipped_gradient_sum", heard)
     for run in (1, 2):
-        assert device.ask(task(), run=run, changes={"seed": 12345}).has_content()
+        assert device.ask(assignment(), run=run, changes={"seed": 12345}).has_content()
     assert len(set(keys)) == len(keys) >= 4  # two runs of two steps, and those of their trials
     derived = derive_key(12345, purpose="draws", client=0, round=1)
     assert not {step_key(derived, step) for step in range(4)} & set(keys)
 
 
-def test_momentum_and_direction_survive_on_the_devices_disk(device, task):
+def test_momentum_and_direction_survive_on_the_devices_disk(device, assignment):
     from fed_dpsat.device.client import unflatten, unpack
     from fed_dpsat.device.journal import open_journal
     from fed_dpsat.device.release import journal_path
 
     for round in (1, 2):
-        device.ask(dataclasses.replace(task(), round=round), changes={"momentum": 0.9}, node=round)
+        device.ask(dataclasses.replace(assignment(), round=round), changes={"momentum": 0.9}, node=round)
     with open_journal(journal_path(device.folder)) as journal:
         state = unflatten(unpack(journal.kept().state))
     assert state.keys() == {"clock", "momentum", "ascent"}
-    assert int(state["clock"]["step"]) == 3  # one step a round by the settings, two by the task
+    assert int(state["clock"]["step"]) == 3  # one step a round by the settings, two by the assignment
     assert float(state["momentum"]["1.weight"].abs().sum()) > 0

@@ -60,14 +60,15 @@ def test_another_set_of_layers_than_was_agreed_on_is_refused(device, weights):
     assert "4 arrays that are not the 2 of the model" in reply.error.reason
 
 
-def test_the_head_first_and_then_all(device, weights, task):
+def test_the_head_first_and_then_all(device, weights, assignment):
     changes = {**FROM, "train_layers": "head-then-all", "unfreeze_round": 2, "momentum": 0.5}
     first = device.ask(params=head(weights), changes=changes)
     assert first.has_content(), first.error
     assert (
-        "2 arrays that are not the 4" in device.ask(task(round=2), params=head(weights), changes=changes).error.reason
+        "2 arrays that are not the 4"
+        in device.ask(assignment(round=2), params=head(weights), changes=changes).error.reason
     )
-    second = device.ask(task(round=2), params=dict(weights), changes=changes)
+    second = device.ask(assignment(round=2), params=dict(weights), changes=changes)
     assert second.has_content(), second.error
     assert len(records.to_params(second.content.array_records[records.ARRAYS])) == 4
 

@@ -26,14 +26,14 @@ def test_a_device_that_was_never_asked(device):
     assert "never" in text
 
 
-def test_what_was_spent_is_left_over_and_told(device, task):
+def test_what_was_spent_is_left_over_and_told(device, assignment):
     for round in (1, 2):
-        device.ask(task(round=round))
-    device.ask(task(round=3, noise_multiplier=0.1))
+        device.ask(assignment(round=round))
+    device.ask(assignment(round=3, noise_multiplier=0.1))
     code, text = call("status", device.policy_path, "--json")
     told = json.loads(text)
     assert code == 0
-    assert told["epsilon_spent"] == pytest.approx(epsilon([task().event] * 2, 1e-4))
+    assert told["epsilon_spent"] == pytest.approx(epsilon([assignment().event] * 2, 1e-4))
     assert told["epsilon_left"] == pytest.approx(8 - told["epsilon_spent"])
     assert (told["rounds"], told["rounds_by_run"], told["charges"]) == (2, {"7": 2}, 2)
     assert told["integrity"] == "unbroken"
@@ -44,7 +44,7 @@ def test_what_was_spent_is_left_over_and_told(device, task):
     assert "rounds by run               7: 2" in text
 
 
-def test_a_ledger_that_was_edited_is_told(device, task):
+def test_a_ledger_that_was_edited_is_told(device, assignment):
     device.ask()
     file = sqlite3.connect(ledger_path(device.folder))
     file.execute("DROP TRIGGER charges_update")
@@ -54,22 +54,22 @@ def test_a_ledger_that_was_edited_is_told(device, task):
     code, text = call("status", device.policy_path)
     assert code == 1
     assert "changed" in text or "edited" in text
-    assert "its own log says why" in device.ask(task(round=2)).error.reason  # and it answers no more
+    assert "its own log says why" in device.ask(assignment(round=2)).error.reason  # and it answers no more
 
 
-def test_an_older_copy_of_the_ledger_is_told_and_answers_no_more(device, task):
+def test_an_older_copy_of_the_ledger_is_told_and_answers_no_more(device, assignment):
     device.ask()
     older = ledger_path(device.folder).read_bytes()
-    device.ask(task(round=2))
+    device.ask(assignment(round=2))
     newer = ledger_path(device.folder).read_bytes()
     ledger_path(device.folder).write_bytes(older)
     code, text = call("status", device.policy_path)
     assert code == 1
     assert "does not hold the charge of answer 2" in text
-    assert "its own log says why" in device.ask(task(round=3)).error.reason
+    assert "its own log says why" in device.ask(assignment(round=3)).error.reason
     ledger_path(device.folder).write_bytes(newer)
     assert call("status", device.policy_path)[0] == 0
-    assert not device.ask(task(round=3)).has_error()
+    assert not device.ask(assignment(round=3)).has_error()
 
 
 def test_status_while_a_writer_holds_the_ledger(device):

@@ -25,19 +25,19 @@ EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
 
 
 def plans(**changes: object) -> list[ClientPlan]:
-    plan = ClientPlan(target_epsilon=0.0, sample_rate=0.1, first_round=1, event=EVENT)
+    plan = ClientPlan(target_epsilon=0.0, first_round=1, event=EVENT)
     return [dataclasses.replace(plan, **changes)] * NUM_CLIENTS
 
 
 Tamper = Callable[[int, int, RecordDict], RecordDict]
 
 
-def honest_content(client: int, task_round: int) -> RecordDict:
+def honest_content(client: int, assigned_round: int) -> RecordDict:
     """Client c moves both parameters to c + round; it declares c + 1 examples."""
     return RecordDict(
         {
-            records.ARRAYS: records.to_arrays({"w": torch.full((2,), float(client + task_round))}),
-            records.EVENT: ConfigRecord({"client": client, "round": task_round, "attempt": 0, **EVENT.to_dict()}),
+            records.ARRAYS: records.to_arrays({"w": torch.full((2,), float(client + assigned_round))}),
+            records.EVENT: ConfigRecord({"client": client, "round": assigned_round, "attempt": 0, **EVENT.to_dict()}),
             records.METRICS: MetricRecord({records.NUM_EXAMPLES: client + 1}),
         }
     )
@@ -54,9 +54,9 @@ def client_app(tamper: Tamper | None = None, identity: Callable[[int], int] = la
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        client, task = int(context.node_config["partition-id"]), records.read_task(message.content)
-        content = honest_content(client, task.round)
-        return Message(tamper(client, task.round, content) if tamper else content, reply_to=message)
+        client, assignment = int(context.node_config["partition-id"]), records.read_assignment(message.content)
+        content = honest_content(client, assignment.round)
+        return Message(tamper(client, assignment.round, content) if tamper else content, reply_to=message)
 
     return app
 

@@ -77,7 +77,7 @@ def test_sizes_that_cannot_be_are_refused():
 
 
 def asynchronous(federation, tamper=None, *, size, in_flight=4, staleness_exponent=0.5, seconds=lasting, **settings):
-    made = federation(tamper, buffer=make_buffer(size, in_flight, staleness_exponent), **settings)
+    made = federation(tamper, kind=make_buffer(size, in_flight, staleness_exponent), **settings)
     made.grid.seconds = seconds
     return made
 

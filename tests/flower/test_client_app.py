@@ -9,7 +9,9 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from torch import nn
 
 from fed_dpsat.accounting import PrivacyEvent, epsilon
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.accounting.event import CLIENTS
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.flower.client_app import app, from_run_config, make_client_app
 from fed_dpsat.flower.grid import FIRST_NODE_ID, answer, node_context
 from fed_dpsat.flower.wire import compat, records
@@ -18,7 +20,7 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.optimizers import DPSGD
 
 CONFIG = RunConfig(noise_multiplier=2.0, delta=1e-4, num_clients=3, target_epsilon=1.5, budget_mode="retire")
-TASK = Task(round=1, noise_multiplier=2.0, sample_rate=0.5, local_steps=1)
+ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=1))
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,9 @@ def context():
     return node_context(FIRST_NODE_ID + 1, CONFIG.settings(), 3)
 
 
-def ask(experiment, context, task=TASK, message_type=MessageType.TRAIN, **extra):
+def ask(experiment, context, assignment=ASSIGNMENT, message_type=MessageType.TRAIN, **extra):
     arrays = records.to_arrays(trainable(experiment.loss_fn.module))
-    content = RecordDict({records.ARRAYS: arrays, records.TASK: records.task_record(task), **extra})
+    content = RecordDict({records.ARRAYS: arrays, records.ASSIGNMENT: records.assignment_record(assignment), **extra})
     message = Message(content, context.node_id, message_type)
     return answer(make_client_app(lambda _: experiment), message, context)
 
@@ -44,7 +46,7 @@ def test_nothing_leaves_but_what_the_table_in_records_lists(experiment, context)
     assert set(content) == {records.ARRAYS, records.EVENT, records.METRICS}
     assert set(content[records.ARRAYS]) == {name for name, _ in experiment.loss_fn.module.named_parameters()}
     assert dict(content[records.METRICS]) == {"num-examples": len(experiment.partitions[1])}
-    assert records.read_event(content) == (1, 1, 0, TASK.event)
+    assert records.read_event(content) == (1, 1, 0, ASSIGNMENT.event)
 
 
 def test_identity_is_partition_and_declared_size(experiment, context):
@@ -61,34 +63,53 @@ def test_a_node_that_cannot_train_does_not_join(context):
 
 def test_state_and_its_own_count_stay(experiment, context):
     ask(experiment, context)
-    assert records.load_history(context.state) == (TASK.event,)
+    assert records.load_history(context.state) == (ASSIGNMENT.event,)
     assert "ascent" in records.load_state(context.state)
 
 
 def test_it_refuses_beyond_its_budget_whatever_the_server_says(experiment, context):
     budget, rounds = CONFIG.target_epsilon, 0
-    while (reply := ask(experiment, context, dataclasses.replace(TASK, round=rounds + 1))).has_content():
+    while (reply := ask(experiment, context, dataclasses.replace(ASSIGNMENT, round=rounds + 1))).has_content():
         rounds += 1
     assert "refused, nothing was computed" in reply.error.reason
-    assert epsilon([TASK.event] * rounds, CONFIG.delta) <= budget < epsilon([TASK.event] * (rounds + 1), CONFIG.delta)
+    assert (
+        epsilon([ASSIGNMENT.event] * rounds, CONFIG.delta)
+        <= budget
+        < epsilon([ASSIGNMENT.event] * (rounds + 1), CONFIG.delta)
+    )
     assert sum(event.steps for event in records.load_history(context.state)) == rounds
 
 
 def test_less_noise_than_planned_is_charged_as_what_it_is(experiment, context):
-    reply = ask(experiment, context, dataclasses.replace(TASK, noise_multiplier=0.5))
+    reply = ask(
+        experiment,
+        context,
+        dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, noise_multiplier=0.5)),
+    )
     assert "budget=1.5 is below" in reply.error.reason
 
 
-@pytest.mark.parametrize("task", [{"sample_rate": 1.5}, {"local_steps": 0}, {"noise_multiplier": float("nan")}])
-def test_a_task_that_makes_no_sense_is_an_error_and_computes_nothing(experiment, context, task):
-    reply = ask(experiment, context, dataclasses.replace(TASK, **task))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sample_rate": 1.5},
+        {"steps": 0},
+        {"noise_multiplier": float("nan")},
+        {"round": 1.0},
+        {"kind": CLIENTS},
+        {"kind": CLIENTS, "local_sample_rate": 0.5, "local_steps": 1},
+    ],
+)
+def test_an_assignment_that_makes_no_sense_is_an_error_and_computes_nothing(experiment, context, changes):
+    asked = ConfigRecord({**ASSIGNMENT.to_dict(), **changes})
+    reply = ask(experiment, context, **{records.ASSIGNMENT: asked})
     assert reply.has_error()
     assert not context.state
 
 
-def test_an_unknown_key_in_the_task_is_refused(experiment, context):
-    task = ConfigRecord({**dataclasses.asdict(TASK), "seed": 7})
-    assert "seed" in ask(experiment, context, **{records.TASK: task}).error.reason
+def test_an_unknown_key_in_the_assignment_is_refused(experiment, context):
+    assignment = ConfigRecord({**ASSIGNMENT.to_dict(), "seed": 7})
+    assert "seed" in ask(experiment, context, **{records.ASSIGNMENT: assignment}).error.reason
 
 
 def test_an_experiment_is_built_once_per_process():
@@ -101,7 +122,7 @@ def test_the_app_that_pyproject_names_answers(context):
 
 
 def test_the_event_type_is_ours():
-    assert isinstance(TASK.event, PrivacyEvent)
+    assert isinstance(ASSIGNMENT.event, PrivacyEvent)
 
 
 def test_a_count_leaves_only_if_one_setting_asks_for_it(experiment, context):
@@ -121,7 +142,7 @@ def test_an_optimizer_that_changes_the_model_in_place_is_named_and_harms_nobody_
             return {name: p.sub_(private_gradient[name]) for name, p in params.items()}, state
 
     arrays = records.to_arrays(trainable(experiment.loss_fn.module))
-    content = RecordDict({records.ARRAYS: arrays, records.TASK: records.task_record(TASK)})
+    content = RecordDict({records.ARRAYS: arrays, records.ASSIGNMENT: records.assignment_record(ASSIGNMENT)})
     made = {"now": Experiment.build(CONFIG, optimizer=InPlace(lr=0.1))}
     app = make_client_app(lambda _: made["now"])
     reply = answer(app, Message(content, context.node_id, MessageType.TRAIN), context)

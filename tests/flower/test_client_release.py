@@ -21,7 +21,8 @@ from fed_dpsat.client import unit as client_level
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower import round_kind, sums
+from fed_dpsat.flower import round as rounds
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.wire import records
@@ -68,7 +69,7 @@ class Clients:
         if client == self._liar:
             far = {n: (before[n] + 10 * move[n]).to(before[n].dtype) for n in before}
             reply.content[records.ARRAYS] = records.to_arrays(far)
-        round = records.read_task(message.content).round
+        round = records.read_assignment(message.content).round
         self.moves.setdefault(round, []).append(move)
         return reply
 
@@ -224,7 +225,7 @@ def test_one_client_moves_the_sum_by_at_most_c(tmp_path):
 def per_tensor(config, monkeypatch):
     one = client_level._bounded
     monkeypatch.setattr(client_level, "_bounded", lambda change, c: {n: one({n: v}, c)[n] for n, v in change.items()})
-    monkeypatch.setattr("fed_dpsat.flower.replies.excess", lambda *_: 0.0)
+    monkeypatch.setattr("fed_dpsat.flower.judge.excess", lambda *_: 0.0)
 
 
 @pytest.mark.parametrize("wrong", [per_tensor, pytest.param(by_realised_cohort, marks=pytest.mark.slow)])
@@ -351,7 +352,7 @@ def bits(a, b):
 
 def test_over_a_network_it_is_the_same(tmp_path, monkeypatch):
     _, lines, model = run(RARE, tmp_path / "here")
-    monkeypatch.setattr(round_kind, "SimulationGrid", type("None of them", (), {}))
+    monkeypatch.setattr(rounds, "SimulationGrid", type("None of them", (), {}))
     _, others, other = run(RARE, tmp_path / "network")
     assert bits(model, other)
     assert [line["epsilon"] for line in lines] == [line["epsilon"] for line in others]
@@ -376,10 +377,10 @@ def test_a_sparse_change_travels_sparse(tmp_path):
 def test_a_resumed_run_repeats_its_noise_and_with_system_noise_pays_again(tmp_path, monkeypatch):
     rounds = Experiment.client_round
 
-    def killed_in_round_2(self, client, task, *args, **kwargs):
-        if task.round == 2:
+    def killed_in_round_2(self, client, assignment, *args, **kwargs):
+        if assignment.round == 2:
             raise KeyboardInterrupt
-        return rounds(self, client, task, *args, **kwargs)
+        return rounds(self, client, assignment, *args, **kwargs)
 
     _, _, whole = run(CONFIG, tmp_path / "whole")
     for source, attempts in (("seeded", 1), ("system", 2)):

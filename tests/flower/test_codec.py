@@ -9,8 +9,10 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fed_dpsat.client.build import Experiment, Task
-from fed_dpsat.flower.replies import Failure, judge
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.flower.judge import Failure, judge
 from fed_dpsat.flower.wire import codec, records
 from fed_dpsat.params import cut, laid_end_to_end, trainable
 from fed_dpsat.run.folder import RunFolder
@@ -157,8 +159,8 @@ def test_a_round_in_a_span_travels_as_one_number_a_step():
 
 def a_reply(experiment, params, within, forge=lambda content: content):
     """What ``judge`` makes of client 0's reply to round 2, and the model in it."""
-    task = Task(round=2, noise_multiplier=2.0, sample_rate=0.5, local_steps=2)
-    reply = records.reply_content(0, task, experiment.client_round(0, task, params, None), 100)
+    assignment = Assignment(round=2, event=PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2))
+    reply = records.reply_content(0, assignment, experiment.client_round(0, assignment, params, None), 100)
     sent = forge(codec.encode(reply, params, "fp32", 0.1, within))
 
     class Reply:
@@ -169,14 +171,14 @@ def a_reply(experiment, params, within, forge=lambda content: content):
             return False
 
     message = Reply()
-    verdict = judge(
-        message,
-        client=0,
-        task=task,
-        like=records.to_arrays(params),
-        release_counts=False,
-        within=experiment.subspace(2),
+    asked = RecordDict(
+        {
+            records.ARRAYS: records.to_arrays(params),
+            records.ASSIGNMENT: records.assignment_record(assignment),
+            records.SUBSPACE: records.subspace_record(experiment.subspace(2)),
+        }
     )
+    verdict = judge(message, asked, 0, release_counts=False)
     return verdict, message.content
 
 
@@ -218,9 +220,9 @@ def test_an_optimizer_that_moves_what_it_says_is_frozen_is_told(freezing):
             return {name: p + 1e-3 for name, p in moved.items()}, state
 
     drifting = Drifts(**vars(experiment.optimizer))
-    task = Task(round=2, noise_multiplier=2.0, sample_rate=0.5, local_steps=2)
+    assignment = Assignment(round=2, event=PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2))
     with pytest.raises(RuntimeError, match="coordinates moved that the optimizer says are frozen in round 2"):
-        dataclasses.replace(experiment, optimizer=drifting).client_round(0, task, params, None)
+        dataclasses.replace(experiment, optimizer=drifting).client_round(0, assignment, params, None)
 
 
 @pytest.mark.parametrize("optimizer", ["random-freeze", "dp-sat"])
@@ -258,8 +260,12 @@ def test_zeroth_order_rounds_send_one_number_a_step(tmp_path, monkeypatch):
 
 
 def test_a_subspace_of_other_steps_than_the_task_is_refused():
-    task = records.task_record(Task(round=1, noise_multiplier=1.0, sample_rate=0.1, local_steps=2))
-    asked = RecordDict({records.TASK: task, records.SUBSPACE: records.subspace_record(Span(seed=0, first=0, steps=99))})
+    assignment = records.assignment_record(
+        Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2))
+    )
+    asked = RecordDict(
+        {records.ASSIGNMENT: assignment, records.SUBSPACE: records.subspace_record(Span(seed=0, first=0, steps=99))}
+    )
     with pytest.raises(records.RecordError, match="99 steps, and 2 in"):
         records.read_within(asked)
     asked[records.SUBSPACE] = ConfigRecord({"kind": "line"})

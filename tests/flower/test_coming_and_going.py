@@ -11,8 +11,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fed_dpsat.flower.cohort import draw_cohort
 from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.flower.roster import draw_cohort
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.wire import compat, records
 

@@ -64,7 +64,7 @@ class Scripted:
         self._app, self._script = client_app_module.make_client_app(lambda _: experiment), script
 
     def __call__(self, message, context):
-        round, client = records.read_task(message.content).round, int(context.node_config["partition-id"])
+        round, client = records.read_assignment(message.content).round, int(context.node_config["partition-id"])
         word = self._script(round, client)
         if word in ("gone", "crash"):
             code = compat.ErrorCode.NODE_UNAVAILABLE if word == "gone" else compat.ErrorCode.CLIENT_APP_CRASHED

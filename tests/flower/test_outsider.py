@@ -12,7 +12,7 @@ import pytest
 from fed_dpsat.accounting import PrivacyLedger
 from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.accounting.released import Cohort, epsilon_of_models, epsilon_released
-from fed_dpsat.flower.cohort import toss_cohort
+from fed_dpsat.flower.roster import toss_cohort
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 

@@ -114,11 +114,11 @@ def test_a_resumed_run_has_the_bits_of_one_in_one_go(plain, tmp_path, monkeypatc
     rounds = Experiment.client_round
     asked = []
 
-    def killed(self, client, task, *args, **kwargs):
+    def killed(self, client, assignment, *args, **kwargs):
         asked.append(client)
         if len(asked) == 5:
             raise KeyboardInterrupt
-        return rounds(self, client, task, *args, **kwargs)
+        return rounds(self, client, assignment, *args, **kwargs)
 
     monkeypatch.setattr(Experiment, "client_round", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -9,20 +9,20 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 
 from fed_dpsat.accounting.event import PrivacyEvent, merge
-from fed_dpsat.client.build import Task
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.flower.wire import records
 from fed_dpsat.flower.wire.records import RecordError
 from fed_dpsat.step.loop import LocalResult
 
 PARAMS = {"weight": torch.tensor([[1.5, -2.0]]), "scale": torch.tensor(3.0), "count": torch.tensor(7)}
 EVENT = PrivacyEvent(noise_multiplier=1.5, sample_rate=0.25, steps=3)
-TASK = Task(round=4, noise_multiplier=1.5, sample_rate=0.25, local_steps=3)
+ASSIGNMENT = Assignment(round=4, event=PrivacyEvent(noise_multiplier=1.5, sample_rate=0.25, steps=3))
 
 
 def reply():
     secret = {"momentum": {"weight": torch.tensor([[9.0, 9.0]])}}
     result = LocalResult(params=PARAMS, state=secret, event=EVENT, nonfinite_examples=13)
-    return records.reply_content(2, TASK, result, num_examples=50)
+    return records.reply_content(2, ASSIGNMENT, result, num_examples=50)
 
 
 def test_nothing_leaves_a_client_but_parameters_event_and_public_size():
@@ -68,13 +68,13 @@ def test_an_event_that_makes_no_sense_is_refused(change):
 
 
 def test_task_survives_and_an_unknown_key_is_refused():
-    content = RecordDict({records.TASK: records.task_record(TASK)})
-    assert records.read_task(content) == TASK
-    content[records.TASK]["seed"] = 1
+    content = RecordDict({records.ASSIGNMENT: records.assignment_record(ASSIGNMENT)})
+    assert records.read_assignment(content) == ASSIGNMENT
+    content[records.ASSIGNMENT]["seed"] = 1
     with pytest.raises(RecordError, match="seed"):
-        records.read_task(content)
+        records.read_assignment(content)
     with pytest.raises(RecordError, match="no"):
-        records.read_task(RecordDict({"x": ConfigRecord()}))
+        records.read_assignment(RecordDict({"x": ConfigRecord()}))
 
 
 def test_state_is_kept_whole():

@@ -12,7 +12,7 @@ from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedProx, FedYogi, Krum
 
 from fed_dpsat.flower import sums
-from fed_dpsat.flower.replies import Failure
+from fed_dpsat.flower.judge import Failure
 from fed_dpsat.flower.wire import compat, records
 
 

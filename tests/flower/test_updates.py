@@ -9,7 +9,8 @@ import pytest
 
 from fed_dpsat import RunConfig
 from fed_dpsat.accounting.event import PrivacyEvent
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.params import trainable
 
@@ -18,9 +19,16 @@ def measured(config: RunConfig, round: int) -> np.ndarray:
     """The noise in one client's update: with it, less without it. Steps are small, so gradients hardly differ."""
     experiment = Experiment.build(config)
     params = trainable(experiment.loss_fn.module)
-    task = Task(round=round, noise_multiplier=2.0, sample_rate=0.25, local_steps=config.local_steps)
+    assignment = Assignment(
+        round=round, event=PrivacyEvent(noise_multiplier=2.0, sample_rate=0.25, steps=config.local_steps)
+    )
     noisy, clean = (
-        experiment.client_round(0, dataclasses.replace(task, noise_multiplier=z), params, None).params
+        experiment.client_round(
+            0,
+            dataclasses.replace(assignment, event=dataclasses.replace(assignment.event, noise_multiplier=z)),
+            params,
+            None,
+        ).params
         for z in (2.0, 0.0)
     )
     return np.concatenate([(noisy[n] - clean[n]).double().numpy().ravel() for n in params])

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.personal import personal_names
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
@@ -65,9 +67,12 @@ def test_a_tied_head_is_trained_as_a_whole(train_layers, count, names):
 def test_a_run_trains_all_of_a_tied_head_and_nothing_else():
     config = RunConfig(noise_multiplier=1.0, num_clients=2, train_layers="head", optimizer="dp-sgd")
     experiment = Experiment.build(config, model=Tied())
-    start, task = experiment.trained(1), Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=1)
+    start, assignment = (
+        experiment.trained(1),
+        Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1)),
+    )
     assert sum(p.numel() for p in start.values()) == 50
-    after = experiment.client_round(0, task, start, None).params
+    after = experiment.client_round(0, assignment, start, None).params
     assert list(after) == WHOLE
     assert all((after[name] != start[name]).all() for name in WHOLE)
 
@@ -212,11 +217,11 @@ def test_a_run_with_a_tied_head_is_dp_sgd_of_one_tensor():
     """Both uses in one gradient, by the planned engine and by vmap."""
     torch.manual_seed(0)
     module = Tied()
-    task, found = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=1), []
+    assignment, found = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1)), []
     for engine in ("planned", "vmap"):
         config = RunConfig(noise_multiplier=1.0, num_clients=2, train_layers="head", optimizer="dp-sgd", engine=engine)
         experiment = Experiment.build(config, model=module)
-        found.append(experiment.client_round(0, task, experiment.trained(1), None).params)
+        found.append(experiment.client_round(0, assignment, experiment.trained(1), None).params)
     torch.testing.assert_close(*found)
 
 

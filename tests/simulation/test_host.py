@@ -9,7 +9,8 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fed_dpsat.client.build import Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.grid import FIRST_NODE_ID
 from fed_dpsat.flower.wire import compat, records
@@ -17,7 +18,7 @@ from fed_dpsat.simulation.host import Host
 from fed_dpsat.simulation.state import StateStore
 
 CLIENTS = 11
-TASK = Task(round=1, noise_multiplier=1.0, sample_rate=0.1, local_steps=2)
+ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2))
 
 
 def app() -> ClientApp:
@@ -28,7 +29,7 @@ def app() -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         client = int(context.node_config["partition-id"])
         drawn = torch.randn(50, generator=torch.Generator().manual_seed(client))
-        event = {"client": client, "round": 1, "attempt": 0, **TASK.event.to_dict()}
+        event = {"client": client, "round": 1, "attempt": 0, **ASSIGNMENT.event.to_dict()}
         content = RecordDict(
             {
                 records.ARRAYS: records.to_arrays({"w": drawn}),
@@ -44,7 +45,10 @@ def app() -> ClientApp:
 def total(run: int) -> sums.Part:
     compat.identify_process()
     content = RecordDict(
-        {records.ARRAYS: records.to_arrays({"w": torch.zeros(50)}), records.TASK: records.task_record(TASK)}
+        {
+            records.ARRAYS: records.to_arrays({"w": torch.zeros(50)}),
+            records.ASSIGNMENT: records.assignment_record(ASSIGNMENT),
+        }
     )
     messages = [Message(content, FIRST_NODE_ID + client, MessageType.TRAIN) for client in range(CLIENTS)]
     host = Host(app(), {}, CLIENTS, StateStore(None))

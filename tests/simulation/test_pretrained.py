@@ -11,8 +11,10 @@ import torch
 from flwr.serverapp.strategy import FedAvg
 from typer.testing import CliRunner
 
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.cli import app
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluate
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.mlp import mlp
@@ -65,12 +67,12 @@ def test_the_body_alone_is_loaded_and_the_head_alone_is_trained(config, pretrain
 
 @pytest.mark.parametrize("engine", ["auto", "planned", "opacus"])
 def test_every_engine_trains_the_head_alone(config, engine):
-    task, start = (
-        Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=2),
+    assignment, start = (
+        Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2)),
         Experiment.build(config).trained(1),
     )
     ours, reference = (
-        Experiment.build(dataclasses.replace(config, engine=name)).client_round(0, task, start, None)
+        Experiment.build(dataclasses.replace(config, engine=name)).client_round(0, assignment, start, None)
         for name in (engine, "vmap")
     )
     assert ours.params.keys() == HEAD
@@ -81,8 +83,8 @@ def test_every_engine_trains_the_head_alone(config, engine):
 def test_noise_and_bound_are_those_of_the_head(config):
     """With gradients of zero, one step of the head is noise alone: as many normals as it has coordinates."""
     experiment = Experiment.build(dataclasses.replace(config, momentum=0.0, sample_rate=1e-9, local_steps=1, lr=1.0))
-    task = Task(round=1, noise_multiplier=1e-9, sample_rate=1e-9, local_steps=1)
-    result = experiment.client_round(0, task, experiment.trained(1), None)
+    assignment = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1e-9, sample_rate=1e-9, steps=1))
+    result = experiment.client_round(0, assignment, experiment.trained(1), None)
     moved = torch.cat([(result.params[n] - p).flatten() for n, p in experiment.trained(1).items()])
     std = 1e-9 * 0.5 / (1e-9 * len(experiment.partitions[0]))
     assert len(moved) == 128 * 5 + 5
@@ -130,13 +132,13 @@ def test_until_the_switch_it_is_a_run_of_the_head(config, tmp_path):
 def test_a_client_begins_anew_with_all_layers(config):
     """Momentum and direction of the head alone have no values for the rest."""
     experiment = Experiment.build(dataclasses.replace(config, train_layers="head-then-all", unfreeze_round=2))
-    task = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=2)
-    first = experiment.client_round(0, task, experiment.trained(1), None)
+    assignment = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2))
+    first = experiment.client_round(0, assignment, experiment.trained(1), None)
     assert first.state["momentum"].keys() == HEAD
-    second, whole = dataclasses.replace(task, round=2), experiment.trained(2)
+    second, whole = dataclasses.replace(assignment, round=2), experiment.trained(2)
     kept, anew = (experiment.client_round(0, second, whole, state) for state in (first.state, None))
     assert bits(kept.params) == bits(anew.params)
-    third = dataclasses.replace(task, round=3)
+    third = dataclasses.replace(assignment, round=3)
     assert bits(experiment.client_round(0, third, whole, kept.state).params) != bits(
         experiment.client_round(0, third, whole, None).params
     )

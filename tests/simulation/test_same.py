@@ -8,7 +8,9 @@ import pytest
 from flwr.app import Message, MessageType, RecordDict
 
 from fed_dpsat.accounting import PrivacyLedger
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower.client_app import app, make_client_app
 from fed_dpsat.flower.grid import FIRST_NODE_ID, SimulationGrid, answer, node_context
@@ -68,8 +70,10 @@ def test_a_client_of_another_run_than_the_servers_says_so_and_computes_nothing(c
     server, asked = Experiment.build(config), {**records.same_content(Experiment.build(config).fingerprint)}
     compat.identify_process()
     context = node_context(FIRST_NODE_ID, config.settings(), 3)
-    task = records.task_record(Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=1))
-    trained = RecordDict({records.ARRAYS: records.to_arrays(server.shared(1)), records.TASK: task, **asked})
+    assignment = records.assignment_record(
+        Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1))
+    )
+    trained = RecordDict({records.ARRAYS: records.to_arrays(server.shared(1)), records.ASSIGNMENT: assignment, **asked})
     own = make_client_app(lambda _: server)
     for content, kind in ((RecordDict(asked), MessageType.QUERY), (trained, MessageType.TRAIN)):
         reply = answer(own, Message(content, context.node_id, kind), context)

@@ -18,6 +18,7 @@ from fed_dpsat.accounting.released import Cohort, epsilon_of_models
 from fed_dpsat.data.digits import digits
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.lab.report.reading import read_run
 from fed_dpsat.run.statement import read_statement
 from fed_dpsat.settings.config import RunConfig
@@ -321,3 +322,38 @@ def test_the_callers_generators_are_afterwards_as_they_were(tmp_path):
     states = random.getstate(), np.random.get_state()[1].tolist()
     simulate(dataclasses.replace(CONFIG, num_rounds=1), tmp_path / "run")
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+
+
+def ends_of_rounds(monkeypatch):
+    """Each call of ``PrivateStrategy.aggregate_train``: the round, and the types of what is handed to it."""
+    aggregate, seen = PrivateStrategy.aggregate_train, []
+
+    def watched(self, server_round, replies):
+        replies = list(replies)
+        seen.append((server_round, {type(reply).__name__ for reply in replies}))
+        return aggregate(self, server_round, replies)
+
+    monkeypatch.setattr(PrivateStrategy, "aggregate_train", watched)
+    return seen
+
+
+KINDS_OF_ROUNDS = {
+    "sums": ({}, "Part"),
+    "one by one": ({"strategy": "flwr.serverapp.strategy:FedMedian"}, "Message"),
+    "buffered": ({"buffer_size": 1, "delay": "lognormal"}, "Message"),
+    "secure aggregation": ({"secure_aggregation": True, "clients_per_round": 3}, "Part"),
+    "unit client": ({"privacy_unit": "client", "optimizer": "dp-sgd"}, "Part"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ROUNDS)
+def test_each_round_ends_in_aggregate_train_once(kind, tmp_path, untried, monkeypatch):
+    seen, (changes, handed) = ends_of_rounds(monkeypatch), KINDS_OF_ROUNDS[kind]
+    simulate(dataclasses.replace(CONFIG, **changes), tmp_path / "run")
+    assert seen == [(round, {handed}) for round in range(1, CONFIG.num_rounds + 1)]
+
+
+def test_each_round_whose_sums_workers_make_ends_in_aggregate_train_once(tmp_path, untried, monkeypatch, ray_cluster):
+    seen = ends_of_rounds(monkeypatch)
+    simulate(dataclasses.replace(CONFIG, workers=2), tmp_path / "run")
+    assert seen == [(round, {"Part"}) for round in range(1, CONFIG.num_rounds + 1)]

@@ -1,18 +1,18 @@
 """What crosses the wire, each key defined once.
 
-====================== ============ ============================================ =============
-record                 type         content                                      direction
-====================== ============ ============================================ =============
-``arrays``             ArrayRecord  the parameters that are trained              both
-``config``             ConfigRecord whatever the inner strategy says             to the client
-``fed_dpsat.task``     ConfigRecord round, attempt, noise, rate and steps        to the client
-``fed_dpsat.subspace`` ConfigRecord what the round can change, where known       to the client
-``fed_dpsat.event``    ConfigRecord client, round, attempt and the PrivacyEvent  to the server
-``metrics``            MetricRecord ``num-examples``, declared public            to the server
-``fed_dpsat.secure``   ConfigRecord a phase of secure aggregation, if asked for  both
-``fed_dpsat.identity`` ConfigRecord client and num_examples, when asked who      to the server
-``fed_dpsat.same``     ConfigRecord the fingerprint of the server's experiment   to the client
-====================== ============ ============================================ =============
+======================== ============ ============================================ =============
+record                   type         content                                      direction
+======================== ============ ============================================ =============
+``arrays``               ArrayRecord  the parameters that are trained              both
+``config``               ConfigRecord whatever the inner strategy says             to the client
+``fed_dpsat.assignment`` ConfigRecord round, attempt and the PrivacyEvent it costs to the client
+``fed_dpsat.subspace``   ConfigRecord what the round can change, where known       to the client
+``fed_dpsat.event``      ConfigRecord client, round, attempt and the PrivacyEvent  to the server
+``metrics``              MetricRecord ``num-examples``, declared public            to the server
+``fed_dpsat.secure``     ConfigRecord a phase of secure aggregation, if asked for  both
+``fed_dpsat.identity``   ConfigRecord client and num_examples, when asked who      to the server
+``fed_dpsat.same``       ConfigRecord the fingerprint of the server's experiment   to the client
+======================== ============ ============================================ =============
 
 Nothing that was computed on private data leaves a client but ``arrays``, which are noised; and, only if the setting
 ``release_counts`` asks for it, ``nonfinite-examples`` in ``metrics``.
@@ -20,7 +20,6 @@ Nothing that was computed on private data leaves a client but ``arrays``, which 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from typing import Any
@@ -41,7 +40,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fed_dpsat.accounting.event import History, PrivacyEvent, merge
-from fed_dpsat.client.build import Task
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.flower.wire import compat
 from fed_dpsat.flower.wire.arrays import read_array
 from fed_dpsat.params import Params
@@ -53,17 +52,21 @@ ARRAYS = "arrays"
 METRICS = "metrics"
 NUM_EXAMPLES = "num-examples"
 NONFINITE = "nonfinite-examples"
-TASK = "fed_dpsat.task"
+ASSIGNMENT = "fed_dpsat.assignment"
 SUBSPACE = "fed_dpsat.subspace"
 EVENT = "fed_dpsat.event"
 IDENTITY = "fed_dpsat.identity"
 SAME = "fed_dpsat.same"
 STATE = "fed_dpsat.state"
 HISTORY = "fed_dpsat.history"
-PARTITION_ID = "partition-id"
+SECURE = "fed_dpsat.secure"
+MASKED = "masked"
+"""The phase of secure aggregation in which a client trains, and the array that it sends then."""
 
-OF_CLIENTS = ("unit", "client_rate")
-"""What a task says under the unit "client"."""
+PARTITION_ID = "partition-id"
+POLICY = "policy"
+"""Keys of a node's configuration: the client that it holds; the file that makes it a device."""
+
 
 LARGEST = 1e14
 """Beyond it no reply is one: the squares of a billion such numbers still add up in float32."""
@@ -105,19 +108,18 @@ def config_in(content: RecordDict, key: str) -> ConfigRecord | None:
     return record if isinstance(record, ConfigRecord) else None
 
 
-def task_record(task: Task) -> ConfigRecord:
-    """The server's request; its unit only where that is not one example, which is what devices know."""
-    record = dataclasses.asdict(task)
-    return ConfigRecord(record if task.unit != "example" else {k: record[k] for k in record if k not in OF_CLIENTS})
+def assignment_record(assignment: Assignment) -> ConfigRecord:
+    """The server's request, with the event that it charged."""
+    return ConfigRecord(dict(assignment.to_dict()))
 
 
-def read_task(content: RecordDict) -> Task:
+def read_assignment(content: RecordDict) -> Assignment:
     """The request in a message; raises ``RecordError`` for one that is not whole."""
-    record = _config(content, TASK)
+    record = _config(content, ASSIGNMENT)
     try:
-        return Task(**record)
-    except TypeError as error:
-        raise RecordError(f"{TASK}: {error}") from None
+        return Assignment.from_dict(record)
+    except ValueError as error:
+        raise RecordError(f"{ASSIGNMENT}: {error}") from None
 
 
 def subspace_record(subspace: Coordinates | Span) -> ConfigRecord:
@@ -128,7 +130,7 @@ def subspace_record(subspace: Coordinates | Span) -> ConfigRecord:
 def read_within(content: RecordDict) -> Coordinates | Span | None:
     """The subspace in a message; None where the reply is a whole model.
 
-    Raises ``RecordError`` for what is none, or has other steps than the task: a client would work for nothing.
+    Raises ``RecordError`` for what is none, or has other steps than the assignment: a client would work for nothing.
     """
     if config_in(content, SUBSPACE) is None:
         return None
@@ -136,8 +138,8 @@ def read_within(content: RecordDict) -> Coordinates | Span | None:
         found = read_subspace(_config(content, SUBSPACE))
     except ValueError as error:
         raise RecordError(f"{SUBSPACE}: {error}") from None
-    if isinstance(found, Span) and found.steps != (steps := read_task(content).local_steps):
-        raise RecordError(f"{SUBSPACE}: {found.steps} steps, and {steps} in {TASK!r}")
+    if isinstance(found, Span) and found.steps != (steps := read_assignment(content).local_steps):
+        raise RecordError(f"{SUBSPACE}: {found.steps} steps, and {steps} in {ASSIGNMENT!r}")
     return found
 
 
@@ -151,7 +153,7 @@ def read_proximal_mu(content: RecordDict) -> float:
 
 
 def reply_content(
-    client: int, task: Task, result: LocalResult, num_examples: int, *, release_counts: bool = False
+    client: int, assignment: Assignment, result: LocalResult, num_examples: int, *, release_counts: bool = False
 ) -> RecordDict:
     """All that leaves a client after a round: noised parameters (bounded ones, to a server that is trusted to noise
     them), their event, the public size.
@@ -162,7 +164,7 @@ def reply_content(
     if release_counts:
         metrics[NONFINITE] = result.nonfinite_examples
     event: dict[str, ConfigRecordValues] = {**result.event.to_dict()}
-    event |= {"client": client, "round": task.round, "attempt": task.attempt}
+    event |= {"client": client, "round": assignment.round, "attempt": assignment.attempt}
     return RecordDict(
         {
             ARRAYS: to_arrays(result.params),

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.plans import make_plans
-from fed_dpsat.client.build import Experiment, Request, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment, Request
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
@@ -25,7 +27,7 @@ from fed_dpsat.testing.problems import quadratic
 
 PARAMS = {"a": torch.tensor([1.0], dtype=torch.float64), "b": torch.tensor([2.0], dtype=torch.float64)}
 CONFIG = RunConfig(optimizer="adam", lr=0.01, noise_multiplier=2.0, num_clients=4, local_steps=3)
-TASK = Task(round=1, noise_multiplier=2.0, sample_rate=0.5, local_steps=3)
+ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=3))
 
 
 def test_by_hand():
@@ -216,8 +218,8 @@ def test_an_optimizer_that_does_not_ask_is_told_nothing():
 
 def test_a_step_is_one_event():
     experiment = Experiment.build(CONFIG)
-    result = experiment.client_round(0, TASK, trainable(experiment.loss_fn.module), None)
-    assert result.event == TASK.event == make_plans(CONFIG)[0].event
+    result = experiment.client_round(0, ASSIGNMENT, trainable(experiment.loss_fn.module), None)
+    assert result.event == ASSIGNMENT.event == make_plans(CONFIG)[0].event
 
 
 def test_clients_of_other_noise_train_together_as_they_do_alone():
@@ -225,7 +227,14 @@ def test_clients_of_other_noise_train_together_as_they_do_alone():
     experiment = Experiment.build(dataclasses.replace(CONFIG, stack_clients=3))
     params = trainable(experiment.loss_fn.module)
     requests = [
-        Request(client=c, task=dataclasses.replace(TASK, noise_multiplier=0.1 + 4.0 * c), params=params, state=None)
+        Request(
+            client=c,
+            assignment=dataclasses.replace(
+                ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, noise_multiplier=0.1 + 4.0 * c)
+            ),
+            params=params,
+            state=None,
+        )
         for c in range(3)
     ]
     for request, result in zip(requests, experiment.client_rounds(requests), strict=True):
@@ -239,8 +248,8 @@ def test_it_keeps_its_moments_from_round_to_round():
     experiment = Experiment.build(CONFIG)
     assert experiment.carried_state() == {"adam", "adam-mean", "adam-square"}
     params = trainable(experiment.loss_fn.module)
-    first = experiment.client_round(0, TASK, params, None)
-    second = experiment.client_round(0, dataclasses.replace(TASK, round=2), params, first.state)
+    first = experiment.client_round(0, ASSIGNMENT, params, None)
+    second = experiment.client_round(0, dataclasses.replace(ASSIGNMENT, round=2), params, first.state)
     assert int(second.state[COUNT]["steps"]) == 6
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fed_dpsat.accounting.event import PrivacyEvent
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.params import trainable
 from fed_dpsat.plugins import PluginError
 from fed_dpsat.settings.config import RunConfig
@@ -143,14 +144,14 @@ def test_a_chain_in_words():
 
 def test_a_run_uses_the_chain_at_the_same_event(mine):
     config = RunConfig(noise_multiplier=1.0, num_clients=4, local_steps=2)
-    task = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=2)
+    assignment = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2))
     results = []
     for share in (1.0, 0.5):
         chain = {"base_optimizer": mine("Halving"), "optimizer_args": f"share = {share}"}
         experiment = Experiment.build(dataclasses.replace(config, **chain))
         start = trainable(experiment.loss_fn.module)
-        results.append(experiment.client_round(0, task, start, None))
+        results.append(experiment.client_round(0, assignment, start, None))
         assert results[-1].event == PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2)
-    plain = Experiment.build(config).client_round(0, task, start, None)
+    plain = Experiment.build(config).client_round(0, assignment, start, None)
     assert all(torch.equal(results[0].params[name], p) for name, p in plain.params.items())
     assert any(not torch.equal(results[1].params[name], p) for name, p in plain.params.items())

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fed_dpsat import plugins
-from fed_dpsat.client.build import Experiment, Request, Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment, Request
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.errors import InputError
 from fed_dpsat.settings.config import RunConfig
@@ -79,13 +81,15 @@ def config(optimizer, base, **changes):
 
 
 def trains(settings, rounds):
-    """So many rounds of one client: finite, moved, and at the event that the task is charged for."""
+    """So many rounds of one client: finite, moved, and at the event that the assignment is charged for."""
     experiment = Experiment.build(settings, dataset=DATA)
     params, state = experiment.trained(1), None
     for round in range(1, rounds + 1):
-        task = Task(round=round, noise_multiplier=settings.noise_multiplier, sample_rate=0.5, local_steps=2)
-        result = experiment.client_round(0, task, params, state)
-        assert result.event == task.event
+        assignment = Assignment(
+            round=round, event=PrivacyEvent(noise_multiplier=settings.noise_multiplier, sample_rate=0.5, steps=2)
+        )
+        result = experiment.client_round(0, assignment, params, state)
+        assert result.event == assignment.event
         assert result.event.steps == 2
         assert all(bool(p.isfinite().all()) for p in result.params.values())
         assert any(not torch.equal(p, params[name]) for name, p in result.params.items())
@@ -133,8 +137,8 @@ def test_clients_of_a_chain_train_together_as_they_do_alone():
     settings = config("dp-sat", "disk+adam", stack_clients=2)
     experiment = Experiment.build(settings, dataset=DATA)
     params = experiment.trained(1)
-    task = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=2)
-    requests = [Request(client=c, task=task, params=params, state=None) for c in range(2)]
+    assignment = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2))
+    requests = [Request(client=c, assignment=assignment, params=params, state=None) for c in range(2)]
     for request, result in zip(requests, experiment.client_rounds(requests), strict=True):
         alone = experiment.client_round(**vars(request))
         assert alone.state.keys() == result.state.keys()

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from fed_dpsat.accounting import epsilon
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.plans import make_plans
-from fed_dpsat.client.build import Experiment, Request, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment, Request
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import global_norm, subtract, trainable
 from fed_dpsat.settings.config import RunConfig
@@ -24,7 +26,7 @@ PARAMS = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
 GRADIENT = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
 SECOND = {"a": torch.tensor([-1.0]), "b": torch.tensor([1.0])}
 CONFIG = RunConfig(optimizer="dp-sam", noise_multiplier=1.0, num_clients=4, num_rounds=4)
-TASK = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=1)
+ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1))
 
 
 def values(params):
@@ -101,10 +103,10 @@ def test_each_call_is_an_event():
     """A descent costs what two steps of DP-SGD cost: local_steps counts calls."""
     config = dataclasses.replace(CONFIG, local_steps=2)
     experiment = Experiment.build(config)
-    task = dataclasses.replace(TASK, local_steps=2)
-    result = experiment.client_round(0, task, trainable(experiment.loss_fn.module), None)
-    assert result.event == task.event == make_plans(config)[0].event
-    sgd = dataclasses.replace(TASK, local_steps=1)
+    assignment = dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, steps=2))
+    result = experiment.client_round(0, assignment, trainable(experiment.loss_fn.module), None)
+    assert result.event == assignment.event == make_plans(config)[0].event
+    sgd = dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, steps=1))
     assert epsilon([result.event], 1e-5) == pytest.approx(epsilon([sgd.event, sgd.event], 1e-5))
 
 
@@ -112,14 +114,14 @@ def test_a_step_that_a_round_cut_in_two_goes_on_in_the_next():
     """One call a round: the first leaves the model, the second climbs the first one's gradient from the new w."""
     experiment = Experiment.build(CONFIG)
     params = trainable(experiment.loss_fn.module)
-    first = experiment.client_round(0, TASK, params, None)
+    first = experiment.client_round(0, ASSIGNMENT, params, None)
     assert same(first.params, params)
     assert CLIMB in first.state
     elsewhere = {name: p + 1 for name, p in params.items()}
-    second = experiment.client_round(0, dataclasses.replace(TASK, round=2), elsewhere, first.state)
+    second = experiment.client_round(0, dataclasses.replace(ASSIGNMENT, round=2), elsewhere, first.state)
     assert not same(second.params, elsewhere)
     assert CLIMB not in second.state
-    assert CLIMB in experiment.client_round(0, dataclasses.replace(TASK, round=2), elsewhere, None).state
+    assert CLIMB in experiment.client_round(0, dataclasses.replace(ASSIGNMENT, round=2), elsewhere, None).state
 
 
 @pytest.mark.parametrize(("local_steps", "carried"), [(1, {CLIMB}), (2, set()), (3, {CLIMB}), (4, set())])
@@ -131,9 +133,9 @@ def test_what_is_carried_into_the_next_round(local_steps, carried):
 def test_clients_at_different_halves_train_together(monkeypatch):
     """Two clients stand before their second call, two before their first: two stacks, the results of each alone."""
     experiment = Experiment.build(dataclasses.replace(CONFIG, stack_clients=4))
-    params, second = trainable(experiment.loss_fn.module), dataclasses.replace(TASK, round=2)
-    states = [experiment.client_round(client, TASK, params, None).state for client in (0, 1)] + [None, None]
-    requests = [Request(client=c, task=second, params=params, state=state) for c, state in enumerate(states)]
+    params, second = trainable(experiment.loss_fn.module), dataclasses.replace(ASSIGNMENT, round=2)
+    states = [experiment.client_round(client, ASSIGNMENT, params, None).state for client in (0, 1)] + [None, None]
+    requests = [Request(client=c, assignment=second, params=params, state=state) for c, state in enumerate(states)]
     for request, result in zip(requests, experiment.client_rounds(requests), strict=True):
         alone = experiment.client_round(**vars(request))
         assert result.state.keys() == alone.state.keys()
@@ -152,11 +154,11 @@ def test_where_the_clients_change_is_bounded_sam_is_its_local_training():
     """DP-FedSAM: local gradients have no noise, so there is no event of a step that SAM would spend twice."""
     unit = dataclasses.replace(CONFIG, optimizer="sam", privacy_unit="client")
     experiment = Experiment.build(unit)
-    task = dataclasses.replace(TASK, local_steps=2)
+    assignment = Assignment.of(make_plans(dataclasses.replace(unit, local_steps=2))[0], round=1)
     start = trainable(experiment.loss_fn.module)
-    result = experiment.client_round(0, task, start, None)
+    result = experiment.client_round(0, assignment, start, None)
     assert float(global_norm(subtract(result.params, start))) <= unit.clip_norm * (1 + 1e-6)
-    assert result.event == task.event
+    assert result.event == assignment.event
 
 
 @pytest.mark.parametrize("optimizer", ["sam", "dp-sgd"])
@@ -179,8 +181,8 @@ def test_sam_descends_along_the_gradient_at_the_top(tmp_path):
     )  # fmt: skip
     experiment = Experiment.build(config)
     start = trainable(experiment.loss_fn.module)
-    task = Task(round=1, noise_multiplier=0.0, sample_rate=1.0, local_steps=2)
-    ours = experiment.client_round(0, task, start, None).params
+    assignment = Assignment(round=1, event=PrivacyEvent(noise_multiplier=0.0, sample_rate=1.0, steps=2))
+    ours = experiment.client_round(0, assignment, start, None).params
     inputs, targets = experiment.dataset.train.batch(torch.from_numpy(experiment.partitions[0]))
 
     def gradient(params):

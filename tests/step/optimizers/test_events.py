@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fed_dpsat.accounting.event import PrivacyEvent
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.mechanism import GaussianMechanism
@@ -51,8 +52,8 @@ def test_one_event_and_one_release_a_step(name, monkeypatch):
     experiment = Experiment.build(dataclasses.replace(CONFIG, **CHAINS.get(name, {"optimizer": name})))
     params, state = trainable(experiment.loss_fn.module), None
     for round in (1, 2):
-        task = Task(round=round, noise_multiplier=1.5, sample_rate=0.25, local_steps=3)
-        result = experiment.client_round(0, task, params, state)
+        assignment = Assignment(round=round, event=PrivacyEvent(noise_multiplier=1.5, sample_rate=0.25, steps=3))
+        result = experiment.client_round(0, assignment, params, state)
         assert result.event == PrivacyEvent(noise_multiplier=1.5, sample_rate=0.25, steps=3, kind="poisson_gaussian")
         assert not torch.equal(result.params["1.weight"], params["1.weight"])
         params, state = result.params, result.state

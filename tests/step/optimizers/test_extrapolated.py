@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.plans import make_plans
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
@@ -69,8 +71,8 @@ def test_a_step_is_one_event():
     config = RunConfig(optimizer="extrapolated", noise_multiplier=1.0, num_clients=4, optimizer_args="lookahead = 0.5")
     experiment = Experiment.build(config)
     assert experiment.optimizer.lookahead == 0.5
-    task = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=1)
-    result = experiment.client_round(0, task, trainable(experiment.loss_fn.module), None)
-    assert result.event == task.event == make_plans(config)[0].event == make_plans(
+    assignment = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1))
+    result = experiment.client_round(0, assignment, trainable(experiment.loss_fn.module), None)
+    assert result.event == assignment.event == make_plans(config)[0].event == make_plans(
         dataclasses.replace(config, optimizer="dp-sgd", optimizer_args="")
     )[0].event  # fmt: skip

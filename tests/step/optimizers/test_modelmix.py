@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.plans import make_plans
-from fed_dpsat.client.build import Experiment, Request, Task
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment, Request
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
@@ -21,7 +23,7 @@ from fed_dpsat.step.optimizers.modelmix import PREVIOUS, ModelMix
 PARAMS = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
 GRADIENT = {"a": torch.tensor([4.0]), "b": torch.tensor([-8.0])}
 CONFIG = RunConfig(optimizer="modelmix", noise_multiplier=1.0, num_clients=4, local_steps=3)
-TASK = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=3)
+ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=3))
 
 
 def values(params):
@@ -128,8 +130,8 @@ def test_a_gap_outside_its_bounds_is_refused(gap_rate):
 def test_a_step_is_one_event_and_mixing_is_reproducible():
     experiment = Experiment.build(CONFIG)
     params = trainable(experiment.loss_fn.module)
-    first, again, other = (experiment.client_round(client, TASK, params, None) for client in (0, 0, 1))
-    assert first.event == TASK.event == make_plans(CONFIG)[0].event
+    first, again, other = (experiment.client_round(client, ASSIGNMENT, params, None) for client in (0, 0, 1))
+    assert first.event == ASSIGNMENT.event == make_plans(CONFIG)[0].event
     assert make_plans(CONFIG) == make_plans(dataclasses.replace(CONFIG, optimizer="dp-sgd"))
     assert all(torch.equal(first.params[n], again.params[n]) for n in params)
     assert any(not torch.equal(first.params[n], other.params[n]) for n in params)
@@ -138,7 +140,7 @@ def test_a_step_is_one_event_and_mixing_is_reproducible():
 def test_clients_mix_with_draws_of_their_own_when_they_train_together():
     experiment = Experiment.build(dataclasses.replace(CONFIG, stack_clients=3))
     params = trainable(experiment.loss_fn.module)
-    requests = [Request(client=c, task=TASK, params=params, state=None) for c in range(3)]
+    requests = [Request(client=c, assignment=ASSIGNMENT, params=params, state=None) for c in range(3)]
     for request, result in zip(requests, experiment.client_rounds(requests), strict=True):
         for name, p in experiment.client_round(**vars(request)).params.items():
             torch.testing.assert_close(result.params[name], p, rtol=1e-5, atol=1e-6)

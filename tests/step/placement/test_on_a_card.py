@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from fed_dpsat import plugins
-from fed_dpsat.client.build import Experiment, Request, Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment, Request
 from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.flower.federation import run_federation
@@ -73,9 +75,12 @@ def rounds(experiment, clients=(1,), count=2, proximal_mu=0.0):
     """``count`` rounds of each of ``clients``, from the global model, with the state that it keeps."""
     found, states = [], dict.fromkeys(clients)
     for round in range(1, count + 1):
-        task = Task(round=round, noise_multiplier=1.0, sample_rate=0.2, local_steps=2)
+        assignment = Assignment(round=round, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.2, steps=2))
         params = experiment.shared(round)
-        asked = [Request(client=c, task=task, params=params, state=states[c], proximal_mu=proximal_mu) for c in clients]
+        asked = [
+            Request(client=c, assignment=assignment, params=params, state=states[c], proximal_mu=proximal_mu)
+            for c in clients
+        ]
         results = experiment.client_rounds(asked)
         states = {c: result.state for c, result in zip(clients, results, strict=True)}
         found += results
@@ -189,8 +194,10 @@ def test_without_noise_one_ordinary_pass_is_made_there(there):
     plain = {"private": False, "noise_multiplier": 0.0, "clip_norm": float("inf"), "optimizer": "sam"}
     for settings in (plain, {**plain, "optimizer": "disk"}):
         experiment = experiment_of("cnn", **settings)
-        task = Task(round=1, noise_multiplier=0.0, sample_rate=0.2, local_steps=2)
-        found, wanted = (e.client_round(1, task, e.shared(1), None) for e in (on_card(experiment, there), experiment))
+        assignment = Assignment(round=1, event=PrivacyEvent(noise_multiplier=0.0, sample_rate=0.2, steps=2))
+        found, wanted = (
+            e.client_round(1, assignment, e.shared(1), None) for e in (on_card(experiment, there), experiment)
+        )
         assert_close([found], [wanted], there)
 
 

@@ -1,4 +1,4 @@
-"""What ``device_node`` takes of Flower's runtime: how a process talks to the SuperNode beside it."""
+"""What ``device.node`` takes of Flower's runtime: how a process talks to the SuperNode beside it."""
 
 from __future__ import annotations
 

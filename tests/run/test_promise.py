@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from fed_dpsat.flower.promise import also_released
+from fed_dpsat.run.promise import also_released
 from fed_dpsat.settings.config import RunConfig
 
 CONFIG = RunConfig(noise_multiplier=1.0, delta=1e-4)

@@ -30,8 +30,7 @@ from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import RunError
 from fed_dpsat.flower.client_app import app
 from fed_dpsat.flower.grid import answer
-from fed_dpsat.flower.on_device import POLICY
-from fed_dpsat.flower.wire import compat
+from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.flower.wire.compat import node as runtime
 
 log = getLogger("fed_dpsat")
@@ -134,7 +133,7 @@ def answer_one(address: str, token: str, task_id: int, policy_path: Path, folder
 
 
 def _reply(message: Message, context: Context, run: compat.Run, policy_path: Path, folder: Path) -> Message:
-    context.node_config = {**context.node_config, POLICY: str(policy_path)}
+    context.node_config = {**context.node_config, records.POLICY: str(policy_path)}
     if reason := other_version(run):
         device_log(folder).warning("run %s: refused: %s", run.run_id, one_line(reason))
         return Message(Error(compat.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, one_line(reason)), reply_to=message)

@@ -27,10 +27,7 @@ from fed_dpsat.params import Params
 from fed_dpsat.run.process import tune_allocator
 from fed_dpsat.step.subspace import Coordinates, Span
 
-POLICY = "policy"
-"""The key of a node's configuration that makes it a device."""
-
-KNOWN = {records.ARRAYS, records.TASK, records.SUBSPACE, records.SAME, "config"}
+KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SAME, "config"}
 """Records that a question may hold. ``config`` is the strategy's; a device reads FedProx's ``proximal-mu`` in it. What
 the server's own data are is not its business: it has others.
 
@@ -42,26 +39,26 @@ class DeviceError(RunError):
     """A device could not answer; why is in its own log, since the reason may tell of data."""
 
 
-def identify(message: Message, context: Context) -> Message:
+def identify(message: Message, context: Context) -> RecordDict:
     """Who the device is and how many examples it declares, for a run that its policy admits."""
 
     def ask(policy: Policy) -> RecordDict:
         size = client.num_examples(policy, context.run_id, context.run_config)
         return records.identity_content(policy.client, size)
 
-    return Message(_answered(context, "who it is", ask), reply_to=message)
+    return _answered(context, "who it is", ask)
 
 
-def train(message: Message, context: Context) -> Message:
+def train(message: Message, context: Context) -> RecordDict:
     """One private round, charged on the device before its reply is made."""
 
     def ask(policy: Policy) -> RecordDict:
         content = message.content
         if unknown := set(content) - KNOWN:
             raise Refusal(f"the message has a record {sorted(unknown)[0]!r}, which no device takes; leave it out")
-        task = content.config_records.get(records.TASK)
-        if task is None:
-            raise Refusal(f"the message has no {records.TASK!r} record; say what is asked")
+        assignment = content.config_records.get(records.ASSIGNMENT)
+        if assignment is None:
+            raise Refusal(f"the message has no {records.ASSIGNMENT!r} record; say what is asked")
         config = policy.admit(context.run_id, context.run_config)
         within = _within(content)
         tune_allocator()
@@ -69,7 +66,7 @@ def train(message: Message, context: Context) -> Message:
             policy,
             context.run_id,
             context.run_config,
-            dict(task),
+            dict(assignment),
             lambda like: _fitting(within, read_arrays(content.array_records.get(records.ARRAYS), like)),
             _proximal_mu(content),
         )
@@ -79,7 +76,7 @@ def train(message: Message, context: Context) -> Message:
         start = read_arrays(content.array_records.get(records.ARRAYS), result.params)
         return codec.encode(reply, start, config.update_codec, config.update_share, within)
 
-    return Message(_answered(context, "a round", ask), reply_to=message)
+    return _answered(context, "a round", ask)
 
 
 def _proximal_mu(content: RecordDict) -> float:
@@ -130,7 +127,7 @@ def _read_array(name: str, array: Array, like: torch.Tensor) -> torch.Tensor:
 def _answered(context: Context, what: str, ask: Callable[[Policy], RecordDict]) -> RecordDict:
     """The content of an answer, with a line in the log; raises ``Refusal`` or ``DeviceError``, which may leave."""
     try:
-        policy = Policy.load(Path(str(context.node_config[POLICY])))
+        policy = Policy.load(Path(str(context.node_config[records.POLICY])))
     except PolicyError as error:
         getLogger("fed_dpsat").error("%s", error)
         raise DeviceError("the device has no valid policy; its own log says why, and nothing was released") from None

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flwr.serverapp.strategy import FedAvg, FedMedian
+from flwr.serverapp.strategy import FedMedian
 
-from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.buffered import Buffer
-from fed_dpsat.flower.round_kind import RoundKind
-from fed_dpsat.flower.secure_server import SecureSums
+from fed_dpsat.flower.round import RoundKind
 from fed_dpsat.flower.wire import records
 
 
@@ -22,13 +20,13 @@ class TwoWaves(RoundKind):
     def pass_time(self, lasting):
         self.now += 2.0
 
-    def train(self, exchange, grid, timeout):
+    def ask(self, round, grid, timeout):
         replies = []
         for first in (1, 0):
-            messages = [m for client, m in exchange.messages.items() if client % 2 == first]
+            messages = [m for client, m in round.messages.items() if client % 2 == first]
             replies += grid.send_and_receive(messages, timeout=timeout)
             self.waves += 1
-        return exchange.one_by_one(replies)
+        return replies
 
     def state_dict(self):
         return {**super().state_dict(), "waves": self.waves}
@@ -51,13 +49,11 @@ def one_by_one(federation, tamper):
 
 
 def buffered(federation, tamper):
-    return federation(tamper, inner=FedMedian(), buffer=buffer())
+    return federation(tamper, inner=FedMedian(), kind=buffer())
 
 
 def of_ones_own(federation, tamper):
-    made = federation(tamper, inner=FedMedian())
-    made.strategy.kind = TwoWaves()
-    return made
+    return federation(tamper, inner=FedMedian(), kind=TwoWaves())
 
 
 KINDS = [added_up, one_by_one, buffered, of_ones_own]
@@ -110,10 +106,3 @@ def test_a_new_kind_is_one_class(federation):
     again = of_ones_own(federation, None).strategy
     again.load_state_dict(state, next_round=4, same_noise=True)
     assert (again.kind.now, again.kind.waves) == (6.0, 6)
-
-
-def test_the_arguments_choose_one_kind(federation):
-    assert isinstance(federation(secure_threshold=0.67).strategy.kind, SecureSums)
-    assert type(federation(inner=FedAvg()).strategy.kind) is RoundKind
-    with pytest.raises(SettingError, match="masks cancel within one cohort"):
-        federation(secure_threshold=0.67, buffer=buffer())

@@ -12,11 +12,9 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.flower.wire.records import MASKED, SECURE
 from fed_dpsat.secagg.fixed_point import encode, fraction_bits
 from fed_dpsat.secagg.rounds import PublicKeys, Secrets, mask, open_shares, share
-
-SECURE = "fed_dpsat.secure"
-"""The record of a phase, in questions and answers."""
 
 SECRETS = "fed_dpsat.secrets"
 """The record that a client keeps and never sends."""
@@ -24,13 +22,11 @@ SECRETS = "fed_dpsat.secrets"
 KEYS, LISTS = ("seal_key", "mask_key", "seed"), ("seal", "mask", "sealed")
 """What of that record is bytes, and lists of bytes."""
 
-MASKED = "masked"
-
 
 def answer(client: int, content: RecordDict, state: RecordDict, num_examples: int) -> RecordDict:
     """The answer to a question of the phases keys, shares or open; raises ``ValueError`` for one out of turn."""
     asked: dict[str, Any] = dict(content.config_records[SECURE])
-    round = str(records.read_task(content).round)
+    round = str(records.read_assignment(content).round)
     answers: dict[str, Callable[[], dict[str, Any]]] = {
         "keys": lambda: _keys(client, round, state, num_examples),
         "shares": lambda: _shares(client, round, state, asked),
@@ -47,7 +43,7 @@ def hide(client: int, content: RecordDict, state: RecordDict, reply: RecordDict)
     Raises ``ValueError`` where fewer than the threshold have shared: their masks could be opened.
     """
     asked: dict[str, Any] = dict(content.config_records[SECURE])
-    own, kept = _kept(client, str(records.read_task(content).round), state)
+    own, kept = _kept(client, str(records.read_assignment(content).round), state)
     if "present" in kept:
         raise ValueError(f"client {client} has sent its update of round {own.round}: two under one mask would tell")
     present, threshold = list(asked["clients"]), int(kept["threshold"])

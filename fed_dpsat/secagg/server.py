@@ -15,13 +15,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fed_dpsat.flower.exchange import Exchange
-from fed_dpsat.flower.handover import Aggregate
-from fed_dpsat.flower.replies import Failure, judge
-from fed_dpsat.flower.round_kind import RoundKind
-from fed_dpsat.flower.secure_client import MASKED, SECURE, flat
+from fed_dpsat.flower.judge import Failure, judge
+from fed_dpsat.flower.round import Round, RoundKind
 from fed_dpsat.flower.sums import Part
 from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.flower.wire.records import MASKED, SECURE
+from fed_dpsat.secagg.client import flat
 from fed_dpsat.secagg.fixed_point import decode, fraction_bits
 from fed_dpsat.secagg.rounds import PublicKeys, unmask
 
@@ -41,40 +40,35 @@ class SecureSums(RoundKind):
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
 
-    def train(self, exchange: Exchange, grid: Grid, timeout: float) -> Aggregate:
+    def ask(self, round: Round, grid: Grid, timeout: float) -> list[Message | Part]:
         """One sum: the mean of the models of those whose update arrived, and who failed; of nobody, none."""
-        parts = []
-        if exchange.messages:
-            with exchange.phases("train"):
-                parts.append(self._sum(exchange, grid, timeout))
-        with exchange.phases("aggregate"):
-            return exchange.added_up(parts)
+        return [self._sum(round, grid, timeout)] if round.messages else []
 
-    def _sum(self, exchange: Exchange, grid: Grid, timeout: float) -> Part:
-        round, asked = _Round(exchange, grid, timeout), len(exchange.messages)
+    def _sum(self, round: Round, grid: Grid, timeout: float) -> Part:
+        protocol, asked = _Protocol(round, grid, timeout), len(round.messages)
         threshold = max(math.ceil(self.threshold * asked), asked // 2 + 1, 2)
         try:
-            total = round.run(threshold)
+            total = protocol.run(threshold)
         except (TooFew, ValueError) as error:
             kind: Literal["absent", "invalid"] = "absent" if isinstance(error, TooFew) else "invalid"
             reason = Failure(reason=f"secure aggregation: {error}", kind=kind)
-            return Part(failed={**dict.fromkeys(exchange.messages, reason), **round.failed})
-        part = Part(accepted=dict(sorted(round.accepted.items())), failed=round.failed, total=total)
+            return Part(failed={**dict.fromkeys(round.messages, reason), **protocol.failed})
+        part = Part(accepted=dict(sorted(protocol.accepted.items())), failed=protocol.failed, total=total)
         part.scale = part.weight
         return part
 
 
-class _Round:
+class _Protocol:
     """One run of the protocol; ``failed`` and ``accepted`` grow as it goes."""
 
-    def __init__(self, exchange: Exchange, grid: Grid, timeout: float) -> None:
-        self._exchange, self._grid, self._timeout = exchange, grid, timeout
+    def __init__(self, round: Round, grid: Grid, timeout: float) -> None:
+        self._round, self._grid, self._timeout = round, grid, timeout
         self.failed: dict[int, Failure] = {}
-        self.accepted: dict[int, dict[str, float]] = {}
+        self.accepted: dict[int, Mapping[str, float]] = {}
 
     def run(self, threshold: int) -> dict[str, torch.Tensor]:
         """The mean model. Raises ``TooFew``, or ``ValueError`` for answers that do not fit together."""
-        keys = self._ask("keys", {client: {} for client in self._exchange.messages}, threshold, _said)
+        keys = self._ask("keys", {client: {} for client in self._round.messages}, threshold, _said)
         roster = {c: PublicKeys(seal=said["seal"], mask=said["mask"]) for c, said in keys.items()}
         listed = {
             "clients": list(roster),
@@ -104,7 +98,7 @@ class _Round:
             "open", {client: {"arrived": list(masked)} for client in masked}, threshold, _said, late=True
         )
         found = {c: dict(zip(said["owners"], said["opened"], strict=True)) for c, said in opened.items()}
-        total = unmask(str(self._exchange.report.round), roster, masked, found, threshold)
+        total = unmask(str(self._round.number), roster, masked, found, threshold)
         self.accepted = {client: self._metrics[client] for client in masked}
         move = decode(total, math.fsum(examples[client] for client in masked), fraction_bits(total_examples))
         return self._moved(move)
@@ -122,7 +116,7 @@ class _Round:
         answers: dict[int, Any] = {}
         problems: dict[int, Failure] = {}
         for reply in self._grid.send_and_receive(sent, timeout=self._timeout):
-            client = self._exchange.directory.client_at(reply.metadata.src_node_id)
+            client = self._round.directory.client_at(reply.metadata.src_node_id)
             if client is None or client not in questions or client in answers or client in problems:
                 continue
             try:
@@ -137,19 +131,21 @@ class _Round:
         return dict(sorted(answers.items()))
 
     def _message(self, client: int, question: Mapping[str, Any]) -> Message:
-        asked = self._exchange.messages[client]
+        asked = self._round.messages[client]
         given = asked.content
-        content = RecordDict({**given} if question["phase"] == "masked" else {records.TASK: given[records.TASK]})
+        content = RecordDict(
+            {**given} if question["phase"] == "masked" else {records.ASSIGNMENT: given[records.ASSIGNMENT]}
+        )
         content[SECURE] = ConfigRecord(dict(question))
         return Message(content, asked.metadata.dst_node_id, MessageType.TRAIN)
 
     def _judged(self, examples: Mapping[int, float]) -> Callable[[int, Message], Any]:
         like = ArrayRecord({MASKED: Array(np.zeros(flat(self._like).size, dtype=np.uint64))})
-        self._metrics: dict[int, dict[str, float]] = {}
+        self._metrics: dict[int, Mapping[str, float]] = {}
 
         def read(client: int, reply: Message) -> Any:
-            task, release_counts = self._exchange.tasks[client], self._exchange.handover.release_counts
-            verdict = judge(reply, client=client, task=task, like=like, release_counts=release_counts)
+            asked, release_counts = self._round.messages[client].content, self._round.release_counts
+            verdict = judge(reply, asked, client, release_counts=release_counts, like=like)
             if isinstance(verdict, Failure):
                 raise _Bad(verdict)
             if verdict[records.NUM_EXAMPLES] != examples[client]:
@@ -162,7 +158,7 @@ class _Round:
     @property
     def _like(self) -> ArrayRecord:
         """The model as it is sent, which changes are of: a strategy may send another than it was given."""
-        return next(iter(self._exchange.messages.values())).content.array_records[records.ARRAYS]
+        return next(iter(self._round.messages.values())).content.array_records[records.ARRAYS]
 
     def _moved(self, move: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, torch.Tensor]:
         after, start = {}, 0

@@ -1,17 +1,19 @@
-"""What makes a client's reply valid: it is about what was asked and charged, and its model is one."""
+"""The only judge of a client's reply, at the server and in workers that add replies up.
+
+A valid reply answers what was asked, names the event that was charged, and holds a model like the one that was sent.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fed_dpsat.client.build import Task
 from fed_dpsat.client.unit import excess
 from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import RecordError
-from fed_dpsat.step.subspace import Coordinates, Span
 
 BYTES = "bytes"
 """The size of a reply's arrays, beside its metrics."""
@@ -33,38 +35,50 @@ class Failure:
         return cls(reason=f"failed: {reason}", kind="absent" if code in compat.ABSENT else "failed")
 
 
+Verdict = Mapping[str, float] | Failure
+"""The metrics of a valid reply, or what is wrong with it."""
+
+Verdicts = Mapping[int, Verdict]
+"""By client."""
+
+
 def judge(
     reply: Message,
-    *,
+    asked: RecordDict,
     client: int,
-    task: Task,
-    like: ArrayRecord,
+    *,
     release_counts: bool,
     clip_norm: float | None = None,
-    within: Coordinates | Span | None = None,
-) -> dict[str, float] | Failure:
-    """The metrics of a valid reply of ``client`` to ``task``, whose model is like ``like``; else what is wrong.
+    like: ArrayRecord | None = None,
+) -> Verdict:
+    """The verdict on a ``reply`` of ``client`` to the message with the content ``asked``; a valid reply is decoded.
 
-    With a ``clip_norm``, a model that is farther from ``like`` is none. ``within`` is what the server said that the
-    round can change.
+    ``asked`` is what this side sent: it holds the assignment with the charged event, the model, and the subspace that
+    the round can change. A valid model has the names, shapes and types of ``like``, or else of the model in ``asked``.
+    With a ``clip_norm``, a model farther than that from it is invalid. Raises ``RecordError`` for an ``asked`` without
+    an assignment.
     """
+    assignment = records.read_assignment(asked)
     if reply.has_error():
         return Failure.of_error(reply.error.reason, reply.error.code)
     received = codec.num_bytes(reply.content)
     try:
-        reply.content = codec.decode(reply.content, like, within)
+        model = records.arrays_in(asked, records.ARRAYS) if like is None else like
+        if model is None:
+            raise RecordError(f"the strategy sent no {records.ARRAYS!r} to train from")
+        reply.content = codec.decode(reply.content, model, records.read_within(asked))
         said_client, said_round, attempt, event = records.read_event(reply.content)
-        if (said_client, said_round, attempt) != (client, task.round, task.attempt):
+        if (said_client, said_round, attempt) != (client, assignment.round, assignment.attempt):
             raise RecordError(
                 f"says client {said_client}, round {said_round}, attempt {attempt}; "
-                f"asked was client {client}, round {task.round}, attempt {task.attempt}"
+                f"asked was client {client}, round {assignment.round}, attempt {assignment.attempt}"
             )
-        if event != task.event:
-            raise RecordError(f"its event {event} is not the one that was charged, {task.event}")
+        if event != assignment.event:
+            raise RecordError(f"its event {event} is not the one that was charged, {assignment.event}")
         metrics = records.read_metrics(reply.content, release_counts=release_counts)
-        records.check_arrays(reply.content, like)
+        records.check_arrays(reply.content, model)
         if clip_norm is not None:
-            _check_move(reply.content, like, clip_norm)
+            _check_move(reply.content, model, clip_norm)
     except RecordError as error:
         return Failure(reason=str(error))
     return {**metrics, BYTES: received}

@@ -11,12 +11,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from fed_dpsat import RunConfig, simulate
-from fed_dpsat.client.build import Experiment, Task
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import client_app as client_app_module
-from fed_dpsat.flower import secure_client
-from fed_dpsat.flower.secure_client import SECURE
 from fed_dpsat.flower.wire import records
+from fed_dpsat.flower.wire.records import SECURE
+from fed_dpsat.secagg import client as secure_client
 from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.simulation.state import StateStore, kept_rounds
 
@@ -24,7 +26,9 @@ CONFIG = RunConfig(num_clients=6, num_rounds=2, noise_multiplier=1.0, delta=1e-4
 SECRET = dataclasses.replace(CONFIG, secure_aggregation=True)
 
 
-TASK = Task(round=1, noise_multiplier=1.0, sample_rate=CONFIG.sample_rate, local_steps=CONFIG.local_steps)
+ASSIGNMENT = Assignment(
+    round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=CONFIG.sample_rate, steps=CONFIG.local_steps)
+)
 
 
 class Clients:
@@ -128,7 +132,7 @@ def mean_of(clients, config):
     experiment = Experiment.build(config)
     params = {n: p.detach() for n, p in experiment.loss_fn.module.named_parameters()}
     sizes = [len(experiment.partitions[c]) for c in clients]
-    results = [experiment.client_round(c, TASK, params, None).params for c in clients]
+    results = [experiment.client_round(c, ASSIGNMENT, params, None).params for c in clients]
     return {n: sum(s * r[n].double() for s, r in zip(sizes, results, strict=True)) / sum(sizes) for n in params}
 
 
@@ -136,7 +140,7 @@ def test_what_a_client_keeps_between_phases_can_be_read_from_a_file(tmp_path):
     """As on Ray, where any worker may be asked the next question."""
     state = RecordDict()
     question = {"phase": "keys"}
-    content = RecordDict({records.TASK: records.task_record(TASK), SECURE: ConfigRecord(question)})
+    content = RecordDict({records.ASSIGNMENT: records.assignment_record(ASSIGNMENT), SECURE: ConfigRecord(question)})
     secure_client.answer(0, content, state, 10)
     StateStore(tmp_path).save(0, 1, state, None)
     assert StateStore(tmp_path).load(0, 1) == state
@@ -191,7 +195,7 @@ class Asked:
     def __init__(self, grid) -> None:
         self.grid = grid
         self.nodes = list(grid.get_node_ids())
-        self.task = records.task_record(TASK)
+        self.assignment = records.assignment_record(ASSIGNMENT)
         params = records.to_arrays(
             {n: p.detach() for n, p in Experiment.build(SECRET).loss_fn.module.named_parameters()}
         )
@@ -201,7 +205,9 @@ class Asked:
         return list(
             self.grid.send_and_receive(
                 Message(
-                    RecordDict({records.TASK: self.task, records.ARRAYS: self.model, SECURE: ConfigRecord(q)}),
+                    RecordDict(
+                        {records.ASSIGNMENT: self.assignment, records.ARRAYS: self.model, SECURE: ConfigRecord(q)}
+                    ),
                     node,
                     MessageType.TRAIN,
                 )

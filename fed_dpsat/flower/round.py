@@ -1,0 +1,294 @@
+"""One round of a run: draw, charge, ask, judge, add up, hand over.
+
+``Round`` goes through these phases in this order. Rounds of one kind differ from those of another in a few of them,
+which are the methods of ``RoundKind``: who is drawn, how they are asked, and what becomes of the replies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from logging import getLogger
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from fed_dpsat.accounting import epsilon
+from fed_dpsat.accounting.event import History
+from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.flower import sums
+from fed_dpsat.flower.client_release import ClientRelease
+from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.judge import Verdict, Verdicts, judge
+from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
+from fed_dpsat.flower.report import RoundReport, by_attempt
+from fed_dpsat.flower.roster import Roster
+from fed_dpsat.flower.wire import codec, compat, records
+from fed_dpsat.flower.wire.records import RecordError
+from fed_dpsat.run.process import intra_op_threads
+from fed_dpsat.step.subspace import Coordinates, Span
+
+log = getLogger("fed_dpsat")
+
+Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
+
+Seconds = Callable[[int, int], float]
+"""Client and round to the simulated time between setting out and arriving."""
+
+
+class RoundKind:
+    """Ordinary rounds as it stands; another kind overrides what it does in another way.
+
+    It is given a grid to ask over with a round that is charged, and not before. ``now`` is simulated, in seconds.
+    """
+
+    hides = ""
+    """Why the inner strategy can be shown no single reply, if that is so."""
+
+    now = 0.0
+
+    def check(self, grid: Grid) -> None:
+        """Raise ``FederationError`` if ``grid`` cannot have such rounds."""
+
+    def cohort(self, roster: Roster, round: int, seconds: Seconds | None) -> tuple[list[int], dict[int, History]]:
+        """Who is asked in ``round``, ascending; and the retiring, as ``Roster.eligible`` has them."""
+        return roster.cohort(round)
+
+    def pass_time(self, lasting: Iterable[float]) -> None:
+        """A round takes as long as its slowest client."""
+        self.now += max(lasting, default=0.0)
+
+    def ask(self, round: Round, grid: Grid, timeout: float) -> Iterable[Message | sums.Part]:
+        """Replies to the round's messages; or sums of them, made by workers, if the inner strategy needs no more."""
+        messages = list(round.messages.values())
+        if not isinstance(grid, SimulationGrid):
+            return grid.send_and_receive(messages, timeout=timeout)
+        if sums.only_mean(round.inner):
+            return grid.add_up(messages, release_counts=round.release_counts, timeout=timeout)
+        return grid.stream(messages, timeout=timeout)
+
+    def aggregate(self, round: Round, replies: Iterable[Message | sums.Part]) -> Aggregate:
+        """What comes of the ``replies``: the next model and metrics of the round."""
+        return round.aggregate(replies)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it needs to go on after this round: entries of the strategy's ``state_dict``."""
+        return {"simulated_seconds": self.now}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Find those entries in the strategy's ``state``."""
+        self.now = state["simulated_seconds"]
+
+
+def seconds_of(grid: Grid) -> Seconds | None:
+    """How long clients take, if time is simulated."""
+    return grid.seconds if isinstance(grid, SimulationGrid) else None
+
+
+@dataclass(kw_only=True)
+class Round:
+    """Round ``number`` of ``inner``, whose clients begin with ``model``; ``report`` is written as it goes.
+
+    ``messages`` are by client; ``assignments`` are of all clients that the round costs, and in the ledger. With a
+    ``release`` the inner strategy sees what that makes of the sum of replies, and nothing else.
+    """
+
+    number: int
+    model: ArrayRecord
+    inner: Strategy
+    ledger: PrivacyLedger
+    roster: Roster
+    directory: Directory
+    report: RoundReport
+    release: ClientRelease | None
+    release_counts: bool
+    messages: dict[int, Message] = field(default_factory=dict)
+    assignments: dict[int, Assignment] = field(default_factory=dict)
+
+    def draw(self, kind: RoundKind, config: ConfigRecord, grid: Grid) -> None:
+        """The cohort, and what the inner strategy has to say to it.
+
+        Raises ``FederationOver`` if too few clients have budget left, ``FederationError`` if too few are connected.
+        """
+        self.directory.look_again(grid, self.roster.min_clients)
+        self.roster.join(self.directory.nodes)
+        cohort, retiring = kind.cohort(self.roster, self.number, seconds_of(grid))
+        delta, accountant = self.roster.delta, self.roster.accountant
+        self.report.retired = {c: epsilon(spent, delta, accountant) for c, spent in retiring.items()}
+        self.messages = self._addressed(cohort, config, grid)
+        self.report.asked = list(self.messages)
+        self.report.tossed = self.roster.tossed if len(self.messages) == len(cohort) else None
+
+    def charge(self, attempts: Mapping[int, int]) -> None:
+        """Assign all clients that the round costs, and have that in the ledger: with coins, all that tossed one.
+
+        ``attempts`` are those of a round that is done again.
+        """
+        everyone = self.release is not None and self.release.every_client
+        costs = self.roster.population(self.number) if everyone else list(self.messages)
+        self.assignments = {
+            client: Assignment.of(self.roster.plans[client], round=self.number, attempt=attempts.get(client, 0))
+            for client in costs
+        }
+        for attempt, events in by_attempt(self.assignments):
+            self.ledger.charge_many(self.number, attempt, events)
+        self.roster.charged(costs)
+
+    def assign(self, within: Coordinates | Span | None, fingerprint: str) -> None:
+        """Give messages their assignments. Those that shared a content and have equal assignments share one again."""
+        contents: dict[tuple[int, Assignment], tuple[RecordDict, RecordDict]] = {}
+        for client, message in self.messages.items():
+            given, assignment = message.content, self.assignments[client]
+            if (id(given), assignment) not in contents:
+                content = RecordDict({**given, records.ASSIGNMENT: records.assignment_record(assignment)})
+                content.update(records.same_content(fingerprint))
+                if within is not None:
+                    content[records.SUBSPACE] = records.subspace_record(within)
+                contents[id(given), assignment] = given, content
+            message.content = contents[id(given), assignment][1]
+        self.report.bytes_down = sum(codec.num_bytes(message.content) for message in self.messages.values())
+
+    def aggregate(self, replies: Iterable[Message | sums.Part]) -> Aggregate:
+        """Judge what is not judged, and hand over what is valid; ``replies`` are of clients, or sums of workers."""
+        tree, valid, verdicts = sums.Tree(), dict[int, Message](), dict[int, Verdict]()
+        for reply in replies:
+            if isinstance(reply, sums.Part):
+                with intra_op_threads(1):  # threads that wait for each other cost more than they add
+                    tree.add(reply)
+            else:
+                self._judge(reply, valid, verdicts)
+        if not tree.nodes:
+            self._note(verdicts)
+            return self.hand_over(self.report.asked, valid, verdicts)
+        with intra_op_threads(1):
+            total = tree.total()
+        self._note({**total.accepted, **total.failed})
+        return self._hand_over_mean(total)
+
+    def judged(self, replies: Iterable[Message]) -> tuple[dict[int, Message], Verdicts]:
+        """The valid ones by client, and what became of everybody's, which is noted."""
+        valid, verdicts = dict[int, Message](), dict[int, Verdict]()
+        for reply in replies:
+            self._judge(reply, valid, verdicts)
+        self._note(verdicts)
+        return valid, verdicts
+
+    def hand_over(self, order: Sequence[int], valid: Mapping[int, Message], verdicts: Verdicts) -> Aggregate:
+        """The ``valid`` replies to the inner strategy, in the order of clients; or their mean, if it needs no more.
+
+        ``order`` is of all clients that they might be of, and so the tree of their sum. Without a valid reply the model
+        stays, but for what a release makes of nothing.
+        """
+        if sums.only_mean(self.inner):
+            clip_norm = self.clip_norm
+            parts = (
+                sums.part_of(c, valid.get(c), verdicts.get(c), before=self._sent(c), clip_norm=clip_norm) for c in order
+            )
+            return self._hand_over_mean(sums.merge(parts))
+        return self._aggregated([valid[client] for client in sorted(valid)]) if valid else self._keep_model()
+
+    @property
+    def clip_norm(self) -> float | None:
+        """The bound of one client's change, if there is one."""
+        return self.release.mechanism.clip_norm if self.release else None
+
+    def _addressed(self, cohort: list[int], config: ConfigRecord, grid: Grid) -> dict[int, Message]:
+        """What the inner strategy has to say to whom, in the order of the ``cohort``.
+
+        In a round with nobody in it that releases all the same, it is asked too: it learns the model.
+        """
+        nodes = self.directory.nodes
+        shown = cohort or (list(nodes)[:1] if self.release else [])
+        view = CohortGrid(grid, [nodes[client] for client in shown])
+        messages = list(self.inner.configure_train(self.number, self.model, config, view)) if shown else []
+        if not cohort:
+            return {}
+        by_client = {self.directory.client_at(message.metadata.dst_node_id): message for message in messages}
+        if len(by_client) < len(messages) or not by_client.keys() <= set(cohort):
+            raise FederationError(
+                f"{type(self.inner).__name__} addressed nodes {[m.metadata.dst_node_id for m in messages]} in round "
+                f"{self.number}, where the cohort is {cohort}; a strategy asks each node of the grid it is shown "
+                "at most once"
+            )
+        return {client: by_client[client] for client in cohort if client in by_client}
+
+    def _judge(self, reply: Message, valid: dict[int, Message], verdicts: dict[int, Verdict]) -> None:
+        """The verdict on the first reply of each client that was asked; a note of any other."""
+        node = self.directory.sender(reply, self.messages.values())
+        client = self.directory.client_at(node)
+        if client is None:
+            self.report.unexpected.append(f"node {node} is no known client")
+        elif client not in self.messages:
+            self.report.unexpected.append(f"client {client} was not asked")
+        elif client in verdicts:
+            self.report.unexpected.append(f"client {client} replied again")
+        else:
+            asked, counts = self.messages[client].content, self.release_counts
+            verdicts[client] = verdict = judge(reply, asked, client, release_counts=counts, clip_norm=self.clip_norm)
+            if isinstance(verdict, Mapping):
+                valid[client] = reply
+
+    def _note(self, verdicts: Verdicts) -> None:
+        self.report.note(verdicts, release_counts=self.release_counts)
+        self.report.settle(self.ledger, self.assignments)
+        self.report.count_failure(self.directory.num_clients)
+
+    def _sent(self, client: int) -> ArrayRecord:
+        """The model that ``client`` began with."""
+        asked = self.messages.get(client)
+        sent = None if asked is None else records.arrays_in(asked.content, records.ARRAYS)
+        return self.model if sent is None else sent
+
+    def _hand_over_mean(self, total: sums.Part) -> Aggregate:
+        """The mean of ``total`` as one reply, or what the round releases of it."""
+        if not total.accepted and not self.release:
+            return self._keep_model()
+        metrics: dict[str, MetricRecordValues] = {records.NUM_EXAMPLES: total.weight}
+        if self.release:
+            attempt = max((assignment.attempt for assignment in self.assignments.values()), default=0)
+            arrays = self.release.model(total, self.model, round=self.number, attempt=attempt)
+            metrics = {records.NUM_EXAMPLES: 1}
+        else:
+            arrays = records.to_arrays(total.mean() or {})
+            if self.release_counts:
+                counts = [m[records.NONFINITE] * m[records.NUM_EXAMPLES] for m in total.accepted.values()]
+                metrics[records.NONFINITE] = sum(counts) / total.weight
+        content = RecordDict({records.ARRAYS: arrays, records.METRICS: MetricRecord(metrics)})
+        question = self.directory.question(next(iter(self.directory.nodes)))
+        return self._aggregated([Message(content, reply_to=question)])
+
+    def _aggregated(self, replies: list[Message]) -> Aggregate:
+        """What the inner strategy makes of ``replies``, in the model's types (some stock strategies return float64).
+
+        Raises ``FederationError`` unless it is like the model and finite.
+        """
+        arrays, metrics = self.inner.aggregate_train(self.number, replies)
+        if arrays is None:
+            return None, metrics
+        name = type(self.inner).__name__
+        if arrays.keys() != self.model.keys():
+            raise FederationError(f"{name} returned {list(arrays)}, not {list(self.model)}")
+        model = compat.record_of({k: _cast(compat.view(a), self.model[k].dtype) for k, a in arrays.items()})
+        try:
+            records.check_arrays(RecordDict({records.ARRAYS: model}), self.model)
+        except RecordError as error:
+            raise FederationError(
+                f"{name} returned other parameters than the model's, or in another order: {error}"
+            ) from error
+        return model, metrics
+
+    def _keep_model(self) -> Aggregate:
+        self.report.kept_model = True
+        log.warning("round %d: no valid reply, the model stays as it is", self.number)
+        return None, None
+
+
+def _cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """``array`` as ``dtype``; whole numbers are rounded, since a weighted mean of 17s may be 16.999."""
+    whole = np.issubdtype(np.dtype(dtype), np.integer)
+    return np.asarray(np.rint(array) if whole else array, dtype=dtype)
