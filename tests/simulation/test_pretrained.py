@@ -132,7 +132,7 @@ def test_a_client_begins_anew_with_all_layers(config):
     experiment = Experiment.build(dataclasses.replace(config, train_layers="head-then-all", unfreeze_round=2))
     task = Task(round=1, noise_multiplier=1.0, sample_rate=0.5, local_steps=2)
     first = experiment.client_round(0, task, experiment.trained(1), None)
-    assert first.state["momentum"].keys() == HEAD
+    assert first.state["optimizer"]["momentum"].keys() == HEAD
     second, whole = dataclasses.replace(task, round=2), experiment.trained(2)
     kept, anew = (experiment.client_round(0, second, whole, state) for state in (first.state, None))
     assert bits(kept.params) == bits(anew.params)
