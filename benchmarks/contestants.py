@@ -21,6 +21,7 @@ from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
 from fed_dpsat.step.placement import CPU, finish
+from fed_dpsat.testing.problems import step_info
 
 Step = Callable[[], object]
 CLIP_NORM = 1.0
@@ -193,9 +194,9 @@ def _optimizer_step(name: str, model: str, size: int, physical: int, device: tor
 
     def step() -> None:
         params, state = memory["params"], memory["state"]
-        at = optimizer.query_point(params, state)
+        at = optimizer.query_point(params, state, step_info())
         total, _ = clipped_gradient_sum(loss, at, data, clipping, physical_batch_size=physical)
-        params, state = optimizer.update(params, mechanism.privatize(total, generator), state)
+        params, state = optimizer.update(params, mechanism.privatize(total, generator), state, step_info())
         memory.update(params=params, state=state)
 
     return step

@@ -24,6 +24,7 @@ from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
 from fed_dpsat.step.secure_noise import system_generator
+from fed_dpsat.testing.problems import step_info
 
 SHAPES = {
     "linear": (1, 28, 28),
@@ -50,9 +51,9 @@ def measure(name: str) -> dict[str, object]:
     state, noise, times = optimizer.init(params), system_generator(), []
     for _ in range(1 + STEPS):
         began = time.perf_counter()
-        at = optimizer.query_point(params, state)
+        at = optimizer.query_point(params, state, step_info())
         clipped_sum, _ = clipped_gradient_sum(loss_fn, at, batch, FlatClipping(clip_norm=1.0))
-        params, state = optimizer.update(params, mechanism.privatize(clipped_sum, noise), state)
+        params, state = optimizer.update(params, mechanism.privatize(clipped_sum, noise), state, step_info())
         times.append(time.perf_counter() - began)
     count = sum(p.numel() for p in params.values())
     return {

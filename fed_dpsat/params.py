@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,3 +40,49 @@ def cut(flat: Tensor, like: Params) -> Params:
     """``flat[d]`` as tensors of the names and shapes of ``like``."""
     pieces = torch.split(flat, [p.numel() for p in like.values()])
     return {name: piece.view_as(p) for (name, p), piece in zip(like.items(), pieces, strict=True)}
+
+
+# trees of named tensors, as an optimizer's state is one
+
+
+def map_tree(function: Callable[..., Any], tree: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` with ``function`` of each tensor, and of those in the same place of ``others``."""
+    return {
+        name: map_tree(function, value, *(other[name] for other in others))
+        if isinstance(value, dict)
+        else function(value, *(other[name] for other in others))
+        for name, value in tree.items()
+    }
+
+
+def flatten(tree: dict[str, Any]) -> Params:
+    """``tree`` under one level of names, ``slot/name``, to be stored or sent; ``unflatten`` gives it back.
+
+    A slash inside of a name is written ``~1`` and a tilde ``~0`` (RFC 6901); an empty tree is an empty tensor whose
+    name ends in a slash.
+    """
+    return dict(_leaves(tree, ""))
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if not tree and prefix:
+        yield prefix, torch.empty(0)
+    for name, value in tree.items():
+        path = prefix + name.replace("~", "~0").replace("/", "~1")
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}/")
+        else:
+            yield path, value
+
+
+def unflatten(flat: Params) -> dict[str, Any]:
+    """What ``flatten`` was given."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *slots, name = (part.replace("~1", "/").replace("~0", "~") for part in path.split("/"))
+        inner = tree
+        for slot in slots:
+            inner = inner.setdefault(slot, {})
+        if name:
+            inner[name] = value
+    return tree

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from fed_dpsat.params import global_norm, subtract, trainable, zeros_like
+from fed_dpsat.params import flatten, global_norm, map_tree, subtract, trainable, unflatten, zeros_like
 
 
 def test_trainable_keeps_the_order_and_leaves_out_what_is_frozen():
@@ -45,3 +45,22 @@ def test_global_norm_is_over_all_tensors_together():
 def test_global_norm_of_nothing_is_zero():
     assert global_norm({}) == 0
     assert global_norm({"a": torch.zeros(3)}) == 0
+
+
+def test_a_tree_goes_flat_and_comes_back():
+    """Slashes and tildes in names, and trees without tensors, are kept; so is the order."""
+    tree = {"a": torch.ones(2), "b/c": {"~1": torch.zeros(()), "none": {}}, "b": {"c": {"d": torch.ones(1)}}}
+    flat = flatten(tree)
+    assert list(flat) == ["a", "b~1c/~01", "b~1c/none/", "b/c/d"]
+    back = unflatten(flat)
+    assert list(back) == list(tree)
+    assert back["b/c"].keys() == {"~1", "none"}
+    assert back["b/c"]["none"] == {}
+    assert back["b"]["c"]["d"] is tree["b"]["c"]["d"]
+    assert unflatten(flatten({})) == {}
+
+
+def test_a_function_of_the_tensors_in_one_place():
+    one, two = ({"a": torch.tensor(x), "b": {"c": torch.tensor(x + 1), "d": {}}} for x in (1, 10))
+    found = map_tree(torch.add, one, two)
+    assert found == {"a": 11, "b": {"c": 13, "d": {}}}

@@ -27,10 +27,10 @@ from fed_dpsat.client.personal import PERSONAL, deal_test, only, personal_names,
 from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
-from fed_dpsat.errors import ModelError, SettingError
+from fed_dpsat.errors import ModelError, RunError, SettingError
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.models.ties import check_memory, named_tensors
-from fed_dpsat.params import Params, laid_end_to_end, subtract, trainable, zeros_like
+from fed_dpsat.params import Params, laid_end_to_end, map_tree, subtract, trainable
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step import generators
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, FlatClipping, check_clip_norm
@@ -40,11 +40,10 @@ from fed_dpsat.step.gradients.unchanging import check_unchanging, unchanged
 from fed_dpsat.step.loop import LocalResult, Streams, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.noise import Purpose, derive_generator, derive_seed
-from fed_dpsat.step.optimizers.base import ASCENT, CLOCK, NOISE, PrivateOptimizer, State, set_clock, subspace_of
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, carried_names, next_round, subspace_of
 from fed_dpsat.step.optimizers.chain import build_optimizer
 from fed_dpsat.step.optimizers.proximal import Proximal
 from fed_dpsat.step.placement import CPU, decided, device_of, is_card, module_on, moved, moved_state, torch_device
-from fed_dpsat.step.query import first_point
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.stacked import Member, Unstackable, alike, train_stacked
 from fed_dpsat.step.subspace import Coordinates, Span
@@ -52,6 +51,9 @@ from fed_dpsat.step.subspace import Coordinates, Span
 log = logging.getLogger("fed_dpsat")
 
 STACKING_ENGINES = ("auto", "vmap")
+
+OPTIMIZER, CLIPPING = "optimizer", "clipping"
+"""Where a client keeps the state of the optimizer, and the bound of adaptive clipping; see ``PERSONAL`` too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,19 +251,10 @@ class Experiment:
         return self.clipping if self.config.privacy_unit == "example" else FlatClipping(clip_norm=math.inf)
 
     def carried_state(self) -> set[str]:
-        """Slots of state that a client takes from one round into its next, found by updates on zeros.
-
-        One update, or two where a round has an even number: a two-step method has finished then.
-        """
-        params = zeros_like(self.trained(self.config.num_rounds))
-        state = self.optimizer.init(params)
-        with torch.random.fork_rng(devices=[]):
-            for _ in range(2 - self.config.steps_per_round % 2):
-                nothing = zeros_like(first_point(self.optimizer.query_point(params, state)))
-                _, state = self.optimizer.update(params, nothing, state)
-        forgotten = {CLOCK, NOISE} if self.config.ascent_memory == "client" else {CLOCK, NOISE, ASCENT}
-        kept = {"clipping"} if isinstance(self.clipping, AdaptiveClipping) else set()
-        return (state.keys() - forgotten) | kept | ({PERSONAL} if self.personal else set())
+        """What a client takes from one round into its next, by name."""
+        adaptive = isinstance(self.clipping, AdaptiveClipping)
+        others = {CLIPPING: adaptive, PERSONAL: bool(self.personal)}
+        return carried_names(self.optimizer) | {name for name, kept in others.items() if kept}
 
     def subspace(self, round: int) -> Coordinates | Span | None:
         """What ``round`` (from 1) can change, if the optimizer says so; None where replies are whole models.
@@ -338,7 +331,7 @@ class Experiment:
     def _kind(self, request: Request, member: Member) -> Hashable:
         if self.attackers is not None and request.client in self.attackers.clients:
             return request.client
-        return request.assignment.local_steps, request.proximal_mu, id(request.params), alike(member.state)
+        return request.assignment.local_steps, request.proximal_mu, id(request.params), alike(member)
 
     def _together(
         self, requests: Sequence[Request], placed: Sequence[Request], members: Sequence[Member]
@@ -394,6 +387,8 @@ class Experiment:
                 mechanism=member.mechanism,
                 local_steps=assignment.local_steps,
                 streams=member.streams,
+                first_step=member.first_step,
+                clip_norm=member.clip_norm,
                 engine=self.config.engine,
                 physical_batch_size=self.config.physical_batch_size,
             )
@@ -427,9 +422,12 @@ class Experiment:
 
         On the CPU, where it was on the card.
         """
-        params, state, event = result.params, result.state, result.event
+        params, event = result.params, result.event
+        state: State = {OPTIMIZER: result.state}
+        if result.clip_norm is not None:
+            state[CLIPPING] = {"clip_norm": torch.tensor(result.clip_norm)}
         if self.personal:
-            params, state = without(params, self.personal), {**state, PERSONAL: only(params, self.personal)}
+            params, state[PERSONAL] = without(params, self.personal), only(params, self.personal)
         if self.config.privacy_unit == "client":
             event = request.assignment.event  # the server's release
             params = client_level.bounded_model(
@@ -437,7 +435,7 @@ class Experiment:
             )
         if event != request.assignment.event:
             raise PrivacyError(f"the round ran as {event}, and {request.assignment.event} was charged; nothing is sent")
-        state = {slot: moved(kept, CPU) for slot, kept in state.items()}
+        state = map_tree(lambda t: t.to(CPU), state)
         return dataclasses.replace(result, params=moved(params, CPU), state=state, event=event)
 
     def _optimizer(self, params: Params, proximal_mu: float) -> PrivateOptimizer:
@@ -447,9 +445,9 @@ class Experiment:
 
     def _outgrown(self, request: Request) -> bool:
         """Whether the client's state is of the head alone, and all layers are trained now: it begins anew."""
-        first, slots = set(self.start.names), (request.state or {}).values()
+        first = set(self.start.names)
         grown = bool(self.config.unfreeze_round) and request.params.keys() != first
-        return grown and any(slot.keys() == first for slot in slots)
+        return grown and _has_part(request.state or {}, first)
 
     def _member(self, request: Request) -> Member:
         """What is the client's own of its round: data, state, sampler, mechanism, streams."""
@@ -462,10 +460,9 @@ class Experiment:
         sampler = PoissonSampler(num_examples=len(indices), sample_rate=assignment.sample_rate)
         whole = self.whole(request.params, request.state)
         known = request.state is not None and not self._outgrown(request)
-        state = dict(request.state or {}) if known else self.optimizer.init(whole)
-        state.pop(PERSONAL, None)
-        if config.ascent_memory != "client":
-            state.pop(ASCENT, None)
+        last = (request.state or {}) if known else {}
+        if known and OPTIMIZER not in last:
+            raise RunError("a client's state is of another version of fed_dpsat; go on with that, or start a new run")
         mechanism = GaussianMechanism(
             noise_multiplier=assignment.local_noise_multiplier,
             clip_norm=self.local_clipping.clip_norm,
@@ -473,7 +470,9 @@ class Experiment:
         )
         return Member(
             batches=lambda batch: self.dataset.train.batch(indices[batch], self.device),
-            state=set_clock(state, (assignment.round - 1) * config.steps_per_round),
+            state=next_round(self.optimizer, whole, last[OPTIMIZER]) if known else self.optimizer.init(whole),
+            first_step=(assignment.round - 1) * config.steps_per_round,
+            clip_norm=float(last[CLIPPING]["clip_norm"]) if CLIPPING in last else None,
             sampler=sampler,
             mechanism=mechanism,
             own=only(whole, self.personal),
@@ -490,6 +489,11 @@ class Experiment:
 @functools.cache
 def _say_once(reason: str) -> None:
     log.warning("stack_clients: clients train one after the other: %s", reason)
+
+
+def _has_part(tree: State, names: set[str]) -> bool:
+    """Whether ``names`` are those of a part of ``tree``."""
+    return tree.keys() == names or any(_has_part(part, names) for part in tree.values() if isinstance(part, dict))
 
 
 def _check_unchanging(module: nn.Module, input_shape: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from fed_dpsat.models.ties import layer_of
 from fed_dpsat.params import Params
 
 PERSONAL = "personal"
-"""The slot of a client's kept state that holds its own parameters."""
+"""Where a client keeps its own parameters in its state."""
 
 
 def personal_names(params: Params, personal_layers: str, tensors: Mapping[str, str] | None = None) -> frozenset[str]:

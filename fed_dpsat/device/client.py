@@ -21,11 +21,10 @@ from fed_dpsat.device.journal import Refusal, Request
 from fed_dpsat.device.policy import Policy
 from fed_dpsat.device.release import release
 from fed_dpsat.errors import InputError
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, flatten, unflatten
 from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.settings.config import MACHINE, RunConfig
 from fed_dpsat.step.loop import LocalResult
-from fed_dpsat.step.optimizers.base import State
 
 ReadParams = Callable[[Params], Params]
 """Reads the parameters of a message, which must be like those given; raises ``Refusal``."""
@@ -105,20 +104,6 @@ def _check_size(policy: Policy, experiment: Experiment) -> None:
             f"model={experiment.config.model!r} has {count} parameters, above the {policy.largest_parameters} of this "
             "device; choose a smaller one"
         )
-
-
-def flatten(state: State) -> Params:
-    """``state`` under flat names, slot and name."""
-    return {f"{slot}/{name}": value for slot, params in state.items() for name, value in params.items()}
-
-
-def unflatten(flat: Params) -> State:
-    """What ``flatten`` was given."""
-    state: State = {}
-    for key, value in flat.items():
-        slot, _, name = key.partition("/")
-        state.setdefault(slot, {})[name] = value
-    return state
 
 
 def pack(tensors: Params) -> bytes:

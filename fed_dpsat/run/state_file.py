@@ -21,7 +21,7 @@ Record = tuple[str, Mapping[str, Any]]
 """A kind, ``ARRAYS`` or another, and what is in it by name: arrays, or what JSON holds and bytes."""
 
 SUFFIX = ".state"
-MAGIC = b"fed_dpsat state 1\n"
+MAGIC = b"fed_dpsat state 2\n"
 ALIGNED = 64
 """Bytes that every array begins at a multiple of."""
 BYTES = "bytes"

@@ -23,15 +23,12 @@ from fed_dpsat.step.gradients.plain import unbounded
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_key, derive_seed
-from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, owned_update, set_noise
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo, owned_update
 from fed_dpsat.step.placement import device_of
 from fed_dpsat.step.query import spread
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.secure_noise import system_generator
 from fed_dpsat.step.unchecked import checking
-
-CLIPPING_SLOT = "clipping"
-"""Where the state keeps what adaptive clipping has learned."""
 
 Batches = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Indices ``[B]`` to ``(inputs[B, ...], targets[B])``."""
@@ -78,12 +75,16 @@ class Streams:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalResult:
-    """What a client's round made. ``params`` and ``event`` may leave; ``nonfinite_examples`` is sensitive."""
+    """What a client's round made. ``params`` and ``event`` may leave; ``nonfinite_examples`` is sensitive.
+
+    ``clip_norm`` is where adaptive clipping stands; None for a rule of one bound.
+    """
 
     params: Params
     state: State
     event: PrivacyEvent
     nonfinite_examples: int
+    clip_norm: float | None = None
 
 
 def train_locally(
@@ -98,11 +99,15 @@ def train_locally(
     mechanism: GaussianMechanism,
     local_steps: int,
     streams: Streams,
+    first_step: int = 0,
+    clip_norm: float | None = None,
     engine: str = "auto",
     physical_batch_size: int = 128,
 ) -> LocalResult:
     """``local_steps`` private steps from ``params``; each is one event of ``mechanism``, empty batch or not.
 
+    ``first_step`` is the index of the first step among those of the federation, ``clip_norm`` where adaptive clipping
+    begins, by default at its first bound.
     All is computed where ``params`` are. The data is touched through ``batches`` alone, and only the clipped sum is
     made of it; row i of a batch has to be made of example i alone, which nothing here can see. Raises ``SettingError``
     for what could cost more than the event says: a mechanism whose noise is scaled to another bound than ``clipping``
@@ -113,7 +118,7 @@ def train_locally(
     check_bound(mechanism, clipping)
     sampling, noise = streams.generator("sampling"), streams.generator("noise")
     adaptive = clipping if isinstance(clipping, AdaptiveClipping) else None
-    clip_norm = float(state[CLIPPING_SLOT]["clip_norm"]) if CLIPPING_SLOT in state else mechanism.clip_norm
+    bound = mechanism.clip_norm if clip_norm is None else clip_norm
     rule, of_gradient, of_count = clipping, mechanism, mechanism
     if not unbounded(clipping):
         rule = Held(rule=clipping, clip_norm=mechanism.clip_norm)
@@ -128,9 +133,10 @@ def train_locally(
             draws = streams.draws(step, indices)
             batch = made_batch(batches, indices, draws, device)
             if adaptive:
-                rule = Tally(clip_norm=clip_norm)
-                of_gradient, of_count = _joint(adaptive, mechanism, clip_norm)
-            at = optimizer.query_point(params, state)
+                rule = Tally(clip_norm=bound)
+                of_gradient, of_count = _joint(adaptive, mechanism, bound)
+            info = step_info(first_step + step, of_gradient, streams)
+            at = optimizer.query_point(params, state, info)
             loss = loss_fn
             if ordinary:
                 loss, of_gradient = ordinary.pair(at)
@@ -139,17 +145,25 @@ def train_locally(
             )
             private_gradient = spread(at, of_gradient.privatize(clipped_sum, noise))
             del at, clipped_sum  # or the next pass over a batch holds three models more
-            state = set_noise(state, of_gradient.noise_std)
-            params, state = update(params, private_gradient, state)
+            params, state = update(params, private_gradient, state, info)
             del private_gradient
             nonfinite += skipped
             if adaptive and isinstance(rule, Tally):
                 below = of_count.privatize({"below": torch.tensor(rule.centred)}, noise)["below"]
-                clip_norm = check_clip_norm(adaptive.next_clip_norm(clip_norm, float(below) + 0.5))
-    if adaptive:
-        state = {**state, CLIPPING_SLOT: {"clip_norm": torch.tensor(clip_norm)}}
-    event = mechanism.event(sample_rate=sampler.sample_rate, steps=local_steps)
-    return LocalResult(params=params, state=state, event=event, nonfinite_examples=nonfinite)
+                bound = check_clip_norm(adaptive.next_clip_norm(bound, float(below) + 0.5))
+    return LocalResult(
+        params=params,
+        state=state,
+        event=mechanism.event(sample_rate=sampler.sample_rate, steps=local_steps),
+        nonfinite_examples=nonfinite,
+        clip_norm=bound if adaptive else None,
+    )
+
+
+def step_info(index: int, mechanism: GaussianMechanism, streams: Streams) -> StepInfo:
+    """What an optimizer is told of a step whose private gradient is that of ``mechanism``."""
+    std = torch.tensor(mechanism.noise_std, dtype=torch.float64)
+    return StepInfo(index=index, noise_std=std, round=streams.round)
 
 
 def _joint(

@@ -5,7 +5,7 @@ on the card                                  on the CPU, whatever the device
 ============================================ ==========================================================
 the model, its loss and the server's tests   coins, noise and every other draw, those of dropout too
 a batch, from when its rows were gathered    data sets, messages, files, aggregation, the ledger
-parameters and state while a client trains   both before and after; scalars of a state (clock, counts)
+parameters and state while a client trains   both before and after; scalars of a state (counts)
 ============================================ ==========================================================
 
 So the same seed draws the same coins and the same noise on every device. Sums differ in their last bits.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +81,13 @@ def moved(params: Params, device: torch.device) -> Params:
     return {name: p.to(device) for name, p in params.items()}
 
 
-def moved_state(state: Mapping[str, Params], names: Collection[str], device: torch.device) -> dict[str, Params]:
-    """``state`` on ``device``, but for scalars that have no parameter's name: those are bookkeeping."""
+def moved_state(state: Mapping[str, Any], names: Collection[str], device: torch.device) -> dict[str, Any]:
+    """The tree ``state`` on ``device``, but for scalars that have no parameter's name: those are bookkeeping."""
     return {
-        slot: {name: t.to(device) if t.ndim or name in names else t for name, t in kept.items()}
-        for slot, kept in state.items()
+        name: moved_state(kept, names, device)
+        if isinstance(kept, dict)
+        else (kept.to(device) if kept.ndim or name in names else kept)
+        for name, kept in state.items()
     }
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,16 +33,25 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, flatten, map_tree
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.step.clipping.bound import Held, bounded_factors
 from fed_dpsat.step.generators import Mark, others_moved, training_on
 from fed_dpsat.step.gradients.finite import squared_norm_rows
 from fed_dpsat.step.gradients.loss import check_types
-from fed_dpsat.step.loop import Batches, LocalResult, Streams, check_bound, check_known, check_rows, module_of
+from fed_dpsat.step.loop import (
+    Batches,
+    LocalResult,
+    Streams,
+    check_bound,
+    check_known,
+    check_rows,
+    module_of,
+    step_info,
+)
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.modes import in_mode
-from fed_dpsat.step.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_noise
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo
 from fed_dpsat.step.placement import device_of
 from fed_dpsat.step.query import At, LossFn, Query, simplified
 from fed_dpsat.step.sampling import PoissonSampler
@@ -61,13 +70,18 @@ class Member:
     sampler: PoissonSampler
     mechanism: GaussianMechanism
     streams: Streams
+    first_step: int = 0
+    clip_norm: float | None = None
     own: Params = field(default_factory=dict)
 
 
-def alike(state: State) -> Hashable:
-    """Equal for states that can be stacked: the same slots, names, shapes and types, and the same time on the clock."""
-    form = sorted((slot, n, tuple(t.shape), str(t.dtype)) for slot, params in state.items() for n, t in params.items())
-    return tuple(form), repr(state.get(CLOCK))
+def alike(member: Member) -> Hashable:
+    """Equal for members that can be stacked: one round and step, and states of one form."""
+    return _form(member.state), member.first_step, member.streams.round
+
+
+def _form(state: State) -> Hashable:
+    return tuple(sorted((path, tuple(t.shape), str(t.dtype)) for path, t in flatten(state).items()))
 
 
 def train_stacked(
@@ -87,8 +101,8 @@ def train_stacked(
     """
     if isinstance(clipping, AdaptiveClipping):
         raise Unstackable("adaptive clipping, whose bound is another one for each client")
-    if len({alike(member.state) for member in members}) != 1:
-        raise Unstackable("clients with states of different forms")
+    if len({alike(member) for member in members}) != 1:
+        raise Unstackable("clients in different rounds, or with states of different forms")
     for member in members:
         check_known(member.mechanism, member.sampler, member.streams)
         check_bound(member.mechanism, clipping)
@@ -99,15 +113,16 @@ def train_stacked(
     coins = [member.sampler.batches(local_steps, member.streams.generator("sampling")) for member in members]
     own = _stacked([member.own for member in members])
     stack = {name: own[name] if name in own else p.expand(count, *p.shape) for name, p in params.items()}
-    state = stacked_state([member.state for member in members])
+    state = _stacked([member.state for member in members])
     skipped = torch.zeros(count, dtype=torch.int64)
     device = device_of(params)
     with training_on(device), in_mode(module_of(loss_fn), training=True):
         draws = _Draws(members, device)
         steps = _Optimizer(optimizer, draws)
-        for _ in range(local_steps):
+        for step in range(members[0].first_step, members[0].first_step + local_steps):
+            infos = [step_info(step, member.mechanism, member.streams) for member in members]
             drawn = [_batch(member, next(coins[k]), draws, k) for k, member in enumerate(members)]
-            at = steps.query_point(stack, state)
+            at = steps.query_point(stack, state, infos)
             mark = Mark.here(device)
             sums, nonfinite = stacked_sum(loss_fn, at, *_padded(drawn), clipping, physical_batch_size)
             if mark.moved():
@@ -116,15 +131,14 @@ def train_stacked(
                 member.mechanism.privatize(_at(sums, k), noise)
                 for k, (member, noise) in enumerate(zip(members, noises, strict=True))
             ]
-            state = _with_noise(state, members)
-            stack, state = steps.update(stack, _stacked(private), state)
+            stack, state = steps.update(stack, _stacked(private), state, infos)
             if others_moved():
                 raise Unstackable("an optimizer that draws from random or numpy.random")
             skipped += nonfinite.cpu()
     return [
         LocalResult(
             params=_own(_at(stack, k)),
-            state={slot: _own(p) for slot, p in _state_at(state, k).items()},
+            state=_own(_at(state, k)),
             event=member.mechanism.event(sample_rate=member.sampler.sample_rate, steps=local_steps),
             nonfinite_examples=int(skipped[k]),
         )
@@ -190,19 +204,6 @@ def _mapped(function: Callable[..., Any], what: str, *arguments: Any) -> Any:
         raise Unstackable(f"{what}, which vmap refuses: {str(error).strip().splitlines()[0]}") from error
 
 
-def stacked_state(states: Sequence[State]) -> State:
-    """Slots with a leading dimension for clients; the clock, which is the same for all, as it is."""
-    first = states[0]
-    return {slot: p if slot == CLOCK else _stacked([state[slot] for state in states]) for slot, p in first.items()}
-
-
-def _with_noise(state: State, members: Sequence[Member]) -> State:
-    """Each client's own noise, in the slot of those who ask for it."""
-    if NOISE not in state:
-        return state
-    return {**state, NOISE: _stacked([set_noise(state, member.mechanism.noise_std)[NOISE] for member in members])}
-
-
 class _Draws:
     """Torch's own generator, client by client, as each would find it alone."""
 
@@ -227,39 +228,48 @@ class _Optimizer:
     def __init__(self, optimizer: PrivateOptimizer, draws: _Draws) -> None:
         self._optimizer, self._draws, self._maps = optimizer, draws, True
 
-    def query_point(self, params: Params, state: State) -> Params:
-        clock, slots = _split(state)
+    def query_point(self, params: Params, state: State, infos: Sequence[StepInfo]) -> Params:
         if self._maps:
             try:
-                return vmap(lambda p, s: _point(self._optimizer.query_point(p, {**s, **clock})))(params, slots)
+                return vmap(
+                    lambda p, s, std: _point(self._optimizer.query_point(p, s, replace(infos[0], noise_std=std)))
+                )(params, state, _stds(infos))
             except Unstackable:
                 raise
             except Exception:  # whatever it is, it is raised again where it does not come of the mapping
                 self._maps = False
-        return _stacked([self._asked(k, params, state) for k in range(self._draws.count)])
+        return _stacked([self._asked(k, params, state, info) for k, info in enumerate(infos)])
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
-        clock, slots = _split(state)
+    def update(
+        self, params: Params, private_gradient: Params, state: State, infos: Sequence[StepInfo]
+    ) -> tuple[Params, State]:
         if self._maps:
             try:
-                moved, after = vmap(lambda p, g, s: self._optimizer.update(p, g, {**s, **clock}))(
-                    params, private_gradient, slots
-                )
-                return moved, _one_clock(after)
+                moved, after = vmap(
+                    lambda p, g, s, std: self._optimizer.update(p, g, s, replace(infos[0], noise_std=std))
+                )(params, private_gradient, state, _stds(infos))
+                return moved, after
             except Exception:
                 self._maps = False
-        each = [self._moved(k, params, private_gradient, state) for k in range(self._draws.count)]
-        if len({alike(after) for _, after in each}) != 1:
+        each = [self._moved(k, params, private_gradient, state, info) for k, info in enumerate(infos)]
+        if len({_form(after) for _, after in each}) != 1:
             raise Unstackable("an optimizer that leaves states of different forms")
-        return _stacked([moved for moved, _ in each]), stacked_state([after for _, after in each])
+        return _stacked([moved for moved, _ in each]), _stacked([after for _, after in each])
 
-    def _asked(self, k: int, params: Params, state: State) -> Params:
+    def _asked(self, k: int, params: Params, state: State, info: StepInfo) -> Params:
         with self._draws.of(k):
-            return _point(self._optimizer.query_point(_at(params, k), _state_at(state, k)))
+            return _point(self._optimizer.query_point(_at(params, k), _at(state, k), info))
 
-    def _moved(self, k: int, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def _moved(
+        self, k: int, params: Params, private_gradient: Params, state: State, info: StepInfo
+    ) -> tuple[Params, State]:
         with self._draws.of(k):
-            return self._optimizer.update(_at(params, k), _at(private_gradient, k), _state_at(state, k))
+            return self._optimizer.update(_at(params, k), _at(private_gradient, k), _at(state, k), info)
+
+
+def _stds(infos: Sequence[StepInfo]) -> Tensor:
+    """``[K]``: the one thing in which the steps of clients differ."""
+    return torch.stack([info.noise_std for info in infos])
 
 
 def _point(at: At) -> Params:
@@ -267,15 +277,6 @@ def _point(at: At) -> Params:
     if isinstance(at, Query):
         raise Unstackable("an optimizer that asks for more than one plain gradient")
     return at
-
-
-def _one_clock(state: State) -> State:
-    """vmap answers one clock per client; they have to agree."""
-    if CLOCK not in state:
-        return state
-    if any(bool((t != t[:1]).any()) for t in state[CLOCK].values()):
-        raise Unstackable("an optimizer whose clock runs differently for each client")
-    return {**state, CLOCK: {name: t[0] for name, t in state[CLOCK].items()}}
 
 
 def _batch(member: Member, indices: Tensor, draws: _Draws, k: int) -> tuple[Tensor, Tensor]:
@@ -294,23 +295,15 @@ def _padded(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, T
     return inputs, targets, torch.arange(targets.shape[1], device=targets.device) < sizes[:, None]
 
 
-def _split(state: State) -> tuple[State, State]:
-    """The clock, which is one for all, and the slots of each."""
-    return {s: p for s, p in state.items() if s == CLOCK}, {s: p for s, p in state.items() if s != CLOCK}
+def _stacked(each: Sequence[State]) -> State:
+    """Trees of one form with a leading dimension for clients."""
+    return map_tree(lambda *tensors: torch.stack(tensors), *each)
 
 
-def _stacked(each: Sequence[Params]) -> Params:
-    return {name: torch.stack([params[name] for params in each]) for name in each[0]}
+def _at(stack: State, k: int) -> State:
+    return map_tree(lambda t: t[k], stack)
 
 
-def _at(stack: Params, k: int) -> Params:
-    return {name: t[k] for name, t in stack.items()}
-
-
-def _state_at(state: State, k: int) -> State:
-    return {slot: p if slot == CLOCK else _at(p, k) for slot, p in state.items()}
-
-
-def _own(params: Params) -> Params:
+def _own(tree: State) -> State:
     """In memory of its own, so that nobody keeps the stack alive."""
-    return {name: t.clone() for name, t in params.items()}
+    return map_tree(torch.clone, tree)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fed_dpsat.params import Params, zeros_like
+from fed_dpsat.params import Params, flatten, zeros_like
 from fed_dpsat.step.loop import train_locally
-from fed_dpsat.step.optimizers.base import ASCENT, PrivateOptimizer, State, owned_update
+from fed_dpsat.step.optimizers.base import ASCENT, BASE, PrivateOptimizer, State, next_round, owned_update
 from fed_dpsat.step.query import At, as_query, first_point
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.problems import (
@@ -18,14 +19,13 @@ from fed_dpsat.testing.problems import (
     answer,
     copied,
     difference,
-    flattened,
     kind,
     normal_like,
+    step_info,
     walk,
 )
 from fed_dpsat.testing.rounds import (
     Subject,
-    begun,
     physical_batches_change_nothing,
     through_bytes,
     training_is_replayed_from_private_gradients_alone,
@@ -35,8 +35,8 @@ from fed_dpsat.testing.rounds import (
 STEPS = 6
 SIGNATURES = {
     "init": ("params",),
-    "query_point": ("params", "state"),
-    "update": ("params", "private_gradient", "state"),
+    "query_point": ("params", "state", "info"),
+    "update": ("params", "private_gradient", "state", "info"),
 }
 
 
@@ -56,7 +56,7 @@ def check_optimizer(
 
 
 def signatures_take_no_data(subject: Subject) -> None:
-    """``init(params)``, ``query_point(params, state)``, ``update(params, private_gradient, state)``: no more."""
+    """``init(params)``, ``query_point(params, state, info)``, ``update(params, private_gradient, state, info)``."""
     optimizer = subject.make()
     for name, wanted in SIGNATURES.items():
         method = getattr(optimizer, name)
@@ -71,22 +71,46 @@ def signatures_take_no_data(subject: Subject) -> None:
 
 
 def state_is_named_tensors(subject: Subject) -> None:
-    """State is ``{slot: {name: tensor}}``, so that it can be stored between rounds and sent."""
+    """State is a tree of named tensors, so that it can be stored between rounds and sent; ``carries`` are names."""
     for state in _states(subject):
-        for slot, params in state.items():
+        for path, value in _leaves(state):
             require(
-                isinstance(params, dict) and "/" not in slot,
-                expected="slots of named tensors, without '/' in the slot's name",
-                seen=f"{slot!r}: {type(params).__name__}",
-                remedy="keep numbers as 0-d tensors in a slot, as base.set_clock does",
+                type(value) is Tensor and not value.requires_grad,
+                expected="detached tensors, or trees of them",
+                seen=f"{path}: {type(value).__name__}",
+                remedy="keep numbers as 0-d tensors, name what you keep by strings, and detach",
             )
-            for name, value in params.items():
-                require(
-                    type(value) is Tensor and not value.requires_grad,
-                    expected="detached tensors in every slot",
-                    seen=f"{slot}/{name}: {type(value).__name__}",
-                    remedy="keep numbers as 0-d tensors, and detach",
-                )
+    carries = getattr(subject.make(), "carries", ())
+    require(
+        isinstance(carries, tuple) and all(isinstance(name, str) and name != BASE for name in carries),
+        expected="carries, a tuple of names",
+        seen=repr(carries),
+        remedy="name what a client takes into its next round, as in ('momentum',); a base names its own",
+    )
+
+
+def _leaves(tree: Any, path: str = "state") -> Iterator[tuple[str, Any]]:
+    """What is no tree of string names, by where it is."""
+    if type(tree) is not dict or not all(type(name) is str and name for name in tree):
+        yield path, tree
+        return
+    for name, value in tree.items():
+        yield from _leaves(value, f"{path}/{name}")
+
+
+def state_of_a_base_has_its_own_place(subject: Subject) -> None:
+    """An optimizer over a ``base`` keeps the state of that one under "base"."""
+    optimizer = subject.make()
+    base = getattr(optimizer, "base", None)
+    if base is None:
+        return
+    seen = optimizer.init(start()).get(BASE)
+    require(
+        isinstance(seen, dict) and seen.keys() == base.init(start()).keys(),
+        expected=f"the state of {type(base).__name__} under {BASE!r}",
+        seen=f"slots {sorted(optimizer.init(start()))}",
+        remedy="extend fed_dpsat.step.optimizers.base.Over: two that keep one name would find each other's",
+    )
 
 
 def points_are_like_params(subject: Subject) -> None:
@@ -98,8 +122,8 @@ def points_are_like_params(subject: Subject) -> None:
     like = {name: kind(p) for name, p in start().items()}
     params = start()
     for state in _states(subject):
-        query = as_query(optimizer.query_point(params, state))
-        params, _ = optimizer.update(params, answer(query, 0), state)
+        query = as_query(optimizer.query_point(params, state, step_info()))
+        params, _ = optimizer.update(params, answer(query, 0), state, step_info())
         points = [("query_point", point) for _, point in query.points]
         for what, point in (*points, ("update", params)):
             own = what == "query_point" and query.loss is not None
@@ -118,16 +142,19 @@ def inputs_are_not_changed(subject: Subject) -> None:
     """No function changes its arguments: parameters, gradient and state stay as they were, to the bit."""
     optimizer = subject.make()
     for state in _states(subject):
-        gradient = answer(optimizer.query_point(start(), state), 0)
-        given = {"params": start(), "private_gradient": gradient} | {f"state {slot}": p for slot, p in state.items()}
-        before, slots = {what: copied(tensors) for what, tensors in given.items()}, list(state)
+        info = step_info()
+        gradient = answer(optimizer.query_point(start(), state, info), 0)
+        given = {"params": start(), "private_gradient": gradient, "state": state}
+        before = {what: copied(flatten(tensors)) for what, tensors in given.items()}
         for what, taken in SIGNATURES.items():
-            getattr(optimizer, what)(*(given.get(name, state) for name in taken))
-            changed = [f"{n}: {said}" for n, tensors in given.items() if (said := difference(before[n], tensors))]
+            getattr(optimizer, what)(*(given.get(name, info) for name in taken))
+            changed = [
+                f"{what}: {said}" for what, tree in given.items() if (said := difference(before[what], flatten(tree)))
+            ]
             require(
-                not changed and list(state) == slots,
+                not changed,
                 expected=f"{what} to leave its arguments as they are",
-                seen="; ".join(changed) or f"slots {list(state)}, before {slots}",
+                seen="; ".join(changed),
                 remedy="no operation in place: weights that are moved and put back drift away when a batch is split",
             )
 
@@ -137,13 +164,12 @@ def a_gradient_given_away_makes_the_same_step(subject: Subject) -> None:
     optimizer = subject.make()
     owned = owned_update(optimizer)
     for state in _states(subject):
-        params, gradient = start(), answer(optimizer.query_point(start(), state), 0)
-        given = {"params": params} | {f"state {slot}": p for slot, p in state.items()}
-        before = {what: copied(tensors) for what, tensors in given.items()}
-        outcomes = []
+        params, info = start(), step_info()
+        gradient, given = answer(optimizer.query_point(params, state, info), 0), _flat(params, state)
+        before, outcomes = copied(given), []
         for step in (optimizer.update, owned):
             torch.manual_seed(0)
-            outcomes.append(_flat(*step(params, copied(gradient), state)))
+            outcomes.append(_flat(*step(params, copied(gradient), state, info)))
         said = difference(*outcomes)
         require(
             not said,
@@ -151,11 +177,11 @@ def a_gradient_given_away_makes_the_same_step(subject: Subject) -> None:
             seen=f"others: {said}",
             remedy="leave nothing in the gradient's memory that a later line of update_owned overwrites",
         )
-        changed = [f"{n}: {said}" for n, tensors in given.items() if (said := difference(before[n], tensors))]
+        said = difference(before, _flat(params, state))
         require(
-            not changed,
+            not said,
             expected="update_owned to leave parameters and state as they are",
-            seen="; ".join(changed),
+            seen=said,
             remedy="write into the private gradient alone",
         )
 
@@ -185,28 +211,28 @@ def same_inputs_give_same_outputs(subject: Subject) -> None:
 def resumed_equals_uninterrupted(subject: Subject) -> None:
     """Stored as bytes after any step and taken up by a new object, training goes on to the same bits."""
     optimizer = subject.make()
-    ends = list(walk(optimizer, start(), begun(optimizer, start()), range(STEPS)))
+    ends = list(walk(optimizer, start(), optimizer.init(start()), range(STEPS)))
     for stop in range(len(ends) - 1):
         params, state, _ = ends[stop]
         resumed, state, _ = list(walk(subject.make(), params, through_bytes(state), range(stop + 1, STEPS)))[-1]
-        said = difference(ends[-1][0], resumed) or difference(flattened(ends[-1][1]), flattened(state))
+        said = difference(ends[-1][0], resumed) or difference(flatten(ends[-1][1]), flatten(state))
         require(
             not said,
             expected="the parameters and state of a run without interruption",
             seen=f"others where it was stored after step {stop + 1}: {said}",
-            remedy="keep all that later steps need in the state, as tensors; an empty slot is not stored",
+            remedy="keep all that later steps need in the state, as tensors",
         )
 
 
 def zero_gradient_stays_finite(subject: Subject) -> None:
     """After zero gradients, parameters, state and query point are finite: the direction 0 / 0 is 0."""
     optimizer, params = subject.make(), start()
-    for state in (begun(optimizer, params), _states(subject)[-1]):
-        for _ in range(2):
-            zeros = zeros_like(first_point(optimizer.query_point(params, state)))
-            params, state = optimizer.update(params, zeros, state)
-            seen = {"params": params, **asked(optimizer.query_point(params, state)), **state}
-            bad = [s for s, tensors in seen.items() if not all(bool(t.isfinite().all()) for t in tensors.values())]
+    for state in (optimizer.init(params), _states(subject)[-1]):
+        for index in range(2):
+            zeros = zeros_like(first_point(optimizer.query_point(params, state, step_info(index))))
+            params, state = optimizer.update(params, zeros, state, step_info(index))
+            seen = flatten({"params": params, **asked(optimizer.query_point(params, state, step_info())), **state})
+            bad = [path for path, tensor in seen.items() if not bool(tensor.isfinite().all())]
             require(
                 not bad,
                 expected="finite values after a private gradient of zero",
@@ -215,31 +241,33 @@ def zero_gradient_stays_finite(subject: Subject) -> None:
             )
 
 
-def a_direction_may_come_or_go(subject: Subject) -> None:
-    """Between rounds ``ascent_memory=zero`` takes the slot "ascent" away; a direction may be any."""
-    optimizer, state = subject.make(), _states(subject)[-1]
-    without = {slot: params for slot, params in state.items() if slot != ASCENT}
-    for changed in (without, {**without, ASCENT: normal_like(start(), 9)}):
-        at = optimizer.query_point(start(), changed)
-        params, _ = optimizer.update(start(), answer(at, 0), changed)
+def a_round_begins_with_what_is_carried(subject: Subject) -> None:
+    """A round may begin with what ``carries`` names and, beside it, what ``init`` makes; a direction may be any."""
+    optimizer, last = subject.make(), _states(subject)[-1]
+    state = next_round(optimizer, start(), last)
+    states = [state, {**state, ASCENT: normal_like(start(), 9)} if ASCENT in last else state]
+    for begun in states:
+        at = optimizer.query_point(start(), begun, step_info(3, round=2))
+        params, _ = optimizer.update(start(), answer(at, 0), begun, step_info(3, round=2))
         require(
             all(bool(t.isfinite().all()) for point in (*asked(at).values(), params) for t in point.values()),
-            expected=f"a step with slots {sorted(changed)}",
+            expected=f"a step from a state of {sorted(begun)}",
             seen="NaN or inf",
-            remedy="read the slot by state.get(ASCENT): without a direction the query point is w",
+            remedy="name in carries what later rounds need; without a direction the query point is w",
         )
 
 
 CHECKS = (
     signatures_take_no_data,
     state_is_named_tensors,
+    state_of_a_base_has_its_own_place,
     points_are_like_params,
     inputs_are_not_changed,
     same_inputs_give_same_outputs,
     a_gradient_given_away_makes_the_same_step,
     resumed_equals_uninterrupted,
     zero_gradient_stays_finite,
-    a_direction_may_come_or_go,
+    a_round_begins_with_what_is_carried,
     training_is_replayed_from_private_gradients_alone,
     physical_batches_change_nothing,
     zero_lr_keeps_every_bit,
@@ -265,16 +293,16 @@ def asked(at: At) -> dict[str, Params]:
 def _states(subject: Subject) -> list[State]:
     """States before the first step and after each of three."""
     optimizer = subject.make()
-    first = begun(optimizer, start())
+    first = optimizer.init(start())
     return [first, *(state for _, state, _ in walk(optimizer, start(), first, range(3)))]
 
 
 def _outputs(optimizer: PrivateOptimizer, state: State, seed: int) -> Params:
     """All that the two functions return, under one level of names."""
     torch.manual_seed(0)
-    at = optimizer.query_point(start(), state)
-    return {**flattened(asked(at)), **_flat(*optimizer.update(start(), answer(at, seed), state))}
+    at = optimizer.query_point(start(), state, step_info())
+    return {**flatten(asked(at)), **_flat(*optimizer.update(start(), answer(at, seed), state, step_info()))}
 
 
 def _flat(params: Params, state: State) -> Params:
-    return flattened({"params": params, **{f"state {slot}": p for slot, p in state.items()}})
+    return flatten({"params": params, "state": state})

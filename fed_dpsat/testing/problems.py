@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fed_dpsat.params import Params
 from fed_dpsat.step.loop import LocalResult
-from fed_dpsat.step.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo
 from fed_dpsat.step.query import At, compact, first_point, spread
 
 TrainLoop = Callable[..., LocalResult]
@@ -80,22 +80,13 @@ def kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-def flattened(state: State) -> Params:
-    """One level of names, ``slot/name``, as a client's state is stored between rounds."""
-    return {f"{slot}/{name}": value for slot, params in state.items() for name, value in params.items()}
-
-
-def restored(flat: Params) -> State:
-    """The state that ``flattened`` was given; a slot without tensors is not in it."""
-    state: State = {}
-    for key, value in flat.items():
-        slot, _, name = key.partition("/")
-        state.setdefault(slot, {})[name] = value
-    return state
-
-
 def _flat(params: Params) -> Tensor:
     return torch.cat([p.flatten() for p in params.values()])
+
+
+def step_info(index: int = 0, noise_std: float = 0.0, round: int = 1) -> StepInfo:
+    """What the loop tells an optimizer in the step ``index`` of the federation."""
+    return StepInfo(index=index, noise_std=torch.tensor(noise_std, dtype=torch.float64), round=round)
 
 
 class Watching:
@@ -108,11 +99,11 @@ class Watching:
         """Nothing."""
         return {}
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> Params:
         """The parameters themselves."""
         return params
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """No step."""
         self.released.append(copied(private_gradient))
         return params, state
@@ -127,8 +118,9 @@ def walk(
     """
     for step in steps:
         torch.manual_seed(step)
-        gradient = answer(optimizer.query_point(params, state), step)
-        params, state = optimizer.update(params, gradient, state)
+        info = step_info(step)
+        gradient = answer(optimizer.query_point(params, state, info), step)
+        params, state = optimizer.update(params, gradient, state, info)
         yield params, state, gradient
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fed_dpsat.params import Params, global_norm, subtract
+from fed_dpsat.params import Params, flatten, global_norm, subtract, unflatten
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.loop import LocalResult, Streams
 from fed_dpsat.step.mechanism import GaussianMechanism
-from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, set_clock, set_noise
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round
 from fed_dpsat.step.query import spread
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.testing.conformance import require
@@ -22,10 +22,9 @@ from fed_dpsat.testing.problems import (
     copied,
     difference,
     filled,
-    flattened,
     normal_like,
     quadratic,
-    restored,
+    step_info,
 )
 
 SHAPES = {"weight": (3, 2), "bias": (3,)}
@@ -66,12 +65,12 @@ def training_is_replayed_from_private_gradients_alone(subject: Subject) -> None:
         mechanism = _mechanism()
         result = _trained(subject, subject.make(), params, through_bytes(state), round, mechanism=mechanism)
         params, state = result.params, result.state
-        optimizer, again = subject.make(), set_clock(again, (round - 1) * STEPS)
+        optimizer, again = subject.make(), again if round == 1 else next_round(subject.make(), replayed, again)
         torch.default_generator.manual_seed(_streams(round).torch_seed())
-        for private_gradient in mechanism.released:
-            at = optimizer.query_point(replayed, again)
-            again = set_noise(again, mechanism.noise_std)
-            replayed, again = optimizer.update(replayed, spread(at, private_gradient), again)
+        for step, private_gradient in enumerate(mechanism.released):
+            info = step_info((round - 1) * STEPS + step, mechanism.noise_std, round)
+            at = optimizer.query_point(replayed, again, info)
+            replayed, again = optimizer.update(replayed, spread(at, private_gradient), again, info)
         said = difference(params, replayed)
         require(
             len(mechanism.released) == STEPS and not said,
@@ -113,14 +112,9 @@ def zero_lr_keeps_every_bit(subject: Subject) -> None:
 def through_bytes(state: State) -> State:
     """``state`` as it comes back from storage, by the flat names and arrays of a client's context."""
     buffer = io.BytesIO()
-    torch.save({key: torch.from_numpy(value.numpy().copy()) for key, value in flattened(state).items()}, buffer)
+    torch.save({key: torch.from_numpy(value.numpy().copy()) for key, value in flatten(state).items()}, buffer)
     buffer.seek(0)
-    return restored(torch.load(buffer, weights_only=True))
-
-
-def begun(optimizer: PrivateOptimizer, params: Params) -> State:
-    """The state of a client in its first round."""
-    return set_clock(optimizer.init(params), 0)
+    return unflatten(torch.load(buffer, weights_only=True))
 
 
 def _start() -> Params:
@@ -153,7 +147,8 @@ def _trained(
         lambda indices: (rows[indices], torch.zeros(len(indices))),
         loss_fn=quadratic,
         optimizer=optimizer,
-        state=set_clock(state, (round - 1) * STEPS),
+        state=state if round == 1 else next_round(optimizer, params, state),
+        first_step=(round - 1) * STEPS,
         sampler=PoissonSampler(num_examples=EXAMPLES, sample_rate=RATE),
         clipping=FlatClipping(clip_norm=1.0),
         mechanism=mechanism or _mechanism(),

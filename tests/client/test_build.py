@@ -15,11 +15,13 @@ from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.data.dataset import DataError, Dataset, Examples
-from fed_dpsat.errors import ModelError, SettingError
+from fed_dpsat.errors import ModelError, RunError, SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
-from fed_dpsat.step.optimizers.base import ASCENT, CLOCK
+from fed_dpsat.step.optimizers import DPSGD
+from fed_dpsat.step.optimizers.base import ASCENT, BASE
+from fed_dpsat.testing.problems import step_info
 
 CONFIG = RunConfig(noise_multiplier=1.0, num_clients=4, local_steps=2, num_rounds=3, momentum=0.5)
 ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2))
@@ -39,8 +41,8 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def with_memory(experiment, memory):
-    return dataclasses.replace(experiment, config=dataclasses.replace(CONFIG, ascent_memory=memory))
+def with_memory(memory):
+    return Experiment.build(dataclasses.replace(CONFIG, ascent_memory=memory))
 
 
 def test_the_same_config_builds_the_same_objects(experiment):
@@ -80,40 +82,59 @@ def test_the_event_is_the_one_that_the_server_charges(experiment, params):
 
 def test_momentum_and_ascent_stay_with_the_client(experiment, params):
     first = experiment.client_round(0, ASSIGNMENT, params, None)
-    assert {"momentum", ASCENT, CLOCK} <= first.state.keys()
+    assert first.state.keys() == {"optimizer"}
+    assert ASCENT in first.state["optimizer"]
+    assert "momentum" in first.state["optimizer"][BASE]
     second = dataclasses.replace(ASSIGNMENT, round=2)
     kept = experiment.client_round(0, second, params, first.state)
     forgot = experiment.client_round(0, second, params, None)
     assert not same(kept.params, forgot.params)
 
 
-def test_the_clock_follows_the_federation(experiment, params):
-    late = experiment.client_round(0, dataclasses.replace(ASSIGNMENT, round=3), params, None)
-    assert int(late.state[CLOCK]["step"]) == 6
+def test_steps_are_counted_over_the_federation(experiment, params):
+    """Two rounds of two steps came before: the third begins with step 4, whoever the client is."""
+    told = []
+
+    class Listening(DPSGD):
+        def query_point(self, params, state, info):
+            told.append((info.index, info.round, float(info.noise_std)))
+            return params
+
+    listening = dataclasses.replace(experiment, optimizer=Listening(lr=0.1))
+    listening.client_round(0, dataclasses.replace(ASSIGNMENT, round=3), params, None)
+    std = (
+        ASSIGNMENT.event.noise_multiplier * CONFIG.clip_norm / (ASSIGNMENT.sample_rate * len(experiment.partitions[0]))
+    )
+    assert told == [(4, 3, std), (5, 3, std)]
 
 
 def first_query(experiment, params, state):
     """The first point at which ``experiment`` takes a gradient."""
     points = []
 
-    class Watching:
-        def __getattr__(self, name):
-            return getattr(experiment.optimizer, name)
-
-        def query_point(self, at, state):
-            points.append(experiment.optimizer.query_point(at, state))
+    class Watching(type(experiment.optimizer)):
+        def query_point(self, at, state, info):
+            points.append(super().query_point(at, state, info))
             return points[-1]
 
-    dataclasses.replace(experiment, optimizer=Watching()).client_round(0, ASSIGNMENT, params, state)
+    dataclasses.replace(experiment, optimizer=Watching(**vars(experiment.optimizer))).client_round(
+        0, ASSIGNMENT, params, state
+    )
     return points[0]
 
 
 def test_ascent_memory_says_what_the_first_step_climbs(experiment, params):
     mine = {name: torch.ones_like(p) for name, p in params.items()}
     state = {**experiment.optimizer.init(params), ASCENT: mine}
-    up = experiment.optimizer.query_point(params, state)
-    assert same(first_query(with_memory(experiment, "client"), params, state), up)
-    assert same(first_query(with_memory(experiment, "zero"), params, state), params)
+    up = experiment.optimizer.query_point(params, state, step_info())
+    state = {"optimizer": state}
+    assert same(first_query(with_memory("client"), params, state), up)
+    assert same(first_query(with_memory("zero"), params, state), params)
+
+
+def test_a_state_of_another_version_is_refused(experiment, params):
+    with pytest.raises(RunError, match="of another version"):
+        experiment.client_round(0, ASSIGNMENT, params, {ASCENT: params})
 
 
 def tiny(labels):
@@ -212,6 +233,7 @@ from torch import nn
 
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.data.digits import digits
+from fed_dpsat.testing.problems import step_info
 
 
 def data(names):

@@ -47,9 +47,9 @@ class Restless:
             raise AttributeError(name)
         return getattr(self.inner, name)
 
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         self.steps += 1
-        return dataclasses.replace(self.inner, lr=0.1 * self.steps).update(params, private_gradient, state)
+        return dataclasses.replace(self.inner, lr=0.1 * self.steps).update(params, private_gradient, state, info)
 
 
 class Counting(nn.Module):

@@ -102,23 +102,23 @@ class SecondStep:
     def init(self, params):
         return {}
 
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         return params
 
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         if "kept" in state:
             raise KeyError("velocity")
         return params, {"kept": private_gradient}
 
 
 class Reorders(DPSGD):
-    def update(self, params, private_gradient, state):
-        params, state = super().update(params, private_gradient, state)
+    def update(self, params, private_gradient, state, info):
+        params, state = super().update(params, private_gradient, state, info)
         return dict(reversed(params.items())), state
 
 
 class Reshapes(DPSGD):
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         return {name: p.flatten() for name, p in params.items()}, state
 
 
@@ -253,9 +253,9 @@ class Steps(DPSGD):
 
     taken: list
 
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         self.taken.append(len(self.taken))
-        return super().update(params, private_gradient, state)
+        return super().update(params, private_gradient, state, info)
 
 
 def test_objects_and_generators_are_as_before():

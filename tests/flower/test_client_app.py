@@ -64,7 +64,7 @@ def test_a_node_that_cannot_train_does_not_join(context):
 def test_state_and_its_own_count_stay(experiment, context):
     ask(experiment, context)
     assert records.load_history(context.state) == (ASSIGNMENT.event,)
-    assert "ascent" in records.load_state(context.state)
+    assert "ascent" in records.load_state(context.state)["optimizer"]
 
 
 def test_it_refuses_beyond_its_budget_whatever_the_server_says(experiment, context):
@@ -138,7 +138,7 @@ def test_an_optimizer_that_changes_the_model_in_place_is_named_and_harms_nobody_
     """All clients of a process begin a round with the same tensors."""
 
     class InPlace(DPSGD):
-        def update(self, params, private_gradient, state):
+        def update(self, params, private_gradient, state, info):
             return {name: p.sub_(private_gradient[name]) for name, p in params.items()}, state
 
     arrays = records.to_arrays(trainable(experiment.loss_fn.module))

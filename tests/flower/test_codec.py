@@ -215,8 +215,8 @@ def test_an_optimizer_that_moves_what_it_says_is_frozen_is_told(freezing):
     experiment, params = freezing
 
     class Drifts(type(experiment.optimizer)):
-        def update(self, params, private_gradient, state):
-            moved, state = super().update(params, private_gradient, state)
+        def update(self, params, private_gradient, state, info):
+            moved, state = super().update(params, private_gradient, state, info)
             return {name: p + 1e-3 for name, p in moved.items()}, state
 
     drifting = Drifts(**vars(experiment.optimizer))

@@ -80,12 +80,12 @@ def test_task_survives_and_an_unknown_key_is_refused():
 def test_state_is_kept_whole():
     kept = RecordDict()
     assert records.load_state(kept) is None
-    state = {"clock": {"step": torch.tensor(5)}, "ascent": {"0.weight": torch.tensor([1.0, 2.0])}}
+    state = {"count": torch.tensor(5), "base": {}, "a/b": {"~1": {"0.weight": torch.tensor([1.0, 2.0])}}}
     records.save_state(kept, state)
     back = records.load_state(kept)
     assert back.keys() == state.keys()
-    assert torch.equal(back["ascent"]["0.weight"], state["ascent"]["0.weight"])
-    assert int(back["clock"]["step"]) == 5
+    assert torch.equal(back["a/b"]["~1"]["0.weight"], state["a/b"]["~1"]["0.weight"])
+    assert int(back["count"]) == 5
 
 
 def test_a_clients_own_count_is_kept():

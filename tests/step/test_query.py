@@ -15,14 +15,14 @@ from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.loop import Streams, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
-from fed_dpsat.step.optimizers.base import ASCENT
+from fed_dpsat.step.optimizers.base import ASCENT, BASE
 from fed_dpsat.step.optimizers.proximal import Proximal
 from fed_dpsat.step.query import Query, as_query, compact, first_point, map_points, simplified, spread, zero_sum
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.secure_noise import system_generator
 from fed_dpsat.step.stacked import Member, Unstackable, train_stacked
 from fed_dpsat.step.unchecked import unchecked
-from fed_dpsat.testing.problems import quadratic
+from fed_dpsat.testing.problems import quadratic, step_info
 
 W = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor(5.0)}
 MASK = {"a": torch.tensor([[True, False], [False, True]])}
@@ -96,7 +96,7 @@ class Asks(DPSGD):
 
     query: object
 
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         return self.query(params)
 
 
@@ -231,7 +231,7 @@ def test_dp_sat_climbs_every_point_of_its_base():
         ),
     )
     optimizer = DPSAT(base=base, rho=5)
-    at = optimizer.query_point({"w": torch.zeros(2)}, {ASCENT: {"w": torch.tensor([3.0, 4.0])}})
+    at = optimizer.query_point({"w": torch.zeros(2)}, {BASE: {}, ASCENT: {"w": torch.tensor([3.0, 4.0])}}, step_info())
     assert [(weight, point["w"].tolist()) for weight, point in at.points] == [(0.25, [3, 4]), (0.75, [13, 14])]
     assert at.active["w"].tolist() == [True, False]
     assert at.loss is wrap
@@ -242,15 +242,15 @@ def test_a_direction_in_another_space_is_refused_in_words():
     with pytest.raises(
         SettingError, match=r"rho=0\.1 is not possible around a base whose private gradient is of \['t'\]"
     ):
-        optimizer.query_point({"w": torch.zeros(2)}, {ASCENT: {"w": torch.ones(2)}})
+        optimizer.query_point({"w": torch.zeros(2)}, {BASE: {}, ASCENT: {"w": torch.ones(2)}}, step_info())
 
 
 def test_the_proximal_term_passes_a_query_through():
     anchor = {"w": torch.zeros(2)}
     optimizer = Proximal(base=Asks(lr=1, query=corner), anchor=anchor, proximal_mu=0.5)
-    assert optimizer.query_point(anchor, {}).active["w"].tolist() == [True, False]
+    assert optimizer.query_point(anchor, {}, step_info()).active["w"].tolist() == [True, False]
     with pytest.raises(SettingError, match=r"proximal_mu=0\.5 is not possible around"):
-        optimizer.update(anchor, {"t": torch.tensor(1.0)}, optimizer.init(anchor))
+        optimizer.update(anchor, {"t": torch.tensor(1.0)}, optimizer.init(anchor), step_info())
 
 
 def test_opacus_refuses_in_words():

@@ -12,6 +12,7 @@ from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
 from fed_dpsat.step.loop import LocalResult, Streams, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.testing import check_mechanism
+from fed_dpsat.testing.problems import step_info
 
 
 def wrong(name):
@@ -179,7 +180,7 @@ def loop(params, batches, *, mechanism, sampler, local_steps, streams, divide=Fa
         total, _ = clipped_gradient_sum(more["loss_fn"], params, batch, more["clipping"])
         if divide:
             mechanism = replace(mechanism, expected_batch_size=max(len(indices), 1))
-        params, state = more["optimizer"].update(params, mechanism.privatize(total, noise), state)
+        params, state = more["optimizer"].update(params, mechanism.privatize(total, noise), state, step_info())
         released += 1
     event = mechanism.event(sample_rate=sampler.sample_rate, steps=released)
     return LocalResult(params=params, state=state, event=event, nonfinite_examples=0)

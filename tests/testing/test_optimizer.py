@@ -17,6 +17,7 @@ from fed_dpsat.step.optimizers.base import ASCENT, climb
 from fed_dpsat.step.optimizers.chain import build_optimizer
 from fed_dpsat.step.query import Query
 from fed_dpsat.testing import check_optimizer
+from fed_dpsat.testing.problems import step_info
 
 
 def shipped(name, lr=0.1):
@@ -39,13 +40,13 @@ def step(params, slope, lr=0.1):
 class WantsTheBatch(DPSGD):
     """Momentum of the raw gradient needs the data, so it does not fit the signature."""
 
-    def update(self, params, private_gradient, state, batch):
-        return super().update(params, private_gradient, state)
+    def update(self, params, private_gradient, state, info, batch):
+        return super().update(params, private_gradient, state, info)
 
 
 class TakesTheBatchIfGiven(DPSGD):
-    def update(self, params, private_gradient, state, batch=None):
-        return super().update(params, private_gradient, state)
+    def update(self, params, private_gradient, state, info, batch=None):
+        return super().update(params, private_gradient, state, info)
 
 
 class TakesAnything(DPSGD):
@@ -56,22 +57,22 @@ class TakesAnything(DPSGD):
 class PerturbsInPlace(DPSAT):
     """Moves the weights and puts them back, as the official code does."""
 
-    def query_point(self, params, state):
-        there = super().query_point(params, state)
+    def query_point(self, params, state, info):
+        there = super().query_point(params, state, info)
         for name, p in params.items():
             p.copy_(there[name])
         return params
 
 
 class WritesIntoTheGradient(DPSGD):
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         for name, g in private_gradient.items():
             g.add_(params[name], alpha=0.1)
-        return super().update(params, private_gradient, state)
+        return super().update(params, private_gradient, state, info)
 
 
 class WritesIntoTheState(DPSGD):
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         slope = state.setdefault("momentum", zeros_like(params))
         for name, g in private_gradient.items():
             slope[name].mul_(0.9).add_(g)
@@ -81,10 +82,10 @@ class WritesIntoTheState(DPSGD):
 class OverwritesItsMomentum(DPSGD):
     """Leaves its momentum in the memory that it then writes the parameters into."""
 
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         return step(params, private_gradient), {**state, "momentum": private_gradient}
 
-    def update_owned(self, params, private_gradient, state):
+    def update_owned(self, params, private_gradient, state, info):
         out = {name: torch.add(p, private_gradient[name], alpha=-0.1) for name, p in params.items()}
         return {name: private_gradient[name].copy_(p) for name, p in out.items()}, {
             **state,
@@ -93,10 +94,10 @@ class OverwritesItsMomentum(DPSGD):
 
 
 class OwnsTheWeightsToo(DPSGD):
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         return step(params, private_gradient), state
 
-    def update_owned(self, params, private_gradient, state):
+    def update_owned(self, params, private_gradient, state, info):
         return {name: p.sub_(private_gradient[name], alpha=0.1) for name, p in params.items()}, state
 
 
@@ -109,26 +110,26 @@ class HidesMomentum:
     def init(self, params):
         return {}
 
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         return params
 
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         old = self.slope or zeros_like(private_gradient)
         self.slope = {name: torch.add(g, old[name], alpha=0.9) for name, g in private_gradient.items()}
         return step(params, self.slope), state
 
 
-class CountsInAnEmptySlot(DPSGD):
-    """Knows that it has begun by a slot without tensors, which storage does not keep."""
+class TellsByIdentity(DPSGD):
+    """Knows that it goes on by the object that it left, which storage does not give back."""
 
-    def update(self, params, private_gradient, state):
-        share = 1.0 if "begun" in state else 0.1
-        return step(params, private_gradient, share), {**state, "begun": {}}
+    def update(self, params, private_gradient, state, info):
+        moved = step(params, private_gradient, 1.0 if state.get("left") is params else 0.1)
+        return moved, {**state, "left": moved}
 
 
 class KeepsANumber(DPSGD):
-    def update(self, params, private_gradient, state):
-        moved, state = super().update(params, private_gradient, state)
+    def update(self, params, private_gradient, state, info):
+        moved, state = super().update(params, private_gradient, state, info)
         return moved, {**state, "norms": {"last": 1.0}}
 
 
@@ -137,31 +138,54 @@ class KeepsAList(DPSGD):
         return {**super().init(params), "history": []}
 
 
-class NamesASlash(DPSGD):
+class NamesByNumber(DPSGD):
     def init(self, params):
-        return {**super().init(params), "a/b": zeros_like(params)}
+        return {**super().init(params), 1: zeros_like(params)}
+
+
+class NamesNothing(DPSGD):
+    def init(self, params):
+        return {**super().init(params), "": zeros_like(params)}
+
+
+class CarriesAWord(DPSGD):
+    carries = "momentum"
+
+
+class SharesItsSlots(DPSAT):
+    """Keeps its direction among what its base keeps."""
+
+    def init(self, params):
+        return self.base.init(params)
+
+    def query_point(self, params, state, info):
+        return climb(params, state.get(ASCENT), self.rho)
+
+    def update(self, params, private_gradient, state, info):
+        moved, after = self.base.update(params, private_gradient, state, info)
+        return moved, {**after, ASCENT: private_gradient}
 
 
 class Casts(DPSGD):
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         return {name: p.float() for name, p in params.items()}
 
 
 class Flattens(DPSGD):
-    def update(self, params, private_gradient, state):
-        moved, state = super().update(params, private_gradient, state)
+    def update(self, params, private_gradient, state, info):
+        moved, state = super().update(params, private_gradient, state, info)
         return {name: p.reshape(-1) if p.ndim == 0 else p for name, p in moved.items()}, state
 
 
 class HooksTheRawGradient(DPSGD):
     """Would see the raw gradient through a leaf."""
 
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
 class DividesByTheNorm(DPSAT):
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         if ASCENT not in state:
             return params
         norm = torch.sqrt(sum(g.double().square().sum() for g in state[ASCENT].values()))
@@ -169,28 +193,32 @@ class DividesByTheNorm(DPSAT):
 
 
 class NeedsItsDirection(DPSAT):
-    def query_point(self, params, state):
-        return climb(params, state[ASCENT] if state["clock"]["step"] > 0 else None, self.rho)
+    """Climbs in a round's first step what it does not carry into the round."""
+
+    carries = ()
+
+    def query_point(self, params, state, info):
+        return climb(params, state[ASCENT] if info.index > 0 else None, self.rho)
 
 
 class StepsFromTheQueryPoint(DPSAT):
     """Comes back by the way it went, which rounds."""
 
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         up = climb(zeros_like(params), state.get(ASCENT), self.rho)
-        moved, after = super().update({name: p + up[name] for name, p in params.items()}, private_gradient, state)
+        moved, after = super().update({name: p + up[name] for name, p in params.items()}, private_gradient, state, info)
         return {name: m - up[name] for name, m in moved.items()}, after
 
 
 class CastsOnePoint(DPSGD):
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         return Query(points=((0.5, {name: p.float() for name, p in params.items()}), (0.5, params)))
 
 
 class MasksByAGeneratorOfItsOwn(DPSGD):
     """Nobody else could know the mask, and a run that resumes has another."""
 
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         return Query(points=((1.0, params),), active={"bias": torch.rand(3, generator=OWN) < 0.5})
 
 
@@ -198,7 +226,7 @@ OWN = torch.Generator().manual_seed(0)
 
 
 class MasksAPointInPlace(DPSGD):
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         params["bias"][2] = 0
         return Query(points=((1.0, params),), active={"bias": torch.tensor([True, True, False])})
 
@@ -206,7 +234,7 @@ class MasksAPointInPlace(DPSGD):
 class KeepsWhatItsLossSaw(DPSGD):
     """A wrapped loss sees examples; what it keeps is no post-processing of private gradients."""
 
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         def wrap(loss):
             def seeing(p, inputs, targets):
                 SEEN["mean"] = torch._C._functorch.get_unwrapped(inputs).mean()
@@ -216,8 +244,8 @@ class KeepsWhatItsLossSaw(DPSGD):
 
         return Query(points=((1.0, params),), loss=wrap)
 
-    def update(self, params, private_gradient, state):
-        moved, state = super().update(params, private_gradient, state)
+    def update(self, params, private_gradient, state, info):
+        moved, state = super().update(params, private_gradient, state, info)
         return {name: p + SEEN.get("mean", 0) for name, p in moved.items()}, state
 
 
@@ -239,10 +267,13 @@ BROKEN = {
     "a momentum that is overwritten": (made(OverwritesItsMomentum), OWNED),
     "weights taken for its own": (made(OwnsTheWeightsToo), OWNED),
     "momentum in the object, reset each round": (HidesMomentum, "same_inputs_give_same_outputs"),
-    "an empty slot": (made(CountsInAnEmptySlot), "resumed_equals_uninterrupted"),
+    "an object that is known again": (made(TellsByIdentity), "resumed_equals_uninterrupted"),
     "a number in the state": (made(KeepsANumber), "state_is_named_tensors"),
     "a list in the state": (made(KeepsAList), "state_is_named_tensors"),
-    "a slash in a slot": (made(NamesASlash), "state_is_named_tensors"),
+    "a number as a name": (made(NamesByNumber), "state_is_named_tensors"),
+    "an empty name": (made(NamesNothing), "state_is_named_tensors"),
+    "a word of what is carried": (made(CarriesAWord), "state_is_named_tensors"),
+    "slots among those of the base": (made(SharesItsSlots), "state_of_a_base_has_its_own_place"),
     "casts": (made(Casts), "points_are_like_params"),
     "flattens a scalar": (made(Flattens), "points_are_like_params"),
     "hooks the raw gradient": (made(HooksTheRawGradient), "points_are_like_params"),
@@ -251,7 +282,7 @@ BROKEN = {
     "masks the weights in place": (made(MasksAPointInPlace), "inputs_are_not_changed"),
     "keeps what its loss saw": (made(KeepsWhatItsLossSaw), "training_is_replayed_from_private_gradients_alone"),
     "0 / 0": (made(DividesByTheNorm), "zero_gradient_stays_finite"),
-    "needs its direction": (made(NeedsItsDirection), "a_direction_may_come_or_go"),
+    "needs its direction": (made(NeedsItsDirection), "a_round_begins_with_what_is_carried"),
 }
 
 
@@ -259,21 +290,22 @@ def loop(params, batches, *, optimizer, sampler, local_steps, streams, physical_
     """A training loop in short, right unless told otherwise."""
     mechanism, state, loss = more["mechanism"], more["state"], more["loss_fn"]
     if mistake == "reset":
-        state = {**optimizer.init(params), "clock": state["clock"]}
+        state = optimizer.init(params)
     sampling, noise = streams.generator("sampling"), streams.generator("noise")
     torch.manual_seed(streams.torch_seed())
-    for indices in sampler.batches(local_steps, sampling):
+    for number, indices in enumerate(sampler.batches(local_steps, sampling)):
+        info = step_info(more["first_step"] + number, mechanism.noise_std, streams.round)
         inputs, targets = batches(indices)
-        total, at, before = zeros_like(params), optimizer.query_point(params, state), params
+        total, at, before = zeros_like(params), optimizer.query_point(params, state, info), params
         pieces = list(zip(inputs.split(physical_batch_size), targets.split(physical_batch_size), strict=True))
-        for number, piece in enumerate(pieces):
-            if mistake == "restore on the last" and number:
-                before, at = at, optimizer.query_point(at, state)
+        for part, piece in enumerate(pieces):
+            if mistake == "restore on the last" and part:
+                before, at = at, optimizer.query_point(at, state, info)
             chunk, _ = clipped_gradient_sum(loss, at, piece, more["clipping"])
             total = {name: t + chunk[name] for name, t in total.items()}
         params = before  # moved as often as there were pieces, put back once
         private = mechanism.privatize(total, noise)
-        params, state = optimizer.update(params, total if mistake == "raw" else private, state)
+        params, state = optimizer.update(params, total if mistake == "raw" else private, state, info)
     event = mechanism.event(sample_rate=sampler.sample_rate, steps=local_steps)
     return LocalResult(params=params, state=state, event=event, nonfinite_examples=0)
 
@@ -284,7 +316,7 @@ LOOPS = {"reset": REPLAY, "raw": REPLAY, "restore on the last": "physical_batche
 
 @pytest.mark.parametrize("name", plugins.builtin("optimizer"))
 def test_every_shipped_optimizer_conforms(name):
-    assert len(check_optimizer(lambda: shipped(name), zero_lr=lambda: shipped(name, lr=0.0))) == 12
+    assert len(check_optimizer(lambda: shipped(name), zero_lr=lambda: shipped(name, lr=0.0))) == 13
 
 
 def test_without_zero_lr_that_check_is_left_out():
@@ -310,8 +342,8 @@ def test_a_way_there_and_back_is_caught_at_lr_zero(caught):
 class Peeks(DPSGD):
     """Reads what somebody left for it: a way around the signature."""
 
-    def update(self, params, private_gradient, state):
-        return super().update(params, LEFT.get("raw") or private_gradient, state)
+    def update(self, params, private_gradient, state, info):
+        return super().update(params, LEFT.get("raw") or private_gradient, state, info)
 
 
 LEFT = {}

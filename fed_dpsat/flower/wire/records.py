@@ -43,7 +43,7 @@ from fed_dpsat.accounting.event import History, PrivacyEvent, merge
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.flower.wire import compat
 from fed_dpsat.flower.wire.arrays import read_array
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, flatten, unflatten
 from fed_dpsat.step.loop import LocalResult
 from fed_dpsat.step.optimizers.base import State
 from fed_dpsat.step.subspace import Coordinates, Span, described, read_subspace
@@ -268,20 +268,14 @@ def read_identity(reply: Message) -> int:
 
 
 def save_state(content: RecordDict, state: State) -> None:
-    """Keep ``state`` in a client's context, one array per slot and name."""
-    flat = {f"{slot}/{name}": value for slot, params in state.items() for name, value in params.items()}
-    content[STATE] = to_arrays(flat)
+    """Keep ``state`` in a client's context."""
+    content[STATE] = to_arrays(flatten(state))
 
 
 def load_state(content: RecordDict) -> State | None:
     """The state that ``save_state`` kept, or None."""
-    if (record := arrays_in(content, STATE)) is None:
-        return None
-    state: State = {}
-    for key, value in to_params(record).items():
-        slot, _, name = key.partition("/")
-        state.setdefault(slot, {})[name] = value
-    return state
+    record = arrays_in(content, STATE)
+    return None if record is None else unflatten(to_params(record))
 
 
 def save_history(content: RecordDict, history: History) -> None:

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.gradients.per_example import LossFn, ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.loop import LocalResult
-from fed_dpsat.step.optimizers.base import PrivateOptimizer, State
+from fed_dpsat.step.optimizers.base import Over, State, StepInfo
 from fed_dpsat.step.optimizers.chain import split_chain
 from fed_dpsat.step.query import At, spread
 
@@ -220,28 +220,24 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watching:
+class Watching(Over):
     """A private optimizer whose query points and private gradients a ``Watch`` sees."""
 
-    inner: PrivateOptimizer
     watch: Watch
     asked: list[At] = field(default_factory=list)
+    carries: ClassVar[tuple[str, ...]] = ()
 
-    def init(self, params: Params) -> State:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """As the one that is watched."""
-        return self.inner.init(params)
-
-    def query_point(self, params: Params, state: State) -> At:
-        """As the one that is watched."""
-        at = self.inner.query_point(params, state)
+        at = super().query_point(params, state, info)
         self.asked[:] = [at]
         return at
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """As the one that is watched."""
         if self.watch.on:
             self.watch.see(self.asked[0], private_gradient)
-        return self.inner.update(params, private_gradient, state)
+        return super().update(params, private_gradient, state, info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +332,7 @@ def _gradient_scores(
                 coordinates=coordinates,
                 slope=slope_of(experiment.clipping, params, coordinates),
             ),
-            "optimizer": Watching(inner=experiment.optimizer, watch=watch),
+            "optimizer": Watching(base=experiment.optimizer, watch=watch),
             "named": False,
         },
         watch=watch,

@@ -28,10 +28,9 @@ from fed_dpsat.lab.audit.scores import Guess, Seen, Values, choose, errors, scor
 from fed_dpsat.params import Params, trainable
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
-from fed_dpsat.step.loop import LocalResult, Streams, train_locally
+from fed_dpsat.step.loop import LocalResult, Streams, step_info, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
-from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, set_clock
-from fed_dpsat.step.query import At
+from fed_dpsat.step.optimizers.base import BASE, Over, PrivateOptimizer, State, StepInfo, next_round
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.stacked import Member, Unstackable, train_stacked
 from fed_dpsat.step.unchecked import unchecked
@@ -239,15 +238,15 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
     events: list[PrivacyEvent] = []
     for first in range(0, game.repetitions, STACK):
         ids = range(first, min(first + STACK, game.repetitions))
-        state = set_clock(game.optimizer.init(start), 0)
-        states: list[State] = [state] * len(ids)
+        states: list[State] = [game.optimizer.init(start)] * len(ids)
         gradients: list[Tensor] = []
         moved: list[Tensor] = []
         for round in range(1, game.rounds + 1):
             members = [
                 Member(
                     batches=lambda indices: (rows[indices], torch.zeros(len(indices))),
-                    state=set_clock(states[k], (round - 1) * game.local_steps),
+                    state=states[k] if round == 1 else next_round(game.optimizer, start, states[k]),
+                    first_step=(round - 1) * game.local_steps,
                     sampler=sampler,
                     mechanism=mechanism,
                     streams=Streams(seed=game.seed, client=int(included), round=round, attempt=i),
@@ -261,20 +260,20 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
             if not first:
                 events.append(results[0].event)
         seen = torch.cat(gradients, 1) * (mechanism.expected_batch_size / game.clipping.clip_norm)
-        along.append((seen * _signs(game, start, rows[-1:], seen)).sum(2) / math.sqrt(seen.shape[2]))
+        along.append((seen * _signs(game, start, rows[-1:], seen, mechanism)).sum(2) / math.sqrt(seen.shape[2]))
         norms.append(seen.square().sum(2))
         moves.append(torch.cat(moved, 1).sum(2) / math.sqrt(SIZE))
     return Seen(**{n: torch.cat(t).numpy() for n, t in (("along", along), ("norms", norms), ("moves", moves))}), events
 
 
-def _signs(game: Game, start: Params, row: Tensor, seen: Tensor) -> Tensor:
+def _signs(game: Game, start: Params, row: Tensor, seen: Tensor, mechanism: GaussianMechanism) -> Tensor:
     """``[T, 1]``: 1; but of a method that releases one number, whether the example moves it up or down in each step."""
     steps, state = seen.shape[1], game.optimizer.init(start)
     if seen.shape[2] == SIZE:
         return torch.ones(steps, 1)
     signs = []
     for step in range(steps):  # the loss is linear but for ``follow``: it does not matter from where it is asked
-        at = game.optimizer.query_point(start, set_clock(state, step))
+        at = game.optimizer.query_point(start, state, step_info(step, mechanism, Streams(seed=0, client=0, round=1)))
         total, _ = clipped_gradient_sum(crafted_loss(), at, (row, torch.zeros(1)), game.clipping, engine="vmap")
         signs.append(_flat(total).sign())
     return torch.stack(signs)
@@ -304,7 +303,7 @@ def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[L
 def _one_by_one(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[LocalResult], Tensor]:
     results, released = [], []
     for member in members:
-        watching = _Watching(game.optimizer)
+        watching = _Watching(base=game.optimizer)
         result = train_locally(
             start,
             loss_fn=crafted_loss(),
@@ -312,13 +311,15 @@ def _one_by_one(game: Game, start: Params, members: Sequence[Member]) -> tuple[l
             clipping=game.clipping,
             local_steps=game.local_steps,
             batches=member.batches,
-            state=member.state,
+            state={BASE: member.state},
             sampler=member.sampler,
             mechanism=member.mechanism,
             streams=member.streams,
+            first_step=member.first_step,
+            clip_norm=member.clip_norm,
             engine="vmap",
         )
-        results.append(result)
+        results.append(replace(result, state=result.state[BASE]))
         released.append(torch.stack(watching.released))
     return results, torch.stack(released)
 
@@ -351,21 +352,15 @@ class _Watched(GaussianMechanism):
         return torch.stack(self.kept)
 
 
-class _Watching:
+@dataclass(frozen=True, kw_only=True)
+class _Watching(Over):
     """Any optimizer, whose private gradients are kept."""
 
-    def __init__(self, inner: PrivateOptimizer) -> None:
-        self.inner, self.released = inner, list[Tensor]()
+    released: list[Tensor] = field(default_factory=list)
 
-    def init(self, params: Params) -> State:
-        return self.inner.init(params)
-
-    def query_point(self, params: Params, state: State) -> At:
-        return self.inner.query_point(params, state)
-
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         self.released.append(_flat(private_gradient))
-        return self.inner.update(params, private_gradient, state)
+        return super().update(params, private_gradient, state, info)
 
 
 def _flat(params: Params) -> Tensor:

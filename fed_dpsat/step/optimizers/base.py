@@ -8,7 +8,8 @@ of its mechanism.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,19 +19,32 @@ from fed_dpsat.params import Params, global_norm
 from fed_dpsat.step.query import At
 from fed_dpsat.step.subspace import Coordinates, Span
 
-State = dict[str, Params]
-"""Slots of named tensors, so that any state can be stored, sent between processes and resumed."""
+State = dict[str, Any]
+"""A tree of named tensors, ``{name: tensor or tree}``, so that any state can be stored, sent and resumed."""
+
+BASE = "base"
+"""Where an optimizer over another keeps the state of that one."""
 
 ASCENT = "ascent"
-"""The slot that holds the direction a sharpness-aware method climbs next; what ``ascent_memory`` is about."""
-
-CLOCK = "clock"
-
-NOISE = "noise"
-"""The slot in which the loop says how much noise is in a private gradient; who needs that makes it in ``init``."""
+"""The direction that a sharpness-aware method climbs next; what ``ascent_memory`` is about."""
 
 
-Update = Callable[[Params, Params, State], tuple[Params, State]]
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """What is public about a step: all that an optimizer may know beside parameters, private gradients and its state.
+
+    ``index`` counts the steps of the federation from 0, so that schedules follow the federation and not the client;
+    ``round`` counts from 1. ``noise_std`` is the standard deviation of the noise in a coordinate of the private
+    gradient, ``noise_multiplier * clip_norm / expected_batch_size``: a tensor, float64 and 0-d, because clients that
+    train together may have different ones.
+    """
+
+    index: int
+    noise_std: Tensor
+    round: int
+
+
+Update = Callable[[Params, Params, State, StepInfo], tuple[Params, State]]
 
 
 class PrivateOptimizer(Protocol):
@@ -38,16 +52,58 @@ class PrivateOptimizer(Protocol):
 
     ``update_owned``, where there is one beside ``update``, does the same to the bit with a private gradient that is
     given away: it may write into it, and leave the new parameters or state in its memory.
+
+    ``carries`` names what of its state a client takes into its next round; all else begins as ``init`` makes it. An
+    optimizer without ``carries`` takes all of it.
     """
 
     def init(self, params: Params) -> State:
         """The state before the first step."""
 
-    def query_point(self, params: Params, state: State) -> At:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """Where the next gradient is taken, or a ``Query``; public information only."""
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The next parameters and state; pure post-processing of ``private_gradient``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Over:
+    """``base``, whose state stays under "base"; a subclass says what it asks or does otherwise, and what it keeps."""
+
+    base: PrivateOptimizer
+
+    def init(self, params: Params) -> State:
+        """The state of ``base``, under its name."""
+        return {BASE: self.base.init(params)}
+
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
+        """Where ``base`` looks."""
+        return self.base.query_point(params, state[BASE], info)
+
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
+        """The step of ``base``; the rest of the state stays."""
+        moved, after = self.base.update(params, private_gradient, state[BASE], info)
+        return moved, {**state, BASE: after}
+
+
+def next_round(optimizer: PrivateOptimizer, params: Params, last: State) -> State:
+    """The state that a round begins with, after one that ended with ``last``: what is carried, and else ``init``."""
+    return _kept(optimizer, optimizer.init(params), last)
+
+
+def _kept(optimizer: object, fresh: State, last: State) -> State:
+    base, names = getattr(optimizer, "base", None), getattr(optimizer, "carries", None)
+    own = {name: kept for name, kept in last.items() if names is None or name in names}
+    below = {BASE: _kept(base, fresh[BASE], last[BASE])} if base is not None and BASE in fresh else {}
+    return {**fresh, **own, **below}
+
+
+def carried_names(optimizer: object) -> set[str]:
+    """What ``next_round`` takes over, by name; "all of" a class that does not say."""
+    base, names = getattr(optimizer, "base", None), getattr(optimizer, "carries", None)
+    own = {f"all of {type(optimizer).__name__}"} if names is None else set(names)
+    return own | (carried_names(base) if base is not None else set())
 
 
 def owned_update(optimizer: PrivateOptimizer) -> Update:
@@ -61,11 +117,6 @@ def owned_update(optimizer: PrivateOptimizer) -> Update:
             update: Update = getattr(optimizer, "update_owned" if len(found) == 2 else "update")
             return update
     return optimizer.update
-
-
-def set_clock(state: State, step: int) -> State:
-    """``state`` with its step count set: learning rate schedules follow the federation, not the client."""
-    return {**state, CLOCK: {"step": torch.tensor(step)}}
 
 
 def check_space(setting: str, value: object, params: Params, other: Params) -> None:
@@ -91,14 +142,6 @@ def subspace_of(optimizer: PrivateOptimizer, round: int, d: int) -> Coordinates 
         return found
     base = getattr(optimizer, "base", None)
     return subspace_of(base, round, d) if base is not None and getattr(optimizer, "moves_like_base", False) else None
-
-
-def set_noise(state: State, std: float) -> State:
-    """``state`` with the standard deviation of the noise in a coordinate of the private gradient, if it asks for it.
-
-    A public number: ``noise_multiplier * clip_norm / expected_batch_size`` of the step.
-    """
-    return {**state, NOISE: {"std": torch.tensor(std, dtype=torch.float64)}} if NOISE in state else state
 
 
 def climb(params: Params, direction: Params | None, rho: float) -> Params:

@@ -8,11 +8,11 @@ case                                      what happens
 ========================================= ==================================================
 an optimizer that takes no base           ``PluginError`` unless it is the last
 one of them twice                         ``PluginError``
-one that overwrites its base's state       ``PluginError``: two that keep the same slot
 an argument that none of them takes       ``PluginError`` with near ones
 an argument that is a setting             ``PluginError``: one value has one place
 an argument that two of them take         both get it
-one around a base of another space        ``SettingError``: dp-sat has nothing to climb over zeroth-order
+one around a base of another space        ``SettingError`` in the trial of a run: dp-sat has nothing to climb
+                                          over zeroth-order
 ========================================= ==================================================
 """
 
@@ -23,13 +23,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fed_dpsat import plugins
-from fed_dpsat.params import Params
 from fed_dpsat.plugins import Factory, PluginError
-from fed_dpsat.step.optimizers.base import CLOCK, NOISE, PrivateOptimizer, State, set_clock
-from fed_dpsat.step.query import At, first_point
+from fed_dpsat.step.optimizers.base import PrivateOptimizer
 
 PLAIN = "dp-sgd"
 """The default of ``base_optimizer``, and the base of the last of a chain."""
@@ -55,17 +51,9 @@ def build_optimizer(
     links = _links(optimizer, base_optimizer)
     given = _given(links, settings, arguments)
     base: PrivateOptimizer | None = None
-    below = ""
     for link in reversed(links):
         own = {key: value for key, value in given.items() if link.takes(key)}
-        if base is not None:
-            watched = _Watched(base)
-            if lost := _lost(link.build({**settings, "base": watched}, own), watched):
-                raise PluginError(
-                    f"optimizer={link.name!r} and its base {below!r} both keep {min(lost)!r} in the state, so the "
-                    "base would find what is not its own; take one of them"
-                )
-        base, below = link.build({**settings, "base": base}, own), link.name
+        base = link.build({**settings, "base": base}, own)
     assert base is not None  # there is a first name
     return base
 
@@ -131,56 +119,3 @@ def _given(links: Sequence[_Link], settings: Mapping[str, Any], arguments: str) 
                 + (f"did you mean {', '.join(near)}?" if near else "it takes none")
             )
     return given
-
-
-SHARED = frozenset({CLOCK, NOISE})
-"""Slots that the loop fills, for whoever reads them."""
-
-
-class _Watched:
-    """``base``, and which of its slots it does not find again as it left them."""
-
-    def __init__(self, base: PrivateOptimizer) -> None:
-        self._base = base
-        self._own: set[str] = set()
-        self._left: State = {}
-        self.lost: set[str] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
-
-    def init(self, params: Params) -> State:
-        self._left = self._base.init(params)
-        self._own = set(self._left)
-        return self._left
-
-    def query_point(self, params: Params, state: State) -> At:
-        self._compare(state)
-        return self._base.query_point(params, state)
-
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
-        self._compare(state)
-        moved, self._left = self._base.update(params, private_gradient, state)
-        self._own |= {slot for slot, kept in self._left.items() if state.get(slot) is not kept}
-        return moved, self._left
-
-    def _compare(self, state: State) -> None:
-        self.lost |= {slot for slot in self._own - SHARED if state.get(slot) is not self._left.get(slot)}
-
-
-def _lost(outer: PrivateOptimizer, base: _Watched) -> set[str]:
-    """Slots of ``base`` that ``outer`` takes away or puts something else into, in a few steps of two parameters.
-
-    The steps are made as the loop makes them, so a base that answers in another space is met here and not in a run.
-    """
-    params = {"w": torch.ones(2), "b": torch.ones(1)}
-    with torch.random.fork_rng(devices=[]):
-        state = set_clock(outer.init(params), 0)
-        for _ in range(PROBE_STEPS):
-            asked = first_point(outer.query_point(params, state))
-            params, state = outer.update(params, {name: torch.ones_like(p) for name, p in asked.items()}, state)
-    return base.lost
-
-
-PROBE_STEPS = 5
-"""A two-step method comes back to its base in the fourth."""

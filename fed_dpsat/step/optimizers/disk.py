@@ -18,6 +18,7 @@ A client keeps two tensors the size of the model: m and w_prev.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,20 +27,19 @@ import torch
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, subtract, zeros_like
-from fed_dpsat.step.optimizers.base import NOISE, PrivateOptimizer, State, check_space
+from fed_dpsat.step.optimizers.base import Over, State, StepInfo, check_space
 from fed_dpsat.step.query import At, map_points, mixture
 
-PREVIOUS, FILTERED, VARIANCE = "disk_previous", "disk_filtered", "disk_noise"
+PREVIOUS, FILTERED, VARIANCE = "previous", "filtered", "variance"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiSK:
+class DiSK(Over):
     """DiSK: ``base`` on private gradients through a Kalman filter of gain ``kappa``, looking ``gamma`` ahead (2024).
 
     ``gamma = 0`` stands for the one that needs a single backward pass, (1 - kappa) / kappa. Raises ``SettingError``.
     """
 
-    base: PrivateOptimizer
     kappa: float = 0.7
     gamma: float = 0.0
     moves_like_base: ClassVar[bool] = True
@@ -50,14 +50,21 @@ class DiSK:
         if not 0 <= self.gamma < math.inf:
             raise SettingError("gamma", self.gamma, "in [0, inf)", "0 takes (1 - kappa) / kappa, one backward pass")
 
-    def init(self, params: Params) -> State:
-        """The state of ``base``, and m = 0; no last change yet."""
-        state = self.base.init(params)
-        return state if self.kappa == 1 else {**state, FILTERED: zeros_like(params)}
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """All that it keeps, unless it is no filter."""
+        return () if self.kappa == 1 else (PREVIOUS, FILTERED, VARIANCE)
 
-    def query_point(self, params: Params, state: State) -> At:
+    def init(self, params: Params) -> State:
+        """The state of ``base``, and m = 0 without noise; no last change yet."""
+        state = super().init(params)
+        if self.kappa == 1:
+            return state
+        return {**state, FILTERED: zeros_like(params), VARIANCE: torch.tensor(0.0, dtype=torch.float64)}
+
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """``w`` and ``w + gamma d``, weighted by 1 - c and c, each from where ``base`` looks."""
-        at = self.base.query_point(params, state)
+        at = super().query_point(params, state, info)
         if self.kappa == 1 or PREVIOUS not in state:
             return at
         step = subtract(params, state[PREVIOUS])
@@ -66,23 +73,17 @@ class DiSK:
         share = (1 - self.kappa) / (self.gamma * self.kappa) if self.gamma else 1.0
         return mixture([(1 - share, at), (share, ahead)])
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
-        """The step of ``base`` along m; remembers m, and ``params`` as w_prev."""
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
+        """The step of ``base`` along m, whose noise it is told; remembers m, and ``params`` as w_prev."""
         if self.kappa == 1:
-            return self.base.update(params, private_gradient, state)
+            return super().update(params, private_gradient, state, info)
         check_space("optimizer", "disk", params, private_gradient)
         filtered = {name: torch.lerp(state[FILTERED][name], g, self.kappa) for name, g in private_gradient.items()}
-        heard = self._heard(state)
-        moved, after = self.base.update(params, filtered, {**state, **heard})
-        return moved, {**after, **heard, FILTERED: filtered, PREVIOUS: params}
-
-    def _heard(self, state: State) -> State:
-        """The noise left in m, where the base wants to know it: variances of independent draws add."""
-        if NOISE not in state:
-            return {}
-        before = state[VARIANCE]["of m"] if VARIANCE in state else torch.tensor(0.0, dtype=torch.float64)
-        variance = (1 - self.kappa) ** 2 * before + self.kappa**2 * state[NOISE]["std"].square()
-        return {VARIANCE: {"of m": variance}, NOISE: {"std": variance.sqrt()}}
+        # variances of independent draws add
+        variance = (1 - self.kappa) ** 2 * state[VARIANCE] + self.kappa**2 * info.noise_std.square()
+        told = dataclasses.replace(info, noise_std=variance.sqrt())
+        moved, after = super().update(params, filtered, state, told)
+        return moved, {**after, VARIANCE: variance, FILTERED: filtered, PREVIOUS: params}
 
 
 OPTIMIZERS = {"disk": DiSK}

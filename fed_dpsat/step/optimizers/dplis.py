@@ -22,21 +22,21 @@ import torch
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
-from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, check_space
+from fed_dpsat.step.optimizers.base import Over, State, StepInfo, check_space
 from fed_dpsat.step.query import At, first_point, map_points, mixture
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPlis:
+class DPlis(Over):
     """DPlis: ``base`` on the gradient averaged over ``draws`` points within about ``radius`` of w (Wang et al. 2021).
 
     ``radius`` is the standard deviation of each coordinate, in parameter space. Raises ``SettingError``.
     """
 
-    base: PrivateOptimizer
     draws: int = 5
     radius: float = 0.01
     moves_like_base: ClassVar[bool] = True
+    carries: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.draws < 1:
@@ -44,21 +44,13 @@ class DPlis:
         if not 0 <= self.radius < math.inf:
             raise SettingError("radius", self.radius, "in [0, inf)", "0 is no smoothing; 0.01 is a start")
 
-    def init(self, params: Params) -> State:
-        """As ``base``."""
-        return self.base.init(params)
-
-    def query_point(self, params: Params, state: State) -> At:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """``draws`` points around where ``base`` looks, from torch's CPU generator, which the loop seeds."""
-        at = self.base.query_point(params, state)
+        at = super().query_point(params, state, info)
         if self.radius == 0:
             return at
         check_space("optimizer", "dplis", params, first_point(at))
         return mixture([(1 / self.draws, map_points(at, self._drawn)) for _ in range(self.draws)])
-
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
-        """The step of ``base``."""
-        return self.base.update(params, private_gradient, state)
 
     def _drawn(self, params: Params) -> Params:
         drawn = {name: torch.randn_like(p, device="cpu").to(p.device) for name, p in params.items()}

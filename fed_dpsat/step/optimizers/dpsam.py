@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
-from fed_dpsat.step.optimizers.base import CLOCK, PrivateOptimizer, State, check_space, climb, set_clock
+from fed_dpsat.step.optimizers.base import Over, State, StepInfo, check_space, climb
 from fed_dpsat.step.query import At, first_point, map_points
 
 CLIMB = "climb"
@@ -16,7 +16,7 @@ CLIMB = "climb"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPSAM:
+class DPSAM(Over):
     """DP-SAM: odd calls only ask for g, even calls descend with the gradient at ``w + rho * g / |g|``: two events.
 
     The two-step baseline of DP-SAT (Park et al. 2023, Section 4). ``base`` makes the descent. Each call has a Poisson
@@ -33,36 +33,43 @@ class DPSAM:
     rho = 0                        ``base`` at half the pace; the odd calls are paid for nothing
     ============================== ================================================================
 
-    ``ascent_memory`` does not touch g: it is half of a step, not a memory of the last one.
+    ``ascent_memory`` does not touch g: it is half of a step, not a memory of the last one. If ``steps_per_round`` is
+    even, no g is left over for a next round.
     """
 
-    base: PrivateOptimizer
     rho: float
+    steps_per_round: int = 1
     moves_like_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.rho < math.inf:
             raise SettingError("rho", self.rho, "in [0, inf)", "0.05 is usual")
+        base: object = self.base
+        while base is not None:  # it would make half of a step in each of our steps
+            if isinstance(base, DPSAM):
+                raise SettingError(
+                    "base_optimizer", "dp-sam or sam", "one that steps in each call", "name one of them once"
+                )
+            base = getattr(base, "base", None)
 
-    def init(self, params: Params) -> State:
-        """The state of ``base``; the next call is an odd one."""
-        return self.base.init(params)
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """The gradient of an odd call that ended a round."""
+        return (CLIMB,) if self.steps_per_round % 2 else ()
 
-    def query_point(self, params: Params, state: State) -> At:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """Where ``base`` looks; in an even call, ``rho`` up the gradient of the odd one from there."""
-        asked = self.base.query_point(params, state)
+        asked = super().query_point(params, state, info)
         check_space("optimizer", "dp-sam", params, first_point(asked))
         return map_points(asked, lambda at: climb(at, state.get(CLIMB), self.rho))
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """Odd: remember ``private_gradient`` and stay. Even: the step of ``base`` at the unperturbed ``params``."""
-        if CLIMB in state:
-            return self.base.update(
-                params, private_gradient, {slot: kept for slot, kept in state.items() if slot != CLIMB}
-            )
-        if CLOCK in state:
-            state = set_clock(state, int(state[CLOCK]["step"]) + 1)
-        return params, {**state, CLIMB: private_gradient}
+        if CLIMB not in state:
+            return params, {**state, CLIMB: private_gradient}
+        moved, after = super().update(params, private_gradient, state, info)
+        del after[CLIMB]
+        return moved, after
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, zeros_like
-from fed_dpsat.step.optimizers.base import CLOCK, State, set_clock
+from fed_dpsat.step.optimizers.base import State, StepInfo
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda _: 1.0,
@@ -54,33 +54,38 @@ class DPSGD:
         if self.lr_schedule != "constant" and self.total_steps < 1:
             raise SettingError("total_steps", self.total_steps, "at least 1", "the schedule needs an end")
 
-    def init(self, params: Params) -> State:
-        """No momentum yet, at step 0."""
-        state = set_clock({}, 0)
-        return {**state, "momentum": zeros_like(params)} if self.momentum else state
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """The momentum."""
+        return ("momentum",) if self.momentum else ()
 
-    def query_point(self, params: Params, state: State) -> Params:
+    def init(self, params: Params) -> State:
+        """No momentum yet."""
+        return {"momentum": zeros_like(params)} if self.momentum else {}
+
+    def query_point(self, params: Params, state: State, info: StepInfo) -> Params:
         """The parameters themselves."""
         return params
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """One SGD step."""
-        return self._step(params, private_gradient, state, _new)
+        return self._step(params, private_gradient, state, info, _new)
 
-    def update_owned(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update_owned(
+        self, params: Params, private_gradient: Params, state: State, info: StepInfo
+    ) -> tuple[Params, State]:
         """``update`` in the memory of ``private_gradient``, which saves a third of the way that numbers go."""
-        return self._step(params, private_gradient, state, _first)
+        return self._step(params, private_gradient, state, info, _first)
 
-    def _step(self, params: Params, slope: Params, state: State, out: Out) -> tuple[Params, State]:
-        step = int(state[CLOCK]["step"])
-        lr = scheduled(self.lr, self.lr_schedule, step, self.total_steps)
+    def _step(self, params: Params, slope: Params, state: State, info: StepInfo, out: Out) -> tuple[Params, State]:
+        lr = scheduled(self.lr, self.lr_schedule, info.index, self.total_steps)
         if self.weight_decay:
             slope = _sums(slope, params, self.weight_decay, out)
         if self.momentum:
             slope = _sums(slope, state["momentum"], self.momentum, out)
-            state, out = {**state, "momentum": slope}, _new
+            state, out = {"momentum": slope}, _new
         moved = {name: torch.add(p, slope[name], alpha=-lr, out=out(slope[name], p)) for name, p in params.items()}
-        return moved, set_clock(state, step + 1)
+        return moved, state
 
 
 def _sums(slope: Params, other: Params, share: float, out: Out) -> Params:

@@ -10,14 +10,14 @@ import torch
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
-from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, check_space
+from fed_dpsat.step.optimizers.base import Over, State, StepInfo, check_space
 from fed_dpsat.step.query import At, first_point, map_points
 
-LAST = "extrapolation"
+LAST = "last_gradient"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extrapolated:
+class Extrapolated(Over):
     """Extrapolated SGD: gradient at ``w - lookahead * g``, g the last private one; step at ``w`` (Lin et al. 2020).
 
     Down, where DP-SAT goes up, and by the length of g. ``lookahead`` is by default ``lr``, one step of SGD ahead: then
@@ -26,10 +26,10 @@ class Extrapolated:
     looks. Across rounds the client keeps its last private gradient, whatever ``ascent_memory`` says.
     """
 
-    base: PrivateOptimizer
     lr: float
     lookahead: float | None = None
     moves_like_base: ClassVar[bool] = True
+    carries: ClassVar[tuple[str, ...]] = (LAST,)
 
     def __post_init__(self) -> None:
         if not 0 <= self.distance < math.inf:
@@ -40,13 +40,9 @@ class Extrapolated:
         """How many gradients ahead."""
         return self.lr if self.lookahead is None else self.lookahead
 
-    def init(self, params: Params) -> State:
-        """The state of ``base``; no gradient to follow yet."""
-        return self.base.init(params)
-
-    def query_point(self, params: Params, state: State) -> At:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """Ahead of where ``base`` looks, from every point of its query."""
-        at, last = self.base.query_point(params, state), state.get(LAST)
+        at, last = super().query_point(params, state, info), state.get(LAST)
         if self.distance == 0:
             return at
         check_space("optimizer", "extrapolated", params, first_point(at))
@@ -54,10 +50,10 @@ class Extrapolated:
             return at
         return map_points(at, lambda w: {name: torch.add(p, last[name], alpha=-self.distance) for name, p in w.items()})
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base`` at ``params``; remembers ``private_gradient``."""
-        moved, state = self.base.update(params, private_gradient, state)
-        return moved, {**state, LAST: private_gradient}
+        moved, after = super().update(params, private_gradient, state, info)
+        return moved, {**after, LAST: private_gradient}
 
 
 OPTIMIZERS = {"extrapolated": Extrapolated}

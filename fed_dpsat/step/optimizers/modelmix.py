@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
-from fed_dpsat.step.optimizers.base import CLOCK, PrivateOptimizer, State
+from fed_dpsat.step.optimizers.base import Over, State, StepInfo
 from fed_dpsat.step.optimizers.dpsgd import scheduled
-from fed_dpsat.step.query import At
 
 PREVIOUS = "previous"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelMix:
+class ModelMix(Over):
     """ModelMix: step from ``alpha * w + (1 - alpha) * w_prev``, alpha ~ U[0, 1] per coordinate (Xiao et al. 2022).
 
     The gradient is taken at ``w``. Where ``|w - w_prev| < tau`` both are first moved apart about their middle, to a gap
@@ -37,33 +37,24 @@ class ModelMix:
     ====================== =====================================================================
     """
 
-    base: PrivateOptimizer
     lr: float
     gap_rate: float = 0.01
     lr_schedule: str = "constant"
     total_steps: int = 0
+    carries: ClassVar[tuple[str, ...]] = (PREVIOUS,)
 
     def __post_init__(self) -> None:
         if not 0 <= self.gap_rate < math.inf:
             raise SettingError("gap_rate", self.gap_rate, "in [0, inf)", "0 mixes without moving iterates apart")
 
-    def init(self, params: Params) -> State:
-        """The state of ``base``; nothing to mix with yet."""
-        return self.base.init(params)
-
-    def query_point(self, params: Params, state: State) -> At:
-        """Where ``base`` looks."""
-        return self.base.query_point(params, state)
-
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base`` from the mixture; draws one number per coordinate from torch's CPU generator."""
         start, previous = params, state.get(PREVIOUS)
         if previous is not None:
-            step = int(state[CLOCK]["step"]) if CLOCK in state else 0
-            tau = self.gap_rate * scheduled(self.lr, self.lr_schedule, step, self.total_steps)
+            tau = self.gap_rate * scheduled(self.lr, self.lr_schedule, info.index, self.total_steps)
             start = {name: _mixed(w, previous[name], tau) for name, w in params.items()}
-        moved, state = self.base.update(start, private_gradient, state)
-        return moved, {**state, PREVIOUS: params}
+        moved, after = super().update(start, private_gradient, state, info)
+        return moved, {**after, PREVIOUS: params}
 
 
 def _mixed(w: Tensor, previous: Tensor, tau: float) -> Tensor:

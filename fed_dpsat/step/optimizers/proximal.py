@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from fed_dpsat.params import Params
-from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, check_space
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo, check_space
 from fed_dpsat.step.query import At
 
 
@@ -17,7 +17,8 @@ class Proximal:
     """``base`` on the private gradient plus ``proximal_mu * (w - anchor)``, the slope of ``mu / 2 |w - anchor|^2``.
 
     ``anchor`` is the global model, so the term is a function of released quantities: it costs nothing. It is 0 in the
-    first step of a round, and for what the global model does not have (a private head).
+    first step of a round, and for what the global model does not have (a private head). A round may have it and the
+    next one not, so the state is that of ``base``.
     """
 
     base: PrivateOptimizer
@@ -29,15 +30,15 @@ class Proximal:
         """As ``base``."""
         return self.base.init(params)
 
-    def query_point(self, params: Params, state: State) -> At:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """As ``base``."""
-        return self.base.query_point(params, state)
+        return self.base.query_point(params, state, info)
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base``, pulled towards the anchor."""
         check_space("proximal_mu", self.proximal_mu, params, private_gradient)
         slope = {
             name: torch.add(g, params[name] - self.anchor[name], alpha=self.proximal_mu) if name in self.anchor else g
             for name, g in private_gradient.items()
         }
-        return self.base.update(params, slope, state)
+        return self.base.update(params, slope, state, info)

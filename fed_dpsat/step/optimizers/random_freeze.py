@@ -18,30 +18,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, cut
-from fed_dpsat.step.optimizers.base import CLOCK, PrivateOptimizer, State, check_space
+from fed_dpsat.step.optimizers.base import Over, State, StepInfo, check_space
 from fed_dpsat.step.query import At, Query, as_query, first_point
 from fed_dpsat.step.subspace import Coordinates
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomFreeze:
+class RandomFreeze(Over):
     """Random freeze: ``base`` on a random share of the coordinates, another one each round (Zhu & Blaschko 2021).
 
     ``freeze_rate`` is the share frozen in the end, ``freeze_ramp`` the share of rounds until then. Raises
     ``SettingError``.
     """
 
-    base: PrivateOptimizer
     seed: int
     steps_per_round: int
     total_steps: int
     freeze_rate: float = 0.7
     freeze_ramp: float = 0.5
+    carries: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name, value, bound, good in (
@@ -63,13 +64,9 @@ class RandomFreeze:
         frozen = math.floor(self.rate(round) * d + 1e-9)  # 0.7 * 650 is 454.99...
         return Coordinates(seed=self.seed, round=round, frozen=frozen) if frozen else None
 
-    def init(self, params: Params) -> State:
-        """As ``base``."""
-        return self.base.init(params)
-
-    def query_point(self, params: Params, state: State) -> At:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """What ``base`` asks, on active coordinates."""
-        at, active = self.base.query_point(params, state), self._active(params, state)
+        at, active = super().query_point(params, state, info), self._active(params, info)
         if self.freeze_rate:
             check_space("optimizer", "random-freeze", params, first_point(at))
         if active is None:
@@ -79,18 +76,18 @@ class RandomFreeze:
         both = {name: mask & inner[name] if name in inner else mask for name, mask in active.items()}
         return Query(points=query.points, active=both, loss=query.loss)
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base``, of active coordinates alone."""
-        active = self._active(params, state)
+        active = self._active(params, info)
         if active is None:
-            return self.base.update(params, private_gradient, state)
+            return super().update(params, private_gradient, state, info)
         slope = {name: g.where(active[name], 0) for name, g in private_gradient.items()}
-        moved, after = self.base.update(params, slope, state)
+        moved, after = super().update(params, slope, state, info)
         return {name: torch.where(active[name], p, params[name]) for name, p in moved.items()}, after
 
-    def _active(self, params: Params, state: State) -> Params | None:
+    def _active(self, params: Params, info: StepInfo) -> Params | None:
         d = sum(p.numel() for p in params.values())
-        coordinates = self.subspace(int(state[CLOCK]["step"]) // self.steps_per_round + 1, d)
+        coordinates = self.subspace(info.round, d)
         if coordinates is None:
             return None
         return {name: mask.to(params[name].device) for name, mask in cut(coordinates.active(d), params).items()}

@@ -15,7 +15,7 @@ a client that was away            the newest weights that are at least E epochs 
 a loss that has no outputs        ``SettingError``
 ================================= =================================================================
 
-An epoch is 1 / sample_rate steps, of the federation's clock. A client keeps E + 1 models, one of each epoch's first
+An epoch is 1 / sample_rate steps, of the federation. A client keeps E + 1 models, one of each epoch's first
 step: 4 times the model at E = 3, which a server that simulates many clients holds for each of them.
 """
 
@@ -32,21 +32,20 @@ from torch.nn import functional
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
-from fed_dpsat.step.optimizers.base import CLOCK, PrivateOptimizer, State
+from fed_dpsat.step.optimizers.base import Over, State, StepInfo
 from fed_dpsat.step.query import At, LossFn, OfOutputs, Query, as_query
 
-EPOCHS = "saf_epochs"
-"""The slot that says of which epoch each stored model is."""
+MODELS, EPOCHS = "models", "epochs"
+"""Old weights by place, and of which epoch those of a place are."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAF:
+class SAF(Over):
     """SAF: ``base`` on a loss that stays near its outputs of ``saf_epochs`` epochs ago (Du et al. 2022).
 
     ``saf_weight`` is the paper's lambda, ``saf_temperature`` its tau. Raises ``SettingError``.
     """
 
-    base: PrivateOptimizer
     sample_rate: float
     saf_weight: float = 0.3
     saf_temperature: float = 5.0
@@ -63,13 +62,14 @@ class SAF:
             if not good:
                 raise SettingError(name, value, bound, "the authors' code has 0.3, 5 and 2 or 3")
 
-    def init(self, params: Params) -> State:
-        """As ``base``; no old weights yet."""
-        return self.base.init(params)
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """Old weights, if they have a weight in the loss."""
+        return (MODELS, EPOCHS) if self.saf_weight else ()
 
-    def query_point(self, params: Params, state: State) -> At:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """Where ``base`` looks, with the term in the loss once there are old weights."""
-        at, old = self.base.query_point(params, state), self._old(state)
+        at, old = super().query_point(params, state, info), self._old(state, info)
         if old is None:
             return at
         query = as_query(at)
@@ -79,25 +79,27 @@ class SAF:
             points=query.points, active=query.active, loss=wrap if inner is None else lambda loss: inner(wrap(loss))
         )
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base``; in the first of an epoch, ``params`` take the place of the oldest model."""
-        moved, after = self.base.update(params, private_gradient, state)
+        moved, after = super().update(params, private_gradient, state, info)
         if self.saf_weight == 0:
             return moved, after
-        known, epoch = after.get(EPOCHS, {}), self._epoch(state)
+        known, epoch = state.get(EPOCHS, {}), self._epoch(info)
         if known and max(int(e) for e in known.values()) >= epoch:
             return moved, after
-        slot = f"saf_{epoch % (self.saf_epochs + 1)}"
-        return moved, {**after, slot: params, EPOCHS: {**known, slot: torch.tensor(epoch)}}
+        place = str(epoch % (self.saf_epochs + 1))
+        models = {**state.get(MODELS, {}), place: params}
+        return moved, {**after, MODELS: models, EPOCHS: {**known, place: torch.tensor(epoch)}}
 
-    def _epoch(self, state: State) -> int:
-        return int(state[CLOCK]["step"]) // math.ceil(1 / self.sample_rate)
+    def _epoch(self, info: StepInfo) -> int:
+        return info.index // math.ceil(1 / self.sample_rate)
 
-    def _old(self, state: State) -> Params | None:
-        known = {slot: int(epoch) for slot, epoch in state.get(EPOCHS, {}).items()}
-        latest = self._epoch(state) - self.saf_epochs
-        enough = [(epoch, slot) for slot, epoch in known.items() if epoch <= latest]
-        return state[max(enough)[1]] if enough and self.saf_weight else None
+    def _old(self, state: State, info: StepInfo) -> Params | None:
+        latest = self._epoch(info) - self.saf_epochs
+        known = [(int(epoch), place) for place, epoch in state.get(EPOCHS, {}).items()]
+        enough = [(epoch, place) for epoch, place in known if epoch <= latest]
+        old: Params | None = state[MODELS][max(enough)[1]] if enough and self.saf_weight else None
+        return old
 
 
 def trajectory_loss(old: Params, weight: float, temperature: float) -> Callable[[LossFn], LossFn]:

@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, cut
-from fed_dpsat.step.optimizers.base import CLOCK, PrivateOptimizer, State, subspace_of
+from fed_dpsat.step.optimizers.base import Over, State, StepInfo, subspace_of
 from fed_dpsat.step.optimizers.dpsgd import DPSGD
 from fed_dpsat.step.query import At, LossFn, Query, as_query, compact, spread
 from fed_dpsat.step.subspace import Coordinates, Span, direction
@@ -35,17 +36,17 @@ SCALAR = "along"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZerothOrder:
+class ZerothOrder(Over):
     """Zeroth-order: ``base`` along one random direction, by a clipped and noised finite difference (DPZero, 2024).
 
     ``smoothing`` is mu, how far along the direction the loss is looked at; lr has to be about d times smaller than that
     of SGD. Raises ``SettingError``.
     """
 
-    base: PrivateOptimizer
     seed: int
     steps_per_round: int
     smoothing: float = 1e-3
+    carries: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.smoothing < math.inf:
@@ -62,14 +63,10 @@ class ZerothOrder:
             return Span(seed=self.seed, first=first, steps=self.steps_per_round)
         return subspace_of(base, round, d)
 
-    def init(self, params: Params) -> State:
-        """As ``base``."""
-        return self.base.init(params)
-
-    def query_point(self, params: Params, state: State) -> At:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
         """A scalar 0, of whose loss the finite difference is the gradient: on both sides of where ``base`` looks."""
-        query = as_query(self.base.query_point(params, state))
-        along = self._direction(params, state)
+        query = as_query(super().query_point(params, state, info))
+        along = self._direction(params, info)
         u = spread(query, compact(query, along))
         sides = [
             (sign * weight, {name: torch.add(p, u[name], alpha=sign * self.smoothing) for name, p in point.items()})
@@ -79,15 +76,15 @@ class ZerothOrder:
         zero = next(iter(params.values())).new_zeros(())
         return Query(points=((1.0, {SCALAR: zero}),), loss=_difference(sides, 2 * self.smoothing, query.loss))
 
-    def update(self, params: Params, private_gradient: Params, state: State) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base`` along the direction, as far as the private scalar says."""
         s = private_gradient[SCALAR]
-        slope = {name: (u * s).to(params[name]) for name, u in self._direction(params, state).items()}
-        return self.base.update(params, slope, state)
+        slope = {name: (u * s).to(params[name]) for name, u in self._direction(params, info).items()}
+        return super().update(params, slope, state, info)
 
-    def _direction(self, params: Params, state: State) -> Params:
+    def _direction(self, params: Params, info: StepInfo) -> Params:
         d = sum(p.numel() for p in params.values())
-        flat = direction(self.seed, int(state[CLOCK]["step"]), d)
+        flat = direction(self.seed, info.index, d)
         return {name: u.to(params[name]) for name, u in cut(flat, params).items()}
 
 

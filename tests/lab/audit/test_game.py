@@ -118,8 +118,8 @@ class Telling(GaussianMechanism):
 class RawAscent(DPSAT):
     raw: dict = field(default_factory=dict)
 
-    def update(self, params, private_gradient, state):
-        moved, state = super().update(params, private_gradient, state)
+    def update(self, params, private_gradient, state, info):
+        moved, state = super().update(params, private_gradient, state, info)
         return moved, {**state, ASCENT: self.raw["sum"]}
 
 

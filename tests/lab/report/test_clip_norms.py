@@ -20,6 +20,6 @@ def test_the_last_clip_norm_of_each_client_that_has_one(tmp_path):
             store.save(client, round, state, before)
             before = round
     state = RecordDict()
-    records.save_state(state, {"clock": {"step": torch.tensor(3)}})
+    records.save_state(state, {"optimizer": {"step": torch.tensor(3)}})
     store.save(7, 1, state, None)
     assert read_clip_norms(SimpleNamespace(path=tmp_path)) == {0: 0.5, 3: 2.0}

@@ -21,7 +21,6 @@ from fed_dpsat.step.gradients.per_example import ENGINES, ModelLoss, clipped_gra
 from fed_dpsat.step.loop import Streams, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers import DPSGD
-from fed_dpsat.step.optimizers.base import set_clock
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.stacked import Member, train_stacked
 from fed_dpsat.step.unchecked import unchecked
@@ -104,7 +103,7 @@ def member(**changes):
     mechanism = GaussianMechanism(noise_multiplier=1.0, clip_norm=C, expected_batch_size=3)
     return {
         "batches": lambda indices: (ROWS[indices], torch.zeros(len(indices))),
-        "state": set_clock({}, 0),
+        "state": {},
         "sampler": sampler,
         "mechanism": mechanism,
         "streams": Streams(seed=0, client=0, round=1),

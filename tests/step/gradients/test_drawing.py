@@ -18,6 +18,7 @@ from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.draws import Draws, kept
 from fed_dpsat.step.gradients.drawing import Drawing, Pass
 from fed_dpsat.step.gradients.per_example import ENGINES, ModelLoss, clipped_gradient_sum
+from fed_dpsat.testing.problems import step_info
 
 KEY = bytes(range(16))
 IDS = np.array([10, 3, 4, 5, 90, 7])
@@ -253,7 +254,6 @@ def test_a_draw_that_only_some_data_ask_for_is_still_noticed(said):
 
 def test_a_loss_is_one_function_in_all_its_calls():
     """A finite difference of a dropout network, as zeroth-order steps ask for: with two masks it is of any size."""
-    from fed_dpsat.step.optimizers.base import set_clock
     from fed_dpsat.step.optimizers.dpsgd import DPSGD
     from fed_dpsat.step.optimizers.zeroth_order import SCALAR, ZerothOrder
 
@@ -261,11 +261,11 @@ def test_a_loss_is_one_function_in_all_its_calls():
         loss, x, y, _ = setting(name)
         params = trainable(loss.module)
         optimizer = ZerothOrder(base=DPSGD(lr=1.0), seed=0, steps_per_round=1, smoothing=1e-6)
-        at = optimizer.query_point(params, set_clock(optimizer.init(params), 0))
+        at = optimizer.query_point(params, optimizer.init(params), step_info())
         drawn = Draws(key=KEY, ids=IDS)
         found, _ = clipped_gradient_sum(loss, at, (x, y), FlatClipping(clip_norm=1e9), draws=drawn)
         gradient = total(loss, x, y, IDS, rule=FlatClipping(clip_norm=1e9))
-        along = torch.cat([u.flatten() for u in optimizer._direction(params, set_clock({}, 0)).values()])
+        along = torch.cat([u.flatten() for u in optimizer._direction(params, step_info()).values()])
         assert float(found[SCALAR]) == pytest.approx(float(gradient @ along), rel=1e-4)
 
 

@@ -66,13 +66,13 @@ def expected(module, loss):
 class Squared(DPSGD):
     """Asks for the gradient of the squared loss, which half the loss has a quarter of."""
 
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         return Query(points=((1.0, params),), loss=lambda loss_fn: lambda p, x, y: loss_fn(p, x, y).square())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoPoints(DPSGD):
-    def query_point(self, params, state):
+    def query_point(self, params, state, info):
         return Query(points=((0.5, params), (0.5, {name: p + 0 for name, p in params.items()})))
 
 

@@ -8,10 +8,10 @@ import torch
 
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
-from fed_dpsat.step.optimizers.base import set_clock
 from fed_dpsat.step.query import spread
+from fed_dpsat.testing.problems import step_info
 
-STEPS, BATCH, FEATURES, CLASSES = 50, 6, 4, 3
+STEPS, BATCH, FEATURES, CLASSES, ROUND = 50, 6, 4, 3, 5
 
 
 class Softmax:
@@ -76,12 +76,14 @@ class Problem:
         state = optimizer.init(params) if state is None else state
         for step in range(STEPS):
             torch.manual_seed(step)
-            at = optimizer.query_point(params, state)
+            at = optimizer.query_point(params, state, step_info(step, round=step // ROUND + 1))
             batch = torch.from_numpy(self.inputs[step]), torch.from_numpy(self.targets[step])
             total, _ = clipped_gradient_sum(self.loss, at, batch, FlatClipping(clip_norm=self.clip_norm), engine="vmap")
             noisy = {name: g + self.drawn(step, name, g, at) for name, g in total.items()}
             private = {name: g / BATCH for name, g in noisy.items()}
-            params, state = optimizer.update(params, spread(at, private), state)
+            params, state = optimizer.update(
+                params, spread(at, private), state, step_info(step, round=step // ROUND + 1)
+            )
             yield self.flat(params)
 
     def drawn(self, step, name, total, at):
@@ -116,10 +118,11 @@ def walk():
 
     def go(optimizer, vectors):
         params, gradients = split(vectors[0]), vectors[1:]
-        state, seen = set_clock(optimizer.init(params), 0), []
-        for gradient in gradients:
-            at = joined(optimizer.query_point(params, state))
-            params, state = optimizer.update(params, split(gradient), state)
+        state, seen = optimizer.init(params), []
+        for step, gradient in enumerate(gradients):
+            info = step_info(step)
+            at = joined(optimizer.query_point(params, state, info))
+            params, state = optimizer.update(params, split(gradient), state, info)
             seen.append((at, joined(params), state))
         return seen
 

@@ -19,11 +19,10 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.clipping import AdaptiveClipping, FlatClipping
 from fed_dpsat.step.loop import Streams, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
-from fed_dpsat.step.optimizers.adam import COUNT, SQUARE, Adam
-from fed_dpsat.step.optimizers.base import NOISE, set_clock, set_noise
+from fed_dpsat.step.optimizers.adam import SQUARE, Adam
 from fed_dpsat.step.optimizers.dpsat import DPSAT
 from fed_dpsat.step.sampling import PoissonSampler
-from fed_dpsat.testing.problems import quadratic
+from fed_dpsat.testing.problems import quadratic, step_info
 
 PARAMS = {"a": torch.tensor([1.0], dtype=torch.float64), "b": torch.tensor([2.0], dtype=torch.float64)}
 CONFIG = RunConfig(optimizer="adam", lr=0.01, noise_multiplier=2.0, num_clients=4, local_steps=3)
@@ -38,15 +37,15 @@ def test_by_hand():
     = (11/3, 1), less 1 (8/3, 0).
     """
     optimizer = Adam(lr=0.1, beta1=0.5, beta2=0.5, eps=1e-300, floor=0.25)
-    state = set_noise(optimizer.init(PARAMS), 1.0)
-    assert optimizer.query_point(PARAMS, state) is PARAMS
+    state, info = optimizer.init(PARAMS), step_info(noise_std=1.0)
+    assert optimizer.query_point(PARAMS, state, info) is PARAMS
     one = {"a": torch.tensor([3.0]).double(), "b": torch.tensor([1.0]).double()}
-    params, state = optimizer.update(PARAMS, one, state)
+    params, state = optimizer.update(PARAMS, one, state, info)
     assert params["a"].item() == pytest.approx(1 - 0.1 * 3 / math.sqrt(8))
     assert params["b"].item() == pytest.approx(2 - 0.1 * 1 / 0.5)
     before = [p.item() for p in params.values()]
     two = {"a": torch.tensor([1.0]).double(), "b": torch.tensor([-1.0]).double()}
-    params, state = optimizer.update(params, two, set_noise(state, 1.0))
+    params, state = optimizer.update(params, two, state, info)
     assert params["a"].item() == pytest.approx(before[0] - 0.1 * (5 / 3) / math.sqrt(8 / 3))
     assert params["b"].item() == pytest.approx(before[1] - 0.1 * (-1 / 3) / 0.5)
 
@@ -57,9 +56,9 @@ def test_against_an_oracle(walk, vectors):
     stds = np.linspace(0.1, 1.5, 50)
 
     class Told(Adam):
-        def update(self, params, private_gradient, state):
-            state = set_noise(state, float(stds[int(state[COUNT]["steps"])]))
-            return super().update(params, private_gradient, state)
+        def update(self, params, private_gradient, state, info):
+            std = torch.tensor(stds[info.index])
+            return super().update(params, private_gradient, state, dataclasses.replace(info, noise_std=std))
 
     seen = walk(Told(**dataclasses.asdict(optimizer)), vectors)
     w, m, v, s = vectors[0], 0.0, 0.0, 0.0
@@ -93,7 +92,7 @@ def test_in_float32_too():
     state = ours.init(params)
     for _ in range(30):
         leaf.grad = torch.randn(20, generator=generator)
-        params, state = ours.update(params, {"w": leaf.grad}, state)
+        params, state = ours.update(params, {"w": leaf.grad}, state, step_info())
         theirs.step()
     torch.testing.assert_close(params["w"], leaf.detach(), rtol=1e-5, atol=1e-6)
 
@@ -109,7 +108,7 @@ def test_the_correction_takes_out_the_noise_and_not_the_signal():
         for _ in range(steps):
             before = params
             gradient = {"w": 2 + torch.randn(dimension, generator=noise)}
-            params, state = optimizer.update(params, gradient, set_noise(state, told))
+            params, state = optimizer.update(params, gradient, state, step_info(noise_std=told))
         assert float((before["w"] - params["w"]).mean()) == pytest.approx(scale, rel=0.03)
 
 
@@ -140,9 +139,9 @@ class Listening(Adam):
 
     told: list = dataclasses.field(default_factory=list)
 
-    def update(self, params, private_gradient, state):
-        self.told.append(float(state[NOISE]["std"]))
-        return super().update(params, private_gradient, state)
+    def update(self, params, private_gradient, state, info):
+        self.told.append(float(info.noise_std))
+        return super().update(params, private_gradient, state, info)
 
 
 def trained(optimizer, clipping, sigma=2.0, steps=5):
@@ -153,7 +152,7 @@ def trained(optimizer, clipping, sigma=2.0, steps=5):
         lambda indices: (rows[indices], torch.zeros(len(indices))),
         loss_fn=quadratic,
         optimizer=optimizer,
-        state=set_clock(optimizer.init(params), 0),
+        state=optimizer.init(params),
         sampler=PoissonSampler(num_examples=40, sample_rate=0.5),
         clipping=clipping,
         mechanism=GaussianMechanism(noise_multiplier=sigma, clip_norm=clipping.clip_norm, expected_batch_size=20),
@@ -181,9 +180,7 @@ def test_with_adaptive_clipping_it_tells_that_of_each_step():
     assert of_gradient > 1.5
     bounds = [0.5]
     for steps in range(1, 5):
-        bounds.append(
-            float(trained(Listening(lr=0.1), clipping, sigma=1.5, steps=steps).state["clipping"]["clip_norm"])
-        )
+        bounds.append(float(trained(Listening(lr=0.1), clipping, sigma=1.5, steps=steps).clip_norm))
     optimizer = Listening(lr=0.1)
     trained(optimizer, clipping, sigma=1.5)
     assert optimizer.told == pytest.approx([of_gradient * bound / 20 for bound in bounds], rel=1e-6)
@@ -198,7 +195,7 @@ def test_what_is_told_is_the_noise_that_is_there():
         lambda indices: (torch.zeros(len(indices), 4000), torch.zeros(len(indices))),
         loss_fn=quadratic,
         optimizer=optimizer,
-        state=set_clock(optimizer.init(params), 0),
+        state=optimizer.init(params),
         sampler=PoissonSampler(num_examples=10, sample_rate=0.5),
         clipping=FlatClipping(clip_norm=0.7),
         mechanism=GaussianMechanism(noise_multiplier=3.0, clip_norm=0.7, expected_batch_size=5),
@@ -207,10 +204,6 @@ def test_what_is_told_is_the_noise_that_is_there():
     )
     seen = float(result.state[SQUARE]["w"].mean()) / (1 - 0.999**4)
     assert seen == pytest.approx(optimizer.told[0] ** 2, rel=0.05)
-
-
-def test_an_optimizer_that_does_not_ask_is_told_nothing():
-    assert NOISE not in set_noise({"momentum": PARAMS}, 1.0)
 
 
 # in a run
@@ -241,16 +234,17 @@ def test_clients_of_other_noise_train_together_as_they_do_alone():
         alone = experiment.client_round(**vars(request))
         for name, p in alone.params.items():
             torch.testing.assert_close(result.params[name], p, rtol=1e-4, atol=1e-5)
-        assert torch.equal(result.state[NOISE]["std"], alone.state[NOISE]["std"])
+        counts = [one.state["optimizer"]["count"]["noise"] for one in (result, alone)]
+        assert torch.equal(*counts)
 
 
 def test_it_keeps_its_moments_from_round_to_round():
     experiment = Experiment.build(CONFIG)
-    assert experiment.carried_state() == {"adam", "adam-mean", "adam-square"}
+    assert experiment.carried_state() == {"count", "mean", "square"}
     params = trainable(experiment.loss_fn.module)
     first = experiment.client_round(0, ASSIGNMENT, params, None)
     second = experiment.client_round(0, dataclasses.replace(ASSIGNMENT, round=2), params, first.state)
-    assert int(second.state[COUNT]["steps"]) == 6
+    assert int(second.state["optimizer"]["count"]["steps"]) == 6
 
 
 def test_dp_sat_climbs_over_adam():

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from fed_dpsat.params import global_norm, subtract
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
-from fed_dpsat.step.optimizers.base import CLOCK, climb, owned_update, set_clock
+from fed_dpsat.step.optimizers.base import ASCENT, BASE, Over, carried_names, climb, next_round, owned_update
+from fed_dpsat.testing.problems import step_info
 
 PARAMS = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0, 0.0])}
 
@@ -58,31 +59,58 @@ def test_types_are_kept():
     assert [p.dtype for p in there.values()] == [torch.float64, torch.float32]
 
 
-def test_the_clock_is_a_slot_like_any_other():
-    state = {"momentum": PARAMS}
-    ticked = set_clock(state, 7)
-    assert ticked[CLOCK]["step"] == 7
-    assert ticked["momentum"] is PARAMS
-    assert CLOCK not in state
-    assert set_clock(ticked, 8)[CLOCK]["step"] == 8
-    assert ticked[CLOCK]["step"] == 7
+class Quiet(Over):
+    """Says nothing of what it carries."""
+
+
+def chain(memory):
+    return DPSAT(base=DPSAT(base=DPSGD(lr=1, momentum=0.5), rho=0, ascent_memory="zero"), rho=0, ascent_memory=memory)
+
+
+@pytest.mark.parametrize("memory", ["client", "zero"])
+def test_each_link_says_what_it_carries(memory, same_bits):
+    """Of three links the inner direction never goes into the next round, the momentum always."""
+    optimizer = chain(memory)
+    _, last = optimizer.update(PARAMS, PARAMS, optimizer.init(PARAMS), step_info())
+    assert same_bits(last[BASE][ASCENT], PARAMS)
+    state = next_round(optimizer, PARAMS, last)
+    assert (ASCENT in state) == (memory == "client")
+    assert ASCENT not in state[BASE]
+    assert same_bits(state[BASE][BASE]["momentum"], PARAMS)
+    assert carried_names(optimizer) == {"momentum"} | ({ASCENT} if memory == "client" else set())
+
+
+def test_what_is_not_carried_begins_as_at_first(same_bits):
+    class Forgets(DPSGD):
+        carries = ()
+
+    optimizer = Forgets(lr=1, momentum=0.5)
+    _, last = optimizer.update(PARAMS, PARAMS, optimizer.init(PARAMS), step_info())
+    assert same_bits(next_round(optimizer, PARAMS, last)["momentum"], optimizer.init(PARAMS)["momentum"])
+
+
+def test_who_does_not_say_carries_all():
+    optimizer = Quiet(base=DPSGD(lr=1))
+    last = {**optimizer.init(PARAMS), "mine": PARAMS}
+    assert next_round(optimizer, PARAMS, last) == last
+    assert carried_names(optimizer) == {"all of Quiet"}
 
 
 class OwnUpdate(DPSGD):
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         return params, state
 
 
 class Both(OwnUpdate):
-    def update(self, params, private_gradient, state):
+    def update(self, params, private_gradient, state, info):
         return params, state
 
-    def update_owned(self, params, private_gradient, state):
+    def update_owned(self, params, private_gradient, state, info):
         return params, state
 
 
 class OwnedAlone(DPSGD):
-    def update_owned(self, params, private_gradient, state):
+    def update_owned(self, params, private_gradient, state, info):
         return params, state
 
 

@@ -13,6 +13,7 @@ from fed_dpsat.step.optimizers import DPSAT, DPSGD
 from fed_dpsat.step.optimizers.base import ASCENT
 from fed_dpsat.step.optimizers.disk import DiSK
 from fed_dpsat.step.query import Query
+from fed_dpsat.testing.problems import step_info
 
 W = {"w": torch.tensor([1.0, 2.0])}
 
@@ -28,12 +29,12 @@ def test_by_hand():
     """
     optimizer = DiSK(base=DPSGD(lr=1), kappa=0.5, gamma=2)
     state = optimizer.init(W)
-    assert optimizer.query_point(W, state) is W
-    params, state = optimizer.update(W, g(4.0, 8.0), state)
+    assert optimizer.query_point(W, state, step_info()) is W
+    params, state = optimizer.update(W, g(4.0, 8.0), state, step_info())
     assert params["w"].tolist() == [-1, -2]
-    at = optimizer.query_point(params, state)
+    at = optimizer.query_point(params, state, step_info())
     assert [(weight, point["w"].tolist()) for weight, point in at.points] == [(0.5, [-1, -2]), (0.5, [-5, -10])]
-    params, state = optimizer.update(params, g(0.0, 2.0), state)
+    params, state = optimizer.update(params, g(0.0, 2.0), state, step_info())
     assert params["w"].tolist() == [-2, -5]
 
 
@@ -41,8 +42,8 @@ def test_one_pass_by_hand():
     """kappa 0.5 and gamma = 0.5 / 0.5 = 1: c is 1, and the one point is w + d."""
     for gamma in (0.0, 1.0):
         optimizer = DiSK(base=DPSGD(lr=1), kappa=0.5, gamma=gamma)
-        params, state = optimizer.update(W, g(4.0, 8.0), optimizer.init(W))
-        at = optimizer.query_point(params, state)
+        params, state = optimizer.update(W, g(4.0, 8.0), optimizer.init(W), step_info())
+        at = optimizer.query_point(params, state, step_info())
         assert not isinstance(at, Query)
         assert at["w"].tolist() == [-3, -6]
 
@@ -72,17 +73,17 @@ def test_without_a_filter_it_is_its_base(problem):
 
 def test_dp_sat_over_disk_climbs_both_points():
     optimizer = DPSAT(base=DiSK(base=DPSGD(lr=1), kappa=0.5, gamma=2), rho=5)
-    params, state = optimizer.update(W, g(3.0, 4.0), optimizer.init(W))
+    params, state = optimizer.update(W, g(3.0, 4.0), optimizer.init(W), step_info())
     assert params["w"].tolist() == [-0.5, 0]
     assert state[ASCENT]["w"].tolist() == [3, 4]
-    at = optimizer.query_point(params, state)
+    at = optimizer.query_point(params, state, step_info())
     assert [point["w"].tolist() for _, point in at.points] == [[2.5, 4], [-0.5, 0]]
 
 
 def test_the_change_is_that_of_the_model_also_where_a_round_began_elsewhere():
     optimizer = DiSK(base=DPSGD(lr=1), kappa=0.5)
-    _, state = optimizer.update(W, g(4.0, 8.0), optimizer.init(W))
-    assert optimizer.query_point(g(2.0, 2.0), state)["w"].tolist() == [3, 2]
+    _, state = optimizer.update(W, g(4.0, 8.0), optimizer.init(W), step_info())
+    assert optimizer.query_point(g(2.0, 2.0), state, step_info())["w"].tolist() == [3, 2]
 
 
 @pytest.mark.parametrize("kappa", [0, -0.1, 1.1, math.nan])

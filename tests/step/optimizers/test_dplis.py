@@ -11,6 +11,7 @@ import torch
 from fed_dpsat.errors import SettingError
 from fed_dpsat.step.optimizers import DPSGD
 from fed_dpsat.step.optimizers.dplis import DPlis
+from fed_dpsat.testing.problems import step_info
 
 W = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
 
@@ -19,13 +20,13 @@ def test_by_hand():
     """Two draws n, m: points w + 0.5 n and w + 0.5 m of weight 1/2 each; the step is that of SGD at w."""
     optimizer = DPlis(base=DPSGD(lr=0.25), draws=2, radius=0.5)
     torch.manual_seed(3)
-    at = optimizer.query_point(W, optimizer.init(W))
+    at = optimizer.query_point(W, optimizer.init(W), step_info())
     torch.manual_seed(3)
     n = torch.randn(4).tolist()
     assert [weight for weight, _ in at.points] == [0.5, 0.5]
     seen = [float(point[name]) for _, point in at.points for name in W]
     assert seen == pytest.approx([1 + 0.5 * n[0], 2 + 0.5 * n[1], 1 + 0.5 * n[2], 2 + 0.5 * n[3]])
-    moved, _ = optimizer.update(W, {"a": torch.tensor([4.0]), "b": torch.tensor([8.0])}, optimizer.init(W))
+    moved, _ = optimizer.update(W, {"a": torch.tensor([4.0]), "b": torch.tensor([8.0])}, optimizer.init(W), step_info())
     assert [float(p) for p in moved.values()] == [0, 0]
 
 
@@ -57,7 +58,11 @@ def test_without_a_radius_it_is_its_base(problem, draws):
 def test_every_step_has_draws_of_its_own():
     optimizer = DPlis(base=DPSGD(lr=1), draws=3, radius=1)
     torch.manual_seed(0)
-    points = [float(point["a"]) for _ in range(2) for _, point in optimizer.query_point(W, {}).points]
+    points = [
+        float(point["a"])
+        for _ in range(2)
+        for _, point in optimizer.query_point(W, optimizer.init(W), step_info()).points
+    ]
     assert len(set(points)) == 6
 
 

@@ -18,9 +18,9 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.params import global_norm, subtract, trainable
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
-from fed_dpsat.step.optimizers.base import CLOCK, set_clock
 from fed_dpsat.step.optimizers.dpsam import CLIMB, DPSAM, SAM
 from fed_dpsat.step.optimizers.dpsgd import DPSGD
+from fed_dpsat.testing.problems import step_info
 
 PARAMS = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
 GRADIENT = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
@@ -42,11 +42,11 @@ def test_by_hand():
     optimizer = DPSAM(base=DPSGD(lr=0.25), rho=10)
     state = optimizer.init(PARAMS)
     for _ in range(2):
-        assert values(optimizer.query_point(PARAMS, state)) == [1, 2]
-        params, state = optimizer.update(PARAMS, GRADIENT, state)
+        assert values(optimizer.query_point(PARAMS, state, step_info())) == [1, 2]
+        params, state = optimizer.update(PARAMS, GRADIENT, state, step_info())
         assert values(params) == [1, 2]
-        assert values(optimizer.query_point(params, state)) == [7, 10]
-        params, state = optimizer.update(params, SECOND, state)
+        assert values(optimizer.query_point(params, state, step_info())) == [7, 10]
+        params, state = optimizer.update(params, SECOND, state, step_info())
         assert values(params) == [1.25, 1.75]
 
 
@@ -76,19 +76,18 @@ def test_without_a_radius_it_is_sgd_at_half_the_pace(make, walk, vectors):
 def test_a_zero_gradient_is_no_direction():
     optimizer = DPSAM(base=DPSGD(lr=1), rho=10)
     zero = {name: torch.zeros(1) for name in PARAMS}
-    params, state = optimizer.update(PARAMS, zero, optimizer.init(PARAMS))
-    assert values(optimizer.query_point(params, state)) == [1, 2]
+    params, state = optimizer.update(PARAMS, zero, optimizer.init(PARAMS), step_info())
+    assert values(optimizer.query_point(params, state, step_info())) == [1, 2]
 
 
-def test_the_clock_counts_calls():
+def test_a_schedule_counts_calls():
     """A schedule over the calls of a run ends with its last call."""
     optimizer = DPSAM(base=DPSGD(lr=1.0, lr_schedule="linear", total_steps=4), rho=0.1)
-    params, state = PARAMS, set_clock(optimizer.init(PARAMS), 0)
+    params, state = PARAMS, optimizer.init(PARAMS)
     moved = []
     for call in range(4):
         before = params
-        params, state = optimizer.update(params, {n: torch.ones(1) for n in PARAMS}, state)
-        assert state[CLOCK]["step"] == call + 1
+        params, state = optimizer.update(params, {n: torch.ones(1) for n in PARAMS}, state, step_info(call))
         moved.append((before["a"] - params["a"]).item())
     assert moved == [0, 0.75, 0, 0.25]
 
@@ -116,12 +115,15 @@ def test_a_step_that_a_round_cut_in_two_goes_on_in_the_next():
     params = trainable(experiment.loss_fn.module)
     first = experiment.client_round(0, ASSIGNMENT, params, None)
     assert same(first.params, params)
-    assert CLIMB in first.state
+    assert CLIMB in first.state["optimizer"]
     elsewhere = {name: p + 1 for name, p in params.items()}
     second = experiment.client_round(0, dataclasses.replace(ASSIGNMENT, round=2), elsewhere, first.state)
     assert not same(second.params, elsewhere)
-    assert CLIMB not in second.state
-    assert CLIMB in experiment.client_round(0, dataclasses.replace(ASSIGNMENT, round=2), elsewhere, None).state
+    assert CLIMB not in second.state["optimizer"]
+    assert (
+        CLIMB
+        in experiment.client_round(0, dataclasses.replace(ASSIGNMENT, round=2), elsewhere, None).state["optimizer"]
+    )
 
 
 @pytest.mark.parametrize(("local_steps", "carried"), [(1, {CLIMB}), (2, set()), (3, {CLIMB}), (4, set())])
@@ -138,7 +140,7 @@ def test_clients_at_different_halves_train_together(monkeypatch):
     requests = [Request(client=c, assignment=second, params=params, state=state) for c, state in enumerate(states)]
     for request, result in zip(requests, experiment.client_rounds(requests), strict=True):
         alone = experiment.client_round(**vars(request))
-        assert result.state.keys() == alone.state.keys()
+        assert result.state["optimizer"].keys() == alone.state["optimizer"].keys()
         for name, p in alone.params.items():
             torch.testing.assert_close(result.params[name], p, rtol=1e-5, atol=1e-6)
 

@@ -18,6 +18,7 @@ from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.optimizers.dpsgd import DPSGD
 from fed_dpsat.step.optimizers.extrapolated import Extrapolated
+from fed_dpsat.testing.problems import step_info
 
 PARAMS = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
 GRADIENT = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
@@ -31,16 +32,16 @@ def test_by_hand():
     """w = (1, 2) goes to w - g / 4 = (0.25, 1); the next query is 2 g further on."""
     optimizer = Extrapolated(base=DPSGD(lr=0.25), lr=0.25, lookahead=2.0)
     state = optimizer.init(PARAMS)
-    assert values(optimizer.query_point(PARAMS, state)) == [1, 2]
-    params, state = optimizer.update(PARAMS, GRADIENT, state)
+    assert values(optimizer.query_point(PARAMS, state, step_info())) == [1, 2]
+    params, state = optimizer.update(PARAMS, GRADIENT, state, step_info())
     assert values(params) == [0.25, 1]
-    assert values(optimizer.query_point(params, state)) == [0.25 - 6, 1 - 8]
+    assert values(optimizer.query_point(params, state, step_info())) == [0.25 - 6, 1 - 8]
 
 
 def test_by_default_it_looks_one_step_ahead():
     optimizer = Extrapolated(base=DPSGD(lr=0.25), lr=0.25)
-    params, state = optimizer.update(PARAMS, GRADIENT, optimizer.init(PARAMS))
-    assert values(optimizer.query_point(params, state)) == [0.25 - 0.75, 1 - 1]
+    params, state = optimizer.update(PARAMS, GRADIENT, optimizer.init(PARAMS), step_info())
+    assert values(optimizer.query_point(params, state, step_info())) == [0.25 - 0.75, 1 - 1]
 
 
 def test_against_an_oracle(walk, vectors):

@@ -16,9 +16,10 @@ from fed_dpsat.client.build import Experiment, Request
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.step.optimizers.base import set_clock
+from fed_dpsat.step.optimizers.base import BASE
 from fed_dpsat.step.optimizers.dpsgd import DPSGD
 from fed_dpsat.step.optimizers.modelmix import PREVIOUS, ModelMix
+from fed_dpsat.testing.problems import step_info
 
 PARAMS = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
 GRADIENT = {"a": torch.tensor([4.0]), "b": torch.tensor([-8.0])}
@@ -40,10 +41,10 @@ def test_by_hand(monkeypatch):
     """w_prev = (1, 2), w = (0, 4): at alphas 1/4 and 3/4 the mixture is (3/4, 7/2), the step from there -g / 4."""
     drawn(monkeypatch, 0.25, 0.75)
     optimizer = ModelMix(base=DPSGD(lr=0.25), lr=0.25, gap_rate=0.0)
-    params, state = optimizer.update(PARAMS, GRADIENT, optimizer.init(PARAMS))
+    params, state = optimizer.update(PARAMS, GRADIENT, optimizer.init(PARAMS), step_info())
     assert values(params) == [0, 4]
-    assert values(optimizer.query_point(params, state)) == [0, 4]
-    mixed, state = optimizer.update(params, GRADIENT, state)
+    assert values(optimizer.query_point(params, state, step_info())) == [0, 4]
+    mixed, state = optimizer.update(params, GRADIENT, state, step_info())
     assert values(mixed) == [0.75 - 1, 3.5 + 2]
     assert values(state[PREVIOUS]) == [0, 4]
 
@@ -52,8 +53,8 @@ def test_iterates_that_are_close_are_moved_apart_by_hand(monkeypatch):
     """tau = 0.25 * 8 = 2. a: w_prev = 1, w = 0 become 1.5 and -0.5, 3/4 between is 0. b: a gap of 2 stays."""
     drawn(monkeypatch, 0.75, 0.75)
     optimizer = ModelMix(base=DPSGD(lr=0.25), lr=0.25, gap_rate=8.0)
-    params, state = optimizer.update(PARAMS, GRADIENT, optimizer.init(PARAMS))
-    mixed, _ = optimizer.update(params, {name: torch.zeros(1) for name in PARAMS}, state)
+    params, state = optimizer.update(PARAMS, GRADIENT, optimizer.init(PARAMS), step_info())
+    mixed, _ = optimizer.update(params, {name: torch.zeros(1) for name in PARAMS}, state, step_info())
     assert values(mixed) == [0.75 * -0.5 + 0.25 * 1.5, 0.75 * 4 + 0.25 * 2]
 
 
@@ -63,8 +64,8 @@ def test_tau_follows_the_schedule(monkeypatch):
     schedule = {"lr_schedule": "linear", "total_steps": 2}
     optimizer = ModelMix(base=DPSGD(lr=0.25, **schedule), lr=0.25, gap_rate=8.0, **schedule)
     zero = {name: torch.zeros(1) for name in PARAMS}
-    params, state = optimizer.update(PARAMS, zero, set_clock(optimizer.init(PARAMS), 0))
-    assert values(optimizer.update(params, zero, state)[0]) == [1.5, 1.5]
+    params, state = optimizer.update(PARAMS, zero, optimizer.init(PARAMS), step_info())
+    assert values(optimizer.update(params, zero, state, step_info(1))[0]) == [1.5, 1.5]
 
 
 def oracle(vectors, lr, gap_rate, alphas):
@@ -103,9 +104,9 @@ def test_with_nothing_to_mix_it_is_its_base():
     optimizer = ModelMix(base=base, lr=0.1, gap_rate=0.0)
     params = {"a": torch.randn(100)}
     gradient = {"a": torch.randn(100)}
-    state = {**base.init(params), PREVIOUS: params}
-    moved, _ = optimizer.update(params, gradient, state)
-    assert torch.equal(moved["a"], base.update(params, gradient, base.init(params))[0]["a"])
+    state = {**optimizer.init(params), PREVIOUS: params}
+    moved, _ = optimizer.update(params, gradient, state, step_info())
+    assert torch.equal(moved["a"], base.update(params, gradient, base.init(params), step_info())[0]["a"])
 
 
 def test_alpha_is_uniform_per_coordinate():
@@ -113,8 +114,8 @@ def test_alpha_is_uniform_per_coordinate():
     optimizer = ModelMix(base=DPSGD(lr=0.0), lr=0.0, gap_rate=0.0)
     torch.manual_seed(0)
     w, zero = {"a": torch.ones(30000)}, {"a": torch.zeros(30000)}
-    state = {**set_clock({}, 0), PREVIOUS: zero}
-    alpha = optimizer.update(w, zero, state)[0]["a"].double().numpy()
+    state = {BASE: {}, PREVIOUS: zero}
+    alpha = optimizer.update(w, zero, state, step_info())[0]["a"].double().numpy()
     assert abs(alpha.mean() - 0.5) < 3.5 / math.sqrt(12 * 30000)
     assert abs(alpha.var() - 1 / 12) < 3.5 * math.sqrt(1 / 180 / 30000)
     assert alpha.min() < 1e-3

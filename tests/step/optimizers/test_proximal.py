@@ -4,6 +4,7 @@ import torch
 
 from fed_dpsat import DPSAT, DPSGD, RunConfig, simulate
 from fed_dpsat.step.optimizers.proximal import Proximal
+from fed_dpsat.testing.problems import step_info
 
 ANCHOR = {"w": torch.tensor([1.0, 2.0])}
 
@@ -12,15 +13,15 @@ def test_the_step_is_pulled_towards_the_anchor():
     """At w = anchor + (2, -2), lr 0.5, mu 0.1 and no gradient: w moves by -0.5 * 0.1 * (2, -2)."""
     optimizer = Proximal(base=DPSGD(lr=0.5), anchor=ANCHOR, proximal_mu=0.1)
     w = {"w": ANCHOR["w"] + torch.tensor([2.0, -2.0])}
-    moved, _ = optimizer.update(w, {"w": torch.zeros(2)}, optimizer.init(w))
+    moved, _ = optimizer.update(w, {"w": torch.zeros(2)}, optimizer.init(w), step_info())
     assert torch.allclose(moved["w"] - w["w"], torch.tensor([-0.1, 0.1]))
 
 
 def test_at_the_anchor_it_is_the_base():
     base = DPSAT(base=DPSGD(lr=0.5), rho=0.1)
     g = {"w": torch.tensor([3.0, -1.0])}
-    found, _ = Proximal(base=base, anchor=ANCHOR, proximal_mu=0.1).update(ANCHOR, g, base.init(ANCHOR))
-    expected, _ = base.update(ANCHOR, g, base.init(ANCHOR))
+    found, _ = Proximal(base=base, anchor=ANCHOR, proximal_mu=0.1).update(ANCHOR, g, base.init(ANCHOR), step_info())
+    expected, _ = base.update(ANCHOR, g, base.init(ANCHOR), step_info())
     assert torch.equal(found["w"], expected["w"])
 
 

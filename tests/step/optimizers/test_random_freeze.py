@@ -10,13 +10,14 @@ import torch
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
-from fed_dpsat.step.optimizers.base import set_clock, subspace_of
+from fed_dpsat.step.optimizers.base import BASE, subspace_of
 from fed_dpsat.step.optimizers.disk import DiSK
 from fed_dpsat.step.optimizers.proximal import Proximal
 from fed_dpsat.step.optimizers.random_freeze import RandomFreeze
 from fed_dpsat.step.optimizers.zeroth_order import ZerothOrder
 from fed_dpsat.step.query import Query, spread
 from fed_dpsat.step.subspace import Coordinates
+from fed_dpsat.testing.problems import step_info
 
 W = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
 
@@ -30,12 +31,12 @@ def test_by_hand():
     """One of two coordinates is frozen: it keeps its bits, though momentum and decay would move it."""
     optimizer = freeze(DPSGD(lr=0.25, momentum=0.5, weight_decay=1), freeze_rate=0.5, freeze_ramp=0)
     state = optimizer.init(W)
-    at = optimizer.query_point(W, state)
+    at = optimizer.query_point(W, state, step_info())
     frozen = [name for name, mask in at.active.items() if not mask.all()]
     assert len(frozen) == 1
     (other,) = W.keys() - set(frozen)
     private = spread(at, {other: torch.tensor([4.0]), frozen[0]: torch.zeros(0)})
-    params, _ = optimizer.update(W, private, state)
+    params, _ = optimizer.update(W, private, state, step_info())
     assert params[frozen[0]].item() == W[frozen[0]].item()
     assert params[other].item() == W[other].item() - 0.25 * (4 + W[other].item())
 
@@ -79,7 +80,7 @@ def test_a_mask_is_a_function_of_seed_and_round():
     params = {"w": torch.zeros(40)}
 
     def mask(step, optimizer=optimizer):
-        return optimizer.query_point(params, set_clock({}, step)).active["w"]
+        return optimizer.query_point(params, {BASE: {}}, step_info(step, round=step // 5 + 1)).active["w"]
 
     assert all(torch.equal(mask(step), mask(0)) for step in range(5))
     assert torch.equal(mask(0), optimizer.subspace(1, 40).active(40))
@@ -92,8 +93,8 @@ def test_dp_sat_over_it_climbs_in_whole_and_asks_what_is_active():
     optimizer = DPSAT(base=freeze(freeze_rate=0.5, freeze_ramp=0), rho=0.1)
     params = {"w": torch.zeros(4)}
     state = optimizer.init(params)
-    _, state = optimizer.update(params, {"w": torch.ones(4)}, state)
-    at = optimizer.query_point(params, state)
+    _, state = optimizer.update(params, {"w": torch.ones(4)}, state, step_info())
+    at = optimizer.query_point(params, state, step_info())
     assert at.points[0][1]["w"].tolist() == pytest.approx([0.05] * 4)
     assert int(at.active["w"].sum()) == 2
 
@@ -121,7 +122,7 @@ def test_the_proximal_term_does_not_move_what_is_frozen():
     base = freeze(freeze_rate=0.5, freeze_ramp=0)
     params = {"w": torch.zeros(4)}
     optimizer = Proximal(base=base, anchor={"w": torch.ones(4)}, proximal_mu=1.0)
-    moved, _ = optimizer.update(params, {"w": torch.zeros(4)}, optimizer.init(params))
+    moved, _ = optimizer.update(params, {"w": torch.zeros(4)}, optimizer.init(params), step_info())
     active = base.subspace(1, 4).active(4)
     assert torch.equal(moved["w"] != 0, active)
     assert subspace_of(optimizer, 1, 4) == base.subspace(1, 4)
@@ -131,12 +132,12 @@ def test_masks_of_the_base_are_kept():
     one = {"w": torch.tensor([True, True, False, False])}
 
     class Half(DPSGD):
-        def query_point(self, params, state):
+        def query_point(self, params, state, info):
             return Query(points=((1.0, params),), active=one)
 
     optimizer = freeze(Half(lr=1), freeze_rate=0.5, freeze_ramp=0)
     params = {"w": torch.zeros(4)}
-    at = optimizer.query_point(params, optimizer.init(params))
+    at = optimizer.query_point(params, optimizer.init(params), step_info())
     assert torch.equal(at.active["w"], one["w"] & optimizer.subspace(1, 4).active(4))
 
 
@@ -151,7 +152,7 @@ def test_a_wrapper_that_moves_more_than_its_base_says_nothing():
 def test_it_is_refused_around_zeroth_order_steps():
     base = ZerothOrder(base=DPSGD(lr=1), seed=0, steps_per_round=5)
     with pytest.raises(SettingError, match="optimizer='random-freeze' is not possible around a base"):
-        freeze(base, freeze_rate=0.5, freeze_ramp=0).query_point(W, base.init(W))
+        freeze(base, freeze_rate=0.5, freeze_ramp=0).query_point(W, {BASE: base.init(W)}, step_info())
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import torch
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
-from fed_dpsat.step.optimizers.base import ASCENT, set_clock
-from fed_dpsat.step.optimizers.saf import SAF, divergence, trajectory_loss
+from fed_dpsat.step.optimizers.base import ASCENT, BASE
+from fed_dpsat.step.optimizers.saf import EPOCHS, MODELS, SAF, divergence, trajectory_loss
+from fed_dpsat.testing.problems import step_info
 
 RATE = 0.25
 """Four steps are an epoch."""
@@ -82,8 +83,9 @@ def test_without_a_weight_it_is_its_base_and_stores_nothing(problem):
     for ours, theirs in zip(problem.walk(saf(base, saf_weight=0)), problem.walk(base), strict=True):
         assert np.array_equal(ours, theirs)
     params = problem.params(problem.start)
-    _, state = saf(base, saf_weight=0).update(params, params, base.init(params))
-    assert state.keys() == {"clock", "momentum"}
+    optimizer = saf(base, saf_weight=0)
+    _, state = optimizer.update(params, params, optimizer.init(params), step_info())
+    assert state.keys() == {BASE}
 
 
 def test_in_the_first_epochs_it_is_its_base(problem):
@@ -99,26 +101,25 @@ def test_it_stores_one_model_more_than_epochs(problem):
     params = problem.params(problem.start)
     state = optimizer.init(params)
     for step in range(40):
-        params, state = optimizer.update(params, params, set_clock(state, step))
-    stored = {slot for slot in state if slot.startswith("saf_") and slot != "saf_epochs"}
-    assert len(stored) == 4
-    assert sorted(int(e) for e in state["saf_epochs"].values()) == [6, 7, 8, 9]
+        params, state = optimizer.update(params, params, state, step_info(step))
+    assert len(state[MODELS]) == 4
+    assert sorted(int(e) for e in state[EPOCHS].values()) == [6, 7, 8, 9]
 
 
 def test_a_client_that_was_away_takes_the_newest_that_is_old_enough(problem):
     optimizer = saf(saf_epochs=2)
     params = problem.params(problem.start)
-    _, state = optimizer.update(params, params, set_clock(optimizer.init(params), 0))
-    assert optimizer.query_point(params, set_clock(state, 7)) is params
-    assert optimizer.query_point(params, set_clock(state, 8)).loss is not None
-    assert optimizer.query_point(params, set_clock(state, 400)).loss is not None
+    _, state = optimizer.update(params, params, optimizer.init(params), step_info(0))
+    assert optimizer.query_point(params, state, step_info(7)) is params
+    assert optimizer.query_point(params, state, step_info(8)).loss is not None
+    assert optimizer.query_point(params, state, step_info(400)).loss is not None
 
 
 def test_dp_sat_over_saf_keeps_the_loss(problem):
     optimizer = DPSAT(base=saf(saf_epochs=1), rho=0.1)
     params = problem.params(problem.start)
-    _, state = optimizer.update(params, params, set_clock(optimizer.init(params), 0))
-    at = optimizer.query_point(params, set_clock(state, 4))
+    _, state = optimizer.update(params, params, optimizer.init(params), step_info(0))
+    at = optimizer.query_point(params, state, step_info(4))
     assert at.loss is not None
     assert not torch.equal(at.points[0][1]["first"], params["first"])
     assert ASCENT in state

@@ -11,15 +11,18 @@ import torch
 from fed_dpsat.errors import SettingError
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
+from fed_dpsat.step.loop import Streams, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.noise import standard_normals
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
-from fed_dpsat.step.optimizers.base import set_clock, subspace_of
+from fed_dpsat.step.optimizers.base import BASE, subspace_of
 from fed_dpsat.step.optimizers.dplis import DPlis
 from fed_dpsat.step.optimizers.random_freeze import RandomFreeze
-from fed_dpsat.step.optimizers.saf import SAF
+from fed_dpsat.step.optimizers.saf import EPOCHS, MODELS, SAF
 from fed_dpsat.step.optimizers.zeroth_order import SCALAR, ZerothOrder
+from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.subspace import Span, direction
+from fed_dpsat.testing.problems import step_info
 
 W = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
 
@@ -34,7 +37,7 @@ def test_by_hand():
     state = optimizer.init(W)
     u0, u1 = direction(0, 0, 2).tolist()
     assert u0**2 + u1**2 == pytest.approx(2)
-    at = optimizer.query_point(W, state)
+    at = optimizer.query_point(W, state, step_info())
     assert at.points[0][1].keys() == {SCALAR}
 
     def loss(params, inputs, targets):
@@ -45,7 +48,7 @@ def test_by_hand():
     assert total[SCALAR].item() == pytest.approx(2 * u0 + 3 * u1, rel=1e-5)
     clipped, _ = clipped_gradient_sum(loss, at, batch, FlatClipping(clip_norm=0.5))
     assert abs(clipped[SCALAR].item()) == pytest.approx(min(0.5, abs(2 * u0 + 3 * u1)))
-    moved, _ = optimizer.update(W, {SCALAR: torch.tensor(4.0)}, state)
+    moved, _ = optimizer.update(W, {SCALAR: torch.tensor(4.0)}, state, step_info())
     assert [float(p) for p in moved.values()] == pytest.approx([1 - 0.5 * 4 * u0, 2 - 0.5 * 4 * u1])
 
 
@@ -69,11 +72,15 @@ def test_it_learns(problem):
     optimizer = zeroth(DPSGD(lr=0.2))
     params = problem.params(problem.start)
     state, first = optimizer.init(params), float(problem.loss(params, x, y).mean())
-    for _ in range(60):
+    for step in range(60):
         total, _ = clipped_gradient_sum(
-            problem.loss, optimizer.query_point(params, state), (x, y), FlatClipping(clip_norm=1e9), engine="vmap"
+            problem.loss,
+            optimizer.query_point(params, state, step_info(step)),
+            (x, y),
+            FlatClipping(clip_norm=1e9),
+            engine="vmap",
         )
-        params, state = optimizer.update(params, {SCALAR: total[SCALAR] / len(x)}, state)
+        params, state = optimizer.update(params, {SCALAR: total[SCALAR] / len(x)}, state, step_info(step))
     assert float(problem.loss(params, x, y).mean()) < 0.75 * first
 
 
@@ -83,7 +90,7 @@ def test_one_number_is_noised_whatever_the_size_of_the_model():
     state = optimizer.init(params)
     total, _ = clipped_gradient_sum(
         lambda p, x, y: x @ p["w"],
-        optimizer.query_point(params, state),
+        optimizer.query_point(params, state, step_info()),
         (torch.ones(2, 1000), torch.zeros(2)),
         FlatClipping(clip_norm=1),
     )
@@ -92,7 +99,7 @@ def test_one_number_is_noised_whatever_the_size_of_the_model():
     private = mechanism.privatize(total, np.random.default_rng(0))
     expected = (float(total[SCALAR]) + float(standard_normals(np.random.default_rng(0), 1))) / 2
     assert float(private[SCALAR]) == pytest.approx(expected, rel=1e-6)
-    moved, _ = optimizer.update(params, private, state)
+    moved, _ = optimizer.update(params, private, state, step_info())
     torch.testing.assert_close(moved["w"], -0.3 * private[SCALAR] * direction(0, 0, 1000))
 
 
@@ -113,12 +120,46 @@ def test_around_random_freeze_it_looks_along_active_coordinates_and_moves_no_oth
         return p["w"].sum().expand(len(x))
 
     clipped_gradient_sum(
-        loss, optimizer.query_point(params, state), (torch.zeros(1, 1), torch.zeros(1)), FlatClipping(clip_norm=1)
+        loss,
+        optimizer.query_point(params, state, step_info()),
+        (torch.zeros(1, 1), torch.zeros(1)),
+        FlatClipping(clip_norm=1),
     )
     assert all(torch.equal(w != 0, active) for w in seen)
-    moved, _ = optimizer.update(params, {SCALAR: torch.tensor(1.0)}, state)
+    moved, _ = optimizer.update(params, {SCALAR: torch.tensor(1.0)}, state, step_info())
     assert torch.equal(moved["w"] != 0, active)
     assert subspace_of(optimizer, 1, 8) == base.subspace(1, 8)
+
+
+class Sign(DPSGD):
+    """Without a state, and without a count of steps."""
+
+    def init(self, params):
+        return {}
+
+    def update(self, params, private_gradient, state, info):
+        return {name: p - self.lr * private_gradient[name].sign() for name, p in params.items()}, state
+
+
+def test_over_a_base_without_a_state_each_step_has_its_own_direction():
+    """Two steps of a round in the loop, from which the base learns nothing but the step."""
+    optimizer, params = zeroth(Sign(lr=1.0)), {"w": torch.zeros(500)}
+    result = train_locally(
+        params,
+        lambda indices: (torch.ones(len(indices), 500), torch.zeros(len(indices))),
+        loss_fn=lambda p, x, y: x @ p["w"],
+        optimizer=optimizer,
+        state=optimizer.init(params),
+        sampler=PoissonSampler(num_examples=4, sample_rate=1.0),
+        clipping=FlatClipping(clip_norm=1.0),
+        mechanism=GaussianMechanism(noise_multiplier=1.0, clip_norm=1.0, expected_batch_size=4),
+        local_steps=2,
+        first_step=6,
+        streams=Streams(seed=0, client=0, round=4),
+    )
+    one, two = (direction(0, step, 500).sign() for step in (6, 7))
+    assert any(torch.equal(result.params["w"], a * one + b * two) for a in (1, -1) for b in (1, -1))
+    assert not any(torch.equal(result.params["w"], a * one) for a in (0, 2, -2))
 
 
 def test_saf_may_be_on_either_side(problem):
@@ -130,10 +171,15 @@ def test_saf_may_be_on_either_side(problem):
         SAF(base=zeroth(), sample_rate=1, saf_epochs=1),
         zeroth(SAF(base=DPSGD(lr=0.3), sample_rate=1, saf_epochs=1)),
     ):
-        state = set_clock({**optimizer.init(params), "saf_0": old, "saf_epochs": {"saf_0": torch.tensor(0)}}, 3)
+        state, known = optimizer.init(params), {MODELS: {"0": old}, EPOCHS: {"0": torch.tensor(0)}}
+        state = {**state, **known} if isinstance(optimizer, SAF) else {BASE: {**state[BASE], **known}}
         batch = torch.from_numpy(problem.inputs[0]), torch.from_numpy(problem.targets[0])
         total, _ = clipped_gradient_sum(
-            problem.loss, optimizer.query_point(params, state), batch, FlatClipping(clip_norm=1), engine="vmap"
+            problem.loss,
+            optimizer.query_point(params, state, step_info(3)),
+            batch,
+            FlatClipping(clip_norm=1),
+            engine="vmap",
         )
         found.append(float(total[SCALAR]))
     assert found[0] == pytest.approx(found[1], rel=1e-9)
@@ -144,7 +190,7 @@ def test_a_method_that_climbs_in_parameter_space_is_refused_around_it():
         with pytest.raises(
             SettingError, match=r"is not possible around a base whose private gradient is of \['along'\]"
         ):
-            outer.query_point(W, outer.init(W))
+            outer.query_point(W, outer.init(W), step_info())
 
 
 @pytest.mark.parametrize(("name", "value"), [("smoothing", 0), ("smoothing", math.nan), ("steps_per_round", 0)])

@@ -21,7 +21,7 @@ from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.models.resnet import WSConv2d
-from fed_dpsat.params import global_norm, trainable
+from fed_dpsat.params import flatten, global_norm, trainable
 from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulation_grid
@@ -89,8 +89,7 @@ def rounds(experiment, clients=(1,), count=2, proximal_mu=0.0):
 
 def tensors(results):
     for result in results:
-        yield from ((f"params/{name}", p) for name, p in result.params.items())
-        yield from ((f"{slot}/{name}", p) for slot, kept in result.state.items() for name, p in kept.items())
+        yield from flatten({"params": result.params, "state": result.state}).items()
 
 
 def assert_close(results, expected, there, tolerance=0.0):

@@ -73,9 +73,9 @@ def test_on_the_cpu_nothing_is_copied():
 
 
 def test_scalars_of_a_state_stay_unless_they_are_parameters(pretended):
-    state = {"clock": {"step": torch.tensor(3)}, "momentum": {"scale": torch.tensor(1.0), "w": torch.ones(2)}}
+    state = {"count": {"step": torch.tensor(3)}, "momentum": {"scale": torch.tensor(1.0), "w": torch.ones(2)}}
     found = placement.moved_state(state, ("scale", "w"), pretended)
-    assert found["clock"]["step"].device == placement.CPU
+    assert found["count"]["step"].device == placement.CPU
     assert {t.device for t in found["momentum"].values()} == {pretended}
 
 
