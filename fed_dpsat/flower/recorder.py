@@ -16,19 +16,19 @@ from fed_dpsat.accounting.event import UNITS
 from fed_dpsat.accounting.ledger import Head
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import Evaluation, Predictions, evaluation_of, measured_on, predict, quality_of
-from fed_dpsat.flower import personal
+from fed_dpsat.flower import personal, sums
 from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.inner import StrategyStateError
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.flower.outsider import epsilon_of_outsider
 from fed_dpsat.flower.strategy import PrivateStrategy
-from fed_dpsat.flower.strategy_state import StrategyStateError
-from fed_dpsat.flower.throughput import Throughput
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params
 from fed_dpsat.run.folder import Checkpoint, RunFolder, jsonable
 from fed_dpsat.run.loggers import Loggers
+from fed_dpsat.run.outsider import epsilon_of_outsider
 from fed_dpsat.run.promise import also_released, declared_public, delta_warning, threat_model
+from fed_dpsat.run.throughput import Throughput
 from fed_dpsat.step.noise import NOISE_SOURCES
 
 log = getLogger("fed_dpsat")
@@ -63,7 +63,7 @@ class Recorder:
         self.ended_early: str | None = None
         self.cannot_resume = ""
         self.redone = False
-        self.throughput = Throughput(experiment, strategy)
+        self.throughput = Throughput(experiment, strategy.plans, strategy.phases)
 
     def epsilon(self) -> float:
         """Spent so far, the maximum over clients."""
@@ -99,7 +99,7 @@ class Recorder:
                 **self._movement(round, params),
             }
             self.rounds_completed = round
-            timing = self.throughput.of_round(round)
+            timing = self.throughput.of_round(round, report.accepted, report.bytes_down, report.bytes_up)
             self.folder.append_round(record, timing)
             if self.loggers:  # before the checkpoint: a round that is logged twice is better than one never
                 with self.strategy.phases("log"):
@@ -196,7 +196,7 @@ class Recorder:
 
     def summary(self, status: str) -> Summary:
         """How the run stands, for ``summary.json``."""
-        config = self.experiment.config
+        config, inner = self.experiment.config, self.strategy.inner
         if status == "completed" and self.evaluation is None:  # ended early, or resumed at its end
             saved = self.folder.load_checkpoint()
             assert saved is not None  # after_round leaves one, also before the first round
@@ -237,7 +237,13 @@ class Recorder:
             "ledger_head": self.strategy.ledger.head._asdict(),
             "privacy_unit": UNITS[config.privacy_unit],
             **epsilon_of_outsider(
-                self.experiment, self.strategy, self.folder.rounds(), status=status, redone=self.redone
+                self.experiment,
+                self.strategy.plans,
+                self.folder.rounds(),
+                status=status,
+                redone=self.redone,
+                retired=bool(self.strategy.retired),
+                shows_single="" if sums.only_mean(inner) else type(inner).__name__,
             ),
             "threat_model": threat_model(config),
             "declared_public": declared_public(config),

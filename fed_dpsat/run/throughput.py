@@ -5,43 +5,44 @@ from __future__ import annotations
 import resource
 import time
 from collections import Counter
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.run.timing import Phases
 
 
 class Throughput:
     """Of this process; a resumed run counts from there."""
 
-    def __init__(self, experiment: Experiment, strategy: PrivateStrategy) -> None:
-        self._experiment, self._strategy = experiment, strategy
+    def __init__(self, experiment: Experiment, plans: Sequence[ClientPlan], phases: Phases) -> None:
+        self._experiment, self._plans, self._timed = experiment, plans, phases
         self._phases: Counter[str] = Counter()
         self._clients = self._examples = 0.0
         self._bytes: list[tuple[int, int]] = []
         self._started = self._round_started = time.perf_counter()
 
-    def of_round(self, round: int) -> dict[str, Any]:
+    def of_round(self, round: int, accepted: list[int], bytes_down: int, bytes_up: int) -> dict[str, Any]:
         """Seconds by phase since the last round (the checkpoint of a round is in the next line), and throughput.
 
         Examples are those that are expected to be drawn: how many were drawn is not public.
         """
         now = time.perf_counter()
         seconds, self._round_started = now - self._round_started, now
-        report = self._strategy.report
-        examples = self._expected_examples(report.accepted)
-        phases = self._strategy.phases.take()
+        examples = self._expected_examples(accepted)
+        phases = self._timed.take()
         self._phases.update(phases)
-        self._clients, self._examples = self._clients + len(report.accepted), self._examples + examples
-        self._bytes += [(report.bytes_down, report.bytes_up)] if round else []
+        self._clients, self._examples = self._clients + len(accepted), self._examples + examples
+        self._bytes += [(bytes_down, bytes_up)] if round else []
         return {
             "round": round,
             "seconds": seconds,
             "phases": phases,
-            "bytes_down": report.bytes_down,
-            "bytes_up": report.bytes_up,
-            "clients_per_second": len(report.accepted) / seconds,
+            "bytes_down": bytes_down,
+            "bytes_up": bytes_up,
+            "clients_per_second": len(accepted) / seconds,
             "examples_per_second": examples / seconds,
             "peak_memory_mb": _peak_memory_mb(),
         }
@@ -62,7 +63,7 @@ class Throughput:
     def _expected_examples(self, clients: list[int]) -> float:
         if self._experiment.config.privacy_unit == "client":  # whose sizes are not public
             return 0.0
-        plans, partitions = self._strategy.plans, self._experiment.partitions
+        plans, partitions = self._plans, self._experiment.partitions
         return sum(plans[c].event.steps * plans[c].event.sample_rate * len(partitions[c]) for c in clients)
 
 
