@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.step.gradients import compiled
 from fed_dpsat.step.gradients.per_example import ModelLoss, check_module
 from fed_dpsat.step.gradients.unchanging import check_unchanging, unchanged
-from fed_dpsat.step.loop import LocalResult, Streams, train_locally
+from fed_dpsat.step.loop import Executor, LocalResult, Member, Streams, Watch, train
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.noise import Purpose, derive_generator, derive_seed
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, carried_names, next_round, subspace_of
@@ -45,7 +45,7 @@ from fed_dpsat.step.optimizers.chain import build_optimizer
 from fed_dpsat.step.optimizers.proximal import Proximal
 from fed_dpsat.step.placement import CPU, decided, device_of, is_card, module_on, moved, moved_state, torch_device
 from fed_dpsat.step.sampling import PoissonSampler
-from fed_dpsat.step.stacked import Member, Unstackable, alike, train_stacked
+from fed_dpsat.step.stacked import Stacked, Unstackable, alike
 from fed_dpsat.step.subspace import Coordinates, Span
 
 log = logging.getLogger("fed_dpsat")
@@ -83,8 +83,9 @@ class Experiment:
     The model is where it is computed with; parameters and states come from the CPU and go there.
     ``named`` says that every object came from a name in it, so that another process can build them too. ``attackers``
     train on labels of their own in ``dataset``, and forge what they send. ``personal`` names the parameters that stay
-    on the client. Raises ``DataError`` for ``partitions`` that are none of ``dataset`` (``disjoint_parts``), and for
-    splits of a class other than ``Examples``, whose batches may mix examples.
+    on the client. ``watches`` see the private gradients of clients that train alone, in an audit. Raises ``DataError``
+    for ``partitions`` that are none of ``dataset`` (``disjoint_parts``), and for splits of a class other than
+    ``Examples``, whose batches may mix examples.
     """
 
     config: RunConfig
@@ -98,6 +99,7 @@ class Experiment:
     attackers: Attackers | None = None
     start: Start
     personal: frozenset[str] = frozenset()
+    watches: Mapping[int, Watch] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -336,24 +338,14 @@ class Experiment:
     def _together(
         self, requests: Sequence[Request], placed: Sequence[Request], members: Sequence[Member]
     ) -> list[LocalResult]:
-        first, config = placed[0], self.config
+        config = self.config
         if len(requests) > 1:
             try:
                 if config.engine not in STACKING_ENGINES:
                     raise Unstackable(f"engine={config.engine}, which trains one client at a time")
                 if config.precision != "float32":
                     raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
-                with unchanged(self.loss_fn.module):
-                    results = train_stacked(
-                        self.whole(first.params, first.state),
-                        members,
-                        loss_fn=self.loss_fn,
-                        optimizer=self._optimizer(first.params, first.proximal_mu),
-                        clipping=self.local_clipping,
-                        local_steps=first.assignment.local_steps,
-                        physical_batch_size=config.physical_batch_size,
-                    )
-                return [self._to_send(*pair) for pair in zip(placed, results, strict=True)]
+                return self._run(placed, members, Stacked)
             except Unstackable as unstackable:
                 _say_once(str(unstackable))
         return [self.client_round(**vars(request)) for request in requests]
@@ -374,29 +366,30 @@ class Experiment:
             proximal_mu=proximal_mu,
         )
         (request,) = self._placed([asked])
-        member = self._member(request)
-        with unchanged(self.loss_fn.module):
-            result = train_locally(
-                self.whole(request.params, request.state),
-                member.batches,
-                loss_fn=self.loss_fn,
-                optimizer=self._optimizer(request.params, proximal_mu),
-                state=member.state,
-                sampler=member.sampler,
-                clipping=self.local_clipping,
-                mechanism=member.mechanism,
-                local_steps=assignment.local_steps,
-                streams=member.streams,
-                first_step=member.first_step,
-                clip_norm=member.clip_norm,
-                engine=self.config.engine,
-                physical_batch_size=self.config.physical_batch_size,
-            )
-        sent = self._to_send(request, result)
+        (sent,) = self._run([request], [self._member(request)], None)
         within = self.subspace(assignment.round)
         if isinstance(within, Coordinates):
             within.check(laid_end_to_end(params), laid_end_to_end(sent.params))
         return sent
+
+    def _run(
+        self, requests: Sequence[Request], members: Sequence[Member], executor: Callable[..., Executor] | None
+    ) -> list[LocalResult]:
+        first = requests[0]
+        with unchanged(self.loss_fn.module):
+            results = train(
+                self.whole(first.params, first.state),
+                members,
+                loss_fn=self.loss_fn,
+                optimizer=self._optimizer(first.params, first.proximal_mu),
+                clipping=self.local_clipping,
+                local_steps=first.assignment.local_steps,
+                executor=executor,
+                engine=self.config.engine,
+                physical_batch_size=self.config.physical_batch_size,
+                watch=self.watches.get(first.client) if executor is None else None,
+            )
+        return [self._to_send(*pair) for pair in zip(requests, results, strict=True)]
 
     def _placed(self, requests: Sequence[Request]) -> list[Request]:
         """``requests`` with their tensors on ``device``; those that share ``params`` still do."""

@@ -140,6 +140,7 @@ def rehearsal(
         budgets=[0.0] * clients,
         named=False,
         attackers=attackers,
+        watches={},
     )
 
 

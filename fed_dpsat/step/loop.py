@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ from fed_dpsat.step.gradients.plain import unbounded
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_key, derive_seed
-from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo, owned_update
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo, Update, owned_update
 from fed_dpsat.step.placement import device_of
-from fed_dpsat.step.query import spread
+from fed_dpsat.step.query import At, spread
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.secure_noise import system_generator
 from fed_dpsat.step.unchecked import checking
@@ -87,77 +88,253 @@ class LocalResult:
     clip_norm: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """What is a client's own of a round; ``own`` are parameters of its own in place of the common ones.
+
+    ``first_step`` is the index of the first step among those of the federation, ``clip_norm`` where adaptive clipping
+    begins, by default at its first bound.
+    """
+
+    batches: Batches
+    state: State
+    sampler: PoissonSampler
+    mechanism: GaussianMechanism
+    streams: Streams
+    first_step: int = 0
+    clip_norm: float | None = None
+    own: Params = field(default_factory=dict)
+
+
+Watch = Callable[[int, At, Params], None]
+"""Who is shown the private gradient of each member's step, by its place, and the query that it answers."""
+
+
+class Executor(Protocol):
+    """How the members of ``train`` compute: parameters, states, and all that is no coin and no noise."""
+
+    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
+        """The batch of each member."""
+
+    def query_point(self, infos: Sequence[StepInfo]) -> At:
+        """Where the gradients of this step are taken."""
+
+    def clipped_sums(
+        self, at: At, batches: Sequence[tuple[Tensor, Tensor]], turns: Sequence[Turn]
+    ) -> Sequence[tuple[Params, int]]:
+        """The clipped sum of each member, and how many of its examples were not finite."""
+
+    def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
+        """The step of each member."""
+
+    def part(self, k: int) -> tuple[Params, State]:
+        """Parameters and state of a member."""
+
+
+def train(
+    params: Params,
+    members: Sequence[Member],
+    *,
+    loss_fn: LossFn,
+    optimizer: PrivateOptimizer,
+    clipping: ClippingRule,
+    local_steps: int,
+    executor: Callable[..., Executor] | None = None,
+    engine: str = "auto",
+    physical_batch_size: int = 128,
+    watch: Watch | None = None,
+) -> list[LocalResult]:
+    """``local_steps`` private steps of each of ``members`` from ``params``, each an event of the member's mechanism.
+
+    Members train one after the other with ``engine``, or as the ``executor`` does it (``stacked.Stacked``). All is
+    computed where ``params`` are. The data is touched through ``Member.batches`` alone, and only the clipped sum is
+    made of it; row i of a batch has to be made of example i alone, which nothing here can see. An empty batch is a
+    step like any other. Raises ``SettingError`` for what could cost more than the event says: a mechanism whose noise
+    is scaled to another bound than ``clipping`` has, factors that do not keep it, batches with more rows than examples,
+    and a mechanism, sampler or streams of another class than those named here (but within ``unchecked``).
+    """
+    for member in members:
+        check_known(member.mechanism, member.sampler, member.streams)
+        check_bound(member.mechanism, clipping)
+    settings: dict[str, Any] = {
+        "loss_fn": loss_fn,
+        "optimizer": optimizer,
+        "clipping": clipping,
+        "local_steps": local_steps,
+        "engine": engine,
+        "physical_batch_size": physical_batch_size,
+    }
+    if executor is not None:
+        return _trained(params, members, executor, watch, **settings)
+    return [
+        result
+        for k, member in enumerate(members)
+        for result in _trained(params, [member], Alone, watch and _moved_on(watch, k), **settings)
+    ]
+
+
+def _moved_on(watch: Watch, k: int) -> Watch:
+    return lambda _, at, private_gradient: watch(k, at, private_gradient)
+
+
+def _trained(
+    params: Params,
+    members: Sequence[Member],
+    executor: Callable[..., Executor],
+    watch: Watch | None,
+    *,
+    loss_fn: LossFn,
+    clipping: ClippingRule,
+    local_steps: int,
+    **settings: Any,
+) -> list[LocalResult]:
+    turns = [Turn(member, clipping, local_steps) for member in members]
+    device = device_of(params)
+    with training_on(device), in_mode(module_of(loss_fn), training=True):
+        run = executor(
+            params, members, loss_fn=loss_fn, clipping=clipping, device=device, watched=watch is not None, **settings
+        )
+        for step in range(local_steps):
+            infos = [turn.begin(step) for turn in turns]
+            batches = run.batches(step, [next(turn.coins) for turn in turns])
+            at = run.query_point(infos)
+            sums = run.clipped_sums(at, batches, turns)
+            private = [spread(at, turn.release(*found)) for turn, found in zip(turns, sums, strict=True)]
+            for k, gradient in enumerate(private if watch else ()):
+                watch(k, at, gradient)  # type: ignore[misc]
+            del at, sums, batches  # or the next pass over a batch holds three models more
+            run.update(private, infos)
+            del private
+            for turn in turns:
+                turn.end()
+    return [turn.result(*run.part(k)) for k, turn in enumerate(turns)]
+
+
+class Turn:
+    """A member's round: its coins and noise, and what bounds and noises its step."""
+
+    def __init__(self, member: Member, clipping: ClippingRule, local_steps: int) -> None:
+        self._member, self._steps, self._nonfinite = member, local_steps, 0
+        self._adaptive = clipping if isinstance(clipping, AdaptiveClipping) else None
+        self._bound = member.mechanism.clip_norm if member.clip_norm is None else member.clip_norm
+        self.coins = member.sampler.batches(local_steps, member.streams.generator("sampling"))
+        self._noise = member.streams.generator("noise")
+        self.rule: ClippingRule = clipping
+        if not unbounded(clipping):
+            self.rule = Held(rule=clipping, clip_norm=member.mechanism.clip_norm)
+        self.of_gradient = self._of_count = member.mechanism
+
+    def begin(self, step: int) -> StepInfo:
+        """The bound and the noise of ``step``, and what the optimizer is told of it."""
+        member = self._member
+        self.of_gradient = member.mechanism
+        if self._adaptive:
+            self.rule = Tally(clip_norm=self._bound)
+            self.of_gradient, self._of_count = _joint(self._adaptive, member.mechanism, self._bound)
+        return step_info(member.first_step + step, self.of_gradient, member.streams)
+
+    def release(self, clipped_sum: Params, nonfinite: int) -> Params:
+        """The private gradient."""
+        self._nonfinite += nonfinite
+        return self.of_gradient.privatize(clipped_sum, self._noise)
+
+    def end(self) -> None:
+        """The bound of the next step."""
+        if self._adaptive and isinstance(self.rule, Tally):
+            below = self._of_count.privatize({"below": torch.tensor(self.rule.centred)}, self._noise)["below"]
+            self._bound = check_clip_norm(self._adaptive.next_clip_norm(self._bound, float(below) + 0.5))
+
+    def result(self, params: Params, state: State) -> LocalResult:
+        """What the round made."""
+        member = self._member
+        return LocalResult(
+            params=params,
+            state=state,
+            event=member.mechanism.event(sample_rate=member.sampler.sample_rate, steps=self._steps),
+            nonfinite_examples=self._nonfinite,
+            clip_norm=self._bound if self._adaptive else None,
+        )
+
+
+class Alone:
+    """One member, by an engine for per-example gradients; the seed is that of its streams."""
+
+    def __init__(
+        self,
+        params: Params,
+        members: Sequence[Member],
+        *,
+        loss_fn: LossFn,
+        optimizer: PrivateOptimizer,
+        clipping: ClippingRule,
+        device: torch.device,
+        engine: str,
+        physical_batch_size: int,
+        watched: bool,
+    ) -> None:
+        (self._member,) = members
+        self._params, self._state = params, self._member.state
+        self._loss_fn, self._device = loss_fn, device
+        self._query_point = optimizer.query_point
+        self._update: Update = optimizer.update
+        mechanism = self._member.mechanism
+        if type(mechanism) is GaussianMechanism and not watched:  # else somebody may keep what was released
+            self._update = owned_update(optimizer)
+        self._ordinary = Ordinary.of(loss_fn, clipping, mechanism)
+        self._how: dict[str, Any] = {"engine": engine, "physical_batch_size": physical_batch_size}
+        seed(device, self._member.streams.torch_seed())
+
+    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
+        """As ``made_batch``."""
+        self._draws = self._member.streams.draws(step, indices[0])
+        return [made_batch(self._member.batches, indices[0], self._draws, self._device)]
+
+    def query_point(self, infos: Sequence[StepInfo]) -> At:
+        """What the optimizer asks."""
+        return self._query_point(self._params, self._state, infos[0])
+
+    def clipped_sums(
+        self, at: At, batches: Sequence[tuple[Tensor, Tensor]], turns: Sequence[Turn]
+    ) -> Sequence[tuple[Params, int]]:
+        """As ``clipped_gradient_sum``."""
+        loss = self._loss_fn
+        if self._ordinary:
+            loss, turns[0].of_gradient = self._ordinary.pair(at)
+        return [clipped_gradient_sum(loss, at, batches[0], turns[0].rule, draws=self._draws, **self._how)]
+
+    def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
+        """What the optimizer makes of it."""
+        self._params, self._state = self._update(self._params, private_gradients[0], self._state, infos[0])
+
+    def part(self, k: int) -> tuple[Params, State]:
+        """What there is."""
+        return self._params, self._state
+
+
 def train_locally(
     params: Params,
     batches: Batches,
     *,
     loss_fn: LossFn,
     optimizer: PrivateOptimizer,
-    state: State,
-    sampler: PoissonSampler,
     clipping: ClippingRule,
-    mechanism: GaussianMechanism,
     local_steps: int,
-    streams: Streams,
-    first_step: int = 0,
-    clip_norm: float | None = None,
     engine: str = "auto",
     physical_batch_size: int = 128,
+    **of_member: Any,
 ) -> LocalResult:
-    """``local_steps`` private steps from ``params``; each is one event of ``mechanism``, empty batch or not.
-
-    ``first_step`` is the index of the first step among those of the federation, ``clip_norm`` where adaptive clipping
-    begins, by default at its first bound.
-    All is computed where ``params`` are. The data is touched through ``batches`` alone, and only the clipped sum is
-    made of it; row i of a batch has to be made of example i alone, which nothing here can see. Raises ``SettingError``
-    for what could cost more than the event says: a mechanism whose noise is scaled to another bound than ``clipping``
-    has, factors that do not keep it, batches with more rows than examples, and a mechanism, sampler or streams of
-    another class than those named here (but within ``unchecked``).
-    """
-    check_known(mechanism, sampler, streams)
-    check_bound(mechanism, clipping)
-    sampling, noise = streams.generator("sampling"), streams.generator("noise")
-    adaptive = clipping if isinstance(clipping, AdaptiveClipping) else None
-    bound = mechanism.clip_norm if clip_norm is None else clip_norm
-    rule, of_gradient, of_count = clipping, mechanism, mechanism
-    if not unbounded(clipping):
-        rule = Held(rule=clipping, clip_norm=mechanism.clip_norm)
-    ordinary = Ordinary.of(loss_fn, clipping, mechanism)
-    # a mechanism of another class may keep what it released
-    update = owned_update(optimizer) if type(mechanism) is GaussianMechanism else optimizer.update
-    nonfinite = 0
-    device = device_of(params)
-    with training_on(device), in_mode(module_of(loss_fn), training=True):
-        seed(device, streams.torch_seed())
-        for step, indices in enumerate(sampler.batches(local_steps, sampling)):
-            draws = streams.draws(step, indices)
-            batch = made_batch(batches, indices, draws, device)
-            if adaptive:
-                rule = Tally(clip_norm=bound)
-                of_gradient, of_count = _joint(adaptive, mechanism, bound)
-            info = step_info(first_step + step, of_gradient, streams)
-            at = optimizer.query_point(params, state, info)
-            loss = loss_fn
-            if ordinary:
-                loss, of_gradient = ordinary.pair(at)
-            clipped_sum, skipped = clipped_gradient_sum(
-                loss, at, batch, rule, engine=engine, physical_batch_size=physical_batch_size, draws=draws
-            )
-            private_gradient = spread(at, of_gradient.privatize(clipped_sum, noise))
-            del at, clipped_sum  # or the next pass over a batch holds three models more
-            params, state = update(params, private_gradient, state, info)
-            del private_gradient
-            nonfinite += skipped
-            if adaptive and isinstance(rule, Tally):
-                below = of_count.privatize({"below": torch.tensor(rule.centred)}, noise)["below"]
-                bound = check_clip_norm(adaptive.next_clip_norm(bound, float(below) + 0.5))
-    return LocalResult(
-        params=params,
-        state=state,
-        event=mechanism.event(sample_rate=sampler.sample_rate, steps=local_steps),
-        nonfinite_examples=nonfinite,
-        clip_norm=bound if adaptive else None,
+    """``train`` of one member; ``of_member`` are the other fields of a ``Member``."""
+    (result,) = train(
+        params,
+        [Member(batches=batches, **of_member)],
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        clipping=clipping,
+        local_steps=local_steps,
+        engine=engine,
+        physical_batch_size=physical_batch_size,
     )
+    return result
 
 
 def step_info(index: int, mechanism: GaussianMechanism, streams: Streams) -> StepInfo:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,43 +36,16 @@ from torch.nn.utils.rnn import pad_sequence
 from fed_dpsat.params import Params, flatten, map_tree
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.step.clipping.bound import Held, bounded_factors
-from fed_dpsat.step.generators import Mark, others_moved, training_on
+from fed_dpsat.step.generators import Mark, others_moved
 from fed_dpsat.step.gradients.finite import squared_norm_rows
 from fed_dpsat.step.gradients.loss import check_types
-from fed_dpsat.step.loop import (
-    Batches,
-    LocalResult,
-    Streams,
-    check_bound,
-    check_known,
-    check_rows,
-    module_of,
-    step_info,
-)
-from fed_dpsat.step.mechanism import GaussianMechanism
-from fed_dpsat.step.modes import in_mode
+from fed_dpsat.step.loop import Member, Turn, check_rows
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo
-from fed_dpsat.step.placement import device_of
 from fed_dpsat.step.query import At, LossFn, Query, simplified
-from fed_dpsat.step.sampling import PoissonSampler
 
 
 class Unstackable(Exception):
     """Something that clients cannot be trained together with; the message says what, and nothing was released."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One client of a stack: what is its own of the arguments of ``train_locally``; ``own`` are parameters."""
-
-    batches: Batches
-    state: State
-    sampler: PoissonSampler
-    mechanism: GaussianMechanism
-    streams: Streams
-    first_step: int = 0
-    clip_norm: float | None = None
-    own: Params = field(default_factory=dict)
 
 
 def alike(member: Member) -> Hashable:
@@ -84,66 +57,67 @@ def _form(state: State) -> Hashable:
     return tuple(sorted((path, tuple(t.shape), str(t.dtype)) for path, t in flatten(state).items()))
 
 
-def train_stacked(
-    params: Params,
-    members: Sequence[Member],
-    *,
-    loss_fn: LossFn,
-    optimizer: PrivateOptimizer,
-    clipping: ClippingRule,
-    local_steps: int,
-    physical_batch_size: int = 128,
-) -> list[LocalResult]:
-    """What ``train_locally`` makes of each of ``members`` from the same ``params`` but for its own, to 1e-6 relative.
+class Stacked:
+    """An ``Executor`` for members of one form: each trains as alone, to 1e-6 relative.
 
     At most ``physical_batch_size`` per-example gradients are held at a time, but one per client at least. Raises
-    ``Unstackable``, or what ``train_locally`` raises for any of them.
+    ``Unstackable``. Engines are for clients alone.
     """
-    if isinstance(clipping, AdaptiveClipping):
-        raise Unstackable("adaptive clipping, whose bound is another one for each client")
-    if len({alike(member) for member in members}) != 1:
-        raise Unstackable("clients in different rounds, or with states of different forms")
-    for member in members:
-        check_known(member.mechanism, member.sampler, member.streams)
-        check_bound(member.mechanism, clipping)
-    clipping = Held(rule=clipping, clip_norm=members[0].mechanism.clip_norm)
-    check_types(params)
-    count = len(members)
-    noises = [member.streams.generator("noise") for member in members]
-    coins = [member.sampler.batches(local_steps, member.streams.generator("sampling")) for member in members]
-    own = _stacked([member.own for member in members])
-    stack = {name: own[name] if name in own else p.expand(count, *p.shape) for name, p in params.items()}
-    state = _stacked([member.state for member in members])
-    skipped = torch.zeros(count, dtype=torch.int64)
-    device = device_of(params)
-    with training_on(device), in_mode(module_of(loss_fn), training=True):
-        draws = _Draws(members, device)
-        steps = _Optimizer(optimizer, draws)
-        for step in range(members[0].first_step, members[0].first_step + local_steps):
-            infos = [step_info(step, member.mechanism, member.streams) for member in members]
-            drawn = [_batch(member, next(coins[k]), draws, k) for k, member in enumerate(members)]
-            at = steps.query_point(stack, state, infos)
-            mark = Mark.here(device)
-            sums, nonfinite = stacked_sum(loss_fn, at, *_padded(drawn), clipping, physical_batch_size)
-            if mark.moved():
-                raise Unstackable("the loss, which draws random numbers")
-            private = [
-                member.mechanism.privatize(_at(sums, k), noise)
-                for k, (member, noise) in enumerate(zip(members, noises, strict=True))
-            ]
-            stack, state = steps.update(stack, _stacked(private), state, infos)
-            if others_moved():
-                raise Unstackable("an optimizer that draws from random or numpy.random")
-            skipped += nonfinite.cpu()
-    return [
-        LocalResult(
-            params=_own(_at(stack, k)),
-            state=_own(_at(state, k)),
-            event=member.mechanism.event(sample_rate=member.sampler.sample_rate, steps=local_steps),
-            nonfinite_examples=int(skipped[k]),
-        )
-        for k, member in enumerate(members)
-    ]
+
+    def __init__(
+        self,
+        params: Params,
+        members: Sequence[Member],
+        *,
+        loss_fn: LossFn,
+        optimizer: PrivateOptimizer,
+        clipping: ClippingRule,
+        device: torch.device,
+        engine: str,
+        physical_batch_size: int,
+        watched: bool,
+    ) -> None:
+        if isinstance(clipping, AdaptiveClipping):
+            raise Unstackable("adaptive clipping, whose bound is another one for each client")
+        if len({alike(member) for member in members}) != 1:
+            raise Unstackable("clients in different rounds, or with states of different forms")
+        check_types(params)
+        own = _stacked([member.own for member in members])
+        self._stack = {
+            name: own[name] if name in own else p.expand(len(members), *p.shape) for name, p in params.items()
+        }
+        self._state = _stacked([member.state for member in members])
+        self._clipping = Held(rule=clipping, clip_norm=members[0].mechanism.clip_norm)
+        self._members, self._loss_fn, self._device, self._size = members, loss_fn, device, physical_batch_size
+        self._optimizer = _Optimizer(optimizer, _Draws(members))
+
+    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
+        """The batch of each member."""
+        return [_batch(member, drawn, self._device) for member, drawn in zip(self._members, indices, strict=True)]
+
+    def query_point(self, infos: Sequence[StepInfo]) -> Params:
+        """A stack of points."""
+        return self._optimizer.query_point(self._stack, self._state, infos)
+
+    def clipped_sums(
+        self, at: At, batches: Sequence[tuple[Tensor, Tensor]], turns: Sequence[Turn]
+    ) -> Sequence[tuple[Params, int]]:
+        """As ``stacked_sum``, member by member."""
+        mark = Mark.here(self._device)
+        sums, nonfinite = stacked_sum(self._loss_fn, _point(at), *_padded(batches), self._clipping, self._size)
+        if mark.moved():
+            raise Unstackable("the loss, which draws random numbers")
+        return [(_at(sums, k), skipped) for k, skipped in enumerate(nonfinite.tolist())]
+
+    def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
+        """The step of each member."""
+        self._stack, self._state = self._optimizer.update(self._stack, _stacked(private_gradients), self._state, infos)
+        if others_moved():
+            raise Unstackable("an optimizer that draws from random or numpy.random")
+
+    def part(self, k: int) -> tuple[Params, State]:
+        """Parameters and state of a member."""
+        return _own(_at(self._stack, k)), _own(_at(self._state, k))
 
 
 def stacked_sum(
@@ -207,13 +181,11 @@ def _mapped(function: Callable[..., Any], what: str, *arguments: Any) -> Any:
 class _Draws:
     """Torch's own generator, client by client, as each would find it alone."""
 
-    def __init__(self, members: Sequence[Member], device: torch.device) -> None:
-        self.device = device
+    def __init__(self, members: Sequence[Member]) -> None:
         self._states = []
         for member in members:
             torch.default_generator.manual_seed(member.streams.torch_seed())
             self._states.append(torch.get_rng_state())
-        self.count = len(members)
 
     @contextmanager
     def of(self, k: int) -> Iterator[None]:
@@ -279,8 +251,8 @@ def _point(at: At) -> Params:
     return at
 
 
-def _batch(member: Member, indices: Tensor, draws: _Draws, k: int) -> tuple[Tensor, Tensor]:
-    mark = Mark.here(draws.device)
+def _batch(member: Member, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    mark = Mark.here(device)
     batch = member.batches(indices)
     if mark.moved():
         raise Unstackable("batches that draw random numbers")

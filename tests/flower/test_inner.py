@@ -1,4 +1,4 @@
-"""A strategy inside ours: what is overruled is said, what is senseless is refused, what it learned survives a checkpoint."""
+"""A strategy inside ours: what it overrules is said, nonsense is refused, what it learned survives a checkpoint."""
 
 from __future__ import annotations
 

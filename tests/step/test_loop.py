@@ -11,16 +11,18 @@ from torch import nn
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import flatten, global_norm, subtract, trainable
+from fed_dpsat.step import loop
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.draws import kept
 from fed_dpsat.step.generators import training_on
 from fed_dpsat.step.gradients.per_example import ModelLoss
-from fed_dpsat.step.loop import LocalResult, Streams, made_batch, train_locally
+from fed_dpsat.step.loop import LocalResult, Member, Streams, made_batch, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers.base import climb
 from fed_dpsat.step.optimizers.dpsat import DPSAT, DPSATMomentum
 from fed_dpsat.step.optimizers.dpsgd import DPSGD
 from fed_dpsat.step.sampling import PoissonSampler
+from fed_dpsat.step.stacked import Stacked
 from fed_dpsat.step.unchecked import unchecked
 
 STREAMS = Streams(seed=1, client=2, round=3)
@@ -640,3 +642,40 @@ def test_the_gradient_is_taken_at_the_query_point_and_the_step_at_the_parameters
     assert all(same_bits(total, point) for total, point in zip(mechanism.seen, asked, strict=True))
     assert not same_bits(asked[1], moved[0])
     assert [id(p) for p in optimizer.given[2::5]] == [id(p) for p in [params, *moved[:-1]]]
+
+
+def three(noise_multiplier=1.0):
+    sampler = PoissonSampler(num_examples=12, sample_rate=0.5)
+    mechanism = GaussianMechanism(noise_multiplier=noise_multiplier, clip_norm=1, expected_batch_size=6)
+    return [
+        Member(batches=data, state={}, sampler=sampler, mechanism=mechanism, streams=replace(STREAMS, client=client))
+        for client in range(3)
+    ]
+
+
+SETTINGS = {"optimizer": DPSGD(lr=0.1), "clipping": FlatClipping(clip_norm=1), "local_steps": 4}
+
+
+def test_members_train_as_each_does_alone(model, same_bits):
+    params, loss = model
+    results = loop.train(params, three(), loss_fn=loss, **SETTINGS)
+    for member, result in zip(three(), results, strict=True):
+        single = train_locally(params, loss_fn=loss, **SETTINGS, **vars(member))
+        assert same_bits(result.params, single.params)
+        assert result.event == single.event
+
+
+@pytest.mark.parametrize("executor", [None, Stacked])
+def test_a_watch_sees_the_private_gradients_of_each_member_and_changes_no_bit(executor, model, same_bits):
+    """Stepping along what it saw gives the parameters, so it saw all of it, and what it keeps is not overwritten."""
+    params, loss = model
+    seen = {k: [] for k in range(3)}
+    how = {"loss_fn": loss, "executor": executor, **SETTINGS}
+    results = loop.train(params, three(), watch=lambda k, at, private: seen[k].append(private), **how)
+    for k, (result, unseen) in enumerate(zip(results, loop.train(params, three(), **how), strict=True)):
+        assert same_bits(result.params, unseen.params)
+        assert len(seen[k]) == 4
+        replayed = params
+        for private in seen[k]:
+            replayed = {name: torch.add(p, private[name], alpha=-0.1) for name, p in replayed.items()}
+        assert same_bits(replayed, result.params)

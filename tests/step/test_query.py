@@ -12,7 +12,7 @@ import torch
 from fed_dpsat.errors import SettingError
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
-from fed_dpsat.step.loop import Streams, train_locally
+from fed_dpsat.step.loop import Member, Streams, train, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
 from fed_dpsat.step.optimizers.base import ASCENT, BASE
@@ -20,7 +20,7 @@ from fed_dpsat.step.optimizers.proximal import Proximal
 from fed_dpsat.step.query import Query, as_query, compact, first_point, map_points, simplified, spread, zero_sum
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.secure_noise import system_generator
-from fed_dpsat.step.stacked import Member, Unstackable, train_stacked
+from fed_dpsat.step.stacked import Stacked, Unstackable
 from fed_dpsat.step.unchecked import unchecked
 from fed_dpsat.testing.problems import quadratic, step_info
 
@@ -275,7 +275,8 @@ def stacked(query):
         )
         for client in range(2)
     ]
-    return train_stacked(start, members, loss_fn=of_examples, optimizer=optimizer, clipping=ONE, local_steps=1)
+    settings = {"optimizer": optimizer, "clipping": ONE, "local_steps": 1, "executor": Stacked}
+    return train(start, members, loss_fn=of_examples, **settings)
 
 
 def test_clients_are_not_stacked_around_a_query():

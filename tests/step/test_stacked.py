@@ -21,12 +21,12 @@ from fed_dpsat.step.clipping.automatic import AutomaticClipping
 from fed_dpsat.step.clipping.global_ import GlobalClipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
-from fed_dpsat.step.loop import Streams, train_locally
+from fed_dpsat.step.loop import Member, Streams, train
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.noise import derive_generator
 from fed_dpsat.step.optimizers import DPSAT, DPSGD, DPSATMomentum
 from fed_dpsat.step.sampling import PoissonSampler
-from fed_dpsat.step.stacked import Member, Unstackable, stacked_sum, train_stacked
+from fed_dpsat.step.stacked import Stacked, Unstackable, stacked_sum
 from fed_dpsat.step.unchecked import unchecked
 
 SHAPE, CLASSES, STEPS = (1, 8, 8), 4, 4
@@ -78,28 +78,21 @@ def members(data, states, *, round=1, sigma=1.0, rate=0.3, clip_norm=1.0):
 
 
 def alone(params, made, *, loss_fn, optimizer, clipping, local_steps=STEPS, **settings):
-    return [
-        train_locally(
-            params,
-            member.batches,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            state=member.state,
-            sampler=member.sampler,
-            clipping=clipping,
-            mechanism=member.mechanism,
-            local_steps=local_steps,
-            streams=member.streams,
-            first_step=member.first_step,
-            **settings,
-        )
-        for member in made
-    ]
+    return train(
+        params, made, loss_fn=loss_fn, optimizer=optimizer, clipping=clipping, local_steps=local_steps, **settings
+    )
 
 
 def together(params, made, *, loss_fn, optimizer, clipping, local_steps=STEPS, **settings):
-    return train_stacked(
-        params, made, loss_fn=loss_fn, optimizer=optimizer, clipping=clipping, local_steps=local_steps, **settings
+    return train(
+        params,
+        made,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        clipping=clipping,
+        local_steps=local_steps,
+        executor=Stacked,
+        **settings,
     )
 
 

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +45,6 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.gradients.per_example import LossFn, ModelLoss, clipped_gradient_sum
-from fed_dpsat.step.loop import LocalResult
-from fed_dpsat.step.optimizers.base import Over, State, StepInfo
 from fed_dpsat.step.optimizers.chain import split_chain
 from fed_dpsat.step.query import At, spread
 
@@ -199,7 +197,7 @@ class CanaryLoss(ModelLoss):
 
 @dataclass(kw_only=True)
 class Watch:
-    """What the attacker computes of each private gradient of the client, when it is ``on``."""
+    """What the attacker computes of each private gradient of the client."""
 
     loss: LossFn
     batch: tuple[Tensor, Tensor]
@@ -207,53 +205,15 @@ class Watch:
     coordinates: Tensor
     sample_rate: float
     scale: float
-    on: bool = False
     along: list[Tensor] = field(default_factory=list)
 
-    def see(self, at: At, private_gradient: Params) -> None:
+    def __call__(self, _: int, at: At, private_gradient: Params) -> None:
         """Subtract what the known examples are expected to add, and keep each canary's share, in clip norms."""
         known = spread(at, clipped_gradient_sum(self.loss, at, self.batch, self.clipping)[0])
         residual = torch.cat([g.flatten() * self.scale for g in private_gradient.values()])
         residual = residual - self.sample_rate * torch.cat([k.flatten() for k in known.values()])
         length = self.clipping.clip_norm * math.sqrt(self.coordinates.shape[1])
         self.along.append(residual[self.coordinates].sum(1).double() / length)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watching(Over):
-    """A private optimizer whose query points and private gradients a ``Watch`` sees."""
-
-    watch: Watch
-    asked: list[At] = field(default_factory=list)
-    carries: ClassVar[tuple[str, ...]] = ()
-
-    def query_point(self, params: Params, state: State, info: StepInfo) -> At:
-        """As the one that is watched."""
-        at = super().query_point(params, state, info)
-        self.asked[:] = [at]
-        return at
-
-    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
-        """As the one that is watched."""
-        if self.watch.on:
-            self.watch.see(self.asked[0], private_gradient)
-        return super().update(params, private_gradient, state, info)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchedExperiment(Experiment):
-    """An experiment that turns the watch on for one client."""
-
-    watch: Watch
-    watched: int
-
-    def client_round(self, client: int, *arguments: Any, **more: Any) -> LocalResult:
-        """As ever."""
-        self.watch.on = client == self.watched
-        try:
-            return super().client_round(client, *arguments, **more)
-        finally:
-            self.watch.on = False
 
 
 def canary_coordinates(params: Params, clipping: ClippingRule, canaries: int, generator: np.random.Generator) -> Tensor:
@@ -317,26 +277,22 @@ def _gradient_scores(
         sample_rate=plan.event.sample_rate,
         scale=plan.event.sample_rate * (len(own) + len(included)),
     )
-    watched = WatchedExperiment(
-        **{
-            **_fields(experiment),
-            "config": dataclasses.replace(config, engine="vmap"),
-            "dataset": _with_examples(dataset, blank, labels, [f"canary {i}" for i in range(len(coins))]),
-            "partitions": _with_rows(experiment.partitions, client, len(dataset.train), len(included)),
-            "loss_fn": CanaryLoss(
-                experiment.loss_fn.module,
-                experiment.loss_fn.criterion,
-                experiment.loss_fn.precision,
-                experiment.loss_fn.kernels,
-                num_classes=dataset.num_classes,
-                coordinates=coordinates,
-                slope=slope_of(experiment.clipping, params, coordinates),
-            ),
-            "optimizer": Watching(base=experiment.optimizer, watch=watch),
-            "named": False,
-        },
-        watch=watch,
-        watched=client,
+    watched = dataclasses.replace(
+        experiment,
+        config=dataclasses.replace(config, engine="vmap"),
+        dataset=_with_examples(dataset, blank, labels, [f"canary {i}" for i in range(len(coins))]),
+        partitions=_with_rows(experiment.partitions, client, len(dataset.train), len(included)),
+        loss_fn=CanaryLoss(
+            experiment.loss_fn.module,
+            experiment.loss_fn.criterion,
+            experiment.loss_fn.precision,
+            experiment.loss_fn.kernels,
+            num_classes=dataset.num_classes,
+            coordinates=coordinates,
+            slope=slope_of(experiment.clipping, params, coordinates),
+        ),
+        named=False,
+        watches={client: watch},
     )
     with tempfile.TemporaryDirectory() as folder:
         spent = train(watched, client, RunFolder(Path(folder) / "run"))
@@ -394,7 +350,3 @@ def _with_rows(partitions: Sequence[NDArray[np.int64]], client: int, first: int,
     extended = list(partitions)
     extended[client] = np.concatenate([extended[client], np.arange(first, first + count)])
     return extended
-
-
-def _fields(experiment: Experiment) -> dict[str, Any]:
-    return {f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment)}

@@ -56,6 +56,8 @@ def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
         delta=config.delta,
         confidence=confidence,
         seed=config.seed,
+        stacked=config.stack_clients > 1,
+        engine=config.engine,
     )
 
 

@@ -12,12 +12,12 @@ first half of the repetitions and judged on the second.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,13 +26,14 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.audit.bounds import check_confidence, gaussian_epsilon, two_world_epsilon
 from fed_dpsat.lab.audit.scores import Guess, Seen, Values, choose, errors, scores
 from fed_dpsat.params import Params, trainable
-from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
+from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
-from fed_dpsat.step.loop import LocalResult, Streams, step_info, train_locally
+from fed_dpsat.step.loop import LocalResult, Member, Streams, step_info, train
 from fed_dpsat.step.mechanism import GaussianMechanism
-from fed_dpsat.step.optimizers.base import BASE, Over, PrivateOptimizer, State, StepInfo, next_round
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round
+from fed_dpsat.step.query import At
 from fed_dpsat.step.sampling import PoissonSampler
-from fed_dpsat.step.stacked import Member, Unstackable, train_stacked
+from fed_dpsat.step.stacked import Stacked, Unstackable
 from fed_dpsat.step.unchecked import unchecked
 
 LAYERS, WIDTH = 16, 2
@@ -58,8 +59,8 @@ class Game:
     """One game: what is trained, how often, and what it is said to cost.
 
     ``repetitions`` are those in each world. ``client`` may exchange parts of a client, ``ledger`` the account:
-    that is how a broken mechanism is played. ``alone`` trains repetitions one by one with ``train_locally``; else they
-    are stacked (``train_stacked``) where they can be. Raises ``SettingError`` for settings that make no game.
+    that is how a broken mechanism is played. Repetitions train as clients of a run do: ``stacked`` if they can be, or
+    one by one with ``engine``. Raises ``SettingError`` for settings that make no game.
     """
 
     optimizer: PrivateOptimizer
@@ -74,7 +75,8 @@ class Game:
     delta: float = 1e-5
     confidence: float = 0.95
     seed: int = 0
-    alone: bool = False
+    stacked: bool = True
+    engine: str = "auto"
     client: Callable[[Member], Member] = as_it_is
     ledger: Callable[[Sequence[PrivacyEvent], float], float] = ledger_epsilon
 
@@ -177,20 +179,20 @@ class Crafted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Vector() for _ in range(LAYERS))
+        made = (nn.utils.skip_init(nn.Linear, WIDTH, 1, bias=False) for _ in range(LAYERS))  # type: ignore[no-untyped-call]
+        self.layers = nn.ModuleList(made)
+        for weight in self.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The loss itself, as the only output."""
-        flat = torch.cat([layer.weight for layer in self.layers])  # type: ignore[misc]
-        return (inputs[:, :-1] @ flat + inputs[:, -1] * torch.relu(flat.sum() / math.sqrt(SIZE)))[:, None]
+        even = torch.full_like(inputs[:, :WIDTH], 1 / math.sqrt(SIZE))
+        pieces = zip(self.layers, torch.split(inputs[:, :-1], WIDTH, 1), strict=True)
+        both = torch.cat([layer(torch.stack([piece, even], 1)) for layer, piece in pieces], 2).sum(2)
+        return both[:, :1] + inputs[:, -1:] * torch.relu(both[:, 1:])
 
 
-class _Vector(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(WIDTH))
-
-
+@functools.cache
 def crafted_loss() -> ModelLoss:
     """Losses that are the outputs of ``Crafted``, for optimizers that ask for outputs too."""
     return ModelLoss(Crafted(), criterion=lambda outputs, targets: outputs.squeeze(1))
@@ -281,86 +283,30 @@ def _signs(game: Game, start: Params, row: Tensor, seen: Tensor, mechanism: Gaus
 
 def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[LocalResult], Tensor]:
     """One round of each repetition, and the private gradients that each gave its optimizer, ``[n, steps, SIZE]``."""
-    if not game.alone and not isinstance(game.clipping, AdaptiveClipping):
-        mechanisms = [_Watched.of(member.mechanism) for member in members]
-        watched = [replace(member, mechanism=m) for member, m in zip(members, mechanisms, strict=True)]
+    released: list[list[Tensor]] = []
+
+    def watch(k: int, at: At, private_gradient: Params) -> None:
+        released[k].append(_flat(private_gradient))
+
+    for executor in (Stacked, None) if game.stacked else (None,):
+        released[:] = [[] for _ in members]
         try:
-            results = train_stacked(
+            results = train(
                 start,
-                watched,
+                members,
                 loss_fn=crafted_loss(),
                 optimizer=game.optimizer,
                 clipping=game.clipping,
                 local_steps=game.local_steps,
+                executor=executor,
+                engine=game.engine,
                 physical_batch_size=STACK * (game.others + 1),
+                watch=watch,
             )
+            break
         except Unstackable:
-            return _one_by_one(game, start, members)
-        return results, torch.stack([mechanism.released() for mechanism in mechanisms])
-    return _one_by_one(game, start, members)
-
-
-def _one_by_one(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[LocalResult], Tensor]:
-    results, released = [], []
-    for member in members:
-        watching = _Watching(base=game.optimizer)
-        result = train_locally(
-            start,
-            loss_fn=crafted_loss(),
-            optimizer=watching,
-            clipping=game.clipping,
-            local_steps=game.local_steps,
-            batches=member.batches,
-            state={BASE: member.state},
-            sampler=member.sampler,
-            mechanism=member.mechanism,
-            streams=member.streams,
-            first_step=member.first_step,
-            clip_norm=member.clip_norm,
-            engine="vmap",
-        )
-        results.append(replace(result, state=result.state[BASE]))
-        released.append(torch.stack(watching.released))
-    return results, torch.stack(released)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Watched(GaussianMechanism):
-    """Any mechanism, whose answers are kept."""
-
-    inner: GaussianMechanism
-    kept: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, inner: GaussianMechanism) -> _Watched:
-        return cls(
-            inner=inner,
-            noise_multiplier=inner.noise_multiplier,
-            clip_norm=inner.clip_norm,
-            expected_batch_size=inner.expected_batch_size,
-        )
-
-    def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
-        private = self.inner.privatize(clipped_sum, generator)
-        self.kept.append(_flat(private))
-        return private
-
-    def event(self, *, sample_rate: float, steps: int) -> PrivacyEvent:
-        return self.inner.event(sample_rate=sample_rate, steps=steps)
-
-    def released(self) -> Tensor:
-        return torch.stack(self.kept)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Watching(Over):
-    """Any optimizer, whose private gradients are kept."""
-
-    released: list[Tensor] = field(default_factory=list)
-
-    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
-        self.released.append(_flat(private_gradient))
-        return super().update(params, private_gradient, state, info)
+            continue
+    return results, torch.stack([torch.stack(steps) for steps in released])
 
 
 def _flat(params: Params) -> Tensor:

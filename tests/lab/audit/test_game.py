@@ -163,7 +163,7 @@ BROKEN = {
     "ascent along the raw gradient": game(
         optimizer=RawAscent(base=SGD, rho=0.1, raw=RAW),
         client=exchanged(Telling, raw=RAW),
-        alone=True,
+        stacked=False,
         follow=True,
         others=63,
         rounds=2,
@@ -261,7 +261,7 @@ def test_an_attack_chosen_by_looking_is_judged_on_what_it_has_not_seen():
 
 def test_stacked_and_alone_see_the_same():
     settings = game(optimizer=SAT, sample_rate=0.5, rounds=2, repetitions=20, noise_multiplier=1.0)
-    stacked, alone = play(settings), play(replace(settings, alone=True))
+    stacked, alone = play(settings), play(replace(settings, stacked=False))
     assert stacked.guess.score == alone.guess.score
     assert stacked.guess.threshold == pytest.approx(alone.guess.threshold, rel=1e-4)
     assert (stacked.false_positive_rate, stacked.epsilon_ledger) == (alone.false_positive_rate, alone.epsilon_ledger)

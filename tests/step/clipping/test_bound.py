@@ -12,17 +12,18 @@ from torch import nn
 from fed_dpsat.accounting import PrivacyEvent
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import global_norm, trainable
+from fed_dpsat.step import loop
 from fed_dpsat.step.clipping import AdaptiveClipping, FlatClipping
 from fed_dpsat.step.clipping.automatic import AutomaticClipping
 from fed_dpsat.step.clipping.bound import Held, check_factors
 from fed_dpsat.step.clipping.global_ import GlobalClipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
 from fed_dpsat.step.gradients.per_example import ENGINES, ModelLoss, clipped_gradient_sum
-from fed_dpsat.step.loop import Streams, train_locally
+from fed_dpsat.step.loop import Member, Streams, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers import DPSGD
 from fed_dpsat.step.sampling import PoissonSampler
-from fed_dpsat.step.stacked import Member, train_stacked
+from fed_dpsat.step.stacked import Stacked
 from fed_dpsat.step.unchecked import unchecked
 
 C = 2.0
@@ -119,9 +120,10 @@ def train(rule, **changes):
 
 def train_together(rule, **changes):
     module, members = Dot(), [Member(**member()), Member(**member(**changes))]
-    return train_stacked(
+    return loop.train(
         trainable(module),
         members,
+        executor=Stacked,
         loss_fn=loss_of(module),
         optimizer=DPSGD(lr=0.1),
         clipping=rule,
@@ -172,10 +174,10 @@ def test_a_bound_that_grows_after_the_check_is_not_believed():
         def __init__(self):
             pass
 
-    for loop in (train, train_together):
+    for trained in (train, train_together):
         Growing.reads = 0
         with pytest.raises(SettingError, match=r"clip_norm"):
-            loop(Growing())
+            trained(Growing())
 
 
 RULES = [
