@@ -19,10 +19,10 @@ from fed_dpsat.accounting.plans import ClientPlan, make_plans
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import copied, renamed
 from fed_dpsat.errors import RunError, SettingError
-from fed_dpsat.flower import stock
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.inner import check_inner, say_overruled
 from fed_dpsat.flower.nodes import FederationOver
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.round import RoundKind
@@ -68,8 +68,8 @@ def run_federation(
     for warning in filter(None, (delta_warning(experiment), unused_warning(experiment))):
         log.warning("%s", warning)
     inner = build_strategy(config) if strategy is None else copied("strategy", strategy)
-    stock.check(inner)
-    stock.say_overruled(inner, config)
+    check_inner(inner)
+    say_overruled(inner, config)
     if strategy is not None and config.unfreeze_round:
         raise SettingError(
             "unfreeze_round",

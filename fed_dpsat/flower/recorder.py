@@ -18,9 +18,9 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import Evaluation, Predictions, evaluation_of, measured_on, predict, quality_of
 from fed_dpsat.flower import personal, sums
 from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.inner import StrategyStateError
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.strategy import PrivateStrategy
-from fed_dpsat.flower.strategy_state import StrategyStateError
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import records
 from fed_dpsat.lab.loggers import Loggers

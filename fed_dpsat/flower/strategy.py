@@ -17,13 +17,13 @@ from flwr.serverapp.strategy import Result, Strategy
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower import stock, sums
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_release import ClientRelease
+from fed_dpsat.flower.inner import Plain, capture_state, check_inner, restore_state, take_over
 from fed_dpsat.flower.nodes import Directory
 from fed_dpsat.flower.report import RoundReport
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round import Round, RoundKind, seconds_of
-from fed_dpsat.flower.strategy_state import Plain, capture_state, restore_state
 from fed_dpsat.flower.sums import Part
 from fed_dpsat.run.timing import Phases
 from fed_dpsat.step.subspace import Coordinates, Span
@@ -72,7 +72,7 @@ class PrivateStrategy(Strategy):
         fingerprint: str = "",
         secret_coins: bool = False,
     ) -> None:
-        stock.check(inner)
+        check_inner(inner)
         self.inner = inner
         self.ledger = ledger
         self.plans = plans
@@ -101,7 +101,7 @@ class PrivateStrategy(Strategy):
         )
         self._attempts: dict[int, int] = {}
         self._directory = Directory(len(plans), join_timeout, fingerprint)
-        stock.take_over(inner)
+        take_over(inner)
 
     @property
     def retired(self) -> dict[int, int]:
@@ -151,7 +151,7 @@ class PrivateStrategy(Strategy):
     def renew(self, inner: Strategy) -> None:
         """Go on with another inner strategy, or the same one from its beginning."""
         self.inner = inner
-        stock.take_over(inner)
+        take_over(inner)
 
     def meet(self, grid: Grid) -> None:
         """Learn which node holds which partition; a simulation knows."""

@@ -10,7 +10,7 @@ from fed_dpsat import plugins
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import InputError
 from fed_dpsat.flower.federation import build_strategy
-from fed_dpsat.flower.strategy_state import StrategyStateError, capture_state
+from fed_dpsat.flower.inner import StrategyStateError, capture_state
 from fed_dpsat.flower.trial import try_federation
 from fed_dpsat.run.promise import delta_warning, unused_warning
 from fed_dpsat.settings.config import RunConfig

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from flwr.serverapp.strategy import Strategy
 
-from fed_dpsat.flower.strategy_state import capture_state, restore_state
+from fed_dpsat.flower.inner import capture_state, restore_state
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.federation import (
     EVENT,
