@@ -18,10 +18,11 @@ counts, at a confidence corrected for the number of shares (Bonferroni).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fed_dpsat.accounting import PrivacyLedger, epsilon
 from fed_dpsat.accounting.plans import make_plans
@@ -174,25 +176,38 @@ def _right(scores: NDArray[np.float64], coins: NDArray[np.bool_], k: int) -> tup
 # gradient canaries
 
 
-@dataclass(frozen=True)
-class CanaryLoss(ModelLoss):
-    """A model's loss, and for targets from ``num_classes`` on the linear loss of a canary.
+@dataclass(frozen=True, kw_only=True)
+class CanaryCriterion:
+    """``criterion`` of the first ``num_classes`` outputs; for a target from there on, the output of that number."""
 
-    ``coordinates[m, L]`` are those of canary m in the flat parameters, each with the slope ``slope``.
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    num_classes: int
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``outputs[B, K + m], targets[B] -> losses[B]``."""
+        ordinary = self.criterion(outputs[:, : self.num_classes], targets.clamp(max=self.num_classes - 1))
+        canary = outputs.gather(1, targets.clamp(min=self.num_classes)[:, None])[:, 0]
+        return torch.where(targets >= self.num_classes, canary, ordinary)
+
+
+def canary_loss(loss: ModelLoss, params: Params, num_classes: int, coordinates: Tensor, slope: float) -> ModelLoss:
+    """``loss``, and for targets from ``num_classes`` on the linear loss of a canary.
+
+    ``coordinates[m, L]`` are those of canary m in the flat ``params``, each with the slope ``slope``. The losses of the
+    canaries are m outputs more of the model, from a linear layer whose weight is a function of its parameters, so that
+    every engine that takes the model takes them too.
     """
+    module, names = copy.deepcopy(loss.module), list(params)
 
-    num_classes: int = 0
-    coordinates: Tensor = field(default_factory=lambda: torch.zeros(0, 1, dtype=torch.int64))
-    slope: float = 1.0
+    def append(module: nn.Module, _: Any, outputs: Tensor) -> Tensor:
+        found = dict(module.named_parameters())
+        flat = torch.cat([found[name].flatten() for name in names])
+        weight = slope * flat[coordinates].sum(1, keepdim=True)
+        return torch.cat([outputs, functional.linear(outputs.new_ones(len(outputs), 1), weight)], 1)
 
-    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
-        """``inputs[B, ...], targets[B] -> losses[B]``."""
-        is_canary = targets >= self.num_classes
-        ordinary = super().__call__(params, inputs, targets.clamp(max=self.num_classes - 1))
-        which = self.coordinates[(targets - self.num_classes).clamp(min=0)]
-        flat = torch.cat([p.flatten() for p in params.values()])
-        linear = self.slope * flat[which].sum(-1)
-        return torch.where(is_canary, linear, ordinary)
+    module.register_forward_hook(append)
+    criterion = CanaryCriterion(criterion=loss.criterion, num_classes=num_classes)
+    return dataclasses.replace(loss, module=module, criterion=criterion)
 
 
 @dataclass(kw_only=True)
@@ -279,17 +294,15 @@ def _gradient_scores(
     )
     watched = dataclasses.replace(
         experiment,
-        config=dataclasses.replace(config, engine="vmap"),
+        config=dataclasses.replace(config, engine="auto"),
         dataset=_with_examples(dataset, blank, labels, [f"canary {i}" for i in range(len(coins))]),
         partitions=_with_rows(experiment.partitions, client, len(dataset.train), len(included)),
-        loss_fn=CanaryLoss(
-            experiment.loss_fn.module,
-            experiment.loss_fn.criterion,
-            experiment.loss_fn.precision,
-            experiment.loss_fn.kernels,
-            num_classes=dataset.num_classes,
-            coordinates=coordinates,
-            slope=slope_of(experiment.clipping, params, coordinates),
+        loss_fn=canary_loss(
+            experiment.loss_fn,
+            params,
+            dataset.num_classes,
+            coordinates,
+            slope_of(experiment.clipping, params, coordinates),
         ),
         named=False,
         watches={client: watch},

@@ -9,12 +9,13 @@ import torch
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.audit import canaries
-from fed_dpsat.lab.audit.canaries import CanaryLoss, audit_one_run, canary_coordinates, one_process
+from fed_dpsat.lab.audit.canaries import audit_one_run, canary_coordinates, canary_loss, one_process
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.clipping.automatic import AutomaticClipping
 from fed_dpsat.step.clipping.global_ import GlobalClipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
+from fed_dpsat.step.gradients import planned
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.mechanism import GaussianMechanism
 
@@ -67,21 +68,45 @@ def test_a_canary_adds_the_whole_bound_along_its_coordinates(rule):
     params = {name: p.detach() for name, p in module.named_parameters()}
     found = canary_coordinates(params, clipping, 3, np.random.default_rng(0))
     assert found.shape == (3, 2 if rule is PerLayerClipping else 1)
-    loss = CanaryLoss(module, num_classes=3, coordinates=found, slope=canaries.slope_of(clipping, params, found))
+    loss = canary_loss(ModelLoss(module), params, 3, found, canaries.slope_of(clipping, params, found))
     batch = torch.zeros(1, 4), torch.tensor([3 + 1])
-    total, _ = clipped_gradient_sum(loss, params, batch, clipping, engine="vmap")
-    flat = torch.cat([t.flatten() for t in total.values()])
-    assert float(flat.norm()) == pytest.approx(0.5, abs=2e-3)
-    assert set(torch.nonzero(flat).flatten().tolist()) == set(found[1].tolist())
+    for engine in ("auto", "planned", "vmap"):
+        total, _ = clipped_gradient_sum(loss, params, batch, clipping, engine=engine)
+        flat = torch.cat([t.flatten() for t in total.values()])
+        assert float(flat.norm()) == pytest.approx(0.5, abs=2e-3)
+        assert set(torch.nonzero(flat).flatten().tolist()) == set(found[1].tolist())
 
 
 def test_the_loss_of_ordinary_examples_stays_that_of_the_model():
     module = torch.nn.Linear(4, 3)
     params = {name: p.detach() for name, p in module.named_parameters()}
     inputs, targets = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 4])
-    loss = CanaryLoss(module, num_classes=3, coordinates=torch.tensor([[0], [7]]), slope=2.0)(params, inputs, targets)
+    with_canaries = canary_loss(ModelLoss(module), params, 3, torch.tensor([[0], [7]]), 2.0)
+    loss = with_canaries(params, inputs, targets)
     assert torch.equal(loss[:4], ModelLoss(module)(params, inputs[:4], targets[:4]))
     assert float(loss[4]) == pytest.approx(2 * float(params["weight"].flatten()[7]))
+
+
+@pytest.mark.parametrize("rule", [FlatClipping, PerLayerClipping])
+def test_the_default_engine_plans_for_canaries_among_examples(rule, monkeypatch):
+    """Convolutions, norms and a head: no layer is computed the slower way, and the sum is that of vmap."""
+
+    def no_way_back(reason, *_):
+        raise AssertionError(reason)
+
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(144, 3)
+    )
+    params, clipping = {name: p.detach() for name, p in module.named_parameters()}, rule(clip_norm=0.5)
+    coordinates = canary_coordinates(params, clipping, 4, np.random.default_rng(0))
+    loss = canary_loss(ModelLoss(module), params, 3, coordinates, 2.0)
+    batch = torch.randn(7, 1, 8, 8), torch.tensor([0, 1, 2, 3, 4, 5, 6])
+    expected, _ = clipped_gradient_sum(loss, params, batch, clipping, engine="vmap")
+    monkeypatch.setattr(planned, "_fall_back", no_way_back)
+    found, _ = clipped_gradient_sum(loss, params, batch, clipping)
+    for name, total in expected.items():
+        torch.testing.assert_close(found[name], total, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
