@@ -23,6 +23,8 @@ QUICK_SECONDS = 0.2
 """Work that takes less has its successor waiting at the worker, so that the way there costs nothing."""
 START_TIMEOUT = 50.0
 """Seconds without a worker after which a run ends."""
+IMPORT_TIMEOUT = 250.0
+"""More seconds for workers that have their CPU: on a busy machine, imports alone take minutes."""
 AT_ONCE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """Workers that start at a time: each imports torch, and of thirty at once on two cores none is there in a minute."""
 
@@ -85,8 +87,8 @@ class Slot:
 class Pool:
     """``num_workers`` workers made of ``arguments``, of one CPU and ``gpus_per_worker`` cards each.
 
-    A few start at a time (``AT_ONCE``), and work begins with the first. Raises ``RunError`` if none starts within a
-    minute.
+    A few start at a time (``AT_ONCE``), and work begins with the first. Raises ``RunError`` if none has a CPU within a
+    minute, or none starts within five.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Pool:
         self._arguments, self._client_timeout, self._gpus_per_worker = arguments, client_timeout, gpus_per_worker
         self.num_workers, self._last_seen = num_workers, time.monotonic()
         self.slots: list[Slot] = []
+        self._free = _free_cpus()
         self._start_more()
         self._wait_for_one()
 
@@ -149,14 +152,18 @@ class Pool:
         many = f"workers={self.num_workers}"
         if self._gpus_per_worker:
             many += f", gpus_per_worker={self._gpus_per_worker:g}"
-        ready, _ = ray.wait([slot.ready for slot in self.slots], timeout=START_TIMEOUT)
+        waiting, began = [slot.ready for slot in self.slots], time.monotonic()
+        ready, _ = ray.wait(waiting, timeout=START_TIMEOUT)
+        if not ready and _free_cpus() < self._free:  # a worker has taken one
+            ready, _ = ray.wait(waiting, timeout=IMPORT_TIMEOUT)
         if not ready:
             free = ray.available_resources()  # type: ignore[no-untyped-call]
             kinds = ("CPU", "GPU") if self._gpus_per_worker else ("CPU",)
             there = " and ".join(f"{free.get(kind, 0):g} {kind}s" for kind in kinds)
             self.close()
+            waited = time.monotonic() - began
             raise RunError(
-                f"{many}: no Ray worker within {START_TIMEOUT:g} s, where {there} are free; free some, lower "
+                f"{many}: no Ray worker within {waited:.0f} s, where {there} are free; free some, lower "
                 f"{'gpus_per_worker or ' if self._gpus_per_worker else ''}workers, or set workers=0"
             )
         try:
@@ -182,3 +189,7 @@ class Pool:
                 f"the worker on {host} does not see the clients' states; put the run folder where all hosts see it"
             )
         slot.up = True
+
+
+def _free_cpus() -> float:
+    return float(ray.available_resources().get("CPU", 0))  # type: ignore[no-untyped-call]

@@ -107,7 +107,7 @@ class Stacked:
         sums, nonfinite = stacked_sum(self._loss_fn, _point(at), *_padded(batches), self._clipping, self._size)
         if mark.moved():
             raise Unstackable("the loss, which draws random numbers")
-        return [(_at(sums, k), skipped) for k, skipped in enumerate(nonfinite.tolist())]
+        return [(_at(sums, k), skipped) for k, skipped in enumerate(nonfinite.cpu().tolist())]
 
     def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
         """The step of each member."""

@@ -134,7 +134,7 @@ def test_a_client_begins_anew_with_all_layers(config):
     experiment = Experiment.build(dataclasses.replace(config, train_layers="head-then-all", unfreeze_round=2))
     assignment = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2))
     first = experiment.client_round(0, assignment, experiment.trained(1), None)
-    assert first.state["optimizer"]["momentum"].keys() == HEAD
+    assert first.state["optimizer"]["base"]["momentum"].keys() == HEAD
     second, whole = dataclasses.replace(assignment, round=2), experiment.trained(2)
     kept, anew = (experiment.client_round(0, second, whole, state) for state in (first.state, None))
     assert bits(kept.params) == bits(anew.params)
