@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 INSTALLED := $(VENV)/.installed
-# Tests run with one thread each, so two processes take two cores. PYTEST_ADDOPTS="-n 0" runs them in one.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+# A test has one thread, so two processes take two cores. PYTEST_ADDOPTS="-n 0" runs tests in one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
-.PHONY: run test test-all quick check docs install clean
+.PHONY: run test test-slow test-all quick check docs install clean
 
 run: install
 	$(BIN)/fed-dpsat run simulations/digits_dpsat.toml --out $(OUT)
@@ -15,8 +15,10 @@ run: install
 test: check
 	$(PYTEST)
 
-test-all: check
-	$(PYTEST) -m "slow or not slow"
+test-slow: install
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 # Numerics and optimizers in half a minute; engines and stacks take longer.
 quick: install

@@ -199,6 +199,7 @@ def test_splitting_ordering_and_merging_change_nothing(events, cut, data):
         assert epsilon(merge(shuffled), 1e-5, name) == whole
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(events=EVENTS, delta=st.sampled_from([1e-3, 1e-5, 1e-7]), more=st.floats(1.05, 2))
 def test_mixed_histories_are_monotone_and_pld_is_at_most_rdp(events, delta, more):

@@ -14,9 +14,9 @@ from fed_dpsat.accounting.event import PrivacyError
     ("target", "delta", "sample_rate", "steps"),
     [
         (1.0, 1e-5, 0.05, 480),
-        (8.0, 1e-5, 0.05, 480),
+        pytest.param(8.0, 1e-5, 0.05, 480, marks=pytest.mark.slow),
         (3.0, 1e-4, 0.5, 30),
-        (0.1, 1e-5, 0.01, 5000),
+        pytest.param(0.1, 1e-5, 0.01, 5000, marks=pytest.mark.slow),
         (50.0, 1e-5, 0.1, 10),
         (3.0, 1e-5, 1.0, 1),
         (0.01, 1e-3, 0.01, 1),

@@ -267,7 +267,7 @@ with PrivacyLedger(path) as ledger, open(released, "a") as out:
 """
 
 
-@pytest.mark.parametrize("kills", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_kill_9_never_leaves_a_release_that_is_not_charged(path, tmp_path, kills):
     """A real process, killed at random moments while it charges and releases."""
     released, draw = tmp_path / "released", random.Random(0)

@@ -172,7 +172,10 @@ BROKEN = {
 }
 
 
-SLOW = ("a ledger that forgets rounds", "momentum before the noise", "empty batches skipped")
+SLOW = (
+    *("a ledger that forgets rounds", "momentum before the noise", "empty batches skipped"),
+    *("no noise, one number a step", "mean by the realised batch"),
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in BROKEN])
