@@ -15,7 +15,8 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items):
-    """One process has the session's Ray cluster (``-n 2 --dist loadgroup``)."""
+    """One process has the Ray cluster (``-n 2 --dist loadgroup``), and the longest test does not come last."""
+    items.sort(key=lambda item: "test_placement_apart" not in item.nodeid)
     for item in items:
         if "ray_cluster" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("ray"))
