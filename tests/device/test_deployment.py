@@ -17,7 +17,7 @@ from fed_dpsat.accounting import PrivacyLedger, epsilon
 from fed_dpsat.device.release import CLIENT, ledger_path
 from simulations.deploy_local import Deployment, make_certificates, make_device
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]  # one server and its devices
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def has_round(out, round):
     return lambda: (out / "rounds.jsonl").exists() and any(line["round"] >= round for line in rounds(out))
 
 
-def test_a_federation_runs_to_its_end_and_both_sides_agree_on_what_it_cost(deployment):
+def test_a_federation_runs_to_its_end_both_sides_agree_on_its_cost_and_no_code_comes_to_a_device(deployment):
     out = deployment.submit({"num_rounds": 3})
     summary = deployment.wait(out)
     assert summary["status"] == "completed"
@@ -66,10 +66,7 @@ def test_a_federation_runs_to_its_end_and_both_sides_agree_on_what_it_cost(deplo
         assert told["epsilon_spent"] == pytest.approx(summary["epsilon"])
         assert (told["rounds"], told["integrity"]) == (3, "unbroken")
         assert "round 3" in told["last_contact"]
-
-
-def test_no_code_of_the_servers_is_installed_on_a_device(deployment):
-    assert (deployment.folder / "flwr" / "apps").is_dir()  # where the server's own side is
+    assert (deployment.folder / "flwr" / "apps").is_dir()  # where the server's own side is: no device has its code
     for client in range(3):
         assert not list((deployment.device_folder(client) / "ledger").rglob("*.py"))
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from fed_dpsat import plugins
-from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.accounting.event import CLIENTS, PrivacyEvent
+from fed_dpsat.accounting.plans import LocalTraining
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment, Request
 from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
@@ -76,6 +77,10 @@ def rounds(experiment, clients=(1,), count=2, proximal_mu=0.0):
     found, states = [], dict.fromkeys(clients)
     for round in range(1, count + 1):
         assignment = Assignment(round=round, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.2, steps=2))
+        if experiment.config.privacy_unit == "client":
+            event = PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=1, kind=CLIENTS)
+            training = LocalTraining(sample_rate=0.2, local_steps=2)
+            assignment = Assignment(round=round, event=event, training=training)
         params = experiment.shared(round)
         asked = [
             Request(client=c, assignment=assignment, params=params, state=states[c], proximal_mu=proximal_mu)
