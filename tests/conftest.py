@@ -1,5 +1,6 @@
 """What several test files use; they are imported one by one and cannot import each other."""
 
+import random
 import resource
 from contextlib import contextmanager
 
@@ -20,6 +21,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "ray_cluster" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.fixture(autouse=True)
+def own_randomness():
+    """Each test begins with the same generators, whatever ran before it in its process."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture
