@@ -198,7 +198,7 @@ class Round:
         return self.release.mechanism.clip_norm if self.release else None
 
     def _addressed(self, cohort: list[int], config: ConfigRecord, grid: Grid) -> dict[int, Message]:
-        """What the inner strategy has to say to whom, in the order of the ``cohort``.
+        """The messages of the inner strategy by client, in the order of the ``cohort``.
 
         In a round with nobody in it that releases all the same, it is asked too: it learns the model.
         """

@@ -3,7 +3,7 @@
 It wraps rather than subclasses. Per round it draws the cohort, charges every client in it, shows the inner
 strategy a grid that holds just that cohort, and hands it only the replies that are valid, in the order of
 their clients; or one reply that is their mean, if that is all it uses (``sums``). What it does with them is its own
-business; how a cohort is asked is that of the kind of rounds (``round_kind``).
+business; how a cohort is asked is that of the kind of rounds (``RoundKind``).
 """
 
 from __future__ import annotations

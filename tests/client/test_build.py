@@ -92,7 +92,7 @@ def test_momentum_and_ascent_stay_with_the_client(experiment, params):
 
 
 def test_steps_are_counted_over_the_federation(experiment, params):
-    """Two rounds of two steps came before: the third begins with step 4, whoever the client is."""
+    """Two rounds of two steps came before: the third round begins with step 4, for every client."""
     told = []
 
     class Listening(DPSGD):

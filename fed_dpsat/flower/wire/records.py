@@ -130,7 +130,8 @@ def subspace_record(subspace: Coordinates | Span) -> ConfigRecord:
 def read_within(content: RecordDict) -> Coordinates | Span | None:
     """The subspace in a message; None where the reply is a whole model.
 
-    Raises ``RecordError`` for what is none, or has other steps than the assignment: a client would work for nothing.
+    Raises ``RecordError`` for a record that describes no subspace, or has other steps than the assignment: the server
+    would refuse the reply.
     """
     if config_in(content, SUBSPACE) is None:
         return None
