@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.params import Params
 from fed_dpsat.step.noise import derive_generator
 
@@ -54,9 +55,7 @@ class Attackers:
         for client in self.clients:
             own = torch.from_numpy(partitions[client])
             labels[own] = self.attack.poison(labels[own], dataset.num_classes)
-        train = dataset.train
-        poisoned = Examples(inputs=train.inputs, labels=labels, mean=train.mean, std=train.std)
-        return Dataset(name=dataset.name, train=poisoned, test=dataset.test, class_names=dataset.class_names)
+        return dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, labels=labels))
 
 
 def choose_attackers(num_clients: int, share: float, seed: int) -> tuple[int, ...]:

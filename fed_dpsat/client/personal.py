@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from fed_dpsat.client.evaluation import worst_decile
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.ties import layer_of
 from fed_dpsat.params import Params
@@ -97,6 +98,16 @@ def deal_test(
         for share, dealt in zip(shares, np.split(examples, np.cumsum(sizes)[:-1]), strict=True):
             share.append(dealt)
     return [np.sort(np.concatenate(share)) for share in shares]
+
+
+def summarised(accuracies: Mapping[int, float]) -> dict[str, float | int]:
+    """Mean and worst decile of the ``accuracies`` of clients' own models, and their number: for ``rounds.jsonl``."""
+    found = list(accuracies.values())
+    return {
+        "personal_accuracy": sum(found) / len(found),
+        "personal_worst_decile": worst_decile(found),
+        "personal_clients": len(found),
+    }
 
 
 def _classes(labels: np.ndarray) -> int:

@@ -20,13 +20,13 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import copied, renamed
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower.buffered import Buffer
-from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import check_inner, say_overruled
 from fed_dpsat.flower.nodes import FederationOver
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.round import RoundKind
 from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.flower.sums import ClientRelease
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.run.folder import RunFolder, jsonable

@@ -9,14 +9,15 @@ from logging import getLogger
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fed_dpsat.accounting.event import UNITS
 from fed_dpsat.accounting.ledger import Head
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import Evaluation, Predictions, evaluation_of, measured_on, predict, quality_of
-from fed_dpsat.flower import personal, sums
+from fed_dpsat.client.personal import summarised
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import StrategyStateError
 from fed_dpsat.flower.nodes import FederationError
@@ -78,7 +79,7 @@ class Recorder:
         with self.strategy.phases("evaluate"):
             self.evaluation = self._evaluate(round, params) if due else None
             if self.grid and due:
-                self.personal = personal.measure(self.grid, arrays, config.num_clients)
+                self.personal = measure_personal(self.grid, arrays, config.num_clients)
         with self.strategy.phases("account"):
             record: RoundRecord = {
                 "round": round,
@@ -250,3 +251,20 @@ class Recorder:
             "also_released": also_released(config, personal=self.grid is not None),
             "noise": NOISE_SOURCES[config.noise_source].description,
         }
+
+
+def measure_personal(grid: SimulationGrid, arrays: ArrayRecord, num_clients: int) -> dict[str, float | int]:
+    """``summarised`` accuracies of all clients that have a share of the test split, with the head that each keeps.
+
+    A client that never trained has the initial head. Raises ``FederationError`` if a client fails.
+    """
+    content, found = RecordDict({records.ARRAYS: arrays}), dict[int, float]()
+    messages = [Message(content, node, MessageType.EVALUATE) for node in grid.nodes_by_client(num_clients).values()]
+    for reply in grid.stream(messages):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            raise FederationError(f"node {node} could not evaluate its own model: {reply.error.reason}")
+        metrics = reply.content.metric_records[records.METRICS]
+        if metrics[records.NUM_EXAMPLES]:
+            found[node] = float(metrics[records.ACCURACY])  # type: ignore[arg-type]
+    return summarised(found)

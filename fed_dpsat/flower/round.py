@@ -6,7 +6,7 @@ which are the methods of ``RoundKind``: who is drawn, how they are asked, and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
@@ -18,15 +18,13 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fed_dpsat.accounting import epsilon
-from fed_dpsat.accounting.event import History
+from fed_dpsat.accounting.event import History, PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.flower import sums
-from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
-from fed_dpsat.flower.judge import Verdict, Verdicts, judge
+from fed_dpsat.flower.judge import BYTES, Failure, Verdict, Verdicts, judge
 from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
-from fed_dpsat.flower.report import RoundReport, by_attempt
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import RecordError
@@ -34,6 +32,11 @@ from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.step.subspace import Coordinates, Span
 
 log = getLogger("fed_dpsat")
+
+MAX_FAILED_ROUNDS = 3
+"""Rounds in a row without a valid reply, and with a client that failed or sent another, after which a run ends."""
+
+DIVERGED = "; if that is a model that diverged, start a new run with a lower lr"
 
 Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
 
@@ -91,6 +94,63 @@ def seconds_of(grid: Grid) -> Seconds | None:
 
 
 @dataclass(kw_only=True)
+class RoundReport:
+    """The outcome of a round for each client that was asked, and the clients that retired with their epsilon.
+
+    ``tossed`` is the number of clients with a coin, if the inner strategy asked all clients that coins drew.
+    ``arrived`` belongs to asynchronous rounds: the age in rounds of each update that moved the model.
+    ``failed_rounds`` counts the rounds in a row, up to this one, in which clients failed or sent invalid replies and no
+    reply was valid. A round without a client that was asked and present neither counts nor breaks the row.
+    """
+
+    round: int
+    failed_rounds: int = 0
+    asked: list[int] = field(default_factory=list)
+    tossed: int | None = None
+    accepted: list[int] = field(default_factory=list)
+    dropped: dict[int, str] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    retired: dict[int, float] = field(default_factory=dict)
+    released: dict[int, dict[str, Any]] = field(default_factory=dict)
+    at_fault: dict[int, Failure] = field(default_factory=dict)
+    arrived: dict[int, int] | None = None
+    simulated_seconds: float | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+    kept_model: bool = False
+
+    def note(self, verdicts: Verdicts, *, release_counts: bool) -> None:
+        """Sort the clients that were asked by their verdicts; a client without a verdict was absent."""
+        for client in self.asked:
+            verdict = verdicts.get(client, Failure(reason="no reply", kind="absent"))
+            if not isinstance(verdict, Failure):
+                self.accepted.append(client)
+                self.bytes_up += int(verdict[BYTES])
+                if release_counts:
+                    self.released[client] = {records.NONFINITE: verdict[records.NONFINITE]}
+                continue
+            self.dropped[client] = verdict.reason
+            if verdict.kind != "absent":
+                self.at_fault[client] = verdict
+            log.warning("round %d: client %d dropped: %s", self.round, client, verdict.reason)
+
+    def count_failure(self, num_clients: int) -> None:
+        """Raise ``FederationError`` after enough ``failed_rounds``, or if all clients of the run failed."""
+        if self.accepted or not self.at_fault:
+            self.failed_rounds = 0 if self.accepted else self.failed_rounds
+            return
+        self.failed_rounds += 1
+        failed = [client for client, failure in self.at_fault.items() if failure.kind == "failed"]
+        if len(failed) == num_clients or self.failed_rounds == MAX_FAILED_ROUNDS:
+            client, first = next(iter(self.at_fault.items()))
+            what = "no reply was valid" if len(failed) < len(self.asked) else "every client that was asked failed"
+            raise FederationError(
+                f"{what}, {self.failed_rounds} round(s) in a row until round {self.round}; client {client}: "
+                f"{first.reason}{DIVERGED if first.kind == 'invalid' else ''}"
+            )
+
+
+@dataclass(kw_only=True)
 class Round:
     """Round ``number`` of ``inner``, whose clients begin with ``model``; ``report`` is written as it goes.
 
@@ -105,7 +165,7 @@ class Round:
     roster: Roster
     directory: Directory
     report: RoundReport
-    release: ClientRelease | None
+    release: sums.ClientRelease | None
     release_counts: bool
     messages: dict[int, Message] = field(default_factory=dict)
     assignments: dict[int, Assignment] = field(default_factory=dict)
@@ -135,7 +195,7 @@ class Round:
             client: Assignment.of(self.roster.plans[client], round=self.number, attempt=attempts.get(client, 0))
             for client in costs
         }
-        for attempt, events in by_attempt(self.assignments):
+        for attempt, events in self._charges():
             self.ledger.charge_many(self.number, attempt, events)
         self.roster.charged(costs)
 
@@ -233,9 +293,17 @@ class Round:
             if isinstance(verdict, Mapping):
                 valid[client] = reply
 
+    def _charges(self) -> Iterator[tuple[int, dict[int, PrivacyEvent]]]:
+        """The events of each attempt, by client; most rounds have one attempt."""
+        for attempt in sorted({assignment.attempt for assignment in self.assignments.values()}):
+            yield attempt, {c: a.event for c, a in self.assignments.items() if a.attempt == attempt}
+
     def _note(self, verdicts: Verdicts) -> None:
         self.report.note(verdicts, release_counts=self.release_counts)
-        self.report.settle(self.ledger, self.assignments)
+        for attempt, events in self._charges():
+            settled = self.ledger.outcomes(self.number, attempt)  # by a server that was killed after it
+            outcomes = {c: self.report.dropped.get(c, "released") for c in events if c not in settled}
+            self.ledger.settle_many(self.number, attempt, outcomes)
         self.report.count_failure(self.directory.num_clients)
 
     def _sent(self, client: int) -> ArrayRecord:

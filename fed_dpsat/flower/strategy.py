@@ -18,13 +18,11 @@ from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import sums
-from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.inner import Plain, capture_state, check_inner, restore_state, take_over
 from fed_dpsat.flower.nodes import Directory
-from fed_dpsat.flower.report import RoundReport
 from fed_dpsat.flower.roster import Roster
-from fed_dpsat.flower.round import Round, RoundKind, seconds_of
-from fed_dpsat.flower.sums import Part
+from fed_dpsat.flower.round import Round, RoundKind, RoundReport, seconds_of
+from fed_dpsat.flower.sums import ClientRelease, Part
 from fed_dpsat.run.timing import Phases
 from fed_dpsat.step.subspace import Coordinates, Span
 

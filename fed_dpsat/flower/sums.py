@@ -1,4 +1,4 @@
-"""Weighted sums of replies in a fixed tree, so that the bits do not depend on who adds up what.
+"""Weighted sums of replies in a fixed tree, whose bits depend on no worker, and what is released of a sum.
 
 The clients of a round, in their order, are the leaves of a binary tree, whose nodes of 2, 4, 8, ... clients begin at
 multiples of their size. Whoever has the replies of a run of clients adds up the nodes in it, two halves at a time; the
@@ -12,6 +12,8 @@ one valid reply        that reply, to the bit
 no valid reply         None
 a reply that is none   not in the sum, and named
 ====================== ===================================
+
+Under the unit "client" the sum is over bounded changes, and the server releases it with noise (``ClientRelease``).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
@@ -29,6 +32,10 @@ from fed_dpsat.client.unit import bounded_move
 from fed_dpsat.flower.judge import Failure, Verdict, judge
 from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.noise import derive_generator
+from fed_dpsat.step.secure_noise import system_generator
 
 OF_THE_MEAN = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
 """Stock strategies that use the replies only through their weighted mean, but not what is derived from them."""
@@ -146,6 +153,59 @@ def merge(parts: Iterable[Part]) -> Part:
     for part in parts:
         tree.add(part)
     return tree.total()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRelease:
+    """What a round of the unit "client" releases: the sum of bounded changes, noised by the server.
+
+    ``mechanism`` has the bound C of one client, and divides by the EXPECTED size of a cohort, a constant.
+    ``every_client`` is true if a round costs all clients and not only the drawn ones: each has a coin.
+
+    ==================================== ================================================================
+    case                                 what is released
+    ==================================== ================================================================
+    no client is drawn, or none replies  noise: the model would otherwise tell that no client was there
+    fewer replies than drawn clients     their sum and the same noise, divided by the same constant
+    a reply beyond the bound             the sum of the others, and the client is named
+    ==================================== ================================================================
+
+    Source: McMahan et al. 2018 (arXiv 1710.06963), with the estimator whose denominator is a constant. The proof is in
+    ``docs/privacy.md``.
+    """
+
+    mechanism: GaussianMechanism
+    every_client: bool
+    seed: int
+    noise_source: str
+
+    @classmethod
+    def of(cls, config: RunConfig, noise_multiplier: float) -> ClientRelease | None:
+        """The release of ``config``; None for another unit."""
+        if config.privacy_unit != "client":
+            return None
+        return cls(
+            mechanism=GaussianMechanism(
+                noise_multiplier=noise_multiplier,
+                clip_norm=config.clip_norm,
+                expected_batch_size=float(config.cohort_size),
+            ),
+            every_client=config.client_sampling == "poisson",
+            seed=config.seed,
+            noise_source=config.noise_source,
+        )
+
+    def model(self, total: Part, before: ArrayRecord, *, round: int, attempt: int) -> ArrayRecord:
+        """``before`` plus the private mean of the changes that ``total`` adds up, in the types of ``before``."""
+        start = records.to_params(before)
+        moves = total.total or {name: torch.zeros_like(value, dtype=torch.float64) for name, value in start.items()}
+        mean = self.mechanism.privatize(moves, self._generator(round, attempt))
+        return records.to_arrays({name: (v.double() + mean[name]).to(v.dtype) for name, v in start.items()})
+
+    def _generator(self, round: int, attempt: int) -> np.random.Generator:
+        if self.noise_source == "system":
+            return system_generator()
+        return derive_generator(self.seed, purpose="noise", round=round, attempt=attempt)
 
 
 def _sum(a: Part, b: Part) -> Part:

@@ -19,10 +19,11 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
 from fed_dpsat.client.given import copied
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower import personal, sums
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_app import StackingClientApp, make_client_app
 from fed_dpsat.flower.federation import build_strategy, private_strategy, unfrozen
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, SimulationGrid, node_context
+from fed_dpsat.flower.recorder import measure_personal
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.wire import compat, records
 
@@ -91,7 +92,7 @@ def _after_round(
     evaluation_of(predictions)
     quality_of(predictions, tried.dataset.num_classes)
     if tried.personal:
-        personal.measure(grid, arrays, tried.config.num_clients)
+        measure_personal(grid, arrays, tried.config.num_clients)
     return None
 
 

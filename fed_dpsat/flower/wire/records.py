@@ -15,7 +15,8 @@ record                   type         content                                   
 ======================== ============ ============================================ =============
 
 Nothing that was computed on private data leaves a client but ``arrays``, which are noised; and, only if the setting
-``release_counts`` asks for it, ``nonfinite-examples`` in ``metrics``.
+``release_counts`` asks for it, ``nonfinite-examples`` in ``metrics``. In a simulation, a client with layers of its
+own also answers with their ``accuracy``.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ ARRAYS = "arrays"
 METRICS = "metrics"
 NUM_EXAMPLES = "num-examples"
 NONFINITE = "nonfinite-examples"
+ACCURACY = "accuracy"
 ASSIGNMENT = "fed_dpsat.assignment"
 SUBSPACE = "fed_dpsat.subspace"
 EVENT = "fed_dpsat.event"
