@@ -22,7 +22,8 @@ from fed_dpsat.device import command as device_cli
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.lab.watch import watched
 from fed_dpsat.plugins import PACKAGES, builtin, summary
-from fed_dpsat.settings.config import RunConfig, parse_overrides
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.flat import parse_overrides
 
 if TYPE_CHECKING:
     from fed_dpsat.testing.configuration import Checked

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.settings.config import RunConfig, Scalar
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.values import Scalar
 
 Given = TypeVar("Given")
 
