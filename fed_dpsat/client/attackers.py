@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fed_dpsat import plugins
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.params import Params
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.noise import derive_generator
 
 
@@ -48,6 +51,36 @@ class Attackers:
 
     attack: Attack
     clients: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:
+        """The attackers of ``config``, whose attack takes its arguments from ``settings``; None without an attack."""
+        if not config.attack:
+            return None
+        attack = plugins.build("attack", config.attack, settings, config.attack_args)
+        plugins.required("attack", config.attack, attack)
+        return cls(attack=attack, clients=choose_attackers(config.num_clients, config.attackers, config.seed))
+
+    def forged(
+        self,
+        client: int,
+        update: Params,
+        honest: Callable[[int], Params],
+        *,
+        num_clients: int,
+        generator: np.random.Generator,
+    ) -> Params:
+        """The update that attacker ``client`` sends in the place of ``update``; ``honest`` gives any attacker's."""
+        others = [other for other in self.clients if other != client]
+        return self.attack.forge(
+            Scene(
+                update=update,
+                colluders=lambda: [update, *map(honest, others)],
+                num_clients=num_clients,
+                num_attackers=len(self.clients),
+                generator=generator,
+            )
+        )
 
     def poisoned(self, dataset: Dataset, partitions: Sequence[np.ndarray]) -> Dataset:
         """``dataset`` with the training labels of attackers as the attack has them; the test split stays."""

@@ -20,23 +20,23 @@ from fed_dpsat.accounting.event import PrivacyError
 from fed_dpsat.accounting.plans import read_table
 from fed_dpsat.client import unit as client_level
 from fed_dpsat.client.assignment import Assignment
-from fed_dpsat.client.attackers import Attackers, Scene, choose_attackers
+from fed_dpsat.client.attackers import Attackers
 from fed_dpsat.client.fingerprint import contents, fingerprint
 from fed_dpsat.client.given import copied, renamed
 from fed_dpsat.client.personal import PERSONAL, deal_test, only, personal_names, without
+from fed_dpsat.client.start import Start, begin, check_passes
 from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
-from fed_dpsat.errors import ModelError, RunError, SettingError
-from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
+from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.models.ties import check_memory, named_tensors
 from fed_dpsat.params import Params, laid_end_to_end, map_tree, subtract, trainable
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step import generators
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, FlatClipping, check_clip_norm
 from fed_dpsat.step.gradients import compiled
-from fed_dpsat.step.gradients.per_example import ModelLoss, check_module
-from fed_dpsat.step.gradients.unchanging import check_unchanging, unchanged
+from fed_dpsat.step.gradients.per_example import ModelLoss
+from fed_dpsat.step.gradients.unchanging import unchanged
 from fed_dpsat.step.loop import Executor, LocalResult, Member, Streams, Watch, train
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.noise import Purpose, derive_generator, derive_seed
@@ -65,15 +65,6 @@ class Request:
     params: Params
     state: State | None
     proximal_mu: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """Names that are trained, and those from ``unfreeze_round`` on if there is one; the SHA-256 of ``start_from``."""
-
-    names: tuple[str, ...]
-    later_names: tuple[str, ...] = ()
-    sha256: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +161,7 @@ class Experiment:
         else:
             check_memory(plugins.required("model", config.model, model))  # which a copy would part
             model = copied("model", model)
-        model, start = _started(plugins.required("model", config.model, model), config)
-        _require_float32(model, start, config.model)
+        start = begin(plugins.required("model", config.model, model), config)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         else:
@@ -181,9 +171,9 @@ class Experiment:
         else:
             clipping = copied("clipping", clipping)
         plugins.required("clipping", config.clipping, clipping)
-        attackers = _attackers(config, settings)
+        attackers = Attackers.of(config, settings)
         module = module_on(model, torch_device(config.device))
-        _check_unchanging(module, dataset.input_shape)
+        check_passes(module, dataset.input_shape)
         return cls(
             config=config,
             dataset=attackers.poisoned(dataset, partitions) if attackers else dataset,
@@ -282,31 +272,22 @@ class Experiment:
         Raises ``SettingError`` for an assignment that no mechanism or sampler accepts, and ``PrivacyError`` for one of
         another unit than the run's, or if what ran costs something else than its event.
         """
-        result = self._train(client, assignment, params, state, proximal_mu)
+        request = Request(client=client, assignment=assignment, params=params, state=state, proximal_mu=proximal_mu)
+        result = self._alone(request)
         if self.attackers is None or client not in self.attackers.clients:
             return result
-        honest = subtract(result.params, params)
-        others = [other for other in self.attackers.clients if other != client]
-        forged = self.attackers.attack.forge(
-            Scene(
-                update=honest,
-                colluders=lambda: [
-                    honest,
-                    *(
-                        subtract(self._train(other, assignment, params, None, proximal_mu).params, params)
-                        for other in others
-                    ),
-                ],
-                num_clients=self.config.num_clients,
-                num_attackers=len(self.attackers.clients),
-                generator=derive_generator(
-                    self.config.seed,
-                    purpose="attack",
-                    client=client,
-                    round=assignment.round,
-                    attempt=assignment.attempt,
-                ),
-            )
+        forged = self.attackers.forged(
+            client,
+            subtract(result.params, params),
+            lambda other: subtract(self._alone(dataclasses.replace(request, client=other, state=None)).params, params),
+            num_clients=self.config.num_clients,
+            generator=derive_generator(
+                self.config.seed,
+                purpose="attack",
+                client=client,
+                round=assignment.round,
+                attempt=assignment.attempt,
+            ),
         )
         return dataclasses.replace(result, params={name: params[name] + u for name, u in forged.items()})
 
@@ -350,26 +331,12 @@ class Experiment:
                 _say_once(str(unstackable))
         return [self.client_round(**vars(request)) for request in requests]
 
-    def _train(
-        self,
-        client: int,
-        assignment: Assignment,
-        params: Params,
-        state: State | None,
-        proximal_mu: float,
-    ) -> LocalResult:
-        asked = Request(
-            client=client,
-            assignment=assignment,
-            params=params,
-            state=state,
-            proximal_mu=proximal_mu,
-        )
-        (request,) = self._placed([asked])
-        (sent,) = self._run([request], [self._member(request)], None)
-        within = self.subspace(assignment.round)
+    def _alone(self, request: Request) -> LocalResult:
+        (placed,) = self._placed([request])
+        (sent,) = self._run([placed], [self._member(placed)], None)
+        within = self.subspace(request.assignment.round)
         if isinstance(within, Coordinates):
-            within.check(laid_end_to_end(params), laid_end_to_end(sent.params))
+            within.check(laid_end_to_end(request.params), laid_end_to_end(sent.params))
         return sent
 
     def _run(
@@ -489,60 +456,9 @@ def _has_part(tree: State, names: set[str]) -> bool:
     return tree.keys() == names or any(_has_part(part, names) for part in tree.values() if isinstance(part, dict))
 
 
-def _check_unchanging(module: nn.Module, input_shape: tuple[int, ...]) -> None:
-    check_module(module)  # the name of a layer that mixes examples says more than that of its statistics
-    shape = (2, *input_shape)
-    inputs = (torch.arange(math.prod(shape)) % 2).float().view(shape)  # pixels, features and numbers of tokens alike
-    try:
-        check_unchanging(module, inputs.to(device_of(module)))
-    except ModelError:
-        raise
-    except Exception as error:  # one that fails in a pass fails by itself, where it is trained
-        log.debug(
-            "not known whether passes change %s, which fails on made-up examples: %s", type(module).__name__, error
-        )
-
-
 @contextmanager
 def _seeded(config: RunConfig, purpose: Purpose) -> Iterator[None]:
     """A factory may draw from any generator: the same for a seed; afterwards they are as they were."""
     with generators.kept(CPU):
         generators.seed(CPU, derive_seed(config.seed, purpose=purpose))
         yield
-
-
-def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
-    """``model`` with the weights of ``start_from`` and frozen as ``train_layers`` says."""
-    sha256 = ""
-    check_memory(model)
-    if config.start_from:
-        weights, sha256 = read_weights(config.start_from)
-        load_weights(model, weights, config.start_from, new_head=config.start_head == "new")
-    everything = trained_names(model, "all", 0)
-    names = trained_names(model, config.train_layers, config.last_layers)
-    for name, p in model.named_parameters():
-        if name not in names:
-            p.requires_grad_(False)
-    later = everything if config.train_layers == "head-then-all" else []
-    return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256)
-
-
-def _require_float32(model: nn.Module, start: Start, name: str) -> None:
-    """Noise and sums are float32: in float16 both are rounded away, and float64 meets inputs of float32."""
-    trained = {*start.names, *start.later_names}
-    for parameter, p in model.named_parameters():
-        if parameter in trained and p.dtype != torch.float32:
-            raise SettingError(
-                "model",
-                name,
-                f"of float32 parameters ({parameter} is {str(p.dtype).removeprefix('torch.')})",
-                "build it in float32, or call .float() on it; precision=bfloat16 computes its layers in bfloat16",
-            )
-
-
-def _attackers(config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:
-    if not config.attack:
-        return None
-    attack = plugins.build("attack", config.attack, settings, config.attack_args)
-    plugins.required("attack", config.attack, attack)
-    return Attackers(attack=attack, clients=choose_attackers(config.num_clients, config.attackers, config.seed))
