@@ -21,6 +21,7 @@ from fed_dpsat.accounting import epsilon
 from fed_dpsat.accounting.event import History, PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.blame import blamed_on
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.judge import BYTES, Failure, Verdict, Verdicts, judge
@@ -330,6 +331,7 @@ class Round:
         question = self.directory.question(next(iter(self.directory.nodes)))
         return self._aggregated([Message(content, reply_to=question)])
 
+    @blamed_on("strategy")
     def _aggregated(self, replies: list[Message]) -> Aggregate:
         """What the inner strategy makes of ``replies``, in the model's types (some stock strategies return float64).
 

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import make_plans, plan_of
 from fed_dpsat.client import trial
+from fed_dpsat.client.blame import REMEDIES, Unfit, told
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
 from fed_dpsat.client.given import copied
@@ -50,7 +51,7 @@ def try_federation(experiment: Experiment, strategy: Strategy | None = None, obj
         trial.untouched(experiment.device),
         trial.held_back_logs(),
         compat.as_before(),
-        trial.told(experiment, objects, inner),
+        told(experiment, objects, inner),
     ):
         memo: dict[int, object] = {}
         clients = _clients(experiment, inner)
@@ -86,8 +87,8 @@ def _after_round(
 ) -> MetricRecord | None:
     """What a run does after a round; raises ``Unfit`` for a reply that did not count."""
     if dropped := private.report.dropped:
-        raise trial.Unfit("optimizer", f"a client's reply after its first steps: {min(dropped.values())}",
-                          trial.REMEDIES["optimizer"])  # fmt: skip
+        raise Unfit("optimizer", f"a client's reply after its first steps: {min(dropped.values())}",
+                          REMEDIES["optimizer"])  # fmt: skip
     predictions = predict(tried.loss_fn.module, records.to_params(arrays), tried.dataset.test)
     evaluation_of(predictions)
     quality_of(predictions, tried.dataset.num_classes)

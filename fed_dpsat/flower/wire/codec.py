@@ -27,6 +27,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
+from fed_dpsat.client.blame import blamed_on
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.flower.wire.arrays import read_array
 from fed_dpsat.params import Params, cut, laid_end_to_end
@@ -38,6 +39,7 @@ UPDATE = "fed_dpsat.update"
 INDICES, VALUES = "indices", "values"
 
 
+@blamed_on("codec")
 def encode(
     content: RecordDict, start: Params, codec: str, share: float, within: Coordinates | Span | None = None
 ) -> RecordDict:
@@ -66,6 +68,7 @@ def encode(
     return RecordDict({**content, records.ARRAYS: compat.record_of(arrays), UPDATE: how})
 
 
+@blamed_on("codec")
 def decode(content: RecordDict, like: ArrayRecord, within: Coordinates | Span | None = None) -> RecordDict:
     """The reply with its parameters in full, beginning at ``like``; raises ``RecordError`` for what is none.
 
