@@ -28,7 +28,7 @@ from fed_dpsat.client.start import Start, begin, check_passes
 from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
-from fed_dpsat.errors import RunError, SettingError
+from fed_dpsat.errors import RunError, SettingError, warn_once
 from fed_dpsat.models.ties import check_memory, named_tensors
 from fed_dpsat.params import Params, laid_end_to_end, map_tree, subtract, trainable
 from fed_dpsat.settings.config import RunConfig
@@ -328,7 +328,7 @@ class Experiment:
                     raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
                 return self._run(placed, members, Stacked)
             except Unstackable as unstackable:
-                _say_once(str(unstackable))
+                warn_once(f"stack_clients: clients train one after the other: {unstackable}")
         return [self.client_round(**vars(request)) for request in requests]
 
     def _alone(self, request: Request) -> LocalResult:
@@ -444,11 +444,6 @@ class Experiment:
                 noise_source=config.noise_source,
             ),
         )
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    log.warning("stack_clients: clients train one after the other: %s", reason)
 
 
 def _has_part(tree: State, names: set[str]) -> bool:

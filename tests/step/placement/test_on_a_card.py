@@ -216,7 +216,7 @@ def test_noise_of_the_operating_system_is_rounded_to_its_grid_and_goes_there(the
 
 @pytest.mark.parametrize("optimizer", ["dp-sat", "adam", "modelmix"])
 def test_stacked_clients_train_there_together(optimizer, there, drawn, monkeypatch):
-    monkeypatch.setattr("fed_dpsat.client.build._say_once", lambda reason: pytest.fail(reason))
+    monkeypatch.setattr("fed_dpsat.client.build.warn_once", lambda reason: pytest.fail(reason))
     experiment = experiment_of("mlp", optimizer=optimizer)
     assert_close(*both(experiment, there, drawn, clients=(0, 3, 5)), there)
 
