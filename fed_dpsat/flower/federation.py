@@ -24,6 +24,7 @@ from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import check_inner, say_overruled
 from fed_dpsat.flower.nodes import FederationOver
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
+from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round import RoundKind
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.sums import ClientRelease
@@ -141,10 +142,9 @@ def private_strategy(
 ) -> PrivateStrategy:
     """``inner`` as the configuration of ``experiment`` wraps it."""
     config = experiment.config
-    return PrivateStrategy(
-        inner,
+    roster = Roster(
+        plans,
         ledger,
-        plans=plans,
         delta=config.delta,
         accountant=config.accountant,
         cohort_size=config.cohort_size,
@@ -152,6 +152,11 @@ def private_strategy(
         seed=config.seed,
         client_sampling=config.client_sampling,
         min_clients=config.min_clients,
+        secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
+    )
+    return PrivateStrategy(
+        inner,
+        roster,
         release_counts=config.release_counts,
         join_timeout=config.join_timeout,
         release=ClientRelease.of(config, plans[0].event.noise_multiplier),
@@ -159,7 +164,6 @@ def private_strategy(
         phases=phases,
         within=experiment.subspace,
         fingerprint=fingerprint,
-        secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
     )
 
 

@@ -22,8 +22,10 @@ from fed_dpsat.step.secure_noise import system_generator
 class Roster:
     """Clients by their ``plans`` and the ``ledger``, both public: eligibility never depends on data.
 
-    With ``secret_coins`` nobody who knows the seed knows who is drawn by coins. ``tossed`` is how many had one for the
-    last cohort; None where cohorts have a fixed size.
+    A plan gives the cost of a round, the budget, and the first round of a client. A client is left out once
+    ``max_rounds_per_client`` rounds are charged to it, and for good once its next round would exceed its budget.
+    With ``secret_coins`` the seed does not tell which clients coins draw. ``tossed`` is the number of clients with a
+    coin for the last cohort; None if cohorts have a fixed size.
     """
 
     def __init__(
@@ -36,8 +38,8 @@ class Roster:
         cohort_size: int,
         max_rounds_per_client: int,
         seed: int,
-        client_sampling: str,
-        min_clients: int,
+        client_sampling: str = "fixed",
+        min_clients: int = 1,
         secret_coins: bool = False,
     ) -> None:
         self.secret_coins = secret_coins

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from fed_dpsat.accounting import epsilon
 from fed_dpsat.accounting.event import History, PrivacyEvent
-from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.blame import blamed_on
 from fed_dpsat.flower import sums
@@ -162,7 +161,6 @@ class Round:
     number: int
     model: ArrayRecord
     inner: Strategy
-    ledger: PrivacyLedger
     roster: Roster
     directory: Directory
     report: RoundReport
@@ -197,7 +195,7 @@ class Round:
             for client in costs
         }
         for attempt, events in self._charges():
-            self.ledger.charge_many(self.number, attempt, events)
+            self.roster.ledger.charge_many(self.number, attempt, events)
         self.roster.charged(costs)
 
     def assign(self, within: Coordinates | Span | None, fingerprint: str) -> None:
@@ -302,9 +300,9 @@ class Round:
     def _note(self, verdicts: Verdicts) -> None:
         self.report.note(verdicts, release_counts=self.release_counts)
         for attempt, events in self._charges():
-            settled = self.ledger.outcomes(self.number, attempt)  # by a server that was killed after it
+            settled = self.roster.ledger.outcomes(self.number, attempt)  # by a server that was killed after it
             outcomes = {c: self.report.dropped.get(c, "released") for c in events if c not in settled}
-            self.ledger.settle_many(self.number, attempt, outcomes)
+            self.roster.ledger.settle_many(self.number, attempt, outcomes)
         self.report.count_failure(self.directory.num_clients)
 
     def _sent(self, client: int) -> ArrayRecord:

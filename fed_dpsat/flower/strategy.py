@@ -8,14 +8,12 @@ business; how a cohort is asked is that of the kind of rounds (``RoundKind``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fed_dpsat.accounting.ledger import PrivacyLedger
-from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.inner import Plain, capture_state, check_inner, restore_state, take_over
@@ -37,30 +35,20 @@ Within = Callable[[int], Coordinates | Span | None]
 class PrivateStrategy(Strategy):
     """``inner`` with cohorts, charges and checks around it.
 
-    ``plans`` say what a round costs each client, what it may spend and when it joins. A client is left out once
-    ``max_rounds_per_client`` rounds are charged to it, and for good once its next round would exceed its budget:
-    both depend on the ledger alone, never on data. Charges are durable before a message is sent and stay, whatever
-    becomes of the reply. With a ``release`` the unit is one client: replies are bounded, added up and noised here, also
-    if there are none, and the inner strategy sees what comes of it. ``kind`` says how rounds go; None is ordinary ones.
-    With ``secret_coins`` no seed tells who is drawn.
+    The ``roster`` holds the plans, the ledger and the rule that draws cohorts: all public, never a function of data.
+    A charge is durable before a message is sent, and stays whatever becomes of the reply. With a ``release`` the unit
+    is one client: the replies are bounded, added up and noised here, also if there are none, and the inner strategy
+    sees only the result. ``kind`` is the kind of rounds; None stands for ordinary ones.
 
-    Raises ``SettingError`` for an ``inner`` that cannot be in it, ``FederationOver`` when fewer than ``min_clients``
-    are left, ``FederationError`` when all asked fail or no reply is valid.
+    Raises ``SettingError`` for an ``inner`` that it cannot wrap, ``FederationOver`` if fewer than ``min_clients`` are
+    left, ``FederationError`` if all clients fail or no reply is valid.
     """
 
     def __init__(
         self,
         inner: Strategy,
-        ledger: PrivacyLedger,
+        roster: Roster,
         *,
-        plans: Sequence[ClientPlan],
-        delta: float,
-        accountant: str,
-        cohort_size: int,
-        max_rounds_per_client: int,
-        seed: int,
-        client_sampling: str = "fixed",
-        min_clients: int = 1,
         release_counts: bool = False,
         join_timeout: float = 60.0,
         release: ClientRelease | None = None,
@@ -68,14 +56,10 @@ class PrivateStrategy(Strategy):
         phases: Phases | None = None,
         within: Within = lambda round: None,
         fingerprint: str = "",
-        secret_coins: bool = False,
     ) -> None:
         check_inner(inner)
         self.inner = inner
-        self.ledger = ledger
-        self.plans = plans
-        self.delta = delta
-        self.accountant = accountant
+        self.roster, self.ledger, self.plans = roster, roster.ledger, roster.plans
         self.release_counts = release_counts
         self.release = release
         self.kind = kind or RoundKind()
@@ -85,20 +69,8 @@ class PrivateStrategy(Strategy):
         self.phases = phases or Phases()
         self._within, self._fingerprint = within, fingerprint
         self.report = RoundReport(round=0)
-        self.roster = Roster(
-            plans,
-            ledger,
-            delta=delta,
-            accountant=accountant,
-            cohort_size=cohort_size,
-            max_rounds_per_client=max_rounds_per_client,
-            seed=seed,
-            client_sampling=client_sampling,
-            min_clients=min_clients,
-            secret_coins=secret_coins,
-        )
         self._attempts: dict[int, int] = {}
-        self._directory = Directory(len(plans), join_timeout, fingerprint)
+        self._directory = Directory(len(self.plans), join_timeout, fingerprint)
         take_over(inner)
 
     @property
@@ -165,7 +137,6 @@ class PrivateStrategy(Strategy):
             number=server_round,
             model=arrays,
             inner=self.inner,
-            ledger=self.ledger,
             roster=self.roster,
             directory=self._directory,
             report=self.report,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,12 +22,14 @@ from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.wire import records
 from fed_dpsat.simulation.in_process import InProcessBackend
 
 NUM_CLIENTS = 8
 EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
+ROSTER = inspect.signature(Roster).parameters
 PLAN = ClientPlan(target_epsilon=0.0, first_round=1, event=EVENT)
 
 Model = Mapping[str, NDArray[Any]]
@@ -93,7 +96,7 @@ class Federation:
     """``inner`` in a ``PrivateStrategy``; ``round()`` runs one round and gives the model after it.
 
     ``answered`` counts what clients were asked, by (client, round); ``uncharged`` are those that were asked before
-    they were charged. ``settings`` are arguments of ``PrivateStrategy``.
+    they were charged. ``settings`` are arguments of ``Roster`` and ``PrivateStrategy``.
     """
 
     def __init__(
@@ -118,9 +121,10 @@ class Federation:
         self._move, self._tamper = move, tamper
         self.grid = SimulationGrid(InProcessBackend(client_app(self._answer), {}, num_clients), num_clients)
         usual = {"plans": [PLAN] * num_clients, "delta": 1e-5, "accountant": "rdp", "max_rounds_per_client": 100}
-        self.private = PrivateStrategy(
-            inner, self.ledger, **{**usual, "cohort_size": cohort_size, "seed": 0, "join_timeout": 0.0, **settings}
-        )
+        drawing = {**usual, "cohort_size": cohort_size, "seed": 0, **{k: v for k, v in settings.items() if k in ROSTER}}
+        rest = {key: value for key, value in settings.items() if key not in ROSTER}
+        roster = Roster(ledger=self.ledger, **drawing)
+        self.private = PrivateStrategy(inner, roster, **{"join_timeout": 0.0, **rest})
         self.private.meet(self.grid)
 
     def round(self) -> Model:
