@@ -24,11 +24,11 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.loop import LocalResult
 
 Provider = Callable[[Mapping[str, Any]], Experiment]
-"""Flower's run config to the experiment that this process works on."""
+"""A function from Flower's run config to the experiment of this process."""
 
 
 DEVICE, SECURE_AGGREGATION = "fed_dpsat.device.handlers", "fed_dpsat.secagg.client"
-"""Modules that answer in the place of an ordinary client; one is loaded when a message or node asks for it."""
+"""Modules that answer instead of an ordinary client; a message or a node that needs one loads it."""
 
 
 def _wing(name: str) -> Any:
@@ -46,13 +46,13 @@ def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
 
 
 class _Unpack:
-    """The records of the last messages as tensors, copied once for all clients of a round that this process has."""
+    """The records of the last messages as tensors, copied once for all clients of a round in this process."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[ArrayRecord, Params]] = {}
 
     def __call__(self, content: RecordDict, key: str) -> Params | None:
-        """The record ``key``, whose tensors nobody may change; None where there is none."""
+        """The record ``key``, or None without one. Callers must not change its tensors."""
         record = records.arrays_in(content, key)
         if record is None:
             return None
@@ -63,7 +63,7 @@ class _Unpack:
         return params
 
     def check_untouched(self) -> None:
-        """Raise ``RecordError`` where the code of a plug-in wrote into them: the next client would begin elsewhere."""
+        """Raise ``RecordError`` if a plug-in wrote into the tensors, because the next client starts from them."""
         changed = [name for _, params in self._last.values() for name, t in params.items() if t._version]
         if changed:
             self._last.clear()
@@ -79,8 +79,8 @@ TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message] |
 class StackingClientApp(ClientApp):
     """A client app that can also train several clients of one process at once; a simulation asks it to.
 
-    ``train_together`` answers as many training messages, in order, and keeps as many states. Or none: it raises, or
-    is None for messages that have to be answered one by one; then no context has changed.
+    ``train_together`` answers all its training messages, in order, and keeps all their states. Or it answers none:
+    it raises, or returns None for messages that need single answers, and no context has changed.
     """
 
     def __init__(self, train_together: TrainTogether) -> None:
@@ -89,7 +89,7 @@ class StackingClientApp(ClientApp):
 
 
 def make_client_app(provider: Provider) -> ClientApp:
-    """A client that trains on the experiment of ``provider``, under the partition its node is configured with."""
+    """A client that trains on the experiment of ``provider``, with the partition of its node's configuration."""
     unpack, tried = _Unpack(), list[Experiment]()
     client_app = StackingClientApp(lambda messages, contexts: _train_together(provider, messages, contexts, unpack))
 
@@ -151,7 +151,7 @@ def _train_together(
     experiment = provider(contexts[0].run_config)
     secure = any(records.SECURE in message.content for message in messages)
     if secure or experiment.config.secure_aggregation or any(records.POLICY in c.node_config for c in contexts):
-        return None  # masks and devices' journals are made client by client, in ``train``
+        return None  # ``train`` makes masks and the journals of devices, client by client
     if experiment.config.tune_malloc:
         tune_allocator()
     asked = [_request(experiment, m, c, unpack) for m, c in zip(messages, contexts, strict=True)]
@@ -168,7 +168,7 @@ def _train_together(
 
 
 def _request(experiment: Experiment, message: Message, context: Context, unpack: _Unpack) -> tuple[Request, History]:
-    """What is asked, and the client's history with it; what ``unpack`` makes is shared. Raises if spent."""
+    """The request of ``message``, and the client's history after it. Raises ``BudgetError`` if the budget is spent."""
     client, assignment = _client(context), records.read_assignment(message.content)
     history, event, config = records.load_history(context.state), assignment.event, experiment.config
     if event.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
@@ -198,12 +198,12 @@ def _own_accuracy(experiment: Experiment, message: Message, context: Context) ->
 
 
 def _check_same(experiment: Experiment, message: Message) -> None:
-    if records.SAME in message.content:  # a simulation asks each worker once, before it has anything to do
+    if records.SAME in message.content:  # a simulation asks each worker once, before its first message
         records.check_same(message.content, experiment.fingerprint)
 
 
 def _reply(experiment: Experiment, request: Request, result: LocalResult) -> RecordDict:
-    each = experiment.config.privacy_unit == "client"  # counts once, and its size is nobody's business
+    each = experiment.config.privacy_unit == "client"  # counts once, and its size is private
     size = 1 if each else len(experiment.partitions[request.client])
     release_counts = experiment.config.release_counts
     return records.reply_content(request.client, request.assignment, result, size, release_counts=release_counts)

@@ -1,9 +1,8 @@
-"""``PrivateStrategy``: any Flower strategy, with the accounting it cannot forget.
+"""``PrivateStrategy``: any Flower strategy, with accounting.
 
-It wraps rather than subclasses. Per round it draws the cohort, charges every client in it, shows the inner
-strategy a grid that holds just that cohort, and hands it only the replies that are valid, in the order of
-their clients; or one reply that is their mean, if that is all it uses (``sums``). What it does with them is its own
-business; how a cohort is asked is that of the kind of rounds (``RoundKind``).
+It wraps another strategy. In each round it draws the cohort, charges every client in it, shows the inner strategy a
+grid with only that cohort, and gives it only valid replies, in the order of their clients; or one reply with their
+mean, if the inner strategy uses only that (``sums``). The kind of rounds (``RoundKind``) asks the cohort.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from fed_dpsat.step.subspace import Coordinates, Span
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 BeforeRound = Callable[[int, ArrayRecord], ArrayRecord]
-"""The model that a round starts from, of the one after the last round: layers may join."""
+"""A function from a round and the model before it to the model that it starts from: layers may join."""
 
 Within = Callable[[int], Coordinates | Span | None]
-"""A round, from 1, to what it can change: replies are then the numbers of that subspace; None is whole models."""
+"""A function from a round, from 1, to the subspace that its replies are in; None for whole models."""
 
 
 class PrivateStrategy(Strategy):
-    """``inner`` with cohorts, charges and checks around it.
+    """``inner`` with cohorts, charges and checks.
 
     The ``roster`` holds the plans, the ledger and the rule that draws cohorts: all public, never a function of data.
     A charge is durable before a message is sent, and stays whatever becomes of the reply. With a ``release`` the unit
@@ -75,7 +74,7 @@ class PrivateStrategy(Strategy):
 
     @property
     def retired(self) -> dict[int, int]:
-        """Clients that could not afford another round, with the round before which they left."""
+        """Clients that could not afford another round, with the round in which they were left out."""
         return self.roster.retired
 
     def start(
@@ -91,10 +90,9 @@ class PrivateStrategy(Strategy):
         done: int | None = None,
         before_round: BeforeRound | None = None,
     ) -> Result:
-        """Learn which node holds which partition; then Flower's loop, after the rounds that are ``done``.
+        """Find the node of each partition; then run Flower's loop, after the ``done`` rounds.
 
-        ``evaluate_fn`` is called after each round and, where nothing is done, before the first. Nobody else is asked
-        to evaluate.
+        ``evaluate_fn`` is called after each round and, if no round is done, before the first. No client evaluates.
         """
         self.kind.check(grid)
         self.meet(grid)
@@ -119,12 +117,12 @@ class PrivateStrategy(Strategy):
         return result
 
     def renew(self, inner: Strategy) -> None:
-        """Go on with another inner strategy, or the same one from its beginning."""
+        """Continue with another inner strategy, or with a new one of the same class."""
         self.inner = inner
         take_over(inner)
 
     def meet(self, grid: Grid) -> None:
-        """Learn which node holds which partition; a simulation knows."""
+        """Find the node of each partition."""
         self._directory.meet(grid)
         self.roster.join(self._directory.nodes)
 
@@ -152,9 +150,9 @@ class PrivateStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message | Part]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The last phase of a round: drop invalid replies, by name, and hand the rest to the inner strategy.
+        """The last phase of a round: drop invalid replies, by name, and give the others to the inner strategy.
 
-        ``replies`` are of clients, or sums of replies that workers have judged; they may come while this waits.
+        ``replies`` come from clients, or are sums of replies that workers have judged; they may arrive during the call.
         """
         with self.phases("aggregate"):
             return self.kind.aggregate(self._round, self.phases.waiting_for("train", replies))
@@ -162,19 +160,19 @@ class PrivateStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask nobody: metrics on private data do not leave a client."""
+        """Ask no client: metrics on private data do not leave a client."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
+        """Return nothing: no client was asked."""
         return None
 
     def summary(self) -> None:
-        """The inner strategy's."""
+        """Log the settings of the inner strategy."""
         self.inner.summary()
 
     def state_dict(self) -> dict[str, Plain]:
-        """What a checkpoint needs to go on after this round; raises ``StrategyStateError``."""
+        """The state after this round, for a checkpoint; raises ``StrategyStateError``."""
         return {
             "retired": dict(self.retired),
             "failed_rounds": self.report.failed_rounds,
@@ -183,10 +181,10 @@ class PrivateStrategy(Strategy):
         }
 
     def load_state_dict(self, state: Mapping[str, Plain], *, next_round: int, same_noise: bool) -> None:
-        """Go on with ``next_round``. What was charged of it is done again.
+        """Continue with ``next_round``, and repeat the part of it that was charged.
 
-        With the ``same_noise`` (seeded), that is the same release, and no second charge. Else it is another attempt,
-        with a charge of its own.
+        With the ``same_noise`` (seeded), the repetition is the same release, without a second charge. Otherwise it is
+        another attempt, with its own charge.
         """
         self.roster.begin_again(next_round, state["retired"], same_noise=same_noise)
         self.report.failed_rounds = state["failed_rounds"]

@@ -1,8 +1,7 @@
-"""The trial of a whole federation (as ``client.trial``): clients, codec, strategy, evaluation, with nothing on disk.
+"""The trial of a whole federation (see ``client.trial``): clients, codec, strategy, evaluation, with nothing on disk.
 
-Two clients are enough for a strategy that uses the mean alone, three hide each other in secure aggregation; any other
-strategy is shown a reply of each client of a cohort. What the code of clients does that is given as ``client_app``, and
-how Ray carries objects, is not tried.
+A strategy that uses only the mean has two clients in the trial; secure aggregation has three, which hide each other;
+any other strategy has a whole cohort. A given ``client_app`` and the transport of Ray are not in the trial.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from fed_dpsat.flower.wire import compat, records
 def try_federation(experiment: Experiment, strategy: Strategy | None = None, objects: Sequence[str] = ()) -> None:
     """The first rounds of ``experiment`` under ``strategy``, or the one that it names, on made-up examples.
 
-    ``objects`` names what was given in Python. Raises ``TrialError`` for what fails, and what ``build_strategy`` and
-    ``make_plans`` raise. Whatever is given is afterwards as it was.
+    ``objects`` names the objects that were given in Python. Raises ``TrialError`` for a failure, and the errors of
+    ``build_strategy`` and ``make_plans``. The trial does not change the given objects.
     """
     config = experiment.config
     noise_multiplier = min(plan.event.noise_multiplier for plan in make_plans(config))
@@ -85,7 +84,7 @@ def _rounds(tried: Experiment, inner: Strategy) -> None:
 def _after_round(
     tried: Experiment, private: PrivateStrategy, grid: SimulationGrid, arrays: ArrayRecord
 ) -> MetricRecord | None:
-    """What a run does after a round; raises ``Unfit`` for a reply that did not count."""
+    """The work of a run after a round; raises ``Unfit`` for a reply that did not count."""
     if dropped := private.report.dropped:
         raise Unfit("optimizer", f"a client's reply after its first steps: {min(dropped.values())}",
                           REMEDIES["optimizer"])  # fmt: skip
@@ -98,7 +97,7 @@ def _after_round(
 
 
 class _Clients:
-    """A backend whose clients answer here, and whose errors are raised as they are."""
+    """A backend whose clients run in this process, and raise their errors."""
 
     def __init__(self, tried: Experiment) -> None:
         config = tried.config
@@ -112,7 +111,7 @@ class _Clients:
     def run(
         self, messages: Sequence[Message], *, release_counts: bool | None, timeout: float | None
     ) -> Iterator[Answers]:
-        """As ``Backend.run``."""
+        """See ``Backend.run``."""
         for start in range(0, len(messages), self._stack):
             asked = messages[start : start + self._stack]
             replies = self._replies(asked, [self._contexts[message.metadata.dst_node_id] for message in asked])
@@ -132,11 +131,11 @@ class _Clients:
         if len(asked) > 1 and isinstance(app, StackingClientApp):
             try:
                 replies = app.train_together(asked, contexts)
-            except Exception:  # who fails together trains alone, as in a run
+            except Exception:  # after a failure together, clients train alone, as in a run
                 replies = None
         if replies is None:
             replies = [app(message, context) for message, context in zip(asked, contexts, strict=True)]
         return replies
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""
