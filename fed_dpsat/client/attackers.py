@@ -1,4 +1,4 @@
-"""What an attack is, what an attacker knows, and who attacks."""
+"""Attacks, the knowledge of an attacker, and the choice of the attackers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fed_dpsat.step.noise import derive_generator
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What an attacker knows in a round.
+    """The knowledge of an attacker in a round.
 
-    ``update``: what it would honestly send, less the global model; ``colluders()``: that of every attacker, its own
-    first, as the plan of this one would have them train.
+    ``update`` is its honest update: the difference of its model from the global one. ``colluders()`` gives the honest
+    updates of all attackers under the plan of this one, its own first.
     """
 
     update: Params
@@ -34,14 +34,14 @@ class Scene:
 
 
 class Attack:
-    """Honest as it stands; an attack overrides one of the two, or both."""
+    """An honest client; an attack overrides one of the two methods, or both."""
 
     def poison(self, labels: Tensor, num_classes: int) -> Tensor:
-        """``[N]``: the labels an attacker trains on, in the place of its own."""
+        """``[N]``: the labels that an attacker trains on instead of its own."""
         return labels
 
     def forge(self, scene: Scene) -> Params:
-        """The update an attacker sends."""
+        """The update that an attacker sends."""
         return scene.update
 
 
@@ -70,7 +70,7 @@ class Attackers:
         num_clients: int,
         generator: np.random.Generator,
     ) -> Params:
-        """The update that attacker ``client`` sends in the place of ``update``; ``honest`` gives any attacker's."""
+        """The update that ``client`` sends instead of ``update``; ``honest`` gives the update of any attacker."""
         others = [other for other in self.clients if other != client]
         return self.attack.forge(
             Scene(
@@ -83,7 +83,7 @@ class Attackers:
         )
 
     def poisoned(self, dataset: Dataset, partitions: Sequence[np.ndarray]) -> Dataset:
-        """``dataset`` with the training labels of attackers as the attack has them; the test split stays."""
+        """``dataset`` with the poisoned training labels of the attackers; the test split does not change."""
         labels = dataset.train.labels.clone()
         for client in self.clients:
             own = torch.from_numpy(partitions[client])

@@ -1,6 +1,6 @@
-"""What fails in a trial is told in one line: the object that an error is blamed on, where in it, and the remedy.
+"""One line for a failure in a trial: the object that the error is blamed on, the place in it, and the remedy.
 
-The innermost frame of an error that belongs to an object decides. A frame belongs to an object if it is a method of one
+The innermost frame that belongs to an object decides. A frame belongs to an object if it is a method of one
 (model, optimizer, clipping rule, strategy, attack), or if its function is declared with ``blamed_on``.
 """
 
@@ -50,11 +50,11 @@ def blamed_on(kind: str) -> Callable[[Function], Function]:
 
 
 class TrialError(InputError):
-    """What a run would have failed at, found on made-up examples; nothing was charged."""
+    """A failure on made-up examples; nothing was charged."""
 
 
 class Unfit(Exception):
-    """What the trial found to be wrong with ``kind`` of object, where nothing raised; ``seen`` and the remedy."""
+    """A fault of a ``kind`` of object that raised no error itself; ``seen`` describes it."""
 
     def __init__(self, kind: str, seen: str, remedy: str) -> None:
         super().__init__(seen)
@@ -63,14 +63,14 @@ class Unfit(Exception):
 
 @contextmanager
 def told(experiment: Experiment, objects: Sequence[str] = (), strategy: object = None) -> Iterator[None]:
-    """What fails inside, as a ``TrialError`` of one line; ``objects`` are those that were given in Python."""
+    """Turn an error inside into a ``TrialError`` of one line; ``objects`` names those given in Python."""
     try:
         yield
-    except (TrialError, SettingError):  # has its name, value, bound and remedy already
+    except (TrialError, SettingError):  # already one line with a remedy
         raise
     except Unfit as unfit:
         raise TrialError(_said(experiment, unfit.kind, objects, unfit.seen, unfit.remedy)) from None
-    except Exception as error:  # whatever a plug-in raises
+    except Exception as error:  # a plug-in raises any error
         kind, where, remedy = _blamed(error, experiment, strategy)
         own = isinstance(error, InputError | RunError)
         detail = f"{where}{error}" if own else f"{where}{_line(error)}"
@@ -96,7 +96,7 @@ def _line(error: BaseException) -> str:
 
 
 def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> tuple[str, str, str]:
-    """What kind of object ``error`` is of, where in it, and the remedy: by the innermost frame that is of one."""
+    """The kind of object that ``error`` is blamed on, the place in it, and the remedy, by the innermost such frame."""
     kinds: dict[str, set[type]] = {
         "clipping": {type(experiment.clipping)},
         "optimizer": {type(link) for link in _chain(experiment.optimizer)},

@@ -1,4 +1,4 @@
-"""A configuration's names as objects, and what one client does with them in one round."""
+"""The objects that a configuration names, and the round of a client with them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ log = logging.getLogger("fed_dpsat")
 STACKING_ENGINES = ("auto", "vmap")
 
 OPTIMIZER, CLIPPING = "optimizer", "clipping"
-"""Where a client keeps the state of the optimizer, and the bound of adaptive clipping; see ``PERSONAL`` too."""
+"""The keys of a client's state for the optimizer and the bound of adaptive clipping; see ``PERSONAL`` too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +69,13 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """The objects of a run. Clients and server build the same ones from the same configuration.
+    """The objects of a run. Clients and server build the same objects from the same configuration.
 
-    The model is where it is computed with; parameters and states come from the CPU and go there.
-    ``named`` says that every object came from a name in it, so that another process can build them too. ``attackers``
-    train on labels of their own in ``dataset``, and forge what they send. ``personal`` names the parameters that stay
-    on the client. ``watches`` see the private gradients of clients that train alone, in an audit. Raises ``DataError``
-    for ``partitions`` that are none of ``dataset`` (``disjoint_parts``), and for splits of a class other than
+    The model is on the device of the computation; parameters and states come from the CPU and return to it.
+    ``named`` is true if every object came from a name, so that another process can build it too. ``attackers`` train
+    on their poisoned labels in ``dataset``, and forge their updates. ``personal`` names the parameters that stay on the
+    client. ``watches`` see the private gradients of clients that train alone, in an audit. Raises ``DataError`` for
+    ``partitions`` that do not divide ``dataset`` (``disjoint_parts``), and for splits of a class other than
     ``Examples``, whose batches may mix examples.
     """
 
@@ -114,7 +114,7 @@ class Experiment:
         optimizer: PrivateOptimizer | None = None,
         clipping: ClippingRule | None = None,
     ) -> Experiment:
-        """From the names in ``config``; a copy of an object that is given stands in for its name.
+        """Build from the names in ``config``; a copy of a given object replaces its name.
 
         The model is moved to ``config.device``. Raises ``SettingError``, ``PluginError`` or ``DataError`` before any
         client is asked.
@@ -140,7 +140,7 @@ class Experiment:
         settings |= {
             "input_shape": dataset.input_shape,
             "num_classes": dataset.num_classes,
-            "labels": dataset.train.labels.numpy().copy(),  # a plug-in that writes into it changes no data
+            "labels": dataset.train.labels.numpy().copy(),  # a plug-in may write into it
         }
         partition_settings = {
             **settings,
@@ -159,7 +159,7 @@ class Experiment:
             with _seeded(config, "model"):
                 model = plugins.build("model", config.model, settings, config.model_args)
         else:
-            check_memory(plugins.required("model", config.model, model))  # which a copy would part
+            check_memory(plugins.required("model", config.model, model))  # a copy would separate shared memory
             model = copied("model", model)
         start = begin(plugins.required("model", config.model, model), config)
         if optimizer is None:
@@ -189,17 +189,17 @@ class Experiment:
         )
 
     def trained(self, round: int) -> Params:
-        """What is trained in ``round``, by its initial values."""
+        """The parameters that ``round`` trains, with their initial values."""
         return {name: p.detach().to(CPU, copy=True) for name, p in self._trained(round).items()}
 
     @property
     def unused_examples(self) -> int:
-        """How many training examples are in no part: nobody trains on them."""
+        """The number of training examples that no client holds."""
         return len(self.dataset.train) - sum(len(part) for part in self.partitions)
 
     @functools.cached_property
     def contents(self) -> dict[str, str]:
-        """Digests of clients, data, and what of the model is not sent: the same for every process of a run."""
+        """Digests of partition, data, and the unsent part of the model: equal in every process of a run."""
         sent = without(dict(self.loss_fn.module.named_parameters()), self.personal).keys() & self.start.names
         return contents(self.dataset, self.partitions, self.loss_fn.module, sent)
 
@@ -210,7 +210,7 @@ class Experiment:
 
     @functools.cached_property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return device_of(self.loss_fn.module)
 
     def _trained(self, round: int) -> dict[str, nn.Parameter]:
@@ -219,11 +219,11 @@ class Experiment:
         return {name: p for name, p in self.loss_fn.module.named_parameters() if name in names}
 
     def shared(self, round: int = 1) -> Params:
-        """The initial parameters that leave clients in ``round`` and are averaged: all but the ``personal`` ones."""
+        """The initial values of the parameters that ``round`` sends and averages: all but the ``personal`` ones."""
         return without(self.trained(round), self.personal)
 
     def whole(self, shared: Params, state: State | None) -> Params:
-        """A client's model: the ``shared`` part and its own, kept in ``state`` or else the initial one."""
+        """A client's model: the ``shared`` part, and its own part from ``state`` or else the initial one."""
         if not self.personal:
             return shared
         # with personal layers, what is trained stays the same
@@ -233,25 +233,25 @@ class Experiment:
 
     @functools.cached_property
     def test_shares(self) -> list[np.ndarray]:
-        """By client, its share of the public test split."""
+        """The share of each client of the public test split."""
         labels, public = self.dataset.train.labels.numpy(), self.dataset.test.labels.numpy()
         return deal_test(labels, public, self.partitions, derive_seed(self.config.seed, purpose="partition"))
 
     @property
     def local_clipping(self) -> ClippingRule:
-        """What bounds an example in local training: nothing, where it is the client's whole change that is bounded."""
+        """The clipping of examples in local training: none if the unit is the client, whose whole change is clipped."""
         return self.clipping if self.config.privacy_unit == "example" else FlatClipping(clip_norm=math.inf)
 
     def carried_state(self) -> set[str]:
-        """What a client takes from one round into its next, by name."""
+        """Names of the state that a client keeps from one round to the next."""
         adaptive = isinstance(self.clipping, AdaptiveClipping)
         others = {CLIPPING: adaptive, PERSONAL: bool(self.personal)}
         return carried_names(self.optimizer) | {name for name, kept in others.items() if kept}
 
     def subspace(self, round: int) -> Coordinates | Span | None:
-        """What ``round`` (from 1) can change, if the optimizer says so; None where replies are whole models.
+        """The subspace of ``round`` (from 1), if the optimizer has one; None if replies are whole models.
 
-        They are under secure aggregation, whose masks need every coordinate, and with layers that stay on clients.
+        Replies are whole models under secure aggregation, whose masks need every coordinate, and with personal layers.
         """
         if self.config.secure_aggregation or self.personal:
             return None
@@ -265,12 +265,11 @@ class Experiment:
         state: State | None,
         proximal_mu: float = 0.0,
     ) -> LocalResult:
-        """One round of ``client`` from the global ``params``; ``state`` is what it kept from its last one.
+        """One round of ``client`` from the global ``params``; ``state`` is its state after its last round.
 
-        ``proximal_mu`` is what FedProx asks for.
-
-        Raises ``SettingError`` for an assignment that no mechanism or sampler accepts, and ``PrivacyError`` for one of
-        another unit than the run's, or if what ran costs something else than its event.
+        ``proximal_mu`` is the weight of FedProx. Raises ``SettingError`` for an assignment that no mechanism or sampler
+        accepts, and ``PrivacyError`` for an assignment of another unit, or if the event that ran is not the assigned
+        one.
         """
         request = Request(client=client, assignment=assignment, params=params, state=state, proximal_mu=proximal_mu)
         result = self._alone(request)
@@ -292,11 +291,11 @@ class Experiment:
         return dataclasses.replace(result, params={name: params[name] + u for name, u in forged.items()})
 
     def client_rounds(self, requests: Sequence[Request]) -> list[LocalResult]:
-        """As ``client_round`` for each, to about 1e-6 relative: trained together where they can be.
+        """The results of ``client_round`` to about 1e-6 relative; trains clients together if it can.
 
-        Together are those with equal ``local_steps``, the same ``params`` object and states of one form. Who attacks
-        trains alone; and so does everyone under an engine that was chosen by name, or with a loss,
-        rule or optimizer that cannot be stacked, which the log says once. Raises what ``client_round`` raises.
+        Clients train together if they have equal ``local_steps``, the same ``params`` object and states of one form. An
+        attacker trains alone. All train alone under an engine that was chosen by name, or with a loss, rule or
+        optimizer that cannot be stacked; the log gives the reason once. Raises the errors of ``client_round``.
         """
         groups: dict[Hashable, list[int]] = {}
         placed = self._placed(requests)
@@ -359,7 +358,7 @@ class Experiment:
         return [self._to_send(*pair) for pair in zip(requests, results, strict=True)]
 
     def _placed(self, requests: Sequence[Request]) -> list[Request]:
-        """``requests`` with their tensors on ``device``; those that share ``params`` still do."""
+        """``requests`` with their tensors on ``device``; requests with common ``params`` keep them common."""
         device, there = self.device, dict[int, Params]()
         if not is_card(device):
             return list(requests)
@@ -378,10 +377,7 @@ class Experiment:
         return placed
 
     def _to_send(self, request: Request, result: LocalResult) -> LocalResult:
-        """``result`` without the client's own parameters, which its state keeps, and bounded as the unit wants it.
-
-        On the CPU, where it was on the card.
-        """
+        """``result`` on the CPU, with personal parameters in its state, and bounded under the unit "client"."""
         params, event = result.params, result.event
         state: State = {OPTIMIZER: result.state}
         if result.clip_norm is not None:
@@ -404,13 +400,13 @@ class Experiment:
         return Proximal(base=self.optimizer, anchor=params, proximal_mu=proximal_mu)
 
     def _outgrown(self, request: Request) -> bool:
-        """Whether the client's state is of the head alone, and all layers are trained now: it begins anew."""
+        """Whether the client's state is of the head alone, and this round trains all layers: it starts again."""
         first = set(self.start.names)
         grown = bool(self.config.unfreeze_round) and request.params.keys() != first
         return grown and _has_part(request.state or {}, first)
 
     def _member(self, request: Request) -> Member:
-        """What is the client's own of its round: data, state, sampler, mechanism, streams."""
+        """The client's part of its round: data, state, sampler, mechanism, random streams."""
         config, assignment = self.config, request.assignment
         if assignment.event.unit != config.privacy_unit:
             raise PrivacyError(
@@ -447,13 +443,13 @@ class Experiment:
 
 
 def _has_part(tree: State, names: set[str]) -> bool:
-    """Whether ``names`` are those of a part of ``tree``."""
+    """Whether a part of ``tree`` has the keys ``names``."""
     return tree.keys() == names or any(_has_part(part, names) for part in tree.values() if isinstance(part, dict))
 
 
 @contextmanager
 def _seeded(config: RunConfig, purpose: Purpose) -> Iterator[None]:
-    """A factory may draw from any generator: the same for a seed; afterwards they are as they were."""
+    """Seed all generators for a factory, and restore them afterwards."""
     with generators.kept(CPU):
         generators.seed(CPU, derive_seed(config.seed, purpose=purpose))
         yield

@@ -22,7 +22,7 @@ log = logging.getLogger("fed_dpsat")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Names that are trained, and those from ``unfreeze_round`` on if there is one; the SHA-256 of ``start_from``."""
+    """Names of the trained parameters, and of those from ``unfreeze_round`` on; the SHA-256 of ``start_from``."""
 
     names: tuple[str, ...]
     later_names: tuple[str, ...] = ()
@@ -60,12 +60,12 @@ def check_passes(module: nn.Module, input_shape: tuple[int, ...]) -> None:
     """Raise ``ModelError`` if ``module`` mixes examples, or if a pass through it changes it."""
     check_module(module)  # the name of a layer that mixes examples says more than that of its statistics
     shape = (2, *input_shape)
-    inputs = (torch.arange(math.prod(shape)) % 2).float().view(shape)  # pixels, features and numbers of tokens alike
+    inputs = (torch.arange(math.prod(shape)) % 2).float().view(shape)  # valid as pixels, features and token numbers
     try:
         check_unchanging(module, inputs.to(device_of(module)))
     except ModelError:
         raise
-    except Exception as error:  # one that fails in a pass fails by itself, where it is trained
+    except Exception as error:  # a module that fails here fails in the trial, with a better message
         log.debug(
             "not known whether passes change %s, which fails on made-up examples: %s", type(module).__name__, error
         )

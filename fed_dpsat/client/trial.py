@@ -1,19 +1,19 @@
-"""One trial before anything is charged: a run's own objects, copied, on made-up examples of its data's shape and types.
+"""A trial before any charge: copies of the objects of a run, on made-up examples of the shape and types of its data.
 
-A model that no engine takes, a head with too few outputs, an optimizer that fails in its second step: all of them would
-fail after clients were charged. So each run, and each client on a network or a device, goes its whole way once on
-examples that nobody holds, and what fails there ends in one line.
+A model that no engine takes, a head with too few outputs, an optimizer that fails in its second step: without a trial,
+each of these fails after clients were charged. So each run, and each client on a network or a device, first works
+through a short run on made-up examples, and a failure there ends in one line.
 
 ======================= ================================================================================
-what                    in the trial
+part                    in the trial
 ======================= ================================================================================
 inputs                  rows of the public test split; without one, random bytes, or random zeros and ones
 labels                  made up, the largest class among them
 examples of a client    ``ROWS``, each in each batch
-local steps             2, or 3 if a round has an odd number of more; all where the optimizer sends their sum
-rounds                  2, if the run has them: what is carried over is carried over once
-noise                   as much in the mean gradient as in the run, from streams of its own
-objects                 copies; torch's, numpy's and Python's own generators are put back
+local steps             2, or 3 for a larger odd number; all steps if the optimizer sends their sum
+rounds                  2, if the run has them, so that clients use their kept state once
+noise                   as much in the mean gradient as in the run, from separate streams
+objects                 copies; the generators of torch, numpy and Python are restored
 ======================= ================================================================================
 """
 
@@ -50,7 +50,7 @@ FLOWER_LOGGER = "flwr"
 def try_client(experiment: Experiment) -> None:
     """A client's rounds on made-up examples, without a server: model, loss, engine, clipping and optimizer.
 
-    Raises ``TrialError`` for what fails in them.
+    Raises ``TrialError`` for a failure.
     """
     with untouched(experiment.device), held_back_logs(), told(experiment):
         tried = rehearsal(experiment, 1, noise_multiplier=experiment.config.noise_multiplier or 1.0)
@@ -68,8 +68,8 @@ def rehearsal(
 ) -> Experiment:
     """``experiment`` of ``clients`` with ``ROWS`` made-up examples each, on copies of its objects.
 
-    ``noise_multiplier`` is that of the run; that of the trial makes as much noise in the mean gradient, or in the mean
-    of clients. ``memo`` is that of ``copy.deepcopy``, for copies of what refers to the same objects.
+    ``noise_multiplier`` is that of the run; the trial takes one with equal noise in the mean gradient, or in the mean
+    of clients. ``memo`` is that of ``copy.deepcopy``, for copies that refer to the same objects.
     """
     config, memo = experiment.config, {} if memo is None else memo
     module = copied("model", experiment.loss_fn.module, memo)
@@ -126,8 +126,8 @@ def rehearsal(
 def made_up(dataset: Dataset, count: int, *, public: bool) -> Dataset:
     """``count`` training and ``ROWS`` test examples like those of ``dataset``, none of them a training example.
 
-    If the test split is ``public``, inputs are rows of it. Labels are spread over all classes, from the largest down,
-    and begin anew each ``ROWS``.
+    If the test split is ``public``, inputs are rows of it. Labels run over all classes, from the largest down, and
+    start again after ``ROWS`` examples.
     """
     shown = dataset.test if public and len(dataset.test) else None
     train, test = (
@@ -151,7 +151,7 @@ def _made_up(like: Examples, public: Examples | None, count: int, num_classes: i
 
 
 def assignments(tried: Experiment) -> list[Assignment]:
-    """What a client of the trial is asked, round by round."""
+    """The assignments of a client of the trial, round by round."""
     plan = plan_of(tried.config)
     return [Assignment.of(plan, round=round) for round in range(1, min(tried.config.num_rounds, 2) + 1)]
 
@@ -198,15 +198,15 @@ def check_result(after: Params, before: Params) -> None:
 
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
-    """The generators that a plug-in may draw from are afterwards as they were before, and so are warnings."""
+    """Restore all generators that a plug-in may draw from, and the warnings filter."""
     with warnings.catch_warnings(), generators.kept(device):
-        warnings.simplefilter("ignore")  # the run has them too
+        warnings.simplefilter("ignore")  # they appear in the run
         yield
 
 
 @contextmanager
 def held_back_logs() -> Iterator[None]:
-    """What the library logs is said once the trial went well; else what failed is all there is to say."""
+    """Hold back the log of the library until the trial succeeds; after a failure, drop it."""
     ours, flower, kept = logging.getLogger("fed_dpsat"), logging.getLogger(FLOWER_LOGGER), list[logging.LogRecord]()
 
     def keep(record: logging.LogRecord) -> bool:

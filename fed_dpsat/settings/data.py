@@ -20,8 +20,8 @@ class Data:
     )
     validation_share: float = setting(
         0.0,
-        "share of the training examples that no client gets and that is evaluated on in place of the test split, to "
-        "choose settings on; drawn from the seed",
+        "share of the training examples that replaces the test split in evaluation, to choose settings on; no client "
+        "holds it; drawn from the seed",
         least=0,
         most=1,
     )

@@ -23,7 +23,7 @@ class Federation:
     )
     update_codec: str = setting(
         "fp32",
-        "way a client's update is written for the network: fp32, bf16, top-k (largest changes), random-k (unbiased)",
+        "encoding of a client's update for the network: fp32, bf16, top-k (largest changes), random-k (unbiased)",
         choices=("fp32", "bf16", "top-k", "random-k"),
     )
     update_share: float = setting(0.1, "share of the coordinates that top-k and random-k send", above=0, most=1)
@@ -36,18 +36,16 @@ class Federation:
     )
     buffer_size: int = setting(
         0,
-        "number of arrivals that make a round (FedBuff), while clients_per_round are under way; 0 waits for the cohort",
+        "number of arrivals that make a round (FedBuff), while clients_per_round train; 0 waits for the cohort",
         least=0,
     )
     staleness_exponent: float = setting(
-        0.5, "discount of updates that set out s rounds ago, (1 + s) to the power of minus this", least=0
+        0.5, "discount of updates that started s rounds ago, (1 + s) to the power of minus this", least=0
     )
-    max_rounds_per_client: int = setting(
-        0, "largest number of rounds one client takes part in; 0 is num_rounds", least=0
-    )
-    min_clients: int = setting(1, "number of clients a round needs; with fewer left in budget the run ends", least=1)
+    max_rounds_per_client: int = setting(0, "largest number of rounds of one client; 0 is num_rounds", least=0)
+    min_clients: int = setting(1, "least number of clients with budget left; with fewer the run ends", least=1)
     secure_aggregation: bool = setting(
-        False, "switch: the server sees sums of updates and no single one; epsilon stays that of one who sees all"
+        False, "switch: the server sees only sums of updates; epsilon is still for an observer of each update"
     )
     secure_threshold: float = setting(
         0.67,
@@ -55,21 +53,21 @@ class Federation:
         above=0.5,
         most=1,
     )
-    attack: str = setting("", "what attackers do, in a simulation of it; empty is for no attackers")
+    attack: str = setting("", "attack that attackers simulate; empty is for no attackers")
     attack_args: str = setting("", "arguments of the attack: factor = 10")
     attackers: float = setting(0.0, "share of clients that attack, drawn from the seed", least=0, most=1)
     dropout_rate: float = setting(
-        0.0, "simulated chance of a client that is asked to be away for the round; it stays charged", least=0, most=1
+        0.0, "simulated chance of a client of the cohort to be absent; it stays charged", least=0, most=1
     )
     delay: str = setting(
         "none",
-        "simulated time until a reply is there: none, exponential, lognormal; not slept through",
+        "simulated time until a reply: none, exponential, lognormal; the run does not wait for it",
         choices=("none", "exponential", "lognormal"),
     )
     delay_mean: float = setting(1.0, "mean of the simulated delay in seconds", above=0)
     client_timeout: float = setting(
         0.0,
-        "time in seconds after which a client is given up: a simulated delay, or a worker at one client; 0 is never",
+        "largest time in seconds for a client: a simulated delay, or a worker at one client; 0 is no limit",
         least=0,
     )
     join_timeout: float = setting(60.0, "time in seconds until all clients must have joined", above=0, may_change=True)
@@ -81,9 +79,9 @@ class Federation:
 def check(config: Federation) -> None:
     """Raise ``SettingError`` for settings of this group that exclude each other."""
     if config.dropout_rate >= 1:
-        refuse(config, "dropout_rate", "in [0, 1)", "nobody would ever reply")
+        refuse(config, "dropout_rate", "in [0, 1)", "no client would ever reply")
     if math.isinf(config.delay_mean):
-        refuse(config, "delay_mean", "finite", "nobody would ever reply")
+        refuse(config, "delay_mean", "finite", "no client would ever reply")
     if config.secure_aggregation:
         if config.update_codec != "fp32":
             remedy = "masked sums need every coordinate; use fp32"

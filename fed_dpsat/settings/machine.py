@@ -25,7 +25,7 @@ class Machine:
     )
     device: str = setting(
         "cpu",
-        "device of model and batches: cpu, cuda, cuda:N, or auto (cuda where there is a card, else cpu); the last bits "
+        "device of model and batches: cpu, cuda, cuda:N, or auto (cuda if there is a card, else cpu); the last bits "
         "of results depend on it",
     )
     gpus_per_worker: float = setting(
@@ -48,9 +48,9 @@ class Machine:
     out: str = setting(
         "", "run folder, new or empty; by default one in runs/ that is named after config and time", may_change=True
     )
-    resume: bool = setting(False, "switch: go on with the run in out, from its last checkpoint", may_change=True)
+    resume: bool = setting(False, "switch: continue the run in out from its last checkpoint", may_change=True)
     profile: bool = setting(
-        False, "switch: write trace.json, who was at work when, for ui.perfetto.dev", may_change=True
+        False, "switch: write trace.json, the times of all clients, for ui.perfetto.dev", may_change=True
     )
     loggers: str = setting(
         "", "loggers besides the run folder, comma-separated: tensorboard, mlflow, wandb, your own", may_change=True

@@ -18,7 +18,7 @@ class Training:
     )
     start_head: str = setting(
         "loaded",
-        "head (last layer) to start with: loaded from start_from, or new, for another number of classes",
+        "head (last layer) at the start: loaded from start_from, or new, for another number of classes",
         choices=("loaded", "new"),
     )
     train_layers: str = setting(
@@ -35,7 +35,7 @@ class Training:
     )
     optimizer: str = setting("dp-sat", "private optimizer")
     base_optimizer: str = setting(
-        "dp-sgd", "the step that dp-sat and its kind make, itself an optimizer; disk+adam is disk over adam"
+        "dp-sgd", "optimizer that dp-sat and other wrappers make their step with; disk+adam is disk over adam"
     )
     optimizer_args: str = setting("", "arguments of the optimizers that no setting fills: beta2 = 0.99, floor = 0.1")
     lr: float = setting(2.0, "learning rate", least=0)
@@ -49,7 +49,7 @@ class Training:
     rho: float = setting(0.03, "radius that sharpness-aware methods climb, in parameter space", least=0)
     ascent_memory: str = setting(
         "client",
-        "direction climbed first in a round: the client's last private gradient, or zero",
+        "first ascent direction of a round: the client's last private gradient, or zero",
         choices=("client", "zero"),
     )
     local_steps: int = setting(1, "number of private steps a client takes per round", least=1)
@@ -73,8 +73,8 @@ class Training:
     )
     kernels: str = setting(
         "auto",
-        "what the planned engine computes with on a CPU: torch, or also kernels of its own, compiled by the machine's "
-        "C compiler; auto is compiled where that works",
+        "kernels of the planned engine on a CPU: torch, or also its own, which the C compiler of the machine compiles; "
+        "auto is compiled if that works",
         choices=("auto", "compiled", "torch"),
     )
 
