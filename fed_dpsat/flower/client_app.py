@@ -13,8 +13,9 @@ from flwr.clientapp import ClientApp
 
 from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.plans import spend
-from fed_dpsat.client.build import Experiment, Request
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluate
+from fed_dpsat.client.train import Request
 from fed_dpsat.client.trial import try_client
 from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import RecordError
