@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from logging import getLogger
 
 from flwr.app import Message, MessageType, RecordDict
@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fed_dpsat.errors import RunError
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.flower.wire.records import RecordError
 
 log = getLogger("fed_dpsat")
 
@@ -38,15 +39,10 @@ def identify_nodes(grid: Grid, num_clients: int, timeout: float, fingerprint: st
     problems: dict[int, str] = {}
     while True:
         strangers = sorted(set(grid.get_node_ids()) - set(nodes.values()))
-        questions = _questions(strangers, fingerprint)
-        for reply in grid.send_and_receive(questions, timeout=max(timeout, POLL_SECONDS)) if questions else ():
-            node = reply.metadata.src_node_id
-            try:
-                client = records.read_identity(reply)
-            except records.RecordError as error:
-                problems[node] = str(error)
-                continue
-            if not 0 <= client < num_clients:
+        for node, client in _identities(grid, strangers, fingerprint, max(timeout, POLL_SECONDS)):
+            if isinstance(client, RecordError):
+                problems[node] = str(client)
+            elif not 0 <= client < num_clients:
                 problems[node] = f"partition {client} is not among the {num_clients} of this run"
             elif client in nodes:
                 raise FederationError(f"nodes {nodes[client]} and {node} both say that they hold partition {client}")
@@ -71,20 +67,23 @@ def who_is_there(grid: Grid, known: Mapping[int, int], num_clients: int, fingerp
     """Client to node id of the connected clients; a client may come back with another node id."""
     connected = set(grid.get_node_ids())
     nodes = {client: node for client, node in known.items() if node in connected}
-    questions = _questions(sorted(connected - set(nodes.values())), fingerprint)
-    for reply in grid.send_and_receive(questions, timeout=ASK_SECONDS) if questions else ():
-        try:
-            client = records.read_identity(reply)
-        except records.RecordError:
-            continue
-        if 0 <= client < num_clients and client not in nodes:
-            nodes[client] = reply.metadata.src_node_id
-            log.info("client %d is now node %d", client, nodes[client])
+    for node, client in _identities(grid, sorted(connected - set(nodes.values())), fingerprint, ASK_SECONDS):
+        if not isinstance(client, RecordError) and 0 <= client < num_clients and client not in nodes:
+            nodes[client] = node
+            log.info("client %d is now node %d", client, node)
     return nodes
 
 
-def _questions(nodes: Iterable[int], fingerprint: str) -> list[Message]:
-    return [Message(records.same_content(fingerprint), node, MessageType.QUERY) for node in nodes]
+def _identities(
+    grid: Grid, nodes: Iterable[int], fingerprint: str, timeout: float
+) -> Iterator[tuple[int, int | RecordError]]:
+    """Each of ``nodes`` that replies, with its client, or with the reason why it has none."""
+    questions = [Message(records.same_content(fingerprint), node, MessageType.QUERY) for node in nodes]
+    for reply in grid.send_and_receive(questions, timeout=timeout) if questions else ():
+        try:
+            yield reply.metadata.src_node_id, records.read_identity(reply)
+        except RecordError as error:
+            yield reply.metadata.src_node_id, error
 
 
 class Directory:
