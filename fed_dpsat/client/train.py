@@ -90,7 +90,7 @@ class Training:
         """A client's model: the ``shared`` part, and its own part from ``state`` or else the initial one."""
         if not self.personal:
             return shared
-        # with personal layers, what is trained stays the same
+        # with personal layers, all rounds train the same parameters
         initial = moved(self.trained(1), device_of(shared))
         own = (state or {}).get(PERSONAL, only(initial, self.personal))
         return {name: own[name] if name in self.personal else shared[name] for name in initial}

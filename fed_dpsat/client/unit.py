@@ -1,7 +1,7 @@
 """The unit "client": one bound on the change of a whole client, over all its parameters together.
 
 ========================== ==================================================================
-case                       what the client adds
+case                       the addition of the client
 ========================== ==================================================================
 norm of its change <= C    the change
 above                      the change, scaled to norm C

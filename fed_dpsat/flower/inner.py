@@ -4,7 +4,7 @@
 setting or class                               in a run
 ============================================== ====================================================================
 ``fraction_train``, ``min_train_nodes``,       overruled: ``clients_per_round``, ``client_sampling`` and
-``min_available_nodes``                        ``min_clients`` say who is asked, which is what is charged
+``min_available_nodes``                        ``min_clients`` select the clients, each of which pays
 ``fraction_evaluate``, ``min_evaluate_nodes``, overruled: no client is asked to evaluate
 ``evaluate_metrics_aggr_fn``
 ``DifferentialPrivacyClientSide...``           refused: no client clips for it, so its noise covers nothing

@@ -1,6 +1,6 @@
 """The only judge of a client's reply, at the server and in workers that add replies up.
 
-A valid reply answers what was asked, names the event that was charged, and holds a model like the one that was sent.
+A valid reply answers its message, names the charged event, and holds a model with the shapes of the sent one.
 """
 
 from __future__ import annotations

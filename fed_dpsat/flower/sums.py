@@ -1,4 +1,4 @@
-"""Weighted sums of replies in a fixed tree, whose bits depend on no worker, and what is released of a sum.
+"""Weighted sums of replies in a fixed tree, whose bits depend on no worker, and the release of a sum.
 
 The clients of a round, in their order, are the leaves of a binary tree, whose nodes of 2, 4, 8, ... clients begin at
 multiples of their size. A process with the replies of consecutive clients adds up the nodes among them, two halves at a
@@ -157,13 +157,13 @@ def merge(parts: Iterable[Part]) -> Part:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRelease:
-    """What a round of the unit "client" releases: the sum of bounded changes, noised by the server.
+    """The release of a round under the unit "client": the sum of bounded changes, noised by the server.
 
     ``mechanism`` has the bound C of one client, and divides by the EXPECTED size of a cohort, a constant.
     ``every_client`` is true if a round costs all clients and not only the drawn ones: each has a coin.
 
     ==================================== ================================================================
-    case                                 what is released
+    case                                 release
     ==================================== ================================================================
     no client is drawn, or none replies  noise: the model would otherwise tell that no client was there
     fewer replies than drawn clients     their sum and the same noise, divided by the same constant

@@ -25,7 +25,7 @@ class Settings(Machine, Federation, Privacy, Training, Data):  # fields of the l
 
     @property
     def amplifying_rate(self) -> float:
-        """The chance of a client to be in a round where that may be counted on: coins of their own, else 1."""
+        """The chance of a client to be in a round, if each client has a coin of its own; otherwise 1."""
         return self.client_rate if self.client_sampling == "poisson" else 1.0
 
     @property

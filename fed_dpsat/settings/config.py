@@ -18,7 +18,7 @@ from fed_dpsat.settings.combinations import Settings, check_combinations
 from fed_dpsat.settings.values import Scalar, check_value
 
 MACHINE = frozenset(name for name, spec in flat.SPECS.items() if spec.metadata["may_change"])
-"""Settings that may change when a run is resumed: they say where and how long, not what."""
+"""Settings that may change when a run is resumed: they decide place and time, and not the result."""
 
 PATHS = ("data_path", "cache_dir", "out", "client_table", "start_from")
 

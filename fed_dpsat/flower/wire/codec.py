@@ -1,11 +1,11 @@
 """Encodings of a client's update for the network: functions of noised parameters, which cost no privacy.
 
 ============ ==================================================== ====================== =====================
-update_codec what is sent                                         bytes a coordinate     error
+update_codec values                                               bytes a coordinate     error
 ============ ==================================================== ====================== =====================
 fp32         the parameters, as they are                          4                      none
 bf16         the change, rounded to 8 bits of mantissa            2                      2^-9 of each change
-top-k        the ``update_share`` of largest changes, and where   8 * update_share       the small ones are 0
+top-k        the ``update_share`` of largest changes, and indices 8 * update_share       the small ones are 0
 random-k     a random ``update_share``, scaled up: unbiased       4 * update_share       variance
 ============ ==================================================== ====================== =====================
 

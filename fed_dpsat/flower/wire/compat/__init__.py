@@ -99,7 +99,7 @@ def items(record: ArrayRecord) -> ItemsView[str, flwr.app.Array]:
 
 
 def view(array: flwr.app.Array) -> NDArray[Any]:
-    """The values of ``array``, to read: without a copy where it holds them."""
+    """The values of ``array``, to read: without a copy if it holds them."""
     return array.view() if isinstance(array, Array) else np.asarray(array.numpy())
 
 
@@ -119,7 +119,7 @@ def act_for(run_id: int, node_id: int, task_id: int) -> None:
 
 
 def check_records() -> None:
-    """Raise ``FlowerError`` unless messages and records hold what is set in them; a new name would make it vain."""
+    """Raise ``FlowerError`` unless messages and records keep the values that this package sets in them."""
     try:
         metadata = Message(RecordDict(), SERVER_NODE_ID, MessageType.TRAIN).metadata
     except Exception as error:  # whatever a message asks for that it did not before
