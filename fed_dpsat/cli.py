@@ -22,14 +22,15 @@ from fed_dpsat.device import command as device_cli
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.lab.watch import watched
 from fed_dpsat.plugins import PACKAGES, builtin, summary
-from fed_dpsat.settings.config import RunConfig, parse_overrides
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.flat import parse_overrides
 
 if TYPE_CHECKING:
     from fed_dpsat.testing.configuration import Checked
 
 
 class _Commands(TyperGroup):
-    """What a command's imports find wrong, such as a Flower that lacks something, is one line too."""
+    """Commands whose import errors, such as a Flower without some internal, are one line too."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -67,10 +68,10 @@ def run(
     config: ConfigFile = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; new or empty. Default: runs/NAME-TIME.")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Write trace.json: who was at work when.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Write trace.json: the times of all clients.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train; the help text is made from the settings."""
+    """Train; the settings give the help text."""
     from fed_dpsat.simulation import simulate
 
     with _clear_errors():
@@ -89,9 +90,9 @@ def resume(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a run that was interrupted or killed: the same bits and the same account as if it had not been.
+    """Continue a run that was interrupted or killed; it ends with the bits and the account of an uninterrupted run.
 
-    --set takes what says how to run and not what: workers, ray_address, reply_timeout and their kind.
+    --set takes only settings that may change: workers, ray_address, reply_timeout and others of the machine.
     """
     from fed_dpsat import simulation
     from fed_dpsat.run.folder import RunFolder
@@ -107,7 +108,7 @@ def resume(
 
 @app.command()
 def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check all that CONFIG names, and try it on made-up examples, without training; exit code 2 if not all is fine.
+    """Check all objects that CONFIG names, and try them on made-up examples; exit code 2 for a fault.
 
     The suites of fed_dpsat.testing run on data set, partition, model, clipping rule, optimizer and strategy.
     """
@@ -196,7 +197,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
 
 
 def _who_delta_is_for(settings: RunConfig) -> str:
-    """As far as settings tell; no data is looked at."""
+    """A judgement of delta from the settings, without a look at data."""
     from fed_dpsat.accounting import large_delta
 
     if settings.privacy_unit == "client":
@@ -219,7 +220,7 @@ def plan(
     timed: Annotated[bool, typer.Option("--timed", help="Also time every strategy that fits a layer.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """How the planned engine computes each layer's per-example gradients in a run."""
+    """Show the way in which the planned engine computes the per-example gradients of each layer."""
     from fed_dpsat.client.build import Experiment
     from fed_dpsat.step.gradients.plan import plan_table, plan_text
 
@@ -245,7 +246,7 @@ def ledger(
     delta: Annotated[float | None, typer.Option(help="Default: that of the run.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What every client has spent, at which noise, and what its budget has left; verifies the file first."""
+    """Show the epsilon of each client, its noise, and the rest of its budget; verifies the file first."""
     from fed_dpsat.run.promise import threat_model
     from fed_dpsat.run.statement import read_statement
 
@@ -285,12 +286,11 @@ def ledger(
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML file with a base, a [grid] and perhaps [tune].")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder; one that was begun is gone on with. Default: runs/FILE.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; continues a sweep in it. Default: runs/FILE.")] = None,
     workers: Annotated[int, typer.Option(help="Runs at a time, each on a Ray worker; 0 is this process.")] = 0,
     budget: Annotated[
-        float | None, typer.Option(metavar="MINUTES", help="Leave seeds and rounds out until it fits, and say which.")
+        float | None,
+        typer.Option(metavar="MINUTES", help="Leave out seeds and rounds until the sweep fits, and list them."),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="AXIS=LABEL,LABEL", help="A part of the grid; in a folder of its own.")
@@ -300,7 +300,7 @@ def sweep(
 ) -> None:
     """Run a grid of methods, settings and seeds; tune on validation examples first; one table of all.
 
-    docs/sweeps.md says what is in FILE. --set overrides a setting of its base.
+    docs/sweeps.md describes FILE. --set overrides a setting of its base.
     """
     from fed_dpsat.lab.sweep import run_sweep
     from fed_dpsat.lab.sweep.show import print_sweep, shown
@@ -325,11 +325,13 @@ def audit(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG|RUN]", help="TOML file or run folder.")] = None,
     overrides: Overrides = None,
     canaries: Annotated[int, typer.Option(help="Canaries of the one run, each in by a fair coin.")] = 500,
-    mislabelled: Annotated[bool, typer.Option("--mislabelled", help="Also canaries for who sees models only.")] = False,
+    mislabelled: Annotated[
+        bool, typer.Option("--mislabelled", help="Also canaries for an observer of models only.")
+    ] = False,
     game: Annotated[bool, typer.Option("--game", help="The distinguishing game alone, without a run.")] = False,
     repetitions: Annotated[int, typer.Option(help="Repetitions of the game in each world.")] = 2000,
     mia: Annotated[int, typer.Option("--mia", help="Also a membership-inference curve from so many models.")] = 0,
-    figure: Annotated[Path | None, typer.Option(help="Where the curve is drawn: .png, .svg or .pdf.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="File of the curve: .png, .svg or .pdf.")] = None,
     confidence: Annotated[float, typer.Option(help="Of each lower bound.")] = 0.95,
     as_json: AsJson = False,
 ) -> None:
@@ -369,7 +371,7 @@ def sharpness(
     points: Annotated[int, typer.Option(help="Points of the figure along each axis.")] = 21,
     as_json: AsJson = False,
 ) -> None:
-    """How sharp the minimum is that a run found, on public test data; also written to RUN/sharpness.json."""
+    """Measure the sharpness of the minimum of a run on public test data; also written to RUN/sharpness.json."""
     from fed_dpsat.lab.report.sharpness import measure_run, sharpness_words
 
     with _clear_errors():
@@ -388,7 +390,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Page to write, for one run. Default: report.html in it.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """One page per run, with figures beside it as SVG and PNG: what privacy cost and what it bought."""
+    """Write one page per run, with figures as SVG and PNG: the cost of privacy and the accuracy."""
     from fed_dpsat.lab.report.page import write_report
 
     with _clear_errors():
@@ -415,7 +417,7 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Groups of runs by what differs: means and intervals over seeds, and the front of accuracy against epsilon."""
+    """Compare groups of runs: means and intervals over seeds, and the front of accuracy against epsilon."""
     from fed_dpsat.lab.report import comparing, comparing_page, condensed
 
     with _clear_errors():
@@ -449,7 +451,7 @@ def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """What a user can mend is one line and an exit code, never a traceback."""
+    """Show an error that a user can mend as one line and an exit code, without a traceback."""
     handler = RichHandler(console=err_console, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     try:
@@ -466,7 +468,7 @@ def _clear_errors() -> Iterator[None]:
             raise
         _fail(f"{error.filename}: {error.strerror}", FAILED)
     except KeyboardInterrupt:
-        _fail("interrupted; the run folder holds what was done", INTERRUPTED)
+        _fail("interrupted; the run folder holds the finished rounds", INTERRUPTED)
 
 
 def _fail(error: object, code: int) -> None:

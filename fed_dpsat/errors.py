@@ -1,8 +1,10 @@
-"""Errors that say what to do; the command line turns each into one line and an exit code."""
+"""Errors that say what to do, each one line and an exit code on the command line; and warnings that appear once."""
 
 from __future__ import annotations
 
 import errno
+import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,12 @@ class SettingError(InputError):
 
 class ModelError(InputError):
     """A network that cannot be built or cannot be trained privately."""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log ``message`` as a warning, once in a process."""
+    logging.getLogger("fed_dpsat").warning("%s", message)
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

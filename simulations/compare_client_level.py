@@ -18,7 +18,7 @@ import torch
 
 from fed_dpsat import RunConfig, simulate
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.flower.personal import summarised
+from fed_dpsat.client.personal import summarised
 from simulations.compare_personal import client_accuracies
 from simulations.repeat import difference, kept, spread
 

@@ -21,8 +21,7 @@ import torch
 from fed_dpsat import RunConfig, simulate
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluate
-from fed_dpsat.data.dataset import Examples
-from fed_dpsat.flower.personal import summarised
+from fed_dpsat.client.personal import summarised
 from simulations.repeat import difference, kept, spread
 
 HERE = Path(__file__).parent
@@ -103,13 +102,12 @@ def _by_figure(keep: Path | None, key: str, settings: dict[str, Any], seeds: Ite
 def client_accuracies(experiment: Experiment, params: dict[str, torch.Tensor]) -> dict[int, float]:
     """Of one model for all, on each client's share of the public test split."""
     test, module = experiment.dataset.test, experiment.loss_fn.module
-
-    def rows(share: Any) -> Examples:
-        chosen = torch.as_tensor(share)
-        return Examples(inputs=test.inputs[chosen], labels=test.labels[chosen], mean=test.mean, std=test.std)
-
     shares = enumerate(experiment.test_shares)
-    return {client: evaluate(module, params, rows(share)).accuracy for client, share in shares if len(share)}
+    return {
+        client: evaluate(module, params, test.rows(torch.from_numpy(share))).accuracy
+        for client, share in shares
+        if len(share)
+    }
 
 
 def _table(rows: list[str], n: int) -> str:

@@ -172,7 +172,8 @@ def check_command(command: str, folder: Path) -> None:
     from click.exceptions import Exit
 
     from fed_dpsat.cli import app
-    from fed_dpsat.settings.config import RunConfig, parse_overrides
+    from fed_dpsat.settings.config import RunConfig
+    from fed_dpsat.settings.flat import parse_overrides
 
     verb: Any = typer.main.get_command(app)
     name, rest, context = "fed-dpsat", words[1:], None

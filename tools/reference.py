@@ -21,7 +21,8 @@ import fed_dpsat
 import fed_dpsat.testing
 from fed_dpsat import plugins
 from fed_dpsat.cli import app
-from fed_dpsat.settings.config import MACHINE, RunConfig
+from fed_dpsat.settings.combinations import GROUPS
+from fed_dpsat.settings.config import MACHINE
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "# nav: begin", "# nav: end"
@@ -82,20 +83,20 @@ def cli_page() -> str:
 
 
 def configuration_page() -> str:
-    """Every setting, in the groups of ``RunConfig``."""
+    """Every setting, group by group."""
     intro = (
         'Every setting is one key in a TOML file, `--set key=value`, or `flwr run -c "key=value"`. '
         "Settings marked **↻** may change when a run is resumed: they say where and how long, not what."
     )
     lines = [*_title("Configuration", intro)]
-    fields = {spec.name: spec for spec in dataclasses.fields(RunConfig)}
     head = ("setting", "what it is", "type", "default", "values")
-    for group, names in _groups():
+    for group in GROUPS:
         rows = []
-        for spec in (fields[name] for name in names):
+        for spec in dataclasses.fields(group):
             shown = f"`{spec.name}`{' **↻**' if spec.name in MACHINE else ''}"
             rows.append((shown, spec.metadata["doc"], str(spec.type), _default(spec.default), _bounds(spec)))
-        lines += [f"## {group[0].upper()}{group[1:]}", "", *_table(head, rows)]
+        title, _, _ = (group.__doc__ or "").partition(":")
+        lines += [f"## {title}", "", *_table(head, rows)]
     return "\n".join(lines)
 
 
@@ -185,22 +186,6 @@ def _value(option: Any) -> str:
     return f" `{option.metavar or option.type.name.upper()}`{default}"
 
 
-def _groups() -> Iterator[tuple[str, list[str]]]:
-    """The comments of ``RunConfig`` that stand over its settings, with their names."""
-    group, names = "", []
-    for line in inspect.getsource(RunConfig).splitlines():
-        comment, setting = re.fullmatch(r"    # (.*)", line), re.match(r"    (\w+): \w+ = _setting", line)
-        if comment and names:
-            yield group, names
-        if comment:
-            group, names = comment[1], []
-        if setting:
-            names.append(setting[1])
-        if line.strip().startswith("def "):
-            break
-    yield group, names
-
-
 def _default(value: object) -> str:
     return f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value!r}`".replace("'", '"')
 
@@ -225,8 +210,11 @@ def _object(name: str, value: Any, level: int = 2) -> list[str]:
 
 
 def _methods(cls: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties that say what they do, in the order of the source."""
-    for member, value in list(vars(cls).items()):
+    """Public methods and properties with a docstring, in the order of the source; of settings, also those of groups."""
+    owners = [
+        base for base in reversed(cls.__mro__) if base is cls or base.__module__.startswith("fed_dpsat.settings.")
+    ]
+    for member, value in [item for owner in owners for item in vars(owner).items()]:
         function = getattr(value, "__func__", value)
         public = not member.startswith("_") and member not in getattr(cls, "__annotations__", {})
         if public and (inspect.isfunction(function) or isinstance(function, property)) and inspect.getdoc(function):

@@ -1,1 +1,1 @@
-"""A client of a run: the objects of its configuration, what it is asked in a round, and its trial before the run."""
+"""A client of a run: the objects of its configuration, its assignment and its round, and its trial before the run."""

@@ -1,4 +1,4 @@
-"""What a client is sent for one round: the work, and the event that the work costs."""
+"""The assignment of a client for one round: the work, and the event that the work costs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LOCAL = {"local_sample_rate": "sample_rate", "local_steps": "local_steps"}
 class Assignment:
     """One round of one client. The ledger charges its ``event``, the client runs it, and the reply has to name it.
 
-    Under the unit "example" each local step is a release, and ``event`` says all of the work. Under the unit "client"
-    the server releases once per round, and ``training`` says what the client does before. Raises ``SettingError`` for
-    an event of one unit with the work of the other.
+    Under the unit "example" each local step is a release, and ``event`` describes the whole work. Under the unit
+    "client" the server releases once per round, and ``training`` describes the work of the client before. Raises
+    ``SettingError`` for an event of one unit with the work of the other.
     """
 
     round: int
@@ -52,14 +52,14 @@ class Assignment:
         return 0.0 if self.training else self.event.noise_multiplier
 
     def to_dict(self) -> dict[str, float | int | str]:
-        """A flat dict of scalars, as a Flower ``ConfigRecord`` carries it."""
+        """A flat dict of scalars, for a Flower ``ConfigRecord``."""
         local = asdict(self.training) if self.training else {}
         own = {name: getattr(self, name) for name in OWN}
         return {**own, **self.event.to_dict(), **{key: local[name] for key, name in LOCAL.items() if local}}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Assignment:
-        """The assignment that ``to_dict`` gave; ``ValueError`` for a key or a type that it never gives."""
+        """The assignment from ``to_dict``; ``ValueError`` for a key or a type that ``to_dict`` never returns."""
         rest = dict(record)
         own = {name: rest.pop(name, None) for name in OWN}
         if wrong := [name for name, value in own.items() if type(value) is not int]:

@@ -1,25 +1,29 @@
-"""What an attack is, what an attacker knows, and who attacks."""
+"""Attacks, the knowledge of an attacker, and the choice of the attackers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat import plugins
+from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.params import Params
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.noise import derive_generator
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What an attacker knows in a round.
+    """The knowledge of an attacker in a round.
 
-    ``update``: what it would honestly send, less the global model; ``colluders()``: that of every attacker, its own
-    first, as the plan of this one would have them train.
+    ``update`` is its honest update: the difference of its model from the global one. ``colluders()`` gives the honest
+    updates of all attackers under the plan of this one, its own first.
     """
 
     update: Params
@@ -30,14 +34,14 @@ class Scene:
 
 
 class Attack:
-    """Honest as it stands; an attack overrides one of the two, or both."""
+    """An honest client; an attack overrides one of the two methods, or both."""
 
     def poison(self, labels: Tensor, num_classes: int) -> Tensor:
-        """``[N]``: the labels an attacker trains on, in the place of its own."""
+        """``[N]``: the labels that an attacker trains on instead of its own."""
         return labels
 
     def forge(self, scene: Scene) -> Params:
-        """The update an attacker sends."""
+        """The update that an attacker sends."""
         return scene.update
 
 
@@ -48,15 +52,43 @@ class Attackers:
     attack: Attack
     clients: tuple[int, ...]
 
+    @classmethod
+    def of(cls, config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:
+        """The attackers of ``config``, whose attack takes its arguments from ``settings``; None without an attack."""
+        if not config.attack:
+            return None
+        attack = plugins.build("attack", config.attack, settings, config.attack_args)
+        plugins.required("attack", config.attack, attack)
+        return cls(attack=attack, clients=choose_attackers(config.num_clients, config.attackers, config.seed))
+
+    def forged(
+        self,
+        client: int,
+        update: Params,
+        honest: Callable[[int], Params],
+        *,
+        num_clients: int,
+        generator: np.random.Generator,
+    ) -> Params:
+        """The update that ``client`` sends instead of ``update``; ``honest`` gives the update of any attacker."""
+        others = [other for other in self.clients if other != client]
+        return self.attack.forge(
+            Scene(
+                update=update,
+                colluders=lambda: [update, *map(honest, others)],
+                num_clients=num_clients,
+                num_attackers=len(self.clients),
+                generator=generator,
+            )
+        )
+
     def poisoned(self, dataset: Dataset, partitions: Sequence[np.ndarray]) -> Dataset:
-        """``dataset`` with the training labels of attackers as the attack has them; the test split stays."""
+        """``dataset`` with the poisoned training labels of the attackers; the test split does not change."""
         labels = dataset.train.labels.clone()
         for client in self.clients:
             own = torch.from_numpy(partitions[client])
             labels[own] = self.attack.poison(labels[own], dataset.num_classes)
-        train = dataset.train
-        poisoned = Examples(inputs=train.inputs, labels=labels, mean=train.mean, std=train.std)
-        return Dataset(name=dataset.name, train=poisoned, test=dataset.test, class_names=dataset.class_names)
+        return dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, labels=labels))
 
 
 def choose_attackers(num_clients: int, share: float, seed: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Quality of a model on a test split: accuracy, loss, calibration, and how it is spread over classes and clients."""
+"""Quality of a model on a test split: accuracy, loss, calibration, and their distribution over classes and clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CALIBRATION_BINS = 15
 
 
 def measured_on(config: RunConfig) -> str:
-    """The examples that models of a run are evaluated on, in words."""
+    """The examples that a run evaluates on, in words."""
     return "validation examples held out of the training split" if config.validation_share else "public test split"
 
 
@@ -43,7 +43,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """Examples whose confidence is in ``(low, high]``: how many, how sure on average, how often right."""
+    """Examples with a confidence in ``(low, high]``: their count, mean confidence and accuracy."""
 
     low: float
     high: float
@@ -54,7 +54,7 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassAccuracy:
-    """Share of the ``count`` test examples of one class that are recognised; None where there are none."""
+    """Accuracy on the ``count`` test examples of one class; None without one."""
 
     count: int
     accuracy: float | None
@@ -90,9 +90,9 @@ class Quality:
 
 
 def predict(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Predictions:
-    """``(logits[B, K], labels[B])`` of each batch, in order, in evaluation mode, where ``module`` is.
+    """``(logits[B, K], labels[B])`` of each batch, in order, in evaluation mode, on the device of ``module``.
 
-    What a module draws even so is the same each time.
+    A module that draws random numbers in evaluation mode draws the same ones in each call.
     """
     device = device_of(module)
     params, found = moved(params, device), []
@@ -120,7 +120,7 @@ def evaluation_of(predictions: Predictions) -> Evaluation:
 
 
 def quality_of(predictions: Predictions, num_classes: int) -> Quality:
-    """Of logits ``[N, K]`` and labels ``[N]``, in double precision; for public examples only: nothing is noised."""
+    """The quality of logits ``[N, K]`` for labels ``[N]``, in double precision; without noise, so for public data."""
     outputs, labels = torch.cat([o for o, _ in predictions]), torch.cat([y for _, y in predictions])
     finite = torch.isfinite(outputs).all(1)
     right = (outputs.argmax(1) == labels).cpu().numpy()
@@ -166,12 +166,10 @@ def reliability(
 
 
 def client_accuracies(label_counts: NDArray[np.int64], per_class: Sequence[ClassAccuracy]) -> NDArray[np.float64]:
-    """``[clients]``: the accuracy to expect on test examples whose labels are mixed as the client's; NaN if unknown.
+    """``[clients]``: the expected accuracy on test examples with the label distribution of each client.
 
-    The mean of the classes' test accuracies, weighted by ``label_counts[clients, classes]``: what dealing test examples
-    by each client's label distribution gives on average, without the chance of the deal. The counts are private data of
-    a client, so this is for simulations alone, where whoever reads it has all data. NaN where a client holds a class
-    without a test example.
+    This is the mean of the test accuracies of classes, weighted by ``label_counts[clients, classes]``. The counts are
+    private data of a client, so only simulations may use it. NaN for a client with a class that has no test example.
     """
     accuracy = np.array([math.nan if c.accuracy is None else c.accuracy for c in per_class])
     held = np.where(label_counts > 0, label_counts * accuracy, 0.0)
@@ -180,13 +178,13 @@ def client_accuracies(label_counts: NDArray[np.int64], per_class: Sequence[Class
 
 
 def worst_decile(values: Sequence[float] | NDArray[np.float64]) -> float:
-    """Mean of the lowest tenth of ``values[N]``, of at least one of them; NaN for none."""
+    """Mean of the lowest tenth of ``values[N]``, at least one; NaN for an empty list."""
     lowest = np.sort(np.asarray(values, dtype=np.float64))[: max(1, math.ceil(len(values) / 10))]
     return float(lowest.mean()) if len(lowest) else math.nan
 
 
 def gini(values: Sequence[float] | NDArray[np.float64]) -> float:
-    """``sum_ij |x_i - x_j| / (2 N^2 mean)`` of ``values[N] >= 0``: 0 is all equal; 0 for all zero, NaN for none."""
+    """``sum_ij |x_i - x_j| / (2 N^2 mean)`` of ``values[N] >= 0``: 0 if all are equal; NaN for an empty list."""
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n, total = len(ordered), float(ordered.sum())
     if not n or math.isnan(total):

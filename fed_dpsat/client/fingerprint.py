@@ -26,9 +26,9 @@ CHUNK_BYTES = 2**24
 def contents(
     dataset: Dataset, partitions: Sequence[np.ndarray], module: nn.Module, sent: Collection[str]
 ) -> dict[str, str]:
-    """SHA-256 in hex of what no message carries: the data, who holds which example, and ``module`` but for ``sent``.
+    """SHA-256 in hex of the parts that no message carries: the data, the partition, and ``module`` without ``sent``.
 
-    ``sent`` are names of parameters that a server sends, so that their values here do not matter.
+    ``sent`` names the parameters that a server sends, so that their values in this process do not matter.
     """
     data = hashlib.sha256(json.dumps(dataset.class_names).encode())
     for split in (dataset.train, dataset.test):
@@ -60,7 +60,7 @@ def _add_examples(digest: Any, split: Examples) -> None:
 
 
 def _add(digest: Any, values: Tensor) -> None:
-    """Type, shape and bytes, of a tensor on any device."""
+    """Add type, shape and bytes of a tensor on any device."""
     digest.update(json.dumps([str(values.dtype), list(values.shape)]).encode())
     if values.numel():
         flat = values.detach().cpu().contiguous().reshape(-1)

@@ -1,7 +1,7 @@
-"""Objects that a caller hands over in Python: a run works on copies of them, and says what they were.
+"""Objects that a caller gives in Python: a run works on copies of them, and records their names.
 
-So two runs with one object begin alike, and the caller's stays as it was: a strategy's memory, a model's place, modes,
-flags and buffers. Data sets are not copied: nothing writes into one.
+So two runs with one object start alike, and the object of the caller does not change: the memory of a strategy; the
+device, modes, flags and buffers of a model. Data sets are not copied, because a run does not write into them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.settings.config import RunConfig, Scalar
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.values import Scalar
 
 Given = TypeVar("Given")
 
@@ -24,22 +25,22 @@ UNUSED: dict[str, dict[str, Scalar]] = {
     "optimizer": {"base_optimizer": "dp-sgd", "optimizer_args": ""},
     "strategy": {"strategy_args": ""},
 }
-"""By setting, others that an object in its place makes nothing of, at their defaults."""
+"""By setting: the settings that an object makes unused, with their defaults."""
 
 
 def copied(setting: str, given: Given, memo: dict[int, Any] | None = None) -> Given:
-    """A copy of ``given``, for a run or its trial to work on; ``memo`` is that of ``copy.deepcopy``.
+    """A copy of ``given`` for a run or its trial; ``memo`` is that of ``copy.deepcopy``.
 
-    A weight that a module computes from others is copied by value. Raises ``SettingError`` for what has no copy.
+    A weight that a module computes from others is copied by value. Raises ``SettingError`` if there is no copy.
     """
     memo = {} if memo is None else memo
     for part in given.modules() if isinstance(given, nn.Module) else ():
         for value in vars(part).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # as weight_norm leaves one
+            if isinstance(value, Tensor) and not value.is_leaf:  # as of weight_norm
                 memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(given, memo)
-    except Exception as error:  # whatever its parts raise
+    except Exception as error:  # parts of any class raise any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingError(
             setting,
@@ -50,7 +51,7 @@ def copied(setting: str, given: Given, memo: dict[int, Any] | None = None) -> Gi
 
 
 def called(given: Any) -> str:
-    """``"module.Class (from Python)"``, over those that it has as its ``base``; of a data set its own name."""
+    """``"module.Class (from Python)"`` with the classes of its bases; for a data set its own name."""
     if isinstance(name := getattr(given, "name", None), str) and hasattr(given, "class_names"):
         return f"{name} {FROM_PYTHON}"
     chain = [given]
@@ -60,7 +61,7 @@ def called(given: Any) -> str:
 
 
 def renamed(config: RunConfig, **given: Any) -> RunConfig:
-    """``config`` with the names of those that are ``given`` (not None) by their settings."""
+    """``config`` with the names of the ``given`` objects (not None), by setting."""
     names: dict[str, Any] = {}
     for setting, value in given.items():
         if value is not None:

@@ -1,4 +1,4 @@
-"""Private heads: parameters that a client keeps in its own state, never sends, and nobody averages.
+"""Private heads: parameters that a client keeps in its own state and never sends, so that no server averages them.
 
 Source: Arivazhagan et al. 2019, "Federated Learning with Personalization Layers" (arXiv 1912.00818): the base is
 shared, the last layers are each client's, and both are trained together.
@@ -14,16 +14,17 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from fed_dpsat.client.evaluation import worst_decile
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.ties import layer_of
 from fed_dpsat.params import Params
 
 PERSONAL = "personal"
-"""Where a client keeps its own parameters in its state."""
+"""The key of a client's own parameters in its state."""
 
 
 def personal_names(params: Params, personal_layers: str, tensors: Mapping[str, str] | None = None) -> frozenset[str]:
-    """Which of the model's ``params`` stay on the client. ``tensors`` has all names of them (``ties.named_tensors``).
+    """The names of ``params`` that stay on the client. ``tensors`` has all their names (``ties.named_tensors``).
 
     =============== ==================================================================
     personal_layers the client's own
@@ -34,7 +35,7 @@ def personal_names(params: Params, personal_layers: str, tensors: Mapping[str, s
     =============== ==================================================================
 
     A tensor that another layer uses too stays with it.
-    Raises ``SettingError`` for a name that is none, or where nothing would be left to share.
+    Raises ``SettingError`` for an unknown name, or if no parameter is left to share.
     """
     wanted = [name.strip() for name in personal_layers.split(",") if name.strip()]
     tensors = {name: first for name, first in (tensors or {n: n for n in params}).items() if first in params}
@@ -80,7 +81,7 @@ def deal_test(
 
     The test examples of a class are dealt in proportion to the training examples of that class that each client holds,
     by largest remainders, ties and examples by ``seed``. So a share has the labels of its client's data, whatever the
-    partition, and depends on their counts. A class that nobody trains on is dealt to nobody.
+    partition, and depends on their counts. No client gets a class without training examples.
     """
     generator = np.random.default_rng(seed)
     counts = np.stack([np.bincount(train_labels[part], minlength=_classes(train_labels)) for part in partitions])
@@ -97,6 +98,16 @@ def deal_test(
         for share, dealt in zip(shares, np.split(examples, np.cumsum(sizes)[:-1]), strict=True):
             share.append(dealt)
     return [np.sort(np.concatenate(share)) for share in shares]
+
+
+def summarised(accuracies: Mapping[int, float]) -> dict[str, float | int]:
+    """Mean and worst decile of the ``accuracies`` of clients' own models, and their number: for ``rounds.jsonl``."""
+    found = list(accuracies.values())
+    return {
+        "personal_accuracy": sum(found) / len(found),
+        "personal_worst_decile": worst_decile(found),
+        "personal_clients": len(found),
+    }
 
 
 def _classes(labels: np.ndarray) -> int:

@@ -1,19 +1,19 @@
-"""One trial before anything is charged: a run's own objects, copied, on made-up examples of its data's shape and types.
+"""A trial before any charge: copies of the objects of a run, on made-up examples of the shape and types of its data.
 
-A model that no engine takes, a head with too few outputs, an optimizer that fails in its second step: all of them would
-fail after clients were charged. So each run, and each client on a network or a device, goes its whole way once on
-examples that nobody holds, and what fails there ends in one line.
+A model that no engine takes, a head with too few outputs, an optimizer that fails in its second step: without a trial,
+each of these fails after clients were charged. So each run, and each client on a network or a device, first works
+through a short run on made-up examples, and a failure there ends in one line.
 
 ======================= ================================================================================
-what                    in the trial
+part                    in the trial
 ======================= ================================================================================
 inputs                  rows of the public test split; without one, random bytes, or random zeros and ones
 labels                  made up, the largest class among them
 examples of a client    ``ROWS``, each in each batch
-local steps             2, or 3 if a round has an odd number of more; all where the optimizer sends their sum
-rounds                  2, if the run has them: what is carried over is carried over once
-noise                   as much in the mean gradient as in the run, from streams of its own
-objects                 copies; torch's, numpy's and Python's own generators are put back
+local steps             2, or 3 for a larger odd number; all steps if the optimizer sends their sum
+rounds                  2, if the run has them, so that clients use their kept state once
+noise                   as much in the mean gradient as in the run, from separate streams
+objects                 copies; the generators of torch, numpy and Python are restored
 ======================= ================================================================================
 """
 
@@ -21,57 +21,36 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fed_dpsat.accounting.plans import plan_of
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.attackers import Attackers
+from fed_dpsat.client.blame import REMEDIES, Unfit, told
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.evaluation import predict
 from fed_dpsat.client.given import copied
 from fed_dpsat.data.dataset import Dataset, Examples
-from fed_dpsat.errors import InputError, ModelError, RunError, SettingError
 from fed_dpsat.params import Params
 from fed_dpsat.step import generators
 from fed_dpsat.step.generators import seed, training_on
-from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
 from fed_dpsat.step.noise import derive_seed
-from fed_dpsat.step.optimizers.chain import described
 from fed_dpsat.step.placement import moved
-from fed_dpsat.step.stacked import stacked_sum
 
-ROWS, LONGEST = 4, 300
+ROWS = 4
 FLOWER_LOGGER = "flwr"
-ENGINES = {clipped_gradient_sum.__code__, stacked_sum.__code__}
-EVALUATION = {predict.__code__}
-MODULES = {"fed_dpsat.flower.wire.codec": "codec"}
-FUNCTIONS = {"fed_dpsat.flower.round.Round._aggregated": "strategy"}
-
-
-class TrialError(InputError):
-    """What a run would have failed at, found on made-up examples; nothing was charged."""
-
-
-class Unfit(Exception):
-    """What the trial found to be wrong with ``kind`` of object, where nothing raised; ``seen`` and the remedy."""
-
-    def __init__(self, kind: str, seen: str, remedy: str) -> None:
-        super().__init__(seen)
-        self.kind, self.seen, self.remedy = kind, seen, remedy
 
 
 def try_client(experiment: Experiment) -> None:
     """A client's rounds on made-up examples, without a server: model, loss, engine, clipping and optimizer.
 
-    Raises ``TrialError`` for what fails in them.
+    Raises ``TrialError`` for a failure.
     """
     with untouched(experiment.device), held_back_logs(), told(experiment):
         tried = rehearsal(experiment, 1, noise_multiplier=experiment.config.noise_multiplier or 1.0)
@@ -89,8 +68,8 @@ def rehearsal(
 ) -> Experiment:
     """``experiment`` of ``clients`` with ``ROWS`` made-up examples each, on copies of its objects.
 
-    ``noise_multiplier`` is that of the run; that of the trial makes as much noise in the mean gradient, or in the mean
-    of clients. ``memo`` is that of ``copy.deepcopy``, for copies of what refers to the same objects.
+    ``noise_multiplier`` is that of the run; the trial takes one with equal noise in the mean gradient, or in the mean
+    of clients. ``memo`` is that of ``copy.deepcopy``, for copies that refer to the same objects.
     """
     config, memo = experiment.config, {} if memo is None else memo
     module = copied("model", experiment.loss_fn.module, memo)
@@ -147,8 +126,8 @@ def rehearsal(
 def made_up(dataset: Dataset, count: int, *, public: bool) -> Dataset:
     """``count`` training and ``ROWS`` test examples like those of ``dataset``, none of them a training example.
 
-    If the test split is ``public``, inputs are rows of it. Labels are spread over all classes, from the largest down,
-    and begin anew each ``ROWS``.
+    If the test split is ``public``, inputs are rows of it. Labels run over all classes, from the largest down, and
+    start again after ``ROWS`` examples.
     """
     shown = dataset.test if public and len(dataset.test) else None
     train, test = (
@@ -172,7 +151,7 @@ def _made_up(like: Examples, public: Examples | None, count: int, num_classes: i
 
 
 def assignments(tried: Experiment) -> list[Assignment]:
-    """What a client of the trial is asked, round by round."""
+    """The assignments of a client of the trial, round by round."""
     plan = plan_of(tried.config)
     return [Assignment.of(plan, round=round) for round in range(1, min(tried.config.num_rounds, 2) + 1)]
 
@@ -219,15 +198,15 @@ def check_result(after: Params, before: Params) -> None:
 
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
-    """The generators that a plug-in may draw from are afterwards as they were before, and so are warnings."""
+    """Restore all generators that a plug-in may draw from, and the warnings filter."""
     with warnings.catch_warnings(), generators.kept(device):
-        warnings.simplefilter("ignore")  # the run has them too
+        warnings.simplefilter("ignore")  # they appear in the run
         yield
 
 
 @contextmanager
 def held_back_logs() -> Iterator[None]:
-    """What the library logs is said once the trial went well; else what failed is all there is to say."""
+    """Hold back the log of the library until the trial succeeds; after a failure, drop it."""
     ours, flower, kept = logging.getLogger("fed_dpsat"), logging.getLogger(FLOWER_LOGGER), list[logging.LogRecord]()
 
     def keep(record: logging.LogRecord) -> bool:
@@ -244,100 +223,3 @@ def held_back_logs() -> Iterator[None]:
         flower.setLevel(level)
     for record in kept:
         ours.handle(record)
-
-
-REMEDIES = {
-    "clipping": "fed_dpsat.testing.check_clipping finds more",
-    "optimizer": "lower lr, and run fed_dpsat.testing.check_optimizer on it",
-    "strategy": "fed_dpsat.testing.check_strategy finds more",
-    "attack": "see fed_dpsat.lab.attacks.Attack",
-    "engine": "check_model and check_clipping of fed_dpsat.testing find whether model or clipping rule is wrong",
-    "codec": "set update_codec=fp32",
-}
-
-
-@contextmanager
-def told(experiment: Experiment, objects: Sequence[str] = (), strategy: object = None) -> Iterator[None]:
-    """What fails inside, as a ``TrialError`` of one line; ``objects`` are those that were given in Python."""
-    try:
-        yield
-    except (TrialError, SettingError):  # has its name, value, bound and remedy already
-        raise
-    except Unfit as unfit:
-        raise TrialError(_said(experiment, unfit.kind, objects, unfit.seen, unfit.remedy)) from None
-    except Exception as error:  # whatever a plug-in raises
-        kind, where, remedy = _blamed(error, experiment, strategy)
-        own = isinstance(error, InputError | RunError)
-        detail = f"{where}{error}" if own else f"{where}{_line(error)}"
-        raise TrialError(_said(experiment, kind, objects, detail, "" if own and ";" in detail else remedy)) from error
-
-
-def _said(experiment: Experiment, kind: str, objects: Sequence[str], seen: str, remedy: str) -> str:
-    config = experiment.config
-    values = {
-        **config.settings(),
-        "codec": config.update_codec,
-        "optimizer": described(config.optimizer, config.base_optimizer),
-    }
-    named = f"{kind}={values[kind]!r}" if kind in values else kind
-    name = f"the {kind} that was given" if kind in objects else named
-    end = f"; {remedy}" if remedy else ""
-    return f"{name} fails on made-up examples of {experiment.dataset.name}: {seen}{end} (nothing was charged)"
-
-
-def _line(error: BaseException) -> str:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:LONGEST] if first else type(error).__name__
-
-
-def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> tuple[str, str, str]:
-    """What kind of object ``error`` is of, where in it, and the remedy: by the innermost frame that is of one."""
-    kinds: dict[str, set[type]] = {
-        "clipping": {type(experiment.clipping)},
-        "optimizer": {type(link) for link in _chain(experiment.optimizer)},
-        "strategy": set(type(strategy).__mro__) - {object} if strategy is not None else set(),
-        "attack": {type(experiment.attackers.attack)} if experiment.attackers else set(),
-    }
-    kind, where, engine, root = "the run", "", False, None
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    for frame in frames:
-        owner = frame.f_locals.get("self")
-        if frame.f_code in ENGINES:
-            kind, where, engine = "engine", "", True
-        elif frame.f_code in EVALUATION:
-            kind, where, engine = "model", "in evaluation: ", False
-        elif of_place := MODULES.get(module := frame.f_globals.get("__name__", "")) or FUNCTIONS.get(
-            f"{module}.{frame.f_code.co_qualname}"
-        ):
-            kind, where = of_place, ""
-        elif isinstance(owner, nn.Module):
-            root = owner if root is None else root
-            kind, where = "model", _layer(root, owner)
-        elif found := [name for name, types in kinds.items() if type(owner) in types]:
-            kind, where = found[0], f"{frame.f_code.co_name}: "
-    if engine and (kind == "model" or isinstance(error, ModelError)):
-        kind = "model"
-        remedy = (
-            f"its forward pass works, its per-example gradients (engine={experiment.config.engine}) do not: write "
-            "that layer with operations that torch.func.vmap can map"
-        )
-        return kind, where, remedy
-    if kind == "model":
-        x = experiment.dataset.train.inputs
-        shape = ", ".join(map(str, x.shape[1:]))
-        return kind, where, f"its inputs are float32 [B, {shape}], normalised: make it take those"
-    return kind, where, REMEDIES.get(kind, "")
-
-
-def _layer(root: nn.Module, layer: nn.Module) -> str:
-    name = next((name for name, part in root.named_modules() if part is layer), "")
-    return f"layer {name} ({type(layer).__name__}): " if name else f"{type(layer).__name__}: "
-
-
-def _chain(optimizer: object) -> list[object]:
-    """``optimizer`` and its bases."""
-    found: list[object] = []
-    while optimizer is not None and optimizer not in found:
-        found.append(optimizer)
-        optimizer = getattr(optimizer, "base", None)
-    return found

@@ -1,7 +1,7 @@
-"""The unit "client": what one whole client may add to a round, bounded once, over all its parameters together.
+"""The unit "client": one bound on the change of a whole client, over all its parameters together.
 
 ========================== ==================================================================
-case                       what the client adds
+case                       the addition of the client
 ========================== ==================================================================
 norm of its change <= C    the change
 above                      the change, scaled to norm C
@@ -24,16 +24,16 @@ from torch import Tensor
 from fed_dpsat.params import Params, cut, laid_end_to_end, subtract
 
 ROUNDING = 2.0**-22
-"""Of the norm of a model: what float32 may add to a move by writing it as a model, twice."""
+"""Relative to the norm of a model: the error of a move that float32 writes as a model, twice."""
 
 
 def bounded(change: Params, clip_norm: float) -> Params:
-    """``change`` times min(1, clip_norm / norm), one norm over all tensors; in float64, as it is given back."""
+    """``change`` times min(1, clip_norm / norm), one norm over all tensors; in float64, as the result is."""
     return _bounded({name: value.to(torch.float64, copy=True) for name, value in change.items()}, clip_norm)
 
 
 def _bounded(own: Params, clip_norm: float) -> Params:
-    """``bounded`` of a change in float64 that nobody else has, in its memory."""
+    """``bounded`` for a change in float64, in the memory of that change."""
     norm = _norm(own)
     if not math.isfinite(norm):
         return {name: torch.zeros_like(value) for name, value in own.items()}
@@ -53,26 +53,26 @@ def largest(change: Params, share: float) -> Params:
 
 
 def bounded_model(after: Params, before: Params, *, clip_norm: float, keep_share: float) -> Params:
-    """What a client sends: ``before`` and its bounded change on the way to ``after``, in the types of ``before``."""
+    """The model that a client sends: ``before`` plus the bounded change to ``after``, in the types of ``before``."""
     change = bounded(largest(subtract(after, before), keep_share), clip_norm)
     return {name: change[name].add_(value).to(value.dtype) for name, value in before.items()}
 
 
 def excess(after: Params, before: Params, clip_norm: float) -> float:
-    """How much longer the move from ``before`` to ``after`` is than ``clip_norm``; 0 where rounding explains it."""
+    """The norm of the move from ``before`` to ``after`` beyond ``clip_norm``; 0 if rounding explains it."""
     beyond = _norm(_move(after, before)) - clip_norm
-    if beyond <= ROUNDING * clip_norm:  # whatever the norm of the model
+    if beyond <= ROUNDING * clip_norm:  # for any norm of the model
         return 0.0
     return beyond if beyond > ROUNDING * (_norm(before) + clip_norm) else 0.0
 
 
 def bounded_move(after: Params, before: Params, clip_norm: float) -> Params:
-    """What a reply adds to the sum, in float64: its norm is at most ``clip_norm`` whatever was sent."""
+    """The move of a reply for the sum, in float64; its norm is at most ``clip_norm`` for any reply."""
     return _bounded(_move(after, before), clip_norm)
 
 
 def _move(after: Params, before: Params) -> Params:
-    """In float64, and in memory of its own."""
+    """``after - before`` in float64, in new memory."""
     return {name: value.to(torch.float64, copy=True).sub_(before[name]) for name, value in after.items()}
 
 

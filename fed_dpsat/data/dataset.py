@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -49,6 +50,10 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def rows(self, indices: Tensor) -> Examples:
+        """The examples of ``indices[K]`` (int64), in that order."""
+        return dataclasses.replace(self, inputs=self.inputs[indices], labels=self.labels[indices])
 
     def batch(self, indices: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Normalised ``(inputs[B, C, ...] float32, labels[B])`` of ``indices[B]`` (int64), on ``device`` or as stored.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fed_dpsat.data.dataset import DataError, Dataset, Examples
+from fed_dpsat.data.dataset import DataError, Dataset
 
 
 def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:
@@ -29,12 +29,7 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:
     held, kept = np.sort(order[:size]), np.sort(order[size:])
     return Dataset(
         name=dataset.name,
-        train=_rows(dataset.train, kept),
-        test=_rows(dataset.train, held),
+        train=dataset.train.rows(torch.from_numpy(kept)),
+        test=dataset.train.rows(torch.from_numpy(held)),
         class_names=dataset.class_names,
     )
-
-
-def _rows(examples: Examples, chosen: np.ndarray) -> Examples:
-    rows = torch.from_numpy(chosen)
-    return Examples(inputs=examples.inputs[rows], labels=examples.labels[rows], mean=examples.mean, std=examples.std)

@@ -1,19 +1,19 @@
 """Asynchronous rounds (FedBuff, Nguyen et al., AISTATS 2022, arXiv 2106.06639), in simulated time.
 
-``in_flight`` clients are under way at a time. A round is a buffer of ``size`` arrivals: until it is full, who arrives
-makes room for another client, that sets out with the model of this round. An update that set out ``s`` rounds ago goes
-into the mean as ``(1 + s) ** -staleness_exponent`` times itself, added to the model of now.
+``in_flight`` clients train at a time. A round is a buffer of ``size`` arrivals: until it is full, each client that
+arrives makes room for another one, which starts from the model of this round. An update that started ``s`` rounds ago
+enters the mean scaled by ``(1 + s) ** -staleness_exponent``, and is added to the current model.
 
-Who sets out and who arrives follows from the seed and from simulated delays, which do not depend on data: so a client
-that is charged when it sets out pays for all that it tells, and its releases compose whatever their order.
+The seed and the simulated delays decide which clients start and arrive, and neither depends on data. So the charge at
+the start of a client covers its whole update, and its releases compose in any order.
 
 ============================================ =====================================================
 case                                         what happens
 ============================================ =====================================================
 a client that fails, drops out or is late    arrives without an update; its place is free again
-nobody left to set out                       fewer are under way; those that are still arrive
-arrivals without any update                  the model stays as it is
-a client that arrived in this round          sets out again in the next one at the earliest
+no client left to start                      fewer clients train; each of them still arrives
+arrivals without any update                  the model does not change
+a client that arrived in this round          starts again in the next round at the earliest
 ============================================ =====================================================
 """
 
@@ -42,7 +42,7 @@ from fed_dpsat.step.noise import derive_generator
 
 @dataclass(frozen=True, kw_only=True)
 class Cargo:
-    """A valid reply: how it differs from the model it set out with, and its records."""
+    """A valid reply: its difference from the model that the client started from, and its records."""
 
     update: Params
     metrics: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Cargo:
 
 @dataclass(frozen=True, kw_only=True)
 class Flight:
-    """A client under way since ``round``, that arrives at ``ready`` seconds; with ``cargo``, if it has any."""
+    """A client that started in ``round`` and arrives at ``ready`` seconds, with ``cargo`` if its reply is valid."""
 
     round: int
     ready: float
@@ -59,7 +59,7 @@ class Flight:
 
 
 class Buffer(RoundKind):
-    """Who is under way, and what arrived. Raises ``SettingError`` for sizes that cannot be."""
+    """The clients that train, and their arrivals. Raises ``SettingError`` for impossible sizes."""
 
     def __init__(self, *, size: int, in_flight: int, staleness_exponent: float, seed: int) -> None:
         if not 1 <= size <= in_flight:
@@ -70,7 +70,7 @@ class Buffer(RoundKind):
 
     @classmethod
     def of(cls, config: RunConfig) -> Buffer | None:
-        """As ``config`` says; None where rounds wait for their cohort."""
+        """The buffer of ``config``; None if rounds wait for their cohort."""
         if not config.buffer_size:
             return None
         return cls(
@@ -81,25 +81,25 @@ class Buffer(RoundKind):
         )
 
     def check(self, grid: Grid) -> None:
-        """Its time is simulated."""
+        """Raise ``FederationError`` on a network, which has no simulated time."""
         if not seconds_of(grid):
             raise FederationError("buffer_size needs simulated delays, and no network; set it to 0 on a network")
 
     def cohort(self, roster: Roster, round: int, seconds: Seconds | None) -> tuple[list[int], dict[int, History]]:
-        """Those who set out."""
-        assert seconds  # check() has seen to it
+        """The clients that start."""
+        assert seconds  # by check()
         eligible, retiring = roster.eligible(round)
         return self.set_out(round, eligible, seconds), retiring
 
     def pass_time(self, lasting: Iterable[float]) -> None:
-        """It passed when they set out, until the buffer was full."""
+        """Nothing: ``set_out`` advances the time until the buffer is full."""
 
     def ask(self, round: Round, grid: Grid, timeout: float) -> Iterable[Message]:
-        """Replies one by one, which arrive in other rounds."""
+        """Single replies, because each arrives in a round of its own."""
         return grid.send_and_receive(list(round.messages.values()), timeout=timeout)
 
     def aggregate(self, round: Round, replies: Iterable[Message]) -> Aggregate:  # type: ignore[override]
-        """What is computed is kept until it arrives; what arrives moves the model of now."""
+        """Keep each update until its client arrives; add the updates that arrive to the current model."""
         valid, _ = round.judged(replies)
         model = records.to_params(round.model)
         for client, reply in valid.items():
@@ -115,7 +115,7 @@ class Buffer(RoundKind):
         return round.hand_over(list(arrived), moves, metrics)
 
     def set_out(self, round: int, eligible: Iterable[int] | NDArray[np.int64], seconds: Seconds) -> list[int]:
-        """Clients that set out in ``round``, ascending. Time passes until the buffer is full or nobody is under way."""
+        """Clients that start in ``round``, ascending. Advances time until the buffer is full or no client trains."""
         allowed = np.sort(np.array(list(eligible), dtype=np.int64))
         order = derive_generator(self.seed, purpose="cohort", round=round).permutation(allowed).tolist()
         waiting = [client for client in order if client not in self.flights]
@@ -134,25 +134,25 @@ class Buffer(RoundKind):
         return sorted(started)
 
     def put(self, client: int, cargo: Cargo) -> None:
-        """What ``client``, who is under way, will arrive with."""
+        """Keep ``cargo`` until ``client`` arrives."""
         self.flights[client] = replace(self.flights[client], cargo=cargo)
 
     def arrive(self) -> dict[int, Flight]:
-        """The clients whose arrival ends the round, ascending."""
+        """The clients whose arrivals fill the buffer, ascending; they leave it."""
         arriving, self._arriving = sorted(self._arriving), []
         return {client: self.flights.pop(client) for client in arriving}
 
     def share(self, staleness: int) -> float:
-        """What an update that set out so many rounds ago is multiplied by."""
+        """The factor of an update that started ``staleness`` rounds ago."""
         return float((1 + staleness) ** -self.staleness_exponent)
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two rounds, as plain data."""
+        """The state between two rounds, as plain data."""
         flights = {c: {**vars(f), "cargo": f.cargo and dict(vars(f.cargo))} for c, f in self.flights.items()}
         return {**super().state_dict(), "buffer": {"now": self.now, "flights": flights}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand where ``state_dict`` was called."""
+        """Restore ``state_dict``."""
         super().load_state_dict(state)
         self.flights = {
             client: Flight(**{**flight, "cargo": flight["cargo"] and Cargo(**flight["cargo"])})
@@ -161,7 +161,7 @@ class Buffer(RoundKind):
 
 
 def cargo_of(content: RecordDict, model: Params) -> Cargo:
-    """The valid reply ``content`` of a client that set out with ``model``."""
+    """The cargo of the valid reply ``content`` of a client that started from ``model``."""
     return Cargo(
         update=subtract(records.to_params(content.array_records[records.ARRAYS]), model),
         metrics=dict(content.metric_records[records.METRICS]),
@@ -170,7 +170,7 @@ def cargo_of(content: RecordDict, model: Params) -> Cargo:
 
 
 def moved(cargo: Cargo, model: Params, share: float) -> RecordDict:
-    """The reply of a client that would have set out with ``model``, and come ``share`` of its way; integers stay."""
+    """``cargo`` as a reply that starts from ``model`` and has ``share`` of its update; integers do not change."""
     arrays = {
         name: torch.add(p, cargo.update[name], alpha=share) if p.is_floating_point() else p for name, p in model.items()
     }

@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.plans import spend
-from fed_dpsat.client.build import Experiment, Request
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import evaluate
+from fed_dpsat.client.train import Request
 from fed_dpsat.client.trial import try_client
-from fed_dpsat.flower import personal
-from fed_dpsat.flower.wire import codec, records
+from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import RecordError
 from fed_dpsat.params import Params
 from fed_dpsat.run.process import intra_op_threads, tune_allocator
@@ -23,11 +25,11 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.loop import LocalResult
 
 Provider = Callable[[Mapping[str, Any]], Experiment]
-"""Flower's run config to the experiment that this process works on."""
+"""A function from Flower's run config to the experiment of this process."""
 
 
 DEVICE, SECURE_AGGREGATION = "fed_dpsat.device.handlers", "fed_dpsat.secagg.client"
-"""Modules that answer in the place of an ordinary client; one is loaded when a message or node asks for it."""
+"""Modules that answer instead of an ordinary client; a message or a node that needs one loads it."""
 
 
 def _wing(name: str) -> Any:
@@ -45,13 +47,13 @@ def from_run_config(run_config: Mapping[str, Any]) -> Experiment:
 
 
 class _Unpack:
-    """The records of the last messages as tensors, copied once for all clients of a round that this process has."""
+    """The records of the last messages as tensors, copied once for all clients of a round in this process."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[ArrayRecord, Params]] = {}
 
     def __call__(self, content: RecordDict, key: str) -> Params | None:
-        """The record ``key``, whose tensors nobody may change; None where there is none."""
+        """The record ``key``, or None without one. Callers must not change its tensors."""
         record = records.arrays_in(content, key)
         if record is None:
             return None
@@ -62,7 +64,7 @@ class _Unpack:
         return params
 
     def check_untouched(self) -> None:
-        """Raise ``RecordError`` where the code of a plug-in wrote into them: the next client would begin elsewhere."""
+        """Raise ``RecordError`` if a plug-in wrote into the tensors, because the next client starts from them."""
         changed = [name for _, params in self._last.values() for name, t in params.items() if t._version]
         if changed:
             self._last.clear()
@@ -78,8 +80,8 @@ TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message] |
 class StackingClientApp(ClientApp):
     """A client app that can also train several clients of one process at once; a simulation asks it to.
 
-    ``train_together`` answers as many training messages, in order, and keeps as many states. Or none: it raises, or
-    is None for messages that have to be answered one by one; then no context has changed.
+    ``train_together`` answers all its training messages, in order, and keeps all their states. Or it answers none:
+    it raises, or returns None for messages that need single answers, and no context has changed.
     """
 
     def __init__(self, train_together: TrainTogether) -> None:
@@ -88,7 +90,7 @@ class StackingClientApp(ClientApp):
 
 
 def make_client_app(provider: Provider) -> ClientApp:
-    """A client that trains on the experiment of ``provider``, under the partition its node is configured with."""
+    """A client that trains on the experiment of ``provider``, with the partition of its node's configuration."""
     unpack, tried = _Unpack(), list[Experiment]()
     client_app = StackingClientApp(lambda messages, contexts: _train_together(provider, messages, contexts, unpack))
 
@@ -135,8 +137,11 @@ def make_client_app(provider: Provider) -> ClientApp:
         return Message(content, reply_to=message)
 
     @client_app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        return Message(personal.answer(provider, message, context), reply_to=message)
+    def evaluate_own(message: Message, context: Context) -> Message:
+        if context.run_id != compat.SIMULATION_RUN_ID or records.POLICY in context.node_config:
+            # which test examples a client is measured on follows from its label counts, which no epsilon covers
+            raise RecordError("a client evaluates in a simulation alone: its share of the test split tells its labels")
+        return Message(_own_accuracy(provider(context.run_config), message, context), reply_to=message)
 
     return client_app
 
@@ -147,7 +152,7 @@ def _train_together(
     experiment = provider(contexts[0].run_config)
     secure = any(records.SECURE in message.content for message in messages)
     if secure or experiment.config.secure_aggregation or any(records.POLICY in c.node_config for c in contexts):
-        return None  # masks and devices' journals are made client by client, in ``train``
+        return None  # ``train`` makes masks and the journals of devices, client by client
     if experiment.config.tune_malloc:
         tune_allocator()
     asked = [_request(experiment, m, c, unpack) for m, c in zip(messages, contexts, strict=True)]
@@ -164,7 +169,7 @@ def _train_together(
 
 
 def _request(experiment: Experiment, message: Message, context: Context, unpack: _Unpack) -> tuple[Request, History]:
-    """What is asked, and the client's history with it; what ``unpack`` makes is shared. Raises if spent."""
+    """The request of ``message``, and the client's history after it. Raises ``BudgetError`` if the budget is spent."""
     client, assignment = _client(context), records.read_assignment(message.content)
     history, event, config = records.load_history(context.state), assignment.event, experiment.config
     if event.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
@@ -182,13 +187,24 @@ def _request(experiment: Experiment, message: Message, context: Context, unpack:
     return request, history
 
 
+def _own_accuracy(experiment: Experiment, message: Message, context: Context) -> RecordDict:
+    """Accuracy of the sent model with the layers that the client keeps, on its share of the public test split."""
+    share, accuracy = torch.from_numpy(experiment.test_shares[_client(context)]), 0.0
+    if len(share):
+        shared = records.to_params(message.content.array_records[records.ARRAYS])
+        params = experiment.whole(shared, records.load_state(context.state))
+        accuracy = evaluate(experiment.loss_fn.module, params, experiment.dataset.test.rows(share)).accuracy
+    metrics = MetricRecord({records.ACCURACY: accuracy, records.NUM_EXAMPLES: len(share)})
+    return RecordDict({records.METRICS: metrics})
+
+
 def _check_same(experiment: Experiment, message: Message) -> None:
-    if records.SAME in message.content:  # a simulation asks each worker once, before it has anything to do
+    if records.SAME in message.content:  # a simulation asks each worker once, before its first message
         records.check_same(message.content, experiment.fingerprint)
 
 
 def _reply(experiment: Experiment, request: Request, result: LocalResult) -> RecordDict:
-    each = experiment.config.privacy_unit == "client"  # counts once, and its size is nobody's business
+    each = experiment.config.privacy_unit == "client"  # counts once, and its size is private
     size = 1 if each else len(experiment.partitions[request.client])
     release_counts = experiment.config.release_counts
     return records.reply_content(request.client, request.assignment, result, size, release_counts=release_counts)

@@ -20,13 +20,14 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import copied, renamed
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower.buffered import Buffer
-from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import check_inner, say_overruled
 from fed_dpsat.flower.nodes import FederationOver
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
+from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round import RoundKind
 from fed_dpsat.flower.strategy import PrivateStrategy
+from fed_dpsat.flower.sums import ClientRelease
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.run.folder import RunFolder, jsonable
@@ -40,7 +41,7 @@ from fed_dpsat.step.noise import NOISE_SOURCES
 log = getLogger("fed_dpsat")
 
 MAX_LABEL_COUNTS = 10**6
-"""Beyond so many a run folder holds no labels per client."""
+"""The most label counts that a run folder holds."""
 
 
 def run_federation(
@@ -52,13 +53,13 @@ def run_federation(
     on_round: OnRound | None = None,
     objects: Sequence[str] = (),
 ) -> Summary:
-    """Train over the nodes of ``grid``; returns what ``summary.json`` holds.
+    """Train over the nodes of ``grid``; returns the content of ``summary.json``.
 
-    A ``folder`` that resumes goes on after its last checkpoint, to the same bits as if it had never been
-    interrupted (with system noise: to a run of the same account, plus what the interrupted round had cost).
+    A ``folder`` that resumes continues after its last checkpoint and ends with the bits of an uninterrupted run. With
+    system noise it ends with the same account plus the cost of the interrupted round.
 
-    Raises ``FederationError`` when clients do not join or all fail. Whatever ends the run, also Ctrl-C, the
-    folder is left readable with a summary whose ``status`` says so.
+    Raises ``FederationError`` if clients do not join or all fail. Any end, also Ctrl-C, leaves a readable folder and
+    a summary with its ``status``.
     """
     experiment = dataclasses.replace(experiment, config=renamed(experiment.config, strategy=strategy))
     config = experiment.config
@@ -79,7 +80,7 @@ def run_federation(
         )
     loggers = Loggers.of(config)
     folder.open(config, objects=objects, inputs=inputs_of(experiment))
-    if isinstance(grid, SimulationGrid):  # also of one that is resumed: it may have been killed before
+    if isinstance(grid, SimulationGrid):  # also of a resumed run, which may have been killed before this line
         folder.save_simulation(*_holdings(experiment))
     checkpoint = folder.load_checkpoint() if folder.resumes else None
     phases = Phases(trace=config.profile)
@@ -88,7 +89,7 @@ def run_federation(
             f"client {span.client}", span.worker + 1, span.started, span.seconds
         )
     with PrivacyLedger(folder.ledger_path, must_exist=checkpoint is not None) as ledger:
-        # a simulation has asked its workers when they started
+        # a simulation asked its workers at their start
         fingerprint = "" if isinstance(grid, SimulationGrid) else experiment.fingerprint
         private = private_strategy(experiment, inner, ledger, plans, phases, fingerprint)
         recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
@@ -117,7 +118,9 @@ def run_federation(
             status = "interrupted"
             raise
         finally:
-            with nullcontext() if status == "completed" else suppress(RunError):  # told is what ended the run
+            with (
+                nullcontext() if status == "completed" else suppress(RunError)
+            ):  # the error that ended the run is the one to show
                 summary = recorder.summary(status)
                 if (quality := recorder.quality()) is not None:
                     folder.save_quality(quality)
@@ -139,12 +142,11 @@ def private_strategy(
     phases: Phases | None = None,
     fingerprint: str = "",
 ) -> PrivateStrategy:
-    """``inner`` as the configuration of ``experiment`` wraps it."""
+    """``inner`` in the wrapper that the configuration of ``experiment`` describes."""
     config = experiment.config
-    return PrivateStrategy(
-        inner,
+    roster = Roster(
+        plans,
         ledger,
-        plans=plans,
         delta=config.delta,
         accountant=config.accountant,
         cohort_size=config.cohort_size,
@@ -152,6 +154,11 @@ def private_strategy(
         seed=config.seed,
         client_sampling=config.client_sampling,
         min_clients=config.min_clients,
+        secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
+    )
+    return PrivateStrategy(
+        inner,
+        roster,
         release_counts=config.release_counts,
         join_timeout=config.join_timeout,
         release=ClientRelease.of(config, plans[0].event.noise_multiplier),
@@ -159,21 +166,20 @@ def private_strategy(
         phases=phases,
         within=experiment.subspace,
         fingerprint=fingerprint,
-        secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
     )
 
 
 def _kind(config: RunConfig) -> RoundKind:
-    if config.secure_aggregation:  # a wing, which is loaded by name
+    if config.secure_aggregation:  # loaded by name: flower imports no room above it
         kind: RoundKind = importlib.import_module("fed_dpsat.secagg.server").SecureSums(config.secure_threshold)
         return kind
     return Buffer.of(config) or RoundKind()
 
 
 def unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, arrays: ArrayRecord) -> ArrayRecord:
-    """The model with the layers that ``round`` trains; those that are new to it start where they were frozen.
+    """The model with the layers that ``round`` trains; new layers start from their frozen values.
 
-    The inner strategy begins anew with them: what it has learned of the head alone has another shape.
+    The inner strategy starts again with them, because its state for the head alone has another shape.
     """
     if not experiment.config.unfreeze_round or arrays.keys() == (trained := experiment.shared(round)).keys():
         return arrays
@@ -182,7 +188,7 @@ def unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, array
 
 
 def build_strategy(config: RunConfig) -> Strategy:
-    """The inner strategy that ``config`` names; raises ``PluginError`` if it is none."""
+    """The inner strategy that ``config`` names; raises ``PluginError`` for another object."""
     settings = {**config.settings(), "known_noise": KnownNoise.of(config)}
     inner = plugins.build("strategy", config.strategy, settings, config.strategy_args)
     if not isinstance(inner, Strategy):
@@ -193,14 +199,14 @@ def build_strategy(config: RunConfig) -> Strategy:
 
 
 def _noise_of_mean(config: RunConfig, objects: Sequence[str]) -> KnownNoise | None:
-    """What is known of the noise in a round's global step; None unless that is the mean of honest SGD steps."""
+    """The known noise in the global step of a round; None unless that step is the mean of honest SGD steps."""
     known = KnownNoise.of(config)
     other_step = config.attack or config.strategy != "fedavg" or set(objects) - {"dataset", "model"}
     return None if known.unknown or other_step or config.unfreeze_round else known
 
 
 def _holdings(experiment: Experiment) -> tuple[list[int], list[list[int]] | None]:
-    """Examples per client, and per client and class; those only where they stay a file of a few megabytes."""
+    """Examples per client, and per client and class; None instead of the latter beyond ``MAX_LABEL_COUNTS``."""
     partitions, num_classes = experiment.partitions, experiment.dataset.num_classes
     sizes = [len(indices) for indices in partitions]
     if len(sizes) * num_classes > MAX_LABEL_COUNTS:

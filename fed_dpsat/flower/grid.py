@@ -20,7 +20,7 @@ FIRST_NODE_ID = compat.SERVER_NODE_ID + 1
 
 
 class Span(NamedTuple):
-    """When a client was at work: seconds since the epoch, and for how long. ``worker`` is 0 in the driver's process."""
+    """The time of one client: its start in seconds since the epoch, and its length. ``worker`` 0 is the driver."""
 
     client: int
     started: float
@@ -30,7 +30,7 @@ class Span(NamedTuple):
 
 @dataclass(kw_only=True)
 class Answers:
-    """What came of a run of messages: replies in order or their sums, whose state was kept, and who worked when."""
+    """The result of consecutive messages: replies in order, or their sums; saved states by client; and spans."""
 
     replies: list[Message] = field(default_factory=list)
     parts: list[sums.Part] = field(default_factory=list)
@@ -39,25 +39,25 @@ class Answers:
 
 
 class Backend(Protocol):
-    """Where client apps run."""
+    """The place that runs client apps."""
 
     def run(
         self, messages: Sequence[Message], *, release_counts: bool | None, timeout: float | None
     ) -> Iterator[Answers]:
-        """In order, run by run, a reply per message; or nodes of their sum, where ``release_counts`` is not None.
+        """One reply per message, in order; or nodes of the tree of their sum, if ``release_counts`` is not None.
 
-        After ``timeout`` seconds, whoever has not replied is an error. Raises ``RunError`` where nobody can be asked.
+        A client without a reply after ``timeout`` seconds becomes an error. Raises ``RunError`` if no client is left.
         """
 
     def close(self) -> None:
-        """Let go of processes and memory."""
+        """Release processes and memory."""
 
 
 class SimulationGrid(Grid):
     """``num_nodes`` nodes on one ``backend``; the node of partition ``p`` has the id ``FIRST_NODE_ID + p``.
 
-    ``on_span`` is told when each client was at work. ``seconds``, where time is simulated, says of client and round how
-    long the server waits for that client.
+    ``on_span`` receives the time of each client. ``seconds`` maps client and round to the simulated time until the
+    reply; None without simulated time.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class SimulationGrid(Grid):
         return list(self._nodes)
 
     def nodes_by_client(self, num_clients: int) -> dict[int, int]:
-        """Client to node id, as ``identify_nodes`` would find out by asking."""
+        """Client to node id: the result of ``identify_nodes``, without a message."""
         return {client: FIRST_NODE_ID + client for client in range(num_clients)}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Answer ``messages`` and hold the replies; returns their ids."""
+        """Answer ``messages`` and keep the replies; returns the ids of the messages."""
         sent = list(messages)
         self._replies |= {reply.metadata.reply_to_message_id: reply for reply in self.stream(sent)}
         return [message.metadata.message_id for message in sent]
@@ -126,7 +126,7 @@ class SimulationGrid(Grid):
     def add_up(
         self, messages: Iterable[Message], *, release_counts: bool, timeout: float | None = None
     ) -> Iterator[sums.Part]:
-        """The replies to ``messages`` of one training round, added up where they are made; in order."""
+        """The sums of the replies to ``messages`` of one training round, in order; workers add them up."""
         for answers in self._answers(messages, release_counts, timeout):
             yield from answers.parts
 
@@ -148,7 +148,7 @@ class SimulationGrid(Grid):
 
 
 def unanswered(messages: Sequence[Message], reason: str, code: int, *, summed: bool) -> Answers:
-    """What came of ``messages`` that nobody will answer any more."""
+    """An error for each of ``messages``, whose clients are gone."""
     if not summed:
         return Answers(replies=[error_reply(message, reason, code) for message in messages])
     failure = Failure.of_error(reason, code)
@@ -170,14 +170,14 @@ def node_context(
 
 
 def answer(client_app: ClientApp, message: Message, context: Context) -> Message:
-    """What the node says: the app's reply, or its exception as an error reply."""
+    """The app's reply, or its exception as an error reply."""
     try:
         reply = client_app(message, context)
-    except Exception as error:  # a client's failure is an answer, whatever it is
+    except Exception as error:  # any failure of a client is an answer
         return error_reply(message, f"{type(error).__name__}: {error}", compat.ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
     return reply
 
 
 def error_reply(message: Message, reason: str, code: int) -> Message:
-    """An error in the place of a reply to ``message``."""
+    """An error instead of a reply to ``message``."""
     return Message(Error(code=code, reason=reason), reply_to=message)

@@ -1,20 +1,20 @@
-"""The strategy inside ours: which of a stock strategy's settings a run decides or refuses, and its state.
+"""The inner strategy: the settings of a stock strategy that a run overrules or refuses, and its state.
 
 ============================================== ====================================================================
-strategy                                       here
+setting or class                               in a run
 ============================================== ====================================================================
 ``fraction_train``, ``min_train_nodes``,       overruled: ``clients_per_round``, ``client_sampling`` and
-``min_available_nodes``                        ``min_clients`` say who is asked, which is what is charged
+``min_available_nodes``                        ``min_clients`` select the clients, each of which pays
 ``fraction_evaluate``, ``min_evaluate_nodes``, overruled: no client is asked to evaluate
 ``evaluate_metrics_aggr_fn``
 ``DifferentialPrivacyClientSide...``           refused: no client clips for it, so its noise covers nothing
 ``DifferentialPrivacyServerSide...``           refused: its noise is numpy's global one, and no ledger charges it
 ============================================== ====================================================================
 
-A strategy with ``state_dict()`` and ``load_state_dict(state)`` says itself what it has learned, as data that a
-checkpoint can hold and reading cannot run. Of any other, its attributes are taken: numbers, text, arrays, tensors,
-Flower's records, numpy generators, strategies, and containers of those. What cannot have changed since it was built
-(functions, types, loggers) is left as it is built again.
+A strategy with ``state_dict()`` and ``load_state_dict(state)`` gives its own state, as data whose reading runs no code.
+The state of any other strategy is its attributes: numbers, text, arrays, tensors, Flower's records, numpy generators,
+strategies, and containers of these. Attributes that cannot change after construction (functions, types, loggers) are
+left out.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ DECIDED = {
     "fraction_evaluate": 0.0,
     "min_evaluate_nodes": 0,
 }
-"""Attributes of ``FedAvg`` and its kind as they are in every run."""
+"""Attributes of ``FedAvg`` and its subclasses, with their values in every run."""
 
 Plain = Any
-"""What ``torch.load(weights_only=True)`` reads: scalars, text, tensors, and lists and dicts of those."""
+"""Data that ``torch.load(weights_only=True)`` reads: scalars, text, tensors, and lists and dicts of these."""
 
 UNCHANGING = (
     *(FunctionType, MethodType, BuiltinFunctionType, partial, np.ufunc, type, ModuleType, Enum),
@@ -69,11 +69,11 @@ RECORDS: dict[str, Any] = {"arrays": ArrayRecord, "metrics": MetricRecord, "conf
 
 
 class StrategyStateError(RunError):
-    """A strategy holds something that a checkpoint cannot."""
+    """A strategy holds an object that a checkpoint cannot hold."""
 
 
 def check_inner(strategy: Strategy) -> None:
-    """Raise ``SettingError`` for a privacy wrapper of Flower's, also inside another strategy."""
+    """Raise ``SettingError`` for a privacy wrapper of Flower, also inside another strategy."""
     for one in _nested(strategy):
         if isinstance(one, CLIENT_SIDE + SERVER_SIDE):
             why = (
@@ -89,14 +89,14 @@ def check_inner(strategy: Strategy) -> None:
 
 
 def take_over(strategy: Strategy) -> None:
-    """A stock strategy samples by fraction and waits for a minimum; the cohort is drawn here, so it takes all."""
+    """Let stock strategies take all nodes that they are shown: the roster draws the cohort, not they."""
     for one in _nested(strategy):
         if isinstance(one, FedAvg):
             vars(one).update(DECIDED)
 
 
 def say_overruled(strategy: Strategy, config: RunConfig) -> None:
-    """Log in one line what of ``strategy``'s own settings, before ``take_over``, ``config`` overrules."""
+    """Log in one line the settings of ``strategy`` that ``config`` overrules; call it before ``take_over``."""
     usual = vars(FedAvg())
     ours = {"fraction_train": config.client_rate, "min_available_nodes": config.min_clients}
     overruled = [
@@ -121,7 +121,7 @@ def say_overruled(strategy: Strategy, config: RunConfig) -> None:
 
 
 def _nested(strategy: Strategy) -> Iterator[Strategy]:
-    """``strategy``, and those that it holds."""
+    """``strategy`` and the strategies inside it."""
     found, waiting = set[int](), [strategy]
     while waiting:
         one = waiting.pop()
@@ -132,7 +132,7 @@ def _nested(strategy: Strategy) -> Iterator[Strategy]:
 
 
 def capture_state(strategy: Strategy) -> dict[str, Plain]:
-    """What ``strategy`` has learned. Raises ``StrategyStateError`` for what cannot be kept, by name."""
+    """The state of ``strategy``. Raises ``StrategyStateError`` with the name of a value that cannot be kept."""
     if hasattr(strategy, "state_dict"):
         return {"own": _encode(strategy.state_dict(), f"{type(strategy).__name__}.state_dict()")}
     name = type(strategy).__name__
@@ -141,7 +141,7 @@ def capture_state(strategy: Strategy) -> dict[str, Plain]:
 
 
 def restore_state(strategy: Strategy, state: Mapping[str, Plain]) -> None:
-    """Put back what ``capture_state`` took, into a strategy that was built in the same way."""
+    """Put a state of ``capture_state`` into a strategy that was built in the same way."""
     if "own" in state:
         strategy.load_state_dict(_decode(state["own"], None))  # type: ignore[attr-defined]
         return

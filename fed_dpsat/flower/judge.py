@@ -1,6 +1,6 @@
 """The only judge of a client's reply, at the server and in workers that add replies up.
 
-A valid reply answers what was asked, names the event that was charged, and holds a model like the one that was sent.
+A valid reply answers its message, names the charged event, and holds a model with the shapes of the sent one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ BYTES = "bytes"
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a reply does not count: it is invalid, the client failed, or it was absent, which says nothing of it.
+    """The reason why a reply does not count: it is invalid, its client failed, or its client was absent.
 
-    A run ends where all replies are of the first two (``RoundReport.count_failure``).
+    A run ends if it has only replies of the first two kinds (``RoundReport.count_failure``).
     """
 
     reason: str
@@ -31,12 +31,12 @@ class Failure:
 
     @classmethod
     def of_error(cls, reason: str | None, code: int) -> Failure:
-        """What an error of Flower's or ours stands for."""
+        """The failure that an error of Flower or of this package stands for."""
         return cls(reason=f"failed: {reason}", kind="absent" if code in compat.ABSENT else "failed")
 
 
 Verdict = Mapping[str, float] | Failure
-"""The metrics of a valid reply, or what is wrong with it."""
+"""The metrics of a valid reply, or the failure."""
 
 Verdicts = Mapping[int, Verdict]
 """By client."""
@@ -53,7 +53,7 @@ def judge(
 ) -> Verdict:
     """The verdict on a ``reply`` of ``client`` to the message with the content ``asked``; a valid reply is decoded.
 
-    ``asked`` is what this side sent: it holds the assignment with the charged event, the model, and the subspace that
+    ``asked`` is the content of the question: the assignment with the charged event, the model, and the subspace that
     the round can change. A valid model has the names, shapes and types of ``like``, or else of the model in ``asked``.
     With a ``clip_norm``, a model farther than that from it is invalid. Raises ``RecordError`` for an ``asked`` without
     an assignment.

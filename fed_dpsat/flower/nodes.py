@@ -1,9 +1,9 @@
-"""Nodes are Flower's, clients are ours: who is who, and a grid that shows a strategy just the cohort."""
+"""The nodes of Flower, the clients that they hold, and a grid that shows a strategy only the cohort."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from logging import getLogger
 
 from flwr.app import Message, MessageType, RecordDict
@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fed_dpsat.errors import RunError
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.flower.wire.records import RecordError
 
 log = getLogger("fed_dpsat")
 
@@ -20,33 +21,28 @@ ASK_SECONDS = 10.0
 
 
 class FederationError(RunError):
-    """The federation cannot go on; the text says what happened and what to look at."""
+    """The federation cannot continue; the text gives the reason and the remedy."""
 
 
 class FederationOver(Exception):
-    """Too few clients have budget left: the run ends here, as it should."""
+    """Too few clients have budget left: the run is complete."""
 
 
 def identify_nodes(grid: Grid, num_clients: int, timeout: float, fingerprint: str = "") -> dict[int, int]:
     """Client to node id, for clients 0 to ``num_clients - 1``, once all have joined.
 
-    A node without a policy joins if its experiment has the ``fingerprint``, where one is given. Raises
-    ``FederationError`` when some are missing after ``timeout`` seconds, or two nodes claim one partition.
+    If a ``fingerprint`` is given, a node without a policy joins only if its experiment has it. Raises
+    ``FederationError`` if a client is missing after ``timeout`` seconds, or if two nodes claim one partition.
     """
     deadline = time.monotonic() + timeout
     nodes: dict[int, int] = {}
     problems: dict[int, str] = {}
     while True:
         strangers = sorted(set(grid.get_node_ids()) - set(nodes.values()))
-        questions = _questions(strangers, fingerprint)
-        for reply in grid.send_and_receive(questions, timeout=max(timeout, POLL_SECONDS)) if questions else ():
-            node = reply.metadata.src_node_id
-            try:
-                client = records.read_identity(reply)
-            except records.RecordError as error:
-                problems[node] = str(error)
-                continue
-            if not 0 <= client < num_clients:
+        for node, client in _identities(grid, strangers, fingerprint, max(timeout, POLL_SECONDS)):
+            if isinstance(client, RecordError):
+                problems[node] = str(client)
+            elif not 0 <= client < num_clients:
                 problems[node] = f"partition {client} is not among the {num_clients} of this run"
             elif client in nodes:
                 raise FederationError(f"nodes {nodes[client]} and {node} both say that they hold partition {client}")
@@ -68,27 +64,30 @@ def identify_nodes(grid: Grid, num_clients: int, timeout: float, fingerprint: st
 
 
 def who_is_there(grid: Grid, known: Mapping[int, int], num_clients: int, fingerprint: str = "") -> dict[int, int]:
-    """Client to node id of those that are connected now; a stranger may be a client that came back by another id."""
+    """Client to node id of the connected clients; a client may come back with another node id."""
     connected = set(grid.get_node_ids())
     nodes = {client: node for client, node in known.items() if node in connected}
-    questions = _questions(sorted(connected - set(nodes.values())), fingerprint)
-    for reply in grid.send_and_receive(questions, timeout=ASK_SECONDS) if questions else ():
-        try:
-            client = records.read_identity(reply)
-        except records.RecordError:
-            continue
-        if 0 <= client < num_clients and client not in nodes:
-            nodes[client] = reply.metadata.src_node_id
-            log.info("client %d is now node %d", client, nodes[client])
+    for node, client in _identities(grid, sorted(connected - set(nodes.values())), fingerprint, ASK_SECONDS):
+        if not isinstance(client, RecordError) and 0 <= client < num_clients and client not in nodes:
+            nodes[client] = node
+            log.info("client %d is now node %d", client, node)
     return nodes
 
 
-def _questions(nodes: Iterable[int], fingerprint: str) -> list[Message]:
-    return [Message(records.same_content(fingerprint), node, MessageType.QUERY) for node in nodes]
+def _identities(
+    grid: Grid, nodes: Iterable[int], fingerprint: str, timeout: float
+) -> Iterator[tuple[int, int | RecordError]]:
+    """Each of ``nodes`` that replies, with its client, or with the reason why it has none."""
+    questions = [Message(records.same_content(fingerprint), node, MessageType.QUERY) for node in nodes]
+    for reply in grid.send_and_receive(questions, timeout=timeout) if questions else ():
+        try:
+            yield reply.metadata.src_node_id, records.read_identity(reply)
+        except RecordError as error:
+            yield reply.metadata.src_node_id, error
 
 
 class Directory:
-    """Which node holds which client; on a network clients come, go and come back by other nodes."""
+    """The node of each client; on a network, clients leave and come back with other nodes."""
 
     def __init__(self, num_clients: int, join_timeout: float, fingerprint: str = "") -> None:
         self.num_clients, self.join_timeout, self._fingerprint = num_clients, join_timeout, fingerprint
@@ -96,14 +95,14 @@ class Directory:
         self._clients: dict[int, int] = {}
 
     def meet(self, grid: Grid) -> None:
-        """Learn who is who, once all are there; a simulation knows."""
+        """Find the node of each client, and wait for all clients; a simulation knows the nodes."""
         if isinstance(grid, SimulationGrid):
             self._set(grid.nodes_by_client(self.num_clients))
         else:
             self._set(identify_nodes(grid, self.num_clients, self.join_timeout, self._fingerprint))
 
     def look_again(self, grid: Grid, least: int) -> None:
-        """See who is there now; wait ``join_timeout`` for ``least`` clients, or raise ``FederationError``."""
+        """Find the connected clients; raise ``FederationError`` if fewer than ``least`` join in ``join_timeout``."""
         if isinstance(grid, SimulationGrid):
             return
         deadline = time.monotonic() + self.join_timeout
@@ -121,7 +120,7 @@ class Directory:
         return self._clients.get(node)
 
     def sender(self, reply: Message, sent: Iterable[Message]) -> int:
-        """The node that ``reply`` is of: where Flower speaks for one that died, the one that was asked."""
+        """The node that ``reply`` belongs to, also if Flower replies for a node that died."""
         node = reply.metadata.src_node_id
         if node != compat.SERVER_NODE_ID:
             return node
@@ -129,7 +128,7 @@ class Directory:
         return asked.get(reply.metadata.reply_to_message_id, node)
 
     def question(self, client: int) -> Message:
-        """An empty message to ``client``; what is written here in its name is a reply to one."""
+        """An empty message to ``client``: the server writes replies in the name of a client to it."""
         return Message(RecordDict(), self.nodes[client], MessageType.TRAIN)
 
     def _set(self, nodes: dict[int, int]) -> None:
@@ -137,19 +136,19 @@ class Directory:
 
 
 class CohortGrid(Grid):
-    """A view of ``grid`` that holds only ``node_ids``; sending is left to the loop around the strategy."""
+    """A view of ``grid`` with only ``node_ids``."""
 
     def __init__(self, grid: Grid, node_ids: Iterable[int]) -> None:
         self._grid = grid
         self._node_ids = list(node_ids)
 
     def set_run(self, run: compat.Run) -> None:
-        """As the grid behind."""
+        """Pass to the grid."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> compat.Run:
-        """As the grid behind."""
+        """Pass to the grid."""
         return self._grid.run
 
     def create_message(
@@ -160,7 +159,7 @@ class CohortGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """As the grid behind."""
+        """Pass to the grid."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -168,13 +167,13 @@ class CohortGrid(Grid):
         return list(self._node_ids)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the grid behind."""
+        """Pass to the grid."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the grid behind."""
+        """Pass to the grid."""
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """As the grid behind."""
+        """Pass to the grid."""
         return self._grid.send_and_receive(messages, timeout=timeout)

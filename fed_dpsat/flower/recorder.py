@@ -1,4 +1,4 @@
-"""Rounds become lines: of ``rounds.jsonl`` and ``timing.jsonl``, of loggers, of the summary."""
+"""The records of rounds: lines of ``rounds.jsonl`` and ``timing.jsonl``, loggers, checkpoints and the summary."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from logging import getLogger
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fed_dpsat.accounting.event import UNITS
 from fed_dpsat.accounting.ledger import Head
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import Evaluation, Predictions, evaluation_of, measured_on, predict, quality_of
-from fed_dpsat.flower import personal, sums
+from fed_dpsat.client.personal import summarised
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import StrategyStateError
 from fed_dpsat.flower.nodes import FederationError
@@ -36,11 +37,11 @@ log = getLogger("fed_dpsat")
 Summary = dict[str, Any]
 RoundRecord = dict[str, Any]
 OnRound = Callable[[RoundRecord], None]
-"""Called after each round with its lines of ``rounds.jsonl`` and, under ``timing``, of ``timing.jsonl``."""
+"""A function that receives the record of each round; ``timing`` in it is the line of ``timing.jsonl``."""
 
 
 class Recorder:
-    """Turns rounds into lines: evaluates, asks the ledger, writes, and tells whoever watches."""
+    """Evaluates after each round, asks the ledger, writes the record and the checkpoint, and calls ``on_round``."""
 
     def __init__(
         self,
@@ -66,19 +67,19 @@ class Recorder:
         self.throughput = Throughput(experiment, strategy.plans, strategy.phases)
 
     def epsilon(self) -> float:
-        """Spent so far, the maximum over clients."""
+        """The epsilon spent so far, the maximum over clients."""
         config = self.experiment.config
         return self.strategy.ledger.epsilon(config.delta, config.accountant)
 
     def after_round(self, round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Flower's ``evaluate_fn``: called with the aggregated model after each round, and before the first."""
+        """Flower's ``evaluate_fn``: called with the aggregated model after each round, and before the first round."""
         config, report = self.experiment.config, self.strategy.report
         params = records.to_params(arrays)
         due = round % config.evaluate_every == 0 or round == config.num_rounds
         with self.strategy.phases("evaluate"):
             self.evaluation = self._evaluate(round, params) if due else None
             if self.grid and due:
-                self.personal = personal.measure(self.grid, arrays, config.num_clients)
+                self.personal = measure_personal(self.grid, arrays, config.num_clients)
         with self.strategy.phases("account"):
             record: RoundRecord = {
                 "round": round,
@@ -101,7 +102,7 @@ class Recorder:
             self.rounds_completed = round
             timing = self.throughput.of_round(round, report.accepted, report.bytes_down, report.bytes_up)
             self.folder.append_round(record, timing)
-            if self.loggers:  # before the checkpoint: a round that is logged twice is better than one never
+            if self.loggers:  # before the checkpoint: to log a round twice is better than to miss it
                 with self.strategy.phases("log"):
                     self.loggers.round(jsonable({**record, "timing": timing}))
             self._save_checkpoint(round, params)
@@ -110,10 +111,10 @@ class Recorder:
         return None
 
     def begin_again(self, checkpoint: Checkpoint) -> ArrayRecord:
-        """Stand where ``checkpoint`` was made; the model to go on with.
+        """Restore the state of ``checkpoint``; returns the model to continue with.
 
-        Raises ``LedgerError`` for a ledger that does not hold what was charged until then, ``FederationError`` where
-        the server's state could not be kept.
+        Raises ``LedgerError`` for a ledger without a charge that the checkpoint has seen, ``FederationError`` if the
+        checkpoint has no state of the strategy.
         """
         if checkpoint.cannot_resume:
             raise FederationError(f"{self.folder.path} cannot be resumed: {checkpoint.cannot_resume}")
@@ -136,12 +137,12 @@ class Recorder:
         return evaluation_of(self.predictions[1])
 
     def _movement(self, round: int, params: Params) -> dict[str, float | None]:
-        """How far the global model went, and how far the noise alone in it was to take it: both public.
+        """The norms of the change of the global model and of the noise in it; both are public.
 
-        ``noise_norm`` is the root of the expected square, of the mean of the replies by size; None where it is unknown.
+        ``noise_norm`` is the root of the expected square of the noise in the mean by size; None if it is unknown.
         """
         before, self._before = self._before, params
-        if before is not None and before.keys() != params.keys():  # layers joined, from where they were frozen
+        if before is not None and before.keys() != params.keys():  # layers joined with their frozen values
             before = {**self.experiment.shared(round), **before}
         accepted = self.strategy.report.accepted
         if not round or before is None:
@@ -149,7 +150,7 @@ class Recorder:
         # numpy adds in one order, whatever the number of threads: the same bits on each machine
         squared = sum(float(np.square((p - before[name]).double().numpy()).sum()) for name, p in params.items())
         noise, size = None, sum(p.numel() for p in params.values())
-        if release := self.strategy.release:  # the server's own, also where nobody replied
+        if release := self.strategy.release:  # of the server, also without a reply
             mechanism = release.mechanism
             of_one = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_batch_size
             noise = math.sqrt(size) * of_one
@@ -162,7 +163,7 @@ class Recorder:
         return {"update_norm": math.sqrt(squared), "noise_norm": noise}
 
     def quality(self) -> Summary | None:
-        """Of the model that was evaluated last, for ``quality.json``."""
+        """The quality of the model of the last evaluation, for ``quality.json``."""
         if self.predictions is None:
             return None
         dataset = self.experiment.dataset
@@ -190,12 +191,12 @@ class Recorder:
         )
 
     def end_early(self, reason: str) -> None:
-        """The run is over before its last round: say why."""
+        """Note the reason why the run ends before its last round."""
         log.warning("the run ends: %s", reason)
         self.ended_early = reason
 
     def summary(self, status: str) -> Summary:
-        """How the run stands, for ``summary.json``."""
+        """The state of the run, for ``summary.json``."""
         config, inner = self.experiment.config, self.strategy.inner
         if status == "completed" and self.evaluation is None:  # ended early, or resumed at its end
             saved = self.folder.load_checkpoint()
@@ -250,3 +251,20 @@ class Recorder:
             "also_released": also_released(config, personal=self.grid is not None),
             "noise": NOISE_SOURCES[config.noise_source].description,
         }
+
+
+def measure_personal(grid: SimulationGrid, arrays: ArrayRecord, num_clients: int) -> dict[str, float | int]:
+    """``summarised`` accuracies of all clients that have a share of the test split, with the head that each keeps.
+
+    A client that never trained has the initial head. Raises ``FederationError`` if a client fails.
+    """
+    content, found = RecordDict({records.ARRAYS: arrays}), dict[int, float]()
+    messages = [Message(content, node, MessageType.EVALUATE) for node in grid.nodes_by_client(num_clients).values()]
+    for reply in grid.stream(messages):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            raise FederationError(f"node {node} could not evaluate its own model: {reply.error.reason}")
+        metrics = reply.content.metric_records[records.METRICS]
+        if metrics[records.NUM_EXAMPLES]:
+            found[node] = float(metrics[records.ACCURACY])  # type: ignore[arg-type]
+    return summarised(found)

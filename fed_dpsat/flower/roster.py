@@ -1,7 +1,8 @@
-"""Who may be asked in a round, and who is: clients that are there, have joined, and have rounds and budget left.
+"""The clients that a round may ask, and the cohort that it asks.
 
-Cohorts are drawn by partition from a seeded generator, so that rates are the ones accounted. What a round costs
-depends on the clients that it asks, not on how many there are.
+A round may ask a client that is connected, has joined the plan, and has rounds and budget left. A seeded generator
+draws cohorts by partition, so that rates are the accounted ones. The work of a round depends on the size of its cohort,
+not on the number of clients.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from fed_dpsat.step.secure_noise import system_generator
 class Roster:
     """Clients by their ``plans`` and the ``ledger``, both public: eligibility never depends on data.
 
-    With ``secret_coins`` nobody who knows the seed knows who is drawn by coins. ``tossed`` is how many had one for the
-    last cohort; None where cohorts have a fixed size.
+    A plan gives the cost of a round, the budget, and the first round of a client. A client is left out once
+    ``max_rounds_per_client`` rounds are charged to it, and for good once its next round would exceed its budget.
+    With ``secret_coins`` the seed does not tell which clients coins draw. ``tossed`` is the number of clients with a
+    coin for the last cohort; None if cohorts have a fixed size.
     """
 
     def __init__(
@@ -36,8 +39,8 @@ class Roster:
         cohort_size: int,
         max_rounds_per_client: int,
         seed: int,
-        client_sampling: str,
-        min_clients: int,
+        client_sampling: str = "fixed",
+        min_clients: int = 1,
         secret_coins: bool = False,
     ) -> None:
         self.secret_coins = secret_coins
@@ -56,19 +59,19 @@ class Roster:
         self._count({}, spent_before=None, used_before=None)
 
     def begin_again(self, round: int, retired: Mapping[int, int], *, same_noise: bool) -> None:
-        """Stand before ``round``, part of which may be charged already, and is about to be done again.
+        """Restore the state before ``round``, which may be charged in part and is repeated.
 
-        With the ``same_noise`` that repeats a release and costs nothing more; else it is a second one.
+        With the ``same_noise`` the repetition is the same release and costs nothing; otherwise it is a second release.
         """
         self._count(retired, spent_before=round if same_noise else None, used_before=round)
 
     def join(self, clients: Iterable[int]) -> None:
-        """They are there, and nobody else."""
+        """Set the connected clients."""
         self._there[:] = False
         self._there[list(clients)] = True
 
     def cohort(self, round: int) -> tuple[list[int], dict[int, History]]:
-        """Those of the eligible that are drawn for ``round``, ascending; and the retiring, as ``eligible`` has both."""
+        """The clients drawn for ``round`` from the eligible ones, ascending; and the retiring ones (``eligible``)."""
         eligible, retiring = self.eligible(round)
         if self.client_sampling == "poisson":
             self.tossed = len(eligible)
@@ -77,9 +80,9 @@ class Roster:
         return draw_cohort(self.seed, round, eligible, self.cohort_size), retiring
 
     def eligible(self, round: int) -> tuple[NDArray[np.int64], dict[int, History]]:
-        """Clients that may be asked in ``round``, ascending; and, with what they spent, those who cannot afford it.
+        """Clients that ``round`` may ask, ascending; and the clients that cannot afford it, with their histories.
 
-        Raises ``FederationOver`` when fewer than ``min_clients`` have budget left.
+        Raises ``FederationOver`` if fewer than ``min_clients`` have budget left.
         """
         retiring = {c: self._history(c) for c in self._unchecked if self._active[c] and not self._can_afford(c)}
         self.retired |= dict.fromkeys(retiring, round)
@@ -94,12 +97,12 @@ class Roster:
         return eligible, retiring
 
     def population(self, round: int) -> list[int]:
-        """Whom a coin in ``round`` may draw, or may have kept out: all that have joined the plan and not retired."""
+        """All clients that have a coin in ``round``: each has joined the plan and has not retired."""
         found: list[int] = np.flatnonzero(self._active & (self._first_rounds <= round)).tolist()
         return found
 
     def charged(self, clients: Sequence[int]) -> None:
-        """They were charged for the round that was drawn."""
+        """Count the round that was drawn for ``clients``, which were charged for it."""
         self._used[list(clients)] += 1
         self._spent_since.update(clients)
         self._unchecked = clients
@@ -133,9 +136,9 @@ def toss_cohort(
     rate: float,
     generator: np.random.Generator | None = None,
 ) -> list[int]:
-    """Each of the ``eligible`` clients by a coin of its own of probability ``rate``, ascending; may be empty.
+    """The ``eligible`` clients whose own coin of probability ``rate`` draws them, ascending; may be empty.
 
-    A ``generator`` tosses in the place of the seed's.
+    A ``generator`` replaces the one of the seed.
     """
     clients = _ascending(eligible)
     coins = (generator or derive_generator(seed, purpose="cohort", round=round)).random(len(clients))
@@ -144,7 +147,7 @@ def toss_cohort(
 
 
 def draw_cohort(seed: int, round: int, eligible: Collection[int] | NDArray[np.int64], size: int) -> list[int]:
-    """``size`` of the ``eligible`` clients, uniformly without replacement, ascending; all where fewer are left."""
+    """``size`` of the ``eligible`` clients, uniformly without replacement, ascending; all if there are fewer."""
     clients = _ascending(eligible)
     if len(clients) > size:
         generator = derive_generator(seed, purpose="cohort", round=round)

@@ -1,12 +1,12 @@
 """One round of a run: draw, charge, ask, judge, add up, hand over.
 
-``Round`` goes through these phases in this order. Rounds of one kind differ from those of another in a few of them,
-which are the methods of ``RoundKind``: who is drawn, how they are asked, and what becomes of the replies.
+``Round`` has these phases in this order. The kinds of rounds differ in a few of them, which are the methods of
+``RoundKind``: drawing a cohort, asking it, and aggregating the replies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
@@ -18,15 +18,13 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fed_dpsat.accounting import epsilon
-from fed_dpsat.accounting.event import History
-from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.accounting.event import History, PrivacyEvent
 from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.blame import blamed_on
 from fed_dpsat.flower import sums
-from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.grid import SimulationGrid
-from fed_dpsat.flower.judge import Verdict, Verdicts, judge
+from fed_dpsat.flower.judge import BYTES, Failure, Verdict, Verdicts, judge
 from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
-from fed_dpsat.flower.report import RoundReport, by_attempt
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import RecordError
@@ -35,20 +33,25 @@ from fed_dpsat.step.subspace import Coordinates, Span
 
 log = getLogger("fed_dpsat")
 
+MAX_FAILED_ROUNDS = 3
+"""Rounds in a row without a valid reply, and with a client that failed or sent another, after which a run ends."""
+
+DIVERGED = "; if that is a model that diverged, start a new run with a lower lr"
+
 Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
 
 Seconds = Callable[[int, int], float]
-"""Client and round to the simulated time between setting out and arriving."""
+"""A function from client and round to the simulated time until the reply."""
 
 
 class RoundKind:
-    """Ordinary rounds as it stands; another kind overrides what it does in another way.
+    """Ordinary rounds; another kind overrides some of the methods.
 
-    It is given a grid to ask over with a round that is charged, and not before. ``now`` is simulated, in seconds.
+    It receives a grid to ask over only with a round that is charged. ``now`` is simulated time, in seconds.
     """
 
     hides = ""
-    """Why the inner strategy can be shown no single reply, if that is so."""
+    """The reason why the inner strategy cannot see single replies; empty if it can."""
 
     now = 0.0
 
@@ -56,15 +59,15 @@ class RoundKind:
         """Raise ``FederationError`` if ``grid`` cannot have such rounds."""
 
     def cohort(self, roster: Roster, round: int, seconds: Seconds | None) -> tuple[list[int], dict[int, History]]:
-        """Who is asked in ``round``, ascending; and the retiring, as ``Roster.eligible`` has them."""
+        """The clients that ``round`` asks, ascending; and the retiring ones, as in ``Roster.eligible``."""
         return roster.cohort(round)
 
     def pass_time(self, lasting: Iterable[float]) -> None:
-        """A round takes as long as its slowest client."""
+        """Advance the time by that of the slowest client."""
         self.now += max(lasting, default=0.0)
 
     def ask(self, round: Round, grid: Grid, timeout: float) -> Iterable[Message | sums.Part]:
-        """Replies to the round's messages; or sums of them, made by workers, if the inner strategy needs no more."""
+        """Replies to the messages of the round; or sums from workers, if the inner strategy uses only the mean."""
         messages = list(round.messages.values())
         if not isinstance(grid, SimulationGrid):
             return grid.send_and_receive(messages, timeout=timeout)
@@ -73,45 +76,101 @@ class RoundKind:
         return grid.stream(messages, timeout=timeout)
 
     def aggregate(self, round: Round, replies: Iterable[Message | sums.Part]) -> Aggregate:
-        """What comes of the ``replies``: the next model and metrics of the round."""
+        """The next model and the metrics of the round."""
         return round.aggregate(replies)
 
     def state_dict(self) -> dict[str, Any]:
-        """What it needs to go on after this round: entries of the strategy's ``state_dict``."""
+        """The state after this round, as entries of the strategy's ``state_dict``."""
         return {"simulated_seconds": self.now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Find those entries in the strategy's ``state``."""
+        """Restore the entries of ``state_dict`` from the strategy's ``state``."""
         self.now = state["simulated_seconds"]
 
 
 def seconds_of(grid: Grid) -> Seconds | None:
-    """How long clients take, if time is simulated."""
+    """The simulated times of clients; None without simulated time."""
     return grid.seconds if isinstance(grid, SimulationGrid) else None
 
 
 @dataclass(kw_only=True)
-class Round:
-    """Round ``number`` of ``inner``, whose clients begin with ``model``; ``report`` is written as it goes.
+class RoundReport:
+    """The outcome of a round for each client that was asked, and the clients that retired with their epsilon.
 
-    ``messages`` are by client; ``assignments`` are of all clients that the round costs, and in the ledger. With a
-    ``release`` the inner strategy sees what that makes of the sum of replies, and nothing else.
+    ``tossed`` is the number of clients with a coin, if the inner strategy asked all clients that coins drew.
+    ``arrived`` belongs to asynchronous rounds: the age in rounds of each update that moved the model.
+    ``failed_rounds`` counts the rounds in a row, up to this one, in which clients failed or sent invalid replies and no
+    reply was valid. A round without a client that was asked and present neither counts nor breaks the row.
+    """
+
+    round: int
+    failed_rounds: int = 0
+    asked: list[int] = field(default_factory=list)
+    tossed: int | None = None
+    accepted: list[int] = field(default_factory=list)
+    dropped: dict[int, str] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+    retired: dict[int, float] = field(default_factory=dict)
+    released: dict[int, dict[str, Any]] = field(default_factory=dict)
+    at_fault: dict[int, Failure] = field(default_factory=dict)
+    arrived: dict[int, int] | None = None
+    simulated_seconds: float | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+    kept_model: bool = False
+
+    def note(self, verdicts: Verdicts, *, release_counts: bool) -> None:
+        """Sort the clients that were asked by their verdicts; a client without a verdict was absent."""
+        for client in self.asked:
+            verdict = verdicts.get(client, Failure(reason="no reply", kind="absent"))
+            if not isinstance(verdict, Failure):
+                self.accepted.append(client)
+                self.bytes_up += int(verdict[BYTES])
+                if release_counts:
+                    self.released[client] = {records.NONFINITE: verdict[records.NONFINITE]}
+                continue
+            self.dropped[client] = verdict.reason
+            if verdict.kind != "absent":
+                self.at_fault[client] = verdict
+            log.warning("round %d: client %d dropped: %s", self.round, client, verdict.reason)
+
+    def count_failure(self, num_clients: int) -> None:
+        """Raise ``FederationError`` after enough ``failed_rounds``, or if all clients of the run failed."""
+        if self.accepted or not self.at_fault:
+            self.failed_rounds = 0 if self.accepted else self.failed_rounds
+            return
+        self.failed_rounds += 1
+        failed = [client for client, failure in self.at_fault.items() if failure.kind == "failed"]
+        if len(failed) == num_clients or self.failed_rounds == MAX_FAILED_ROUNDS:
+            client, first = next(iter(self.at_fault.items()))
+            what = "no reply was valid" if len(failed) < len(self.asked) else "every client that was asked failed"
+            raise FederationError(
+                f"{what}, {self.failed_rounds} round(s) in a row until round {self.round}; client {client}: "
+                f"{first.reason}{DIVERGED if first.kind == 'invalid' else ''}"
+            )
+
+
+@dataclass(kw_only=True)
+class Round:
+    """Round ``number`` of ``inner``, whose clients start from ``model``; each phase adds to the ``report``.
+
+    ``messages`` are by client. ``assignments`` has each client that the round costs, and is in the ledger. With a
+    ``release`` the inner strategy sees only the released sum of replies.
     """
 
     number: int
     model: ArrayRecord
     inner: Strategy
-    ledger: PrivacyLedger
     roster: Roster
     directory: Directory
     report: RoundReport
-    release: ClientRelease | None
+    release: sums.ClientRelease | None
     release_counts: bool
     messages: dict[int, Message] = field(default_factory=dict)
     assignments: dict[int, Assignment] = field(default_factory=dict)
 
     def draw(self, kind: RoundKind, config: ConfigRecord, grid: Grid) -> None:
-        """The cohort, and what the inner strategy has to say to it.
+        """Draw the cohort, and take the messages of the inner strategy to it.
 
         Raises ``FederationOver`` if too few clients have budget left, ``FederationError`` if too few are connected.
         """
@@ -125,9 +184,9 @@ class Round:
         self.report.tossed = self.roster.tossed if len(self.messages) == len(cohort) else None
 
     def charge(self, attempts: Mapping[int, int]) -> None:
-        """Assign all clients that the round costs, and have that in the ledger: with coins, all that tossed one.
+        """Make the assignments of all clients that the round costs, and charge them: with coins, each client with one.
 
-        ``attempts`` are those of a round that is done again.
+        ``attempts`` are by client, of a round that is repeated.
         """
         everyone = self.release is not None and self.release.every_client
         costs = self.roster.population(self.number) if everyone else list(self.messages)
@@ -135,12 +194,12 @@ class Round:
             client: Assignment.of(self.roster.plans[client], round=self.number, attempt=attempts.get(client, 0))
             for client in costs
         }
-        for attempt, events in by_attempt(self.assignments):
-            self.ledger.charge_many(self.number, attempt, events)
+        for attempt, events in self._charges():
+            self.roster.ledger.charge_many(self.number, attempt, events)
         self.roster.charged(costs)
 
     def assign(self, within: Coordinates | Span | None, fingerprint: str) -> None:
-        """Give messages their assignments. Those that shared a content and have equal assignments share one again."""
+        """Add its assignment to each message. Messages with a common content and equal assignments keep one content."""
         contents: dict[tuple[int, Assignment], tuple[RecordDict, RecordDict]] = {}
         for client, message in self.messages.items():
             given, assignment = message.content, self.assignments[client]
@@ -154,11 +213,11 @@ class Round:
         self.report.bytes_down = sum(codec.num_bytes(message.content) for message in self.messages.values())
 
     def aggregate(self, replies: Iterable[Message | sums.Part]) -> Aggregate:
-        """Judge what is not judged, and hand over what is valid; ``replies`` are of clients, or sums of workers."""
+        """Judge single replies, and hand over the valid ones; sums from workers are judged already."""
         tree, valid, verdicts = sums.Tree(), dict[int, Message](), dict[int, Verdict]()
         for reply in replies:
             if isinstance(reply, sums.Part):
-                with intra_op_threads(1):  # threads that wait for each other cost more than they add
+                with intra_op_threads(1):  # waiting threads cost more than they save
                     tree.add(reply)
             else:
                 self._judge(reply, valid, verdicts)
@@ -171,7 +230,7 @@ class Round:
         return self._hand_over_mean(total)
 
     def judged(self, replies: Iterable[Message]) -> tuple[dict[int, Message], Verdicts]:
-        """The valid ones by client, and what became of everybody's, which is noted."""
+        """The valid replies by client, and all verdicts, which are noted in the report and the ledger."""
         valid, verdicts = dict[int, Message](), dict[int, Verdict]()
         for reply in replies:
             self._judge(reply, valid, verdicts)
@@ -179,10 +238,10 @@ class Round:
         return valid, verdicts
 
     def hand_over(self, order: Sequence[int], valid: Mapping[int, Message], verdicts: Verdicts) -> Aggregate:
-        """The ``valid`` replies to the inner strategy, in the order of clients; or their mean, if it needs no more.
+        """Give the inner strategy the ``valid`` replies in the order of clients; or their mean, if it uses only that.
 
-        ``order`` is of all clients that they might be of, and so the tree of their sum. Without a valid reply the model
-        stays, but for what a release makes of nothing.
+        ``order`` has all clients that could have replied, and fixes the tree of the sum. Without a valid reply the
+        model does not change, except by the noise of a release.
         """
         if sums.only_mean(self.inner):
             clip_norm = self.clip_norm
@@ -200,7 +259,7 @@ class Round:
     def _addressed(self, cohort: list[int], config: ConfigRecord, grid: Grid) -> dict[int, Message]:
         """The messages of the inner strategy by client, in the order of the ``cohort``.
 
-        In a round with nobody in it that releases all the same, it is asked too: it learns the model.
+        An empty round with a release asks it too, because it has to learn the model.
         """
         nodes = self.directory.nodes
         shown = cohort or (list(nodes)[:1] if self.release else [])
@@ -218,7 +277,7 @@ class Round:
         return {client: by_client[client] for client in cohort if client in by_client}
 
     def _judge(self, reply: Message, valid: dict[int, Message], verdicts: dict[int, Verdict]) -> None:
-        """The verdict on the first reply of each client that was asked; a note of any other."""
+        """The verdict on the first reply of each client of the round; a note about any other reply."""
         node = self.directory.sender(reply, self.messages.values())
         client = self.directory.client_at(node)
         if client is None:
@@ -233,19 +292,29 @@ class Round:
             if isinstance(verdict, Mapping):
                 valid[client] = reply
 
+    def _charges(self) -> Iterator[tuple[int, dict[int, PrivacyEvent]]]:
+        """The events of each attempt, by client; most rounds have one attempt."""
+        for attempt in sorted({assignment.attempt for assignment in self.assignments.values()}):
+            yield attempt, {c: a.event for c, a in self.assignments.items() if a.attempt == attempt}
+
     def _note(self, verdicts: Verdicts) -> None:
         self.report.note(verdicts, release_counts=self.release_counts)
-        self.report.settle(self.ledger, self.assignments)
+        for attempt, events in self._charges():
+            settled = self.roster.ledger.outcomes(
+                self.number, attempt
+            )  # written by a server that was killed later in this round
+            outcomes = {c: self.report.dropped.get(c, "released") for c in events if c not in settled}
+            self.roster.ledger.settle_many(self.number, attempt, outcomes)
         self.report.count_failure(self.directory.num_clients)
 
     def _sent(self, client: int) -> ArrayRecord:
-        """The model that ``client`` began with."""
+        """The model that ``client`` started from."""
         asked = self.messages.get(client)
         sent = None if asked is None else records.arrays_in(asked.content, records.ARRAYS)
         return self.model if sent is None else sent
 
     def _hand_over_mean(self, total: sums.Part) -> Aggregate:
-        """The mean of ``total`` as one reply, or what the round releases of it."""
+        """Give the inner strategy one reply: the mean of ``total``, or its release."""
         if not total.accepted and not self.release:
             return self._keep_model()
         metrics: dict[str, MetricRecordValues] = {records.NUM_EXAMPLES: total.weight}
@@ -262,10 +331,11 @@ class Round:
         question = self.directory.question(next(iter(self.directory.nodes)))
         return self._aggregated([Message(content, reply_to=question)])
 
+    @blamed_on("strategy")
     def _aggregated(self, replies: list[Message]) -> Aggregate:
-        """What the inner strategy makes of ``replies``, in the model's types (some stock strategies return float64).
+        """The inner strategy's aggregate of ``replies``, in the types of the model (some strategies return float64).
 
-        Raises ``FederationError`` unless it is like the model and finite.
+        Raises ``FederationError`` unless it has the names and shapes of the model and is finite.
         """
         arrays, metrics = self.inner.aggregate_train(self.number, replies)
         if arrays is None:

@@ -17,9 +17,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run, in the folder ``runs/flower-<run id>`` of where Flower runs the app, or in ``out``.
+    """One run, in ``out`` or in the folder ``runs/flower-<run id>`` below the working directory of Flower.
 
-    With ``resume`` the run in ``out`` goes on. What fails in a trial on made-up examples fails here, before any charge.
+    With ``resume`` the run in ``out`` continues. A failure in a trial on made-up examples ends it before any charge.
     """
     experiment = from_run_config(context.run_config)
     config = experiment.config

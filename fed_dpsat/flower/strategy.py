@@ -1,68 +1,53 @@
-"""``PrivateStrategy``: any Flower strategy, with the accounting it cannot forget.
+"""``PrivateStrategy``: any Flower strategy, with accounting.
 
-It wraps rather than subclasses. Per round it draws the cohort, charges every client in it, shows the inner
-strategy a grid that holds just that cohort, and hands it only the replies that are valid, in the order of
-their clients; or one reply that is their mean, if that is all it uses (``sums``). What it does with them is its own
-business; how a cohort is asked is that of the kind of rounds (``RoundKind``).
+It wraps another strategy. In each round it draws the cohort, charges every client in it, shows the inner strategy a
+grid with only that cohort, and gives it only valid replies, in the order of their clients; or one reply with their
+mean, if the inner strategy uses only that (``sums``). The kind of rounds (``RoundKind``) asks the cohort.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fed_dpsat.accounting.ledger import PrivacyLedger
-from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import sums
-from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.inner import Plain, capture_state, check_inner, restore_state, take_over
 from fed_dpsat.flower.nodes import Directory
-from fed_dpsat.flower.report import RoundReport
 from fed_dpsat.flower.roster import Roster
-from fed_dpsat.flower.round import Round, RoundKind, seconds_of
-from fed_dpsat.flower.sums import Part
+from fed_dpsat.flower.round import Round, RoundKind, RoundReport, seconds_of
+from fed_dpsat.flower.sums import ClientRelease, Part
 from fed_dpsat.run.timing import Phases
 from fed_dpsat.step.subspace import Coordinates, Span
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 BeforeRound = Callable[[int, ArrayRecord], ArrayRecord]
-"""The model that a round starts from, of the one after the last round: layers may join."""
+"""A function from a round and the model before it to the model that it starts from: layers may join."""
 
 Within = Callable[[int], Coordinates | Span | None]
-"""A round, from 1, to what it can change: replies are then the numbers of that subspace; None is whole models."""
+"""A function from a round, from 1, to the subspace that its replies are in; None for whole models."""
 
 
 class PrivateStrategy(Strategy):
-    """``inner`` with cohorts, charges and checks around it.
+    """``inner`` with cohorts, charges and checks.
 
-    ``plans`` say what a round costs each client, what it may spend and when it joins. A client is left out once
-    ``max_rounds_per_client`` rounds are charged to it, and for good once its next round would exceed its budget:
-    both depend on the ledger alone, never on data. Charges are durable before a message is sent and stay, whatever
-    becomes of the reply. With a ``release`` the unit is one client: replies are bounded, added up and noised here, also
-    if there are none, and the inner strategy sees what comes of it. ``kind`` says how rounds go; None is ordinary ones.
-    With ``secret_coins`` no seed tells who is drawn.
+    The ``roster`` holds the plans, the ledger and the rule that draws cohorts: all public, never a function of data.
+    A charge is durable before a message is sent, and stays whatever becomes of the reply. With a ``release`` the unit
+    is one client: the replies are bounded, added up and noised here, also if there are none, and the inner strategy
+    sees only the result. ``kind`` is the kind of rounds; None stands for ordinary ones.
 
-    Raises ``SettingError`` for an ``inner`` that cannot be in it, ``FederationOver`` when fewer than ``min_clients``
-    are left, ``FederationError`` when all asked fail or no reply is valid.
+    Raises ``SettingError`` for an ``inner`` that it cannot wrap, ``FederationOver`` if fewer than ``min_clients`` are
+    left, ``FederationError`` if all clients fail or no reply is valid.
     """
 
     def __init__(
         self,
         inner: Strategy,
-        ledger: PrivacyLedger,
+        roster: Roster,
         *,
-        plans: Sequence[ClientPlan],
-        delta: float,
-        accountant: str,
-        cohort_size: int,
-        max_rounds_per_client: int,
-        seed: int,
-        client_sampling: str = "fixed",
-        min_clients: int = 1,
         release_counts: bool = False,
         join_timeout: float = 60.0,
         release: ClientRelease | None = None,
@@ -70,14 +55,10 @@ class PrivateStrategy(Strategy):
         phases: Phases | None = None,
         within: Within = lambda round: None,
         fingerprint: str = "",
-        secret_coins: bool = False,
     ) -> None:
         check_inner(inner)
         self.inner = inner
-        self.ledger = ledger
-        self.plans = plans
-        self.delta = delta
-        self.accountant = accountant
+        self.roster, self.ledger, self.plans = roster, roster.ledger, roster.plans
         self.release_counts = release_counts
         self.release = release
         self.kind = kind or RoundKind()
@@ -87,25 +68,13 @@ class PrivateStrategy(Strategy):
         self.phases = phases or Phases()
         self._within, self._fingerprint = within, fingerprint
         self.report = RoundReport(round=0)
-        self.roster = Roster(
-            plans,
-            ledger,
-            delta=delta,
-            accountant=accountant,
-            cohort_size=cohort_size,
-            max_rounds_per_client=max_rounds_per_client,
-            seed=seed,
-            client_sampling=client_sampling,
-            min_clients=min_clients,
-            secret_coins=secret_coins,
-        )
         self._attempts: dict[int, int] = {}
-        self._directory = Directory(len(plans), join_timeout, fingerprint)
+        self._directory = Directory(len(self.plans), join_timeout, fingerprint)
         take_over(inner)
 
     @property
     def retired(self) -> dict[int, int]:
-        """Clients that could not afford another round, with the round before which they left."""
+        """Clients that could not afford another round, with the round in which they were left out."""
         return self.roster.retired
 
     def start(
@@ -121,10 +90,9 @@ class PrivateStrategy(Strategy):
         done: int | None = None,
         before_round: BeforeRound | None = None,
     ) -> Result:
-        """Learn which node holds which partition; then Flower's loop, after the rounds that are ``done``.
+        """Find the node of each partition; then run Flower's loop, after the ``done`` rounds.
 
-        ``evaluate_fn`` is called after each round and, where nothing is done, before the first. Nobody else is asked
-        to evaluate.
+        ``evaluate_fn`` is called after each round and, if no round is done, before the first. No client evaluates.
         """
         self.kind.check(grid)
         self.meet(grid)
@@ -149,12 +117,12 @@ class PrivateStrategy(Strategy):
         return result
 
     def renew(self, inner: Strategy) -> None:
-        """Go on with another inner strategy, or the same one from its beginning."""
+        """Continue with another inner strategy, or with a new one of the same class."""
         self.inner = inner
         take_over(inner)
 
     def meet(self, grid: Grid) -> None:
-        """Learn which node holds which partition; a simulation knows."""
+        """Find the node of each partition."""
         self._directory.meet(grid)
         self.roster.join(self._directory.nodes)
 
@@ -167,7 +135,6 @@ class PrivateStrategy(Strategy):
             number=server_round,
             model=arrays,
             inner=self.inner,
-            ledger=self.ledger,
             roster=self.roster,
             directory=self._directory,
             report=self.report,
@@ -183,9 +150,9 @@ class PrivateStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message | Part]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The last phase of a round: drop invalid replies, by name, and hand the rest to the inner strategy.
+        """The last phase of a round: drop invalid replies, by name, and give the others to the inner strategy.
 
-        ``replies`` are of clients, or sums of replies that workers have judged; they may come while this waits.
+        ``replies`` come from clients, or are sums of replies that workers have judged; they may arrive during the call.
         """
         with self.phases("aggregate"):
             return self.kind.aggregate(self._round, self.phases.waiting_for("train", replies))
@@ -193,19 +160,19 @@ class PrivateStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask nobody: metrics on private data do not leave a client."""
+        """Ask no client: metrics on private data do not leave a client."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing was asked."""
+        """Return nothing: no client was asked."""
         return None
 
     def summary(self) -> None:
-        """The inner strategy's."""
+        """Log the settings of the inner strategy."""
         self.inner.summary()
 
     def state_dict(self) -> dict[str, Plain]:
-        """What a checkpoint needs to go on after this round; raises ``StrategyStateError``."""
+        """The state after this round, for a checkpoint; raises ``StrategyStateError``."""
         return {
             "retired": dict(self.retired),
             "failed_rounds": self.report.failed_rounds,
@@ -214,10 +181,10 @@ class PrivateStrategy(Strategy):
         }
 
     def load_state_dict(self, state: Mapping[str, Plain], *, next_round: int, same_noise: bool) -> None:
-        """Go on with ``next_round``. What was charged of it is done again.
+        """Continue with ``next_round``, and repeat the part of it that was charged.
 
-        With the ``same_noise`` (seeded), that is the same release, and no second charge. Else it is another attempt,
-        with a charge of its own.
+        With the ``same_noise`` (seeded), the repetition is the same release, without a second charge. Otherwise it is
+        another attempt, with its own charge.
         """
         self.roster.begin_again(next_round, state["retired"], same_noise=same_noise)
         self.report.failed_rounds = state["failed_rounds"]

@@ -1,8 +1,8 @@
-"""Weighted sums of replies in a fixed tree, so that the bits do not depend on who adds up what.
+"""Weighted sums of replies in a fixed tree, whose bits depend on no worker, and the release of a sum.
 
 The clients of a round, in their order, are the leaves of a binary tree, whose nodes of 2, 4, 8, ... clients begin at
-multiples of their size. Whoever has the replies of a run of clients adds up the nodes in it, two halves at a time; the
-nodes that are left at the end are added from the last one on. Sums are in float32 (float64 for float64 and whole
+multiples of their size. A process with the replies of consecutive clients adds up the nodes among them, two halves at a
+time; the server adds the remaining nodes from the last one on. Sums are in float32 (float64 for float64 and whole
 numbers), weighted by ``num-examples``.
 
 ====================== ===================================
@@ -10,8 +10,10 @@ case                   mean
 ====================== ===================================
 one valid reply        that reply, to the bit
 no valid reply         None
-a reply that is none   not in the sum, and named
+an invalid reply       not in the sum; the client is named
 ====================== ===================================
+
+Under the unit "client" the sum is over bounded changes, and the server releases it with noise (``ClientRelease``).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
@@ -29,13 +32,17 @@ from fed_dpsat.client.unit import bounded_move
 from fed_dpsat.flower.judge import Failure, Verdict, judge
 from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.noise import derive_generator
+from fed_dpsat.step.secure_noise import system_generator
 
 OF_THE_MEAN = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
-"""Stock strategies that use the replies only through their weighted mean, but not what is derived from them."""
+"""Stock strategies that use only the weighted mean of the replies; a subclass may use more."""
 
 
 def only_mean(strategy: Strategy) -> bool:
-    """Whether ``strategy`` uses replies only through their mean, weighted by ``num-examples``: it declares that."""
+    """Whether ``strategy`` uses only the mean of the replies by ``num-examples``: its ``only_mean`` declares it."""
     if type(strategy) in OF_THE_MEAN:
         keys = strategy.weighted_by_key, strategy.arrayrecord_key  # type: ignore[attr-defined]
         return keys == (records.NUM_EXAMPLES, records.ARRAYS)
@@ -44,9 +51,9 @@ def only_mean(strategy: Strategy) -> bool:
 
 @dataclass(kw_only=True)
 class Part:
-    """What ``size`` clients' replies come to: metrics of the valid ones, failures, and ``scale * total``, their sum.
+    """The sum of the replies of ``size`` clients, ``scale * total``; metrics of the valid ones, and failures.
 
-    ``own``: nobody else has the tensors, and they may be written into.
+    ``own``: no other object has the tensors, so ``Tree`` may write into them.
     """
 
     size: int = 1
@@ -62,7 +69,7 @@ class Part:
         return sum(metrics[records.NUM_EXAMPLES] for metrics in self.accepted.values())
 
     def mean(self) -> Params | None:
-        """Weighted mean of the valid replies, in the types of the sum; None if there are none."""
+        """Weighted mean of the valid replies, in the types of the sum; None without one."""
         if self.total is None:
             return None
         if self.scale == self.weight:
@@ -87,9 +94,9 @@ def part_of(
     before: ArrayRecord | None = None,
     clip_norm: float | None = None,
 ) -> Part:
-    """One client's reply, if there was one; its arrays are read and not copied.
+    """The reply of one client, or its failure; the arrays are read and not copied.
 
-    With a ``clip_norm`` it is the client's move from ``before``, bounded, and counts once whatever size it declares.
+    With a ``clip_norm`` the part is the bounded move of the client from ``before``, with weight 1.
     """
     if reply is None or verdict is None or isinstance(verdict, Failure):
         return Part(failed={client: verdict} if isinstance(verdict, Failure) else {})
@@ -105,28 +112,28 @@ def part_of(
 def judged_part(
     message: Message, reply: Message, client: int, *, release_counts: bool, clip_norm: float | None
 ) -> Part:
-    """``part_of`` the ``reply`` of ``client`` to ``message``, judged by what that asks."""
+    """``part_of`` the ``reply`` of ``client`` to ``message``, after the judgement."""
     before = records.arrays_in(message.content, records.ARRAYS)
     verdict = judge(reply, message.content, client, release_counts=release_counts, clip_norm=clip_norm)
     return part_of(client, reply, verdict, before=before, clip_norm=clip_norm)
 
 
 class Tree:
-    """The nodes that the clients of a round from number ``start`` on come to, as they are added in their order."""
+    """The nodes of the clients of a round from position ``start`` on, which are added in their order."""
 
     def __init__(self, start: int = 0) -> None:
         self.nodes: list[Part] = []
         self._end = start
 
     def add(self, part: Part) -> None:
-        """The next client, or node; what ``part`` owns is used up."""
+        """Add the next client, or node; uses up the tensors that ``part`` owns."""
         self.nodes.append(part)
         self._end += part.size
         while self._halves_of_a_node():
             self._add_last_two()
 
     def total(self) -> Part:
-        """The sum of all that was added, which is used up."""
+        """The sum of all parts, which it uses up."""
         while len(self.nodes) > 1:
             self._add_last_two()
         return self.nodes.pop() if self.nodes else Part(size=0)
@@ -141,11 +148,64 @@ class Tree:
 
 
 def merge(parts: Iterable[Part]) -> Part:
-    """The sum of a round's ``parts``, clients or nodes in their order; a node of each size is in memory at a time."""
+    """The sum of ``parts``, clients or nodes in their order; holds one node of each size in memory at a time."""
     tree = Tree()
     for part in parts:
         tree.add(part)
     return tree.total()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRelease:
+    """The release of a round under the unit "client": the sum of bounded changes, noised by the server.
+
+    ``mechanism`` has the bound C of one client, and divides by the EXPECTED size of a cohort, a constant.
+    ``every_client`` is true if a round costs all clients and not only the drawn ones: each has a coin.
+
+    ==================================== ================================================================
+    case                                 release
+    ==================================== ================================================================
+    no client is drawn, or none replies  noise: the model would otherwise tell that no client was there
+    fewer replies than drawn clients     their sum and the same noise, divided by the same constant
+    a reply beyond the bound             the sum of the others, and the client is named
+    ==================================== ================================================================
+
+    Source: McMahan et al. 2018 (arXiv 1710.06963), with the estimator whose denominator is a constant. The proof is in
+    ``docs/privacy.md``.
+    """
+
+    mechanism: GaussianMechanism
+    every_client: bool
+    seed: int
+    noise_source: str
+
+    @classmethod
+    def of(cls, config: RunConfig, noise_multiplier: float) -> ClientRelease | None:
+        """The release of ``config``; None for another unit."""
+        if config.privacy_unit != "client":
+            return None
+        return cls(
+            mechanism=GaussianMechanism(
+                noise_multiplier=noise_multiplier,
+                clip_norm=config.clip_norm,
+                expected_batch_size=float(config.cohort_size),
+            ),
+            every_client=config.client_sampling == "poisson",
+            seed=config.seed,
+            noise_source=config.noise_source,
+        )
+
+    def model(self, total: Part, before: ArrayRecord, *, round: int, attempt: int) -> ArrayRecord:
+        """``before`` plus the private mean of the changes that ``total`` adds up, in the types of ``before``."""
+        start = records.to_params(before)
+        moves = total.total or {name: torch.zeros_like(value, dtype=torch.float64) for name, value in start.items()}
+        mean = self.mechanism.privatize(moves, self._generator(round, attempt))
+        return records.to_arrays({name: (v.double() + mean[name]).to(v.dtype) for name, v in start.items()})
+
+    def _generator(self, round: int, attempt: int) -> np.random.Generator:
+        if self.noise_source == "system":
+            return system_generator()
+        return derive_generator(self.seed, purpose="noise", round=round, attempt=attempt)
 
 
 def _sum(a: Part, b: Part) -> Part:
@@ -154,7 +214,7 @@ def _sum(a: Part, b: Part) -> Part:
         one = b if a.total is None else a
         both.total, both.scale, both.own = one.total, one.scale, one.own
     elif a.scale == b.scale:
-        pair = (b.total, a.total) if b.own else (a.total, b.total)  # whose memory it is makes no difference in bits
+        pair = (b.total, a.total) if b.own else (a.total, b.total)  # the choice of memory changes no bits
         both.total, both.scale, both.own = _added(*pair, own=a.own or b.own), a.scale, True
     else:
         weighted = {name: t.to(_accumulator(t)) * a.scale for name, t in a.total.items()}
@@ -163,7 +223,7 @@ def _sum(a: Part, b: Part) -> Part:
 
 
 def _added(tensors: Params, others: Params, *, own: bool, scale: float = 1.0) -> Params:
-    """``tensors + scale * others``, in the memory of ``tensors`` if they are our ``own``."""
+    """``tensors + scale * others``, in the memory of ``tensors`` if the caller has them as its ``own``."""
     total = {}
     for name, t in tensors.items():
         mine, other = t.to(_accumulator(t)), others[name].to(_accumulator(t))

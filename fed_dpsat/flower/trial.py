@@ -1,8 +1,7 @@
-"""The trial of a whole federation (as ``client.trial``): clients, codec, strategy, evaluation, with nothing on disk.
+"""The trial of a whole federation (see ``client.trial``): clients, codec, strategy, evaluation, with nothing on disk.
 
-Two clients are enough for a strategy that uses the mean alone, three hide each other in secure aggregation; any other
-strategy is shown a reply of each client of a cohort. What the code of clients does that is given as ``client_app``, and
-how Ray carries objects, is not tried.
+A strategy that uses only the mean has two clients in the trial; secure aggregation has three, which hide each other;
+any other strategy has a whole cohort. A given ``client_app`` and the transport of Ray are not in the trial.
 """
 
 from __future__ import annotations
@@ -15,14 +14,16 @@ from flwr.serverapp.strategy import Strategy
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import make_plans, plan_of
 from fed_dpsat.client import trial
+from fed_dpsat.client.blame import REMEDIES, Unfit, told
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
 from fed_dpsat.client.given import copied
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower import personal, sums
+from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_app import StackingClientApp, make_client_app
 from fed_dpsat.flower.federation import build_strategy, private_strategy, unfrozen
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, SimulationGrid, node_context
+from fed_dpsat.flower.recorder import measure_personal
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.wire import compat, records
 
@@ -30,8 +31,8 @@ from fed_dpsat.flower.wire import compat, records
 def try_federation(experiment: Experiment, strategy: Strategy | None = None, objects: Sequence[str] = ()) -> None:
     """The first rounds of ``experiment`` under ``strategy``, or the one that it names, on made-up examples.
 
-    ``objects`` names what was given in Python. Raises ``TrialError`` for what fails, and what ``build_strategy`` and
-    ``make_plans`` raise. Whatever is given is afterwards as it was.
+    ``objects`` names the objects that were given in Python. Raises ``TrialError`` for a failure, and the errors of
+    ``build_strategy`` and ``make_plans``. The trial does not change the given objects.
     """
     config = experiment.config
     noise_multiplier = min(plan.event.noise_multiplier for plan in make_plans(config))
@@ -49,7 +50,7 @@ def try_federation(experiment: Experiment, strategy: Strategy | None = None, obj
         trial.untouched(experiment.device),
         trial.held_back_logs(),
         compat.as_before(),
-        trial.told(experiment, objects, inner),
+        told(experiment, objects, inner),
     ):
         memo: dict[int, object] = {}
         clients = _clients(experiment, inner)
@@ -83,20 +84,20 @@ def _rounds(tried: Experiment, inner: Strategy) -> None:
 def _after_round(
     tried: Experiment, private: PrivateStrategy, grid: SimulationGrid, arrays: ArrayRecord
 ) -> MetricRecord | None:
-    """What a run does after a round; raises ``Unfit`` for a reply that did not count."""
+    """The work of a run after a round; raises ``Unfit`` for a reply that did not count."""
     if dropped := private.report.dropped:
-        raise trial.Unfit("optimizer", f"a client's reply after its first steps: {min(dropped.values())}",
-                          trial.REMEDIES["optimizer"])  # fmt: skip
+        raise Unfit("optimizer", f"a client's reply after its first steps: {min(dropped.values())}",
+                          REMEDIES["optimizer"])  # fmt: skip
     predictions = predict(tried.loss_fn.module, records.to_params(arrays), tried.dataset.test)
     evaluation_of(predictions)
     quality_of(predictions, tried.dataset.num_classes)
     if tried.personal:
-        personal.measure(grid, arrays, tried.config.num_clients)
+        measure_personal(grid, arrays, tried.config.num_clients)
     return None
 
 
 class _Clients:
-    """A backend whose clients answer here, and whose errors are raised as they are."""
+    """A backend whose clients run in this process, and raise their errors."""
 
     def __init__(self, tried: Experiment) -> None:
         config = tried.config
@@ -110,7 +111,7 @@ class _Clients:
     def run(
         self, messages: Sequence[Message], *, release_counts: bool | None, timeout: float | None
     ) -> Iterator[Answers]:
-        """As ``Backend.run``."""
+        """See ``Backend.run``."""
         for start in range(0, len(messages), self._stack):
             asked = messages[start : start + self._stack]
             replies = self._replies(asked, [self._contexts[message.metadata.dst_node_id] for message in asked])
@@ -130,11 +131,11 @@ class _Clients:
         if len(asked) > 1 and isinstance(app, StackingClientApp):
             try:
                 replies = app.train_together(asked, contexts)
-            except Exception:  # who fails together trains alone, as in a run
+            except Exception:  # after a failure together, clients train alone, as in a run
                 replies = None
         if replies is None:
             replies = [app(message, context) for message, context in zip(asked, contexts, strict=True)]
         return replies
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""

@@ -1,8 +1,8 @@
-"""A strategy as one function of the clients' updates, with the noise that each of them is known to hold.
+"""A strategy as one function of the clients' updates, with the known noise of each update.
 
-What a strategy may know of a reply is public or already noised: the update, ``num-examples``, and the event that the
-reply carries (noise multiplier, sample rate, steps), which is the one that was charged. With ``lr`` and ``clip_norm``
-from the configuration that gives the variance of the noise in an update, without looking at it.
+Everything in a reply is public or already noised: the update, ``num-examples``, and the charged event (noise
+multiplier, sample rate, steps). With ``lr`` and ``clip_norm`` from the configuration, they give the variance of the
+noise in an update, without a look at it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from fed_dpsat.step.optimizers.dpsgd import SCHEDULES
 Vector = NDArray[np.floating]
 
 SGD_STEPS = ("dp-sgd", "dp-sat", "dp-sat-momentum", "extrapolated")
-"""Optimizers whose step is ``-lr`` times the private gradient, so that its noise arrives as it is."""
+"""Optimizers whose step is ``-lr`` times the private gradient, and so ``-lr`` times its noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownNoise:
-    """The variance of the noise in a client's update: that of ``event.steps`` SGD steps at ``lr``, added up.
+    """The variance of the noise in a client's update: the sum over ``event.steps`` SGD steps at ``lr``.
 
     Noise of one step is ``lr * noise_multiplier * clip_norm / (sample_rate * num_examples)`` per coordinate. With
-    ``weight_decay`` that is a bound from above. ``unknown`` says why the noise of a run depends on more than this.
+    ``weight_decay`` this is an upper bound. ``unknown`` is the reason if the noise of a run depends on more.
     """
 
     lr: float
@@ -47,7 +47,7 @@ class KnownNoise:
 
     @classmethod
     def of(cls, config: RunConfig) -> KnownNoise:
-        """As ``config`` says; unknown for momentum, adaptive clipping and steps that are not those of SGD."""
+        """The noise of ``config``; unknown for momentum, adaptive clipping and steps other than those of SGD."""
         wrong = [
             SettingError(name, getattr(config, name), f"{bound}, so noise is unknown to {config.strategy!r}", remedy)
             for name, good, bound, remedy in (
@@ -103,11 +103,11 @@ class Updates:
 
     @property
     def mean_variance(self) -> float:
-        """Of the noise in ``mean``, per coordinate."""
+        """The variance of the noise in ``mean``, per coordinate."""
         return float(self.shares**2 @ self.variances)
 
     def excess(self, center: Vector | float = 0.0) -> Vector:
-        """``[K]``: squared distances from ``center`` less what noise alone is expected to add, at least 0."""
+        """``[K]``: squared distances from ``center`` less the expectation of the noise in them, at least 0."""
         squared = np.square(self.moves - center).sum(axis=1)
         beyond: Vector = np.maximum(squared - self.moves.shape[1] * self.variances, 0.0)
         return beyond
@@ -120,9 +120,9 @@ class Updates:
 
 
 class UpdateStrategy(FedAvg):
-    """The global model plus ``move(round, updates)``; that is the method to write.
+    """The global model plus ``move(round, updates)``; a subclass writes that method.
 
-    Whole numbers are not trained and stay as they are. Raises ``SettingError`` where the noise is unknown.
+    Whole numbers are not trained and do not change. Raises ``SettingError`` if the noise is unknown.
     """
 
     def __init__(self, known_noise: KnownNoise) -> None:
@@ -134,19 +134,19 @@ class UpdateStrategy(FedAvg):
 
     @abstractmethod
     def move(self, round: int, updates: Updates) -> Vector:
-        """``[d]``: where the global model goes from here."""
+        """``[d]``: the change of the global model."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As FedAvg, remembering what was sent."""
+        """FedAvg's messages; keeps the model in them."""
         self._before = arrays
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The model that was sent, moved."""
+        """The model of ``configure_train`` plus the move."""
         updates = self._read(server_round, list(replies))
         before, self._before = self._before, ArrayRecord()
         return _moved(before, self.move(server_round, updates)), None

@@ -1,1 +1,1 @@
-"""What a run is told: each setting with its bounds, and what cannot be set together."""
+"""The settings of a run: each with its bounds, and the combinations that are refused."""

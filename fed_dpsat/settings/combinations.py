@@ -1,162 +1,131 @@
-"""Which settings go together, feature by feature; what one may be by itself stands beside it in ``config``."""
+"""All groups of settings together: the quantities that follow from several groups, and the refused combinations.
+
+A group checks by itself which of its own settings exclude each other.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from fed_dpsat.errors import SettingError
+from fed_dpsat.settings import federation, machine, privacy, training
+from fed_dpsat.settings.data import Data
+from fed_dpsat.settings.federation import Federation
+from fed_dpsat.settings.machine import Machine
+from fed_dpsat.settings.privacy import Privacy
+from fed_dpsat.settings.training import Training
+from fed_dpsat.settings.values import refuse
 
-if TYPE_CHECKING:
-    from fed_dpsat.settings.config import RunConfig
-
-Fail = Callable[[str, str, str], None]
-"""Name of the setting, bound and remedy, as ``SettingError`` has them."""
-
-
-def check_combinations(config: RunConfig) -> None:
-    """Raises ``SettingError`` for an impossible combination: the first that is found."""
-
-    def fail(name: str, bound: str, remedy: str) -> None:
-        raise SettingError(name, getattr(config, name), bound, remedy)
-
-    for check in (_open_bounds, _secure, _buffer, _attack, _unit, _device, _noise, _layers, _cohort):
-        check(config, fail)
+GROUPS = (Data, Training, Privacy, Federation, Machine)
 
 
-def _open_bounds(config: RunConfig, fail: Fail) -> None:
-    if config.delta >= 1:
-        fail("delta", "in (0, 1)", "below 1 / examples per client is usual")
-    if config.dropout_rate >= 1:
-        fail("dropout_rate", "in [0, 1)", "nobody would ever reply")
-    if math.isinf(config.delay_mean):
-        fail("delay_mean", "finite", "nobody would ever reply")
-    if config.momentum >= 1:
-        fail("momentum", "in [0, 1)", "0.9 is usual")
+@dataclass(frozen=True, kw_only=True)
+class Settings(Machine, Federation, Privacy, Training, Data):  # fields of the last base come first
+    """The settings of all ``GROUPS``, in that order."""
+
+    @property
+    def amplifying_rate(self) -> float:
+        """The chance of a client to be in a round, if each client has a coin of its own; otherwise 1."""
+        return self.client_rate if self.client_sampling == "poisson" else 1.0
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients asked per round."""
+        return self.clients_per_round or self.num_clients
+
+    @property
+    def client_rate(self) -> float:
+        """The chance of a client to be in a round."""
+        return self.cohort_size / self.num_clients
+
+    @property
+    def rounds_per_client(self) -> int:
+        """The largest number of rounds that one client can take part in."""
+        return min(self.max_rounds_per_client or self.num_rounds, self.num_rounds)
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps from the first round to the last: what learning rate schedules span."""
+        return self.num_rounds * self.steps_per_round
+
+    @property
+    def steps_per_round(self) -> int:
+        """``local_steps``, or the steps in which each example is expected to be seen ``local_epochs`` times."""
+        return math.ceil(self.local_epochs / self.sample_rate) if self.local_epochs else self.local_steps
 
 
-def _secure(config: RunConfig, fail: Fail) -> None:
-    if not config.secure_aggregation:
-        return
-    if config.update_codec != "fp32":
-        fail("update_codec", "possible with secure_aggregation", "masked sums need every coordinate; use fp32")
-    if config.buffer_size:
-        fail("buffer_size", "possible with secure_aggregation", "masks cancel within one cohort; set it to 0")
-    if config.cohort_size < 3:
-        fail("secure_aggregation", f"possible with {config.cohort_size} clients a round", "3 or more hide each other")
+def check_combinations(config: Settings) -> None:
+    """Raise ``SettingError`` for an impossible combination: the first that is found."""
+    training.check(config)
+    privacy.check(config)
+    federation.check(config)
+    machine.check(config)
+    for check in (_secure, _buffer, _attack, _unit, _layers, _cohort):
+        check(config)
 
 
-def _buffer(config: RunConfig, fail: Fail) -> None:
+def _secure(config: Settings) -> None:
+    if config.secure_aggregation and config.cohort_size < 3:
+        bound = f"possible with {config.cohort_size} clients a round"
+        refuse(config, "secure_aggregation", bound, "3 or more hide each other")
+
+
+def _buffer(config: Settings) -> None:
     if not config.buffer_size:
         return
     if config.buffer_size > config.cohort_size:
-        fail("buffer_size", f"at most the {config.cohort_size} clients that are under way", "lower it")
+        refuse(config, "buffer_size", f"at most the {config.cohort_size} clients that are under way", "lower it")
     if config.unfreeze_round:
-        fail("buffer_size", "possible with head-then-all", "a late head fits no whole model; set it to 0")
-    if config.delay == "none":
-        fail("delay", "enough for buffer_size", "clients arrive in the order of simulated delays: lognormal, say")
-    if config.client_sampling != "fixed":
-        fail("client_sampling", f"possible with buffer_size={config.buffer_size}", "places are filled: use fixed")
+        refuse(config, "buffer_size", "possible with head-then-all", "a late head fits no whole model; set it to 0")
     if config.privacy_unit == "client":
-        fail("buffer_size", "possible with privacy_unit='client'", "its sum is over one cohort; set it to 0")
+        refuse(config, "buffer_size", "possible with privacy_unit='client'", "its sum is over one cohort; set it to 0")
 
 
-def _attack(config: RunConfig, fail: Fail) -> None:
-    if bool(config.attack) != (config.attackers > 0):
-        fail("attackers", f"possible with attack={config.attack!r}", "give both a share of clients and an attack")
+def _attack(config: Settings) -> None:
     if config.attack and config.noise_source != "seeded":
-        fail("attack", "possible with noise_source='system'", "colluders' noise is drawn twice: simulate it seeded")
+        bound = "possible with noise_source='system'"
+        refuse(config, "attack", bound, "colluders' noise is drawn twice: simulate it seeded")
 
 
-def _unit(config: RunConfig, fail: Fail) -> None:
-    """A client's change is bounded once, by flat clipping, and the server has to see it to bound it again."""
+def _unit(config: Settings) -> None:
+    """Flat clipping bounds a client's change once, and the server sees the change to bound it again."""
     if config.privacy_unit == "example":
         if config.keep_share < 1:
-            fail("keep_share", "1 with privacy_unit='example'", "update_codec=top-k sends the largest changes")
+            bound = "1 with privacy_unit='example'"
+            refuse(config, "keep_share", bound, "update_codec=top-k sends the largest changes")
         return
     unit = "with privacy_unit='client'"
     if config.clipping != "flat":
-        fail("clipping", f"flat {unit}", "a client's whole change is clipped, once")
+        refuse(config, "clipping", f"flat {unit}", "a client's whole change is clipped, once")
     if config.secure_aggregation:
-        fail("secure_aggregation", f"false {unit}", "the server bounds each change again, which a sum hides")
+        remedy = "the server bounds each change again, which a sum hides"
+        refuse(config, "secure_aggregation", f"false {unit}", remedy)
     if config.update_codec not in ("fp32", "top-k"):
-        fail("update_codec", f"fp32 or top-k {unit}", "the others send changes beyond the bound")
+        refuse(config, "update_codec", f"fp32 or top-k {unit}", "the others send changes beyond the bound")
     if config.client_table:
-        fail("client_table", f"empty {unit}", "one noise serves all clients")
+        refuse(config, "client_table", f"empty {unit}", "one noise serves all clients")
     if config.release_counts:
-        fail("release_counts", f"false {unit}", "exact counts are covered by no epsilon")
+        refuse(config, "release_counts", f"false {unit}", "exact counts are covered by no epsilon")
     if config.client_sampling == "poisson" and config.rounds_per_client < config.num_rounds:
-        fail("max_rounds_per_client", f"0 {unit}, client_sampling='poisson'", "each round costs every client")
+        bound = f"0 {unit}, client_sampling='poisson'"
+        refuse(config, "max_rounds_per_client", bound, "each round costs every client")
 
 
-def _device(config: RunConfig, fail: Fail) -> None:
-    """Ray decides which card a worker sees, if any, and each worker sees it as its first."""
-    if config.ray_address and not config.workers:
-        fail("workers", f"enough for ray_address={config.ray_address!r}", "say how many of its CPUs to use")
-    kind, _, number = config.device.partition(":")
-    if config.device not in ("cpu", "cuda", "auto") and not (kind == "cuda" and number.isdecimal()):
-        fail("device", "one of cpu, cuda, cuda:N, auto", "cuda:1 is the second card")
-    if config.gpus_per_worker and not config.workers:
-        fail("gpus_per_worker", "possible with workers=0", "set it to 0, or workers above 0")
-    if config.gpus_per_worker and config.device == "cpu":
-        fail("gpus_per_worker", "possible with device='cpu'", "set it to 0, or device=cuda")
-    if config.workers and number:
-        fail("device", f"possible with workers={config.workers}", "Ray gives out the cards: set device=cuda")
-    if config.workers and config.device == "cuda" and not config.gpus_per_worker:
-        fail(
-            "gpus_per_worker",
-            f"enough for device='cuda' with workers={config.workers}: Ray would give them none",
-            "set gpus_per_worker=0.25 for four workers on each card, 1 for one",
-        )
-
-
-def _noise(config: RunConfig, fail: Fail) -> None:
-    noise, target = config.noise_multiplier, config.target_epsilon
-    if not config.private:
-        if noise > 0 or target > 0:
-            bound = f"possible with noise_multiplier={noise}, target_epsilon={target}"
-            fail("private", bound, "set both to 0, or private=true")
-        return
-    if config.budget_mode == "retire" and noise == 0:
-        fail("noise_multiplier", "enough for budget_mode='retire'", "that mode spends budgets at a noise you set")
-    if config.budget_mode == "calibrate" and noise > 0 and target > 0:
-        fail(
-            "noise_multiplier",
-            f"usable together with target_epsilon={target}",
-            "keep one and set the other to 0, or budget_mode=retire to spend a budget at a noise you set",
-        )
-    if config.budget_mode == "calibrate" and noise == 0 and target == 0:
-        fail(
-            "target_epsilon",
-            "enough to be private while noise_multiplier=0",
-            "set one of the two above 0, or private=false",
-        )
-    if math.isinf(config.clip_norm):
-        fail("clip_norm", "finite in a private run", "noise needs a bound; 0.1 to 1 is usual")
-
-
-def _layers(config: RunConfig, fail: Fail) -> None:
-    if config.personal_layers and config.unfreeze_round:
-        fail("personal_layers", "possible with train_layers='head-then-all'", "keep one of them")
-    if config.start_head == "new" and not config.start_from:
-        fail("start_head", "possible without start_from", "a model that starts anew has a new head anyway")
-    if config.last_layers > 1 and config.train_layers != "last":
-        fail("last_layers", f"possible with train_layers={config.train_layers!r}", "set train_layers=last")
+def _layers(config: Settings) -> None:
     if config.train_layers == "head-then-all" and not 2 <= config.unfreeze_round <= config.num_rounds:
-        fail("unfreeze_round", f"in [2, num_rounds={config.num_rounds}]", "say from which round all is trained")
-    if config.unfreeze_round and config.train_layers != "head-then-all":
-        fail("unfreeze_round", f"possible with train_layers={config.train_layers!r}", "use head-then-all, or 0")
+        bound = f"in [2, num_rounds={config.num_rounds}]"
+        refuse(config, "unfreeze_round", bound, "say from which round all is trained")
 
 
-def _cohort(config: RunConfig, fail: Fail) -> None:
+def _cohort(config: Settings) -> None:
     if config.min_clients > config.cohort_size:
-        fail("min_clients", f"at most the {config.cohort_size} clients of a round", "lower it")
+        refuse(config, "min_clients", f"at most the {config.cohort_size} clients of a round", "lower it")
     if config.clients_per_round > config.num_clients:
-        fail("clients_per_round", f"at most num_clients={config.num_clients}", "lower it, or 0 for all")
+        refuse(config, "clients_per_round", f"at most num_clients={config.num_clients}", "lower it, or 0 for all")
     of_a_round = config.buffer_size or config.cohort_size
     if config.num_clients * config.rounds_per_client < config.num_rounds * of_a_round:
-        fail(
+        refuse(
+            config,
             "max_rounds_per_client",
             f"enough for num_rounds={config.num_rounds} of {of_a_round} clients",
             "raise it, or ask fewer clients per round",

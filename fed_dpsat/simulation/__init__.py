@@ -20,7 +20,8 @@ from fed_dpsat.flower.recorder import OnRound, Summary
 from fed_dpsat.flower.trial import try_federation
 from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.run.process import tune_allocator
-from fed_dpsat.settings.config import RunConfig, Scalar
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.values import Scalar
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.in_process import InProcessBackend
 from fed_dpsat.simulation.state import kept_rounds

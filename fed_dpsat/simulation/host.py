@@ -6,7 +6,6 @@ round, and whoever is asked is asked for whole ones, so they are the same whoeve
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from fed_dpsat.errors import warn_once
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_app import StackingClientApp
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, answer, error_reply, node_context
@@ -115,7 +115,9 @@ class Host:
                 replies = app.train_together([one.message for one in asked], [one.context for one in asked])
                 if replies is not None:
                     return replies
-                _say_once("secure aggregation and devices answer one by one")
+                warn_once(
+                    "stack_clients: clients train one after the other: secure aggregation and devices answer one by one"
+                )
             except Exception as error:  # whoever it was, fails again alone
                 log.warning("stack_clients: %d clients one after the other, since one failed: %s", len(asked), error)
         return [answer(app, one.message, one.context) for one in asked]
@@ -141,8 +143,3 @@ class Host:
 def _round(content: RecordDict) -> int | None:
     assignment = records.config_in(content, records.ASSIGNMENT)
     return None if assignment is None else int(assignment["round"])  # type: ignore[arg-type]
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    log.warning("stack_clients: clients train one after the other: %s", reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,12 +22,14 @@ from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan
 from fed_dpsat.flower.grid import SimulationGrid
+from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.wire import records
 from fed_dpsat.simulation.in_process import InProcessBackend
 
 NUM_CLIENTS = 8
 EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
+ROSTER = inspect.signature(Roster).parameters
 PLAN = ClientPlan(target_epsilon=0.0, first_round=1, event=EVENT)
 
 Model = Mapping[str, NDArray[Any]]
@@ -72,11 +75,28 @@ def as_model(arrays: ArrayRecord) -> Model:
     return {name: array.numpy() for name, array in arrays.items()}
 
 
+def client_app(
+    reply: Callable[[int, RecordDict], RecordDict], identity: Callable[[int], int] = lambda client: client
+) -> ClientApp:
+    """Clients that answer a training message with ``reply(client, content)``, and say that they are ``identity``."""
+    app = ClientApp()
+
+    @app.query()
+    def identify(message: Message, context: Context) -> Message:
+        return Message(records.identity_content(identity(_client(context)), 1), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(reply(_client(context), message.content), reply_to=message)
+
+    return app
+
+
 class Federation:
     """``inner`` in a ``PrivateStrategy``; ``round()`` runs one round and gives the model after it.
 
     ``answered`` counts what clients were asked, by (client, round); ``uncharged`` are those that were asked before
-    they were charged.
+    they were charged. ``settings`` are arguments of ``Roster`` and ``PrivateStrategy``.
     """
 
     def __init__(
@@ -88,33 +108,30 @@ class Federation:
         cohort_size: int = NUM_CLIENTS,
         model: Model | None = None,
         after: int = 0,
+        ledger: PrivacyLedger | None = None,
+        num_clients: int = NUM_CLIENTS,
+        **settings: Any,
     ) -> None:
         self.answered: Counter[tuple[int, int]] = Counter()
         self.uncharged: list[tuple[int, int]] = []
         self.backwards = False
-        self.ledger = PrivacyLedger(":memory:")
+        self.ledger = ledger or PrivacyLedger(":memory:")
         self.model = as_record(model or start())
         self._rounds = count(after + 1)
         self._move, self._tamper = move, tamper
-        self._grid = SimulationGrid(InProcessBackend(self._client_app(), {}, NUM_CLIENTS), NUM_CLIENTS)
-        self.private = PrivateStrategy(
-            inner,
-            self.ledger,
-            plans=[PLAN] * NUM_CLIENTS,
-            delta=1e-5,
-            accountant="rdp",
-            cohort_size=cohort_size,
-            max_rounds_per_client=100,
-            seed=0,
-            join_timeout=0.0,
-        )
-        self.private.start(self._grid, self.model, num_rounds=0)
+        self.grid = SimulationGrid(InProcessBackend(client_app(self._answer), {}, num_clients), num_clients)
+        usual = {"plans": [PLAN] * num_clients, "delta": 1e-5, "accountant": "rdp", "max_rounds_per_client": 100}
+        drawing = {**usual, "cohort_size": cohort_size, "seed": 0, **{k: v for k, v in settings.items() if k in ROSTER}}
+        rest = {key: value for key, value in settings.items() if key not in ROSTER}
+        roster = Roster(ledger=self.ledger, **drawing)
+        self.private = PrivateStrategy(inner, roster, **{"join_timeout": 0.0, **rest})
+        self.private.meet(self.grid)
 
     def round(self) -> Model:
         """As Flower's loop does it."""
         number = next(self._rounds)
-        messages = self.private.configure_train(number, self.model, ConfigRecord(), self._grid)
-        replies = list(self._grid.send_and_receive(messages))
+        messages = self.private.configure_train(number, self.model, ConfigRecord(), self.grid)
+        replies = list(self.grid.send_and_receive(messages))
         if self.backwards:
             replies.reverse()
         arrays, _ = self.private.aggregate_train(number, replies)
@@ -126,19 +143,6 @@ class Federation:
         for _ in range(number):
             self.round()
         return as_model(self.model)
-
-    def _client_app(self) -> ClientApp:
-        app = ClientApp()
-
-        @app.query()
-        def identify(message: Message, context: Context) -> Message:
-            return Message(records.identity_content(_client(context), 1), reply_to=message)
-
-        @app.train()
-        def train(message: Message, context: Context) -> Message:
-            return Message(self._answer(_client(context), message.content), reply_to=message)
-
-        return app
 
     def _answer(self, client: int, content: RecordDict) -> RecordDict:
         model = as_model(content.array_records[records.ARRAYS])

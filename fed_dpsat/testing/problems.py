@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, laid_end_to_end
 from fed_dpsat.step.loop import LocalResult
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo
 from fed_dpsat.step.query import At, compact, first_point, spread
@@ -20,7 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def prescribed(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
     """``inputs[B, D], targets[B] -> losses[B]``: the gradient of an example is its input, laid over the parameters."""
-    return inputs @ _flat(params)
+    return inputs @ laid_end_to_end(params)
 
 
 class Quadratic:
@@ -32,7 +32,7 @@ class Quadratic:
 
     def outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
         """``[B, D]``, parameters minus inputs."""
-        return _flat(params) - inputs
+        return laid_end_to_end(params) - inputs
 
     def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Half the squared norm of the outputs."""
@@ -78,10 +78,6 @@ def difference(a: Params, b: Params) -> str:
 def kind(tensor: Tensor) -> str:
     """Type and shape, as ``float32[3, 2]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
-def _flat(params: Params) -> Tensor:
-    return torch.cat([p.flatten() for p in params.values()])
 
 
 def step_info(index: int = 0, noise_std: float = 0.0, round: int = 1) -> StepInfo:

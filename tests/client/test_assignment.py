@@ -15,7 +15,8 @@ from fed_dpsat.accounting.event import CLIENTS, PrivacyError, PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan, LocalTraining, make_plans, plan_of
 from fed_dpsat.client.assignment import Assignment
-from fed_dpsat.client.build import Experiment, Request
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.train import Request
 from fed_dpsat.device.policy import Policy
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.wire import records

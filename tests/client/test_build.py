@@ -11,17 +11,12 @@ import torch
 from torch import nn
 
 from fed_dpsat.accounting.event import PrivacyEvent
-from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.data.dataset import DataError, Dataset, Examples
-from fed_dpsat.errors import ModelError, RunError, SettingError
+from fed_dpsat.errors import SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.simulation import simulate
-from fed_dpsat.step.optimizers import DPSGD
-from fed_dpsat.step.optimizers.base import ASCENT, BASE
-from fed_dpsat.testing.problems import step_info
 
 CONFIG = RunConfig(noise_multiplier=1.0, num_clients=4, local_steps=2, num_rounds=3, momentum=0.5)
 ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2))
@@ -39,10 +34,6 @@ def params(experiment):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def with_memory(memory):
-    return Experiment.build(dataclasses.replace(CONFIG, ascent_memory=memory))
 
 
 def test_the_same_config_builds_the_same_objects(experiment):
@@ -65,78 +56,6 @@ def test_building_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_a_round_is_a_function_of_seed_client_and_round(experiment, params):
-    first = experiment.client_round(1, ASSIGNMENT, params, None)
-    assert same(first.params, experiment.client_round(1, ASSIGNMENT, params, None).params)
-    for other in (
-        experiment.client_round(2, ASSIGNMENT, params, None),
-        experiment.client_round(1, dataclasses.replace(ASSIGNMENT, round=2), params, None),
-        experiment.client_round(1, dataclasses.replace(ASSIGNMENT, attempt=1), params, None),
-    ):
-        assert not same(first.params, other.params)
-
-
-def test_the_event_is_the_one_that_the_server_charges(experiment, params):
-    assert experiment.client_round(0, ASSIGNMENT, params, None).event == ASSIGNMENT.event == make_plans(CONFIG)[0].event
-
-
-def test_momentum_and_ascent_stay_with_the_client(experiment, params):
-    first = experiment.client_round(0, ASSIGNMENT, params, None)
-    assert first.state.keys() == {"optimizer"}
-    assert ASCENT in first.state["optimizer"]
-    assert "momentum" in first.state["optimizer"][BASE]
-    second = dataclasses.replace(ASSIGNMENT, round=2)
-    kept = experiment.client_round(0, second, params, first.state)
-    forgot = experiment.client_round(0, second, params, None)
-    assert not same(kept.params, forgot.params)
-
-
-def test_steps_are_counted_over_the_federation(experiment, params):
-    """Two rounds of two steps came before: the third round begins with step 4, for every client."""
-    told = []
-
-    class Listening(DPSGD):
-        def query_point(self, params, state, info):
-            told.append((info.index, info.round, float(info.noise_std)))
-            return params
-
-    listening = dataclasses.replace(experiment, optimizer=Listening(lr=0.1))
-    listening.client_round(0, dataclasses.replace(ASSIGNMENT, round=3), params, None)
-    std = (
-        ASSIGNMENT.event.noise_multiplier * CONFIG.clip_norm / (ASSIGNMENT.sample_rate * len(experiment.partitions[0]))
-    )
-    assert told == [(4, 3, std), (5, 3, std)]
-
-
-def first_query(experiment, params, state):
-    """The first point at which ``experiment`` takes a gradient."""
-    points = []
-
-    class Watching(type(experiment.optimizer)):
-        def query_point(self, at, state, info):
-            points.append(super().query_point(at, state, info))
-            return points[-1]
-
-    dataclasses.replace(experiment, optimizer=Watching(**vars(experiment.optimizer))).client_round(
-        0, ASSIGNMENT, params, state
-    )
-    return points[0]
-
-
-def test_ascent_memory_says_what_the_first_step_climbs(experiment, params):
-    mine = {name: torch.ones_like(p) for name, p in params.items()}
-    state = {**experiment.optimizer.init(params), ASCENT: mine}
-    up = experiment.optimizer.query_point(params, state, step_info())
-    state = {"optimizer": state}
-    assert same(first_query(with_memory("client"), params, state), up)
-    assert same(first_query(with_memory("zero"), params, state), params)
-
-
-def test_a_state_of_another_version_is_refused(experiment, params):
-    with pytest.raises(RunError, match="of another version"):
-        experiment.client_round(0, ASSIGNMENT, params, {ASCENT: params})
-
-
 def tiny(labels):
     examples = Examples(inputs=torch.rand(len(labels), 1, 2, 2), labels=torch.tensor(labels), mean=(0.0,), std=(1.0,))
     return Dataset(name="tiny", train=examples, test=examples, class_names=("a", "b"))
@@ -157,39 +76,6 @@ def test_a_client_with_one_example_trains():
     assignment = dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, steps=5))
     result = experiment.client_round(0, assignment, trainable(experiment.loss_fn.module), None)
     assert all(torch.isfinite(p).all() for p in result.params.values())
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-@pytest.mark.parametrize("layer", [1, 2])
-def test_parameters_that_are_not_float32_are_refused_before_anything(tmp_path, dtype, layer):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 10))
-    model[layer].to(getattr(torch, dtype))
-    wrong = rf"of float32 parameters \({layer}.weight is {dtype}\); build it in float32.*precision=bfloat16"
-    config = RunConfig(noise_multiplier=1.0, num_clients=2)
-    with pytest.raises(SettingError, match=wrong) as raised:
-        simulate(config, tmp_path / "run", model=model)
-    assert "\n" not in str(raised.value)
-    assert not (tmp_path / "run").exists()
-    later = dataclasses.replace(config, train_layers="head-then-all", unfreeze_round=2)
-    with pytest.raises(SettingError, match=wrong):
-        Experiment.build(later, model=model)
-
-
-def test_a_frozen_layer_may_be_of_another_type():
-    class Half(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.features, self.head = nn.Linear(4, 4).to(torch.bfloat16), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.head(self.features(x.flatten(1).to(torch.bfloat16)).float())
-
-    config = RunConfig(noise_multiplier=1.0, num_clients=2, sample_rate=1.0, train_layers="head")
-    experiment = Experiment.build(config, dataset=tiny([0, 1, 0]), model=Half())
-    params = experiment.trained(1)
-    moved = experiment.client_round(0, ASSIGNMENT, params, None).params
-    assert moved.keys() == {"head.weight", "head.bias"}
-    assert not same(moved, params)
 
 
 def test_more_clients_than_examples_is_refused():
@@ -272,46 +158,6 @@ def test_every_kind_of_plug_in_takes_arguments(tmp_path):
     assert [len(part) for part in experiment.partitions] == [5] * 4
     assert experiment.loss_fn.module[1].out_features == 3
     assert experiment.clipping.clip_norm == config.clip_norm / 2
-
-
-def spectral(num_classes):
-    normed = nn.utils.parametrizations.spectral_norm(nn.Linear(64, 16))
-    return nn.Sequential(nn.Flatten(), normed, nn.Tanh(), nn.Linear(16, num_classes))
-
-
-class CountsDarkImages(nn.Module):
-    """Writes what made-up examples do not have."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(64, 10)
-        self.register_buffer("dark", torch.zeros(1))
-
-    def forward(self, x):
-        with torch.no_grad():
-            self.dark = self.dark + (x.mean() < 0).float()
-        return self.head(x.flatten(1))
-
-
-def test_a_module_that_changes_its_own_buffers_is_refused_before_the_start():
-    """Its test loss was 1.7149 in one process and 1.6791 on two workers."""
-    with pytest.raises(ModelError, match=r"changes 1\.parametrizations\.weight\.0\._u.*weight_norm"):
-        Experiment.build(dataclasses.replace(CONFIG, model=f"{__name__}:spectral"))
-
-
-def test_one_that_does_so_for_some_examples_fails_that_client_and_is_put_back():
-    plain = Experiment.build(CONFIG)
-    dark = plain.dataset.train.inputs.clone()
-    dark[plain.partitions[1]] = 0
-    data = dataclasses.replace(plain.dataset, train=dataclasses.replace(plain.dataset.train, inputs=dark))
-    experiment = Experiment.build(dataclasses.replace(CONFIG, engine="planned"), dataset=data, model=CountsDarkImages())
-    assignment, start = (
-        dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, sample_rate=1.0)),
-        experiment.trained(1),
-    )
-    with pytest.raises(ModelError, match="changes dark while it trained"):
-        experiment.client_round(1, assignment, start, None)
-    assert float(experiment.loss_fn.module.dark) == 0
 
 
 DRAWING = """

@@ -10,8 +10,9 @@ import torch
 
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.client.assignment import Assignment
-from fed_dpsat.client.build import Experiment, Request
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.personal import PERSONAL, deal_test, only, personal_names, without
+from fed_dpsat.client.train import Request
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig

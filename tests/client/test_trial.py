@@ -20,8 +20,9 @@ from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.cli import app
 from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.blame import TrialError
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.trial import TrialError, made_up, rehearsal, try_client
+from fed_dpsat.client.trial import made_up, rehearsal, try_client
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.digits import digits
 from fed_dpsat.errors import SettingError

@@ -58,6 +58,14 @@ def test_examples_are_checked_where_they_are_made(change, message):
         make(**({"inputs": torch.zeros(2, 1)} | change))
 
 
+def test_rows_are_examples_in_the_order_asked_for():
+    examples = Examples(inputs=torch.arange(4.0).view(4, 1), labels=torch.arange(4), mean=(0.5,), std=(2.0,))
+    found = examples.rows(torch.tensor([2, 0]))
+    assert found.inputs.flatten().tolist() == [2.0, 0.0]
+    assert found.labels.tolist() == [2, 0]
+    assert (found.mean, found.std) == ((0.5,), (2.0,))
+
+
 def test_dataset_knows_its_classes_and_its_shape():
     examples = make(torch.zeros(2, 1, 4, 5), torch.tensor([0, 2]))
     dataset = Dataset(name="d", train=examples, test=examples, class_names=("a", "b", "c"))

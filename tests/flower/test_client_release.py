@@ -23,8 +23,8 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import client_app as client_app_module
 from fed_dpsat.flower import round as rounds
 from fed_dpsat.flower import sums
-from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.roster import Roster
+from fed_dpsat.flower.sums import ClientRelease
 from fed_dpsat.flower.wire import records
 from fed_dpsat.run.statement import read_statement
 from fed_dpsat.step.mechanism import GaussianMechanism, normals_like

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fed_dpsat.flower.nodes import FederationError
-from fed_dpsat.flower.roster import draw_cohort
+from fed_dpsat.flower.roster import Roster, draw_cohort
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.wire import compat, records
 
@@ -79,9 +79,9 @@ def go(net, ledger, make_plans):
 
     def run(rounds, at, **settings):
         defaults = {"cohort_size": 4, "join_timeout": 0.0, "seed": 0, **settings}
-        strategy = PrivateStrategy(
-            FedAvg(), ledger, plans=make_plans(), delta=1e-5, accountant="pld", max_rounds_per_client=100, **defaults
-        )
+        join_timeout = defaults.pop("join_timeout")
+        roster = Roster(make_plans(), ledger, delta=1e-5, accountant="pld", max_rounds_per_client=100, **defaults)
+        strategy = PrivateStrategy(FedAvg(), roster, join_timeout=join_timeout)
         reports = {}
 
         def note(round, arrays):

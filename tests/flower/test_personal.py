@@ -13,10 +13,9 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from fed_dpsat import RunConfig, simulate
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluate
-from fed_dpsat.client.personal import PERSONAL
+from fed_dpsat.client.personal import PERSONAL, summarised
 from fed_dpsat.flower import client_app as client_app_module
 from fed_dpsat.flower.grid import answer
-from fed_dpsat.flower.personal import _rows, summarised
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.simulation.state import StateStore, kept_rounds
 
@@ -94,7 +93,9 @@ def test_personal_accuracy_is_that_of_the_kept_heads_on_their_shares(plain):
     for client, share in enumerate(experiment.test_shares):
         state = {PERSONAL: heads[client]} if client in heads else None
         whole = experiment.whole(model_of(folder), state)
-        found[client] = evaluate(experiment.loss_fn.module, whole, _rows(experiment.dataset.test, share)).accuracy
+        found[client] = evaluate(
+            experiment.loss_fn.module, whole, experiment.dataset.test.rows(torch.from_numpy(share))
+        ).accuracy
     expected = summarised(found)
     assert {key: summary[key] for key in expected} == expected
     assert expected["personal_clients"] == 4

@@ -77,5 +77,5 @@ def test_a_round_in_which_all_are_away_keeps_the_model_and_is_no_failure(tmp_pat
 
 @pytest.mark.parametrize("never", [{"dropout_rate": 1.0}, {"delay": "lognormal", "delay_mean": math.inf}])
 def test_what_lets_nobody_ever_reply_is_refused(never):
-    with pytest.raises(SettingError, match="nobody would ever reply"):
+    with pytest.raises(SettingError, match="no client would ever reply"):
         dataclasses.replace(CONFIG, **never)

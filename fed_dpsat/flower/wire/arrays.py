@@ -1,7 +1,7 @@
-"""An array as it came over a network, read with distrust: nothing is allocated, evaluated or unpickled on its word.
+"""A strict reader of arrays from a network: no header causes an allocation, an evaluation or an unpickling.
 
 Flower's ``Array.numpy()`` is ``np.load(..., allow_pickle=False)``: no pickle, but a header of a few bytes may claim any
-shape. Here names, shapes and types are known before, and the bytes have to be just those.
+shape. Here the caller knows names, shapes and types, and the bytes must match them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LARGEST_HEADER = 1024
 
 
 def read_array(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The values of ``array``, read-only, without a copy; ``ValueError`` unless they are just ``dtype[shape]``."""
+    """The values of ``array``, read-only, without a copy; ``ValueError`` unless they are ``dtype[shape]``."""
     raw, size = array.data, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     wanted = f"{dtype}{list(shape)}"
     if array.stype != SType.NUMPY or not size <= len(raw) <= size + LARGEST_HEADER:
@@ -30,7 +30,7 @@ def read_array(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> ND
         if npy.read_magic(stream) != (1, 0):
             raise ValueError("another version")
         said, fortran, kind = npy.read_array_header_1_0(stream, max_header_size=LARGEST_HEADER)
-    except Exception as error:  # a header is a Python literal, and a broken one raises whatever the parser raises
+    except Exception as error:  # the parser of Python literals raises any of several errors
         raise ValueError(f"is no array ({type(error).__name__}), expected {wanted}") from None
     length = len(raw) - stream.tell()
     if said != shape or kind != dtype or (fortran and len(shape) > 1) or length != size:

@@ -1,20 +1,20 @@
-"""How a client's update is written for the network. All of these are functions of noised parameters, so they are free.
+"""Encodings of a client's update for the network: functions of noised parameters, which cost no privacy.
 
 ============ ==================================================== ====================== =====================
-update_codec what is sent                                         bytes a coordinate     error
+update_codec values                                               bytes a coordinate     error
 ============ ==================================================== ====================== =====================
 fp32         the parameters, as they are                          4                      none
 bf16         the change, rounded to 8 bits of mantissa            2                      2^-9 of each change
-top-k        the ``update_share`` of largest changes, and where   8 * update_share       the small ones are 0
+top-k        the ``update_share`` of largest changes, and indices 8 * update_share       the small ones are 0
 random-k     a random ``update_share``, scaled up: unbiased       4 * update_share       variance
 ============ ==================================================== ====================== =====================
 
-The change is that of all parameters laid end to end. Which coordinates ``random-k`` takes follows from client, round
-and attempt, so nobody sends it.
+The change is that of all parameters laid end to end. Client, round and attempt determine the coordinates of
+``random-k``, so no message carries them.
 
-Where the optimizer confines a round to a ``step.subspace``, its numbers take the place of the coordinates: those
-that are active under random freeze, one per step for zeroth-order steps. The server reads a reply within the subspace
-that it sent itself, whatever the reply says: what is frozen cannot come back changed.
+If the optimizer confines a round to a ``step.subspace``, the numbers of the subspace replace the coordinates: the
+active coordinates under random freeze, one number per step for zeroth-order steps. The server reads a reply in the
+subspace that it sent, so a reply cannot change a frozen coordinate.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
+from fed_dpsat.client.blame import blamed_on
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.flower.wire.arrays import read_array
 from fed_dpsat.params import Params, cut, laid_end_to_end
 from fed_dpsat.step.subspace import Coordinates, Span
 
 UPDATE = "fed_dpsat.update"
-"""The record that says how the arrays of a reply are written; absent for whole parameters in fp32."""
+"""The record with the codec of a reply; absent for whole parameters in fp32."""
 
 INDICES, VALUES = "indices", "values"
 
 
+@blamed_on("codec")
 def encode(
     content: RecordDict, start: Params, codec: str, share: float, within: Coordinates | Span | None = None
 ) -> RecordDict:
@@ -66,10 +68,11 @@ def encode(
     return RecordDict({**content, records.ARRAYS: compat.record_of(arrays), UPDATE: how})
 
 
+@blamed_on("codec")
 def decode(content: RecordDict, like: ArrayRecord, within: Coordinates | Span | None = None) -> RecordDict:
-    """The reply with its parameters in full, beginning at ``like``; raises ``RecordError`` for what is none.
+    """The reply with its parameters in full, beginning at ``like``; raises ``RecordError`` for an invalid one.
 
-    ``within`` is the subspace that the server sent; a reply that is a whole model has then to be another's.
+    ``within`` is the subspace that the server sent; with one, a whole model is an invalid reply.
     """
     said = records.config_in(content, UPDATE)
     if said is None:
@@ -113,7 +116,7 @@ def _change(content: RecordDict, codec: str, share: float, size: int) -> Tensor:
 
 
 def num_bytes(content: RecordDict) -> int:
-    """Bytes of the arrays in ``content``, as they came or would be sent."""
+    """Bytes of the arrays in ``content``, as received or to be sent."""
     arrays = [
         array for record in content.values() if isinstance(record, ArrayRecord) for _, array in compat.items(record)
     ]

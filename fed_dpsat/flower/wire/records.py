@@ -1,21 +1,22 @@
-"""What crosses the wire, each key defined once.
+"""The records of all messages, each key defined once.
 
 ======================== ============ ============================================ =============
 record                   type         content                                      direction
 ======================== ============ ============================================ =============
 ``arrays``               ArrayRecord  the parameters that are trained              both
-``config``               ConfigRecord whatever the inner strategy says             to the client
+``config``               ConfigRecord settings of the inner strategy               to the client
 ``fed_dpsat.assignment`` ConfigRecord round, attempt and the PrivacyEvent it costs to the client
-``fed_dpsat.subspace``   ConfigRecord what the round can change, where known       to the client
+``fed_dpsat.subspace``   ConfigRecord the subspace of the round, if it has one     to the client
 ``fed_dpsat.event``      ConfigRecord client, round, attempt and the PrivacyEvent  to the server
 ``metrics``              MetricRecord ``num-examples``, declared public            to the server
 ``fed_dpsat.secure``     ConfigRecord a phase of secure aggregation, if asked for  both
-``fed_dpsat.identity``   ConfigRecord client and num_examples, when asked who      to the server
+``fed_dpsat.identity``   ConfigRecord client and num_examples of a node            to the server
 ``fed_dpsat.same``       ConfigRecord the fingerprint of the server's experiment   to the client
 ======================== ============ ============================================ =============
 
 Nothing that was computed on private data leaves a client but ``arrays``, which are noised; and, only if the setting
-``release_counts`` asks for it, ``nonfinite-examples`` in ``metrics``.
+``release_counts`` asks for it, ``nonfinite-examples`` in ``metrics``. In a simulation, a client with layers of its
+own also answers with their ``accuracy``.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ ARRAYS = "arrays"
 METRICS = "metrics"
 NUM_EXAMPLES = "num-examples"
 NONFINITE = "nonfinite-examples"
+ACCURACY = "accuracy"
 ASSIGNMENT = "fed_dpsat.assignment"
 SUBSPACE = "fed_dpsat.subspace"
 EVENT = "fed_dpsat.event"
@@ -73,21 +75,21 @@ LARGEST = 1e14
 
 
 class RecordError(ValueError):
-    """A message that does not hold what it must; the text says what is missing or wrong."""
+    """An invalid message; the text gives the missing or wrong part."""
 
 
-with warnings.catch_warnings():  # torch says once per process that it cannot keep a read-only array from being written
+with warnings.catch_warnings():  # torch warns once in a process about read-only arrays
     warnings.simplefilter("ignore")
     torch.from_numpy(np.broadcast_to(np.float32(0), 1))
 
 
 def to_arrays(params: Params) -> ArrayRecord:
-    """Tensors to Flower arrays, shapes and types as they are; they share memory, which nobody may change any more."""
+    """Tensors to Flower arrays of their shapes and types, in shared memory that no caller may change afterwards."""
     return compat.record_of({name: p.detach().cpu().numpy() for name, p in params.items()})
 
 
 def to_read(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """Flower arrays to tensors that are only read: without a copy where the arrays hold their values."""
+    """Flower arrays to tensors that are only read; without a copy if the arrays hold their values."""
     return {name: torch.from_numpy(compat.view(array)) for name, array in compat.items(arrays)}
 
 
@@ -109,12 +111,12 @@ def config_in(content: RecordDict, key: str) -> ConfigRecord | None:
 
 
 def assignment_record(assignment: Assignment) -> ConfigRecord:
-    """The server's request, with the event that it charged."""
+    """The assignment with its charged event, for a message."""
     return ConfigRecord(dict(assignment.to_dict()))
 
 
 def read_assignment(content: RecordDict) -> Assignment:
-    """The request in a message; raises ``RecordError`` for one that is not whole."""
+    """The assignment in a message; raises ``RecordError`` for an incomplete one."""
     record = _config(content, ASSIGNMENT)
     try:
         return Assignment.from_dict(record)
@@ -123,12 +125,12 @@ def read_assignment(content: RecordDict) -> Assignment:
 
 
 def subspace_record(subspace: Coordinates | Span) -> ConfigRecord:
-    """What the round can change, from the server: a client writes its reply by it, and the server reads it so."""
+    """The subspace of a round, for a message: the client writes its reply in it, and the server reads it so."""
     return ConfigRecord(described(subspace))
 
 
 def read_within(content: RecordDict) -> Coordinates | Span | None:
-    """The subspace in a message; None where the reply is a whole model.
+    """The subspace in a message; None if the reply is a whole model.
 
     Raises ``RecordError`` for a record that describes no subspace, or has other steps than the assignment: the server
     would refuse the reply.
@@ -145,7 +147,7 @@ def read_within(content: RecordDict) -> Coordinates | Span | None:
 
 
 def read_proximal_mu(content: RecordDict) -> float:
-    """What stock FedProx asks of a client; 0 where the strategy is another. Raises ``RecordError`` below 0."""
+    """The proximal weight of stock FedProx; 0 for another strategy. Raises ``RecordError`` for a value below 0."""
     record = config_in(content, "config")
     mu = 0.0 if record is None else record.get("proximal-mu", 0.0)
     if not isinstance(mu, int | float) or not 0 <= mu < float("inf"):
@@ -156,10 +158,10 @@ def read_proximal_mu(content: RecordDict) -> float:
 def reply_content(
     client: int, assignment: Assignment, result: LocalResult, num_examples: int, *, release_counts: bool = False
 ) -> RecordDict:
-    """All that leaves a client after a round: noised parameters (bounded ones, to a server that is trusted to noise
-    them), their event, the public size.
+    """The reply of a client: noised parameters, their event, and the public size. Nothing else leaves a client.
 
-    With ``release_counts`` also how many examples had no finite gradient: an exact release that no event covers.
+    Under the unit "client" the parameters are bounded, and the trusted server noises them. With ``release_counts`` the
+    reply also has the number of examples without a finite gradient: an exact release that no event covers.
     """
     metrics: dict[str, MetricRecordValues] = {NUM_EXAMPLES: num_examples}
     if release_counts:
@@ -176,7 +178,7 @@ def reply_content(
 
 
 def read_event(content: RecordDict) -> tuple[int, int, int, PrivacyEvent]:
-    """``(client, round, attempt, event)`` of a reply; raises ``RecordError`` where there is none."""
+    """``(client, round, attempt, event)`` of a reply; raises ``RecordError`` without one."""
     values = _config(content, EVENT)
     try:
         client, round, attempt = (values.pop(key) for key in ("client", "round", "attempt"))
@@ -207,12 +209,12 @@ def check_arrays(content: RecordDict, like: ArrayRecord) -> None:
 
 
 def _is_small(values: NDArray[Any]) -> bool:
-    """Whether one pass says that no number is beyond ``LARGEST``: a rounded sum of squares is at least each of them."""
+    """Whether one pass shows that no number is beyond ``LARGEST``: a rounded sum of squares is at least each square."""
     return values.dtype.kind == "f" and bool(np.vdot(values, values) <= LARGEST)
 
 
 def _values(array: Array, like: Array) -> NDArray[Any]:
-    """The values of ``array``, to read; ``ValueError`` if it came from a network and holds other than what it says."""
+    """The values of ``array``, to read; ``ValueError`` if they do not have the shape and type that it declares."""
     if not isinstance(array, compat.Array):
         return read_array(array, tuple(like.shape), np.dtype(like.dtype))
     values = array.view()
@@ -222,7 +224,7 @@ def _values(array: Array, like: Array) -> NDArray[Any]:
 
 
 def read_metrics(content: RecordDict, *, release_counts: bool = False) -> dict[str, float]:
-    """The declared size, alone but for what may be released; raises ``RecordError`` unless it is there and positive."""
+    """The declared size, and the count if it may be released; raises ``RecordError`` for a missing or invalid one."""
     allowed = [NUM_EXAMPLES, NONFINITE] if release_counts else [NUM_EXAMPLES]
     found = content.get(METRICS)
     metrics: Any = found if isinstance(found, MetricRecord) else {}
@@ -238,12 +240,12 @@ def read_metrics(content: RecordDict, *, release_counts: bool = False) -> dict[s
 
 
 def same_content(fingerprint: str) -> RecordDict:
-    """What a message says of the server's experiment; nothing for an empty ``fingerprint``."""
+    """The fingerprint of the server's experiment, for a message; empty for an empty ``fingerprint``."""
     return RecordDict({SAME: ConfigRecord({"sha256": fingerprint})} if fingerprint else {})
 
 
 def check_same(content: RecordDict, fingerprint: str) -> None:
-    """Raise ``RecordError`` where the message is of another experiment than that of ``fingerprint``."""
+    """Raise ``RecordError`` if the message has another fingerprint."""
     record = config_in(content, SAME)
     if record is not None and record.get("sha256") != fingerprint:
         raise RecordError(
@@ -254,12 +256,12 @@ def check_same(content: RecordDict, fingerprint: str) -> None:
 
 
 def identity_content(client: int, num_examples: int) -> RecordDict:
-    """Answer to the question who this node is."""
+    """The identity of a node: its client and the size of that client."""
     return RecordDict({IDENTITY: ConfigRecord({"client": client, "num_examples": num_examples})})
 
 
 def read_identity(reply: Message) -> int:
-    """The client behind a node; raises ``RecordError`` if it does not say."""
+    """The client of a node; raises ``RecordError`` for a reply without one."""
     if reply.has_error():
         raise RecordError(reply.error.reason or f"error {reply.error.code}")
     client = _config(reply.content, IDENTITY).get("client")
@@ -274,18 +276,18 @@ def save_state(content: RecordDict, state: State) -> None:
 
 
 def load_state(content: RecordDict) -> State | None:
-    """The state that ``save_state`` kept, or None."""
+    """The state from ``save_state``, or None."""
     record = arrays_in(content, STATE)
     return None if record is None else unflatten(to_params(record))
 
 
 def save_history(content: RecordDict, history: History) -> None:
-    """Keep what a client has spent, by its own count, in its context."""
+    """Keep a client's own count of its events in its context."""
     content[HISTORY] = ConfigRecord({"events": [json.dumps(event.to_dict()) for event in history]})
 
 
 def load_history(content: RecordDict) -> History:
-    """What ``save_history`` kept; empty where there is nothing."""
+    """The history from ``save_history``; empty without one."""
     if config_in(content, HISTORY) is None:
         return ()
     return merge(PrivacyEvent.from_dict(json.loads(event)) for event in _config(content, HISTORY)["events"])

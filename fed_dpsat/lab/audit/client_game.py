@@ -15,8 +15,7 @@ import torch
 
 from fed_dpsat.accounting import PrivacyEvent
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower.client_release import ClientRelease
-from fed_dpsat.flower.sums import Part, merge
+from fed_dpsat.flower.sums import ClientRelease, Part, merge
 from fed_dpsat.flower.wire import records
 from fed_dpsat.lab.audit.bounds import check_confidence
 from fed_dpsat.lab.audit.game import SIZE, GameResult, ledger_epsilon, result_of

@@ -10,7 +10,7 @@ from typing import Any
 from fed_dpsat import plugins
 from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower.client_release import ClientRelease
+from fed_dpsat.flower.sums import ClientRelease
 from fed_dpsat.lab.audit.canaries import audit_one_run, check_private, check_unit, costliest_client
 from fed_dpsat.lab.audit.client_game import ClientGame, play_clients
 from fed_dpsat.lab.audit.game import Game, GameResult, play

@@ -25,7 +25,7 @@ from fed_dpsat.accounting import PrivacyEvent, PrivacyLedger
 from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.audit.bounds import check_confidence, gaussian_epsilon, two_world_epsilon
 from fed_dpsat.lab.audit.scores import Guess, Seen, Values, choose, errors, scores
-from fed_dpsat.params import Params, trainable
+from fed_dpsat.params import Params, laid_end_to_end, trainable
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.loop import LocalResult, Member, Streams, step_info, train
@@ -310,4 +310,4 @@ def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[L
 
 
 def _flat(params: Params) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in params.values()]).double()
+    return laid_end_to_end(params).detach().double()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.plugins import PluginError
-from fed_dpsat.settings.config import MACHINE, RunConfig, Scalar
+from fed_dpsat.settings.config import MACHINE, RunConfig
+from fed_dpsat.settings.values import Scalar
 
 PRIVATE_PATHS = frozenset({"data_path", "client_table"})
 

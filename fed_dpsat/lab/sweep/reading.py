@@ -31,7 +31,8 @@ from typing import Any
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.sweep.spec import DEFAULTS, KNOWN, Axis, Spec, SweepError
-from fed_dpsat.settings.config import Scalar, parse_overrides
+from fed_dpsat.settings.flat import parse_overrides
+from fed_dpsat.settings.values import Scalar
 
 NOT_IN_BASE = {
     "out": "name the folder with --out",

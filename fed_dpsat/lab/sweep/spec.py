@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fed_dpsat.errors import InputError, SettingError
-from fed_dpsat.settings.config import MACHINE, RunConfig, Scalar
+from fed_dpsat.settings.config import MACHINE, RunConfig
+from fed_dpsat.settings.values import Scalar
 
 Settings = Mapping[str, Scalar]
 Axis = Mapping[str, Settings]

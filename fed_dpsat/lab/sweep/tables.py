@@ -13,7 +13,8 @@ from typing import Any
 
 from fed_dpsat.lab.sweep.spec import Run, Settings, Spec
 from fed_dpsat.lab.sweep.statistics import deviation, half_width
-from fed_dpsat.settings.config import RunConfig, Scalar
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.values import Scalar
 
 Row = dict[str, Any]
 Chosen = Mapping[tuple[str, ...], Settings]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.flower.client_release import ClientRelease
+from fed_dpsat.flower.sums import ClientRelease
 from fed_dpsat.flower.wire import records
 from fed_dpsat.lab.audit.client_game import ClientGame, play_clients
 from fed_dpsat.lab.audit.command import client_game_of, run_audit

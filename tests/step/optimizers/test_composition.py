@@ -11,7 +11,8 @@ import torch
 from fed_dpsat import plugins
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.client.assignment import Assignment
-from fed_dpsat.client.build import Experiment, Request
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.train import Request
 from fed_dpsat.client.trial import try_client
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.errors import InputError

@@ -13,7 +13,8 @@ from fed_dpsat.accounting import epsilon
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.client.assignment import Assignment
-from fed_dpsat.client.build import Experiment, Request
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.train import Request
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import global_norm, subtract, trainable
 from fed_dpsat.settings.config import RunConfig

@@ -17,8 +17,9 @@ from fed_dpsat import plugins
 from fed_dpsat.accounting.event import CLIENTS, PrivacyEvent
 from fed_dpsat.accounting.plans import LocalTraining
 from fed_dpsat.client.assignment import Assignment
-from fed_dpsat.client.build import Experiment, Request
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
+from fed_dpsat.client.train import Request
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.models.resnet import WSConv2d
@@ -216,7 +217,7 @@ def test_noise_of_the_operating_system_is_rounded_to_its_grid_and_goes_there(the
 
 @pytest.mark.parametrize("optimizer", ["dp-sat", "adam", "modelmix"])
 def test_stacked_clients_train_there_together(optimizer, there, drawn, monkeypatch):
-    monkeypatch.setattr("fed_dpsat.client.build._say_once", lambda reason: pytest.fail(reason))
+    monkeypatch.setattr("fed_dpsat.client.train.warn_once", lambda reason: pytest.fail(reason))
     experiment = experiment_of("mlp", optimizer=optimizer)
     assert_close(*both(experiment, there, drawn, clients=(0, 3, 5)), there)
 

@@ -1,10 +1,10 @@
-"""The few internals of Flower that a grid of our own needs; the only package that knows any (``node`` has a device's).
+"""The internals of Flower that the simulation grid needs; only this package uses any (``node`` has those of a device).
 
-Flower has no public way to run a simulation in process or to plug a backend in. What is touched:
+Flower has no public way to run a simulation in process or to plug in a backend. The package uses
 ``TaskIdentity`` (without it ``Message(...)`` raises), ``Run``, ``ErrorCode``, the logger, the id in a message's
 metadata, the dictionary in an ``ArrayRecord``, and the fields of ``Array``: Flower's own serialises when it is made,
-which costs a client that stays in the process a millisecond per megabyte and copy. ``versions`` says which releases
-were tested; one that lacks something raises ``FlowerError``, which names it, before anything is charged.
+which costs a client that stays in the process a millisecond per megabyte and copy. ``versions`` has the tested
+releases; if an internal is missing, ``FlowerError`` names it before any charge.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ with internals():
     from flwr.supercore.task_identity import TaskIdentity
 
 SIMULATED_FAULT = 1000
-"""The error code of a client that a simulation lets drop out or come too late; none of Flower's."""
+"""The error code of a client that drops out or is late in a simulation; Flower does not use it."""
 ABSENT = frozenset(
     {
         SIMULATED_FAULT,
@@ -37,7 +37,7 @@ ABSENT = frozenset(
         ErrorCode.MESSAGE_UNAVAILABLE,
     }
 )
-"""Error codes of clients that are gone, which says nothing of what they would have answered."""
+"""Error codes of absent clients: they are no evidence of a fault of the client."""
 SIMULATION_RUN_ID = 1
 SERVER_NODE_ID = 1
 
@@ -51,7 +51,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
 class Array(flwr.app.Array):
     """A Flower array that holds its ndarray; the bytes are made when something asks for them, such as a network.
 
-    The name is Flower's, which writes it into what it sends. ``ndarray`` is not copied: nobody may change it any more.
+    Flower writes the name of the class into messages. ``ndarray`` is not copied; no caller may change it afterwards.
     """
 
     def __init__(self, ndarray: NDArray[Any]) -> None:
@@ -61,7 +61,7 @@ class Array(flwr.app.Array):
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
-        """What Flower sends."""
+        """The bytes that Flower sends."""
         if "serialised" not in self.__dict__:
             self.__dict__["serialised"] = flwr.app.Array(self.view()).data
         data: bytes = self.__dict__["serialised"]
@@ -99,7 +99,7 @@ def items(record: ArrayRecord) -> ItemsView[str, flwr.app.Array]:
 
 
 def view(array: flwr.app.Array) -> NDArray[Any]:
-    """The values of ``array``, to read: without a copy where it holds them."""
+    """The values of ``array``, to read: without a copy if it holds them."""
     return array.view() if isinstance(array, Array) else np.asarray(array.numpy())
 
 
@@ -119,7 +119,7 @@ def act_for(run_id: int, node_id: int, task_id: int) -> None:
 
 
 def check_records() -> None:
-    """Raise ``FlowerError`` unless messages and records hold what is set in them; a new name would make it vain."""
+    """Raise ``FlowerError`` unless messages and records keep the values that this package sets in them."""
     try:
         metadata = Message(RecordDict(), SERVER_NODE_ID, MessageType.TRAIN).metadata
     except Exception as error:  # whatever a message asks for that it did not before

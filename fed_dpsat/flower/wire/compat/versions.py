@@ -1,4 +1,4 @@
-"""Which releases of Flower were tested, and what is said of another one and of what is missing in it."""
+"""The tested releases of Flower, the warning about another release, and the error for a missing internal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TESTED = ("1.41", "1.42")
 
 
 class FlowerError(InputError):
-    """Something inside Flower that this package touches is not there: its name, and the releases that have it."""
+    """An internal of Flower that this package uses is missing: its name, and the releases that have it."""
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -30,7 +30,7 @@ class FlowerError(InputError):
 
 @contextmanager
 def internals() -> Iterator[None]:
-    """Around imports from inside Flower: raises ``FlowerError`` for what is missing there."""
+    """Around imports from inside Flower: raises ``FlowerError`` for a missing name."""
     try:
         yield
     except ImportError as error:
@@ -42,7 +42,7 @@ def internals() -> Iterator[None]:
 
 @functools.cache
 def say_untested() -> None:
-    """Log, once in a process, that the installed Flower is none of the releases that were tested."""
+    """Log, once in a process, that the installed Flower is not a tested release."""
     installed, oldest, newest = map(_release, (flwr.__version__, TESTED[0], TESTED[-1]))
     if installed > newest:
         said = f"newer than {TESTED[-1]}, the newest"
@@ -59,5 +59,5 @@ def say_untested() -> None:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """Major and minor: what is behind them breaks nothing."""
+    """Major and minor; the rest of a version breaks nothing."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

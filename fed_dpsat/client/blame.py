@@ -1,0 +1,146 @@
+"""One line for a failure in a trial: the object that the error is blamed on, the place in it, and the remedy.
+
+The innermost frame that belongs to an object decides. A frame belongs to an object if it is a method of one
+(model, optimizer, clipping rule, strategy, attack), or if its function is declared with ``blamed_on``.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType, FunctionType
+from typing import TypeVar, cast
+
+from torch import nn
+
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import predict
+from fed_dpsat.errors import InputError, ModelError, RunError, SettingError
+from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
+from fed_dpsat.step.optimizers.chain import described
+from fed_dpsat.step.stacked import stacked_sum
+
+LONGEST = 300
+ENGINES = {clipped_gradient_sum.__code__, stacked_sum.__code__}
+EVALUATION = {predict.__code__}
+MARKED: dict[CodeType, str] = {}
+"""Functions that were declared with ``blamed_on``, and the kind of object that each calls."""
+
+REMEDIES = {
+    "clipping": "fed_dpsat.testing.check_clipping finds more",
+    "optimizer": "lower lr, and run fed_dpsat.testing.check_optimizer on it",
+    "strategy": "fed_dpsat.testing.check_strategy finds more",
+    "attack": "see fed_dpsat.lab.attacks.Attack",
+    "engine": "check_model and check_clipping of fed_dpsat.testing find whether model or clipping rule is wrong",
+    "codec": "set update_codec=fp32",
+}
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def blamed_on(kind: str) -> Callable[[Function], Function]:
+    """A decorator: an error in this function, and in no object that it calls, is blamed on ``kind``."""
+
+    def mark(function: Function) -> Function:
+        MARKED[cast(FunctionType, function).__code__] = kind
+        return function
+
+    return mark
+
+
+class TrialError(InputError):
+    """A failure on made-up examples; nothing was charged."""
+
+
+class Unfit(Exception):
+    """A fault of a ``kind`` of object that raised no error itself; ``seen`` describes it."""
+
+    def __init__(self, kind: str, seen: str, remedy: str) -> None:
+        super().__init__(seen)
+        self.kind, self.seen, self.remedy = kind, seen, remedy
+
+
+@contextmanager
+def told(experiment: Experiment, objects: Sequence[str] = (), strategy: object = None) -> Iterator[None]:
+    """Turn an error inside into a ``TrialError`` of one line; ``objects`` names those given in Python."""
+    try:
+        yield
+    except (TrialError, SettingError):  # already one line with a remedy
+        raise
+    except Unfit as unfit:
+        raise TrialError(_said(experiment, unfit.kind, objects, unfit.seen, unfit.remedy)) from None
+    except Exception as error:  # a plug-in raises any error
+        kind, where, remedy = _blamed(error, experiment, strategy)
+        own = isinstance(error, InputError | RunError)
+        detail = f"{where}{error}" if own else f"{where}{_line(error)}"
+        raise TrialError(_said(experiment, kind, objects, detail, "" if own and ";" in detail else remedy)) from error
+
+
+def _said(experiment: Experiment, kind: str, objects: Sequence[str], seen: str, remedy: str) -> str:
+    config = experiment.config
+    values = {
+        **config.settings(),
+        "codec": config.update_codec,
+        "optimizer": described(config.optimizer, config.base_optimizer),
+    }
+    named = f"{kind}={values[kind]!r}" if kind in values else kind
+    name = f"the {kind} that was given" if kind in objects else named
+    end = f"; {remedy}" if remedy else ""
+    return f"{name} fails on made-up examples of {experiment.dataset.name}: {seen}{end} (nothing was charged)"
+
+
+def _line(error: BaseException) -> str:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:LONGEST] if first else type(error).__name__
+
+
+def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> tuple[str, str, str]:
+    """The kind of object that ``error`` is blamed on, the place in it, and the remedy, by the innermost such frame."""
+    kinds: dict[str, set[type]] = {
+        "clipping": {type(experiment.clipping)},
+        "optimizer": {type(link) for link in _chain(experiment.optimizer)},
+        "strategy": set(type(strategy).__mro__) - {object} if strategy is not None else set(),
+        "attack": {type(experiment.attackers.attack)} if experiment.attackers else set(),
+    }
+    kind, where, engine, root = "the run", "", False, None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in frames:
+        owner = frame.f_locals.get("self")
+        if frame.f_code in ENGINES:
+            kind, where, engine = "engine", "", True
+        elif frame.f_code in EVALUATION:
+            kind, where, engine = "model", "in evaluation: ", False
+        elif marked := MARKED.get(frame.f_code):
+            kind, where = marked, ""
+        elif isinstance(owner, nn.Module):
+            root = owner if root is None else root
+            kind, where = "model", _layer(root, owner)
+        elif found := [name for name, types in kinds.items() if type(owner) in types]:
+            kind, where = found[0], f"{frame.f_code.co_name}: "
+    if engine and (kind == "model" or isinstance(error, ModelError)):
+        kind = "model"
+        remedy = (
+            f"its forward pass works, its per-example gradients (engine={experiment.config.engine}) do not: write "
+            "that layer with operations that torch.func.vmap can map"
+        )
+        return kind, where, remedy
+    if kind == "model":
+        x = experiment.dataset.train.inputs
+        shape = ", ".join(map(str, x.shape[1:]))
+        return kind, where, f"its inputs are float32 [B, {shape}], normalised: make it take those"
+    return kind, where, REMEDIES.get(kind, "")
+
+
+def _layer(root: nn.Module, layer: nn.Module) -> str:
+    name = next((name for name, part in root.named_modules() if part is layer), "")
+    return f"layer {name} ({type(layer).__name__}): " if name else f"{type(layer).__name__}: "
+
+
+def _chain(optimizer: object) -> list[object]:
+    """``optimizer`` and its bases."""
+    found: list[object] = []
+    while optimizer is not None and optimizer not in found:
+        found.append(optimizer)
+        optimizer = getattr(optimizer, "base", None)
+    return found

@@ -1,0 +1,71 @@
+"""The model that a run starts with: its weights, the layers that are trained, and the checks before any training."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fed_dpsat.errors import ModelError, SettingError
+from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
+from fed_dpsat.models.ties import check_memory
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.gradients.per_example import check_module
+from fed_dpsat.step.gradients.unchanging import check_unchanging
+from fed_dpsat.step.placement import device_of
+
+log = logging.getLogger("fed_dpsat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Names of the trained parameters, and of those from ``unfreeze_round`` on; the SHA-256 of ``start_from``."""
+
+    names: tuple[str, ...]
+    later_names: tuple[str, ...] = ()
+    sha256: str = ""
+
+
+def begin(model: nn.Module, config: RunConfig) -> Start:
+    """Load the weights of ``start_from`` into ``model``, and freeze the layers that ``train_layers`` leaves out.
+
+    Raises ``SettingError`` for a trained parameter that is not float32: in float16, noise and sums are rounded away,
+    and float64 meets inputs of float32.
+    """
+    check_memory(model)
+    sha256 = ""
+    if config.start_from:
+        weights, sha256 = read_weights(config.start_from)
+        load_weights(model, weights, config.start_from, new_head=config.start_head == "new")
+    everything = trained_names(model, "all", 0)
+    names = trained_names(model, config.train_layers, config.last_layers)
+    later = everything if config.train_layers == "head-then-all" else []
+    for name, p in model.named_parameters():
+        if name not in names:
+            p.requires_grad_(False)
+        if name in {*names, *later} and p.dtype != torch.float32:
+            raise SettingError(
+                "model",
+                config.model,
+                f"of float32 parameters ({name} is {str(p.dtype).removeprefix('torch.')})",
+                "build it in float32, or call .float() on it; precision=bfloat16 computes its layers in bfloat16",
+            )
+    return Start(names=tuple(names), later_names=tuple(later), sha256=sha256)
+
+
+def check_passes(module: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Raise ``ModelError`` if ``module`` mixes examples, or if a pass through it changes it."""
+    check_module(module)  # the name of a layer that mixes examples says more than that of its statistics
+    shape = (2, *input_shape)
+    inputs = (torch.arange(math.prod(shape)) % 2).float().view(shape)  # valid as pixels, features and token numbers
+    try:
+        check_unchanging(module, inputs.to(device_of(module)))
+    except ModelError:
+        raise
+    except Exception as error:  # a module that fails here fails in the trial, with a better message
+        log.debug(
+            "not known whether passes change %s, which fails on made-up examples: %s", type(module).__name__, error
+        )

@@ -1,0 +1,299 @@
+"""The round of a client: its data, state and noise as a member of the training loop, and its reply."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from fed_dpsat.accounting.event import PrivacyError
+from fed_dpsat.client import unit as client_level
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.attackers import Attackers
+from fed_dpsat.client.personal import PERSONAL, only, without
+from fed_dpsat.client.start import Start
+from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.errors import RunError, warn_once
+from fed_dpsat.params import Params, laid_end_to_end, map_tree, subtract
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.clipping import ClippingRule, FlatClipping
+from fed_dpsat.step.gradients.per_example import ModelLoss
+from fed_dpsat.step.gradients.unchanging import unchanged
+from fed_dpsat.step.loop import Executor, LocalResult, Member, Streams, Watch, train
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.noise import derive_generator
+from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round, subspace_of
+from fed_dpsat.step.optimizers.proximal import Proximal
+from fed_dpsat.step.placement import CPU, device_of, is_card, moved, moved_state
+from fed_dpsat.step.sampling import PoissonSampler
+from fed_dpsat.step.stacked import Stacked, Unstackable, alike
+from fed_dpsat.step.subspace import Coordinates, Span
+
+STACKING_ENGINES = ("auto", "vmap")
+
+OPTIMIZER, CLIPPING = "optimizer", "clipping"
+"""The keys of a client's state for the optimizer and the bound of adaptive clipping; see ``PERSONAL`` too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One client's round: the arguments of ``Experiment.client_round``."""
+
+    client: int
+    assignment: Assignment
+    params: Params
+    state: State | None
+    proximal_mu: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The objects that clients train with.
+
+    The model is on the device of the computation; parameters and states come from the CPU and return to it.
+    ``attackers`` train on their poisoned labels in ``dataset``, and forge their updates. ``personal`` names the
+    parameters that stay on the client. ``watches`` see the private gradients of clients that train alone, in an audit.
+    """
+
+    config: RunConfig
+    dataset: Dataset
+    partitions: Sequence[np.ndarray]
+    loss_fn: ModelLoss
+    optimizer: PrivateOptimizer
+    clipping: ClippingRule
+    attackers: Attackers | None = None
+    start: Start
+    personal: frozenset[str] = frozenset()
+    watches: Mapping[int, Watch] = field(default_factory=dict)
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return device_of(self.loss_fn.module)
+
+    def trained(self, round: int) -> Params:
+        """The parameters that ``round`` trains, with their initial values."""
+        return {name: p.detach().to(CPU, copy=True) for name, p in self._trained(round).items()}
+
+    def _trained(self, round: int) -> dict[str, nn.Parameter]:
+        later = self.start.later_names if 0 < self.config.unfreeze_round <= round else ()
+        names = set(later or self.start.names)
+        return {name: p for name, p in self.loss_fn.module.named_parameters() if name in names}
+
+    def whole(self, shared: Params, state: State | None) -> Params:
+        """A client's model: the ``shared`` part, and its own part from ``state`` or else the initial one."""
+        if not self.personal:
+            return shared
+        # with personal layers, all rounds train the same parameters
+        initial = moved(self.trained(1), device_of(shared))
+        own = (state or {}).get(PERSONAL, only(initial, self.personal))
+        return {name: own[name] if name in self.personal else shared[name] for name in initial}
+
+    @property
+    def local_clipping(self) -> ClippingRule:
+        """The clipping of examples in local training: none if the unit is the client, whose whole change is clipped."""
+        return self.clipping if self.config.privacy_unit == "example" else FlatClipping(clip_norm=math.inf)
+
+    def subspace(self, round: int) -> Coordinates | Span | None:
+        """The subspace of ``round`` (from 1), if the optimizer has one; None if replies are whole models.
+
+        Replies are whole models under secure aggregation, whose masks need every coordinate, and with personal layers.
+        """
+        if self.config.secure_aggregation or self.personal:
+            return None
+        return subspace_of(self.optimizer, round, sum(p.numel() for p in self._trained(round).values()))
+
+    def client_round(
+        self,
+        client: int,
+        assignment: Assignment,
+        params: Params,
+        state: State | None,
+        proximal_mu: float = 0.0,
+    ) -> LocalResult:
+        """One round of ``client`` from the global ``params``; ``state`` is its state after its last round.
+
+        ``proximal_mu`` is the weight of FedProx. Raises ``SettingError`` for an assignment that no mechanism or sampler
+        accepts, and ``PrivacyError`` for an assignment of another unit, or if the event that ran is not the assigned
+        one.
+        """
+        request = Request(client=client, assignment=assignment, params=params, state=state, proximal_mu=proximal_mu)
+        result = self._alone(request)
+        if self.attackers is None or client not in self.attackers.clients:
+            return result
+        forged = self.attackers.forged(
+            client,
+            subtract(result.params, params),
+            lambda other: subtract(self._alone(dataclasses.replace(request, client=other, state=None)).params, params),
+            num_clients=self.config.num_clients,
+            generator=derive_generator(
+                self.config.seed,
+                purpose="attack",
+                client=client,
+                round=assignment.round,
+                attempt=assignment.attempt,
+            ),
+        )
+        return dataclasses.replace(result, params={name: params[name] + u for name, u in forged.items()})
+
+    def client_rounds(self, requests: Sequence[Request]) -> list[LocalResult]:
+        """The results of ``client_round`` to about 1e-6 relative; trains clients together if it can.
+
+        Clients train together if they have equal ``local_steps``, the same ``params`` object and states of one form. An
+        attacker trains alone. All train alone under an engine that was chosen by name, or with a loss, rule or
+        optimizer that cannot be stacked; the log gives the reason once. Raises the errors of ``client_round``.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        placed = self._placed(requests)
+        members = [self._member(request) for request in placed]
+        for i, (request, member) in enumerate(zip(requests, members, strict=True)):
+            groups.setdefault(self._kind(request, member), []).append(i)
+        results: dict[int, LocalResult] = {}
+        for group in groups.values():
+            together = self._together(
+                [requests[i] for i in group], [placed[i] for i in group], [members[i] for i in group]
+            )
+            results |= zip(group, together, strict=True)
+        return [results[i] for i in range(len(requests))]
+
+    def _kind(self, request: Request, member: Member) -> Hashable:
+        if self.attackers is not None and request.client in self.attackers.clients:
+            return request.client
+        return request.assignment.local_steps, request.proximal_mu, id(request.params), alike(member)
+
+    def _together(
+        self, requests: Sequence[Request], placed: Sequence[Request], members: Sequence[Member]
+    ) -> list[LocalResult]:
+        config = self.config
+        if len(requests) > 1:
+            try:
+                if config.engine not in STACKING_ENGINES:
+                    raise Unstackable(f"engine={config.engine}, which trains one client at a time")
+                if config.precision != "float32":
+                    raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
+                return self._run(placed, members, Stacked)
+            except Unstackable as unstackable:
+                warn_once(f"stack_clients: clients train one after the other: {unstackable}")
+        return [self.client_round(**vars(request)) for request in requests]
+
+    def _alone(self, request: Request) -> LocalResult:
+        (placed,) = self._placed([request])
+        (sent,) = self._run([placed], [self._member(placed)], None)
+        within = self.subspace(request.assignment.round)
+        if isinstance(within, Coordinates):
+            within.check(laid_end_to_end(request.params), laid_end_to_end(sent.params))
+        return sent
+
+    def _run(
+        self, requests: Sequence[Request], members: Sequence[Member], executor: Callable[..., Executor] | None
+    ) -> list[LocalResult]:
+        first = requests[0]
+        with unchanged(self.loss_fn.module):
+            results = train(
+                self.whole(first.params, first.state),
+                members,
+                loss_fn=self.loss_fn,
+                optimizer=self._optimizer(first.params, first.proximal_mu),
+                clipping=self.local_clipping,
+                local_steps=first.assignment.local_steps,
+                executor=executor,
+                engine=self.config.engine,
+                physical_batch_size=self.config.physical_batch_size,
+                watch=self.watches.get(first.client) if executor is None else None,
+            )
+        return [self._to_send(*pair) for pair in zip(requests, results, strict=True)]
+
+    def _placed(self, requests: Sequence[Request]) -> list[Request]:
+        """``requests`` with their tensors on ``device``; requests with common ``params`` keep them common."""
+        device, there = self.device, dict[int, Params]()
+        if not is_card(device):
+            return list(requests)
+        placed, names = [], {*self.start.names, *self.start.later_names}
+        for request in requests:
+            if id(request.params) not in there:
+                there[id(request.params)] = moved(request.params, device)
+            state = request.state
+            placed.append(
+                dataclasses.replace(
+                    request,
+                    params=there[id(request.params)],
+                    state=None if state is None else moved_state(state, names, device),
+                )
+            )
+        return placed
+
+    def _to_send(self, request: Request, result: LocalResult) -> LocalResult:
+        """``result`` on the CPU, with personal parameters in its state, and bounded under the unit "client"."""
+        params, event = result.params, result.event
+        state: State = {OPTIMIZER: result.state}
+        if result.clip_norm is not None:
+            state[CLIPPING] = {"clip_norm": torch.tensor(result.clip_norm)}
+        if self.personal:
+            params, state[PERSONAL] = without(params, self.personal), only(params, self.personal)
+        if self.config.privacy_unit == "client":
+            event = request.assignment.event  # the server's release
+            params = client_level.bounded_model(
+                params, request.params, clip_norm=self.clipping.clip_norm, keep_share=self.config.keep_share
+            )
+        if event != request.assignment.event:
+            raise PrivacyError(f"the round ran as {event}, and {request.assignment.event} was charged; nothing is sent")
+        state = map_tree(lambda t: t.to(CPU), state)
+        return dataclasses.replace(result, params=moved(params, CPU), state=state, event=event)
+
+    def _optimizer(self, params: Params, proximal_mu: float) -> PrivateOptimizer:
+        if not proximal_mu:
+            return self.optimizer
+        return Proximal(base=self.optimizer, anchor=params, proximal_mu=proximal_mu)
+
+    def _outgrown(self, request: Request) -> bool:
+        """Whether the client's state is of the head alone, and this round trains all layers: it starts again."""
+        first = set(self.start.names)
+        grown = bool(self.config.unfreeze_round) and request.params.keys() != first
+        return grown and _has_part(request.state or {}, first)
+
+    def _member(self, request: Request) -> Member:
+        """The client's part of its round: data, state, sampler, mechanism, random streams."""
+        config, assignment = self.config, request.assignment
+        if assignment.event.unit != config.privacy_unit:
+            raise PrivacyError(
+                f"asked in the unit {assignment.event.unit!r}, but the run's privacy_unit={config.privacy_unit!r}"
+            )
+        indices = torch.from_numpy(self.partitions[request.client])
+        sampler = PoissonSampler(num_examples=len(indices), sample_rate=assignment.sample_rate)
+        whole = self.whole(request.params, request.state)
+        known = request.state is not None and not self._outgrown(request)
+        last = (request.state or {}) if known else {}
+        if known and OPTIMIZER not in last:
+            raise RunError("a client's state is of another version of fed_dpsat; go on with that, or start a new run")
+        mechanism = GaussianMechanism(
+            noise_multiplier=assignment.local_noise_multiplier,
+            clip_norm=self.local_clipping.clip_norm,
+            expected_batch_size=sampler.expected_batch_size,
+        )
+        return Member(
+            batches=lambda batch: self.dataset.train.batch(indices[batch], self.device),
+            state=next_round(self.optimizer, whole, last[OPTIMIZER]) if known else self.optimizer.init(whole),
+            first_step=(assignment.round - 1) * config.steps_per_round,
+            clip_norm=float(last[CLIPPING]["clip_norm"]) if CLIPPING in last else None,
+            sampler=sampler,
+            mechanism=mechanism,
+            own=only(whole, self.personal),
+            streams=Streams(
+                seed=config.seed,
+                client=request.client,
+                round=assignment.round,
+                attempt=assignment.attempt,
+                noise_source=config.noise_source,
+            ),
+        )
+
+
+def _has_part(tree: State, names: set[str]) -> bool:
+    """Whether a part of ``tree`` has the keys ``names``."""
+    return tree.keys() == names or any(_has_part(part, names) for part in tree.values() if isinstance(part, dict))

@@ -1,0 +1,33 @@
+"""The group of settings of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fed_dpsat.settings.values import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Data: the place that examples come from, and their division among clients."""
+
+    dataset: str = setting("digits", "data set, a short name or package.module:attribute")
+    dataset_args: str = setting("", "arguments of the data set that no setting fills: site = 'north'")
+    data_source: str = setting("embedded", "place it comes from: embedded, parquet, torchvision, download, hub")
+    data_path: str = setting("", "folder of the data set, for the sources that have one")
+    cache_dir: str = setting(
+        "~/.cache/fed_dpsat", "folder for decoded data, shared by runs and workers", may_change=True
+    )
+    validation_share: float = setting(
+        0.0,
+        "share of the training examples that replaces the test split in evaluation, to choose settings on; no client "
+        "holds it; drawn from the seed",
+        least=0,
+        most=1,
+    )
+    num_clients: int = setting(10, "number of clients in the federation", least=1)
+    partition: str = setting("iid", "way examples are dealt to clients")
+    partition_args: str = setting("", "arguments of the partition that no setting fills: column = 'writer'")
+    dirichlet_alpha: float = setting(0.3, "concentration of the dirichlet partition; small is skewed", above=0)
+    classes_per_client: int = setting(2, "number of classes per client in the shards partition", least=1)
+    size_skew: float = setting(1.0, "inequality of client sizes in the size-skew partition", above=0)

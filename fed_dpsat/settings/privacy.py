@@ -1,0 +1,79 @@
+"""The group of settings of privacy, and its checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fed_dpsat.settings.values import refuse, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """Privacy: the unit, clipping, noise, budgets and the accountant."""
+
+    privacy_unit: str = setting(
+        "example",
+        "what epsilon protects: example (of one client; noise on the client) or client (with all its examples; noise "
+        "by a trusted server)",
+        choices=("example", "client"),
+    )
+    private: bool = setting(True, "switch: false trains without noise and reports epsilon = inf")
+    clipping: str = setting("flat", "clipping rule")
+    clipping_args: str = setting("", "arguments of the clipping rule that no setting fills: groups = 4")
+    clip_norm: float = setting(
+        0.5,
+        "largest norm of one example's gradient, or of a client's whole change if that is the unit; inf only if not "
+        "private",
+        above=0,
+    )
+    clip_quantile: float = setting(0.5, "share of examples that adaptive clipping leaves unclipped", above=0, most=1)
+    clip_lr: float = setting(0.2, "speed at which adaptive clipping follows the quantile", least=0)
+    global_threshold: float = setting(10.0, "gradient norm beyond which global clipping drops an example", above=0)
+    noise_multiplier: float = setting(0.0, "noise on the sum, in clip norms; 0 is for target_epsilon", least=0)
+    target_epsilon: float = setting(
+        0.0, "epsilon of the whole run, noise is calibrated to it; 0 is for noise_multiplier", least=0
+    )
+    budget_mode: str = setting(
+        "calibrate",
+        "way target_epsilon is kept: calibrate finds noise for the schedule, retire takes noise_multiplier and stops "
+        "asking a client whose next round would exceed it",
+        choices=("calibrate", "retire"),
+    )
+    client_table: str = setting("", "CSV file of clients that differ: client, target_epsilon, sample_rate, first_round")
+    delta: float = setting(1e-5, "delta of the guarantee", above=0, most=1)
+    accountant: str = setting("pld", "accountant of the epsilon that is reported: pld, rdp", choices=("pld", "rdp"))
+    release_counts: bool = setting(
+        False, "switch: clients send how many examples had no finite gradient; exact, and not covered by epsilon"
+    )
+
+
+def check(config: Privacy) -> None:
+    """Raise ``SettingError`` for settings of this group that exclude each other."""
+    noise, target = config.noise_multiplier, config.target_epsilon
+    if config.delta >= 1:
+        refuse(config, "delta", "in (0, 1)", "below 1 / examples per client is usual")
+    if not config.private:
+        if noise > 0 or target > 0:
+            bound = f"possible with noise_multiplier={noise}, target_epsilon={target}"
+            refuse(config, "private", bound, "set both to 0, or private=true")
+        return
+    if config.budget_mode == "retire" and noise == 0:
+        remedy = "that mode spends budgets at a noise you set"
+        refuse(config, "noise_multiplier", "enough for budget_mode='retire'", remedy)
+    if config.budget_mode == "calibrate" and noise > 0 and target > 0:
+        refuse(
+            config,
+            "noise_multiplier",
+            f"usable together with target_epsilon={target}",
+            "keep one and set the other to 0, or budget_mode=retire to spend a budget at a noise you set",
+        )
+    if config.budget_mode == "calibrate" and noise == 0 and target == 0:
+        refuse(
+            config,
+            "target_epsilon",
+            "enough to be private while noise_multiplier=0",
+            "set one of the two above 0, or private=false",
+        )
+    if math.isinf(config.clip_norm):
+        refuse(config, "clip_norm", "finite in a private run", "noise needs a bound; 0.1 to 1 is usual")

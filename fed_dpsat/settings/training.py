@@ -1,0 +1,95 @@
+"""The group of settings of model and local training, and its checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fed_dpsat.settings.values import refuse, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Model and local training: the network, the optimizer, and the steps of a client."""
+
+    model: str = setting("linear", "network, a short name or package.module:attribute")
+    model_args: str = setting("", "arguments of the network that no setting fills: depth = 6, patch_size = 4")
+    start_from: str = setting(
+        "", "weights to start from, public: safetensors, a state dict of torch, or a run folder; empty starts anew"
+    )
+    start_head: str = setting(
+        "loaded",
+        "head (last layer) at the start: loaded from start_from, or new, for another number of classes",
+        choices=("loaded", "new"),
+    )
+    train_layers: str = setting(
+        "all",
+        "layers that are trained, sent and noised: all, the last few, the head alone, or the head until unfreeze_round",
+        choices=("all", "last", "head", "head-then-all"),
+    )
+    last_layers: int = setting(1, "number of layers that train_layers=last trains", least=1)
+    unfreeze_round: int = setting(0, "first round in which train_layers=head-then-all trains all", least=0)
+    personal_layers: str = setting(
+        "",
+        "layers that stay on the client, are never sent and never averaged: head (the last one) or names, with commas; "
+        "empty shares all",
+    )
+    optimizer: str = setting("dp-sat", "private optimizer")
+    base_optimizer: str = setting(
+        "dp-sgd", "optimizer that dp-sat and other wrappers make their step with; disk+adam is disk over adam"
+    )
+    optimizer_args: str = setting("", "arguments of the optimizers that no setting fills: beta2 = 0.99, floor = 0.1")
+    lr: float = setting(2.0, "learning rate", least=0)
+    lr_schedule: str = setting(
+        "constant",
+        "learning rate over all steps: constant, linear, cosine",
+        choices=("constant", "linear", "cosine"),
+    )
+    momentum: float = setting(0.0, "momentum of the step, kept by the client across rounds", least=0, most=1)
+    weight_decay: float = setting(0.0, "weight decay of the step", least=0)
+    rho: float = setting(0.03, "radius that sharpness-aware methods climb, in parameter space", least=0)
+    ascent_memory: str = setting(
+        "client",
+        "first ascent direction of a round: the client's last private gradient, or zero",
+        choices=("client", "zero"),
+    )
+    local_steps: int = setting(1, "number of private steps a client takes per round", least=1)
+    local_epochs: int = setting(
+        0,
+        "number of passes over its data a client takes per round, instead of local_steps; 0 is for local_steps",
+        least=0,
+    )
+    sample_rate: float = setting(0.5, "chance of each example to be in a Poisson batch", above=0, most=1)
+    physical_batch_size: int = setting(128, "number of per-example gradients in memory at a time", least=1)
+    engine: str = setting(
+        "auto",
+        "way per-example gradients are computed: auto, vmap (any module), planned (layer by layer), opacus",
+        choices=("auto", "vmap", "planned", "opacus"),
+    )
+    precision: str = setting(
+        "float32",
+        "precision of linear and convolution layers; bfloat16 is faster on CPUs that have it and rounds each example's "
+        "gradient before clipping",
+        choices=("float32", "bfloat16"),
+    )
+    kernels: str = setting(
+        "auto",
+        "kernels of the planned engine on a CPU: torch, or also its own, which the C compiler of the machine compiles; "
+        "auto is compiled if that works",
+        choices=("auto", "compiled", "torch"),
+    )
+
+
+def check(config: Training) -> None:
+    """Raise ``SettingError`` for settings of this group that exclude each other."""
+    if config.momentum >= 1:
+        refuse(config, "momentum", "in [0, 1)", "0.9 is usual")
+    if config.personal_layers and config.unfreeze_round:
+        refuse(config, "personal_layers", "possible with train_layers='head-then-all'", "keep one of them")
+    if config.start_head == "new" and not config.start_from:
+        refuse(config, "start_head", "possible without start_from", "a model that starts anew has a new head anyway")
+    if config.last_layers > 1 and config.train_layers != "last":
+        refuse(config, "last_layers", f"possible with train_layers={config.train_layers!r}", "set train_layers=last")
+    if config.unfreeze_round and config.train_layers != "head-then-all":
+        refuse(
+            config, "unfreeze_round", f"possible with train_layers={config.train_layers!r}", "use head-then-all, or 0"
+        )
