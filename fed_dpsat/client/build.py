@@ -28,6 +28,7 @@ from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
 from fed_dpsat.errors import ModelError, RunError, SettingError
+from fed_dpsat.models.norms import with_norm
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.models.ties import check_memory, named_tensors
 from fed_dpsat.params import Params, laid_end_to_end, map_tree, subtract, trainable
@@ -69,11 +70,15 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Names that are trained, and those from ``unfreeze_round`` on if there is one; the SHA-256 of ``start_from``."""
+    """Names that are trained, and those from ``unfreeze_round`` on if there is one; the SHA-256 of ``start_from``.
+
+    ``notes`` say what of the model was replaced, and what of the file was left out.
+    """
 
     names: tuple[str, ...]
     later_names: tuple[str, ...] = ()
     sha256: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,18 +518,23 @@ def _seeded(config: RunConfig, purpose: Purpose) -> Iterator[None]:
 
 def _started(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
     """``model`` with the weights of ``start_from`` and frozen as ``train_layers`` says."""
-    sha256 = ""
+    sha256, left_out = "", ""
     check_memory(model)
+    model, replaced = with_norm(model, config.norm)
     if config.start_from:
         weights, sha256 = read_weights(config.start_from)
-        load_weights(model, weights, config.start_from, new_head=config.start_head == "new")
+        names = load_weights(model, weights, config.start_from, new_head=config.start_head == "new")
+        if names:
+            shown = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+            left_out = f"start_from={config.start_from!r}: {len(names)} tensors are left out ({shown})"
     everything = trained_names(model, "all", 0)
     names = trained_names(model, config.train_layers, config.last_layers)
     for name, p in model.named_parameters():
         if name not in names:
             p.requires_grad_(False)
     later = everything if config.train_layers == "head-then-all" else []
-    return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256)
+    notes = tuple(note for note in (replaced, left_out) if note)
+    return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256, notes=notes)
 
 
 def _require_float32(model: nn.Module, start: Start, name: str) -> None:

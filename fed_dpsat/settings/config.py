@@ -82,8 +82,14 @@ class RunConfig:
     size_skew: float = _setting(1.0, "inequality of client sizes in the size-skew partition", above=0)
 
     # model and local training
-    model: str = _setting("linear", "network, a short name or package.module:attribute")
+    model: str = _setting(
+        "linear",
+        "network, a short name, timm:NAME, torchvision:NAME, transformers:FOLDER, or package.module:attribute",
+    )
     model_args: str = _setting("", "arguments of the network that no setting fills: depth = 6, patch_size = 4")
+    norm: str = _setting(
+        "", "group replaces each BatchNorm of the network by a GroupNorm; empty replaces nothing", choices=("", "group")
+    )
     start_from: str = _setting(
         "", "weights to start from, public: safetensors, a state dict of torch, or a run folder; empty starts anew"
     )

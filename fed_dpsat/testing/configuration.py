@@ -12,6 +12,7 @@ from fed_dpsat.errors import InputError
 from fed_dpsat.flower.federation import build_strategy
 from fed_dpsat.flower.inner import StrategyStateError, capture_state
 from fed_dpsat.flower.trial import try_federation
+from fed_dpsat.models.norms import with_norm
 from fed_dpsat.run.promise import delta_warning, unused_warning
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.noise import derive_seed
@@ -69,7 +70,9 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         "model",
         config.model,
         lambda: check_model(
-            lambda: _built("model", config, {**settings, "seed": derive_seed(config.seed, purpose="model")}),
+            lambda: with_norm(
+                _built("model", config, {**settings, "seed": derive_seed(config.seed, purpose="model")}), config.norm
+            )[0],
             input_shape=data.input_shape,
             num_classes=data.num_classes,
             engine=config.engine,
