@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fed_dpsat import plugins
 from fed_dpsat.client.build import Experiment
+from fed_dpsat.data.dataset import Examples
 from fed_dpsat.errors import InputError
 from fed_dpsat.flower.federation import build_strategy
 from fed_dpsat.flower.inner import StrategyStateError, capture_state
@@ -24,6 +27,9 @@ from fed_dpsat.testing.model import check_model
 from fed_dpsat.testing.optimizer import check_optimizer
 from fed_dpsat.testing.partition import check_partition
 from fed_dpsat.testing.strategy import check_strategy
+
+ROWS = 64
+"""How many examples tell texts from other data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,7 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
             input_shape=data.input_shape,
             num_classes=data.num_classes,
             engine=config.engine,
+            tokens=_tokens(data.test),
         ),
     )
     yield _checked(
@@ -97,6 +104,13 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         note=_cannot_resume(config),
     )
     yield _checked("trial", "made-up examples", lambda: try_federation(experiment), note=delta_warning(experiment))
+
+
+def _tokens(split: Examples) -> int:
+    """One more than the largest number of a token in a few examples; 0 if they are no texts."""
+    rows = split.batch(torch.arange(min(len(split), ROWS)))[0]
+    whole = rows.ndim == 2 and rows.numel() > 0 and bool((rows == rows.round()).all()) and float(rows.min()) >= 0
+    return int(rows.max()) + 1 if whole else 0
 
 
 def _built(kind: str, config: RunConfig, settings: dict[str, Any]) -> Any:

@@ -40,14 +40,20 @@ def factory(name: str) -> Callable[..., nn.Module]:
         check_arguments(model, arguments)
         channels, height, width = image_shape(model, input_shape, min_side=1)
         made: nn.Module = build(
-            **{"num_classes": num_classes, **_size(model, name, height, width), **ONE_OUTPUT.get(name, {}), **arguments}
+            **{
+                "num_classes": num_classes,
+                **size_for(model, name, height, width),
+                **ONE_OUTPUT.get(name, {}),
+                **arguments,
+            }
         )
         return made if channels == CHANNELS else _with_channels(made, channels)
 
     return make
 
 
-def _size(model: str, name: str, height: int, width: int) -> dict[str, Any]:
+def size_for(model: str, name: str, height: int, width: int) -> dict[str, Any]:
+    """The arguments that tell the network ``name`` the size of images; ``ModelError`` if it needs square ones."""
     if name.startswith(SIDES):
         return {"input_size": (height, width)}
     if not name.startswith(SIDE):
