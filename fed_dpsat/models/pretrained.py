@@ -42,6 +42,10 @@ class Renaming(Protocol):
         """Names of the parameters that a file of the body alone does not have."""
         ...
 
+    def optional_names(self) -> list[str]:
+        """Names of the parameters that keep their initial values if the head is new and the file does not have them."""
+        ...
+
 
 def weights_file(start_from: str) -> Path:
     """The file that ``start_from`` names: itself, or the last checkpoint of a run, or the weights in a folder."""
@@ -90,6 +94,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: s
     weights, left_out = {n: value for n, value in weights.items() if n not in without}, [*left_out, *without]
     own, first = module.state_dict(), ties.named_tensors(module)
     head = set(head_names(module)) if new_head else set()
+    optional = module.optional_names() if new_head and isinstance(module, Renaming) else []
     if new_head and (shared := ties.shared_head(module)):
         raise SettingError(
             "start_head",
@@ -99,7 +104,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: s
         )
     skipped = {name for name, tensor in first.items() if tensor in head}
     given = {first.get(name, name) for name in weights}
-    missing = [name for name in dict.fromkeys(first.values()) if name not in given and name not in skipped]
+    missing = [name for name in dict.fromkeys(first.values()) if name not in {*given, *skipped, *optional}]
     surplus = [name for name in weights if name not in own and name not in skipped]
     shapes = {
         name: f"{name} {list(value.shape)}, where the model has {list(own[name].shape)}"
@@ -138,7 +143,7 @@ def head_names(module: nn.Module) -> list[str]:
 
 
 def _of_head_alone(module: nn.Module, names: set[str]) -> bool:
-    head = set(head_names(module))
+    head = {*head_names(module), *(module.optional_names() if isinstance(module, Renaming) else [])}
     return names <= head and ties.shared_head(module) is None
 
 

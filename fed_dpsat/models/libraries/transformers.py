@@ -87,6 +87,10 @@ class Classifier(nn.Module):
             return []
         return [name for name, _ in self.named_parameters() if not name.startswith(f"network.{body}.")]
 
+    def optional_names(self) -> list[str]:
+        """The pooler, which networks with another head do not have."""
+        return [name for name, _ in self.named_parameters() if f".{self.network.base_model_prefix}.pooler." in name]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _register_attention()
