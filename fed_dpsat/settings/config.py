@@ -91,7 +91,9 @@ class RunConfig:
         "", "group replaces each BatchNorm of the network by a GroupNorm; empty replaces nothing", choices=("", "group")
     )
     start_from: str = _setting(
-        "", "weights to start from, public: safetensors, a state dict of torch, or a run folder; empty starts anew"
+        "",
+        "weights to start from, public: safetensors, a state dict of torch, a run folder, or a folder with "
+        "model.safetensors; empty starts anew",
     )
     start_head: str = _setting(
         "loaded",
