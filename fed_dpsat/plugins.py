@@ -101,6 +101,12 @@ def libraries(kind: str) -> dict[str, Callable[[str], Factory]]:
     return dict(importlib.import_module(LIBRARIES[kind]).LIBRARIES) if kind in LIBRARIES else {}
 
 
+def listed(kind: str) -> dict[str, str]:
+    """Built-in names, and ``PREFIX:...`` of each library, with a line that says what they are."""
+    of_libraries = {f"{prefix}:...": factory for prefix, factory in libraries(kind).items()}
+    return {name: summary(factory) for name, factory in (builtin(kind) | of_libraries).items()}
+
+
 def load(kind: str, name: str) -> Factory:
     """The factory that ``name`` stands for; ``PluginError`` names the near ones where there is none."""
     prefix, separator, rest = name.partition(":")

@@ -119,8 +119,7 @@ def plugins_page() -> str:
     )
     lines = [*_title("Built-in plug-ins", intro)]
     for kind in plugins.PACKAGES:
-        rows = [(f"`{name}`", plugins.summary(factory)) for name, factory in plugins.builtin(kind).items()]
-        rows += [(f"`{prefix}:...`", plugins.summary(of)) for prefix, of in plugins.libraries(kind).items()]
+        rows = [(f"`{name}`", line) for name, line in plugins.listed(kind).items()]
         lines += [f"## {kind}", "", *_table(("name", "what it is"), rows)]
     return "\n".join(lines)
 
