@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from fed_dpsat.imports import repair_torchvision
+
 _EXPORTS = {
     "DPSAT": "fed_dpsat.step.optimizers",
     "DPSGD": "fed_dpsat.step.optimizers",
@@ -29,6 +31,8 @@ _EXPORTS = {
 }
 
 __all__ = sorted(_EXPORTS)
+
+repair_torchvision()  # in each process, workers too, before a plug-in or a pickled model imports torchvision or timm
 
 
 def __getattr__(name: str) -> Any:

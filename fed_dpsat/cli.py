@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from fed_dpsat.device import command as device_cli
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.lab.watch import watched
-from fed_dpsat.plugins import PACKAGES, builtin, summary
+from fed_dpsat.plugins import PACKAGES, listed
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.flat import parse_overrides
 
@@ -137,7 +137,7 @@ def _check_line(checked: Checked) -> str:
 def list_plugins(as_json: AsJson = False) -> None:
     """Built-in optimizers, models, data sets, partitions, clipping rules, strategies, attacks and loggers."""
     with _clear_errors():
-        found = {kind: {name: summary(factory) for name, factory in builtin(kind).items()} for kind in PACKAGES}
+        found = {kind: listed(kind) for kind in PACKAGES}
     if as_json:
         return _print_json(found)
     for kind, plugins in found.items():

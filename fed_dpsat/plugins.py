@@ -16,6 +16,9 @@ strategy   ``strategies``              ``STRATEGIES``
 attack     ``fed_dpsat.lab.attacks``       ``ATTACKS``
 logger     ``fed_dpsat.lab.loggers``       ``LOGGERS``
 ========== =========================== ==============
+
+A model of another library is named ``PREFIX:NAME`` with a prefix of ``LIBRARIES`` in ``fed_dpsat.models.libraries``,
+such as ``timm:vit_tiny_patch16_224``. These prefixes win over a module of the same name.
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ TABLES = {
     "attack": "ATTACKS",
     "logger": "LOGGERS",
 }
+LIBRARIES = {"model": "fed_dpsat.models.libraries"}
+"""By kind, the module with a table ``LIBRARIES`` from a prefix to what makes a factory of the rest of the name."""
 
 HAVE = {
     "optimizer": ("init", "query_point", "update"),
@@ -91,9 +96,23 @@ def builtin(kind: str) -> dict[str, Factory]:
     return dict(sorted(found.items()))
 
 
+def libraries(kind: str) -> dict[str, Callable[[str], Factory]]:
+    """Prefix to what makes a factory of the name after it, for one ``kind``."""
+    return dict(importlib.import_module(LIBRARIES[kind]).LIBRARIES) if kind in LIBRARIES else {}
+
+
+def listed(kind: str) -> dict[str, str]:
+    """Built-in names, and ``PREFIX:...`` of each library, with a line that says what they are."""
+    of_libraries = {f"{prefix}:...": factory for prefix, factory in libraries(kind).items()}
+    return {name: summary(factory) for name, factory in (builtin(kind) | of_libraries).items()}
+
+
 def load(kind: str, name: str) -> Factory:
     """The factory that ``name`` stands for; ``PluginError`` names the near ones where there is none."""
-    if ":" in name:
+    prefix, separator, rest = name.partition(":")
+    if separator and (of_library := libraries(kind).get(prefix)):
+        return of_library(rest)
+    if separator:
         return _load_dotted(kind, name)
     table = builtin(kind)
     if name in table:

@@ -112,6 +112,7 @@ def test_list_names_every_kind_with_a_line_each():
     assert {"digits", "cifar10", "cifar100", "fashion_mnist", "mnist", "svhn"} <= found["dataset"].keys()
     assert {"iid", "dirichlet", "shards", "size-skew"} <= found["partition"].keys()
     assert "fedavg" in found["strategy"]
+    assert {"linear", "timm:...", "torchvision:...", "transformers:..."} <= found["model"].keys()
     assert all(line for plugins in found.values() for line in plugins.values())
     assert "dp-sat-momentum" in invoke("list").output
 

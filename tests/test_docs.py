@@ -22,8 +22,10 @@ def name(path):
 def with_blocks():
     for path in PAGES:
         if any(block.language in blocks.LANGUAGES and block.not_run is None for block in blocks.blocks_of(path)):
-            slow = blocks.SLOW in path.read_text()
-            yield pytest.param(path, id=name(path), marks=[pytest.mark.slow] if slow else [])
+            marks = [pytest.mark.slow] if blocks.SLOW in path.read_text() else []
+            if lacking := blocks.missing(path):
+                marks.append(pytest.mark.skip(reason=f"{', '.join(lacking)} are not installed"))
+            yield pytest.param(path, id=name(path), marks=marks)
 
 
 @pytest.fixture

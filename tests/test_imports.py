@@ -1,9 +1,12 @@
-"""Numerics load neither Flower nor Ray."""
+"""Numerics load neither Flower nor Ray, and torchvision is imported beside any torch."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+
+import pytest
 
 NUMERICS = [
     "fed_dpsat",
@@ -28,3 +31,61 @@ for name in {NUMERICS}:
 def test_flower_loads_no_ray():
     code = "import sys, fed_dpsat.flower.federation; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm", "peft"])
+def test_a_library_that_imports_torchvision_is_imported_after_this_project(library):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    assert run(f"import fed_dpsat, {library}; print({library}.__name__)")[-1] == library
+
+
+WHOLE = """
+import torch
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.impl(name, lambda dets, scores, iou_threshold: scores + 1, "CPU")
+"""
+REGISTRATIONS = """
+import torch
+for name in ("nms", "qnms"):
+    torch.library.register_fake(f"torchvision::{name}", lambda dets, scores, iou_threshold: scores)
+"""
+
+
+@pytest.mark.parametrize(
+    ("extension", "prints"),
+    [(WHOLE, ["torch.Size([3])", "[2.0, 2.0, 2.0]"]), ("", ["torch.Size([3])", "nms has no implementation"])],
+    ids=["an extension that loads", "an extension that does not load"],
+)
+def test_operators_are_declared_only_if_the_extension_does_not_load(extension, prints, tmp_path):
+    """A package of the same structure stands in for torchvision."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("from torchvision import extension, _meta_registrations")
+    (package / "extension.py").write_text(extension)
+    (package / "_meta_registrations.py").write_text(REGISTRATIONS)
+    code = """
+import sys; sys.path.insert(0, {folder!r})
+import fed_dpsat, torchvision, torch
+assert torchvision.__file__.startswith({folder!r})
+print(torch.ops.torchvision.nms(torch.ones(3, 4, device="meta"), torch.ones(3, device="meta"), 0.5).shape)
+try:
+    print(torch.ops.torchvision.nms(torch.ones(3, 4), torch.ones(3), 0.5).tolist())
+except NotImplementedError:
+    print("nms has no implementation")
+"""
+    assert run(code.format(folder=str(tmp_path))) == prints
+
+
+def test_without_the_repair_the_import_fails():
+    """The wrong version: shape functions of operators that nobody declared."""
+    with pytest.raises(AssertionError, match="operator torchvision::nms does not exist"):
+        run(REGISTRATIONS)

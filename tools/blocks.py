@@ -12,7 +12,8 @@ another language    not at all, but for shell or Python by another name, which i
 
 A block that cannot be run in a test says so, to its reader too, in its first line: ``# Not run in tests: REASON``. Its
 ``fed-dpsat`` commands are still checked for verbs, options and settings. A page with the line
-``<!-- blocks: slow -->`` is left to the slow tests.
+``<!-- blocks: slow -->`` is left to the slow tests, and one with ``<!-- blocks: need timm peft -->`` is skipped if one
+of these packages is not installed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,19 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 NOT_RUN = "# Not run in tests:"
 SLOW = "<!-- blocks: slow -->"
+NEED = re.compile(r"<!-- blocks: need (.*) -->")
 LANGUAGES = ("python", "bash", "toml")
 OTHER_NAMES = {"py": "python", "python3": "python", "pycon": "python", "sh": "bash", "shell": "bash", "console": "bash"}
 AT_HAND = ("fed_dpsat", "simulations", "strategies", "benchmarks", "pyproject.toml")
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>.*)$")
 FILE = re.compile(r"# ([\w/]+\.(?:py|toml|csv))\b")
+
+
+def missing(page: Path) -> list[str]:
+    """Packages that the blocks of ``page`` need and that are not installed."""
+    found = NEED.search(page.read_text())
+    return [name for name in found[1].split() if find_spec(name) is None] if found else []
 
 
 @dataclass(frozen=True, kw_only=True)

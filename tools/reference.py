@@ -28,7 +28,19 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "# nav: begin", "# nav: end"
 SECTIONS = (
     ("", ("index.md", "quickstart.md", "concepts.md")),
-    ("Guides", ("recipes.md", "optimizers.md", "strategies.md", "sweeps.md", "reports.md", "scale.md", "deploy.md")),
+    (
+        "Guides",
+        (
+            "recipes.md",
+            "models.md",
+            "optimizers.md",
+            "strategies.md",
+            "sweeps.md",
+            "reports.md",
+            "scale.md",
+            "deploy.md",
+        ),
+    ),
     ("Privacy", ("privacy.md", "audit.md")),
     ("Results", ("gallery.md", "sharpness.md", "results/*.md")),
     ("Reference", ("architecture.md", "reference/*.md")),
@@ -108,7 +120,7 @@ def plugins_page() -> str:
     )
     lines = [*_title("Built-in plug-ins", intro)]
     for kind in plugins.PACKAGES:
-        rows = [(f"`{name}`", plugins.summary(factory)) for name, factory in plugins.builtin(kind).items()]
+        rows = [(f"`{name}`", line) for name, line in plugins.listed(kind).items()]
         lines += [f"## {kind}", "", *_table(("name", "what it is"), rows)]
     return "\n".join(lines)
 

@@ -118,7 +118,7 @@ class Experiment(Training):
         else:
             check_memory(plugins.required("model", config.model, model))  # a copy would separate shared memory
             model = copied("model", model)
-        start = begin(plugins.required("model", config.model, model), config)
+        model, start = begin(plugins.required("model", config.model, model), config)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fed_dpsat.errors import ModelError, SettingError
+from fed_dpsat.models.norms import with_norm
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.models.ties import check_memory
 from fed_dpsat.settings.config import RunConfig
@@ -22,24 +23,32 @@ log = logging.getLogger("fed_dpsat")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Names of the trained parameters, and of those from ``unfreeze_round`` on; the SHA-256 of ``start_from``."""
+    """Names of the trained parameters, and of those from ``unfreeze_round`` on; the SHA-256 of ``start_from``.
+
+    ``notes`` say what of the model was replaced, and what of the file was left out.
+    """
 
     names: tuple[str, ...]
     later_names: tuple[str, ...] = ()
     sha256: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def begin(model: nn.Module, config: RunConfig) -> Start:
-    """Load the weights of ``start_from`` into ``model``, and freeze the layers that ``train_layers`` leaves out.
+def begin(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
+    """``model`` with the ``norm`` and the weights of ``start_from``, and without what ``train_layers`` leaves out.
 
     Raises ``SettingError`` for a trained parameter that is not float32: in float16, noise and sums are rounded away,
     and float64 meets inputs of float32.
     """
     check_memory(model)
-    sha256 = ""
+    sha256, left_out = "", ""
+    model, replaced = with_norm(model, config.norm)
     if config.start_from:
         weights, sha256 = read_weights(config.start_from)
-        load_weights(model, weights, config.start_from, new_head=config.start_head == "new")
+        missing = load_weights(model, weights, config.start_from, new_head=config.start_head == "new")
+        if missing:
+            shown = ", ".join([*missing[:3], *(["..."] if len(missing) > 3 else [])])
+            left_out = f"start_from={config.start_from!r}: {len(missing)} tensors are left out ({shown})"
     everything = trained_names(model, "all", 0)
     names = trained_names(model, config.train_layers, config.last_layers)
     later = everything if config.train_layers == "head-then-all" else []
@@ -53,7 +62,8 @@ def begin(model: nn.Module, config: RunConfig) -> Start:
                 f"of float32 parameters ({name} is {str(p.dtype).removeprefix('torch.')})",
                 "build it in float32, or call .float() on it; precision=bfloat16 computes its layers in bfloat16",
             )
-    return Start(names=tuple(names), later_names=tuple(later), sha256=sha256)
+    notes = tuple(note for note in (replaced, left_out) if note)
+    return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256, notes=notes)
 
 
 def check_passes(module: nn.Module, input_shape: tuple[int, ...]) -> None:

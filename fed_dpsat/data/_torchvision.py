@@ -1,4 +1,4 @@
-"""The one door to torchvision, which is slow to import and does not import everywhere."""
+"""The one door to torchvision's data sets, which are slow to import."""
 
 from __future__ import annotations
 
@@ -6,34 +6,18 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
 
 from fed_dpsat.data.dataset import DataError
-
-_declared: list[torch.library.Library] = []  # a Library takes its operators with it when it is collected
+from fed_dpsat.imports import repair_torchvision
 
 
 def torchvision_datasets() -> ModuleType:
-    """``torchvision.datasets``, also where torchvision's compiled extension cannot be loaded.
-
-    PyPI's torchvision is linked against CUDA. Beside a CPU build of torch its extension does not load, which
-    torchvision itself forgives, but then it registers shape functions for operators that only the extension
-    would have defined, and ``import torchvision`` ends in "operator torchvision::nms does not exist". Data
-    sets call no operator, so declaring the signatures, without an implementation, is enough.
-    """
+    """``torchvision.datasets``, with or without torchvision's compiled extension (``fed_dpsat.imports``)."""
+    repair_torchvision()
     try:
         import torchvision.datasets  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise DataError(f"torchvision cannot be imported ({error}); pip install torchvision") from error
-    except RuntimeError as error:
-        if _declared or "operator torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-        for operator in ("nms", "qnms"):  # those that torchvision 0.28 registers unconditionally
-            signature = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            library.define(signature)  # type: ignore[no-untyped-call]
-        _declared.append(library)
-        import torchvision.datasets
     module: ModuleType = torchvision.datasets
     return module
 

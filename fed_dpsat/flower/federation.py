@@ -66,7 +66,7 @@ def run_federation(
     plans = make_plans(config)
     compat.say_untested()
     compat.check_records()
-    for warning in filter(None, (delta_warning(experiment), unused_warning(experiment))):
+    for warning in filter(None, (*experiment.start.notes, delta_warning(experiment), unused_warning(experiment))):
         log.warning("%s", warning)
     inner = build_strategy(config) if strategy is None else copied("strategy", strategy)
     check_inner(inner)

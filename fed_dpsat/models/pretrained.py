@@ -13,24 +13,47 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models import ties
+from fed_dpsat.models.norms import statistics_of_others
 
 CHECKPOINT = Path("checkpoint") / "model.pt"
 """Where a run folder keeps its model."""
+IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+"""Where a folder of transformers or timm keeps its weights."""
 
 SHOWN = 8
 
 
+@runtime_checkable
+class Renaming(Protocol):
+    """A module with a network of a library, whose files have other names."""
+
+    def own_weights(self, weights: Mapping[str, Tensor], *, new_head: bool) -> tuple[dict[str, Tensor], list[str]]:
+        """``weights`` by the names that they have in the module, and with ``new_head`` names of other heads."""
+        ...
+
+    def head_names(self) -> list[str]:
+        """Names of the parameters that a file of the body alone does not have."""
+        ...
+
+    def optional_names(self) -> list[str]:
+        """Names of the parameters that keep their initial values if the head is new and the file does not have them."""
+        ...
+
+
 def weights_file(start_from: str) -> Path:
-    """The file that ``start_from`` names: itself, or in the folder of a run its last checkpoint."""
+    """The file that ``start_from`` names: itself, or the last checkpoint of a run, or the weights in a folder."""
     path = Path(start_from)
-    return path / CHECKPOINT if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    of_library = (path / name for name in IN_FOLDER if not (path / CHECKPOINT).is_file())
+    return next((file for file in of_library if file.is_file()), path / CHECKPOINT)
 
 
 def read_weights(start_from: str) -> tuple[dict[str, Tensor], str]:
@@ -55,15 +78,23 @@ def read_weights(start_from: str) -> tuple[dict[str, Tensor], str]:
     return dict(found), digest
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: str, *, new_head: bool) -> None:
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: str, *, new_head: bool) -> list[str]:
     """Copy ``weights`` into ``module``: all its parameters, of the same names and shapes, and no others.
 
     With ``new_head`` the head stays at its initial values, whatever the file says of it. A buffer that the file does
-    not have stays as it is; of a tensor with several names, one is enough. Raises ``SettingError`` that lists what
-    differs, or for a new head that shares a tensor with another layer.
+    not have stays as it is; of a tensor with several names, one is enough. Returns the names that are left out: running
+    statistics of a BatchNorm that is a GroupNorm now, and with ``new_head`` heads that only the file has, if a library
+    knows them (``Renaming``). Raises ``SettingError`` that lists what differs, or for a new head that shares a tensor
+    with another layer.
     """
+    left_out: list[str] = []
+    if isinstance(module, Renaming):
+        weights, left_out = module.own_weights(weights, new_head=new_head)
+    without = statistics_of_others(module, list(weights))
+    weights, left_out = {n: value for n, value in weights.items() if n not in without}, [*left_out, *without]
     own, first = module.state_dict(), ties.named_tensors(module)
     head = set(head_names(module)) if new_head else set()
+    optional = module.optional_names() if new_head and isinstance(module, Renaming) else []
     if new_head and (shared := ties.shared_head(module)):
         raise SettingError(
             "start_head",
@@ -73,7 +104,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: s
         )
     skipped = {name for name, tensor in first.items() if tensor in head}
     given = {first.get(name, name) for name in weights}
-    missing = [name for name in dict.fromkeys(first.values()) if name not in given and name not in skipped]
+    missing = [name for name in dict.fromkeys(first.values()) if name not in {*given, *skipped, *optional}]
     surplus = [name for name in weights if name not in own and name not in skipped]
     shapes = {
         name: f"{name} {list(value.shape)}, where the model has {list(own[name].shape)}"
@@ -86,7 +117,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: s
             for what, names in (("missing", missing), ("not in the model", surplus), ("shapes", shapes.values()))
             if names
         ]
-        only_head = not surplus and not new_head and _of_head_alone(module, set(missing) | set(shapes))
+        others = not surplus or isinstance(module, Renaming)
+        only_head = others and not new_head and _of_head_alone(module, set(missing) | set(shapes))
         remedy = "set start_head='new' to begin with a new head" if only_head else "name the model it was saved from"
         raise _wrong(start_from, f"weights of this model ({'; '.join(differs)})", remedy)
     for name, value in weights.items():
@@ -98,15 +130,20 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], start_from: s
         for name, value in weights.items():
             if name not in skipped:
                 own[name].copy_(value)
+    return left_out
 
 
 def head_names(module: nn.Module) -> list[str]:
-    """The first names of the tensors of the last layer, also of those that it shares with others."""
-    return ties.last_layers(module, 1)
+    """The first names of the tensors of the head, also of those that it shares with others.
+
+    The head is the last layer, and in a network of transformers all that is not of the body.
+    """
+    further = module.head_names() if isinstance(module, Renaming) else []
+    return list(dict.fromkeys([*ties.last_layers(module, 1), *further]))
 
 
 def _of_head_alone(module: nn.Module, names: set[str]) -> bool:
-    head = set(head_names(module))
+    head = {*head_names(module), *(module.optional_names() if isinstance(module, Renaming) else [])}
     return names <= head and ties.shared_head(module) is None
 
 

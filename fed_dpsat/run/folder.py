@@ -32,8 +32,9 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ from fed_dpsat.step.placement import described
 BEGINNING = frozenset({"environment.json", "environment.json.tmp", "inputs.json", "inputs.json.tmp", "config.toml.tmp"})
 """What a run that was killed before ``config.toml`` was there leaves: it had asked nobody, and starts again."""
 PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
+EXTRAS = ("timm", "transformers", "peft")
+"""Packages whose networks a run may train, if they are installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,15 @@ class Checkpoint:
     params: Params
     server: Mapping[str, Any]
     cannot_resume: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of ``PACKAGES``, and of those ``EXTRAS`` that are installed."""
+    found = {name: version(name) for name in PACKAGES}
+    for name in EXTRAS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 class RunFolder:
@@ -126,7 +138,7 @@ class RunFolder:
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
             "device": described(config.device),
-            "packages": {name: version(name) for name in PACKAGES},
+            "packages": versions(),
             "objects": list(objects),
         }
         _write_atomically(self.path / "environment.json", _json(environment, indent=2) + "\n")

@@ -15,6 +15,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
+from fed_dpsat.models.libraries import LIBRARIES, files_of
+
 HERE = Path(__file__).resolve().parents[1]
 SHIPPED = (
     HERE,
@@ -27,8 +29,11 @@ INSTALLED = frozenset({"site-packages", "dist-packages"})
 def plugin_sources(name: str) -> dict[str, Path]:
     """Files by how they are called, ``helpers/tools.py``, for the plug-in ``name``; none for a built-in one.
 
-    The file that ``name`` names is among them wherever it lies, but for this project's.
+    The file that ``name`` names is among them wherever it lies, but for this project's. Of a network of a library it is
+    the file that describes it.
     """
+    if (library := name.partition(":")[0]) in LIBRARIES and library != name:
+        return files_of(name)
     target, separator, _ = name.rpartition(":")
     if not separator:
         return {}

@@ -11,10 +11,18 @@ from fed_dpsat.settings.values import refuse, setting
 class Training:
     """Model and local training: the network, the optimizer, and the steps of a client."""
 
-    model: str = setting("linear", "network, a short name or package.module:attribute")
+    model: str = setting(
+        "linear",
+        "network, a short name, timm:NAME, torchvision:NAME, transformers:FOLDER, or package.module:attribute",
+    )
     model_args: str = setting("", "arguments of the network that no setting fills: depth = 6, patch_size = 4")
+    norm: str = setting(
+        "", "group replaces each BatchNorm of the network by a GroupNorm; empty replaces nothing", choices=("", "group")
+    )
     start_from: str = setting(
-        "", "weights to start from, public: safetensors, a state dict of torch, or a run folder; empty starts anew"
+        "",
+        "weights to start from, public: safetensors, a state dict of torch, a run folder, or a folder with "
+        "model.safetensors; empty starts anew",
     )
     start_head: str = setting(
         "loaded",

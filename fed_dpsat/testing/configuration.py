@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fed_dpsat import plugins
 from fed_dpsat.client.build import Experiment
+from fed_dpsat.data.dataset import Examples
 from fed_dpsat.errors import InputError
 from fed_dpsat.flower.federation import build_strategy
 from fed_dpsat.flower.inner import StrategyStateError, capture_state
 from fed_dpsat.flower.trial import try_federation
+from fed_dpsat.models.norms import with_norm
 from fed_dpsat.run.promise import delta_warning, unused_warning
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.noise import derive_seed
@@ -23,6 +27,9 @@ from fed_dpsat.testing.model import check_model
 from fed_dpsat.testing.optimizer import check_optimizer
 from fed_dpsat.testing.partition import check_partition
 from fed_dpsat.testing.strategy import check_strategy
+
+ROWS = 64
+"""How many examples tell texts from other data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +76,13 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         "model",
         config.model,
         lambda: check_model(
-            lambda: _built("model", config, {**settings, "seed": derive_seed(config.seed, purpose="model")}),
+            lambda: with_norm(
+                _built("model", config, {**settings, "seed": derive_seed(config.seed, purpose="model")}), config.norm
+            )[0],
             input_shape=data.input_shape,
             num_classes=data.num_classes,
             engine=config.engine,
+            tokens=_tokens(data.test),
         ),
     )
     yield _checked(
@@ -94,6 +104,13 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         note=_cannot_resume(config),
     )
     yield _checked("trial", "made-up examples", lambda: try_federation(experiment), note=delta_warning(experiment))
+
+
+def _tokens(split: Examples) -> int:
+    """One more than the largest number of a token in a few examples; 0 if they are no texts."""
+    rows = split.batch(torch.arange(min(len(split), ROWS)))[0]
+    whole = rows.ndim == 2 and rows.numel() > 0 and bool((rows == rows.round()).all()) and float(rows.min()) >= 0
+    return int(rows.max()) + 1 if whole else 0
 
 
 def _built(kind: str, config: RunConfig, settings: dict[str, Any]) -> Any:

@@ -25,12 +25,18 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """``make()`` gives the module, for ``x[B, *input_shape]``; ``engine`` takes its per-example gradients."""
+    """``make()`` gives the module, for ``x[B, *input_shape]``; ``engine`` takes its per-example gradients.
+
+    ``inputs`` are ``BATCH`` examples, and ``others`` stand for all but the first of them. ``probe`` and 1 - ``probe``
+    are inputs too.
+    """
 
     make: Callable[[], nn.Module]
-    input_shape: tuple[int, ...]
     num_classes: int
     engine: str | Engine
+    inputs: Tensor
+    others: Tensor
+    probe: Tensor
 
 
 def check_model(
@@ -39,12 +45,22 @@ def check_model(
     input_shape: tuple[int, ...],
     num_classes: int = 10,
     engine: str | Engine = "auto",
+    tokens: int = 0,
 ) -> list[str]:
     """Run the suite on ``() -> module`` that maps ``x[B, *input_shape]`` to ``[B, num_classes]``; names of the checks.
 
-    ``engine`` is a name in ``ENGINES``, or your own. Raises ``ConformanceError``.
+    ``engine`` is a name in ``ENGINES``, or your own. Inputs are normal numbers; for a model of texts they are numbers
+    of tokens below ``tokens``. Raises ``ConformanceError``.
     """
-    subject = Subject(make=factory, input_shape=input_shape, num_classes=num_classes, engine=engine)
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCH, *input_shape)
+    if tokens:
+        inputs, others = (torch.randint(0, tokens, shape, generator=generator).float() for _ in range(2))
+        others, probe = others[1:], inputs % 2
+    else:
+        inputs = probe = torch.randn(shape, generator=generator)
+        others = 10 * inputs[1:].flip(0) + 3
+    subject = Subject(make=factory, num_classes=num_classes, engine=engine, inputs=inputs, others=others, probe=probe)
     return run_checks("model", CHECKS, subject)
 
 
@@ -61,7 +77,7 @@ def layers_share_no_statistics(subject: Subject) -> None:
 def logits_are_one_row_per_example(subject: Subject) -> None:
     """``x[B, *input_shape] -> logits[B, num_classes]``, for B = 1 too."""
     for batch in (1, BATCH):
-        logits = subject.make()(_inputs(subject)[:batch])
+        logits = subject.make()(subject.inputs[:batch].clone())
         require(
             tuple(logits.shape) == (batch, subject.num_classes),
             expected=f"logits of shape ({batch}, {subject.num_classes})",
@@ -73,12 +89,10 @@ def logits_are_one_row_per_example(subject: Subject) -> None:
 def logits_ignore_the_other_examples(subject: Subject) -> None:
     """An example's logits stay when all others of its batch change, in training mode."""
     module = subject.make().train()
-    inputs = _inputs(subject)
-    others = torch.cat([inputs[:1], 10 * inputs[1:].flip(0) + 3])
     rows = []
-    for batch in (inputs, others):
+    for batch in (subject.inputs, torch.cat([subject.inputs[:1], subject.others])):
         torch.manual_seed(0)  # equal masks, where there is dropout
-        rows.append(module(batch)[0].detach())
+        rows.append(module(batch.clone())[0].detach())
     away = float((rows[0] - rows[1]).abs().max())
     require(
         away <= TOLERANCE * (1 + float(rows[0].abs().max())),
@@ -90,13 +104,13 @@ def logits_ignore_the_other_examples(subject: Subject) -> None:
 
 def forward_changes_nothing(subject: Subject) -> None:
     """A forward pass leaves its input as it was, and the module: parameters, buffers, and what outputs depend on."""
-    module, inputs = subject.make().train(), _inputs(subject)
+    module, inputs = subject.make().train(), subject.inputs.clone()
     before = copied({"the input": inputs})
     module(inputs)
     said = difference(before, {"the input": inputs})
     remedy = "an operation in place on the input changes the data"
     try:
-        check_unchanging(subject.make(), _inputs(subject))
+        check_unchanging(subject.make(), subject.probe)
     except ModelError as error:
         said, _, remedy = str(error).partition("; ")
     require(not said, expected="an input and a module that a forward pass leaves alone", seen=said, remedy=remedy)
@@ -109,7 +123,9 @@ def gradients_are_those_of_single_examples(subject: Subject) -> None:
         if isinstance(layer, DROPOUT):
             layer.eval()
     loss, params, rule = ModelLoss(module), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
-    inputs, targets = _inputs(subject).double(), torch.arange(BATCH) % subject.num_classes
+    if _draws(module, subject.inputs.double()):  # in a function, without a layer
+        module.eval()
+    inputs, targets = subject.inputs.double(), torch.arange(BATCH) % subject.num_classes
     one_by_one = zeros_like(params)
     for x, y in zip(torch.split(inputs, 1), torch.split(targets, 1), strict=True):
         gradient = _gradient(loss, params, x.clone(), y)
@@ -138,8 +154,13 @@ CHECKS = (
 )
 
 
-def _inputs(subject: Subject) -> Tensor:
-    return torch.randn(BATCH, *subject.input_shape, generator=torch.Generator().manual_seed(0))
+def _draws(module: nn.Module, inputs: Tensor) -> bool:
+    """Whether outputs depend on the generator."""
+    rows = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        rows.append(module(inputs.clone()).detach())
+    return not torch.allclose(*rows)
 
 
 def _gradient(loss: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Params:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fed_dpsat.errors import RunError, SettingError
-from fed_dpsat.run.folder import Checkpoint, RunFolder, jsonable
+from fed_dpsat.run.folder import PACKAGES, Checkpoint, RunFolder, jsonable, versions
 from fed_dpsat.settings.config import RunConfig
 
 
@@ -79,6 +79,11 @@ def test_what_is_written_can_be_read(tmp_path):
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["device"] == "cpu"
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
+
+
+def test_versions_of_extras_are_written_down_if_they_are_installed(monkeypatch):
+    monkeypatch.setattr("fed_dpsat.run.folder.EXTRAS", ("pytest", "a-package-that-is-nowhere"))
+    assert versions().keys() == {*PACKAGES, "pytest"}
 
 
 def test_what_json_cannot_hold_becomes_text():

@@ -94,3 +94,9 @@ def test_a_file_that_is_no_python_or_not_there_is_named_all_the_same(tree):
     assert names(f"{at}/opt.py:make") == {"opt.py"}
     assert names(f"{at}/gone.py:make") == {"gone.py"}
     assert names("nowhere.at.all:make") == set()
+
+
+def test_a_network_of_a_library_is_made_of_the_file_that_describes_it(tree):
+    folder = tree({"minilm/config.json": "{}"}) / "minilm"
+    assert plugin_sources(f"transformers:{folder}") == {"config.json": folder / "config.json"}
+    assert plugin_sources("timm:resnet18") == {}
