@@ -21,7 +21,7 @@ def assert_is_partition(parts, num_clients, num_examples):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_parts_are_disjoint_complete_non_empty_and_repeatable(name, data):
     labels = np.array(data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=40)))
     own, most = {}, len(labels)
