@@ -20,6 +20,8 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 from fed_dpsat.step.subspace import Coordinates, Span, direction
 
+pytestmark = pytest.mark.usefixtures("untried")  # the trial has tests of its own: tests/client/test_trial.py
+
 START = {"w": torch.arange(60.0).view(6, 10), "b": torch.full((40,), -3.0)}
 CHANGE = {"w": torch.linspace(-1, 1, 60).view(6, 10), "b": torch.linspace(0.001, 0.01, 40)}
 LIKE = records.to_arrays(START)

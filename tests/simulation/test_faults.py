@@ -16,6 +16,8 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 from fed_dpsat.simulation.faults import Faults
 
+pytestmark = pytest.mark.usefixtures("untried")  # the trial has tests of its own: tests/client/test_trial.py
+
 CONFIG = RunConfig(noise_multiplier=2.0, delta=1e-4, num_clients=6, num_rounds=3)
 FAULTS = Faults(seed=3, dropout_rate=0.3, delay="exponential", delay_mean=2.0, client_timeout=5.0)
 
