@@ -17,13 +17,14 @@ from fed_dpsat.flower.grid import Answers
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.simulation import ray_backend, ray_pool, ray_worker
 
-NODES = 12
+NODES = 6
 
 
 def app_that_dies(folder: Path) -> ClientApp:
     """Partition 1 kills its worker once for each file ``death-*``; every partition counts its rounds.
 
-    Each says whether it was alone at work in its process; partition 2 raises an error.
+    Each says whether it was alone at work in its process, and takes its time there if the file ``slow`` is there;
+    partition 2 raises an error.
     """
     app, at_work = ClientApp(), []
 
@@ -37,7 +38,7 @@ def app_that_dies(folder: Path) -> ClientApp:
         if partition == 2:
             raise ValueError("not today")
         at_work.append(message)
-        time.sleep(0.05)
+        time.sleep(0.05 if (folder / "slow").exists() else 0)
         alone = len(at_work) == 1
         at_work.remove(message)
         state = records.load_state(context.state) or {"seen": {"times": torch.tensor(0)}}
@@ -129,10 +130,12 @@ def test_replies_come_with_the_shared_model_and_kept_state(shared):
     assert "not today" in after[2].error.reason
 
 
-def test_a_worker_that_has_two_calls_does_one_at_a_time(shared):
-    for _ in range(2):  # what was quick has its successor wait at the worker
+def test_a_worker_that_has_two_calls_does_one_at_a_time(shared, backends):
+    (backends.folder / "slow").touch()
+    for _ in range(3):  # what was quick has its successor wait at the worker
         replies = ask(shared, NODES, ARRAYS)
         assert [replies[n].content["said"]["alone"] for n in GOOD] == [True] * len(GOOD)
+    (backends.folder / "slow").unlink()
 
 
 def test_the_model_is_stored_once_a_round(shared, monkeypatch):
