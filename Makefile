@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 INSTALLED := $(VENV)/.installed
 # A test has one thread, so two processes take two cores. PYTEST_ADDOPTS="-n 0" runs tests in one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 .PHONY: run test test-slow test-all quick check docs install clean
 

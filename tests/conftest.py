@@ -15,12 +15,29 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+LONGEST = ("tests/simulation/", "tests/test_placement_apart.py", "tests/step/gradients/")
+
+
 def pytest_collection_modifyitems(items):
-    """One process has the Ray cluster (``-n 2 --dist loadgroup``), and the longest test does not come last."""
-    items.sort(key=lambda item: "test_placement_apart" not in item.nodeid)
-    for item in items:
-        if "ray_cluster" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    """The longest files come first, so that several processes end at the same time."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n 2`` a process gets one file at a time, and one process gets all of ``tests/simulation``: a Ray cluster.
+
+    ``--dist loadgroup`` would need marks, and pytest-xdist 3.8 does not see them with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return LONGEST[0] if LONGEST[0] in file else file
+
+    config.option.loadscopereorder = False  # the order is that of the collection
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -104,7 +104,7 @@ def bits(folder) -> str:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_seed_gives_the_bits_of_before(name, tmp_path):
+def test_a_seed_gives_the_bits_of_before(name, tmp_path, untried):
     if arithmetic() != ARITHMETIC:
         pytest.skip(f"this machine rounds otherwise ({arithmetic()}) than where the hashes were taken ({ARITHMETIC})")
     settings, expected = RUNS[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fed_dpsat.accounting.accountant import epsilon
@@ -11,6 +11,7 @@ from fed_dpsat.accounting.event import PrivacyError, PrivacyEvent
 
 LEAST, MOST = 0.01, 1e4  # noise multipliers looked at
 TOLERANCE = 1.001
+FIRST_DISTANCE = 0.05  # in the logarithm of the noise multiplier; the search doubles it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +28,61 @@ def noise_multiplier_for(
 ) -> float:
     """Smallest noise multiplier whose whole schedule of ``steps`` releases costs at most ``target_epsilon``.
 
-    Within 0.1 %, and on the safe side: epsilon at the result is at most the target. Raises ``PrivacyError``
-    where the answer is above 10,000 or below 0.01, and for a target that is not a positive finite number.
+    By dp_accounting's calibration, within 0.1 % and on the safe side: epsilon at the result is at most the target.
+    Raises ``PrivacyError`` if the answer is above 10,000 or below 0.01, and for a target that is not a positive
+    finite number.
     """
     if isinstance(target_epsilon, bool) or not 0 < target_epsilon < math.inf:
         raise PrivacyError(
             f"target_epsilon={target_epsilon} is not in (0, inf); for no privacy, set noise_multiplier=0"
         )
 
-    def cost(noise_multiplier: float) -> float:
-        event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
-        return epsilon([event], delta, accountant)
+    from dp_accounting import mechanism_calibration as search  # type: ignore[import-untyped]
 
-    cost(MOST)  # the other arguments speak for themselves before the search does
-    low, high = _bracket(cost, target_epsilon, _guess(target_epsilon, delta, sample_rate, steps))
-    return _narrowed(cost, target_epsilon, low, high)
+    def event(noise_multiplier: float) -> PrivacyEvent:
+        within = min(max(noise_multiplier, LEAST), MOST)
+        return PrivacyEvent(noise_multiplier=within, sample_rate=sample_rate, steps=steps)
+
+    epsilon([event(MOST)], delta, accountant)  # the other arguments speak for themselves before the search does
+    guess = _guess(target_epsilon, delta, sample_rate, steps)
+    more = epsilon([event(guess)], delta, accountant) > target_epsilon
+
+    def at(distance: float) -> PrivacyEvent:
+        """From the guess towards the target, in logarithms: dp_accounting looks to one side, at absolute distances."""
+        return event(guess * math.exp(min(distance, 50.0) * (1 if more else -1)))
+
+    try:
+        bracket = search.LowerEndpointAndGuess(0.0, FIRST_DISTANCE)
+        found = search.calibrate_dp_mechanism(
+            lambda: _Accountant(accountant), at, target_epsilon, delta, bracket, tol=math.log(TOLERANCE) / 2
+        )
+    except search.NoBracketIntervalFoundError:
+        if more:
+            raise PrivacyError(
+                f"target_epsilon={target_epsilon} needs noise_multiplier > {MOST:.0f}; raise the "
+                "target or delta, or lower num_rounds, local_steps or sample_rate"
+            ) from None
+        raise PrivacyError(
+            f"target_epsilon={target_epsilon} is met by noise_multiplier < {LEAST}, which "
+            "protects nobody; lower the target or delta"
+        ) from None
+    return at(found).noise_multiplier
+
+
+class _Accountant:
+    """What dp_accounting's calibration asks of an accountant; ``epsilon`` answers, so the PLD grid fits the event."""
+
+    def __init__(self, name: str) -> None:
+        from dp_accounting import NoOpDpEvent
+
+        self.name, self.ledger = name, NoOpDpEvent()
+
+    def compose(self, event: PrivacyEvent) -> _Accountant:
+        self.event = event
+        return self
+
+    def get_epsilon(self, delta: float) -> float:
+        return epsilon([self.event], delta, self.name)
 
 
 def epsilon_table(
@@ -64,43 +105,3 @@ def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) 
     mu = 1 / get_sigma_gaussian(min(target_epsilon, 1e6), delta)
     noise = 1 / math.sqrt(math.log1p((mu / sample_rate) ** 2 / steps))
     return min(max(noise, 2 * LEAST), MOST / 2)
-
-
-def _bracket(cost: Callable[[float], float], target: float, guess: float) -> tuple[float, float]:
-    """(low, high) with cost(low) > target >= cost(high), close to the guess; steps grow where it is far off."""
-    low = high = guess
-    factor = 1.25
-    while cost(high) > target:
-        if high >= MOST:
-            raise PrivacyError(
-                f"target_epsilon={target} needs noise_multiplier > {MOST:.0f}; raise the "
-                "target or delta, or lower num_rounds, local_steps or sample_rate"
-            )
-        low, high, factor = high, min(high * factor, MOST), factor**2
-    while low == high or cost(low) <= target:
-        if low <= LEAST:
-            raise PrivacyError(
-                f"target_epsilon={target} is met by noise_multiplier < {LEAST}, which "
-                "protects nobody; lower the target or delta"
-            )
-        low, high, factor = max(low / factor, LEAST), low, factor**2
-    return low, high
-
-
-def _narrowed(cost: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Upper end of the bracket once it is narrow: secant in log-log, tries on either side of the root."""
-    tries = 0
-    while high > low * TOLERANCE:
-        above, below = cost(high), cost(low)
-        if tries % 3 == 2 or above <= 0 or below == math.inf:
-            point = math.sqrt(low * high)
-        else:
-            share = math.log(below / target) / math.log(below / above)
-            point = low * (high / low) ** share * TOLERANCE ** (0.4 if tries % 3 == 0 else -0.4)
-            point = min(max(point, low * TOLERANCE**0.5), high / TOLERANCE**0.5)
-        if cost(point) > target:
-            low = point
-        else:
-            high = point
-        tries += 1
-    return high

@@ -1,7 +1,5 @@
 import logging
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -104,7 +102,7 @@ SCHEDULES = {
 }
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(**SCHEDULES, more=st.floats(1.05, 2))
 def test_monotone_in_steps_rate_and_noise(noise_multiplier, sample_rate, steps, delta, more):
     def cost(noise, rate, count):
@@ -116,7 +114,7 @@ def test_monotone_in_steps_rate_and_noise(noise_multiplier, sample_rate, steps, 
     assert cost(noise_multiplier / more, sample_rate, steps) >= base * (1 - 3e-4)
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(**SCHEDULES)
 def test_pld_is_at_most_rdp(noise_multiplier, sample_rate, steps, delta):
     events = [PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)]
@@ -209,13 +207,6 @@ def test_many_rare_quiet_steps_do_not_cost_0_by_rdp(event):
     truth = get_epsilon_gaussian(1 / mu, 1e-7)
     assert truth > 2e-5
     assert epsilon([event(1e4, 1e-7, 2**40)], 1e-7, "rdp") >= truth
-
-
-def test_the_package_loads_nothing_heavy():
-    code = "import fed_dpsat.accounting, sys; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "fed_dpsat.accounting.ledger" in loaded
-    assert not {"torch", "flwr", "ray", "dp_accounting", "scipy"} & set(loaded)
 
 
 def test_many_histories_are_those_of_each(event):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import integrate, optimize, special, stats
+from scipy import optimize, special, stats
 
 from fed_dpsat.accounting import PrivacyError, PrivacyEvent, epsilon, pld
 from fed_dpsat.accounting import released as module
@@ -46,14 +47,13 @@ def test_the_reviewers_numbers_and_the_shortcut_that_misses_them(accountant, exa
     ],
 )
 def test_one_round_against_integrated_densities(sigma, rate, delta):
-    """Oracle: hockey-stick divergences of the mixture of two normals, both directions, by quadrature."""
-    gone, there = stats.norm(0, sigma).pdf, stats.norm(1, sigma).pdf
-
-    def mixture(x):
-        return (1 - rate) * gone(x) + rate * there(x)
+    """Oracle: hockey-stick divergences of the mixture of two normals, both directions, by the trapezoid rule."""
+    x, cell = np.linspace(-12 * sigma, 1 + 12 * sigma, 400_001, retstep=True)
+    gone, there = stats.norm(0, sigma).pdf(x), stats.norm(1, sigma).pdf(x)
+    mixture = (1 - rate) * gone + rate * there
 
     def divergence(first, second, eps):
-        return integrate.quad(lambda x: max(0.0, first(x) - math.exp(eps) * second(x)), -12, 14, limit=800)[0]
+        return np.maximum(first - math.exp(eps) * second, 0).sum() * cell
 
     def excess(eps):
         return max(divergence(mixture, gone, eps), divergence(gone, mixture, eps)) - delta
@@ -63,7 +63,7 @@ def test_one_round_against_integrated_densities(sigma, rate, delta):
     assert truth * (1 - 1e-4) <= ours <= truth * 1.003 + 1e-4
 
 
-def two_sampled_steps(sigma, rate, points=1601):
+def two_sampled_steps(sigma, rate, points=801):
     """Densities on a grid of pairs of releases, with the example and without it, and the area of a cell."""
     x, cell = np.linspace(-9 * sigma, 1 + 9 * sigma, points, retstep=True)
     gone, there = stats.norm(0, sigma).pdf(x), stats.norm(1, sigma).pdf(x)
@@ -74,6 +74,7 @@ def two_sampled_steps(sigma, rate, points=1601):
 TWO_STEPS = [(1.0, 0.3, 0.2, 1e-5), (0.7, 0.5, 0.1, 1e-6), (2.0, 0.9, 0.6, 1e-4), (0.6, 0.2, 0.05, 1e-7)]
 
 
+@functools.cache
 def epsilon_of_two_steps(sigma, rate, client_rate, delta):
     """Oracle: both directions of the mixture's hockey stick, summed over the plane."""
     there, gone, area = two_sampled_steps(sigma, rate)
@@ -96,7 +97,7 @@ def test_two_sampled_steps_against_their_densities_on_the_plane(sigma, rate, cli
 
 @pytest.mark.parametrize(("sigma", "rate", "client_rate", "delta"), TWO_STEPS)
 def test_rdp_bounds_the_divergences_of_both_directions(sigma, rate, client_rate, delta):
-    x, width = np.linspace(-40 * sigma, 40 * sigma + 12, 801, retstep=True)
+    x, width = np.linspace(-40 * sigma, 40 * sigma + 12, 601, retstep=True)
     gone, there = stats.norm(0, sigma).logpdf(x), stats.norm(1, sigma).logpdf(x)
     step = np.logaddexp(math.log(1 - rate) + gone, math.log(rate) + there)
     gone, there = np.add.outer(gone, gone), np.add.outer(step, step)
@@ -340,7 +341,7 @@ def test_rdp_is_not_below_pld(rate):
         )
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     noise_multiplier=st.floats(0.5, 20),
     sample_rate=st.sampled_from([1.0, 0.5, 0.1, 0.01]),
@@ -373,7 +374,7 @@ def test_any_schedule_is_monotone_and_between_nothing_and_the_server(
         (SAMPLED, 0.2, 50),
         (PrivacyEvent(noise_multiplier=0.73, sample_rate=1.0, steps=28), 0.28, 1),
         (PrivacyEvent(noise_multiplier=4.35, sample_rate=1.0, steps=54), 0.0077, 177),
-        (PrivacyEvent(noise_multiplier=0.5, sample_rate=0.02, steps=50), 0.01, 300),
+        pytest.param(PrivacyEvent(noise_multiplier=0.5, sample_rate=0.02, steps=50), 0.01, 300, marks=pytest.mark.slow),
     ],
 )
 def test_the_grid_costs_no_more_than_declared(monkeypatch, event, client_rate, rounds):

@@ -58,7 +58,7 @@ def by_its_settings(config: RunConfig) -> PrivacyEvent:
     return PrivacyEvent(noise_multiplier=noise, sample_rate=config.sample_rate, steps=config.local_steps)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(config=CONFIGS, round=st.integers(1, 99), attempt=st.integers(0, 5))
 def test_plan_charge_message_run_and_reply_name_one_event(experiment, config, round, attempt):
     plan = make_plans(config)[1]

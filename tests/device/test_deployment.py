@@ -17,7 +17,7 @@ from fed_dpsat.accounting import PrivacyLedger, epsilon
 from fed_dpsat.device.release import CLIENT, ledger_path
 from simulations.deploy_local import Deployment, make_certificates, make_device
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]  # one server and its devices
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

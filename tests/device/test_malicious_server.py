@@ -204,10 +204,10 @@ def test_arrays_that_are_not_the_models_are_refused(device, what):
     refused(device, device.ask(params=ArrayRecord({"1.weight": Array(GOOD), "1.bias": BIASES[what]})), "1.bias")
 
 
-def test_a_model_of_100000_layers_or_other_names_is_refused(device):
+def test_a_model_of_20000_layers_or_other_names_is_refused(device):
     bias = Array(np.zeros(2, dtype=np.float32))
-    layers = ArrayRecord({str(n): bias for n in range(100_000)})
-    refused(device, device.ask(params=layers), "100000 arrays that are not the 2 of the model")
+    layers = ArrayRecord({str(n): bias for n in range(20_000)})
+    refused(device, device.ask(params=layers), "20000 arrays that are not the 2 of the model")
     for names in (["1.bias", "1.weight"], ["1.weight"], ["1.weight", "1.bias", "2.bias"], []):
         arrays = ArrayRecord({n: Array(GOOD) if "w" in n else bias for n in names})
         assert "arrays that are not" in device.ask(params=arrays, run=99 + len(names)).error.reason

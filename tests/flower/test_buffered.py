@@ -18,6 +18,8 @@ from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 
+pytestmark = pytest.mark.usefixtures("untried")  # the trial has tests of its own: tests/client/test_trial.py
+
 CONFIG = RunConfig(
     **{"noise_multiplier": 2.0, "delta": 1e-4, "seed": 1, "num_clients": 8, "clients_per_round": 4, "num_rounds": 6},
     **{"buffer_size": 2, "delay": "lognormal", "dropout_rate": 0.2, "max_rounds_per_client": 4, "local_steps": 2},

@@ -59,9 +59,9 @@ def test_a_product_is_that_with_the_hessian():
 
 
 def test_the_trace_is_within_its_error_and_exact_for_a_diagonal():
-    estimate, error = hessian_trace(quadratic, ORIGIN, probes=400)
+    estimate, error = hessian_trace(quadratic, ORIGIN, probes=100)
     assert abs(estimate - float(SPECTRUM.sum())) < 4 * error
-    assert 0 < error < 0.5
+    assert 0 < error < 1.0
     assert hessian_trace(bowl, ORIGIN, probes=2) == pytest.approx((24, 0))
 
 

@@ -16,6 +16,8 @@ from fed_dpsat.flower.roster import toss_cohort
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 
+pytestmark = pytest.mark.usefixtures("untried")  # the trial has tests of its own: tests/client/test_trial.py
+
 CONFIG = RunConfig(
     **{"num_clients": 4, "clients_per_round": 1, "client_sampling": "poisson", "noise_multiplier": 2.0, "delta": 1e-4},
     **{"num_rounds": 12, "sample_rate": 1.0, "ascent_memory": "zero", "seed": 3, "evaluate_every": 12},

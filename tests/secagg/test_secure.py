@@ -22,6 +22,8 @@ from fed_dpsat.secagg import client as secure_client
 from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.simulation.state import StateStore, kept_rounds
 
+pytestmark = pytest.mark.usefixtures("untried")  # the trial has tests of its own: tests/client/test_trial.py
+
 CONFIG = RunConfig(num_clients=6, num_rounds=2, noise_multiplier=1.0, delta=1e-4, local_steps=2)
 SECRET = dataclasses.replace(CONFIG, secure_aggregation=True)
 

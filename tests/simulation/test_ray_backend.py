@@ -17,40 +17,36 @@ from fed_dpsat.flower.grid import Answers
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.simulation import ray_backend, ray_pool, ray_worker
 
-
-def app_that_dies(folder: Path, times: int) -> ClientApp:
-    """Partition 1 kills its worker the first ``times`` times; every partition counts its rounds."""
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        partition = int(context.node_config["partition-id"])
-        marks = sorted(folder.glob("death-*"))
-        if partition == 1 and len(marks) < times:
-            (folder / f"death-{len(marks)}").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if partition == 2:
-            raise ValueError("not today")
-        state = records.load_state(context.state) or {"seen": {"times": torch.tensor(0)}}
-        seen = int(state["seen"]["times"]) + 1
-        records.save_state(context.state, {"seen": {"times": torch.tensor(seen)}})
-        total = float(message.content["arrays"]["w"].numpy().sum())
-        return Message(RecordDict({"said": ConfigRecord({"seen": seen, "total": total})}), reply_to=message)
-
-    return app
+NODES = 6
 
 
-def app_that_sees_company() -> ClientApp:
-    """Each client says whether it was alone at work in its process."""
+def app_that_dies(folder: Path) -> ClientApp:
+    """Partition 1 kills its worker once for each file ``death-*``; every partition counts its rounds.
+
+    Each says whether it was alone at work in its process, and takes its time there if the file ``slow`` is there;
+    partition 2 raises an error.
+    """
     app, at_work = ClientApp(), []
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        if partition == 1:
+            for death in sorted(folder.glob("death-*"))[:1]:
+                death.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        if partition == 2:
+            raise ValueError("not today")
         at_work.append(message)
-        time.sleep(0.05)
+        time.sleep(0.05 if (folder / "slow").exists() else 0)
         alone = len(at_work) == 1
         at_work.remove(message)
-        return Message(RecordDict({"said": ConfigRecord({"alone": alone})}), reply_to=message)
+        state = records.load_state(context.state) or {"seen": {"times": torch.tensor(0)}}
+        seen = int(state["seen"]["times"]) + 1
+        records.save_state(context.state, {"seen": {"times": torch.tensor(seen)}})
+        total = float(message.content["arrays"]["w"].numpy().sum())
+        said = ConfigRecord({"seen": seen, "total": total, "alone": alone})
+        return Message(RecordDict({"said": said}), reply_to=message)
 
     return app
 
@@ -66,72 +62,115 @@ def ask(backend, num_nodes, arrays):
     return {reply.metadata.src_node_id - 2: reply for each in answers for reply in each.replies}
 
 
-@pytest.fixture
-def start(ray_cluster, tmp_path):
-    backends = []
+class Backends:
+    """One backend at a time, for the cluster has two CPUs: one that tests share, or one of a test's own."""
 
-    def make(times=0, workers=2, nodes=6, app=None):
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.backend, self.is_shared = folder, None, False
+
+    def shared(self) -> ray_backend.RayBackend:
+        """With two workers, and whatever states earlier tests left."""
+        if not self.is_shared:
+            self.start()
+            self.is_shared = True
+        return self.backend
+
+    def start(self, deaths: int = 0, workers: int = 2) -> ray_backend.RayBackend:
+        self.close()
         compat.identify_process()
-        backends.append(ray_backend.RayBackend(app or app_that_dies(tmp_path, times), {}, nodes, workers))
-        return backends[-1]
+        self.die(deaths)
+        self.backend = ray_backend.RayBackend(app_that_dies(self.folder), {}, NODES, workers)
+        return self.backend
 
-    yield make
-    for backend in backends:
-        backend.close()
+    def die(self, times: int) -> None:
+        for path in self.folder.glob("death-*"):
+            path.unlink()
+        for number in range(times):
+            (self.folder / f"death-{number}").touch()
+
+    def close(self) -> None:
+        if self.backend:
+            self.backend.close()
+        self.backend, self.is_shared = None, False
+
+
+@pytest.fixture(scope="module")
+def backends(ray_cluster, tmp_path_factory):
+    made = Backends(tmp_path_factory.mktemp("deaths"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def shared(backends):
+    return backends.shared()
+
+
+@pytest.fixture
+def start(backends):
+    """A backend of the test's own, closed after it."""
+    yield backends.start
+    backends.close()
 
 
 ARRAYS = records.to_arrays({"w": torch.arange(4.0)})
+GOOD = [n for n in range(NODES) if n != 2]
 
 
-def test_replies_come_with_the_shared_model_and_kept_state(start):
-    backend = start(times=0)
-    ask(backend, 6, ARRAYS)
-    replies = ask(backend, 6, ARRAYS)
-    good = {n: dict(r.content["said"]) for n, r in replies.items() if r.has_content()}
-    assert good == {n: {"seen": 2, "total": 6.0} for n in (0, 1, 3, 4, 5)}
-    assert "not today" in replies[2].error.reason
+def seen(replies):
+    """How often each client has been asked, of those that replied."""
+    return {n: r.content["said"]["seen"] for n, r in replies.items() if r.has_content()}
 
 
-def test_a_worker_killed_once_costs_a_retry(start):
-    backend = start(times=1)
-    replies = ask(backend, 6, ARRAYS)
-    assert replies[1].content["said"]["seen"] == 1
-    replies = ask(backend, 6, ARRAYS)
-    assert {n for n, r in replies.items() if r.has_content()} == {0, 1, 3, 4, 5}
-    assert all(r.content["said"]["seen"] == 2 for r in replies.values() if r.has_content())
+def test_replies_come_with_the_shared_model_and_kept_state(shared):
+    before, after = ask(shared, NODES, ARRAYS), ask(shared, NODES, ARRAYS)
+    assert list(seen(before)) == list(seen(after)) == GOOD
+    assert all(seen(after)[n] == seen(before)[n] + 1 for n in GOOD)
+    assert {after[n].content["said"]["total"] for n in GOOD} == {6.0}
+    assert "not today" in after[2].error.reason
+
+
+def test_a_worker_that_has_two_calls_does_one_at_a_time(shared, backends):
+    (backends.folder / "slow").touch()
+    for _ in range(3):  # what was quick has its successor wait at the worker
+        replies = ask(shared, NODES, ARRAYS)
+        assert [replies[n].content["said"]["alone"] for n in GOOD] == [True] * len(GOOD)
+    (backends.folder / "slow").unlink()
+
+
+def test_the_model_is_stored_once_a_round(shared, monkeypatch):
+    stored = []
+    put = ray_worker.ray.put
+    monkeypatch.setattr(ray_worker.ray, "put", lambda value: stored.append(value) or put(value))
+    ask(shared, NODES, ARRAYS)
+    assert len(stored) == 1
+
+
+def test_a_worker_killed_once_costs_a_retry(shared, backends):
+    before = seen(ask(shared, NODES, ARRAYS))
+    backends.die(1)
+    killed, after = seen(ask(shared, NODES, ARRAYS)), seen(ask(shared, NODES, ARRAYS))
+    assert not list(backends.folder.glob("death-*"))
+    assert killed == {n: before[n] + 1 for n in GOOD}
+    assert after == {n: before[n] + 2 for n in GOOD}
 
 
 @pytest.mark.slow
 def test_a_client_that_kills_every_worker_is_an_error_and_the_rest_goes_on(start):
-    backend = start(times=3)
-    replies = ask(backend, 6, ARRAYS)
+    backend = start(deaths=3)
+    replies = ask(backend, NODES, ARRAYS)
     assert "its worker died, 3 times" in replies[1].error.reason
-    assert {n for n, r in replies.items() if r.has_content()} == {0, 3, 4, 5}
-    assert ask(backend, 6, ARRAYS)[1].content["said"]["seen"] == 1
+    assert list(seen(replies)) == [n for n in GOOD if n != 1]
+    assert seen(ask(backend, NODES, ARRAYS))[1] == 1
 
 
 def test_one_worker_is_enough(start):
-    replies = ask(start(times=1, workers=1), 6, ARRAYS)
-    assert {n for n, r in replies.items() if r.has_content()} == {0, 1, 3, 4, 5}
-
-
-def test_a_worker_that_has_two_calls_does_one_at_a_time(start):
-    replies = ask(start(workers=1, nodes=8, app=app_that_sees_company()), 8, ARRAYS)
-    assert [reply.content["said"]["alone"] for reply in replies.values()] == [True] * 8
-
-
-def test_the_model_is_stored_once_a_round(start, monkeypatch):
-    backend = start(times=0)
-    stored = []
-    put = ray_worker.ray.put
-    monkeypatch.setattr(ray_worker.ray, "put", lambda value: stored.append(value) or put(value))
-    ask(backend, 6, ARRAYS)
-    assert len(stored) == 1
+    assert list(seen(ask(start(deaths=1, workers=1), NODES, ARRAYS))) == GOOD
 
 
 @pytest.mark.slow
 def test_a_ray_that_was_there_before_is_left_running(start):
-    start(times=0).close()
+    start().close()
     assert ray_backend.ray.is_initialized()
 
 

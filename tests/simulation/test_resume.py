@@ -23,6 +23,8 @@ from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 
+pytestmark = pytest.mark.usefixtures("untried")  # the trial has tests of its own: tests/client/test_trial.py
+
 CONFIG = RunConfig(
     **{"noise_multiplier": 2.0, "delta": 1e-4, "seed": 1, "num_clients": 5, "clients_per_round": 3, "num_rounds": 4},
     **{"local_steps": 2, "momentum": 0.5, "dropout_rate": 0.2, "max_rounds_per_client": 3},

@@ -89,12 +89,31 @@ def test_the_same_seed_gives_the_same_bits(reference, tmp_path):
     assert [without_times(r) for r in again] == [without_times(r) for r in first]
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_the_same_bits_on_ray(reference, tmp_path, ray_cluster, workers):
-    simulate(dataclasses.replace(CONFIG, workers=workers), tmp_path / "ray")
-    assert same(model_of(tmp_path / "ray"), model_of(reference[0]))
-    first = rounds_of(reference[0])
-    assert [without_times(r) for r in rounds_of(tmp_path / "ray")] == [without_times(r) for r in first]
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory, ray_cluster):
+    """The run of ``reference`` on two workers: its folder, and how its rounds ended."""
+    folder = tmp_path_factory.mktemp("runs") / "ray"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fed_dpsat.simulation.try_federation", lambda *_, **__: None)
+        ends = ends_of_rounds(patch)
+        simulate(dataclasses.replace(CONFIG, workers=2), folder)
+    return folder, ends
+
+
+def same_run(folder, reference):
+    return same(model_of(folder), model_of(reference)) and [without_times(r) for r in rounds_of(folder)] == [
+        without_times(r) for r in rounds_of(reference)
+    ]
+
+
+def test_the_same_bits_on_ray(reference, on_ray):
+    assert same_run(on_ray[0], reference[0])
+
+
+@pytest.mark.slow
+def test_the_same_bits_on_one_worker(reference, tmp_path, ray_cluster):
+    simulate(dataclasses.replace(CONFIG, workers=1), tmp_path / "ray")
+    assert same_run(tmp_path / "ray", reference[0])
 
 
 def test_another_seed_differs(reference, tmp_path):
@@ -353,7 +372,5 @@ def test_each_round_ends_in_aggregate_train_once(kind, tmp_path, untried, monkey
     assert seen == [(round, {handed}) for round in range(1, CONFIG.num_rounds + 1)]
 
 
-def test_each_round_whose_sums_workers_make_ends_in_aggregate_train_once(tmp_path, untried, monkeypatch, ray_cluster):
-    seen = ends_of_rounds(monkeypatch)
-    simulate(dataclasses.replace(CONFIG, workers=2), tmp_path / "run")
-    assert seen == [(round, {"Part"}) for round in range(1, CONFIG.num_rounds + 1)]
+def test_each_round_whose_sums_workers_make_ends_in_aggregate_train_once(on_ray):
+    assert on_ray[1] == [(round, {"Part"}) for round in range(1, CONFIG.num_rounds + 1)]

@@ -46,13 +46,13 @@ def test_each_of_the_five_makes_another_stream(name):
 def test_no_two_of_many_identities_share_a_key_or_a_draw():
     """Digits that could be read across a boundary (1|11, 11|1, 111) and seeds 2^32 apart are among them."""
     seeds = (0, 1, 11, 2**32, 2**32 + 1)
-    clients = (SERVER, *range(12), 111, 1111, 10**6)
-    rounds = (*range(12), 111, 1111)
+    clients = (SERVER, 0, 1, 2, 10, 11, 111, 1111, 10**6)
+    rounds = (0, 1, 2, 10, 11, 111, 1111)
     identities = [
         {"seed": s, "client": c, "round": r, "attempt": a, "purpose": p}
-        for s, c, r, a, p in product(seeds, clients, rounds, range(4), get_args(Purpose))
+        for s, c, r, a, p in product(seeds, clients, rounds, (0, 1, 11), get_args(Purpose))
     ]
-    assert len(identities) > 20_000
+    assert len(identities) > 4_000
     generators = [derive_generator(**identity) for identity in identities]
     keys = {tuple(g.bit_generator.state["state"]["key"].tolist()) for g in generators}
     assert len(keys) == len(identities)

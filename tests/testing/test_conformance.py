@@ -1,9 +1,6 @@
-"""What all suites keep: they say what to do, load no Flower unasked, and leave torch's generator alone."""
+"""What all suites keep: they say what to do, and leave torch's generator alone."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -48,14 +45,6 @@ def test_the_generator_of_torch_is_left_as_it_was():
     with pytest.raises(ConformanceError):
         run_checks("thing", [raises], 1)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_numerics_suites_load_neither_flower_nor_ray():
-    code = (
-        "import sys; from fed_dpsat.testing import check_clipping; from fed_dpsat.step.clipping import FlatClipping; "
-        "check_clipping(FlatClipping); print([m for m in ('flwr', 'ray') if m in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_what_is_exported_is_there_and_nothing_else_is():
