@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fed_dpsat.step.gradients.contribution import Contribution, Rows, wide
-from fed_dpsat.step.gradients.product import gram, gram_norms, product, single_norms
+from fed_dpsat.step.gradients.product import Product, gram, gram_norms, product, single_norms
 
 Roles = dict[str, Contribution]
 
@@ -47,6 +47,19 @@ def choose(positions: int, in_features: int, out_features: int) -> str:
     """``product`` (norms from two Gram matrices, then one weighted product) or ``rows``, by multiplications."""
     product = positions * (in_features + out_features) if positions > 1 else 0
     return "product" if product < in_features * out_features else "rows"
+
+
+def is_linear(held: Product) -> bool:
+    """Whether ``held`` is the product of a linear layer."""
+    return held.of is _of
+
+
+def joined(parts: list[Product]) -> Product:
+    """Several uses of one weight as one of it, at the positions of all."""
+    if len(parts) == 1:
+        return parts[0]
+    inputs, outputs = (torch.cat([getattr(part, side) for part in parts], 1) for side in ("inputs", "outputs"))
+    return product(inputs, outputs, of=_of, each=_each, norms=_norms(inputs, outputs))
 
 
 def _norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,19 @@
 """One example after the other, by itself: right for any module, also for one that draws as it likes.
 
-Each example has torch's generators and those of ``random`` and ``numpy.random`` seeded with draws of its own, and
-buffers as the module had them. What remains is a module that keeps a generator, or another state, of its own.
+Each example has torch's generators and those of ``random`` and ``numpy.random`` seeded with draws of its own, and a copy
+of the module, so that nothing that a module writes into itself goes from one example to the next. Nor does a tensor go
+that a module keeps elsewhere: a pass refuses those of another.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +22,9 @@ from fed_dpsat.errors import ModelError
 from fed_dpsat.params import Params
 from fed_dpsat.step.draws import Draws
 from fed_dpsat.step.generators import kept, seed
+from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.loss import ModelLoss
+from fed_dpsat.step.gradients.passes import InPass
 from fed_dpsat.step.placement import exact
 from fed_dpsat.step.query import LossFn, OfOutputs
 
@@ -73,8 +78,9 @@ def gradients(loss: LossFn, begun: Begun, draws: Draws, inputs: Tensor, targets:
         rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
         with kept(inputs.device), exact(inputs.device), torch.enable_grad():
             for i, value in enumerate(draws.seeds()):
-                with _alone(begun, inputs.device, value):
-                    found = _gradient(loss(leaves, inputs[i : i + 1], targets[i : i + 1]).sum(), leaves)
+                with _alone(begun, inputs.device, value), _copied(begun), InPass():
+                    losses = loss(leaves, inputs[i : i + 1], targets[i : i + 1])
+                found = _gradient(losses.sum(), leaves)
                 for name, g in found.items():
                     rows[name].append(g)
         return {name: torch.stack(each) for name, each in rows.items()}
@@ -110,6 +116,29 @@ def _alone(begun: Begun, device: torch.device, value: int) -> Iterator[None]:
         begun.begin = lambda: seed(device, value)
         begun.begin()
         yield
+
+
+@contextmanager
+def _copied(begun: Begun) -> Iterator[None]:
+    """Within it the module is a copy with the same parameters; raises ``ModelError`` for one that cannot be copied."""
+    whole = begun.loss_fn
+    if not isinstance(whole, ModelLoss):
+        yield
+        return
+    shared = {id(p): p for p in whole.module.parameters()}
+    try:
+        module = copy.deepcopy(whole.module, shared)  # type: ignore[arg-type]
+    except Exception as error:  # whatever a part of it says
+        raise ModelError(
+            f"{_name(whole)} has one pass per example, each with a copy of it, and cannot be copied: {error}"
+        ) from error
+    begun.loss_fn = replace(whole, module=module)
+    try:
+        yield
+    except Unplanned as kept:
+        raise ModelError(f"{_name(whole)}: {kept}") from None
+    finally:
+        begun.loss_fn = whole
 
 
 def _gradient(loss: Tensor, leaves: Params) -> Params:

@@ -25,15 +25,14 @@ from fed_dpsat.step.draws import Draws
 from fed_dpsat.step.generators import borrowed
 from fed_dpsat.step.gradients.loss import ModelLoss, check_module, check_types, cross_entropy
 from fed_dpsat.step.gradients.opacus import opacus_sum
-from fed_dpsat.step.gradients.planned import auto_sum, planned_sum
-from fed_dpsat.step.gradients.vmap import vmap_sum
+from fed_dpsat.step.gradients.planned import planned_sum, vmap_sum
 from fed_dpsat.step.query import At, LossFn, first_point, simplified, zero_sum
 
 __all__ = ["ENGINES", "LossFn", "ModelLoss", "check_module", "clipped_gradient_sum", "cross_entropy"]
 
 Engine = Callable[[LossFn, At, Tensor, Tensor, ClippingRule], tuple[Params, int]]
 
-ENGINES: dict[str, Engine] = {"auto": auto_sum, "vmap": vmap_sum, "planned": planned_sum, "opacus": opacus_sum}
+ENGINES: dict[str, Engine] = {"auto": planned_sum, "vmap": vmap_sum, "planned": planned_sum, "opacus": opacus_sum}
 
 
 def clipped_gradient_sum(

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import ClippingRule, FlatClipping
-from fed_dpsat.step.draws import of_batch
 from fed_dpsat.step.generators import Mark
 from fed_dpsat.step.gradients.call import modules
-from fed_dpsat.step.gradients.drawing import Drawing, Pass, Undrawn, check_drawn
+from fed_dpsat.step.gradients.capture import Capture
+from fed_dpsat.step.gradients.contribution import Unplanned
+from fed_dpsat.step.gradients.drawing import check_drawn
 from fed_dpsat.step.gradients.formats import turn_gradients
 from fed_dpsat.step.gradients.loss import ModelLoss
+from fed_dpsat.step.gradients.routes import Routes
 from fed_dpsat.step.query import At, LossFn, as_query, compact
 
 
@@ -24,7 +26,7 @@ def unbounded(clipping: ClippingRule) -> bool:
     return type(clipping) is FlatClipping and math.isinf(clipping.clip_norm)
 
 
-def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) -> Params | None:
+def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, plan: Routes) -> Params | None:
     """``plain_sum`` of each point, weighted, on what is active; None where that may not be the sum over examples.
 
     Weights whose absolute values add up to more than 1 could make an example's finite gradients overflow.
@@ -34,7 +36,7 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) ->
         return None
     total: Params = {}
     for weight, point in query.points:
-        found = plain_sum(loss_fn, point, inputs, targets)
+        found = plain_sum(loss_fn, point, inputs, targets, plan)
         if found is None:
             return None
         for name, g in compact(query, found).items():
@@ -42,7 +44,7 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) ->
     return total
 
 
-def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Params | None:
+def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, plan: Routes) -> Params | None:
     """Sum of gradients over ``inputs[B, ...]``; None where it is not finite.
 
     inf and NaN never cancel in a sum, so a finite one has no example to drop. Else the examples have to be looked at;
@@ -58,11 +60,10 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) 
         wanted.append(inputs)
     with torch.enable_grad():
         try:
-            with Drawing(Pass(of_batch(len(inputs)))):
-                total = loss_fn(leaves, inputs, targets).sum()
+            total = Capture(len(inputs), plan).losses(loss_fn, leaves, inputs, targets).sum()
             found = _gradients(total, wanted)[: len(leaves)]
             check_drawn(mark)
-        except Undrawn:
+        except (Unplanned, RuntimeError, NotImplementedError):
             mark.moved()
             return None
     if not bool(torch.stack([gradient.sum() for gradient in found]).isfinite().all()):

@@ -53,16 +53,17 @@ class Product:
 
     def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
         """One ordinary weight gradient."""
-        sure = finite
-        if self.exact is not None:
-            sure = ~self.unsure if finite is None else finite & ~self.unsure
-        weights = factors.to(self.outputs).view(-1, *[1] * (self.outputs.ndim - 1))
-        inputs = keep(self.inputs, sure) if self.inputs.is_floating_point() else self.inputs
-        total = self.of(inputs, keep(self.outputs, sure) * weights)
         if self.exact is None:
-            return total
+            return self.sum_of(factors, finite)
+        sure = ~self.unsure if finite is None else finite & ~self.unsure
         kept = None if finite is None else finite[self.unsure]
-        return total + self.exact.weighted_sum(factors[self.unsure], kept)
+        return self.sum_of(factors, sure) + self.exact.weighted_sum(factors[self.unsure], kept)
+
+    def sum_of(self, factors: Tensor, some: Tensor | None) -> Tensor:
+        """Of the products of ``some[B]`` examples, None for all."""
+        weights = factors.to(self.outputs).view(-1, *[1] * (self.outputs.ndim - 1))
+        inputs = keep(self.inputs, some) if self.inputs.is_floating_point() else self.inputs
+        return self.of(inputs, keep(self.outputs, some) * weights)
 
     def rows(self) -> Tensor:
         """``[B, *shape]``."""
