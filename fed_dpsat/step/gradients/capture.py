@@ -107,12 +107,18 @@ class Capture(InPass):
         self.functions: set[object] = set()
 
     def losses(self, loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
-        """``[B]``, those of ``inputs[B, ...], targets[B, ...]``, each as a batch of one."""
+        """``[B]``, those of ``inputs[B, ...], targets[B, ...]``; raises ``Unplanned`` if an example has not one."""
+        losses = self.each(lambda x, y: loss_fn(params, x, y), inputs, targets)
+        if losses.shape != (self._level.batch,):
+            raise Unplanned(f"losses of shape {(1, *losses.shape[1:])} for one example")
+        return losses
+
+    def each(self, function: Callable[..., Tensor], *wholes: Any) -> Tensor:
+        """``function`` of each example of ``wholes``, trees of ``[B, ...]``, as a batch of one: ``[B, ...]``."""
         with self._level.opened(), disable_saved_tensors_hooks(HOOKS), self:
-            losses = loss_fn(params, self._alone(inputs), self._alone(targets))
-            if losses.shape != (1,):
-                raise Unplanned(f"losses of shape {tuple(losses.shape)} for one example")
-            return self._level.whole(losses).squeeze(1)
+            out = function(*map(self._alone, wholes))
+            whole = self._level.whole(out)
+            return whole.squeeze(1) if out.ndim and len(out) == 1 else whole
 
     def _alone(self, whole: Any) -> Any:
         """``[1, ...]``, a batch of each example, of all tensors ``[B, ...]`` in ``whole``."""
@@ -163,7 +169,10 @@ class Capture(InPass):
         if call is None:
             return None
         with self._level.below():
-            out = self._answer(call) if self._tape is not None and (learns or _faster(call)) else func(whole, *others, **more)
+            if self._tape is not None and (learns or _faster(call)):
+                out = self._answer(call)
+            else:
+                out = func(whole, *others, **more)
             return self._level.wrap(out.unsqueeze(1) if alone else out)
 
     def _answer(self, call: Call) -> Tensor:

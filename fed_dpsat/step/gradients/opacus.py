@@ -22,6 +22,7 @@ from fed_dpsat.step.gradients import planned
 from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.drawing import check_drawn
 from fed_dpsat.step.gradients.loss import ModelLoss
+from fed_dpsat.step.gradients.routes import routes_of
 from fed_dpsat.step.query import At, LossFn, Query, simplified
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -57,7 +58,7 @@ def _compare(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor
     name = type(loss_fn.module).__name__
     try:
         found = per_example(loss_fn, params, inputs, targets, mode)
-        held = planned.per_example(loss_fn, params, inputs, targets, planned.plan_of(loss_fn))
+        held = planned.per_example(loss_fn, params, inputs, targets, routes_of(loss_fn))
     except Unplanned as unplanned:
         raise _refused(f"for {name}: {unplanned}") from None
     except Exception as error:  # whatever Opacus says of a module that it does not take
@@ -74,7 +75,7 @@ def _compare(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor
 def _near(rows: Tensor, expected: Tensor, tolerance: float) -> bool:
     if rows.shape != expected.shape:
         return False
-    rows, expected = (t.flatten(1).nan_to_num(0, 0, 0) for t in (rows, expected))
+    rows, expected = (t.reshape(len(t), -1).nan_to_num(0, 0, 0) for t in (rows, expected))
     norms = expected.norm(dim=1)
     size = torch.maximum(norms, norms.square().mean().sqrt())
     return bool(((rows - expected).norm(dim=1) <= tolerance * size + math.sqrt(torch.finfo(rows.dtype).tiny)).all())

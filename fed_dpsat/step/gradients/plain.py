@@ -17,7 +17,7 @@ from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.drawing import check_drawn
 from fed_dpsat.step.gradients.formats import turn_gradients
 from fed_dpsat.step.gradients.loss import ModelLoss
-from fed_dpsat.step.gradients.routes import Routes
+from fed_dpsat.step.gradients.routes import routes_of
 from fed_dpsat.step.query import At, LossFn, as_query, compact
 
 
@@ -26,7 +26,7 @@ def unbounded(clipping: ClippingRule) -> bool:
     return type(clipping) is FlatClipping and math.isinf(clipping.clip_norm)
 
 
-def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, plan: Routes) -> Params | None:
+def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) -> Params | None:
     """``plain_sum`` of each point, weighted, on what is active; None where that may not be the sum over examples.
 
     Weights whose absolute values add up to more than 1 could make an example's finite gradients overflow.
@@ -36,7 +36,7 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, pl
         return None
     total: Params = {}
     for weight, point in query.points:
-        found = plain_sum(loss_fn, point, inputs, targets, plan)
+        found = plain_sum(loss_fn, point, inputs, targets)
         if found is None:
             return None
         for name, g in compact(query, found).items():
@@ -44,7 +44,7 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, pl
     return total
 
 
-def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, plan: Routes) -> Params | None:
+def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Params | None:
     """Sum of gradients over ``inputs[B, ...]``; None where it is not finite.
 
     inf and NaN never cancel in a sum, so a finite one has no example to drop. Else the examples have to be looked at;
@@ -60,7 +60,7 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, 
         wanted.append(inputs)
     with torch.enable_grad():
         try:
-            total = Capture(len(inputs), plan).losses(loss_fn, leaves, inputs, targets).sum()
+            total = Capture(len(inputs), routes_of(loss_fn)).losses(loss_fn, leaves, inputs, targets).sum()
             found = _gradients(total, wanted)[: len(leaves)]
             check_drawn(mark)
         except (Unplanned, RuntimeError, NotImplementedError):

@@ -24,7 +24,7 @@ from fed_dpsat.step.gradients.derived import leaves_of
 from fed_dpsat.step.gradients.formats import is_channels_last, laid_out
 from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.product import Product
-from fed_dpsat.step.gradients.routes import routes
+from fed_dpsat.step.gradients.routes import routes_of
 from fed_dpsat.step.placement import device_of, finish
 
 
@@ -66,7 +66,7 @@ def plan_table(
     tape = Tape(keep_calls=True)
     try:
         with training_on(device):
-            planned.run(tape, loss, leaves, inputs, targets, routes(kernels))
+            planned.run(tape, loss, leaves, inputs, targets, routes_of(loss))
     except (Unplanned, RuntimeError, NotImplementedError) as reason:
         return [], str(reason).strip().splitlines()[0]
     names = {id(leaf): name for name, leaf in leaves.items()}

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from fed_dpsat.step.gradients.formats import FORMATS, laid_out, suits_channels_l
 from fed_dpsat.step.gradients.gathered import gathered
 from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.plain import plain_query_sum, plain_sum, unbounded
-from fed_dpsat.step.gradients.routes import Routes, routes
+from fed_dpsat.step.gradients.routes import Routes, routes_of
 from fed_dpsat.step.query import At, LossFn, Query, as_query, compacted, first_point, simplified, zero_sum
 
 
@@ -47,17 +48,12 @@ def planned_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clippi
     inputs = laid_out(inputs, channels_last(loss_fn, first_point(at), inputs, targets))
     if unbounded(clipping) and (total := _plain(loss_fn, at, inputs, targets)) is not None:
         return total, 0
-    return _sum(loss_fn, at, inputs, targets, clipping, plan_of(loss_fn))
+    return _sum(loss_fn, at, inputs, targets, clipping, routes_of(loss_fn))
 
 
 def vmap_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule) -> tuple[Params, int]:
     """The same with a row of every parameter for each example: no layer has an engine of its own."""
     return _sum(loss_fn, simplified(at), inputs, targets, clipping, {})
-
-
-def plan_of(loss_fn: LossFn) -> Routes:
-    """The layers that ``loss_fn`` is planned with."""
-    return routes(loss_fn.kernels if isinstance(loss_fn, ModelLoss) else "auto")
 
 
 def _sum(
@@ -70,7 +66,7 @@ def _plain(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) -> Params |
     if loop.needed(loss_fn):
         return None
     ordinary = plain_query_sum if isinstance(at, Query) else plain_sum
-    return ordinary(loss_fn, at, inputs, targets, plan_of(loss_fn))  # type: ignore[arg-type]
+    return ordinary(loss_fn, at, inputs, targets)  # type: ignore[arg-type]
 
 
 def _held(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, plan: Routes) -> dict[str, Contribution]:
@@ -186,12 +182,9 @@ def channels_last(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tens
     if key not in formats:
         tape, mark = Tape(keep_calls=True), Mark.here(inputs.device)
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        try:
-            with torch.enable_grad(), Draws.fresh(1).used():
-                capture = Capture(1, plan_of(loss_fn), tape)
-                capture.losses(loss_fn, leaves, torch.zeros_like(inputs[:1]), torch.zeros_like(targets[:1]))
-            formats[key] = suitschannels_last(tape.calls, capture.functions)
-        except Exception:  # whatever it is, the pass over the examples raises it again
-            formats[key] = True
+        with torch.enable_grad(), Draws.fresh(1).used(), suppress(Exception):  # the pass over the examples raises it
+            capture = Capture(1, routes_of(loss_fn), tape)
+            capture.losses(loss_fn, leaves, torch.zeros_like(inputs[:1]), torch.zeros_like(targets[:1]))
         mark.moved()
+        formats[key] = suits_channels_last(tape.calls, capture.functions)
     return formats[key]

@@ -20,8 +20,10 @@ from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.embedding import Embedding
 from fed_dpsat.step.gradients.formats import is_channels_last
 from fed_dpsat.step.gradients.geometry import Geometry
+from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.norm import GroupNorm, LayerNorm
 from fed_dpsat.step.placement import is_card
+from fed_dpsat.step.query import LossFn
 
 Size = int | tuple[int, ...] | list[int]
 
@@ -140,8 +142,9 @@ Routes = dict[Callable[..., Any], Route]
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 
 
-def routes(kernels: str) -> Routes:
-    """By function; ``kernels`` as the setting says."""
+def routes_of(loss_fn: LossFn) -> Routes:
+    """By function; a ``ModelLoss`` says with which kernels."""
+    kernels = loss_fn.kernels if isinstance(loss_fn, ModelLoss) else "auto"
     return _routes(compiled.decided(kernels) == "compiled")
 
 
