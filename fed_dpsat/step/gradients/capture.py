@@ -23,6 +23,7 @@ So parameters never enter the graph of the loss; one that does was used in a way
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -145,9 +146,10 @@ class Capture(InPass):
         if learning and self._tape is not None:
             args, kwargs = self._in_the_open(func, args, kwargs)
         if func in ROWWISE and self._level.on_top():
-            answer = ROWWISE[func](self._level, *args, **kwargs)
-            if answer is not NotImplemented:
-                return answer
+            with suppress(TypeError):  # arguments that torch says something about
+                answer = ROWWISE[func](self._level, *args, **kwargs)
+                if answer is not NotImplemented:
+                    return answer
         return self.drawn.answer(func, args, kwargs)
 
     def _layer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -165,7 +167,10 @@ class Capture(InPass):
             whole = whole.squeeze(1)
         elif func in OF_BATCHES:
             return None
-        call = self._plan[func](whole, *others, **more)
+        try:
+            call = self._plan[func](whole, *others, **more)
+        except TypeError:  # arguments that no layer takes: torch says what it says of them
+            return None
         if call is None:
             return None
         with self._level.below():

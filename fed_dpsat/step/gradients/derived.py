@@ -18,11 +18,21 @@ from fed_dpsat.params import Params
 from fed_dpsat.step.gradients import standard
 from fed_dpsat.step.gradients.contribution import Contribution, Rows, wide
 
-
 COPIES = frozenset(
     f"{name}Backward{number}"
     for name in (
-        *("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze"),
+        *(
+            "Alias",
+            "Clone",
+            "Expand",
+            "Permute",
+            "ReshapeAlias",
+            "Select",
+            "Slice",
+            "Split",
+            "SplitWithSizes",
+            "Squeeze",
+        ),
         *("T", "Transpose", "Unbind", "Unsafe", "UnsafeView", "Unsqueeze", "View"),
     )
     for number in (0, 1, 2)

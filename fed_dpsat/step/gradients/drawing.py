@@ -322,8 +322,7 @@ def _unchecked(function: Any) -> Callable[..., Any]:
 
 
 LOOKED_INTO = {
-    function: _unchecked(function)
-    for function in (functional.multi_head_attention_forward, functional.gumbel_softmax)
+    function: _unchecked(function) for function in (functional.multi_head_attention_forward, functional.gumbel_softmax)
 }
 """What torch writes in Python around layers and draws, to be called call by call."""
 

@@ -127,7 +127,7 @@ def _copied(begun: Begun) -> Iterator[None]:
         return
     shared = {id(p): p for p in whole.module.parameters()}
     try:
-        module = copy.deepcopy(whole.module, shared)  # type: ignore[arg-type]
+        module = copy.deepcopy(whole.module, shared)
     except Exception as error:  # whatever a part of it says
         raise ModelError(
             f"{_name(whole)} has one pass per example, each with a copy of it, and cannot be copied: {error}"

@@ -99,7 +99,9 @@ def plan_text(rows: list[Row], reason: str) -> str:
     for row in rows:
         times = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in row.seconds.items())
         shape = "x".join(map(str, row.input_shape)) + (" last" if row.channels_last else "")
-        lines.append(f"{row.parameter:32} {row.layer:12} {shape:22} {row.strategy:10} {row.bytes / 1e6:6.2f} MB {times}".rstrip())
+        lines.append(
+            f"{row.parameter:32} {row.layer:12} {shape:22} {row.strategy:10} {row.bytes / 1e6:6.2f} MB {times}".rstrip()
+        )
     return "\n".join(lines)
 
 

@@ -5,11 +5,14 @@ function                         one call of torch's own kernel for all examples
 ================================ ===========================================================================
 ``scaled_dot_product_attention`` examples are more of its leading dimensions; with dropout it is written out
 ``cross_entropy``                 of classes, without weights for them
+pools, ``pad`` and ``cat`` of     the channels of an image stay side by side in memory, if they were
+images
 ================================ ===========================================================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,4 +91,38 @@ def _cross_entropy(
 
 
 REDUCTIONS = ("none", "sum", "mean")
-ROWWISE = {functional.scaled_dot_product_attention: _attention, functional.cross_entropy: _cross_entropy}
+
+
+def _of_images(func: Callable[..., Tensor]) -> Callable[..., Any]:
+    """``func(x[N, C, H, W], ...)``, image by image; an example is one."""
+
+    def answer(level: Level, input: Tensor, *others: Any, **more: Any) -> Any:
+        if not level.wraps(input) or input.ndim != 4 or len(input) != 1:
+            return NotImplemented
+        with level.below():
+            out = func(level.whole(input).squeeze(1), *others, **more)
+            return level.wrap(out.unsqueeze(1)) if isinstance(out, Tensor) else NotImplemented
+
+    return answer
+
+
+def _cat(level: Level, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """Of images along their channels or sides."""
+    if dim not in (1, 2, 3, -1, -2, -3) or not all(t.ndim == 4 and len(t) == 1 for t in tensors):
+        return NotImplemented
+    with level.below():
+        return level.wrap(torch.cat([level.whole(t).squeeze(1) for t in tensors], dim).unsqueeze(1))
+
+
+ROWWISE: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.scaled_dot_product_attention: _attention,
+    functional.cross_entropy: _cross_entropy,
+    torch.cat: _cat,
+    **{
+        func: _of_images(func)
+        for func in (
+            *(functional.max_pool2d, torch.max_pool2d, functional.avg_pool2d),
+            *(functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d, functional.pad),
+        )
+    },
+}

@@ -20,10 +20,9 @@ from fed_dpsat.step.gradients.product import CANCELLATION, Product
 
 def shared(parts: list[Contribution]) -> Contribution | None:
     """The sum of ``parts``, example by example; None if only rows can be added up."""
-    if not all(isinstance(part, Product) for part in parts):
-        return None
-    heads = [part for part in parts if linear.is_linear(part)]
-    tables = [part for part in parts if not part.inputs.is_floating_point()]
+    products = [part for part in parts if isinstance(part, Product)]
+    heads = [part for part in products if linear.is_linear(part)]
+    tables = [part for part in products if not part.inputs.is_floating_point()]
     if len(heads) + len(tables) < len(parts) or len(tables) > 1:
         return None
     head = linear.joined(heads) if heads else None

@@ -228,9 +228,7 @@ def test_a_generator_of_a_models_own_is_refused(own, engine):
     generator = np.random.default_rng(0) if own == "numpy" else torch.Generator().manual_seed(0)
     draw = (lambda: float(generator.random())) if own == "numpy" else (lambda: torch.rand(1, generator=generator))
     _, x, y, _ = setting("dropout")
-    with pytest.raises(
-        (ModelError, SettingError), match=r"generator of its own|tell apart|opacus"
-    ):
+    with pytest.raises((ModelError, SettingError), match=r"generator of its own|tell apart|opacus"):
         total(ModelLoss(Between(KeepsAGenerator(draw)).double()), x, y, IDS, engine=engine)
     if engine == "auto":
         constant = ModelLoss(Between(KeepsAGenerator(OWN[own])).double())

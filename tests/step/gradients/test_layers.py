@@ -12,12 +12,11 @@ from fed_dpsat.models.cnn import tanh_cnn_small
 from fed_dpsat.models.dpnasnet import dpnasnet_cifar
 from fed_dpsat.models.resnet import resnet20_gn, wrn16_4_gn
 from fed_dpsat.params import trainable
-from fed_dpsat.step.gradients import conv, patches
+from fed_dpsat.step.gradients import conv, patches, planned
 from fed_dpsat.step.gradients.finite import filter_squares, squared_norm_rows
 from fed_dpsat.step.gradients.formats import alike, is_channels_last, laid_out
 from fed_dpsat.step.gradients.norm import GroupNorm, LayerNorm
 from fed_dpsat.step.gradients.per_example import ModelLoss
-from fed_dpsat.step.gradients import planned
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -122,7 +122,9 @@ def test_what_mixes_for_some_data_alone_is_refused_for_those():
 
 def test_what_a_pass_over_a_batch_does_otherwise_is_refused():
     """With ``scale_grad_by_freq`` a word of one example counts those of the others."""
-    with pytest.raises(SettingError, match=r"engine='opacus' is not for Words: embedding with .*; use 'auto' or 'vmap'"):
+    with pytest.raises(
+        SettingError, match=r"engine='opacus' is not for Words: embedding with .*; use 'auto' or 'vmap'"
+    ):
         total(Words(scale_grad_by_freq=True), TOKENS, "opacus")
     with pytest.raises(SettingError, match=r"engine='opacus' is not for Sequential: it draws random numbers"):
         total(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3)), NUMBERS, "opacus")

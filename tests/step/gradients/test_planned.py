@@ -1,5 +1,4 @@
 import gc
-import logging
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from fed_dpsat.step.gradients import compiled, planned
 from fed_dpsat.step.gradients.capture import Tape
 from fed_dpsat.step.gradients.geometry import Geometry
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
-from fed_dpsat.step.gradients.routes import routes_of
 from fed_dpsat.step.gradients.plan import plan_table
+from fed_dpsat.step.gradients.routes import routes_of
 from fed_dpsat.step.unchecked import unchecked
 
 UNCLIPPED = FlatClipping(clip_norm=1e30)  # not inf, which takes an ordinary pass
