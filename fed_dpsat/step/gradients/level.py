@@ -15,6 +15,9 @@ from typing import Any
 from torch import Tensor
 from torch._C import _functorch as functorch
 
+RANDOMNESS = "error"
+"""What ``vmap`` does with a draw from torch's generators."""
+
 
 class Level:
     """The level of one pass over ``batch`` examples."""
@@ -25,7 +28,7 @@ class Level:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Within it ``wrap`` makes batched tensors; afterwards torch refuses them."""
-        self._number = functorch._vmap_increment_nesting(self.batch, "error")
+        self._number = functorch._vmap_increment_nesting(self.batch, RANDOMNESS)
         try:
             yield
         finally:

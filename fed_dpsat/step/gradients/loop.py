@@ -1,8 +1,8 @@
 """One example after the other, by itself: right for any module, also for one that draws as it likes.
 
-Each example has torch's generators and those of ``random`` and ``numpy.random`` seeded with draws of its own, and a copy
-of the module, so that nothing that a module writes into itself goes from one example to the next. Nor does a tensor go
-that a module keeps elsewhere: a pass refuses those of another.
+Each example has torch's generators and those of ``random`` and ``numpy.random`` seeded with draws of its own, and a
+copy of the module, so that nothing that a module writes into itself goes from one example to the next. A tensor that it
+keeps elsewhere does not go either: a pass refuses those of another.
 """
 
 from __future__ import annotations

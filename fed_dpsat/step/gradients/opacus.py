@@ -1,8 +1,8 @@
 """The hooks of Opacus beside the planned engine: a familiar cross-check of every sum.
 
-Opacus' layers are not torch's in every setting, and it says so in few: 1.6 pads with zeros whatever ``padding_mode`` is,
-trains the row of ``padding_idx``, ignores ``scale_grad_by_freq`` and has no table that all examples read together. Nor
-does it notice examples that mix. So its gradients are not what is summed: they have to agree with those that are.
+Opacus' layers are not torch's in every setting, and it says so in few: 1.6 pads with zeros whatever ``padding_mode``
+is, trains the row of ``padding_idx``, ignores ``scale_grad_by_freq`` and has no table that all examples read together.
+Nor does it notice examples that mix. So its gradients are not summed: they have to agree with those that are.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def plan_table(
     timed: bool = False,
     repeats: int = 5,
 ) -> tuple[list[Row], str]:
-    """Rows in the order of the forward pass on made-up images of ``input_shape``, and why one pass per example if it is that.
+    """Rows in the order of the forward pass on made-up images of ``input_shape``; or why each example has its own pass.
 
     ``timed`` runs every strategy that fits a layer ``repeats`` times and keeps the median: norms and weighted sum.
     """
