@@ -23,7 +23,7 @@ So parameters never enter the graph of the loss; one that does was used in a way
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -163,35 +163,34 @@ class Capture(InPass):
         if not self._level.wraps(x) and not (learns and self._tape is not None and not x.is_floating_point()):
             return None
         whole, alone = self._level.whole(x), x.ndim > 0 and x.shape[0] == 1
-        if alone:
-            whole = whole.squeeze(1)
-        elif func in OF_BATCHES:
+        if not alone and func in OF_BATCHES:
             return None
+        given = whole.detach().squeeze(1) if alone else whole.detach()
         try:
-            call = self._plan[func](whole, *others, **more)
+            call = self._plan[func](given, *others, **more)
         except TypeError:  # arguments that no layer takes: torch says what it says of them
             return None
         if call is None:
             return None
         with self._level.below():
             if self._tape is not None and (learns or _faster(call)):
-                out = self._answer(call)
-            else:
-                out = func(whole, *others, **more)
+                return self._level.wrap(self._answer(call, whole, alone))
+            out = func(whole.squeeze(1) if alone else whole, *others, **more)
             return self._level.wrap(out.unsqueeze(1) if alone else out)
 
-    def _answer(self, call: Call) -> Tensor:
+    def _answer(self, call: Call, x: Tensor, alone: bool) -> Tensor:
+        """What the layer makes of ``x``, which has a dimension of 1 beside that of the batch if ``alone``."""
         assert self._tape is not None
         if self._tape.keep_calls:
-            self._tape.calls.append(replace(call, x=call.x.detach()))  # its graph holds the tape: neither could go
+            self._tape.calls.append(call)
         held = replace(call, x=None)  # or every input would live until the end of the backward pass
-        x, device = call.x, call.x.device.type
-        if call.name in NARROW and x.is_floating_point() and torch.is_autocast_enabled(device):
+        device, narrow = x.device.type, call.name in NARROW and torch.is_autocast_enabled(x.device.type)
+        if narrow and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(device))
         elif call.name not in NARROW and call.weight is not None and x.is_floating_point() and is_card(x.device):
             x = x.to(call.weight.dtype)  # CUDA's norms take one type, where the CPU's take two
-        with torch.autocast(device, enabled=False):
-            out: Tensor = Planned.apply(self._tape, held, self.anchor, x)  # type: ignore[no-untyped-call]
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            out: Tensor = Planned.apply(self._tape, held, self.anchor, x, alone)  # type: ignore[no-untyped-call]
         return out
 
     def _in_the_open(
@@ -250,22 +249,23 @@ class Planned(torch.autograd.Function):
     """The two passes of a layer; what goes into it and comes out of it is in the graph, its parameters are not."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, call: Call, anchor: Tensor, x: Tensor) -> Tensor:
-        ctx.tape, ctx.call = tape, call
+    def forward(ctx: Any, tape: Tape, call: Call, anchor: Tensor, x: Tensor, alone: bool) -> Tensor:
+        ctx.tape, ctx.call, ctx.alone = tape, call, alone
+        x = x.squeeze(1) if alone else x
         out, saved = call.layer.forward(x, _detached(call.weight, call, x), _detached(call.bias, call, x))
         ctx.save_for_backward(*saved)
-        return out
+        return out.unsqueeze_(1) if alone else out  # no view, which a module could not write into
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor | None]:
-        call, (grad,) = ctx.call, grads
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor | None, None]:
+        call, grad = ctx.call, grads[0].squeeze(1) if ctx.alone else grads[0]
         tensors = {"weight": call.weight, "bias": call.bias}
         roles = tuple(role for role, t in tensors.items() if t is not None and t.requires_grad)
         saved, weight = tuple(t.detach() for t in ctx.saved_tensors), _detached(call.weight, call, ctx.saved_tensors[0])
         gradient, found = call.layer.backward(grad, weight, saved, ctx.needs_input_grad[3], roles)
         for role, contribution in found.items():
             ctx.tape.found.append((tensors[role], contribution))
-        return None, None, None, gradient
+        return None, None, None, gradient if gradient is None or not ctx.alone else gradient.unsqueeze(1), None
 
 
 class InTheOpen(torch.autograd.Function):

@@ -49,10 +49,10 @@ def _convolution(dimensions: int, kernels: bool) -> Route:
         if input.ndim != dimensions + 2:
             return None
         shape, dilations = tuple(weight.shape), _sizes(dilation, dimensions)
+        uneven: tuple[int, ...] = ()
         if padding == "same":
             totals = [d * (k - 1) for d, k in zip(dilations, shape[2:], strict=True)]
-            uneven = [w for t in reversed(totals) for w in (0, t % 2)]
-            input = functional.pad(input, uneven) if any(uneven) else input
+            uneven = tuple(t % 2 for t in totals)
             padding = tuple(t // 2 for t in totals)
         geometry = Geometry(
             shape=shape,
@@ -61,10 +61,13 @@ def _convolution(dimensions: int, kernels: bool) -> Route:
             dilation=dilations,
             groups=groups,
         )
-        sides, card = tuple(input.shape[2:]), is_card(input.device)
+        sides, card = (
+            tuple(n + more for n, more in zip(input.shape[2:], uneven or [0] * dimensions, strict=True)),
+            is_card(input.device),
+        )
         ours = kernels and geometry.compiles and compiled.suit(input)
         strategy = conv.choose(geometry, sides, is_channels_last(input), card, ours)
-        layer = conv.Convolution(geometry=geometry, strategy=strategy, derived=not weight.is_leaf)
+        layer = conv.Convolution(geometry=geometry, strategy=strategy, derived=not weight.is_leaf, uneven=uneven)
         return Call(name=name, layer=layer, x=input, weight=weight, bias=bias)
 
     return route
