@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.step.gradients.linear import Linear, Roles, choose
+from fed_dpsat.step.placement import bytes_at_once
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 """How many gates a cell has; the names are those of ``torch.nn.RNNBase.mode``."""
 
+FEW_BYTES = 1_000_000
+
 States = tuple[Tensor, ...]
 Saved = tuple[Tensor, ...]
 
-_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 _threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
@@ -110,23 +112,34 @@ def _lstm_backward(
     slopes: Tensor, last: Tensor | None, saved: Saved, weight: Tensor, projection: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor, States]:
     """``slopes`` become the gradients of the outputs, at each time with all that depends on them."""
-    _, h, c, gates, cells, squashed, hidden = saved
+    _, h, c, gates, *_ = saved
     dc = torch.zeros_like(c) if last is None else last.to(c, copy=True)
-    found, first, spare = torch.empty_like(gates), torch.zeros_like(h), torch.empty_like(c)
-    before = _before(c, cells, reverse)
-    steps = _back(reverse, slopes, found, gates, before, squashed, hidden)
-    for (slope, grad, gate, old, squash, full), earlier in steps:
-        i, f, g, o = gate.chunk(4, 1)
-        di, df, dg, do = grad.chunk(4, 1)
+    found, first = torch.empty_like(gates), torch.zeros_like(h)
+    steps = _back(reverse, slopes, _by_gate(found, 4), gates.chunk(4, 2)[1])
+    for (slope, grad, f), earlier, (factors, through) in zip(*steps, _lstm_factors(saved, reverse), strict=True):
         dh = slope if projection is None else slope @ projection
-        _sigmoid_backward(torch.mul(dh, squash, out=spare), o, grad_input=do)
-        dc.addcmul_(dh, torch.addcmul(o, full, squash, value=-1, out=spare))  # o (1 - tanh(c)^2)
-        _sigmoid_backward(torch.mul(dc, g, out=spare), i, grad_input=di)
-        _sigmoid_backward(torch.mul(dc, old, out=spare), f, grad_input=df)
-        _tanh_backward(torch.mul(dc, i, out=spare), g, grad_input=dg)
-        (first if earlier is None else earlier).addmm_(grad, weight)
+        dc.addcmul_(dh, through)
+        torch.mul(dc[:, None], factors[:, :3], out=grad[:, :3])
+        torch.mul(dh, factors[:, 3], out=grad[:, 3])
+        (first if earlier is None else earlier).addmm_(grad.flatten(1), weight)
         dc.mul_(f)
     return found, found, (first, dc)
+
+
+def _lstm_factors(saved: Saved, reverse: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Gradients of each gate by c or, of the last, by h: ``[B, 4, H]``; of c by h: ``[B, H]``. From the last time."""
+    *_, c, gates, cells, squashed, hidden = saved
+    one, before = c.new_ones(()), _before(c, cells, reverse)
+    for gate, old, squash, full in _parts(not reverse, gates, before, squashed, hidden):
+        i, _, g, o = gate.chunk(4, 2)
+        factors = torch.addcmul(gate, gate, gate, value=-1)
+        di, df, dg, do = factors.chunk(4, 2)
+        di.mul_(g)
+        df.mul_(old)
+        torch.addcmul(one, g, g, value=-1, out=dg).mul_(i)
+        do.mul_(squash)
+        through = torch.addcmul(o, full, squash, value=-1)  # o (1 - tanh(c)^2)
+        yield from _steps(not reverse, _by_gate(factors, 4), through)
 
 
 def _gru(gates: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> tuple[Tensor, States, Saved]:
@@ -150,21 +163,32 @@ def _gru_backward(
     slopes: Tensor, before: Tensor, saved: Saved, weight: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, States]:
     """The new gate has two gradients: of what the input adds to it, and of what the hidden state does."""
-    _, h, inner, new = saved
-    width = h.shape[1]
-    found, hidden = torch.empty_like(inner), torch.empty_like(inner)
-    first, spare = torch.zeros_like(h), torch.empty_like(h)
-    steps = _back(reverse, slopes, found, hidden, inner, new, before)
-    for (slope, grad, own, part, n, old), earlier in steps:
-        r, z, share = part.chunk(3, 1)
-        dr, dz, dn = grad.chunk(3, 1)
-        _sigmoid_backward(torch.sub(old, n, out=spare).mul_(slope), z, grad_input=dz)
-        _tanh_backward(torch.addcmul(slope, slope, z, value=-1, out=spare), n, grad_input=dn)
-        _sigmoid_backward(torch.mul(dn, share, out=spare), r, grad_input=dr)
-        own[:, : 2 * width].copy_(grad[:, : 2 * width])
-        torch.mul(dn, r, out=own[:, 2 * width :])
-        (first if earlier is None else earlier).addcmul_(slope, z).addmm_(own, weight)
+    _, h, inner, _ = saved
+    found, hidden, first = torch.empty_like(inner), torch.empty_like(inner), torch.zeros_like(h)
+    steps = _back(reverse, slopes, *(_by_gate(t, 3) for t in (found, hidden, inner)))
+    by_time = zip(*steps, _gru_factors(saved, before, reverse), strict=True)
+    for (slope, grad, own, gate), earlier, (factors, new) in by_time:
+        torch.mul(slope[:, None], factors, out=own)
+        grad[:, :2] = own[:, :2]
+        torch.mul(slope, new, out=grad[:, 2])
+        (first if earlier is None else earlier).addcmul_(slope, gate[:, 1]).addmm_(own.flatten(1), weight)
     return found, hidden, (first,)
+
+
+def _gru_factors(saved: Saved, before: Tensor, reverse: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Gradients by h of what the hidden state adds to each gate, ``[B, 3, H]``, and of the new gate, ``[B, H]``."""
+    _, h, inner, new = saved
+    one = h.new_ones(())
+    for part, n, old in _parts(not reverse, inner, new, before):
+        r, z, share = part.chunk(3, 2)
+        factors = torch.empty_like(part)
+        dr, dz, ds = factors.chunk(3, 2)
+        dn = torch.addcmul(one, n, n, value=-1)
+        dn.addcmul_(dn, z, value=-1)
+        torch.mul(dn, r, out=ds)
+        torch.mul(ds, share, out=dr).addcmul_(dr, r, value=-1)
+        torch.addcmul(z, z, z, value=-1, out=dz).mul_(old - n)
+        yield from _steps(not reverse, _by_gate(factors, 3), dn)
 
 
 def _rnn_backward(
@@ -172,7 +196,7 @@ def _rnn_backward(
 ) -> tuple[Tensor, Tensor, States]:
     outputs, h = saved
     first = torch.zeros_like(h)
-    for (slope, out), earlier in _back(reverse, slopes, outputs):
+    for (slope, out), earlier in zip(*_back(reverse, slopes, outputs), strict=True):
         if cell == "RNN_RELU":
             _threshold_backward(slope, out, 0, grad_input=slope)
         else:
@@ -194,6 +218,11 @@ def _plus(gates: Tensor, bias: Tensor | None) -> Tensor:
     return torch.add(gates, bias, out=torch.empty_like(gates, memory_format=torch.contiguous_format))
 
 
+def _by_gate(sequence: Tensor, gates: int) -> Tensor:
+    """``[B, T, G * H] -> [B, T, G, H]``."""
+    return sequence.view(*sequence.shape[:2], gates, sequence.shape[2] // gates)
+
+
 def _before(first: Tensor, states: Tensor, reverse: bool) -> Tensor:
     """``states[B, T, D]`` a step earlier, from ``first[B, D]``."""
     kept = (states[:, 1:], first[:, None]) if reverse else (first[:, None], states[:, :-1])
@@ -201,12 +230,21 @@ def _before(first: Tensor, states: Tensor, reverse: bool) -> Tensor:
 
 
 def _steps(reverse: bool, *sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """``[B, D]`` of each of ``sequences[B, T, D]``, step by step."""
+    """``[B, *]`` of each of ``sequences[B, T, *]``, step by step."""
     steps = list(zip(*(t.unbind(1) for t in sequences), strict=True))
     return iter(steps[::-1] if reverse else steps)
 
 
-def _back(reverse: bool, *sequences: Tensor) -> Iterator[tuple[tuple[Tensor, ...], Tensor | None]]:
+def _back(reverse: bool, *sequences: Tensor) -> tuple[list[tuple[Tensor, ...]], list[Tensor | None]]:
     """The steps from the last to the first, and what the first of the ``sequences`` has a step earlier."""
     steps = list(_steps(not reverse, *sequences))
-    return zip(steps, [*(step[0] for step in steps[1:]), None], strict=True)
+    return steps, [*(step[0] for step in steps[1:]), None]
+
+
+def _parts(reverse: bool, *sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """``[B, few, D]`` of each of ``sequences[B, T, D]``: what is made of them stays in the cache until it is used."""
+    first = sequences[0]
+    step = max(1, first[:, 0].numel() * first.element_size())
+    few = max(1, bytes_at_once(first.device, FEW_BYTES) // step)
+    parts = list(zip(*(torch.split(t, few, 1) for t in sequences), strict=True))
+    return iter(parts[::-1] if reverse else parts)
