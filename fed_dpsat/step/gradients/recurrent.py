@@ -43,14 +43,14 @@ def forward(
 
     ``states`` are ``h[B, H or P]`` and, of an LSTM, ``c[B, H]``; ``reverse`` goes from the last time to the first.
     """
+    shift = gates.new_zeros(len(weight)) if bias is None else bias
     if cell == "LSTM":
-        return _lstm(gates, states, weight, bias, projection, reverse)
-    (h,) = states
+        return _lstm(gates, states, weight.t(), shift, projection, reverse)
     if cell == "GRU":
-        return _gru(gates, h, weight, bias, reverse)
-    outputs = _plus(gates, bias)
-    for (out,) in _steps(reverse, outputs):
-        out.addmm_(h, weight.t())
+        return _gru(gates, states[0], weight.t(), shift, reverse)
+    h, outputs, weight = states[0], _contiguous(gates), weight.t()
+    for gate, out in _steps(reverse, gates, outputs):
+        torch.add(gate, shift, out=out).addmm_(h, weight)
         h = out.relu_() if cell == "RNN_RELU" else out.tanh_()
     return outputs, (h.clone(),), (outputs, states[0])
 
@@ -88,24 +88,24 @@ def backward(
 
 
 def _lstm(
-    gates: Tensor, states: States, weight: Tensor, bias: Tensor | None, projection: Tensor | None, reverse: bool
+    gates: Tensor, states: States, weight: Tensor, bias: Tensor, projection: Tensor | None, reverse: bool
 ) -> tuple[Tensor, States, Saved]:
     h, c = states
-    width = c.shape[1]
-    gates = _plus(gates, bias)
-    cells, squashed, hidden = (gates.new_empty(*gates.shape[:2], width) for _ in range(3))
-    outputs = hidden if projection is None else gates.new_empty(*gates.shape[:2], len(projection))
-    for gate, cell, squash, full, out in _steps(reverse, gates, cells, squashed, hidden, outputs):
-        gate.addmm_(h, weight.t())
-        gate[:, : 2 * width].sigmoid_()
-        gate[:, 3 * width :].sigmoid_()
-        i, f, g, o = gate.chunk(4, 1)
+    size = *gates.shape[:2], c.shape[1]
+    active, cells, squashed = (_times_first(gates, width) for width in (gates.shape[2], size[2], size[2]))
+    hidden = gates.new_empty(size)
+    outputs = hidden if projection is None else gates.new_empty(*size[:2], len(projection))
+    views = active, active[..., : 2 * size[2]], *active.chunk(4, 2)
+    steps = _steps(reverse, gates, *views, cells, squashed, hidden, outputs)
+    for gate, act, both, i, f, g, o, cell, squash, full, out in steps:
+        torch.add(gate, bias, out=act).addmm_(h, weight)
+        both.sigmoid_()
         torch.mul(f, c, out=cell).addcmul_(i, g.tanh_())
-        torch.mul(o, torch.tanh(cell, out=squash), out=full)
+        torch.mul(o.sigmoid_(), torch.tanh(cell, out=squash), out=full)
         if projection is not None:
             torch.mm(full, projection.t(), out=out)
         h, c = out, cell
-    return outputs, (h.clone(), c.clone()), (outputs, *states, gates, cells, squashed, hidden)
+    return outputs, (h.clone(), c.clone()), (outputs, *states, active, cells, squashed, hidden)
 
 
 def _lstm_backward(
@@ -114,20 +114,22 @@ def _lstm_backward(
     """``slopes`` become the gradients of the outputs, at each time with all that depends on them."""
     _, h, c, gates, *_ = saved
     dc = torch.zeros_like(c) if last is None else last.to(c, copy=True)
-    found, first = torch.empty_like(gates), torch.zeros_like(h)
-    steps = _back(reverse, slopes, _by_gate(found, 4), gates.chunk(4, 2)[1])
-    for (slope, grad, f), earlier, (factors, through) in zip(*steps, _lstm_factors(saved, reverse), strict=True):
+    found, first, spread = _contiguous(gates), torch.zeros_like(h), dc[:, None]
+    each = _by_gate(found, 4)
+    steps = _back(reverse, slopes, found, each[:, :, :3], each[:, :, 3], gates.chunk(4, 2)[1])
+    by_time = zip(*steps, _lstm_factors(saved, reverse), strict=True)
+    for (slope, grad, difg, do, f), earlier, (by_cell, by_hidden, through) in by_time:
         dh = slope if projection is None else slope @ projection
         dc.addcmul_(dh, through)
-        torch.mul(dc[:, None], factors[:, :3], out=grad[:, :3])
-        torch.mul(dh, factors[:, 3], out=grad[:, 3])
-        (first if earlier is None else earlier).addmm_(grad.flatten(1), weight)
+        torch.mul(spread, by_cell, out=difg)
+        torch.mul(dh, by_hidden, out=do)
+        (first if earlier is None else earlier).addmm_(grad, weight)
         dc.mul_(f)
     return found, found, (first, dc)
 
 
 def _lstm_factors(saved: Saved, reverse: bool) -> Iterator[tuple[Tensor, ...]]:
-    """Gradients of each gate by c or, of the last, by h: ``[B, 4, H]``; of c by h: ``[B, H]``. From the last time."""
+    """From the last time: gradients of i, f, g by c, ``[B, 3, H]``; of o and of c by h, ``[B, H]`` each."""
     *_, c, gates, cells, squashed, hidden = saved
     one, before = c.new_ones(()), _before(c, cells, reverse)
     for gate, old, squash, full in _parts(not reverse, gates, before, squashed, hidden):
@@ -139,22 +141,22 @@ def _lstm_factors(saved: Saved, reverse: bool) -> Iterator[tuple[Tensor, ...]]:
         torch.addcmul(one, g, g, value=-1, out=dg).mul_(i)
         do.mul_(squash)
         through = torch.addcmul(o, full, squash, value=-1)  # o (1 - tanh(c)^2)
-        yield from _steps(not reverse, _by_gate(factors, 4), through)
+        yield from _steps(not reverse, _by_gate(factors, 4)[:, :, :3], do, through)
 
 
-def _gru(gates: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> tuple[Tensor, States, Saved]:
+def _gru(gates: Tensor, h: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> tuple[Tensor, States, Saved]:
     """Reset and update gates, and the hidden share of the new one, are made in place: one product for all three."""
-    first, width = h, h.shape[1]
-    inner = torch.zeros_like(gates, memory_format=torch.contiguous_format)
-    if bias is not None:
-        inner += bias
-    inner[..., : 2 * width] += gates[..., : 2 * width]
-    new, outputs = (gates.new_empty(*gates.shape[:2], width) for _ in range(2))
-    for gate, part, n, out in _steps(reverse, gates, inner, new, outputs):
-        part.addmm_(h, weight.t())
-        part[:, : 2 * width].sigmoid_()
-        r, z, share = part.chunk(3, 1)
-        torch.addcmul(gate[:, 2 * width :], r, share, out=n).tanh_()
+    first, two = h, 2 * h.shape[1]
+    inner, new = _times_first(gates, gates.shape[2]), _times_first(gates, h.shape[1])
+    outputs = gates.new_empty(*gates.shape[:2], h.shape[1])
+    inner[..., two:] = bias[two:]
+    bias = bias[:two]
+    views = gates[..., :two], gates[..., two:], inner, inner[..., :two], *inner.chunk(3, 2)
+    for gate, own, part, both, r, z, share, n, out in _steps(reverse, *views, new, outputs):
+        torch.add(gate, bias, out=both)
+        part.addmm_(h, weight)
+        both.sigmoid_()
+        torch.addcmul(own, r, share, out=n).tanh_()
         h = torch.lerp(n, h, z, out=out)
     return outputs, (h.clone(),), (outputs, first, inner, new)
 
@@ -164,19 +166,20 @@ def _gru_backward(
 ) -> tuple[Tensor, Tensor, States]:
     """The new gate has two gradients: of what the input adds to it, and of what the hidden state does."""
     _, h, inner, _ = saved
-    found, hidden, first = torch.empty_like(inner), torch.empty_like(inner), torch.zeros_like(h)
-    steps = _back(reverse, slopes, *(_by_gate(t, 3) for t in (found, hidden, inner)))
-    by_time = zip(*steps, _gru_factors(saved, before, reverse), strict=True)
-    for (slope, grad, own, gate), earlier, (factors, new) in by_time:
-        torch.mul(slope[:, None], factors, out=own)
-        grad[:, :2] = own[:, :2]
-        torch.mul(slope, new, out=grad[:, 2])
-        (first if earlier is None else earlier).addcmul_(slope, gate[:, 1]).addmm_(own.flatten(1), weight)
+    found, hidden, first = _contiguous(inner), _contiguous(inner), torch.zeros_like(h)
+    views = slopes[:, :, None], hidden, _by_gate(hidden, 3), inner.chunk(3, 2)[1], found.chunk(3, 2)[2]
+    by_time = zip(*_back(reverse, slopes, *views), _gru_factors(saved, before, reverse), strict=True)
+    for (slope, spread, grad, each, z, dn), earlier, (factors, by_new) in by_time:
+        torch.mul(spread, factors, out=each)
+        torch.mul(slope, by_new, out=dn)
+        (first if earlier is None else earlier).addcmul_(slope, z).addmm_(grad, weight)
+    two = 2 * h.shape[1]
+    found[..., :two] = hidden[..., :two]
     return found, hidden, (first,)
 
 
 def _gru_factors(saved: Saved, before: Tensor, reverse: bool) -> Iterator[tuple[Tensor, ...]]:
-    """Gradients by h of what the hidden state adds to each gate, ``[B, 3, H]``, and of the new gate, ``[B, H]``."""
+    """From the last time: gradients by h of what h adds to the gates, ``[B, 3, H]``; of the new gate, ``[B, H]``."""
     _, h, inner, new = saved
     one = h.new_ones(())
     for part, n, old in _parts(not reverse, inner, new, before):
@@ -211,11 +214,14 @@ def _contributions(inputs: Tensor, outputs: Tensor, roles: tuple[str, ...]) -> R
     return Linear(strategy=strategy).backward(outputs, outputs, (inputs,), False, roles)[1]
 
 
-def _plus(gates: Tensor, bias: Tensor | None) -> Tensor:
-    """A contiguous copy of ``gates[B, T, D]``, plus ``bias[D]``."""
-    if bias is None:
-        return gates.clone(memory_format=torch.contiguous_format)
-    return torch.add(gates, bias, out=torch.empty_like(gates, memory_format=torch.contiguous_format))
+def _times_first(like: Tensor, width: int) -> Tensor:
+    """``[B, T, width]`` for what stays here: in memory one time after the other, as the loops go."""
+    return like.new_empty(like.shape[1], like.shape[0], width).transpose(0, 1)
+
+
+def _contiguous(like: Tensor) -> Tensor:
+    """Empty, for what leaves here or is summed over the times."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _by_gate(sequence: Tensor, gates: int) -> Tensor:
