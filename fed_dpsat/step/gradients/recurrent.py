@@ -5,7 +5,15 @@ what the rest of the parameters add: the hidden weight W_hh (role ``weight``), i
 projection W_hr of an LSTM (``projection``). Conventions are those of ``torch.nn``: the order of the gates, and GRU's
 b_hn inside of the product with the reset gate (Cho et al. 2014, as cuDNN has it; LSTM: Sak et al. 2014).
 
-Both passes are for ``no_grad``; all tensors are of one dtype; the batch is dimension 0, in any layout.
+Both passes are for ``no_grad``; all tensors are of one dtype; the batch is dimension 0, in any layout. What ``forward``
+saves has the outputs and the first states among it; ``backward`` changes none of it.
+
+========================= ==================================================================
+no bias                   None, and no role ``bias``
+no first states           zeros, as ``torch.nn`` has them: the caller makes them
+no example, or no time    not here: a linear layer has no contributions for an empty batch
+sequences of many lengths not here: steps that a mask would skip are made, and have gradients
+========================= ==================================================================
 """
 
 from __future__ import annotations
@@ -22,6 +30,7 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 """How many gates a cell has; the names are those of ``torch.nn.RNNBase.mode``."""
 
 FEW_BYTES = 1_000_000
+"""Of the gates, for which the factors of the backward pass are made at once."""
 
 States = tuple[Tensor, ...]
 Saved = tuple[Tensor, ...]
@@ -209,7 +218,7 @@ def _rnn_backward(
 
 
 def _contributions(inputs: Tensor, outputs: Tensor, roles: tuple[str, ...]) -> Roles:
-    """As those of a linear layer whose positions are the times."""
+    """As those of a linear layer whose positions are the times; its weight would matter to its input alone."""
     strategy = choose(inputs.shape[1], inputs.shape[2], outputs.shape[2])
     return Linear(strategy=strategy).backward(outputs, outputs, (inputs,), False, roles)[1]
 

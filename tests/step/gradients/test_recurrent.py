@@ -162,6 +162,17 @@ def test_what_no_loss_depends_on_has_no_gradient_to_give(name, reverse):
 
 
 @every_cell
+@each_direction
+@pytest.mark.parametrize("times_at_once", [1, 2])
+def test_a_few_times_at_once(name, reverse, times_at_once, monkeypatch):
+    """Five times are made in parts; the last part has one."""
+    case = Case(name, reverse=reverse)
+    step = case.gates[:, 0].numel() * case.gates.element_size()
+    monkeypatch.setattr(recurrent, "FEW_BYTES", step * times_at_once)
+    case.check(case.grad_outputs, case.grad_states)
+
+
+@every_cell
 def test_the_arguments_stay_as_they_are(name):
     """Also one example at one time, where the layouts of all tensors are alike."""
     for batch, times in [(3, 5), (1, 1)]:
