@@ -57,8 +57,8 @@ def moved(make, criterion=lambda: cross_entropy, *, drop, physical=128, steps=1,
         module = make().double()
         loss, found = ModelLoss(module, criterion()), []
         for _ in range(steps):
-            found.append(
-                clipped_gradient_sum(
+            try:
+                total, _ = clipped_gradient_sum(
                     loss,
                     trainable(module),
                     (inputs[ids], targets[ids]),
@@ -66,21 +66,19 @@ def moved(make, criterion=lambda: cross_entropy, *, drop, physical=128, steps=1,
                     engine=engine,
                     physical_batch_size=physical,
                     draws=Draws(key=bytes(KEY_BYTES), ids=ids),
-                )[0]
-            )
-        sums.append(found)
-    return max(float(global_norm(subtract(a, b))) for a, b in zip(*sums, strict=True)) / BOUND
-
-
-def check_bounded(make, criterion=lambda: cross_entropy, **more):
-    """In each engine; a module may be refused."""
-    for engine in ("auto", "planned", "vmap"):
-        for drop, physical, steps in ((3, 128, 1), (0, 2, 2), (3, 1, 3)):
-            try:
-                found = moved(make, criterion, drop=drop, physical=physical, steps=steps, engine=engine, **more)
+                )
             except ModelError:
-                continue
-            assert found <= 1 + 1e-6, (engine, drop, physical)
+                break  # refused, and so it stays
+            found.append(total)
+        sums.append(found)
+    return max((float(global_norm(subtract(a, b))) for a, b in zip(*sums, strict=False)), default=0.0) / BOUND
+
+
+def check_bounded(make, criterion=lambda: cross_entropy, plans=((3, 128, 1), (0, 2, 1)), **more):
+    """In each engine; a module may be refused."""
+    for engine, drop, physical, steps in [*(("auto", *plan) for plan in plans), ("vmap", *plans[0])]:
+        found = moved(make, criterion, drop=drop, physical=physical, steps=steps, engine=engine, **more)
+        assert found <= 1 + 1e-6, (engine, drop, physical)
 
 
 # --- what mixes, and keeps nothing ---------------------------------------------------------------------------------
@@ -380,8 +378,232 @@ STATELESS = {
     "without a graph": lambda x: x - x.detach().mean(0),
     "scripted operation of its own": scripted_operation,
 }
+FAULTS = {
+    "checkpoint, reentrant": "a valid module raises RuntimeError: the loop asks with autograd.grad",
+    "thread": "what is no RuntimeError is not taken to the loop",
+    "scripted operation of its own": "register_vmap of a custom operation within a script mixes; no call shows it",
+}
 
 
-@pytest.mark.parametrize("case", STATELESS)
+def known(cases, faults):
+    """``cases`` to be tested, those with a known fault marked."""
+    marks = {case: [pytest.mark.xfail(strict=True, reason=why)] for case, why in faults.items()}
+    return [pytest.param(case, marks=marks.get(case, ())) for case in cases]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", known(STATELESS, FAULTS))
 def test_nobody_moves_a_sum_beyond_the_bound(case):
     check_bounded(lambda: Model(STATELESS[case]))
+
+
+# --- what keeps something -------------------------------------------------------------------------------------------
+
+
+class Bank(nn.Module):
+    """Less the mean of what it saw before, once that is enough."""
+
+    def __init__(self, warm, most=None):
+        super().__init__()
+        self.first, self.seen, self.warm = nn.Linear(4, 4), deque(maxlen=most), warm
+
+    def forward(self, x):
+        h = self.first(x)
+        out = h - torch.stack([one.mean(0) for one in self.seen]).mean(0) if len(self.seen) >= self.warm else h
+        self.seen.append(h.detach())
+        return out
+
+
+class Largest(nn.Module):
+    """Divided by the largest value so far; ``keep`` says where that is."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.first, self.keep = nn.Linear(4, 4), keep
+        self.register_buffer("top", torch.ones(()))
+
+    def forward(self, x):
+        h = self.first(x)
+        return h / self.keep(self, h.detach().abs().max() / 8)
+
+
+def assigned_buffer(module, value):
+    module.top = torch.maximum(module.top, value)
+    return module.top
+
+
+def written_buffer(module, value):
+    return module.top.copy_(torch.maximum(module.top, value))
+
+
+def in_a_closure():
+    kept = [1.0]
+
+    def keep(module, value):
+        kept[0] = max(kept[0], float(value))
+        return kept[0]
+
+    return keep
+
+
+def in_a_tensor_of_a_closure():
+    kept = torch.ones(())
+    return lambda module, value: kept.copy_(torch.maximum(kept, value))
+
+
+def in_a_list_of_tensors():
+    kept = [torch.ones(())]
+
+    def keep(module, value):
+        kept.append(torch.maximum(kept[-1], value))
+        return kept[-1]
+
+    return keep
+
+
+def in_a_class():
+    class Holder:
+        top = 1.0
+
+    def keep(module, value):
+        Holder.top = max(Holder.top, value.item())
+        return Holder.top
+
+    return keep
+
+
+class LargestLoss(nn.Module):
+    """A criterion in units of the largest loss so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("top", torch.full((), 8.0, dtype=torch.float64))
+
+    def forward(self, outputs, targets):
+        losses = total_square(outputs, targets)
+        with torch.no_grad():
+            self.top.copy_(torch.maximum(self.top, losses.max()))
+        return losses / self.top
+
+
+class Counter(nn.Module):
+    """Another sign from some call on."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.first, self.calls, self.last = nn.Linear(4, 4), 0, last
+
+    def forward(self, x):
+        self.calls += 1
+        return self.first(x) * (1 if self.calls <= self.last else -1)
+
+
+class CounterInABuffer(Counter):
+    def __init__(self, last):
+        super().__init__(last)
+        self.register_buffer("number", torch.zeros(()))
+
+    def forward(self, x):
+        self.number += 1
+        return self.first(x) * torch.where(self.number <= self.last, 1.0, -1.0)
+
+
+def memory_of_gradients(mapped):
+    class Remembers(torch.autograd.Function):
+        generate_vmap_rule = mapped
+        top = torch.ones((), dtype=torch.float64)
+
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, grad):
+            Remembers.top = torch.maximum(Remembers.top, grad.detach().abs().max())
+            return grad / Remembers.top
+
+    return Model(Remembers.apply)
+
+
+def unmarked(copied):
+    """Less a hundred times what it saw three calls before, by a function that no call shows."""
+    kept = []
+
+    def body(h):
+        kept.append(copied(h.detach()))
+        return h - 100 * kept[-3] if len(kept) > 4 and len(kept[-3]) == len(h) else h
+
+    return Model(body)
+
+
+@torch.jit.script
+def scripted_copy(x: Tensor) -> Tensor:
+    return x * 1.0
+
+
+def hook_with_a_memory():
+    kept = [torch.ones((), dtype=torch.float64)]
+
+    def hook(grad):
+        kept[0] = torch.maximum(kept[0], grad.abs().max() * 10)
+        return grad / kept[0]
+
+    def body(h):
+        if h.requires_grad:
+            h.register_hook(hook)
+        return h
+
+    return Model(body)
+
+
+MEMORIES = {
+    **{f"bank after {warm}": (lambda warm=warm: Bank(warm), None) for warm in (1, 2, 3, 4, 5, 7)},
+    "deque of two after 2": (lambda: Bank(2, 2), None),
+    "buffer, assigned": (lambda: Largest(assigned_buffer), None),
+    "buffer, written": (lambda: Largest(written_buffer), None),
+    "closure": (lambda: Largest(in_a_closure()), None),
+    "tensor of a closure": (lambda: Largest(in_a_tensor_of_a_closure()), None),
+    "list of tensors": (lambda: Largest(in_a_list_of_tensors()), None),
+    "class": (lambda: Largest(in_a_class()), None),
+    "criterion": (lambda: nn.Linear(4, 4), LargestLoss),
+    **{f"counter to {last}": (lambda last=last: Counter(last), None) for last in (2, 3, 5)},
+    "counter in a buffer": (lambda: CounterInABuffer(3), None),
+    "backward": (lambda: memory_of_gradients(False), None),
+    "backward with a rule that torch makes": (lambda: memory_of_gradients(True), None),
+    "by a script": (lambda: unmarked(scripted_copy), None),
+    "by a map": (lambda: unmarked(lambda x: torch.func.vmap(torch.clone)(x)), None),
+    "by an operation": (lambda: unmarked(torch.clone), None),
+    "hook": (hook_with_a_memory, None),
+}
+OUTSIDE = "a pass per example copies the module, not what is kept outside of it"
+CHECKED = "check_repeats leaves tensors of the first example, unmarked, in the module"
+STATE = "what a module counts goes from chunk to chunk, and chunks shift without an example"
+BEHIND = "a backward pass is not watched for tensors of another"
+KEPT = {
+    "bank after 2": CHECKED,
+    "deque of two after 2": CHECKED,
+    "buffer, assigned": "a dead tensor stays in the buffer, and RuntimeError is raised",
+    "closure": OUTSIDE,
+    "tensor of a closure": OUTSIDE,
+    "class": OUTSIDE,
+    "criterion": OUTSIDE,
+    "counter to 3": STATE,
+    "counter to 5": STATE,
+    "counter in a buffer": STATE,
+    "backward": BEHIND,
+    "backward with a rule that torch makes": BEHIND,
+    "by a script": "what a script makes is not marked",
+    "by a map": "what torch.func.vmap makes is not marked",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", known(MEMORIES, KEPT))
+def test_nothing_that_is_kept_moves_a_sum_beyond_the_bound(case):
+    make, criterion = MEMORIES[case]
+    plans = (3, 128, 2), (0, 128, 2), (0, 2, 2), (1, 1, 1)
+    check_bounded(make, criterion or (lambda: total_square), plans=plans)
