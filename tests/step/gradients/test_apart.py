@@ -607,3 +607,618 @@ def test_nothing_that_is_kept_moves_a_sum_beyond_the_bound(case):
     make, criterion = MEMORIES[case]
     plans = (3, 128, 2), (0, 128, 2), (0, 2, 2), (1, 1, 1)
     check_bounded(make, criterion or (lambda: total_square), plans=plans)
+
+
+# --- what keeps examples apart --------------------------------------------------------------------------------------
+
+
+class Of(nn.Module):
+    """``forward(self, x)`` with parts and parameters."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.function = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(shape))
+
+
+def lines():
+    return torch.randn(4, 6, 8, dtype=torch.float64)
+
+
+def vectors():
+    return torch.randn(4, 8, dtype=torch.float64)
+
+
+def images():
+    return torch.randn(4, 3, 6, 6, dtype=torch.float64)
+
+
+def words():
+    return torch.randint(10, (4, 6))
+
+
+def after_linear(function, width=8, **parts):
+    return lambda: Of(lambda m, x: function(m.layer(x), x), layer=nn.Linear(8, width), **parts)
+
+
+def after_conv(function):
+    return lambda: Of(lambda m, x: function(m.layer(x)), layer=nn.Conv2d(3, 4, 3, padding=1))
+
+
+def attention(heads=4, key_heads=4, **options):
+    """By hand: ``[B, T, E]``, each head of two."""
+
+    def forward(m, x):
+        q, k, v = (
+            part(x).unflatten(-1, (-1, 2)).transpose(1, 2) for part in (m.query, m.key, m.value)
+        )
+        more = {name: option(m, x) if callable(option) else option for name, option in options.items()}
+        out = functional.scaled_dot_product_attention(q, k, v, enable_gqa=heads != key_heads, **more)
+        return m.out(out.transpose(1, 2).flatten(2))
+
+    layers = {"query": nn.Linear(8, 2 * heads), "key": nn.Linear(8, 2 * key_heads), "value": nn.Linear(8, 2 * key_heads)}
+    return lambda: Of(forward, **layers, out=nn.Linear(2 * heads, 8), near=parameter(heads, 6, 6))
+
+
+def multihead(call, **options):
+    return lambda: Of(lambda m, x: call(m.attention, x)[0], attention=nn.MultiheadAttention(8, 2, **options))
+
+
+def turned(x):
+    """Rotary positions."""
+    angles = torch.arange(x.shape[-2]).to(x)[:, None] / 10 ** torch.arange(x.shape[-1] // 2).to(x)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+
+def windows(x):
+    b, c, h, w = x.shape
+    parts = x.roll((1, 1), (2, 3)).view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, c)
+    parts = functional.scaled_dot_product_attention(parts, parts, parts)
+    back = parts.view(b, h // 2, w // 2, 2, 2, c).permute(0, 5, 1, 3, 2, 4)
+    return back.reshape(b, c, h, w).roll((-1, -1), (2, 3))
+
+
+def with_class_token(m, x):
+    x = torch.cat([m.token.expand(len(x), -1, -1), m.layer(x)], 1)
+    return m.head(x + m.positions[:, : x.shape[1]])[:, 0]
+
+
+def with_low_rank(m, x):
+    return functional.linear(x, m.layer.weight + m.up @ m.down, m.layer.bias)
+
+
+def frozen(layer):
+    return layer.requires_grad_(False)
+
+
+def zeroed(x, value=0.0):
+    x = x.clone()
+    x[..., 0] = value
+    return x
+
+
+def encoder(**options):
+    return lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **options)
+
+
+def decoder(**options):
+    return lambda: Of(
+        lambda m, x: m.layer(x, x.tanh()),
+        layer=nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **options),
+    )
+
+
+VALID = {
+    # attention
+    "attention": (attention(), lines),
+    "attention, causal": (attention(is_causal=True), lines),
+    "attention, a bool mask": (attention(attn_mask=torch.ones(6, 6).tril().bool()), lines),
+    "attention, a mask of the data": (
+        attention(attn_mask=lambda m, x: (x[:, None, None, :, 0] > 0) | torch.eye(6, dtype=torch.bool)),
+        lines,
+    ),
+    "attention, learned nearness": (attention(attn_mask=lambda m, x: m.near.to(x.dtype)), lines),
+    "attention, groups of heads": (attention(4, 2), lines),
+    "attention, one head for all": (attention(4, 1), lines),
+    "attention, its scale": (attention(scale=0.3), lines),
+    "multihead": (multihead(lambda a, x: a(x, x, x), batch_first=True), lines),
+    "multihead, no weights": (multihead(lambda a, x: a(x, x, x, need_weights=False), batch_first=True), lines),
+    "multihead, batch second": (
+        lambda: Of(
+            lambda m, x: m.attention(*[x.transpose(0, 1)] * 3)[0].transpose(0, 1), attention=nn.MultiheadAttention(8, 2)
+        ),
+        lines,
+    ),
+    "multihead, padding": (
+        multihead(lambda a, x: a(x, x, x, key_padding_mask=x[:, :, 0] > 1), batch_first=True),
+        lines,
+    ),
+    "multihead, more keys": (
+        multihead(lambda a, x: a(x, x, x), batch_first=True, add_bias_kv=True, add_zero_attn=True),
+        lines,
+    ),
+    "multihead, others' keys": (
+        multihead(lambda a, x: a(x, x[..., :4], x[..., 4:]), batch_first=True, kdim=4, vdim=4),
+        lines,
+    ),
+    "encoder": (encoder(), lines),
+    "encoder, norm first": (encoder(norm_first=True), lines),
+    "encoder, gelu": (encoder(activation="gelu"), lines),
+    "decoder": (decoder(), lines),
+    "decoder, norm first": (decoder(norm_first=True), lines),
+    "stack, causal": (
+        lambda: Of(
+            lambda m, x: m.stack(x, mask=torch.full((6, 6), -math.inf).to(x).triu(1), is_causal=True),
+            stack=nn.TransformerEncoder(encoder()(), 2),
+        ),
+        lines,
+    ),
+    "rotary": (after_linear(lambda h, x: functional.scaled_dot_product_attention(turned(h), turned(h), h)), lines),
+    "windows": (after_conv(windows), images),
+    # embeddings
+    "words": (lambda: nn.Embedding(10, 4), words),
+    "words and positions": (
+        lambda: Of(
+            lambda m, x: m.words(x) + m.places(torch.arange(x.shape[1]))[None],
+            words=nn.Embedding(10, 4),
+            places=nn.Embedding(6, 4),
+        ),
+        words,
+    ),
+    "positions [1, T]": (
+        lambda: Of(
+            lambda m, x: m.words(x) + m.places(torch.arange(x.shape[1])[None]),
+            words=nn.Embedding(10, 4),
+            places=nn.Embedding(6, 4),
+        ),
+        words,
+    ),
+    "tied head": (
+        lambda: Of(lambda m, x: functional.linear(m.words(x).tanh(), m.words.weight), words=nn.Embedding(10, 4)),
+        words,
+    ),
+    "bag of words": (lambda: nn.EmbeddingBag(10, 4), words),
+    "one hot": (
+        lambda: Of(lambda m, x: m.layer(functional.one_hot(x, 10).to(m.layer.weight.dtype)), layer=nn.Linear(10, 3)),
+        words,
+    ),
+    "bins": (
+        lambda: Of(lambda m, x: m.table(torch.bucketize(x, torch.linspace(-1, 1, 9).to(x))), table=nn.Embedding(10, 3)),
+        vectors,
+    ),
+    # parameters in the open
+    "class token": (
+        lambda: Of(
+            with_class_token,
+            layer=nn.Linear(8, 8),
+            token=parameter(1, 1, 8),
+            positions=parameter(1, 7, 8),
+            head=nn.Linear(8, 3),
+        ),
+        lines,
+    ),
+    "layer scale": (lambda: Of(lambda m, x: x + m.scale * m.layer(x), layer=nn.Linear(8, 8), scale=parameter(8)), lines),
+    "RMS by hand": (
+        lambda: Of(lambda m, x: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * m.scale, scale=parameter(8)),
+        lines,
+    ),
+    "RMS norm": (lambda: nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)), lines),
+    "low rank": (
+        lambda: Of(with_low_rank, layer=frozen(nn.Linear(8, 8)), up=parameter(8, 2), down=parameter(2, 8)),
+        lines,
+    ),
+    "low rank, beside": (
+        lambda: Of(
+            lambda m, x: m.layer(x) + x @ m.down @ m.up,
+            layer=frozen(nn.Linear(8, 8)),
+            down=parameter(8, 2),
+            up=parameter(2, 8),
+        ),
+        lines,
+    ),
+    "bilinear": (lambda: Of(lambda m, x: m.layer(x, x.tanh()), layer=nn.Bilinear(8, 8, 3)), vectors),
+    "PReLU": (lambda: nn.Sequential(nn.Linear(8, 8), nn.PReLU()), lines),
+    "PReLU by channel": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4)), images),
+    "distances": (lambda: Of(lambda m, x: torch.cdist(x, m.centres), centres=parameter(5, 8)), lines),
+    "outer product": (lambda: Of(lambda m, x: torch.outer(x[0], m.scale)[None], scale=parameter(3)), vectors),
+    "einsum": (lambda: Of(lambda m, x: torch.einsum("btd,de->bte", x, m.weight), weight=parameter(8, 3)), lines),
+    "tensordot": (lambda: Of(lambda m, x: torch.tensordot(x, m.weight, 1), weight=parameter(8, 3)), lines),
+    "bmm": (lambda: Of(lambda m, x: torch.bmm(x, m.weight.expand(len(x), -1, -1)), weight=parameter(8, 3)), lines),
+    "experts": (lambda: Of(lambda m, x: (x[:, None] @ m.weight).tanh(), weight=parameter(2, 8, 3)), lines),
+    "product with a vector": (lambda: Of(lambda m, x: x @ m.weight, weight=parameter(8)), lines),
+    "product from the left": (lambda: Of(lambda m, x: m.weight @ x.mT, weight=parameter(3, 8)), lines),
+    "filter of frequencies": (
+        lambda: Of(
+            lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * torch.view_as_complex(m.weight)), weight=parameter(5, 2)
+        ),
+        lines,
+    ),
+    "norm by hand of running values": (
+        lambda: Of(
+            lambda m, x: functional.batch_norm(x, torch.zeros(8).to(x), torch.ones(8).to(x), m.scale, m.shift),
+            scale=parameter(8),
+            shift=parameter(8),
+        ),
+        vectors,
+    ),
+    # weights that are functions
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)), lines),
+    "weight norm of a convolution": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), images),
+    "orthogonal": (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(8, 8)), lines),
+    "rounded weight": (
+        lambda: Of(
+            lambda m, x: functional.linear(x, m.layer.weight + (m.layer.weight.round() - m.layer.weight).detach()),
+            layer=nn.Linear(8, 3),
+        ),
+        lines,
+    ),
+    "weight of a network": (
+        lambda: Of(lambda m, x: x @ m.layer(x.mean(1)).view(len(x), 8, 3), layer=nn.Linear(8, 24)),
+        lines,
+    ),
+    "filters of a network": (
+        lambda: Of(
+            lambda m, x: functional.conv2d(x, m.layer(x.mean((2, 3))).view(2, 3, 3, 3)), layer=nn.Linear(3, 54)
+        ),
+        images,
+    ),
+    # layers
+    "conv 1d": (lambda: nn.Conv1d(6, 4, 3, padding=1), lines),
+    "conv 2d, groups": (lambda: nn.Conv2d(3, 6, 3, groups=3, stride=2), images),
+    "conv 3d": (lambda: Of(lambda m, x: m.layer(x[:, :, None]), layer=nn.Conv3d(3, 2, (1, 3, 3))), images),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(6, 4, 3), lines),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), images),
+    "transposed 3d": (
+        lambda: Of(lambda m, x: m.layer(x[:, :, None]), layer=nn.ConvTranspose3d(3, 2, (1, 2, 2))),
+        images,
+    ),
+    "frames": (
+        lambda: Of(lambda m, x: m.layer(x.view(-1, 1, 6, 6)).view(len(x), 3, -1), layer=nn.Conv2d(1, 2, 3)),
+        images,
+    ),
+    "image without a batch": (lambda: Of(lambda m, x: m.layer(x[0])[None], layer=nn.Conv2d(3, 2, 3)), images),
+    "grey image without a batch": (
+        lambda: Of(lambda m, x: m.layer(x[0, :1])[None], layer=nn.Conv2d(1, 2, 3)),
+        images,
+    ),
+    "vector without a batch": (lambda: Of(lambda m, x: m.layer(x[0])[None], layer=nn.Linear(8, 2)), vectors),
+    "number without a batch": (lambda: Of(lambda m, x: m.layer(x[0, :1])[None], layer=nn.Linear(1, 2)), vectors),
+    "norm without a batch": (lambda: Of(lambda m, x: m.layer(x[0])[None], layer=nn.LayerNorm(8)), vectors),
+    "group norm": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), images),
+    "group norm of frames": (
+        lambda: Of(lambda m, x: m.layer(x.view(-1, 4, 9)).view(x.shape), layer=nn.GroupNorm(2, 4)),
+        images,
+    ),
+    "instance norm": (lambda: nn.InstanceNorm2d(3, affine=True), images),
+    "layer norm, channels first": (
+        lambda: Of(lambda m, x: m.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), layer=nn.LayerNorm(3)),
+        images,
+    ),
+    "squeeze and excite": (
+        lambda: Of(
+            lambda m, x: (h := m.conv(x)) * m.gate(h.mean((2, 3)))[:, :, None, None].sigmoid(),
+            conv=nn.Conv2d(3, 4, 3),
+            gate=nn.Linear(4, 4),
+        ),
+        images,
+    ),
+    "GRU cell": (lambda: nn.GRUCell(8, 3), vectors),
+    "RNN cell": (lambda: nn.RNNCell(8, 3), vectors),
+    "gates": (lambda: nn.Sequential(nn.Linear(8, 8), nn.GLU()), lines),
+    # functions
+    **{
+        f"pool, {type(pool).__name__}": (lambda pool=pool: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), pool), images)
+        for pool in (
+            *(nn.MaxPool2d(2), nn.AvgPool2d(2), nn.LPPool2d(2, 2)),
+            *(nn.AdaptiveAvgPool2d(4), nn.AdaptiveMaxPool2d(4)),
+        )
+    },
+    "pool and back": (
+        after_conv(lambda h: functional.max_unpool2d(*functional.max_pool2d(h, 2, return_indices=True), 2)),
+        images,
+    ),
+    "pools 1d": (
+        after_linear(lambda h, x: functional.max_pool1d(h, 2) + functional.adaptive_avg_pool1d(h, 4)),
+        lines,
+    ),
+    "pools 3d": (after_conv(lambda h: functional.avg_pool3d(h[:, :, None], (1, 2, 2))), images),
+    **{
+        f"pad, {mode}": (after_conv(lambda h, mode=mode: functional.pad(h, (1, 1, 2, 1), mode=mode)), images)
+        for mode in ("constant", "reflect", "replicate", "circular")
+    },
+    **{
+        f"interpolate, {mode}": (after_conv(lambda h, mode=mode: functional.interpolate(h, 4, mode=mode)), images)
+        for mode in ("nearest", "bilinear", "bicubic", "area")
+    },
+    "sampled at a grid": (
+        after_conv(lambda h: functional.grid_sample(h, GRID.to(h).expand(len(h), -1, -1, -1), align_corners=False)),
+        images,
+    ),
+    "unfold": (
+        lambda: Of(lambda m, x: m.layer(functional.unfold(x, 2).transpose(1, 2)), layer=nn.Linear(12, 3)),
+        images,
+    ),
+    "fold": (
+        lambda: Of(lambda m, x: functional.fold(m.layer(functional.unfold(x, 2)), 6, 2), layer=nn.Conv1d(12, 12, 1)),
+        images,
+    ),
+    "pixel shuffle": (after_conv(lambda h: functional.pixel_shuffle(h, 2)), images),
+    "cumsum": (after_linear(lambda h, x: h.cumsum(-1)), lines),
+    "topk": (after_linear(lambda h, x: h.topk(3, -1).values), lines),
+    "sort": (after_linear(lambda h, x: h.sort(-1).values), lines),
+    "median": (after_linear(lambda h, x: h.median(-1).values), lines),
+    "gather": (after_linear(lambda h, x: h.gather(-1, x.argsort(-1))), lines),
+    "scatter": (after_linear(lambda h, x: torch.zeros_like(x).scatter_add(-1, x.argsort(-1) // 2, h)), lines),
+    "where": (after_linear(lambda h, x: torch.where(x > 0, h, -x)), lines),
+    "masked fill": (after_linear(lambda h, x: h.masked_fill(x > 0, 0)), lines),
+    "index": (after_linear(lambda h, x: h[:, [0, 2, 5]] + h[:, torch.tensor([1, 1, 3])]), lines),
+    "assigned": (after_linear(lambda h, x: zeroed(h)), lines),
+    "fft": (after_linear(lambda h, x: torch.fft.rfft(h).abs()), lines),
+    "distances of its own": (after_linear(lambda h, x: torch.cdist(h, 2 * h + 1)), lines),
+    "normalised": (after_linear(lambda h, x: functional.normalize(h, dim=-1)), lines),
+    "straight through": (
+        after_linear(lambda h, x: functional.one_hot(h.argmax(-1), 8).to(h) + h - h.detach()),
+        lines,
+    ),
+    "linear algebra": (
+        after_linear(lambda h, x: torch.linalg.solve(h + 9 * torch.eye(6).to(h), x[:, :, :6]), width=6),
+        lines,
+    ),
+    "sparse": (after_linear(lambda h, x: torch.sparse.mm(torch.eye(6).to(h).to_sparse(), h[0])[None]), lines),
+    "dtype of another": (after_linear(lambda h, x: h * (x > 0).type_as(h) + x.to(h)), lines),
+}
+GRID = torch.rand(1, 4, 4, 2) * 2 - 1
+BY_LOOP = {
+    "LSTM": (lambda: Of(lambda m, x: m.layer(x)[0], layer=nn.LSTM(8, 3, batch_first=True)), lines),
+    "GRU": (lambda: Of(lambda m, x: m.layer(x)[0], layer=nn.GRU(8, 3, batch_first=True)), lines),
+    "RNN": (lambda: Of(lambda m, x: m.layer(x)[0], layer=nn.RNN(8, 3, batch_first=True)), lines),
+    "LSTM cell": (lambda: Of(lambda m, x: m.layer(x)[0], layer=nn.LSTMCell(8, 3)), vectors),
+    "assigned by a mask": (after_linear(lambda h, x: h.clone().index_put_((h > 0,), torch.zeros(()).to(h))), vectors),
+    "chosen by a mask": (after_linear(lambda h, x: h[h > -9].sum()[None, None] + h), vectors),
+    "branch": (after_linear(lambda h, x: h if h.sum() > 0 else -h), vectors),
+    "checkpoint": (
+        after_linear(lambda h, x: torch.utils.checkpoint.checkpoint(torch.tanh, h, use_reentrant=False)),
+        vectors,
+    ),
+    "gradient within": (lambda: nn.Sequential(nn.Linear(8, 4), Of(lambda m, x: by_gradient(x))), vectors),
+    "hook": (after_linear(lambda h, x: hooked_scale(h, True)), vectors),
+    "hook, where there is a graph": (after_linear(lambda h, x: hooked_scale(h)), vectors),
+    "another value where there is a graph": (after_linear(lambda h, x: h if h.requires_grad else 3 * h), vectors),
+    "another value behind a node": (after_linear(lambda h, x: 3 * h if h.grad_fn is None else h), vectors),
+    "backward of its own": (after_linear(lambda h, x: Doubled.apply(h)), vectors),
+}
+WRONG = {
+    "words, padding": (lambda: nn.Embedding(10, 4, padding_idx=3), words),
+    "type of a parameter": (
+        lambda: Of(lambda m, x: m.layer(x).tanh() + x.type_as(m.layer.weight), layer=nn.Linear(8, 8)),
+        vectors,
+    ),
+    "to a parameter": (
+        lambda: Of(lambda m, x: m.layer(x).tanh() * (x > 0).to(m.layer.weight), layer=nn.Linear(8, 8)),
+        vectors,
+    ),
+    "weight changed after its layer": (
+        lambda: Of(lambda m, x: (h := functional.linear(x, w := m.weight * 1)).tanh() + functional.linear(x, w.mul_(3)), weight=parameter(8, 8)),
+        vectors,
+    ),
+    "addmm, a bias [1, O]": (
+        lambda: Of(lambda m, x: torch.addmm(m.bias, x, m.weight), weight=parameter(8, 3), bias=parameter(1, 3)),
+        vectors,
+    ),
+    "addmm, a bias [T, O]": (
+        lambda: Of(
+            lambda m, x: torch.addmm(m.bias, x[0], m.weight)[None], weight=parameter(8, 3), bias=parameter(6, 3)
+        ),
+        lines,
+    ),
+    "a bias for all": (
+        lambda: Of(lambda m, x: functional.linear(x, m.weight, m.bias), weight=parameter(3, 8), bias=parameter(1)),
+        vectors,
+    ),
+    "mm by keyword": (lambda: Of(lambda m, x: torch.mm(x, mat2=m.weight), weight=parameter(8, 3)), vectors),
+    "mm with a frozen matrix": (
+        lambda: Of(lambda m, x: torch.mm(m.layer(x)[0], m.matrix)[None], layer=nn.Linear(8, 8), matrix=frozen(parameter(8, 3))),
+        lines,
+    ),
+    "a variable of a function's own": (
+        lambda: Of(lambda m, x: functional.linear(x, Scaled.apply(m.weight)), weight=parameter(3, 8)),
+        vectors,
+    ),
+}
+
+
+def hooked_scale(h, always=False):
+    if always or h.requires_grad:
+        h.register_hook(lambda grad: 2 * grad)
+    return h
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Scaled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p):
+        return p * -100
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (ctx.variable,) = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -100 * grad
+
+
+def alone(module, inputs, clip_norm, criterion=total_square):
+    """The clipped sum by a loop over single examples, in float64; and the norms."""
+    module = copy.deepcopy(module).double()
+    leaves = trainable(module)
+    total, norms = {name: torch.zeros_like(p) for name, p in leaves.items()}, []
+    for x in inputs:
+        points = {name: p.detach().requires_grad_() for name, p in leaves.items()}
+        losses = criterion(torch.func.functional_call(module, points, (x[None],)), torch.zeros(1, dtype=torch.long))
+        found = torch.autograd.grad(losses.sum(), list(points.values()), allow_unused=True, materialize_grads=True)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in found))
+        norms.append(norm)
+        for name, g in zip(total, found, strict=True):
+            total[name] += g * min(1, clip_norm / max(norm, 1e-300))
+    return total, norms
+
+
+def check_right(module, inputs, engines=("auto", "vmap"), physical=128):
+    """Some clipped and some not, as a loop has it."""
+    module = module.double()
+    _, norms = alone(module, inputs, math.inf)
+    clip_norm = math.sqrt(min(norms) * max(norms))
+    expected, _ = alone(module, inputs, clip_norm)
+    before = copy.deepcopy(module.state_dict())
+    for engine in engines:
+        batch = inputs, torch.zeros(len(inputs), dtype=torch.long)
+        total, nonfinite = clipped_gradient_sum(
+            ModelLoss(module, total_square),
+            trainable(module),
+            batch,
+            FlatClipping(clip_norm=clip_norm),
+            engine=engine,
+            physical_batch_size=physical,
+        )
+        assert nonfinite == 0
+        assert {name: p.shape for name, p in total.items()} == {name: p.shape for name, p in expected.items()}
+        away = float(global_norm(subtract(total, expected)))
+        assert away <= 1e-6 * float(global_norm(expected)), (engine, away)
+        assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+        copy.deepcopy(module)
+
+
+@pytest.fixture
+def no_loop(monkeypatch):
+    """A pass per example is a failure."""
+
+    def refused(loss_fn, reason):
+        raise AssertionError(reason)
+
+    monkeypatch.setattr(loop, "remember", refused)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", VALID)
+def test_what_keeps_examples_apart_is_right_without_a_pass_for_each(case, no_loop):
+    make, inputs = VALID[case]
+    check_right(make(), inputs())
+
+
+GRAPHLESS = dict.fromkeys(
+    ("hook, where there is a graph", "another value where there is a graph", "another value behind a node"),
+    "requires_grad of a batched tensor is False, and its grad_fn None",
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", known(BY_LOOP, GRAPHLESS))
+def test_what_needs_a_pass_for_each_example_is_right(case):
+    make, inputs = BY_LOOP[case]
+    module = make()
+    check_right(module, inputs())
+    assert loop.needed(ModelLoss(module, total_square))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.xfail(strict=True, reason="wrong sums, shapes, or a pass for each example")
+def test_what_should_be_right_without_a_pass_for_each(case, no_loop):
+    make, inputs = WRONG[case]
+    check_right(make(), inputs())
+
+
+@st.composite
+def rearrangements(draw):
+    """A shape of an example, and what turns it over, step by step, to be applied to ``[B, *shape]``."""
+    sizes = st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=4)
+    shape = draw(sizes)
+    return shape, [(draw(st.sampled_from(sorted(MOVES))), draw(st.integers(0, 10**6))) for _ in range(draw(st.integers(1, 6)))]
+
+
+def permuted(x, r):
+    order = random.Random(r).sample(range(1, x.ndim), x.ndim - 1)
+    return x.permute(0, *order)
+
+
+def dimension(x, r):
+    return 1 + r % (x.ndim - 1)
+
+
+def reshaped(x, r):
+    sizes, left = [], x[0].numel()
+    while left > 1:
+        one = next(n for n in range(2 + r % 3, left + 3) if left % n == 0) if left % (2 + r % 3) == 0 else left
+        sizes, left = [*sizes, one], left // one
+    return x.reshape(len(x), *(sizes or [1]))
+
+
+def chunked(x, r):
+    return torch.cat(x.chunk(2, dimension(x, r))[::-1], dimension(x, r))
+
+
+def stacked(x, r):
+    return torch.stack([x, x.tanh()], dimension(x, r)) if x[0].numel() < 64 else x
+
+
+def expanded(x, r):
+    return x.unsqueeze(dimension(x, r)).expand(*x.shape[: (d := dimension(x, r))], 2, *x.shape[d:]) if x[0].numel() < 64 else x
+
+
+MOVES = {
+    "permute": permuted,
+    "reshape": reshaped,
+    "flatten": lambda x, r: x.flatten(dimension(x, r)),
+    "unflatten": lambda x, r: x.unflatten(dimension(x, r), (1, -1)),
+    "transpose": lambda x, r: x.transpose(dimension(x, r), -1),
+    "expand": expanded,
+    "chunk": chunked,
+    "stack": stacked,
+    "roll": lambda x, r: x.roll(1 + r % 2, dimension(x, r)),
+    "flip": lambda x, r: x.flip(dimension(x, r)),
+    "squeeze": lambda x, r: x.squeeze(dimension(x, r)) if x.ndim > 2 else x,
+    "unbind": lambda x, r: torch.stack(x.unbind(dimension(x, r))[::-1], dimension(x, r)),
+    "narrow": lambda x, r: x.narrow(dimension(x, r), 0, max(1, x.shape[dimension(x, r)] - 1)),
+    "move": lambda x, r: x.movedim(dimension(x, r), 1),
+    "contiguous": lambda x, r: x.contiguous(),
+}
+
+
+@settings(max_examples=40)
+@given(rearrangements(), st.integers(1, 4), st.sampled_from([2, 128]))
+def test_views_between_layers(drawn, batch, physical):
+    shape, moves = drawn
+
+    def turned_over(x):
+        for name, r in moves:
+            x = MOVES[name](x, r)
+        return x
+
+    x = torch.randn(batch, *shape, dtype=torch.float64)
+    first = nn.Linear(shape[-1], 3).double()
+    last = nn.Linear(turned_over(first(x)).shape[-1], 2)
+    module = Of(lambda m, x: m.last(turned_over(m.first(x)).tanh()), first=first, last=last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "remember", lambda loss_fn, reason: pytest.fail(reason))
+        check_right(module, x, physical=physical)
