@@ -397,6 +397,16 @@ def test_nobody_moves_a_sum_beyond_the_bound(case):
     check_bounded(lambda: Model(STATELESS[case]))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", list(STATELESS)[::16])
+def test_opacus_is_bounded_or_refuses(case):
+    try:
+        found = moved(lambda: Model(STATELESS[case]), drop=3, engine="opacus")
+    except (SettingError, InputError, ModelError):
+        return
+    assert found <= 1 + 1e-6
+
+
 # --- what keeps something -------------------------------------------------------------------------------------------
 
 
@@ -997,6 +1007,12 @@ BY_LOOP = {
     "backward of its own": (after_linear(lambda h, x: Doubled.apply(h)), vectors),
 }
 WRONG = {
+    "complex product": (
+        lambda: Of(
+            lambda m, x: (torch.fft.fft(x) @ torch.view_as_complex(m.weight)).abs(), weight=parameter(8, 3, 2)
+        ),
+        vectors,
+    ),
     "words, padding": (lambda: nn.Embedding(10, 4, padding_idx=3), words),
     "type of a parameter": (
         lambda: Of(lambda m, x: m.layer(x).tanh() + x.type_as(m.layer.weight), layer=nn.Linear(8, 8)),
@@ -1126,10 +1142,13 @@ def test_what_keeps_examples_apart_is_right_without_a_pass_for_each(case, no_loo
     check_right(make(), inputs())
 
 
-GRAPHLESS = dict.fromkeys(
-    ("hook, where there is a graph", "another value where there is a graph", "another value behind a node"),
-    "requires_grad of a batched tensor is False, and its grad_fn None",
-)
+GRAPHLESS = {
+    **dict.fromkeys(
+        ("hook, where there is a graph", "another value where there is a graph", "another value behind a node"),
+        "requires_grad of a batched tensor is False, and its grad_fn None",
+    ),
+    "hook": "check_repeats runs without gradients, where torch registers no hook",
+}
 
 
 @pytest.mark.filterwarnings("ignore")
