@@ -31,11 +31,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn import functional
+from torch.overrides import _pop_mode, _push_mode
 from torch.utils._pytree import tree_map
 
 from fed_dpsat.params import Params
 from fed_dpsat.step.draws import of_batch
-from fed_dpsat.step.gradients.contribution import Contribution, Rows, Unplanned, wide
+from fed_dpsat.step.gradients import rnn
+from fed_dpsat.step.gradients.contribution import Contribution, Rows, Unplanned, check_versions, versions, wide
 from fed_dpsat.step.gradients.drawing import ANSWERS, LOOKED_INTO, Pass
 from fed_dpsat.step.gradients.level import Level
 from fed_dpsat.step.gradients.passes import InPass, check_backward, name_of, tensors, writes
@@ -48,6 +50,12 @@ NARROW = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 
 OF_BATCHES = frozenset({functional.group_norm, functional.instance_norm})
 """Layers whose first dimension is always that of a batch: an example is one row of it, or there is no layer."""
+
+OF_MATRICES = frozenset({torch.mm, Tensor.mm})
+"""Products of an example that are no matrices for the whole batch."""
+
+REQUIRES_GRAD, GRAD_FN, IS_LEAF = (getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf"))
+OF_GRAPHS = frozenset({REQUIRES_GRAD, GRAD_FN, IS_LEAF})
 
 HOOKS = "a module that packs saved tensors itself (checkpoint, saved_tensors_hooks)"
 
@@ -118,6 +126,7 @@ class Capture(InPass):
         """``function`` of each example of ``wholes``, trees of ``[B, ...]``, as a batch of one: ``[B, ...]``."""
         with self._level.opened(), disable_saved_tensors_hooks(HOOKS), self:
             out = function(*map(self._alone, wholes))
+            self.check_own(out, function)
             whole = self._level.whole(out)
             return whole.squeeze(1) if out.ndim and len(out) == 1 else whole
 
@@ -136,9 +145,13 @@ class Capture(InPass):
             with self:
                 return LOOKED_INTO[func](*args, **kwargs)
         check_backward(func, args)
-        if func is torch.addmm and not kwargs:  # GPT-2's layers are written so
+        if func in OF_GRAPHS:
+            return self._of_graph(func, args)
+        if func is torch.addmm and not kwargs and len(args) == 3 and args[0].ndim == 1:  # a layer of GPT-2
             func, args = functional.linear, (args[1], args[2].t(), args[0])
         learning = torch.is_grad_enabled()
+        if learning and func in rnn.CELLS and functional.linear in self._plan and self._level.on_top():
+            return self._recurrent(func, args, kwargs)
         if learning and func in self._plan and self._level.on_top():
             answer = self._layer(func, args, kwargs)
             if answer is not None:
@@ -152,12 +165,23 @@ class Capture(InPass):
                     return answer
         return self.drawn.answer(func, args, kwargs)
 
+    def _of_graph(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """What a tensor says of the graph that it is in: one for each example is in that of the whole batch."""
+        (t, *_) = args
+        if not self._level.wraps(t):
+            return func(*args)
+        if func == GRAD_FN:
+            raise Unplanned("grad_fn, which reaches into the backward pass")
+        return func(self._level.whole(t), *args[1:])
+
     def _layer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A layer's answer; None for a call that is none: its input is the batch, its weights are not."""
         x, *others = args if args else (kwargs.get("input"),)
         more = {key: value for key, value in kwargs.items() if key != "input"} if kwargs else kwargs
         weights = tensors((*others, *more.values()))
-        if not isinstance(x, Tensor) or any(map(self._level.wraps, weights)):
+        if not isinstance(x, Tensor) or x.is_complex() or any(map(self._level.wraps, weights)):
+            return None
+        if any(t.is_complex() for t in weights):
             return None
         learns = any(t.requires_grad for t in weights)
         if not self._level.wraps(x) and not (learns and self._tape is not None and not x.is_floating_point()):
@@ -175,7 +199,8 @@ class Capture(InPass):
         with self._level.below():
             if self._tape is not None and (learns or _faster(call)):
                 return self._level.wrap(self._answer(call, whole, alone))
-            out = func(whole.squeeze(1) if alone else whole, *others, **more)
+            of_batch = torch.matmul if func in OF_MATRICES else func
+            out = of_batch(whole.squeeze(1) if alone else whole, *others, **more)
             return self._level.wrap(out.unsqueeze(1) if alone else out)
 
     def _answer(self, call: Call, x: Tensor, alone: bool) -> Tensor:
@@ -193,6 +218,26 @@ class Capture(InPass):
             out: Tensor = Planned.apply(self._tape, held, self.anchor, x, alone)  # type: ignore[no-untyped-call]
         return out
 
+    def _recurrent(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """By layers on a tape; else torch's own for one sequence after the other, where ``vmap`` lets it."""
+        if self._tape is None or kwargs:
+            raise Unplanned(f"{name_of(func)} without layers")
+        if rnn.is_packed(args):
+            raise Unplanned("packed sequences, each of a length of its own")
+        with self:
+            return rnn.answer(self._recurrence, func, *args)
+
+    def _recurrence(self, of: rnn.Direction, gates: Tensor, *states: Tensor) -> list[Tensor]:
+        """Outputs ``[1, T, H]`` and last states ``[1, H]`` of a recurrence over ``gates[1, T, G * H]``."""
+        before = _pop_mode()  # type: ignore[no-untyped-call]  # what it calls is no call of the module's
+        try:
+            with self._level.below(), torch.autocast(gates.device.type, enabled=False):
+                whole = [self._level.whole(t).squeeze(1).to(of.weight.dtype) for t in (gates, *states)]
+                found = rnn.Recurrence.apply(self._tape, of, self.anchor, *whole)  # type: ignore[no-untyped-call]
+                return [self.made(self._level.wrap(t.unsqueeze(1))) for t in found]
+        finally:
+            _push_mode(before)  # type: ignore[no-untyped-call]
+
     def _in_the_open(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -201,8 +246,11 @@ class Capture(InPass):
         if not any(map(self._learns, given)) or not (func in ANSWERS or any(map(self._level.wraps, given))):
             return args, kwargs
         name = name_of(func)
-        if name in ("type_as", "to"):
-            return tuple(self._kind(t) if isinstance(t, Tensor) and self._level.wraps(t) else t for t in args), kwargs
+        if name in ("type_as", "to") and len(given) == 2:
+            other = torch.empty((), dtype=given[1].dtype, device=given[1].device)  # what it is like, and no more
+            return tuple(other if t is given[1] else t for t in args), {
+                key: other if t is given[1] else t for key, t in kwargs.items()
+            }
         if any(map(self._learns, tensors((args[:1] if writes(name) else (), kwargs.get("out"))))):
             raise Unplanned(f"{name} writes the batch into a function of parameters")
 
@@ -218,10 +266,6 @@ class Capture(InPass):
     def _learns(self, t: Tensor) -> bool:
         """Whether ``t`` is a function of parameters alone."""
         return t.requires_grad and not self._level.wraps(t)
-
-    def _kind(self, t: Tensor) -> Tensor:
-        """Something of the type of ``t``, and the same for all examples."""
-        return torch.empty((), dtype=t.dtype, device=t.device)
 
     def _row_each(self, t: Tensor, name: str) -> Tensor:
         assert self._tape is not None
@@ -251,6 +295,7 @@ class Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: Tape, call: Call, anchor: Tensor, x: Tensor, alone: bool) -> Tensor:
         ctx.tape, ctx.call, ctx.alone = tape, call, alone
+        ctx.versions = versions((call.weight, call.bias))
         x = x.squeeze(1) if alone else x
         out, saved = call.layer.forward(x, _detached(call.weight, call, x), _detached(call.bias, call, x))
         ctx.save_for_backward(*saved)
@@ -260,6 +305,7 @@ class Planned(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor | None, None]:
         call, grad = ctx.call, grads[0].squeeze(1) if ctx.alone else grads[0]
         tensors = {"weight": call.weight, "bias": call.bias}
+        check_versions(tensors.values(), ctx.versions)
         roles = tuple(role for role, t in tensors.items() if t is not None and t.requires_grad)
         saved, weight = tuple(t.detach() for t in ctx.saved_tensors), _detached(call.weight, call, ctx.saved_tensors[0])
         gradient, found = call.layer.backward(grad, weight, saved, ctx.needs_input_grad[3], roles)
@@ -274,11 +320,12 @@ class InTheOpen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tape: Tape, of: list[Tensor], anchor: Tensor, batch: int) -> Tensor:
         (t,) = of  # in a list, so that its own graph stays out of that of the loss
-        ctx.tape, ctx.t = tape, t
+        ctx.tape, ctx.t, ctx.versions = tape, t, versions([t])
         return t.detach().expand(batch, *t.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        check_versions([ctx.t], ctx.versions)
         ctx.tape.found.append((ctx.t, Rows(data=wide(grads[0]))))
         return None, None, None, None
 

@@ -18,6 +18,9 @@ from fed_dpsat.params import Params
 from fed_dpsat.step.gradients import standard
 from fed_dpsat.step.gradients.contribution import Contribution, Rows, wide
 
+ACCUMULATES = type(torch.zeros((), requires_grad=True).view_as(torch.zeros(())).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+"""The class of nodes that stand for a leaf; a function of a module's own may have any name and attributes."""
+
 COPIES = frozenset(
     f"{name}Backward{number}"
     for name in (
@@ -42,7 +45,7 @@ COPIES = frozenset(
 
 def leaves_of(function: Tensor) -> list[Tensor]:
     """The parameters that ``function`` is one of."""
-    return list({id(node.variable): node.variable for node in _nodes(function) if hasattr(node, "variable")}.values())
+    return list({id(node.variable): node.variable for node in _nodes(function) if _is_leaf(node)}.values())
 
 
 def spread(functions: list[tuple[Tensor, Contribution]], leaves: Params) -> dict[str, list[Contribution]]:
@@ -108,7 +111,7 @@ def _selections(
     leaves: dict[str, Tensor] = {}
     for w, held in functions:
         nodes = list(_nodes(w))
-        if any(type(node).__name__ not in COPIES and not hasattr(node, "variable") for node in nodes):
+        if any(type(node).__name__ not in COPIES and not _is_leaf(node) for node in nodes):
             continue
         (leaf,) = leaves_of(w)
         if (name := names.get(id(leaf))) is not None:
@@ -134,3 +137,7 @@ def _nodes(function: Tensor) -> Iterator[Any]:
             seen.add(node)
             yield node
             waiting += [behind for behind, _ in node.next_functions]
+
+
+def _is_leaf(node: Any) -> bool:
+    return type(node) is ACCUMULATES

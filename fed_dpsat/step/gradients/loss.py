@@ -76,6 +76,11 @@ def check_types(params: Params) -> None:
 
 def check_module(module: nn.Module) -> None:
     """Refuse layers that share statistics between examples: BatchNorm of any kind, InstanceNorm that tracks them."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(module).__name__} is scripted, and its parameters cannot be replaced; use the module that "
+            "torch.jit.script was given"
+        )
     named = [f"{name} ({type(m).__name__})" for name, m in module.named_modules() if _mixes(m)]
     if named:
         raise ModelError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch._functorch.autograd_function import custom_function_call
 from torch.overrides import TorchFunctionMode
 
 from fed_dpsat.step.gradients.contribution import Unplanned
+from fed_dpsat.step.gradients.level import is_transformed
 
 MARK = "_fed_dpsat_pass"
 
@@ -37,11 +38,16 @@ class InPass(TorchFunctionMode):
     ) -> Any:
         """Check the arguments, answer the call, and mark what it made."""
         kwargs = kwargs or {}
-        for t in tensors((*args, *kwargs.values())):
-            mark = t.__dict__.get(MARK)
-            if mark is not None and mark is not self._mark:
-                raise Unplanned(f"{name_of(func)} of a tensor that an earlier pass made: a module may keep none")
-        return self.made(self.call(func, args, kwargs), args)
+        given = tensors((*args, *kwargs.values())) if kwargs else tensors(args)
+        for t in given:
+            self.check_own(t, func)
+        return self.made(self.call(func, args, kwargs), given)
+
+    def check_own(self, t: Tensor, func: Callable[..., Any]) -> None:
+        """Raise ``Unplanned`` for a tensor of another pass, and for one of examples that no call of this pass made."""
+        mark = t.__dict__.get(MARK)
+        if mark is not self._mark and (mark is not None or is_transformed(t)):
+            raise Unplanned(f"{name_of(func)} of a tensor that another pass made, or code that shows no calls")
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer to ``func`` of the arguments, with this mode off."""
@@ -51,10 +57,10 @@ class InPass(TorchFunctionMode):
         """Whether ``t``, which a call made, may be a function of the examples."""
         return True
 
-    def made(self, out: Any, args: tuple[Any, ...] = ()) -> Any:
-        """``out``, whose tensors are marked as this pass's; not those that came in."""
-        for t in tensors((out,)):
-            if self.is_own(t) and not any(t is one for one in args):
+    def made(self, out: Any, given: Sequence[Tensor] = ()) -> Any:
+        """``out``, whose tensors are marked as this pass's; not those that were ``given``."""
+        for t in (out,) if isinstance(out, Tensor) else tensors((out,)):
+            if self.is_own(t) and not any(t is one for one in given):
                 t.__dict__[MARK] = self._mark
         return out
 
@@ -64,8 +70,8 @@ def check_backward(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
     name = name_of(func)
     if name in BACKWARD:
         raise Unplanned(f"{name}, which reaches into the backward pass")
-    if func is custom_function_call and not getattr(args[0], "generate_vmap_rule", False):
-        raise Unplanned(f"{args[0].__name__}, an autograd.Function without generate_vmap_rule")
+    if func is custom_function_call:
+        raise Unplanned(f"{args[0].__name__}, an autograd.Function")
     if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         space = str(func).partition(".")[0].partition("::")[0]
         if space not in OF_TORCH:
@@ -94,3 +100,14 @@ def tensors(values: Iterable[Any]) -> list[Tensor]:
         elif isinstance(value, dict):
             found += tensors(value.values())
     return found
+
+
+class Alone(InPass):
+    """The pass of one example, in which a tensor that is written into is its own from then on."""
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Torch's answer."""
+        out = func(*args, **kwargs)
+        for t in tensors((args[:1] if writes(name_of(func)) else (), kwargs.get("out"))):
+            t.__dict__[MARK] = self._mark
+        return out

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fed_dpsat.errors import InputError
 from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.draws import Draws, of_batch
@@ -38,7 +39,8 @@ from fed_dpsat.step.gradients.formats import FORMATS, laid_out, suits_channels_l
 from fed_dpsat.step.gradients.gathered import gathered
 from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.plain import plain_query_sum, plain_sum, unbounded
-from fed_dpsat.step.gradients.routes import Routes, routes_of
+from fed_dpsat.step.gradients.routes import TABLES, Routes, routes_of
+from fed_dpsat.step.gradients.state import as_it_was
 from fed_dpsat.step.query import At, LossFn, Query, as_query, compacted, first_point, simplified, zero_sum
 
 
@@ -52,8 +54,8 @@ def planned_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clippi
 
 
 def vmap_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule) -> tuple[Params, int]:
-    """The same with a row of every parameter for each example: no layer has an engine of its own."""
-    return _sum(loss_fn, simplified(at), inputs, targets, clipping, {})
+    """The same with a row of every parameter for each example, but tables: ``vmap`` forgets about ``padding_idx``."""
+    return _sum(loss_fn, simplified(at), inputs, targets, clipping, TABLES)
 
 
 def _sum(
@@ -80,8 +82,11 @@ def _held(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, plan: Routes
             return _asked(at, lambda point: per_example(loss, point, inputs, targets, plan, begun))
         except Unplanned as unplanned:
             reason = str(unplanned)
-        except (RuntimeError, NotImplementedError) as error:
-            reason = f"vmap refuses it: {str(error).strip().splitlines()[0]}"
+        except InputError:
+            raise
+        except Exception as error:  # what is no fault of the pass is raised again by those of single examples
+            said = str(error).strip().splitlines()
+            reason = f"vmap refuses it: {said[0] if said else type(error).__name__}"
         mark.moved()  # whatever was drawn, it is as if nothing was
         loop.remember(loss_fn, reason)
     rows = combined(query, loop.gradients(loss, begun, draws, inputs, targets))
@@ -160,7 +165,8 @@ def run(
         capture, mark = Capture(len(targets), plan, tape), Mark.here(targets.device)
         if begun is not None:
             begun.begin = capture.drawn.begin
-        losses = capture.losses(loss_fn, leaves, inputs, targets)
+        with as_it_was(loss_fn if begun is None else begun.loss_fn):
+            losses = capture.losses(loss_fn, leaves, inputs, targets)
         check_drawn(mark)
         if not losses.requires_grad:
             return
@@ -182,7 +188,8 @@ def channels_last(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tens
     if key not in formats:
         tape, mark = Tape(keep_calls=True), Mark.here(inputs.device)
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        with torch.enable_grad(), Draws.fresh(1).used(), suppress(Exception):  # the pass over the examples raises it
+        with torch.enable_grad(), Draws.fresh(1).used(), as_it_was(loss_fn), suppress(Exception):
+            # the pass over the examples raises it again
             capture = Capture(1, routes_of(loss_fn), tape)
             capture.losses(loss_fn, leaves, torch.zeros_like(inputs[:1]), torch.zeros_like(targets[:1]))
         mark.moved()

@@ -29,7 +29,7 @@ Size = int | tuple[int, ...] | list[int]
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
-    if input.ndim < 2 or weight.ndim != 2:
+    if input.ndim < 2 or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     strategy = linear.choose(math.prod(input.shape[1:-1]), weight.shape[1], weight.shape[0])
     return Call(name="linear", layer=linear.Linear(strategy=strategy), x=input, weight=weight, bias=bias)
@@ -164,3 +164,7 @@ def _routes(kernels: bool) -> Routes:
         functional.instance_norm: _instance_norm(kernels),
         functional.embedding: _embedding,
     }
+
+
+TABLES: Routes = {functional.embedding: _embedding}
+"""What has a layer also if all else is in the open."""

@@ -46,7 +46,7 @@ def _attention(
         out = functional.scaled_dot_product_attention(
             q, k, v, mask[0] if mask else None, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        heads = query.shape[-3:-2] if leading else ()
+        heads = out.shape[-3:-2] if leading else ()
         shape = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))  # type: ignore[no-untyped-call]
         return level.wrap(out.reshape(level.batch, *shape, *heads, *out.shape[-2:]))
 
