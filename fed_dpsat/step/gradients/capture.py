@@ -42,6 +42,7 @@ from fed_dpsat.step.gradients.drawing import ANSWERS, LOOKED_INTO, Pass
 from fed_dpsat.step.gradients.level import Level
 from fed_dpsat.step.gradients.passes import InPass, check_backward, name_of, tensors, writes
 from fed_dpsat.step.gradients.rowwise import ROWWISE
+from fed_dpsat.step.gradients.skipped import ask_no_batch
 from fed_dpsat.step.placement import is_card
 from fed_dpsat.step.query import LossFn
 
@@ -124,6 +125,7 @@ class Capture(InPass):
 
     def each(self, function: Callable[..., Tensor], *wholes: Any) -> Tensor:
         """``function`` of each example of ``wholes``, trees of ``[B, ...]``, as a batch of one: ``[B, ...]``."""
+        ask_no_batch()
         with self._level.opened(), disable_saved_tensors_hooks(HOOKS), self:
             out = function(*map(self._alone, wholes))
             self.check_own(out, function)
