@@ -221,6 +221,17 @@ def _of_size(numbers: Numbers) -> Callable[..., Answer]:
     return answer
 
 
+def _empty(drawn: Pass, *size: Any, dtype: Any = None, device: Any = None, **others: Any) -> Answer:
+    """Room of each example's own, since it is made to be written to (torchvision's ``stochastic_depth``)."""
+    size = others.pop("size", size)
+    shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else tuple(size)
+    if any(others.values()) or device == "meta":
+        return NotImplemented
+    with drawn.level.below():
+        whole = torch.empty((len(drawn.draws), *shape), dtype=dtype, device=device)
+    return drawn.level.wrap(whole)
+
+
 def _uniform_(drawn: Pass, input: Tensor, *bounds: float, generator: object = None, **named: float) -> Answer:
     _own(generator)
     low, high = {"from": 0.0, "to": 1.0, **dict(zip(("from", "to"), bounds, strict=False)), **named}.values()
@@ -352,6 +363,7 @@ ANSWERS: dict[Callable[..., Any], Callable[..., Answer]] = {
     torch.rand_like: _like(_uniforms),
     torch.randn_like: _like(_normals),
     torch.normal: _normal,
+    torch.empty: _empty,
     torch.rand: _of_size(_uniforms),
     torch.randn: _of_size(_normals),
     functional.rrelu: _rrelu,

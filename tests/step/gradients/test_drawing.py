@@ -100,13 +100,13 @@ ONE_PASS = {
 MAPPED = {
     "gumbel": functional.gumbel_softmax,
     "of a size": lambda x: x * torch.rand(len(x), 1, dtype=x.dtype),
+    "written to": lambda x: x * torch.empty(x.shape, dtype=x.dtype).bernoulli_(0.5),
     "of the weights": Positions(),
 }
 ALONE = {
     "random": lambda x: x * (random.random() < 0.5),
     "numpy": lambda x: x * float(np.random.rand() < 0.5),
     "permuted": lambda x: x[..., torch.randperm(x.shape[-1])],
-    "written to": lambda x: x * torch.empty(x.shape, dtype=x.dtype).bernoulli_(0.5),
     "checkpoint": lambda x: checkpoint.checkpoint(lambda h: functional.dropout(h.tanh(), 0.5), x, use_reentrant=False),
 }
 SEQUENCES = {
