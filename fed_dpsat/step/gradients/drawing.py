@@ -32,6 +32,7 @@ from fed_dpsat.step.draws import Draws
 from fed_dpsat.step.generators import Mark
 from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.level import Level
+from fed_dpsat.step.gradients.passes import looked_into
 from fed_dpsat.step.placement import is_card
 
 Answer = Any
@@ -322,18 +323,8 @@ def _attention_product(
     return thinned if thinned is NotImplemented else thinned @ value
 
 
-def _unchecked(function: Any) -> Callable[..., Any]:
-    """``function`` without its question whether someone overrides it: we do, and want its inner calls."""
-    asked = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
-    namespace = {**function.__globals__, **asked}
-    inner = type(function)(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
-    inner.__kwdefaults__ = function.__kwdefaults__
-    unchecked: Callable[..., Any] = inner
-    return unchecked
-
-
 LOOKED_INTO = {
-    function: _unchecked(function) for function in (functional.multi_head_attention_forward, functional.gumbel_softmax)
+    function: looked_into(function) for function in (functional.multi_head_attention_forward, functional.gumbel_softmax)
 }
 """What torch writes in Python around layers and draws, to be called call by call."""
 

@@ -89,7 +89,7 @@ def gradients(loss: LossFn, begun: Begun, draws: Draws, inputs: Tensor, targets:
                     losses.append(found.detach())
                     if i == len(seeds):
                         break
-                    for name, g in _gradient(found.sum(), leaves).items():
+                    for name, g in _gradient(found.sum(), leaves, begun).items():
                         rows[name].append(g)
         _check_same(begun, losses[0], losses[-1])
         return {name: torch.stack(each) for name, each in rows.items()}
@@ -103,12 +103,13 @@ def check_repeats(loss: LossFn, begun: Begun, point: Params, inputs: Tensor, tar
     if _key(begun.loss_fn) in _repeats:
         return
     value, losses = next(draws.split(1)).seeds()[0], []
+    leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
     with kept(inputs.device), torch.enable_grad(), _copied(begun):
         for _ in range(2):
             begun.begin = lambda: seed(inputs.device, value)
             begun.begin()
             with _refusing(begun):
-                losses.append(loss(point, inputs[:1], targets[:1]).detach())
+                losses.append(loss(leaves, inputs[:1], targets[:1]).detach())
     _check_same(begun, *losses)
     if _key(begun.loss_fn) is subject:
         _repeats.add(subject)
@@ -163,10 +164,15 @@ def _copied(begun: Begun) -> Iterator[None]:
         begun.loss_fn = whole
 
 
-def _gradient(loss: Tensor, leaves: Params) -> Params:
+def _gradient(loss: Tensor, leaves: Params, begun: Begun) -> Params:
     if not loss.requires_grad:
         return {name: torch.zeros_like(p) for name, p in leaves.items()}
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    try:
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ModelError(f"{_name(begun.loss_fn)} has a reentrant checkpoint; use use_reentrant=False") from None
     return dict(zip(leaves, found, strict=True))
 
 

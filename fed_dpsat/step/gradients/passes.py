@@ -102,11 +102,27 @@ def tensors(values: Iterable[Any]) -> list[Tensor]:
     return found
 
 
+def looked_into(function: Any) -> Callable[..., Any]:
+    """``function`` without its question whether someone overrides it: we do, and want its inner calls."""
+    asked = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
+    namespace = {**function.__globals__, **asked}
+    inner = type(function)(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
+    inner.__kwdefaults__ = function.__kwdefaults__
+    unchecked: Callable[..., Any] = inner
+    return unchecked
+
+
+BACKWARDS = {function: looked_into(function) for function in (torch.autograd.grad, torch.autograd.backward)}
+
+
 class Alone(InPass):
     """The pass of one example, in which a tensor that is written into is its own from then on."""
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Torch's answer."""
+        """Torch's answer; a backward pass may run code of the module's, which is looked at too."""
+        if func in BACKWARDS:
+            with self:
+                return BACKWARDS[func](*args, **kwargs)
         out = func(*args, **kwargs)
         for t in tensors((args[:1] if writes(name_of(func)) else (), kwargs.get("out"))):
             t.__dict__[MARK] = self._mark

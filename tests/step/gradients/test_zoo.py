@@ -84,24 +84,48 @@ def of_next(logits, tokens):
 def torchvision_vit(p, attention):
     vit = library("torchvision", "models.vision_transformer").VisionTransformer
     return vit(
-        image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, dropout=p,
-        attention_dropout=p, num_classes=CLASSES,
+        image_size=8,
+        patch_size=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        mlp_dim=16,
+        dropout=p,
+        attention_dropout=p,
+        num_classes=CLASSES,
     )
 
 
 def torchvision_swin(p, attention):
     swin = library("torchvision", "models.swin_transformer").SwinTransformer
     return swin(
-        patch_size=[2, 2], embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=[2, 2], mlp_ratio=2.0, dropout=p,
-        attention_dropout=p, stochastic_depth_prob=p, num_classes=CLASSES,
+        patch_size=[2, 2],
+        embed_dim=8,
+        depths=[2, 1],
+        num_heads=[2, 4],
+        window_size=[2, 2],
+        mlp_ratio=2.0,
+        dropout=p,
+        attention_dropout=p,
+        stochastic_depth_prob=p,
+        num_classes=CLASSES,
     )
 
 
 def torchvision_swin_v2(p, attention):
     swin = library("torchvision", "models.swin_transformer")
     return swin.SwinTransformer(
-        patch_size=[2, 2], embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=[2, 2], mlp_ratio=2.0, dropout=p,
-        attention_dropout=p, stochastic_depth_prob=p, num_classes=CLASSES, block=swin.SwinTransformerBlockV2,
+        patch_size=[2, 2],
+        embed_dim=8,
+        depths=[2, 1],
+        num_heads=[2, 4],
+        window_size=[2, 2],
+        mlp_ratio=2.0,
+        dropout=p,
+        attention_dropout=p,
+        stochastic_depth_prob=p,
+        num_classes=CLASSES,
+        block=swin.SwinTransformerBlockV2,
         downsample_layer=swin.PatchMergingV2,
     )
 
@@ -118,8 +142,19 @@ def torchvision_convnext(p, attention):
 def timm_vit(p, attention, **others):
     vit = library("timm", "models.vision_transformer").VisionTransformer
     model = vit(
-        img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2, num_classes=CLASSES, drop_rate=p,
-        pos_drop_rate=p, proj_drop_rate=p, attn_drop_rate=p, drop_path_rate=p, **others,
+        img_size=8,
+        patch_size=4,
+        embed_dim=8,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=2,
+        num_classes=CLASSES,
+        drop_rate=p,
+        pos_drop_rate=p,
+        proj_drop_rate=p,
+        attn_drop_rate=p,
+        drop_path_rate=p,
+        **others,
     )
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -134,8 +169,16 @@ def timm_vit_registers(p, attention):
 def timm_deit(p, attention):
     deit = library("timm", "models.deit").VisionTransformerDistilled
     model = deit(
-        img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, mlp_ratio=2, num_classes=CLASSES, drop_rate=p,
-        attn_drop_rate=p, drop_path_rate=p,
+        img_size=8,
+        patch_size=4,
+        embed_dim=8,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=2,
+        num_classes=CLASSES,
+        drop_rate=p,
+        attn_drop_rate=p,
+        drop_path_rate=p,
     )
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -146,15 +189,27 @@ def timm_deit(p, attention):
 def timm_convnext(p, attention):
     convnext = library("timm", "models.convnext").ConvNeXt
     return convnext(
-        depths=(1, 1, 1, 1), dims=(4, 8, 8, 12), num_classes=CLASSES, drop_rate=p, drop_path_rate=p, ls_init_value=0.5,
-        kernel_sizes=3, conv_mlp=attention == "eager",
+        depths=(1, 1, 1, 1),
+        dims=(4, 8, 8, 12),
+        num_classes=CLASSES,
+        drop_rate=p,
+        drop_path_rate=p,
+        ls_init_value=0.5,
+        kernel_sizes=3,
+        conv_mlp=attention == "eager",
     )
 
 
 def timm_mixer(p, attention):
     mixer = library("timm", "models.mlp_mixer").MlpMixer
     return mixer(
-        img_size=8, patch_size=4, num_blocks=2, embed_dim=8, num_classes=CLASSES, drop_rate=p, proj_drop_rate=p,
+        img_size=8,
+        patch_size=4,
+        num_blocks=2,
+        embed_dim=8,
+        num_classes=CLASSES,
+        drop_rate=p,
+        proj_drop_rate=p,
         drop_path_rate=p,
     )
 
