@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 
 from fed_dpsat.params import Params
 from fed_dpsat.step.draws import of_batch
+from fed_dpsat.step.examples import Examples
 from fed_dpsat.step.gradients import rnn
 from fed_dpsat.step.gradients.contribution import Contribution, Rows, Unplanned, check_versions, versions, wide
 from fed_dpsat.step.gradients.drawing import ANSWERS, LOOKED_INTO, Pass
@@ -116,7 +117,7 @@ class Capture(InPass):
         self.anchor = torch.zeros((), requires_grad=True)
         self.functions: set[object] = set()
 
-    def losses(self, loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, loss_fn: LossFn, params: Params, inputs: Examples, targets: Examples) -> Tensor:
         """``[B]``, those of ``inputs[B, ...], targets[B, ...]``; raises ``Unplanned`` if an example has not one."""
         losses = self.each(lambda x, y: loss_fn(params, x, y), inputs, targets)
         if losses.shape != (self._level.batch,):

@@ -11,6 +11,13 @@ from torch.nn import functional
 from fed_dpsat.step.gradients.contribution import Contribution, Rows, wide
 from fed_dpsat.step.gradients.product import Product, gram, gram_norms, product, single_norms
 
+CANCELLATION, ROUNDINGS = 256.0, 4
+"""Positions of a transformer hardly ever point the same way, so the limit of ``product`` would make rows of most.
+
+Over ratios up to 9e4, 16 to 256 positions and widths of 32 to 1536, rounding took at most 0.9 eps of the size: 4 times
+that is added, at most 1.2e-4 of a squared norm.
+"""
+
 Roles = dict[str, Contribution]
 
 
@@ -65,7 +72,7 @@ def joined(parts: list[Product]) -> Product:
 def _norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     if inputs.shape[1] == 1:
         return single_norms(inputs[:, 0], outputs[:, 0])
-    return gram_norms(gram(inputs), gram(outputs))
+    return gram_norms(gram(inputs), gram(outputs), CANCELLATION, ROUNDINGS)
 
 
 def _of(inputs: Tensor, outputs: Tensor) -> Tensor:

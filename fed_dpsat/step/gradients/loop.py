@@ -22,6 +22,7 @@ from torch import Tensor
 from fed_dpsat.errors import ModelError
 from fed_dpsat.params import Params
 from fed_dpsat.step.draws import Draws
+from fed_dpsat.step.examples import Examples, device_of, some
 from fed_dpsat.step.generators import kept, seed
 from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.loss import ModelLoss
@@ -57,7 +58,7 @@ class Begun:
         if isinstance(loss_fn, OfOutputs):
             self.criterion, self.outputs = loss_fn.criterion, self._outputs
 
-    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
+    def __call__(self, params: Params, inputs: Examples, targets: Examples, /) -> Tensor:
         """The losses of ``loss_fn``."""
         self.begin()
         return self.loss_fn(params, inputs, targets)
@@ -68,7 +69,9 @@ class Begun:
         return outputs
 
 
-def gradients(loss: LossFn, begun: Begun, draws: Draws, inputs: Tensor, targets: Tensor) -> Callable[[Params], Params]:
+def gradients(
+    loss: LossFn, begun: Begun, draws: Draws, inputs: Examples, targets: Examples
+) -> Callable[[Params], Params]:
     """At a point, the gradients ``[B, *shape]`` of ``loss``, which was made of ``begun``.
 
     Raises ``ModelError`` for a loss that keeps something: a tensor of another example, or anything at all that shows in
@@ -81,11 +84,11 @@ def gradients(loss: LossFn, begun: Begun, draws: Draws, inputs: Tensor, targets:
         rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
         losses: list[Tensor] = []
         seeds = draws.seeds()
-        with kept(inputs.device), exact(inputs.device), torch.enable_grad():
+        with kept(device_of(inputs)), exact(device_of(inputs)), torch.enable_grad():
             for i, value in enumerate([*seeds, *seeds[:1]]):
                 one = slice(0, 1) if i == len(seeds) else slice(i, i + 1)
-                with _alone(begun, inputs.device, value):
-                    found = loss(leaves, inputs[one], targets[one])
+                with _alone(begun, device_of(inputs), value):
+                    found = loss(leaves, some(inputs, one), some(targets, one))
                     losses.append(found.detach())
                     if i == len(seeds):
                         break
@@ -97,19 +100,19 @@ def gradients(loss: LossFn, begun: Begun, draws: Draws, inputs: Tensor, targets:
     return of_all
 
 
-def check_repeats(loss: LossFn, begun: Begun, point: Params, inputs: Tensor, targets: Tensor, draws: Draws) -> None:
+def check_repeats(loss: LossFn, begun: Begun, point: Params, inputs: Examples, targets: Examples, draws: Draws) -> None:
     """Once per module, for the first example: raises ``ModelError`` if two passes with equal seeds differ."""
     subject = _subject(begun.loss_fn)
     if _key(begun.loss_fn) in _repeats:
         return
     value, losses = next(draws.split(1)).seeds()[0], []
     leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
-    with kept(inputs.device), torch.enable_grad(), _copied(begun):
+    with kept(device_of(inputs)), torch.enable_grad(), _copied(begun):
         for _ in range(2):
-            begun.begin = lambda: seed(inputs.device, value)
+            begun.begin = lambda: seed(device_of(inputs), value)
             begun.begin()
             with _refusing(begun):
-                losses.append(loss(leaves, inputs[:1], targets[:1]).detach())
+                losses.append(loss(leaves, some(inputs, slice(1)), some(targets, slice(1))).detach())
     _check_same(begun, *losses)
     if _key(begun.loss_fn) is subject:
         _repeats.add(subject)

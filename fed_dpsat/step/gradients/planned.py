@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fed_dpsat.errors import InputError
 from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.draws import Draws, of_batch
+from fed_dpsat.step.examples import Examples, count, device_of, some
 from fed_dpsat.step.generators import Mark
 from fed_dpsat.step.gradients import loop
 from fed_dpsat.step.gradients.capture import Capture, Tape, check_routed
@@ -44,39 +46,44 @@ from fed_dpsat.step.gradients.state import as_it_was
 from fed_dpsat.step.query import At, LossFn, Query, as_query, compacted, first_point, simplified, zero_sum
 
 
-def planned_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule) -> tuple[Params, int]:
+def planned_sum(
+    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule
+) -> tuple[Params, int]:
     """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite."""
     at = simplified(at)
-    inputs = laid_out(inputs, channels_last(loss_fn, first_point(at), inputs, targets))
+    if isinstance(inputs, Tensor):
+        inputs = laid_out(inputs, channels_last(loss_fn, first_point(at), inputs, targets))
     if unbounded(clipping) and (total := _plain(loss_fn, at, inputs, targets)) is not None:
         return total, 0
     return _sum(loss_fn, at, inputs, targets, clipping, routes_of(loss_fn))
 
 
-def vmap_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule) -> tuple[Params, int]:
+def vmap_sum(
+    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule
+) -> tuple[Params, int]:
     """The same with a row of every parameter for each example, but tables: ``vmap`` forgets about ``padding_idx``."""
     return _sum(loss_fn, simplified(at), inputs, targets, clipping, TABLES)
 
 
 def _sum(
-    loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule, plan: Routes
+    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule, plan: Routes
 ) -> tuple[Params, int]:
-    return _clipped_sum(_held(loss_fn, at, inputs, targets, plan), zero_sum(at), len(targets), clipping)
+    return _clipped_sum(_held(loss_fn, at, inputs, targets, plan), zero_sum(at), count(targets), clipping)
 
 
-def _plain(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) -> Params | None:
+def _plain(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples) -> Params | None:
     if loop.needed(loss_fn):
         return None
     ordinary = plain_query_sum if isinstance(at, Query) else plain_sum
     return ordinary(loss_fn, at, inputs, targets)  # type: ignore[arg-type]
 
 
-def _held(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, plan: Routes) -> dict[str, Contribution]:
+def _held(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, plan: Routes) -> dict[str, Contribution]:
     """Contributions of what ``at`` asks for; by a ``loop`` if one pass cannot keep the examples apart."""
     query, begun = as_query(at), loop.Begun(loss_fn)
-    loss, draws = query.loss(begun) if query.loss else begun, of_batch(len(targets))
+    loss, draws = query.loss(begun) if query.loss else begun, of_batch(count(targets))
     if not loop.needed(loss_fn):
-        mark = Mark.here(targets.device)
+        mark = Mark.here(device_of(targets))
         try:
             loop.check_repeats(loss, begun, query.points[0][1], inputs, targets, draws)
             return _asked(at, lambda point: per_example(loss, point, inputs, targets, plan, begun))
@@ -136,8 +143,8 @@ def _clipped_sum(
 def per_example(
     loss_fn: LossFn,
     params: Params,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Examples,
+    targets: Examples,
     plan: Routes,
     begun: loop.Begun | None = None,
 ) -> dict[str, Contribution]:
@@ -155,14 +162,14 @@ def run(
     tape: Tape,
     loss_fn: LossFn,
     leaves: Params,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: Examples,
+    targets: Examples,
     plan: Routes,
     begun: loop.Begun | None = None,
 ) -> None:
     """Forward and backward pass of the sum of the losses, recorded on ``tape``."""
     with torch.enable_grad():
-        capture, mark = Capture(len(targets), plan, tape), Mark.here(targets.device)
+        capture, mark = Capture(count(targets), plan, tape), Mark.here(device_of(targets))
         if begun is not None:
             begun.begin = capture.drawn.begin
         with as_it_was(loss_fn if begun is None else begun.loss_fn):
@@ -180,7 +187,7 @@ def run(
 _formats: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
 
 
-def channels_last(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> bool:
+def channels_last(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Examples) -> bool:
     """Which memory format suits the layers, by a pass over zeros: the answer depends on shapes alone."""
     if not isinstance(loss_fn, ModelLoss) or inputs.ndim not in FORMATS:
         return False
@@ -191,7 +198,9 @@ def channels_last(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tens
         with torch.enable_grad(), Draws.fresh(1).used(), as_it_was(loss_fn), suppress(Exception):
             # the pass over the examples raises it again
             capture = Capture(1, routes_of(loss_fn), tape)
-            capture.losses(loss_fn, leaves, torch.zeros_like(inputs[:1]), torch.zeros_like(targets[:1]))
+            capture.losses(
+                loss_fn, leaves, torch.zeros_like(inputs[:1]), tree_map(torch.zeros_like, some(targets, slice(1)))
+            )
         mark.moved()
         formats[key] = suits_channels_last(tape.calls, capture.functions)
     return formats[key]

@@ -107,13 +107,18 @@ def single_norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     return a * g, (a > LARGEST_SQUARE) | (g > LARGEST_SQUARE)
 
 
-def gram_norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum_{s,t} inputs[B, s, t] outputs[B, s, t]``, ``[B]``, and which of them are unsure."""
+def gram_norms(
+    inputs: Tensor, outputs: Tensor, cancellation: float = CANCELLATION, roundings: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``sum_{s,t} inputs[B, s, t] outputs[B, s, t]``, ``[B]``, and which of them are unsure.
+
+    What rounding may have taken, ``roundings`` times eps of the size of the Gram matrices, is added.
+    """
     squared = (inputs * outputs).sum((1, 2), dtype=torch.float64)
     size = (squared_norm_rows(inputs) * squared_norm_rows(outputs)).sqrt()
     largest = torch.maximum(*(t.diagonal(dim1=1, dim2=2).amax(1) for t in (inputs, outputs)))
-    unsure = (size > CANCELLATION * squared) | (largest > LARGEST_SQUARE)
-    return squared + torch.finfo(inputs.dtype).eps * size, unsure  # what rounding may have taken
+    unsure = (size > cancellation * squared) | (largest > LARGEST_SQUARE)
+    return squared + roundings * torch.finfo(inputs.dtype).eps * size, unsure
 
 
 def gram(rows: Tensor) -> Tensor:
