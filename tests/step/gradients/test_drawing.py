@@ -60,7 +60,7 @@ class Positions(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """What neither the planned engine nor vmap can do."""
+    """Layers with dropout between them."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ CASES = {
     **{name: (draw, (4, 6), "planned") for name, draw in SEQUENCES.items()},
     **{name: (draw, (6,) if name != "of the weights" else (len(IDS), 6), "planned") for name, draw in MAPPED.items()},
     **{name: (draw, (6,), "loop") for name, draw in ALONE.items()},
-    "lstm": (Recurrent(), (4, 6), "loop"),
+    "lstm": (Recurrent(), (4, 6), "planned"),
 }
 
 
