@@ -16,7 +16,7 @@ from fed_dpsat.params import trainable
 from fed_dpsat.step import generators
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.draws import Draws, fresh_key
-from fed_dpsat.step.gradients import drawing
+from fed_dpsat.step.gradients import drawing, level
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
@@ -127,6 +127,7 @@ def _drawn_by_torch(step: Step) -> Step:
     def whole() -> object:
         with (
             mock.patch.object(drawing.Pass, "answer", lambda self, func, args, kwargs: func(*args, **kwargs)),
+            mock.patch.object(level, "RANDOMNESS", "different"),
             mock.patch.object(generators.Mark, "moved", return_value=False),
         ):
             return step()

@@ -11,7 +11,6 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.params import Params, trainable
 from fed_dpsat.run.process import tune_allocator
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.step.gradients.drawing import Drawing, Pass
 from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
 from fed_dpsat.step.loop import Streams
 from fed_dpsat.step.mechanism import GaussianMechanism
@@ -73,12 +72,11 @@ def _plain_client(experiment: Experiment, model: Params, client: int, round: int
     module.load_state_dict(model)
     optimizer = torch.optim.SGD(module.parameters(), lr=config.lr)
     indices, sampler, streams = _draws(experiment, client, round)
-    for step, batch in enumerate(sampler.batches(config.local_steps, streams.generator("sampling"))):
+    for batch in sampler.batches(config.local_steps, streams.generator("sampling")):
         inputs, targets = data.batch(indices[batch])
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
-        with Drawing(Pass(streams.draws(step, batch))):
-            losses = functional.cross_entropy(module(inputs), targets, reduction="sum")
+        losses = functional.cross_entropy(module(inputs), targets, reduction="sum")
         torch.autograd.backward(losses / sampler.expected_batch_size)
         optimizer.step()
     return trainable(module)

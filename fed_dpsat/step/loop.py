@@ -17,6 +17,7 @@ from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, Tally, check_clip_norm
 from fed_dpsat.step.clipping.bound import Held
 from fed_dpsat.step.draws import Draws, fresh_key, step_key
+from fed_dpsat.step.examples import count, joined
 from fed_dpsat.step.generators import Mark, kept, seed, training_on
 from fed_dpsat.step.gradients.ordinary import Ordinary
 from fed_dpsat.step.gradients.per_example import LossFn, clipped_gradient_sum
@@ -414,17 +415,17 @@ def made_batch(batches: Batches, indices: Tensor, draws: Draws, device: torch.de
                 each.append(batches(indices[i : i + 1]))
                 check_rows(each[-1], indices[i : i + 1])
         inputs, targets = zip(*each, strict=True)
-        batch = torch.cat(inputs), torch.cat(targets)
+        batch = joined(list(inputs)), joined(list(targets))
     check_rows(batch, indices)
     return batch
 
 
 def check_rows(batch: tuple[Tensor, Tensor], indices: Tensor) -> None:
     """Raise ``SettingError`` where a batch has more rows, or fewer, than examples were sampled."""
-    if len(batch[1]) != len(indices):
+    if count(batch[1]) != len(indices):
         raise SettingError(
             "batches",
-            len(batch[1]),
+            count(batch[1]),
             f"{len(indices)} rows, one per sampled example",
             "views of one example belong into its loss, where clipping bounds them together",
         )

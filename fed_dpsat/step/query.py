@@ -15,18 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fed_dpsat.params import Params, zeros_like
+from fed_dpsat.step.examples import Examples
 
 
 class LossFn(Protocol):
     """Losses ``[B]``, one per example, of a batch whose examples do not mix."""
 
-    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
+    def __call__(self, params: Params, inputs: Examples, targets: Examples, /) -> Tensor:
         """``inputs[B, ...], targets[B, ...] -> losses[B]``."""
 
 
@@ -35,10 +36,10 @@ class OfOutputs(Protocol):
     """A loss that is a criterion of a network's outputs."""
 
     @property
-    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def criterion(self) -> Callable[[Any, Any], Tensor]:
         """``outputs[B, ...], targets[B, ...] -> losses[B]``."""
 
-    def outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
+    def outputs(self, params: Params, inputs: Examples, /) -> Any:
         """``inputs[B, ...] -> outputs[B, K]``."""
 
 

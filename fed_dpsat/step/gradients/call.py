@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from fed_dpsat.params import Params
@@ -21,23 +21,31 @@ def modules(module: nn.Module) -> list[nn.Module]:
     return [part for _, part in _named(module)]
 
 
-def call(module: nn.Module, params: Params, inputs: Tensor) -> Any:
+def call(module: nn.Module, params: Params, inputs: Any) -> Any:
     """``module(inputs)`` with its parameters replaced by ``params``; those that share a tensor are replaced together.
 
-    What is not a parameter of an ordinary module, or one under two names, is left to ``functional_call``.
+    A tuple or a list is a module's arguments, a dictionary its keyword arguments. What is not a parameter of an
+    ordinary module, or one under two names, is left to ``functional_call``.
     """
     slots = _slots(module)
     if not params.keys() <= slots.keys() or len({id(slots[name]) for name in params}) < len(params):
-        return functional_call(module, params, (inputs,))
+        return functional_call(module, params, *_arguments(inputs))
     before = [(where, key, where[key]) for name in params for where, key in slots[name]]
     try:
         for name, tensor in params.items():
             for where, key in slots[name]:
                 where[key] = tensor
-        return module(inputs)
+        args, named = _arguments(inputs)
+        return module(*args, **named)
     finally:
         for where, key, tensor in before:
             where[key] = tensor
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
 def _slots(module: nn.Module) -> dict[str, list[Slot]]:

@@ -6,7 +6,7 @@ whichever is cheaper; both answer the same three questions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.step.gradients.finite import keep, squared_norm_rows
-
-MAY_MIX = "examples may mix"
-"""How a reason ends that would be one against any pass over a whole batch, not just the planned one."""
 
 
 class Unplanned(Exception):
@@ -100,3 +97,14 @@ class Parts:
 def together(parts: list[Rows]) -> Contribution:
     """The examples of ``parts``, at least one, in their order."""
     return parts[0] if len(parts) == 1 else Parts(parts=parts)
+
+
+def versions(used: Iterable[Tensor | None]) -> list[int]:
+    """How often each was written into."""
+    return [0 if t is None else t._version for t in used]
+
+
+def check_versions(used: Iterable[Tensor | None], before: list[int]) -> None:
+    """Raise ``Unplanned`` for functions of parameters that were written into since they were used."""
+    if versions(used) != before:
+        raise Unplanned("a function of parameters that is written into after it is used")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fed_dpsat.step.gradients import compiled, patches
 from fed_dpsat.step.gradients.contribution import Contribution, Rows, together, wide
@@ -43,14 +44,20 @@ FEW_CHANNELS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Convolution:
-    """``x[B, C, *] -> [B, O, *]``; the weight of a ``derived`` one is a function of parameters."""
+    """``x[B, C, *] -> [B, O, *]``; the weight of a ``derived`` one is a function of parameters.
+
+    ``uneven`` is by how many zeros more each side is padded at its end than at its beginning.
+    """
 
     geometry: Geometry
     strategy: str
     derived: bool = False
+    uneven: tuple[int, ...] = ()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output, and what the backward pass needs of ``x``."""
+        if any(self.uneven):
+            x = functional.pad(x, [n for more in reversed(self.uneven) for n in (0, more)])
         x = dense(x)
         if not self.derived or self.strategy != "product":
             return torch.convolution(x, alike(weight, x), bias, *self._settings()), (x,)
@@ -69,7 +76,10 @@ class Convolution:
             found["bias"] = Rows(data=self._position_sums(wide(grad)))
         if not need_input:
             return None, found
-        return self._gradient(x, grad, alike(weight, x), (True, False, False))[0], found
+        gradient = self._gradient(x, grad, alike(weight, x), (True, False, False))[0]
+        for side, more in enumerate(self.uneven, start=2):
+            gradient = gradient.narrow(side, 0, gradient.shape[side] - more)
+        return gradient, found
 
     def _position_sums(self, grad: Tensor) -> Tensor:
         ours = self.strategy == "compiled" and is_channels_last(grad)

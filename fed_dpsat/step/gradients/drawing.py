@@ -18,19 +18,21 @@ loss is one fixed function of the parameters, also for an optimizer that asks at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from fed_dpsat.step import draws as words_of
 from fed_dpsat.step.draws import Draws
 from fed_dpsat.step.generators import Mark
-from fed_dpsat.step.gradients.contribution import MAY_MIX, Unplanned
+from fed_dpsat.step.gradients.contribution import Unplanned
+from fed_dpsat.step.gradients.level import Level
+from fed_dpsat.step.gradients.passes import looked_into
 from fed_dpsat.step.placement import is_card
 
 Answer = Any
@@ -42,42 +44,30 @@ class Undrawn(Unplanned):
 
 
 class Pass:
-    """One forward pass: whose draws, and how many calls there were.
+    """One forward pass within ``level``: whose draws, and how many calls there were."""
 
-    The batch is ``draws``, or the one example of it that ``row``, a number under ``vmap``, points at.
-    """
-
-    def __init__(self, draws: Draws, row: Tensor | None = None) -> None:
-        self.draws, self.row, self.calls = draws, row, 0
-        self.attention = False
+    def __init__(self, draws: Draws, level: Level) -> None:
+        self.draws, self.level, self.calls = draws, level, 0
 
     def begin(self) -> None:
         """What comes draws again what came first."""
         self.calls = 0
 
     def words(self, shape: tuple[int, ...], device: torch.device, each: int = 1) -> Tensor:
-        """int32 ``[*shape, each]``: of the pass's next call."""
-        if _recomputed():
-            raise Undrawn("random numbers of a block that is computed again in the backward pass (checkpoint)")
-        call, self.calls = self.calls, self.calls + 1
-        if self.row is not None:
-            words: Tensor = _Words.apply(self.row, self.draws, call, (*shape, each))  # type: ignore[no-untyped-call]
-            return words.to(device)
-        batch = len(self.draws)
-        led = shape and (shape[0] == batch or (self.attention and shape[0] % batch == 0))
-        if not led:
-            raise Undrawn(f"random numbers of shape {tuple(shape)}, which does not start with the batch: {MAY_MIX}")
-        made = self.draws.words(call, math.prod(shape) // batch * each)
-        return torch.from_numpy(made).to(device).reshape(*shape, each)
+        """int32 ``[*shape, each]``, of each example: of the pass's next call."""
+        return self.own(torch.from_numpy(self._next(math.prod(shape) * each)), (*shape, each), device)
 
-    @contextmanager
-    def in_attention(self) -> Iterator[None]:
-        """Inside of torch's attention, whose heads are rows of their own, example by example."""
-        before, self.attention = self.attention, True
-        try:
-            yield
-        finally:
-            self.attention = before
+    def thinning(self, shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
+        """float32 ``[*shape]``, of each example: what a dropout multiplies by."""
+        return self.own(torch.from_numpy(words_of.thinning(self._next(math.prod(shape)), p)), shape, device)
+
+    def _next(self, count: int) -> NDArray[np.int32]:
+        call, self.calls = self.calls, self.calls + 1
+        return self.draws.words(call, count)
+
+    def own(self, rows: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """``rows[B, count]`` as one tensor of ``shape`` for each example."""
+        return self.level.wrap(rows.to(device).reshape(len(self.draws), *shape))
 
     def answer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """``func`` of the arguments, with the draws of the examples if it draws; raises ``Undrawn``."""
@@ -92,58 +82,10 @@ class Pass:
         return func(*args, **kwargs)
 
 
-def _recomputed() -> bool:
-    """Whether saved tensors are packed: ``torch.utils.checkpoint`` calls a block again to unpack them."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def check_drawn(mark: Mark) -> None:
     """Raise ``Undrawn``, and set the generators back, if a pass since ``mark`` drew from them."""
     if mark.moved():
         raise Undrawn("it draws random numbers in a way that one pass cannot tell apart")
-
-
-class Drawing(TorchFunctionMode):
-    """Answers what a model draws in ``drawn``, one forward pass."""
-
-    def __init__(self, drawn: Pass) -> None:
-        super().__init__()
-        self.drawn = drawn
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """As ``Pass.answer``; what torch itself writes in Python is looked into if it draws."""
-        if func is ATTENTION:
-            with self.drawn.in_attention(), self:
-                return UNCHECKED_ATTENTION(*args, **(kwargs or {}))
-        if func is functional.gumbel_softmax:
-            with self:
-                return UNCHECKED_GUMBEL(*args, **(kwargs or {}))
-        return self.drawn.answer(func, args, kwargs or {})
-
-
-class _Words(torch.autograd.Function):
-    """The words of the example at ``row``, which only ``vmap`` asks for: of all rows at once."""
-
-    @staticmethod
-    def forward(row: Tensor, draws: Draws, call: int, shape: tuple[int, ...]) -> Tensor:
-        one = Draws(key=draws.key, ids=draws.ids[int(row) : int(row) + 1])
-        return torch.from_numpy(one.words(call, math.prod(shape))).reshape(shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
-        return None, None, None, None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, row: Tensor, draws: Draws, call: int, shape: tuple[int, ...]
-    ) -> tuple[Tensor, int]:
-        return torch.from_numpy(draws.words(call, math.prod(shape))).reshape(info.batch_size, *shape), 0
 
 
 def _own(generator: object) -> None:
@@ -183,11 +125,10 @@ def _per_feature(input: Tensor, led: int) -> tuple[int, ...]:
 def _thinned(drawn: Pass, input: Tensor, shape: tuple[int, ...], p: float, training: bool, inplace: bool) -> Answer:
     if not training or not 0 < p <= 1 or not input.is_floating_point():
         return NotImplemented
-    words = drawn.words(shape, input.device)[..., 0]
-    if drawn.row is None and input.dtype == torch.float32 and not is_card(input.device):
-        mask = torch.from_numpy(words_of.thinning(words.numpy(), p))
+    if input.dtype == torch.float32 and not is_card(input.device):
+        mask = drawn.thinning(shape, p, input.device)
     else:
-        mask = words_of.kept(words, p).to(input.dtype)
+        mask = words_of.kept(drawn.words(shape, input.device)[..., 0], p).to(input.dtype)
         if p < 1:
             mask = mask.mul_(1 / (1 - p))
     return input.mul_(mask) if inplace else input * mask
@@ -275,12 +216,21 @@ def _of_size(numbers: Numbers) -> Callable[..., Answer]:
         dtype = dtype or torch.get_default_dtype()
         if any(others.values()) or dtype not in words_of.BITS:
             return NotImplemented
-        if drawn.row is None:
-            raise Undrawn(f"random numbers of shape {shape}, of no tensor of the batch: {MAY_MIX}")
         where = torch.device(device) if device is not None else torch.get_default_device()  # type: ignore[call-overload]
         return numbers(drawn, shape, dtype, where)
 
     return answer
+
+
+def _empty(drawn: Pass, *size: Any, dtype: Any = None, device: Any = None, **others: Any) -> Answer:
+    """Room of each example's own, since it is made to be written to (torchvision's ``stochastic_depth``)."""
+    size = others.pop("size", size)
+    shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else tuple(size)
+    if any(others.values()) or device == "meta":
+        return NotImplemented
+    with drawn.level.below():
+        whole = torch.empty((len(drawn.draws), *shape), dtype=dtype, device=device)
+    return drawn.level.wrap(whole)
 
 
 def _uniform_(drawn: Pass, input: Tensor, *bounds: float, generator: object = None, **named: float) -> Answer:
@@ -373,19 +323,10 @@ def _attention_product(
     return thinned if thinned is NotImplemented else thinned @ value
 
 
-def _unchecked(function: Any) -> Callable[..., Any]:
-    """``function`` without its question whether someone overrides it: we do, and want its inner calls."""
-    asked = {name: lambda *_: False for name in function.__globals__ if name.startswith("has_torch_function")}
-    namespace = {**function.__globals__, **asked}
-    inner = type(function)(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
-    inner.__kwdefaults__ = function.__kwdefaults__
-    unchecked: Callable[..., Any] = inner
-    return unchecked
-
-
-ATTENTION = functional.multi_head_attention_forward
-UNCHECKED_ATTENTION = _unchecked(ATTENTION)
-UNCHECKED_GUMBEL = _unchecked(functional.gumbel_softmax)
+LOOKED_INTO = {
+    function: looked_into(function) for function in (functional.multi_head_attention_forward, functional.gumbel_softmax)
+}
+"""What torch writes in Python around layers and draws, to be called call by call."""
 
 RANDOM = frozenset(
     {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli"}
@@ -413,6 +354,7 @@ ANSWERS: dict[Callable[..., Any], Callable[..., Answer]] = {
     torch.rand_like: _like(_uniforms),
     torch.randn_like: _like(_normals),
     torch.normal: _normal,
+    torch.empty: _empty,
     torch.rand: _of_size(_uniforms),
     torch.randn: _of_size(_normals),
     functional.rrelu: _rrelu,

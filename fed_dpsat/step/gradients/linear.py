@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from fed_dpsat.step.gradients.contribution import Contribution, Rows, wide
-from fed_dpsat.step.gradients.product import gram, gram_norms, product, single_norms
+from fed_dpsat.step.gradients.product import Product, gram, gram_norms, product, single_norms
+
+CANCELLATION, ROUNDINGS = 256.0, 4
+"""Positions of a transformer hardly ever point the same way, so the limit of ``product`` would make rows of most.
+
+Over ratios up to 9e4, 16 to 256 positions and widths of 32 to 1536, rounding took at most 0.9 eps of the size: 4 times
+that is added, at most 1.2e-4 of a squared norm.
+"""
 
 Roles = dict[str, Contribution]
 
@@ -49,10 +56,23 @@ def choose(positions: int, in_features: int, out_features: int) -> str:
     return "product" if product < in_features * out_features else "rows"
 
 
+def is_linear(held: Product) -> bool:
+    """Whether ``held`` is the product of a linear layer."""
+    return held.of is _of
+
+
+def joined(parts: list[Product]) -> Product:
+    """Several uses of one weight as one of it, at the positions of all."""
+    if len(parts) == 1:
+        return parts[0]
+    inputs, outputs = (torch.cat([getattr(part, side) for part in parts], 1) for side in ("inputs", "outputs"))
+    return product(inputs, outputs, of=_of, each=_each, norms=_norms(inputs, outputs))
+
+
 def _norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     if inputs.shape[1] == 1:
         return single_norms(inputs[:, 0], outputs[:, 0])
-    return gram_norms(gram(inputs), gram(outputs))
+    return gram_norms(gram(inputs), gram(outputs), CANCELLATION, ROUNDINGS)
 
 
 def _of(inputs: Tensor, outputs: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """One example after the other, by itself: right for any module, also for one that draws as it likes.
 
-Each example has torch's generators and those of ``random`` and ``numpy.random`` seeded with draws of its own, and
-buffers as the module had them. What remains is a module that keeps a generator, or another state, of its own.
+Each example has torch's generators and those of ``random`` and ``numpy.random`` seeded with draws of its own, and a
+copy of the module, so that nothing that a module writes into itself goes from one example to the next. A tensor that it
+keeps elsewhere does not go either: a pass refuses those of another.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +22,12 @@ from torch import Tensor
 from fed_dpsat.errors import ModelError
 from fed_dpsat.params import Params
 from fed_dpsat.step.draws import Draws
+from fed_dpsat.step.examples import Examples, device_of, some
 from fed_dpsat.step.generators import kept, seed
+from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.loss import ModelLoss
+from fed_dpsat.step.gradients.passes import Alone
+from fed_dpsat.step.gradients.state import modules_of
 from fed_dpsat.step.placement import exact
 from fed_dpsat.step.query import LossFn, OfOutputs
 
@@ -50,7 +58,7 @@ class Begun:
         if isinstance(loss_fn, OfOutputs):
             self.criterion, self.outputs = loss_fn.criterion, self._outputs
 
-    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
+    def __call__(self, params: Params, inputs: Examples, targets: Examples, /) -> Tensor:
         """The losses of ``loss_fn``."""
         self.begin()
         return self.loss_fn(params, inputs, targets)
@@ -61,74 +69,114 @@ class Begun:
         return outputs
 
 
-def gradients(loss: LossFn, begun: Begun, draws: Draws, inputs: Tensor, targets: Tensor) -> Callable[[Params], Params]:
+def gradients(
+    loss: LossFn, begun: Begun, draws: Draws, inputs: Examples, targets: Examples
+) -> Callable[[Params], Params]:
     """At a point, the gradients ``[B, *shape]`` of ``loss``, which was made of ``begun``.
 
-    Raises ``ModelError`` as ``check_repeats``.
+    Raises ``ModelError`` for a loss that keeps something: a tensor of another example, or anything at all that shows in
+    the first example's loss after the others.
     """
 
     def of_all(point: Params) -> Params:
         check_repeats(loss, begun, point, inputs, targets, draws)
         leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
         rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
-        with kept(inputs.device), exact(inputs.device), torch.enable_grad():
-            for i, value in enumerate(draws.seeds()):
-                with _alone(begun, inputs.device, value):
-                    found = _gradient(loss(leaves, inputs[i : i + 1], targets[i : i + 1]).sum(), leaves)
-                for name, g in found.items():
-                    rows[name].append(g)
+        losses: list[Tensor] = []
+        seeds = draws.seeds()
+        with kept(device_of(inputs)), exact(device_of(inputs)), torch.enable_grad():
+            for i, value in enumerate([*seeds, *seeds[:1]]):
+                one = slice(0, 1) if i == len(seeds) else slice(i, i + 1)
+                with _alone(begun, device_of(inputs), value):
+                    found = loss(leaves, some(inputs, one), some(targets, one))
+                    losses.append(found.detach())
+                    if i == len(seeds):
+                        break
+                    for name, g in _gradient(found.sum(), leaves, begun).items():
+                        rows[name].append(g)
+        _check_same(begun, losses[0], losses[-1])
         return {name: torch.stack(each) for name, each in rows.items()}
 
     return of_all
 
 
-def check_repeats(loss: LossFn, begun: Begun, point: Params, inputs: Tensor, targets: Tensor, draws: Draws) -> None:
+def check_repeats(loss: LossFn, begun: Begun, point: Params, inputs: Examples, targets: Examples, draws: Draws) -> None:
     """Once per module, for the first example: raises ``ModelError`` if two passes with equal seeds differ."""
     subject = _subject(begun.loss_fn)
     if _key(begun.loss_fn) in _repeats:
         return
     value, losses = next(draws.split(1)).seeds()[0], []
-    with kept(inputs.device), torch.no_grad():
+    leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
+    with kept(device_of(inputs)), torch.enable_grad(), _copied(begun):
         for _ in range(2):
-            with _alone(begun, inputs.device, value):
-                losses.append(loss(point, inputs[:1], targets[:1]))
-    first, second = losses
+            begun.begin = lambda: seed(device_of(inputs), value)
+            begun.begin()
+            with _refusing(begun):
+                losses.append(loss(leaves, some(inputs, slice(1)), some(targets, slice(1))).detach())
+    _check_same(begun, *losses)
+    if _key(begun.loss_fn) is subject:
+        _repeats.add(subject)
+
+
+def _check_same(begun: Begun, first: Tensor, second: Tensor) -> None:
     if not torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True):
         raise ModelError(
             f"{_name(begun.loss_fn)} draws from a generator of its own, or keeps a state: two passes over one example "
             "with equal seeds differ; draw from torch, random or numpy.random without a generator, which are seeded "
             "for each example"
         )
-    if _key(begun.loss_fn) is subject:
-        _repeats.add(subject)
 
 
 @contextmanager
 def _alone(begun: Begun, device: torch.device, value: int) -> Iterator[None]:
-    """For one pass: all generators are seeded, and buffers are afterwards what they were before."""
-    with _buffers_kept(begun.loss_fn):
+    """For one pass, forward and backward: all generators are seeded, and the modules are copies."""
+    with _copied(begun), _refusing(begun):
         begun.begin = lambda: seed(device, value)
         begun.begin()
         yield
 
 
-def _gradient(loss: Tensor, leaves: Params) -> Params:
-    if not loss.requires_grad:
-        return {name: torch.zeros_like(p) for name, p in leaves.items()}
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+@contextmanager
+def _refusing(begun: Begun) -> Iterator[None]:
+    """Raise ``ModelError`` for a tensor that another pass made."""
+    try:
+        with Alone():
+            yield
+    except Unplanned as kept_one:
+        raise ModelError(f"{_name(begun.loss_fn)}: {kept_one}") from None
 
 
 @contextmanager
-def _buffers_kept(loss_fn: LossFn) -> Iterator[None]:
-    buffers = list(loss_fn.module.buffers()) if isinstance(loss_fn, ModelLoss) else []
-    before = [b.detach().clone() for b in buffers]
+def _copied(begun: Begun) -> Iterator[None]:
+    """Within it modules are copies with the same parameters; raises ``ModelError`` for one that cannot be copied."""
+    whole = begun.loss_fn
+    originals = modules_of(whole)
+    shared: dict[int, Any] = {id(p): p for module in originals for p in module.parameters()}
+    try:
+        copies: list[Any] = [copy.deepcopy(module, shared) for module in originals]
+    except Exception as error:  # whatever a part of it says
+        raise ModelError(
+            f"{_name(whole)} has one pass per example, each with a copy of it, and cannot be copied: {error}"
+        ) from error
+    if isinstance(whole, ModelLoss):
+        module, criterion = [*copies, whole.criterion][:2]
+        begun.loss_fn = replace(whole, module=module, criterion=criterion)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+        begun.loss_fn = whole
+
+
+def _gradient(loss: Tensor, leaves: Params, begun: Begun) -> Params:
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in leaves.items()}
+    try:
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ModelError(f"{_name(begun.loss_fn)} has a reentrant checkpoint; use use_reentrant=False") from None
+    return dict(zip(leaves, found, strict=True))
 
 
 def _subject(loss_fn: LossFn) -> object:

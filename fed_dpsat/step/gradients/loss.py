@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_map
 
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.params import Params
+from fed_dpsat.step.examples import Examples, device_of
 from fed_dpsat.step.gradients.call import call
 from fed_dpsat.step.gradients.compiled import KERNELS
 
@@ -23,9 +26,23 @@ WIDE = frozenset({torch.float32, torch.float64})
 BATCH_NORM, INSTANCE_NORM = _BatchNorm, _InstanceNorm
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``outputs[B, K], targets[B] -> losses[B]``."""
-    return functional.cross_entropy(outputs, targets, reduction="none")
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """``outputs[B, K], targets[B] -> losses[B]``; of outputs that are several, those that ``logits_of`` says."""
+    return functional.cross_entropy(logits_of(outputs), targets, reduction="none")
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """A tensor itself, ``logits`` of an object or a dictionary (transformers), the first of a tuple.
+
+    Raises ``ModelError`` for anything else.
+    """
+    if isinstance(outputs, dict) and "logits" in outputs:
+        outputs = outputs["logits"]
+    elif not isinstance(outputs, Tensor):
+        outputs = outputs[0] if isinstance(outputs, tuple | list) and outputs else getattr(outputs, "logits", None)
+    if not isinstance(outputs, Tensor):
+        raise ModelError("a module whose outputs are no tensor, have no logits and no first tensor; wrap it")
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ class ModelLoss:
     """
 
     module: nn.Module
-    criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    criterion: Callable[[Any, Any], Tensor] = cross_entropy
     precision: str = "float32"
     kernels: str = "auto"
 
@@ -50,18 +67,17 @@ class ModelLoss:
         if self.kernels not in KERNELS:
             raise SettingError("kernels", self.kernels, f"one of {', '.join(KERNELS)}", "choose one of those")
 
-    def __call__(self, params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
+    def __call__(self, params: Params, inputs: Examples, targets: Examples, /) -> Tensor:
         """``inputs[B, ...], targets[B] -> losses[B]`` at ``params``; what is not in them stays as it is."""
         return self.criterion(self.outputs(params, inputs), targets)
 
-    def outputs(self, params: Params, inputs: Tensor, /) -> Tensor:
+    def outputs(self, params: Params, inputs: Examples, /) -> Any:
         """``inputs[B, ...] -> outputs[B, ...]`` of the module at ``params``."""
         if self.precision == "float32":
-            outputs: Tensor = call(self.module, params, inputs)
-            return outputs
-        with torch.autocast(inputs.device.type, dtype=PRECISIONS[self.precision]):
+            return call(self.module, params, inputs)
+        with torch.autocast(device_of(inputs).type, dtype=PRECISIONS[self.precision]):
             outputs = call(self.module, params, inputs)
-        return outputs.float()
+        return tree_map(lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, outputs)
 
 
 def check_types(params: Params) -> None:
@@ -76,6 +92,11 @@ def check_types(params: Params) -> None:
 
 def check_module(module: nn.Module) -> None:
     """Refuse layers that share statistics between examples: BatchNorm of any kind, InstanceNorm that tracks them."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(module).__name__} is scripted, and its parameters cannot be replaced; use the module that "
+            "torch.jit.script was given"
+        )
     named = [f"{name} ({type(m).__name__})" for name, m in module.named_modules() if _mixes(m)]
     if named:
         raise ModelError(

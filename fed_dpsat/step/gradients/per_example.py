@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from fed_dpsat.errors import SettingError
@@ -22,24 +21,24 @@ from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.clipping.bound import held
 from fed_dpsat.step.draws import Draws
+from fed_dpsat.step.examples import Examples, count, device_of, some
 from fed_dpsat.step.generators import borrowed
 from fed_dpsat.step.gradients.loss import ModelLoss, check_module, check_types, cross_entropy
 from fed_dpsat.step.gradients.opacus import opacus_sum
-from fed_dpsat.step.gradients.planned import auto_sum, planned_sum
-from fed_dpsat.step.gradients.vmap import vmap_sum
+from fed_dpsat.step.gradients.planned import planned_sum, vmap_sum
 from fed_dpsat.step.query import At, LossFn, first_point, simplified, zero_sum
 
 __all__ = ["ENGINES", "LossFn", "ModelLoss", "check_module", "clipped_gradient_sum", "cross_entropy"]
 
-Engine = Callable[[LossFn, At, Tensor, Tensor, ClippingRule], tuple[Params, int]]
+Engine = Callable[[LossFn, At, Examples, Examples, ClippingRule], tuple[Params, int]]
 
-ENGINES: dict[str, Engine] = {"auto": auto_sum, "vmap": vmap_sum, "planned": planned_sum, "opacus": opacus_sum}
+ENGINES: dict[str, Engine] = {"auto": planned_sum, "vmap": vmap_sum, "planned": planned_sum, "opacus": opacus_sum}
 
 
 def clipped_gradient_sum(
     loss_fn: LossFn,
     at: At,
-    batch: tuple[Tensor, Tensor],
+    batch: tuple[Examples, Examples],
     clipping: ClippingRule,
     *,
     engine: str = "auto",
@@ -47,6 +46,9 @@ def clipped_gradient_sum(
     draws: Draws | None = None,
 ) -> tuple[Params, int]:
     """Sum of clipped gradients, one per example of ``(inputs[B, ...], targets[B])``; a sum, not a mean.
+
+    Both may be trees of tensors that begin with the batch: a module is given a dictionary as its keyword arguments, a
+    tuple or a list as its arguments.
 
     ``at`` is where gradients are taken, or a ``Query``; then a name with a mask has the vector of its active
     coordinates, and ``query.spread`` undoes that once noise is in. Also returns how many examples had a gradient that
@@ -66,17 +68,17 @@ def clipped_gradient_sum(
     check_types(first_point(at))
     num_nonfinite = 0
     inputs, targets = batch
-    if len(inputs) != len(targets):
-        raise ValueError(f"batch of {len(inputs)} inputs and {len(targets)} targets: their sizes differ")
-    draws = Draws.fresh(len(inputs)) if draws is None else draws
-    if len(draws) != len(inputs):
-        raise ValueError(f"draws of {len(draws)} examples for a batch of {len(inputs)}")
-    chunks = (torch.split(t, physical_batch_size) for t in batch)
-    with borrowed(inputs.device):
-        for x, y, own in zip(*chunks, draws.split(physical_batch_size), strict=True):
-            if len(x):
-                with own.used():
-                    chunk, nonfinite = ENGINES[engine](loss_fn, at, x, y, clipping)
+    size = count(inputs)
+    if size != count(targets):
+        raise ValueError(f"batch of {size} inputs and {count(targets)} targets: their sizes differ")
+    draws = Draws.fresh(size) if draws is None else draws
+    if len(draws) != size:
+        raise ValueError(f"draws of {len(draws)} examples for a batch of {size}")
+    with borrowed(device_of(inputs)):
+        for start, own in zip(range(0, size, physical_batch_size), draws.split(physical_batch_size), strict=False):
+            part = slice(start, start + physical_batch_size)
+            with own.used():
+                chunk, nonfinite = ENGINES[engine](loss_fn, at, some(inputs, part), some(targets, part), clipping)
                 num_nonfinite += nonfinite
                 clipped_sum = {name: clipped_sum[name].add_(c) for name, c in chunk.items()} if clipped_sum else chunk
     return clipped_sum or zero_sum(at), num_nonfinite

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import ClippingRule, FlatClipping
-from fed_dpsat.step.draws import of_batch
+from fed_dpsat.step.examples import Examples, count, device_of
 from fed_dpsat.step.generators import Mark
 from fed_dpsat.step.gradients.call import modules
-from fed_dpsat.step.gradients.drawing import Drawing, Pass, Undrawn, check_drawn
+from fed_dpsat.step.gradients.capture import Capture
+from fed_dpsat.step.gradients.drawing import check_drawn
 from fed_dpsat.step.gradients.formats import turn_gradients
 from fed_dpsat.step.gradients.loss import ModelLoss
+from fed_dpsat.step.gradients.routes import routes_of
+from fed_dpsat.step.gradients.state import as_it_was
 from fed_dpsat.step.query import At, LossFn, as_query, compact
 
 
@@ -24,7 +27,7 @@ def unbounded(clipping: ClippingRule) -> bool:
     return type(clipping) is FlatClipping and math.isinf(clipping.clip_norm)
 
 
-def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) -> Params | None:
+def plain_query_sum(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples) -> Params | None:
     """``plain_sum`` of each point, weighted, on what is active; None where that may not be the sum over examples.
 
     Weights whose absolute values add up to more than 1 could make an example's finite gradients overflow.
@@ -42,27 +45,27 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor) ->
     return total
 
 
-def plain_sum(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Params | None:
+def plain_sum(loss_fn: LossFn, params: Params, inputs: Examples, targets: Examples) -> Params | None:
     """Sum of gradients over ``inputs[B, ...]``; None where it is not finite.
 
     inf and NaN never cancel in a sum, so a finite one has no example to drop. Else the examples have to be looked at;
     also if they draw what one pass cannot tell apart, and then generators are as before.
     """
-    mark = Mark.here(inputs.device)
-    if inputs.ndim > 4:
+    mark = Mark.here(device_of(targets))
+    if isinstance(inputs, Tensor) and inputs.ndim > 4:
         inputs = inputs.contiguous()  # torch's GroupNorm crashes on volumes whose channels are last
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     wanted = list(leaves.values())
-    if inputs.is_floating_point() and _has_group_norm(loss_fn):
+    if isinstance(inputs, Tensor) and inputs.is_floating_point() and _has_group_norm(loss_fn):
         inputs = inputs.detach().requires_grad_()  # and on images whose gradient nobody asks for
         wanted.append(inputs)
     with torch.enable_grad():
         try:
-            with Drawing(Pass(of_batch(len(inputs)))):
-                total = loss_fn(leaves, inputs, targets).sum()
+            with as_it_was(loss_fn):
+                total = Capture(count(targets), routes_of(loss_fn)).losses(loss_fn, leaves, inputs, targets).sum()
             found = _gradients(total, wanted)[: len(leaves)]
             check_drawn(mark)
-        except Undrawn:
+        except Exception:  # the way over single gradients says what it is
             mark.moved()
             return None
     if not bool(torch.stack([gradient.sum() for gradient in found]).isfinite().all()):

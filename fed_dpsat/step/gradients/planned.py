@@ -1,84 +1,107 @@
-"""The planned engine: one backward pass, and per layer the cheapest exact way to norms and weighted sums.
+"""The engines: one backward pass, and per parameter the cheapest exact way to norms and weighted sums.
 
 ================================================== ==================================================
 case                                               what happens
 ================================================== ==================================================
-a parameter that no planned layer uses             zeros
-a parameter that several layers use                the norm is that of the sum of their rows
-a weight that is a function of parameters          rows through its Jacobian
-a layer it does not know, or that mixes examples   ``vmap`` for the whole module, named once in the log
-a norm that cancels, or values above 1e8            rows of that example
+a parameter that nothing uses                      zeros
+a parameter that several layers use                the norm is that of the sum of their gradients
+a weight that is a function of parameters          rows through its Jacobian, or what ``derived`` knows better
+a parameter outside of layers                      a row of it for each example (``engine="vmap"``: all are so)
+a draw, a branch on data, a module that keeps      one pass per example (``loop``), named once in the log
+tensors, an operation that ``vmap`` has not
+a norm that cancels, or values above 1e8           rows of that example
 a rule that bounds nothing                         an ordinary pass (``plain``)
 weighted points, a name with a mask                rows of those parameters, combined, without what is masked
-a loss that the optimizer wraps                    ``vmap``, named once in the log
 ================================================== ==================================================
 """
 
 from __future__ import annotations
 
-import functools
-import logging
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from fed_dpsat.errors import SettingError
+from fed_dpsat.errors import InputError
 from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import ClippingRule
+from fed_dpsat.step.draws import Draws, of_batch
+from fed_dpsat.step.examples import Examples, count, device_of, some
 from fed_dpsat.step.generators import Mark
-from fed_dpsat.step.gradients import derived
+from fed_dpsat.step.gradients import loop
 from fed_dpsat.step.gradients.capture import Capture, Tape, check_routed
-from fed_dpsat.step.gradients.contribution import MAY_MIX, Contribution, Rows, Unplanned
-from fed_dpsat.step.gradients.course import Expected
+from fed_dpsat.step.gradients.contribution import Contribution, Rows, Unplanned
 from fed_dpsat.step.gradients.drawing import check_drawn
 from fed_dpsat.step.gradients.finite import clipped_names, finite_factors
-from fed_dpsat.step.gradients.formats import laid_out, turn_gradients
+from fed_dpsat.step.gradients.formats import FORMATS, laid_out, suits_channels_last, turn_gradients
+from fed_dpsat.step.gradients.gathered import gathered
 from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.plain import plain_query_sum, plain_sum, unbounded
-from fed_dpsat.step.gradients.probe import ask
-from fed_dpsat.step.gradients.routes import routes
-from fed_dpsat.step.gradients.vmap import combined, vmap_sum
-from fed_dpsat.step.query import At, LossFn, Query, compacted, first_point, simplified, zero_sum
-
-log = logging.getLogger("fed_dpsat")
+from fed_dpsat.step.gradients.routes import TABLES, Routes, routes_of
+from fed_dpsat.step.gradients.state import as_it_was
+from fed_dpsat.step.query import At, LossFn, Query, as_query, compacted, first_point, simplified, zero_sum
 
 
-def planned_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule) -> tuple[Params, int]:
-    """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite.
-
-    Raises ``SettingError`` for a loss that is not a ``ModelLoss``: there are no layers to plan for.
-    """
-    if not isinstance(loss_fn, ModelLoss):
-        raise SettingError("engine", "planned", "for a loss other than ModelLoss", "use 'auto' or 'vmap'")
+def planned_sum(
+    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule
+) -> tuple[Params, int]:
+    """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite."""
     at = simplified(at)
-    if isinstance(at, Query) and at.loss:
-        return _fall_back("the optimizer asks for a loss of its own", loss_fn, at, inputs, targets, clipping)
-    answer = ask(loss_fn, first_point(at), inputs, targets)
-    if answer.refusal:
-        return _fall_back(answer.refusal, loss_fn, at, inputs, targets, clipping)
-    inputs = laid_out(inputs, answer.channels_last)
+    if isinstance(inputs, Tensor):
+        inputs = laid_out(inputs, channels_last(loss_fn, first_point(at), inputs, targets))
     if unbounded(clipping) and (total := _plain(loss_fn, at, inputs, targets)) is not None:
         return total, 0
-    try:
-        held = _held(loss_fn, at, inputs, targets, answer.expected)
-    except Unplanned as unplanned:
-        return _fall_back(str(unplanned), loss_fn, at, inputs, targets, clipping)
-    return _clipped_sum(held, zero_sum(at), len(inputs), clipping)  # which asks the rule: no way back from here
+    return _sum(loss_fn, at, inputs, targets, clipping, routes_of(loss_fn))
 
 
-def _plain(loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor) -> Params | None:
+def vmap_sum(
+    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule
+) -> tuple[Params, int]:
+    """The same with a row of every parameter for each example, but tables: ``vmap`` forgets about ``padding_idx``."""
+    return _sum(loss_fn, simplified(at), inputs, targets, clipping, TABLES)
+
+
+def _sum(
+    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule, plan: Routes
+) -> tuple[Params, int]:
+    return _clipped_sum(_held(loss_fn, at, inputs, targets, plan), zero_sum(at), count(targets), clipping)
+
+
+def _plain(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples) -> Params | None:
+    if loop.needed(loss_fn):
+        return None
     ordinary = plain_query_sum if isinstance(at, Query) else plain_sum
     return ordinary(loss_fn, at, inputs, targets)  # type: ignore[arg-type]
 
 
-def _held(
-    loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor, expected: Expected | None
-) -> dict[str, Contribution]:
-    """Contributions of what ``at`` asks for: rows where points are combined or coordinates left out, else as held."""
+def _held(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, plan: Routes) -> dict[str, Contribution]:
+    """Contributions of what ``at`` asks for; by a ``loop`` if one pass cannot keep the examples apart."""
+    query, begun = as_query(at), loop.Begun(loss_fn)
+    loss, draws = query.loss(begun) if query.loss else begun, of_batch(count(targets))
+    if not loop.needed(loss_fn):
+        mark = Mark.here(device_of(targets))
+        try:
+            loop.check_repeats(loss, begun, query.points[0][1], inputs, targets, draws)
+            return _asked(at, lambda point: per_example(loss, point, inputs, targets, plan, begun))
+        except Unplanned as unplanned:
+            reason = str(unplanned)
+        except InputError:
+            raise
+        except Exception as error:  # what is no fault of the pass is raised again by those of single examples
+            said = str(error).strip().splitlines()
+            reason = f"vmap refuses it: {said[0] if said else type(error).__name__}"
+        mark.moved()  # whatever was drawn, it is as if nothing was
+        loop.remember(loss_fn, reason)
+    rows = combined(query, loop.gradients(loss, begun, draws, inputs, targets))
+    return {name: Rows(data=g) for name, g in rows.items()}
 
-    def found(point: Params) -> dict[str, Contribution]:
-        return per_example(loss_fn, point, inputs, targets, expected)
 
+def _asked(at: At, found: Callable[[Params], dict[str, Contribution]]) -> dict[str, Contribution]:
+    """Rows where points are combined or coordinates left out, else contributions as they are held."""
     if not isinstance(at, Query):
         return found(at)
     (weight, point), *more = at.points
@@ -89,6 +112,18 @@ def _held(
     for name in (at.active or {}).keys() & held.keys():
         held[name] = Rows(data=compacted(at, {name: held[name].rows()})[name])
     return held
+
+
+def combined(query: Query, gradients: Callable[[Params], Params]) -> Params:
+    """Rows ``[B, *shape]`` of the weighted sum over points of what ``gradients`` finds; with a mask ``[B, active]``."""
+    total: Params = {}
+    for weight, point in query.points:
+        for name, g in compacted(query, gradients(point)).items():
+            if name in total:
+                total[name] = torch.add(total[name], g, alpha=weight)
+            else:
+                total[name] = g if weight == 1 else g * weight
+    return total
 
 
 def _clipped_sum(
@@ -105,42 +140,42 @@ def _clipped_sum(
     return total, nonfinite
 
 
-def auto_sum(loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule) -> tuple[Params, int]:
-    """``planned_sum`` for a ``ModelLoss``, else ``vmap_sum``."""
-    engine = planned_sum if isinstance(loss_fn, ModelLoss) else vmap_sum
-    return engine(loss_fn, at, inputs, targets, clipping)
-
-
 def per_example(
-    loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, expected: Expected | None = None
+    loss_fn: LossFn,
+    params: Params,
+    inputs: Examples,
+    targets: Examples,
+    plan: Routes,
+    begun: loop.Begun | None = None,
 ) -> dict[str, Contribution]:
     """Per-example gradients by parameter, held as each layer chose; no entry for an unused one.
 
-    Raises ``Unplanned``, with the reason; also for a pass that is not as ``expected``.
+    Raises ``Unplanned``, with the reason.
     """
     tape = Tape()
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-    run(tape, loss_fn, leaves, inputs, targets, expected)
-    return _gather(tape, leaves)
+    run(tape, loss_fn, leaves, inputs, targets, plan, begun)
+    return gathered(tape, leaves)
 
 
 def run(
     tape: Tape,
-    loss_fn: ModelLoss,
+    loss_fn: LossFn,
     leaves: Params,
-    inputs: Tensor,
-    targets: Tensor,
-    expected: Expected | None = None,
+    inputs: Examples,
+    targets: Examples,
+    plan: Routes,
+    begun: loop.Begun | None = None,
 ) -> None:
     """Forward and backward pass of the sum of the losses, recorded on ``tape``."""
     with torch.enable_grad():
-        capture, mark = Capture(tape, routes(loss_fn.kernels), len(inputs)), Mark.here(inputs.device)
-        with capture:
-            losses = loss_fn(leaves, inputs, targets)
-        if expected is not None and not expected.holds(capture.course, len(inputs)):
-            raise Unplanned(f"a pass that does something else than those on made-up examples: {MAY_MIX}")
+        capture, mark = Capture(count(targets), plan, tape), Mark.here(device_of(targets))
+        if begun is not None:
+            begun.begin = capture.drawn.begin
+        with as_it_was(loss_fn if begun is None else begun.loss_fn):
+            losses = capture.losses(loss_fn, leaves, inputs, targets)
+        check_drawn(mark)
         if not losses.requires_grad:
-            check_drawn(mark)
             return
         total, wanted = losses.sum(), [capture.anchor, *leaves.values()]
         turn_gradients(total)
@@ -149,32 +184,23 @@ def run(
     check_routed(leaves, direct[1:])
 
 
-def _gather(tape: Tape, leaves: Params) -> dict[str, Contribution]:
-    """The contributions of the tape by parameter; those of one parameter are added up example by example."""
-    names = {id(leaf): name for name, leaf in leaves.items()}
-    by_name: dict[str, list[Contribution]] = {}
-    functions: list[tuple[Tensor, Contribution, str]] = []
-    for tensor, contribution, layer in tape.found:
-        if (name := names.get(id(tensor))) is not None:
-            by_name.setdefault(name, []).append(contribution)
-        else:
-            functions.append((tensor, contribution, layer))
-    for name, more in derived.spread(functions, leaves).items():
-        by_name.setdefault(name, []).extend(more)
-    return {name: _together(parts) for name, parts in by_name.items()}
+_formats: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
 
 
-def _together(parts: list[Contribution]) -> Contribution:
-    return parts[0] if len(parts) == 1 else Rows(data=functools.reduce(torch.add, (part.rows() for part in parts)))
-
-
-def _fall_back(
-    reason: str, loss_fn: ModelLoss, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule
-) -> tuple[Params, int]:
-    _say_once(type(loss_fn.module).__name__, reason)
-    return vmap_sum(loss_fn, at, inputs, targets, clipping)
-
-
-@functools.cache
-def _say_once(module: str, reason: str) -> None:
-    log.warning("the planned engine uses vmap for %s: %s", module, reason)
+def channels_last(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Examples) -> bool:
+    """Which memory format suits the layers, by a pass over zeros: the answer depends on shapes alone."""
+    if not isinstance(loss_fn, ModelLoss) or inputs.ndim not in FORMATS:
+        return False
+    formats, key = _formats.setdefault(loss_fn.module, {}), (inputs.shape[1:], inputs.dtype, inputs.device, *params)
+    if key not in formats:
+        tape, mark = Tape(keep_calls=True), Mark.here(inputs.device)
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        with torch.enable_grad(), Draws.fresh(1).used(), as_it_was(loss_fn), suppress(Exception):
+            # the pass over the examples raises it again
+            capture = Capture(1, routes_of(loss_fn), tape)
+            capture.losses(
+                loss_fn, leaves, torch.zeros_like(inputs[:1]), tree_map(torch.zeros_like, some(targets, slice(1)))
+            )
+        mark.moved()
+        formats[key] = suits_channels_last(tape.calls, capture.functions)
+    return formats[key]

@@ -53,16 +53,17 @@ class Product:
 
     def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
         """One ordinary weight gradient."""
-        sure = finite
-        if self.exact is not None:
-            sure = ~self.unsure if finite is None else finite & ~self.unsure
-        weights = factors.to(self.outputs).view(-1, *[1] * (self.outputs.ndim - 1))
-        inputs = keep(self.inputs, sure) if self.inputs.is_floating_point() else self.inputs
-        total = self.of(inputs, keep(self.outputs, sure) * weights)
         if self.exact is None:
-            return total
+            return self.sum_of(factors, finite)
+        sure = ~self.unsure if finite is None else finite & ~self.unsure
         kept = None if finite is None else finite[self.unsure]
-        return total + self.exact.weighted_sum(factors[self.unsure], kept)
+        return self.sum_of(factors, sure) + self.exact.weighted_sum(factors[self.unsure], kept)
+
+    def sum_of(self, factors: Tensor, some: Tensor | None) -> Tensor:
+        """Of the products of ``some[B]`` examples, None for all."""
+        weights = factors.to(self.outputs).view(-1, *[1] * (self.outputs.ndim - 1))
+        inputs = keep(self.inputs, some) if self.inputs.is_floating_point() else self.inputs
+        return self.of(inputs, keep(self.outputs, some) * weights)
 
     def rows(self) -> Tensor:
         """``[B, *shape]``."""
@@ -106,13 +107,18 @@ def single_norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     return a * g, (a > LARGEST_SQUARE) | (g > LARGEST_SQUARE)
 
 
-def gram_norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum_{s,t} inputs[B, s, t] outputs[B, s, t]``, ``[B]``, and which of them are unsure."""
+def gram_norms(
+    inputs: Tensor, outputs: Tensor, cancellation: float = CANCELLATION, roundings: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``sum_{s,t} inputs[B, s, t] outputs[B, s, t]``, ``[B]``, and which of them are unsure.
+
+    What rounding may have taken, ``roundings`` times eps of the size of the Gram matrices, is added.
+    """
     squared = (inputs * outputs).sum((1, 2), dtype=torch.float64)
     size = (squared_norm_rows(inputs) * squared_norm_rows(outputs)).sqrt()
     largest = torch.maximum(*(t.diagonal(dim1=1, dim2=2).amax(1) for t in (inputs, outputs)))
-    unsure = (size > CANCELLATION * squared) | (largest > LARGEST_SQUARE)
-    return squared + torch.finfo(inputs.dtype).eps * size, unsure  # what rounding may have taken
+    unsure = (size > cancellation * squared) | (largest > LARGEST_SQUARE)
+    return squared + roundings * torch.finfo(inputs.dtype).eps * size, unsure
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Which torch function is which layer, and by which strategy: the static plan, with compiled ``kernels`` or without."""
+"""Which torch function is which layer, and by which strategy: the static plan, with compiled ``kernels`` or without.
+
+A route is given the function's arguments, the input as ``x[B, *]`` for all examples. It answers None for a call that
+has no layer: then torch's own operation is used, example by example, with the parameters in the open."""
 
 from __future__ import annotations
 
@@ -12,25 +15,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from fed_dpsat.step.gradients import compiled, conv, linear
-from fed_dpsat.step.gradients.capture import Call
+from fed_dpsat.step.gradients.capture import Call, Route
 from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.embedding import Embedding
 from fed_dpsat.step.gradients.formats import is_channels_last
 from fed_dpsat.step.gradients.geometry import Geometry
+from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.norm import GroupNorm, LayerNorm
 from fed_dpsat.step.placement import is_card
+from fed_dpsat.step.query import LossFn
 
 Size = int | tuple[int, ...] | list[int]
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
-    if input.ndim < 2:
-        raise Unplanned("a linear layer of one vector")
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
+    if input.ndim < 2 or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
     strategy = linear.choose(math.prod(input.shape[1:-1]), weight.shape[1], weight.shape[0])
     return Call(name="linear", layer=linear.Linear(strategy=strategy), x=input, weight=weight, bias=bias)
 
 
-def _convolution(dimensions: int, kernels: bool) -> Callable[..., Call]:
+def _convolution(dimensions: int, kernels: bool) -> Route:
     def route(
         input: Tensor,
         weight: Tensor,
@@ -39,15 +44,15 @@ def _convolution(dimensions: int, kernels: bool) -> Callable[..., Call]:
         padding: Size | str = 0,
         dilation: Size = 1,
         groups: int = 1,
-    ) -> Call:
+    ) -> Call | None:
         name = f"conv{dimensions}d"
         if input.ndim != dimensions + 2:
-            raise Unplanned(f"{name} of one example without a batch dimension")
+            return None
         shape, dilations = tuple(weight.shape), _sizes(dilation, dimensions)
+        uneven: tuple[int, ...] = ()
         if padding == "same":
             totals = [d * (k - 1) for d, k in zip(dilations, shape[2:], strict=True)]
-            uneven = [w for t in reversed(totals) for w in (0, t % 2)]
-            input = functional.pad(input, uneven) if any(uneven) else input
+            uneven = tuple(t % 2 for t in totals)
             padding = tuple(t // 2 for t in totals)
         geometry = Geometry(
             shape=shape,
@@ -56,16 +61,19 @@ def _convolution(dimensions: int, kernels: bool) -> Callable[..., Call]:
             dilation=dilations,
             groups=groups,
         )
-        sides, card = tuple(input.shape[2:]), is_card(input.device)
+        sides, card = (
+            tuple(n + more for n, more in zip(input.shape[2:], uneven or [0] * dimensions, strict=True)),
+            is_card(input.device),
+        )
         ours = kernels and geometry.compiles and compiled.suit(input)
         strategy = conv.choose(geometry, sides, is_channels_last(input), card, ours)
-        layer = conv.Convolution(geometry=geometry, strategy=strategy, derived=not weight.is_leaf)
+        layer = conv.Convolution(geometry=geometry, strategy=strategy, derived=not weight.is_leaf, uneven=uneven)
         return Call(name=name, layer=layer, x=input, weight=weight, bias=bias)
 
     return route
 
 
-def _group_norm(kernels: bool) -> Callable[..., Call]:
+def _group_norm(kernels: bool) -> Route:
     def route(
         input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Call:
@@ -81,14 +89,14 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Call:
+) -> Call | None:
     layer = LayerNorm(shape=tuple(normalized_shape), eps=eps)
     if input.ndim <= len(layer.shape):
-        raise Unplanned("layer_norm over the batch dimension")
+        return None
     return Call(name="layer_norm", layer=layer, x=input, weight=weight, bias=bias)
 
 
-def _instance_norm(kernels: bool) -> Callable[..., Call]:
+def _instance_norm(kernels: bool) -> Route:
     def route(
         input: Tensor,
         running_mean: Tensor | None = None,
@@ -105,6 +113,10 @@ def _instance_norm(kernels: bool) -> Callable[..., Call]:
         return Call(name="instance_norm", layer=layer, x=input, weight=weight, bias=bias)
 
     return route
+
+
+def _matmul(input: Tensor, other: Tensor) -> Call | None:
+    return _linear(input, other.t()) if other.ndim == 2 else None
 
 
 def _embedding(
@@ -128,11 +140,14 @@ def _sizes(size: Size, dimensions: int) -> tuple[int, ...]:
     return sizes * dimensions if len(sizes) == 1 else sizes
 
 
-Routes = dict[Callable[..., Any], Callable[..., Call]]
+Routes = dict[Callable[..., Any], Route]
+
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 
 
-def routes(kernels: str) -> Routes:
-    """By function; ``kernels`` as the setting says."""
+def routes_of(loss_fn: LossFn) -> Routes:
+    """By function; a ``ModelLoss`` says with which kernels."""
+    kernels = loss_fn.kernels if isinstance(loss_fn, ModelLoss) else "auto"
     return _routes(compiled.decided(kernels) == "compiled")
 
 
@@ -140,6 +155,7 @@ def routes(kernels: str) -> Routes:
 def _routes(kernels: bool) -> Routes:
     return {
         functional.linear: _linear,
+        **dict.fromkeys(PRODUCTS, _matmul),
         torch.conv1d: _convolution(1, kernels),
         torch.conv2d: _convolution(2, kernels),
         torch.conv3d: _convolution(3, kernels),
@@ -148,3 +164,7 @@ def _routes(kernels: bool) -> Routes:
         functional.instance_norm: _instance_norm(kernels),
         functional.embedding: _embedding,
     }
+
+
+TABLES: Routes = {functional.embedding: _embedding}
+"""What has a layer also if all else is in the open."""

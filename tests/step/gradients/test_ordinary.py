@@ -1,4 +1,4 @@
-"""Without bound and noise the loss is divided: the same mean, the same examples left out, no second probe."""
+"""Without bound and noise the loss is divided: the same mean, the same examples left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import nn
 
 from fed_dpsat.params import trainable
 from fed_dpsat.step.clipping import FlatClipping
-from fed_dpsat.step.gradients import probe
 from fed_dpsat.step.gradients.ordinary import Ordinary
 from fed_dpsat.step.gradients.per_example import ModelLoss
 from fed_dpsat.step.loop import Streams, train_locally
@@ -116,11 +115,3 @@ def test_it_is_for_what_is_neither_bounded_nor_noised():
     assert Ordinary.of(loss, UNBOUNDED, mechanism(noise_multiplier=0.1, clip_norm=1.0)) is None
     assert Ordinary.of(loss, UNBOUNDED, another) is None
     assert Ordinary.of(lambda params, inputs, targets: inputs, UNBOUNDED, mechanism()) is None
-
-
-def test_a_module_is_probed_once_for_clients_of_all_sizes(monkeypatch):
-    asked, ask, module = [], probe._ask, network()
-    monkeypatch.setattr(probe, "_ask", lambda *arguments: asked.append(1) or ask(*arguments))
-    for size in (8, 7, 6):
-        step(DPSGD(lr=0.5), module, X[:size], Y[:size])
-    assert asked == [1]

@@ -1,5 +1,4 @@
 import gc
-import logging
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from fed_dpsat.step.gradients.capture import Tape
 from fed_dpsat.step.gradients.geometry import Geometry
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.gradients.plan import plan_table
-from fed_dpsat.step.gradients.probe import refusal
+from fed_dpsat.step.gradients.routes import routes_of
 from fed_dpsat.step.unchecked import unchecked
 
 UNCLIPPED = FlatClipping(clip_norm=1e30)  # not inf, which takes an ordinary pass
@@ -100,7 +99,7 @@ def check_with(kernels, module, inputs, *, physical=128, criterion=total_square,
     targets = torch.zeros(len(inputs), dtype=torch.int64)
     loss = ModelLoss(module.float(), criterion, kernels=kernels)
     if must_plan:
-        assert refusal(loss, trainable(module), inputs, targets) == ""
+        assert planned.per_example(loss, trainable(module), inputs, targets, routes_of(loss))
     norms = global_norm(oracle(loss, module, inputs, targets, UNCLIPPED)) / len(inputs)
     rules = [UNCLIPPED, FlatClipping(clip_norm=float(norms) + 1e-3), PerLayer(clip_norm=float(norms) + 1e-3), Global()]
     for clipping in rules:
@@ -257,55 +256,50 @@ def test_a_transformer_layer():
     check(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), seeded(0, 4, 5, 8))
 
 
-def refused(module, inputs, caplog, criterion=total_square):
-    """The reason in the log, for a module that the engine hands to ``vmap``; the sum is right all the same."""
-    planned._say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="fed_dpsat"):
-        check(module, inputs, must_plan=False, criterion=criterion)
-    (record,) = caplog.records
-    return record.getMessage()
+def opened(module, inputs):
+    """Which tensors are used outside of layers; the sums are right."""
+    check(module, inputs)
+    rows, reason = plan_table(module, inputs.shape[1:], len(inputs))
+    assert not reason
+    return [row.parameter for row in rows if row.layer not in ("linear", "conv2d")]
 
 
-def test_a_batch_that_is_not_first_goes_to_vmap(caplog):
-    """Twice as long as the batch, as long as it, and as the probes."""
+def test_a_batch_that_comes_second_is_no_batch():
+    """Each example is a batch of one, wherever the layer has it."""
     for length in (2, 3, 4):
-        caplog.clear()
         layer = nn.Linear(5, 2)
         module = Function(lambda parts, x: parts.layer(x.transpose(0, 1)).transpose(0, 1), layer=layer)
-        assert "batch" in refused(module, seeded(0, 4, length, 5), caplog)
+        assert opened(module, seeded(0, 4, length, 5)) == []
 
 
-def test_a_parameter_used_in_the_open_goes_to_vmap(caplog):
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale, self.layer = nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
-
-        def forward(self, x):
-            return self.layer(x * self.scale)
-
-    assert "parameter scale is used outside" in refused(Scaled(), seeded(0, 4, 3), caplog)
+def test_a_parameter_used_in_the_open_has_a_row_for_each_example():
+    assert opened(Open(), seeded(0, 4, 3)) == ["scale"]
+    module = Function(lambda parts, x: parts.layer(x) * parts.layer.bias, layer=nn.Linear(3, 3))
+    assert opened(module, seeded(0, 4, 3)) == ["parts.layer.bias"]
 
 
-def test_a_bilinear_layer_goes_to_vmap(caplog):
+def test_a_bilinear_layer_has_rows():
     module = Function(lambda parts, x: parts.layer(x, x), layer=nn.Bilinear(3, 3, 2))
-    assert "parameter parts.layer.weight is used outside" in refused(module, seeded(0, 4, 3), caplog)
+    assert opened(module, seeded(0, 4, 3)) == ["parts.layer.weight", "parts.layer.bias"]
 
 
-def test_weights_made_from_the_data_go_to_vmap(caplog):
+def test_weights_made_from_the_data():
     """Each example convolved with what a linear layer says of it."""
 
     def forward(parts, x):
         return nn.functional.linear(x, parts.layer(x).mean(0, keepdim=True))
 
-    message = refused(Function(forward, layer=nn.Linear(3, 3)), seeded(0, 1, 3), caplog)
-    assert "depend on the data" in message or "mix" in message or "others" in message
+    assert opened(Function(forward, layer=nn.Linear(3, 3)), seeded(0, 4, 3)) == []
 
 
-def test_examples_that_mix_are_found():
+def test_examples_that_mix_are_batches_of_one():
+    """Less its mean over the batch, an example alone is zero: only the bias has a gradient."""
     module = Function(lambda parts, x: parts.layer(x - x.mean(0)), layer=nn.Linear(3, 2))
-    reason = refusal(ModelLoss(module, total_square), trainable(module), seeded(0, 4, 3), torch.zeros(4))
-    assert "mix" in reason
+    check(module, seeded(0, 4, 3))
+    loss = ModelLoss(module, total_square)
+    total, _ = clipped_gradient_sum(loss, trainable(module), (seeded(0, 4, 3), torch.zeros(4)), UNCLIPPED)
+    assert not total["parts.layer.weight"].any()
+    assert total["parts.layer.bias"].all()
 
 
 def test_shared_layers():
@@ -393,7 +387,6 @@ def test_the_networks_of_this_project(name):
     module = make(shape, 4).double()
     loss, params = ModelLoss(module), trainable(module)
     batch = torch.randn(3, *shape).double(), torch.tensor([0, 1, 2])
-    assert refusal(loss, params, *batch) == ""
     whole, _ = clipped_gradient_sum(loss, params, batch, UNCLIPPED, engine="vmap")
     clipping = FlatClipping(clip_norm=0.3 * float(global_norm(whole)))
     expected, _ = clipped_gradient_sum(loss, params, batch, clipping, engine="vmap")
@@ -461,7 +454,7 @@ def test_the_same_bits_again(same_bits):
     assert same_bits(once, again)
 
 
-def test_auto_is_planned_for_a_module_and_vmap_for_a_function(same_bits, input_gradient):
+def test_auto_is_planned(same_bits, input_gradient):
     module = tanh_cnn_small((1, 8, 8), 4)
     batch = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 3, 0])
     clipping = FlatClipping(clip_norm=1)
@@ -471,15 +464,14 @@ def test_auto_is_planned_for_a_module_and_vmap_for_a_function(same_bits, input_g
     assert not same_bits(auto, vmap)
     batch = torch.randn(4, 3), torch.zeros(4)
     arguments = input_gradient, {"w": torch.zeros(3)}, batch, clipping
-    auto, vmap = (clipped_gradient_sum(*arguments, engine=e)[0] for e in ("auto", "vmap"))
-    assert same_bits(auto, vmap)
+    auto, planned_ = (clipped_gradient_sum(*arguments, engine=e)[0] for e in ("auto", "planned"))
+    assert same_bits(auto, planned_)
 
 
-@pytest.mark.parametrize("engine", ["planned", "opacus"])
-def test_a_function_has_no_layers_to_plan(engine, input_gradient):
+def test_a_function_has_no_module_for_opacus(input_gradient):
     batch = torch.randn(4, 3), torch.zeros(4)
-    with pytest.raises(SettingError, match=f"engine='{engine}' is not for a loss other than ModelLoss; use 'auto'"):
-        clipped_gradient_sum(input_gradient, {"w": torch.zeros(3)}, batch, UNCLIPPED, engine=engine)
+    with pytest.raises(SettingError, match="engine='opacus' is not for a loss other than ModelLoss; use 'auto'"):
+        clipped_gradient_sum(input_gradient, {"w": torch.zeros(3)}, batch, UNCLIPPED, engine="opacus")
 
 
 def test_gradients_of_nobody_ask_for_no_gradient():
@@ -489,12 +481,6 @@ def test_gradients_of_nobody_ask_for_no_gradient():
         total, _ = clipped_gradient_sum(ModelLoss(module), trainable(module), batch, UNCLIPPED, engine=engine)
         assert not any(p.requires_grad for p in total.values())
         assert all(p.grad is None for p in module.parameters())
-
-
-def test_a_parameter_of_the_wrong_place_is_found_by_the_probe():
-    module = Function(lambda parts, x: parts.layer(x) * parts.layer.bias, layer=nn.Linear(3, 3))
-    reason = refusal(ModelLoss(module, total_square), trainable(module), seeded(0, 4, 3), torch.zeros(4))
-    assert "parameter parts.layer.bias" in reason
 
 
 def test_standardised_filters_at_their_floor():
@@ -591,7 +577,7 @@ ASKED = {
     "planned": (lambda: nn.Linear(3, 2), (3,)),
     "standardised": (lambda: WSConv2d(3, 5, 3), (3, 6, 6)),
     "another Jacobian": (lambda: Impostor(3, 5, 3), (3, 6, 6)),
-    "refused by the probe": (Open, (3,)),
+    "in the open": (Open, (3,)),
 }
 
 

@@ -15,7 +15,6 @@ from fed_dpsat.step.clipping import AdaptiveClipping, FlatClipping
 from fed_dpsat.step.clipping.automatic import AutomaticClipping
 from fed_dpsat.step.clipping.global_ import GlobalClipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
-from fed_dpsat.step.gradients import planned
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.query import Query, spread
 
@@ -157,20 +156,18 @@ def test_one_full_point_gives_the_bits_of_plain_parameters(rule, model, engine, 
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "auto"])
-def test_the_planned_engine_answers_points_and_masks_without_vmap(engine, monkeypatch):
+def test_points_masks_and_wrapped_losses_take_no_pass_per_example(engine, monkeypatch):
     loss, points, batch = problem("convolution")
     asked = []
-    monkeypatch.setattr(planned, "_fall_back", lambda reason, *_: asked.append(reason) or ({}, 0))
+    monkeypatch.setattr("fed_dpsat.step.gradients.loop.remember", lambda loss_fn, reason: asked.append(reason))
     active = masks_of(points[0], ["some", "none"], torch.Generator().manual_seed(0))
     for query in (
         Query(points=((0.5, points[0]), (0.5, points[1]))),
         Query(points=((1.0, points[0]),), active=active),
+        Query(points=((1.0, points[0]),), loss=LOSSES["squared"]),
     ):
         clipped_gradient_sum(loss, query, batch, RULES["flat"][0], engine=engine)
     assert asked == []
-    wrapped = Query(points=((1.0, points[0]),), loss=LOSSES["squared"])
-    clipped_gradient_sum(loss, wrapped, batch, RULES["flat"][0], engine=engine)
-    assert asked == ([] if engine == "vmap" else ["the optimizer asks for a loss of its own"])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
