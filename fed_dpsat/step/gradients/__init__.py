@@ -8,8 +8,8 @@ engine      how                                                                 
 ``opacus``  ``auto``, and the gradients of Opacus' hooks have to agree with it                  ``ModelLoss``
 =========== =================================================================================== ==============
 
-A pass runs within a level of ``vmap`` (``level``), so no operation sees two examples. What ``vmap`` refuses has one pass
-per example (``loop``). Modules, in the order of a sum:
+A pass runs within a level of ``vmap`` (``level``), so no operation sees two examples. What ``vmap`` refuses has one
+pass per example (``loop``). Modules, in the order of a sum:
 
 ============================== ===============================================================================
 ``loss``, ``call``             what a module makes of a batch, at parameters that are given
