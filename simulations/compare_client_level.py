@@ -82,7 +82,7 @@ def _table(rows: list[str], n: int) -> str:
     text = f"""# Methods of the unit "client"
 
 `python -m simulations.compare_client_level --seeds {n}`. Every figure is at **epsilon 8, delta 1e-3 for one whole
-client** with all its examples (add-or-remove, PLD), against someone who sees every released model; the server is
+client** with all its examples (add-or-remove, PLD), against an observer who sees every released model; the server is
 trusted. None of them is to be compared with a table of the unit "example".
 
 The digits, mlp, 100 clients of about 14 images with labels by Dirichlet(0.3), each in a round by a coin of 0.2, 10

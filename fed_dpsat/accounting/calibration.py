@@ -1,4 +1,4 @@
-"""How much noise a promise needs, and what a schedule costs: the accountant read backwards and as a table."""
+"""Calibration: the noise multiplier for a target epsilon, and a table of epsilon over rounds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from fed_dpsat.accounting.accountant import epsilon
 from fed_dpsat.accounting.event import PrivacyError, PrivacyEvent
 
-LEAST, MOST = 0.01, 1e4  # noise multipliers looked at
+LEAST, MOST = 0.01, 1e4  # range of noise multipliers in the search
 TOLERANCE = 1.001
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpsilonRow:
-    """What a schedule has cost after so many rounds, at one delta."""
+    """Epsilon of a schedule after ``rounds`` rounds, at one delta."""
 
     rounds: int
     epsilon_pld: float
@@ -25,10 +25,10 @@ class EpsilonRow:
 def noise_multiplier_for(
     target_epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str = "pld"
 ) -> float:
-    """Smallest noise multiplier whose whole schedule of ``steps`` releases costs at most ``target_epsilon``.
+    """Smallest noise multiplier at which ``steps`` steps cost at most ``target_epsilon``.
 
-    Within 0.1 %, and on the safe side: epsilon at the result is at most the target. Raises ``PrivacyError``
-    where the answer is above 10,000 or below 0.01, and for a target that is not a positive finite number.
+    The result is at most 0.1 % too large and never too small: its epsilon is at most the target. Raises
+    ``PrivacyError`` for a result above 10,000 or below 0.01, and for a target that is not positive and finite.
     """
     if isinstance(target_epsilon, bool) or not 0 < target_epsilon < math.inf:
         raise PrivacyError(
@@ -39,7 +39,7 @@ def noise_multiplier_for(
         event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
         return epsilon([event], delta, accountant)
 
-    cost(MOST)  # the other arguments speak for themselves before the search does
+    cost(MOST)  # raises for an invalid argument before the search starts
     low, high = _bracket(cost, target_epsilon, _guess(target_epsilon, delta, sample_rate, steps))
     return _narrowed(cost, target_epsilon, low, high)
 
@@ -47,7 +47,7 @@ def noise_multiplier_for(
 def epsilon_table(
     noise_multiplier: float, sample_rate: float, local_steps: int, rounds: Sequence[int], delta: float
 ) -> list[EpsilonRow]:
-    """One row for each entry of ``rounds``: epsilon of a client that took ``local_steps`` in each of them."""
+    """One row for each entry of ``rounds``: epsilon of a client with ``local_steps`` steps in each round."""
     rows = []
     for count in rounds:
         events = [PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=local_steps * count)]
@@ -58,7 +58,7 @@ def epsilon_table(
 
 
 def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """Solved from the central limit: many steps are like one Gaussian release (Bu et al. 2020, mu of GDP)."""
+    """By the central limit theorem, many steps are close to one Gaussian mechanism (Bu et al. 2020, mu of GDP)."""
     from dp_accounting.gaussian_mechanism import get_sigma_gaussian  # type: ignore[import-untyped]
 
     mu = 1 / get_sigma_gaussian(min(target_epsilon, 1e6), delta)
@@ -67,7 +67,7 @@ def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) 
 
 
 def _bracket(cost: Callable[[float], float], target: float, guess: float) -> tuple[float, float]:
-    """(low, high) with cost(low) > target >= cost(high), close to the guess; steps grow where it is far off."""
+    """(low, high) with cost(low) > target >= cost(high); the search steps away from the guess in growing factors."""
     low = high = guess
     factor = 1.25
     while cost(high) > target:
@@ -80,15 +80,15 @@ def _bracket(cost: Callable[[float], float], target: float, guess: float) -> tup
     while low == high or cost(low) <= target:
         if low <= LEAST:
             raise PrivacyError(
-                f"target_epsilon={target} is met by noise_multiplier < {LEAST}, which "
-                "protects nobody; lower the target or delta"
+                f"target_epsilon={target} needs noise_multiplier < {LEAST}, which "
+                "gives no useful privacy; lower the target or delta"
             )
         low, high, factor = max(low / factor, LEAST), low, factor**2
     return low, high
 
 
 def _narrowed(cost: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Upper end of the bracket once it is narrow: secant in log-log, tries on either side of the root."""
+    """Upper end of the bracket after it is narrow: secant steps in log-log scale, on either side of the root."""
     tries = 0
     while high > low * TOLERANCE:
         above, below = cost(high), cost(low)

@@ -167,7 +167,7 @@ def _request(experiment: Experiment, message: Message, context: Context, unpack:
     """What is asked, and the client's history with it; what ``unpack`` makes is shared. Raises if spent."""
     client, assignment = _client(context), records.read_assignment(message.content)
     history, event, config = records.load_history(context.state), assignment.event, experiment.config
-    if event.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
+    if event.privacy_unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
         history = spend(history, event, experiment.budgets[client], config.delta, config.accountant)
     params = unpack(message.content, records.ARRAYS)
     if params is None:
