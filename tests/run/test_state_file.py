@@ -47,7 +47,7 @@ def test_a_system_that_writes_a_little_at_a_time(tmp_path, monkeypatch):
 
 def test_what_is_no_whole_state_is_an_error(tmp_path):
     path = tmp_path / "1.state"
-    with pytest.raises(StateError, match="run folder in common"):
+    with pytest.raises(StateError, match="disk that all hosts share"):
         read_state(path)
     write_state(path, STATE)
     data = path.read_bytes()

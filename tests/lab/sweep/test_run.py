@@ -192,7 +192,7 @@ def test_a_table_is_of_one_version_of_a_plugin(tmp_path, untried):
     file.write_text(f"{base}[grid]\nmodel = ['{model}']\nseed = [3, 4]\n")
     refused = invoke(file, "--out", tmp_path / "out")
     assert refused.exit_code == 2
-    assert "plugin.py (model) is not what" in " ".join(refused.stderr.split())
+    assert "plugin.py (model) has changed since" in " ".join(refused.stderr.split())
     assert len(table(tmp_path / "out", "results")) == 1
 
 
