@@ -1,12 +1,12 @@
-"""Weights by the inverse variance of the known noise: clients with small budgets, sets or rates say less.
+"""Weights by the inverse variance of the known noise: noisier clients count less.
 
-*Reason*: of all unbiased weighted means of equally informative updates, that with weights proportional to 1 / variance
-has the least noise (Gauss-Markov). Clients differ in noise where budgets, sizes or sample rates do.
+*Reason*: among the unbiased weighted means of equally informative updates, weights proportional to 1 / variance give
+the least noise (Gauss-Markov). The noise of clients differs if their budgets, sizes or sample rates differ.
 
-*Bias*: the model no longer minimises the mean over examples but a mean that leans to the clients with little noise.
-With weights w and size shares p the mean moves by at most ``sum |w - p| / 2`` times the largest distance between two
-clients' updates; ``most`` bounds each weight by ``most * p``. Where noise is proportional to 1 / size alone, w is
-proportional to size squared. Weights depend on public numbers only.
+*Bias*: the model minimises a mean that favours clients with little noise, and not the mean over examples. With weights
+w and size shares p, the mean moves by at most ``sum |w - p| / 2`` times the largest distance between two updates;
+``most`` bounds each weight by ``most * p``. If noise is proportional to 1 / size, w is proportional to the square of
+the size. Weights depend on public numbers only.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class NoiseAware(UpdateStrategy):
 
 
 def weights(shares: Vector, variances: Vector, most: float) -> Vector:
-    """``[K]``, proportional to 1 / variance but at most ``most * shares``; not negative, and sum to one.
+    """``[K]``, proportional to 1 / variance and at most ``most * shares``; not negative, with sum 1.
 
-    Without noise they are ``shares``. What the bound cuts off is dealt to the others in proportion.
+    Without noise they are ``shares``. The other clients get the weight above the bound, in proportion.
     """
     if not variances.min() > 0:
         return shares

@@ -1,7 +1,8 @@
-"""Clients that drop out or come late, as in the field: drawn from the run's seed, so that a run repeats.
+"""Simulated faults: clients that drop out or reply late, drawn from the seed of the run.
 
-A client that drops out does nothing. One whose delay is over ``client_timeout`` trains, and its reply is thrown away;
-delays are not slept through. Both stay charged: the server cannot know what left the device.
+A client that drops out does nothing. A client with a delay above ``client_timeout`` trains, and the simulation drops
+its reply. The simulation does not sleep. Both clients stay charged, because a server cannot know whether a reply left
+a device.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Faults:
 
     @classmethod
     def of(cls, config: RunConfig) -> Faults | None:
-        """What ``config`` asks for; None where clients are faultless."""
+        """The faults of ``config``; None without faults."""
         if not config.dropout_rate and config.delay == "none":
             return None
         return cls(
@@ -37,22 +38,22 @@ class Faults:
         )
 
     def drops_out(self, client: int, round: int) -> bool:
-        """Whether ``client`` is away in ``round``."""
+        """Whether ``client`` drops out of ``round``."""
         return bool(self._draw(client, round)[0] < self.dropout_rate)
 
     def seconds(self, client: int, round: int) -> float:
-        """How much later than it computed the reply of ``client`` in ``round`` is there."""
+        """The delay of the reply of ``client`` in ``round``, in seconds."""
         _, exponential, normal = self._draw(client, round)
         if self.delay == "exponential":
             return self.delay_mean * exponential
         return self.delay_mean * math.exp(normal - 0.5) if self.delay == "lognormal" else 0.0
 
     def waited(self, client: int, round: int) -> float:
-        """Seconds until the server has the reply of ``client`` in ``round``, or gives it up."""
+        """Seconds until the server receives the reply of ``client`` in ``round``, or stops waiting."""
         return min(self.seconds(client, round), self.client_timeout or math.inf)
 
     def comes_late(self, client: int, round: int) -> bool:
-        """Whether the reply of ``client`` in ``round`` comes after ``client_timeout``; 0 is never."""
+        """Whether the reply of ``client`` in ``round`` comes after ``client_timeout``; never for 0."""
         return bool(self.client_timeout and self.seconds(client, round) > self.client_timeout)
 
     def _draw(self, client: int, round: int) -> tuple[float, float, float]:

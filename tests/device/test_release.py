@@ -136,7 +136,7 @@ def test_a_question_noted_but_not_charged_is_checked_against_what_is_left_now(de
 def test_a_lost_ledger_is_not_begun_again(desk):
     desk.ask(asked(1))
     ledger_path(desk.folder).unlink()
-    with pytest.raises(LedgerError, match="restore the file"):
+    with pytest.raises(LedgerError, match="restore it"):
         desk.ask(asked(2))
 
 
