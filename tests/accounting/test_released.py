@@ -470,5 +470,11 @@ def test_what_makes_no_sense_is_refused(rounds, rate):
 
 
 def test_the_assumptions_name_what_undoes_them():
-    for words in ("released models alone", "kept secret", "carries no state", "other examples", "server's epsilon"):
+    for words in (
+        "only the released models",
+        "stay secret",
+        "carries no state",
+        "other examples",
+        "epsilon of the server",
+    ):
         assert words in ASSUMPTIONS

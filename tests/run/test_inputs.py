@@ -233,7 +233,7 @@ def test_a_run_that_was_killed_before_its_settings_were_there_starts_again(tmp_p
     assert simulate(config, folder)["status"] == "completed"
     (tmp_path / "mine" / "inputs").mkdir(parents=True)
     (tmp_path / "mine" / "inputs" / "precious.csv").write_text("1")
-    with pytest.raises(SettingError, match="a new or an empty folder"):
+    with pytest.raises(SettingError, match="not new or empty"):
         simulate(config, tmp_path / "mine")
 
 

@@ -53,10 +53,10 @@ def test_what_is_no_whole_state_is_an_error(tmp_path):
     data = path.read_bytes()
     for end in (0, 5, 40, len(data) - 80):
         path.write_bytes(data[:end])
-        with pytest.raises(StateError, match=r"no client state|cut off"):
+        with pytest.raises(StateError, match=r"not a client state|cut off"):
             read_state(path)
     path.write_bytes(b"\x80\x02" + data)
-    with pytest.raises(StateError, match="no client state"):
+    with pytest.raises(StateError, match="not a client state"):
         read_state(path)
 
 

@@ -186,7 +186,7 @@ def test_shares_are_opened_once():
         first = asked.until_open(arrived=[0, 1, 2, 3, 4])
         assert first.has_content()
         again = asked.open(arrived=[0, 1, 2, 3, 5])
-        assert "answered already" in again.error.reason
+        assert "has replied already" in again.error.reason
 
 
 class Asked:

@@ -65,7 +65,7 @@ def test_an_address_of_something_else_ends_before_ray_tries_for_minutes(no_ray, 
     other = grpc.server(futures.ThreadPoolExecutor(1))
     port = other.add_insecure_port("127.0.0.1:0")
     other.start()
-    with pytest.raises(RunError, match="no Ray cluster"):
+    with pytest.raises(RunError, match="not a Ray cluster"):
         cluster.connect(f"127.0.0.1:{port}", 1)
     other.stop(0)
 

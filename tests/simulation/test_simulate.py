@@ -212,7 +212,7 @@ def test_a_run_that_went_on_after_its_summary_is_not_called_changed(tmp_path):
 
 
 def test_a_run_does_not_overwrite_another(reference):
-    with pytest.raises(SettingError, match="new or an empty folder"):
+    with pytest.raises(SettingError, match="not new or empty"):
         simulate(CONFIG, reference[0])
 
 
@@ -276,7 +276,7 @@ def test_a_ledger_that_was_changed_after_the_run_is_found(tmp_path):
     read_statement(tmp_path / "run")
     with PrivacyLedger(tmp_path / "run" / "ledger.sqlite") as ledger:
         ledger.charge(0, 99, 0, PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=1))
-    with pytest.raises(LedgerError, match="changed afterwards"):
+    with pytest.raises(LedgerError, match="changed later"):
         read_statement(tmp_path / "run")
 
 

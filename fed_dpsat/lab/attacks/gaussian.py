@@ -1,4 +1,4 @@
-"""Noise in the place of an update (Blanchard et al., NeurIPS 2017, arXiv 1703.02757)."""
+"""Noise instead of an update (Blanchard et al., NeurIPS 2017, arXiv 1703.02757)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fed_dpsat.params import Params, global_norm
 
 
 class Gaussian(Attack):
-    """Sends Gaussian noise of an expected norm ``factor`` times that of its honest update."""
+    """Sends Gaussian noise; its expected norm is ``factor`` times the norm of the honest update."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -24,7 +24,7 @@ class Gaussian(Attack):
 
 
 def gaussian(factor: float = 20.0) -> Attack:
-    """Sends Gaussian noise, `factor` times as long as its honest update (Blanchard et al. 2017)."""
+    """Sends Gaussian noise with `factor` times the norm of its honest update (Blanchard et al. 2017)."""
     return Gaussian(factor)
 
 

@@ -8,7 +8,7 @@ from fed_dpsat.client.attackers import Attack
 
 
 class LabelFlip(Attack):
-    """Trains on class ``num_classes - 1 - y`` for y, and plays by all other rules."""
+    """Trains on class ``num_classes - 1 - y`` for y, and is honest otherwise."""
 
     def poison(self, labels: Tensor, num_classes: int) -> Tensor:
         return num_classes - 1 - labels

@@ -9,11 +9,11 @@ from fed_dpsat.params import Params
 
 
 class LittleIsEnough(Attack):
-    """All attackers send the same: the mean of their honest updates less ``z`` standard deviations, per coordinate.
+    """All attackers send one update: per coordinate, the mean of their honest updates minus ``z`` standard deviations.
 
-    The paper finds the largest z that a majority supports from the numbers of clients. That is below 0.2 for two or
-    three of ten, so z is a parameter, and 1.5 as in its code. An attacker who is alone has no deviation to
-    hide in: it is honest.
+    The paper computes the largest z that a majority supports from the numbers of clients. For two or three attackers of
+    ten it is below 0.2, so z is a parameter here, with the 1.5 of the paper's code. A single attacker has a standard
+    deviation of 0, so it is honest.
     """
 
     def __init__(self, z: float) -> None:
@@ -26,7 +26,7 @@ class LittleIsEnough(Attack):
 
 
 def little_is_enough(z: float = 1.5) -> Attack:
-    """All send the attackers' mean less `z` standard deviations, within the spread of all (Baruch et al. 2019)."""
+    """All attackers send their mean minus `z` standard deviations, within the spread of all (Baruch et al. 2019)."""
     return LittleIsEnough(z)
 
 

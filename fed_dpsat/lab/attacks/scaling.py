@@ -1,4 +1,4 @@
-"""A client that shouts: its honest update, many times over, so that the mean is its own (Bagdasaryan et al. 2020)."""
+"""A multiple of the honest update, which dominates the mean (Bagdasaryan et al. 2020)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Scaling(Attack):
 
 
 def scaling(factor: float = 100.0) -> Attack:
-    """Sends the honest update `factor` times over: its own noise and drift drown the others."""
+    """Sends `factor` times the honest update, which dominates the mean (Bagdasaryan et al. 2020)."""
     return Scaling(factor)
 
 

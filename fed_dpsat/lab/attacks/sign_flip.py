@@ -17,7 +17,7 @@ class SignFlip(Attack):
 
 
 def sign_flip(strength: float = 4.0) -> Attack:
-    """Sends the honest update backwards, `strength` times as long (Li et al. 2019)."""
+    """Sends minus `strength` times the honest update (Li et al. 2019)."""
     return SignFlip(strength)
 
 

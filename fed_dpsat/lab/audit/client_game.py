@@ -1,8 +1,8 @@
-"""The distinguishing game of the unit "client": the server's real release with one client or without it, many times.
+"""The distinguishing game of the unit "client": the real release of the server, with and without one client.
 
-The client moves the model by the whole bound C in every round that its coin draws it for; ``others`` do the same across
-that direction, by coins of their own. All released models are seen, and no coin. Each repetition has its own coins and
-noise.
+The client moves the model by the whole bound C in every round that its coin selects; ``others`` do the same in an
+orthogonal direction, with their own coins. The attacker sees all released models and no coin. Each repetition has its
+own coins and noise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fed_dpsat.lab.audit.scores import Seen, Values
 
 @dataclass(frozen=True, kw_only=True)
 class ClientGame:
-    """``rounds`` of ``release``, each of which costs ``event``. Raises ``SettingError`` for what is no game."""
+    """``rounds`` of ``release`` at the cost of ``event`` each. Raises ``SettingError`` for an invalid setting."""
 
     release: ClientRelease
     event: PrivacyEvent
@@ -45,17 +45,17 @@ class ClientGame:
 
     @property
     def noise_multiplier(self) -> float:
-        """As declared."""
+        """The declared noise multiplier."""
         return self.event.noise_multiplier
 
     @property
     def sample_rate(self) -> float:
-        """The chance of a client to be in a round; 1 where cohorts are public."""
+        """The probability of a client to be in a round; 1 for public cohorts."""
         return self.event.sample_rate
 
 
 def play_clients(game: ClientGame) -> GameResult:
-    """Both worlds, the attack chosen on one half of the repetitions and judged on the other."""
+    """Play both worlds; one half of the repetitions selects the attack, the other half measures it."""
     without, with_it = (_world(game, included) for included in (False, True))
     spent = ledger_epsilon([game.event] * game.rounds, game.delta)
     return result_of(game, without, with_it, steps=game.rounds, epsilon_ledger=spent)

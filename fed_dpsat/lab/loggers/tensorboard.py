@@ -12,7 +12,7 @@ from fed_dpsat.settings.config import RunConfig
 
 
 class TensorBoard:
-    """Writes a point per round and scalar; a run that is resumed hides what its rounds left before."""
+    """Writes a point per round and scalar; a resumed run hides the old points of its repeated rounds."""
 
     def __init__(self) -> None:
         self.open = need("torch.utils.tensorboard", "tensorboard").SummaryWriter

@@ -12,10 +12,10 @@ from fed_dpsat.settings.config import RunConfig
 
 
 class WeightsAndBiases:
-    """A row per round, settings as config; a run that is resumed goes on under its id.
+    """A row per round, settings as config; a resumed run keeps its id.
 
-    ``WANDB_MODE``, ``WANDB_PROJECT`` (else fed-dpsat), ``WANDB_ENTITY`` and their kind are W&B's own. Of the machine
-    (host name, command, code, console, hardware) nothing is sent.
+    W&B reads ``WANDB_MODE``, ``WANDB_ENTITY`` and its other variables; the default of ``WANDB_PROJECT`` is fed-dpsat.
+    The logger sends nothing about the machine (host name, command, code, console, hardware).
     """
 
     def __init__(self) -> None:
