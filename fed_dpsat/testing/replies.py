@@ -1,4 +1,4 @@
-"""Replies that a strategy must never feel: each spoils an honest one."""
+"""Invalid replies, which must not affect a strategy: each changes an honest one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BAD_CLIENT = 2
 
 
 def from_bad_client(spoil: Callable[[RecordDict], RecordDict]) -> Tamper:
-    """All replies are honest but those of one client."""
+    """Spoil the replies of one client."""
     return lambda client, number, reply: spoil(reply) if client == BAD_CLIENT else reply
 
 
 def fail(reply: RecordDict) -> RecordDict:
-    """No reply at all: the client raises."""
+    """The client raises an exception."""
     raise RuntimeError("a client that fails")
 
 

@@ -16,7 +16,7 @@ from fed_dpsat.lab.report.reading import Run, read_run
 from fed_dpsat.lab.report.sharpness import sharpness_words
 from fed_dpsat.lab.report.spending import Spending, read_spending
 
-SECTIONS = ("Quality", "Privacy", "The model", "The clients", "The machine")
+SECTIONS = ("Quality", "Spending and noise", "The model", "The clients", "The machine")
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:

@@ -124,7 +124,7 @@ ALL = BASE + GRID + METHODS + TUNE
         (BASE + "[grid.method]\na = 'dp-sgd'\n", "grid.method.a is 'dp-sgd', not a table"),
         (BASE + "[grid.optimizer]\na = { lr = 1 }\n", "optimizer is a setting; give the axis another name"),
         (BASE + "[grid]\nworkers = [1, 2]\n", "sets workers; use --workers"),
-        (BASE + '[grid]\ndevice = ["cpu", "cuda"]\n', "sets device; put it into the base"),
+        (BASE + '[grid]\ndevice = ["cpu", "cuda"]\n', "sets device; set it in the base"),
         (BASE + "[grid]\nvalidation_share = [0.1]\n", "set it in [tune]"),
         (BASE + "[grid]\nlr = [1, 1.0]\n", "has a value twice"),
         (BASE + "[grid]\nlr = [1, -1]\n", "lr=-1 is not at least 0"),
