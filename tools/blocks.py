@@ -10,8 +10,8 @@ toml                parsed; the first line ``# name.toml`` writes a file
 another language    none; another name of shell or Python is an error
 =================== ======================================================================================
 
-A block that cannot run in a test states the reason in its first line: ``# Not run in tests: REASON``. The verbs, options
-and settings of its ``fed-dpsat`` commands are still checked. The slow tests run a page with the line
+A block that cannot run in a test states the reason in its first line: ``# Not run in tests: REASON``. The verbs,
+options and settings of its ``fed-dpsat`` commands are still checked. The slow tests run a page with the line
 ``<!-- blocks: slow -->``.
 """
 
