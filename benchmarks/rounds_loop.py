@@ -1,4 +1,4 @@
-"""The bare PyTorch loop: the arithmetic of a federated round and nothing else. No records, ledger, checks or files."""
+"""The bare PyTorch loop: only the arithmetic of a federated round, without records, ledger, checks or files."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _private_client(experiment: Experiment, model: Params, client: int, round: i
 
 
 def _draws(experiment: Experiment, client: int, round: int) -> tuple[torch.Tensor, PoissonSampler, Streams]:
-    """Whose examples, how they are sampled, and the client's generators."""
+    """The examples of a client, its sampler and its generators."""
     indices = torch.from_numpy(np.asarray(experiment.partitions[client]))
     streams = Streams(seed=experiment.config.seed, client=client, round=round)
     sampler = PoissonSampler(num_examples=len(indices), sample_rate=experiment.config.sample_rate)

@@ -71,7 +71,7 @@ def _measure(args: argparse.Namespace, model: str, size: int) -> list[Row]:
 
 
 def _works(name: str, step: Step) -> bool:
-    """Warms up; a contestant that cannot run the model is named and left out."""
+    """Whether a contestant can run the model, after a warm-up; a failure is printed."""
     try:
         step()
         step()

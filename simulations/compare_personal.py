@@ -1,4 +1,4 @@
-"""What private heads buy on skewed labels: python -m simulations.compare_personal. Writes docs/results/personal.md.
+"""The effect of private heads on skewed labels: python -m simulations.compare_personal writes docs/results/personal.md.
 
 Every figure is of clients: accuracy of the model that a client would use, on its share of the public test split, which
 has the labels of its training data. Learning rates are each method's best of four, by seeds of their own. About five

@@ -118,7 +118,7 @@ def make_client_app(provider: Provider) -> ClientApp:
             client = _client(context)
             size = len(experiment.partitions[client])
             return Message(
-                _wing(SECURE_AGGREGATION).answer(client, message.content, context.state, size), reply_to=message
+                _wing(SECURE_AGGREGATION).phase_reply(client, message.content, context.state, size), reply_to=message
             )
         if experiment.config.tune_malloc:
             tune_allocator()

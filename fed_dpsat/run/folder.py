@@ -81,28 +81,9 @@ class RunFolder:
             )
         if not resume and not _may_be_written(path):
             raise SettingError("out", str(path), "a writable folder", "name another folder with --out")
-        self.path = path
-        self.resumes = resume
-
-    @property
-    def ledger_path(self) -> Path:
-        """Path of the ledger."""
-        return self.path / "ledger.sqlite"
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """Path of the checkpoint; ``torch.load(..., weights_only=True)`` reads it."""
-        return self.path / "checkpoint" / "model.pt"
-
-    @property
-    def state_path(self) -> Path:
-        """Folder of the states of simulated clients."""
-        return self.path / "state"
-
-    @property
-    def trace_path(self) -> Path:
-        """Path of the trace."""
-        return self.path / "trace.json"
+        self.path, self.resumes = path, resume
+        self.ledger_path, self.state_path, self.trace_path = path / "ledger.sqlite", path / "state", path / "trace.json"
+        self.checkpoint_path = path / "checkpoint" / "model.pt"  # torch.load(..., weights_only=True) reads it
 
     def open(self, config: RunConfig, *, objects: Sequence[str] = (), inputs: Sequence[Input] = ()) -> None:
         """Create the folder and write its first files; ``objects`` names the arguments that are Python objects.
@@ -121,15 +102,7 @@ class RunFolder:
             return
         with written(self.checkpoint_path.parent):
             self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
-        environment = {
-            "command": sys.argv,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "device": described(config.device),
-            "packages": {name: version(name) for name in PACKAGES},
-            "objects": list(objects),
-        }
+        environment = {**surroundings(), "device": described(config.device), "objects": list(objects)}
         _write_atomically(self.path / "environment.json", _json(environment, indent=2) + "\n")
         _write_atomically(self.path / "inputs.json", _json([dataclasses.asdict(i) for i in inputs], indent=2) + "\n")
         for one in inputs:
@@ -232,6 +205,17 @@ class RunFolder:
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
         _write_atomically(self.path / "summary.json", _json(summary, indent=2) + "\n")
+
+
+def surroundings() -> dict[str, Any]:
+    """Command, machine and versions of this process."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
 
 
 def jsonable(value: Any) -> Any:

@@ -24,7 +24,7 @@ KEYS, LISTS = ("seal_key", "mask_key", "seed"), ("seal", "mask", "sealed")
 """Fields of this record that are bytes, and fields that are lists of bytes."""
 
 
-def answer(client: int, content: RecordDict, state: RecordDict, num_examples: int) -> RecordDict:
+def phase_reply(client: int, content: RecordDict, state: RecordDict, num_examples: int) -> RecordDict:
     """The reply in the phases keys, shares and open; raises ``ValueError`` for a phase out of order."""
     asked: dict[str, Any] = dict(content.config_records[SECURE])
     round = str(records.read_assignment(content).round)

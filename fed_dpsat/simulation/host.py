@@ -129,7 +129,7 @@ class Host:
             return error_reply(one.message, "dropped out (simulated)", compat.SIMULATED_FAULT)
         faults, client, round = self._faults, one.client, one.round
         if faults and round and faults.comes_late(client, round) and reply.has_content():
-            late = f"reply after {faults.seconds(client, round):.3g} s, client_timeout={faults.client_timeout:g}"
+            late = f"reply after {faults.seconds(client, round):.3g} s, client_timeout={faults.config.client_timeout:g}"
             return error_reply(one.message, f"{late} (simulated)", compat.SIMULATED_FAULT)
         return reply
 

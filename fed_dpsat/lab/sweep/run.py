@@ -17,11 +17,8 @@ import dataclasses
 import json
 import math
 import os
-import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,7 +30,7 @@ from fed_dpsat.lab.sweep.execute import Attempt, completed, execute, locked
 from fed_dpsat.lab.sweep.reading import read_spec
 from fed_dpsat.lab.sweep.spec import Cell, Run, Settings, Spec
 from fed_dpsat.lab.sweep.tables import Outcome, Row, row, summarise, write
-from fed_dpsat.run.folder import PACKAGES, jsonable
+from fed_dpsat.run.folder import jsonable, surroundings
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation.jobs import Jobs, open_jobs
 
@@ -109,12 +106,8 @@ class _Sweep:
         self.total = 0
         self.about: dict[str, Any] = {
             "file": str(path),
-            "command": sys.argv,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
+            **surroundings(),
             "workers": workers,
-            "packages": {name: version(name) for name in PACKAGES},
             "privacy": NOT_COUNTED if spec.tune_seeds else "no hyper-parameters were searched",
             "asked": dataclasses.asdict(spec),
         }

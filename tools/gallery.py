@@ -1,4 +1,4 @@
-"""docs/gallery.md and its figures, from runs committed as JSON lines: ``python -m fed_dpsat.lab.report.gallery``."""
+"""docs/gallery.md and its figures, from runs committed as JSON lines: ``python -m tools.gallery``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fed_dpsat.settings.config import RunConfig
 
 HEAD = """# Gallery
 
-`python -m fed_dpsat.lab.report.gallery` makes this page from the runs in `docs/runs`, which `python -m
-simulations.gallery` makes. `fed-dpsat compare docs/runs/NAME.jsonl` prints the tables; with `--out compare.html` it
-writes a page. Accuracy, loss and ECE are means over seeds with 95 % intervals (Student's t), on public test data, after
-the last round; sd is the standard deviation of single runs; front: no other group has as little epsilon and as much
-accuracy. Epsilon is the maximum over clients, for one example of one client, against a server that sees every update.
-The noise is seeded: reproducible, and so not private. Intervals are not corrected for the number of groups.
+`python -m tools.gallery` makes this page from the runs in `docs/runs`, which `python -m simulations.gallery` makes.
+`fed-dpsat compare docs/runs/NAME.jsonl` prints the tables; with `--out compare.html` it writes a page. Accuracy, loss
+and ECE are means over seeds with 95 % intervals (Student's t), on public test data, after the last round; sd is the
+standard deviation of single runs; front: no other group has as little epsilon and as much accuracy. Epsilon is the
+maximum over clients, for one example of one client, against a server that sees every update. The noise is seeded:
+reproducible, and so not private. Intervals are not corrected for the number of groups.
 """
 
 ALWAYS = ("dataset", "num_clients", "model", "num_rounds", "sample_rate", "clip_norm")
