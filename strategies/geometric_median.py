@@ -12,15 +12,14 @@ examples. Sizes are declared, so a client that declares more examples gets more 
 from __future__ import annotations
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy
 
-from fed_dpsat.flower.updates import KnownNoise, Updates, UpdateStrategy, Vector
+from fed_dpsat.flower.updates import Updates, UpdateStrategy, Vector
 
 ITERATIONS = 50
 
 
 class GeometricMedian(UpdateStrategy):
-    """Moves to the geometric median of the updates."""
+    """Geometric median of the updates, with the known noise subtracted from the distances."""
 
     def move(self, round: int, updates: Updates) -> Vector:
         return geometric_median(updates)
@@ -38,9 +37,4 @@ def geometric_median(updates: Updates) -> Vector:
     return center
 
 
-def build(known_noise: KnownNoise) -> Strategy:
-    """Geometric median of the updates, with the known noise subtracted from the distances."""
-    return GeometricMedian(known_noise)
-
-
-STRATEGIES = {"geometric-median": build}
+STRATEGIES = {"geometric-median": GeometricMedian}

@@ -11,7 +11,6 @@ innovations, whose mean square has the expectation P + Q + R.
 from __future__ import annotations
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat.flower.updates import KnownNoise, Updates, UpdateStrategy, Vector
 
@@ -20,7 +19,10 @@ MEMORY = 0.8
 
 
 class Kalman(UpdateStrategy):
-    """Moves by the estimate ``m`` of variance ``p`` per coordinate; ``q`` is the variance of the drift per round."""
+    """Kalman filter over the mean update, with the known variance of its noise.
+
+    The estimate ``m`` has the variance ``p`` per coordinate; ``q`` is the variance of the drift per round.
+    """
 
     def __init__(self, known_noise: KnownNoise) -> None:
         super().__init__(known_noise)
@@ -37,9 +39,4 @@ class Kalman(UpdateStrategy):
         return self.m
 
 
-def kalman(known_noise: KnownNoise) -> Strategy:
-    """Kalman filter over the mean update, with the known variance of its noise."""
-    return Kalman(known_noise)
-
-
-STRATEGIES = {"kalman": kalman}
+STRATEGIES = {"kalman": Kalman}

@@ -12,16 +12,15 @@ the size. Weights depend on public numbers only.
 from __future__ import annotations
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.updates import KnownNoise, Updates, UpdateStrategy, Vector
 
 
 class NoiseAware(UpdateStrategy):
-    """The mean of updates, weighted by inverse variance."""
+    """Mean weighted by the inverse variance of each client's known noise, within bounds by its size."""
 
-    def __init__(self, known_noise: KnownNoise, most: float) -> None:
+    def __init__(self, known_noise: KnownNoise, most: float = 4.0) -> None:
         super().__init__(known_noise)
         if not most >= 1:
             raise SettingError("most", most, "at least 1", "1 is FedAvg, 4 is usual")
@@ -49,9 +48,4 @@ def weights(shares: Vector, variances: Vector, most: float) -> Vector:
     return result
 
 
-def noise_aware(known_noise: KnownNoise, most: float = 4.0) -> Strategy:
-    """Mean weighted by the inverse variance of each client's known noise, within bounds by its size."""
-    return NoiseAware(known_noise, most)
-
-
-STRATEGIES = {"noise-aware": noise_aware}
+STRATEGIES = {"noise-aware": NoiseAware}

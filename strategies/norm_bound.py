@@ -11,15 +11,14 @@ the known noise of the client.
 from __future__ import annotations
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat.flower.updates import KnownNoise, Updates, UpdateStrategy, Vector
 
 
 class NormBound(UpdateStrategy):
-    """The mean, weighted by size, of bounded updates."""
+    """Mean of updates scaled down to a bound: `factor` times the median norm without noise, plus known noise."""
 
-    def __init__(self, known_noise: KnownNoise, factor: float) -> None:
+    def __init__(self, known_noise: KnownNoise, factor: float = 1.5) -> None:
         super().__init__(known_noise)
         self.factor = factor
 
@@ -35,9 +34,4 @@ def scales(updates: Updates, factor: float) -> Vector:
     return found
 
 
-def norm_bound(known_noise: KnownNoise, factor: float = 1.5) -> Strategy:
-    """Mean of updates scaled down to a bound: `factor` times the median norm without noise, plus known noise."""
-    return NormBound(known_noise, factor)
-
-
-STRATEGIES = {"norm-bound": norm_bound}
+STRATEGIES = {"norm-bound": NormBound}

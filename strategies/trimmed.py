@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from fed_dpsat.errors import SettingError
@@ -27,9 +26,9 @@ DRAWING_ERROR = math.sqrt(2 / DRAWS)
 
 
 class Trimmed(UpdateStrategy):
-    """The mean, weighted by size, without outliers."""
+    """Mean without the clients that are farther from the median than known noise explains."""
 
-    def __init__(self, known_noise: KnownNoise, trim: float, factor: float) -> None:
+    def __init__(self, known_noise: KnownNoise, trim: float = 0.3, factor: float = 2.0) -> None:
         super().__init__(known_noise)
         if not 0 <= trim < 0.5:
             raise SettingError("trim", trim, "in [0, 0.5)", "set the largest expected share of attackers")
@@ -60,9 +59,4 @@ def noise_around_median(variances: Vector) -> Vector:
     return found
 
 
-def trimmed(known_noise: KnownNoise, trim: float = 0.3, factor: float = 2.0) -> Strategy:
-    """Mean without the clients that are farther from the median than known noise explains."""
-    return Trimmed(known_noise, trim, factor)
-
-
-STRATEGIES = {"trimmed": trimmed}
+STRATEGIES = {"trimmed": Trimmed}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from logging import INFO, WARNING, getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from fed_dpsat.flower.wire.arrays import read_array
 from fed_dpsat.params import Params
 from fed_dpsat.run.process import tune_allocator
 from fed_dpsat.step.subspace import Coordinates, Span
+
+Value = TypeVar("Value")
 
 KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SAME, "config"}
 """Records that a message may hold. ``config`` comes from the strategy; a device reads ``proximal-mu`` of FedProx in it.
@@ -60,7 +62,7 @@ def train(message: Message, context: Context) -> RecordDict:
         if assignment is None:
             raise Refusal(f"the message has no {records.ASSIGNMENT!r} record; send one")
         config = policy.admit(context.run_id, context.run_config)
-        within = _within(content)
+        within = _read(records.read_within, content)
         tune_allocator()
         done, result = client.train_round(
             policy,
@@ -68,7 +70,7 @@ def train(message: Message, context: Context) -> RecordDict:
             context.run_config,
             dict(assignment),
             lambda like: _fitting(within, read_arrays(content.array_records.get(records.ARRAYS), like)),
-            _proximal_mu(content),
+            _read(records.read_proximal_mu, content),
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts
         size = len(own_data(policy, context.run_id).train)
@@ -79,16 +81,9 @@ def train(message: Message, context: Context) -> RecordDict:
     return _logged(context, "a round", reply)
 
 
-def _proximal_mu(content: RecordDict) -> float:
+def _read(reader: Callable[[RecordDict], Value], content: RecordDict) -> Value:
     try:
-        return records.read_proximal_mu(content)
-    except records.RecordError as error:
-        raise Refusal(str(error)) from None
-
-
-def _within(content: RecordDict) -> Coordinates | Span | None:
-    try:
-        return records.read_within(content)
+        return reader(content)
     except records.RecordError as error:
         raise Refusal(str(error)) from None
 

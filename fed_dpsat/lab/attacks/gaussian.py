@@ -9,9 +9,9 @@ from fed_dpsat.params import Params, global_norm
 
 
 class Gaussian(Attack):
-    """Sends Gaussian noise; its expected norm is ``factor`` times the norm of the honest update."""
+    """Sends Gaussian noise with `factor` times the norm of its honest update (Blanchard et al. 2017)."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float = 20.0) -> None:
         self.factor = factor
 
     def forge(self, scene: Scene) -> Params:
@@ -23,9 +23,4 @@ class Gaussian(Attack):
         }
 
 
-def gaussian(factor: float = 20.0) -> Attack:
-    """Sends Gaussian noise with `factor` times the norm of its honest update (Blanchard et al. 2017)."""
-    return Gaussian(factor)
-
-
-ATTACKS = {"gaussian": gaussian}
+ATTACKS = {"gaussian": Gaussian}

@@ -8,7 +8,7 @@ from fed_dpsat.params import Params
 
 
 class ModelReplacement(LabelFlip):
-    """Trains on flipped labels and multiplies the update by ``num_clients / num_attackers``.
+    """Trains on flipped labels and boosts the update so that the mean becomes its model (Bagdasaryan et al. 2020).
 
     If the honest updates cancel out, the mean of all models is the model of the attackers.
     """
@@ -18,9 +18,4 @@ class ModelReplacement(LabelFlip):
         return {name: boost * u for name, u in scene.update.items()}
 
 
-def model_replacement() -> ModelReplacement:
-    """Trains on flipped labels and boosts the update so that the mean becomes its model (Bagdasaryan et al. 2020)."""
-    return ModelReplacement()
-
-
-ATTACKS = {"model-replacement": model_replacement}
+ATTACKS = {"model-replacement": ModelReplacement}

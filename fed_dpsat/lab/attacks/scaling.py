@@ -7,18 +7,13 @@ from fed_dpsat.params import Params
 
 
 class Scaling(Attack):
-    """Sends ``factor`` times its honest update."""
+    """Sends `factor` times the honest update, which dominates the mean (Bagdasaryan et al. 2020)."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float = 100.0) -> None:
         self.factor = factor
 
     def forge(self, scene: Scene) -> Params:
         return {name: self.factor * u for name, u in scene.update.items()}
 
 
-def scaling(factor: float = 100.0) -> Attack:
-    """Sends `factor` times the honest update, which dominates the mean (Bagdasaryan et al. 2020)."""
-    return Scaling(factor)
-
-
-ATTACKS = {"scaling": scaling}
+ATTACKS = {"scaling": Scaling}

@@ -13,51 +13,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fed_dpsat.accounting import PrivacyEvent
-from fed_dpsat.errors import SettingError
+from fed_dpsat.accounting.event import CLIENTS, PrivacyEvent
 from fed_dpsat.flower.client_release import ClientRelease
 from fed_dpsat.flower.sums import Part, merge
 from fed_dpsat.flower.wire import records
-from fed_dpsat.lab.audit.bounds import check_confidence
-from fed_dpsat.lab.audit.game import SIZE, GameResult, ledger_epsilon, result_of
+from fed_dpsat.lab.audit.game import SIZE, AnyGame, GameResult, ledger_epsilon, result_of
 from fed_dpsat.lab.audit.scores import Seen, Values
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientGame:
-    """``rounds`` of ``release`` at the cost of ``event`` each. Raises ``SettingError`` for an invalid setting."""
+class ClientGame(AnyGame):
+    """``rounds`` of ``release``; a ``sample_rate`` of 1 stands for public cohorts."""
 
     release: ClientRelease
-    event: PrivacyEvent
-    rounds: int = 1
-    others: int = 1
-    repetitions: int = 1000
-    delta: float = 1e-5
-    confidence: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_confidence(self.confidence)
-        if self.rounds < 1:
-            raise SettingError("rounds", self.rounds, "at least 1", "a game needs one")
-        if self.repetitions < 20:
-            raise SettingError("repetitions", self.repetitions, "at least 20", "half of them only choose the attack")
-
-    @property
-    def noise_multiplier(self) -> float:
-        """The declared noise multiplier."""
-        return self.event.noise_multiplier
-
-    @property
-    def sample_rate(self) -> float:
-        """The probability of a client to be in a round; 1 for public cohorts."""
-        return self.event.sample_rate
 
 
 def play_clients(game: ClientGame) -> GameResult:
     """Play both worlds; one half of the repetitions selects the attack, the other half measures it."""
     without, with_it = (_world(game, included) for included in (False, True))
-    spent = ledger_epsilon([game.event] * game.rounds, game.delta)
+    event = PrivacyEvent(noise_multiplier=game.noise_multiplier, sample_rate=game.sample_rate, steps=1, kind=CLIENTS)
+    spent = ledger_epsilon([event] * game.rounds, game.delta)
     return result_of(game, without, with_it, steps=game.rounds, epsilon_ledger=spent)
 
 

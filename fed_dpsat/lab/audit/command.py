@@ -68,7 +68,8 @@ def client_game_of(config: RunConfig, *, repetitions: int, confidence: float) ->
     assert release is not None  # the privacy unit is the client
     return ClientGame(
         release=release,
-        event=event,
+        noise_multiplier=event.noise_multiplier,
+        sample_rate=event.sample_rate,
         rounds=min(config.rounds_per_client, GAME_STEPS),
         repetitions=repetitions,
         delta=config.delta,

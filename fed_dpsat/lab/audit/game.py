@@ -16,7 +16,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,30 +54,20 @@ def as_it_is(member: Member) -> Member:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Game:
-    """One game: its training, its number of repetitions, and its declared cost.
+class AnyGame:
+    """A declared mechanism, the size of the game, and the bound. Raises ``SettingError`` for an invalid setting.
 
-    ``repetitions`` counts one world. ``client`` may replace parts of a client and ``ledger`` the account, to play a
-    broken mechanism. Repetitions train like clients of a run: ``stacked`` if possible, else one by one with ``engine``.
-    Raises ``SettingError`` for an invalid setting.
+    ``repetitions`` counts one world.
     """
 
-    optimizer: PrivateOptimizer
-    clipping: ClippingRule
     noise_multiplier: float
     sample_rate: float = 1.0
     rounds: int = 1
-    local_steps: int = 1
     others: int = 1
-    follow: bool = False
     repetitions: int = 1000
     delta: float = 1e-5
     confidence: float = 0.95
     seed: int = 0
-    stacked: bool = True
-    engine: str = "auto"
-    client: Callable[[Member], Member] = as_it_is
-    ledger: Callable[[Sequence[PrivacyEvent], float], float] = ledger_epsilon
 
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
@@ -87,6 +76,24 @@ class Game:
                 raise SettingError(name, value, f"at least {least}", "a game needs one")
         if self.repetitions < 20:
             raise SettingError("repetitions", self.repetitions, "at least 20", "half of them only choose the attack")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Game(AnyGame):
+    """One game of the training step.
+
+    ``client`` may replace parts of a client and ``ledger`` the account, to play a broken mechanism. Repetitions train
+    like clients of a run: ``stacked`` if possible, else one by one with ``engine``.
+    """
+
+    optimizer: PrivateOptimizer
+    clipping: ClippingRule
+    local_steps: int = 1
+    follow: bool = False
+    stacked: bool = True
+    engine: str = "auto"
+    client: Callable[[Member], Member] = as_it_is
+    ledger: Callable[[Sequence[PrivacyEvent], float], float] = ledger_epsilon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,22 +120,6 @@ class GameResult:
         return self.epsilon_lower > self.epsilon_ledger
 
 
-class Claim(Protocol):
-    """The declared mechanism of a game, and delta and confidence of its bound."""
-
-    @property
-    def noise_multiplier(self) -> float: ...
-
-    @property
-    def sample_rate(self) -> float: ...
-
-    @property
-    def delta(self) -> float: ...
-
-    @property
-    def confidence(self) -> float: ...
-
-
 def play(game: Game) -> GameResult:
     """Play both worlds; one half of the repetitions selects the attack, the other half measures it.
 
@@ -140,7 +131,7 @@ def play(game: Game) -> GameResult:
     return result_of(game, without, with_it, steps=steps, epsilon_ledger=game.ledger(events, game.delta))
 
 
-def result_of(game: Claim, without: Seen, with_it: Seen, *, steps: int, epsilon_ledger: float) -> GameResult:
+def result_of(game: AnyGame, without: Seen, with_it: Seen, *, steps: int, epsilon_ledger: float) -> GameResult:
     """The result of ``game`` from two worlds with equal numbers of repetitions."""
     guess, false_positives, false_negatives, trials = judged(game, without, with_it)
     seen = false_positives, false_negatives, trials, game.delta, game.confidence
@@ -158,7 +149,7 @@ def result_of(game: Claim, without: Seen, with_it: Seen, *, steps: int, epsilon_
     )
 
 
-def judged(game: Claim, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
+def judged(game: AnyGame, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
     """The attack with the best bound on the first half, and its errors and trials on the second half."""
     half = len(without.along) // 2
 

@@ -15,7 +15,9 @@ STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
 
 
 class MLflow:
-    """A metric per round and scalar, settings as parameters; a resumed run keeps its id.
+    """MLflow, at MLFLOW_TRACKING_URI; needs fed-dpsat[mlflow].
+
+    It logs a metric per round and scalar, and settings as parameters; a resumed run keeps its id.
 
     MLflow reads ``MLFLOW_TRACKING_URI``; the default of ``MLFLOW_EXPERIMENT_NAME`` is fed-dpsat.
     """
@@ -50,9 +52,4 @@ class MLflow:
         self.client.set_terminated(self.run_id, STATUS.get(summary["status"], "FAILED"))
 
 
-def mlflow() -> MLflow:
-    """MLflow, at MLFLOW_TRACKING_URI; needs fed-dpsat[mlflow]."""
-    return MLflow()
-
-
-LOGGERS = {"mlflow": mlflow}
+LOGGERS = {"mlflow": MLflow}

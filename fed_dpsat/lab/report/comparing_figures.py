@@ -181,7 +181,7 @@ def _curves(curves: dict[str, list[tuple[float, Estimate]]], styles: dict[str, L
                 axes.fill_between(at, low, high, color=look.colour.light, alpha=0.18, lw=0)
         axes.set(xlabel=x, ylabel="test accuracy (%)", ylim=(0, 100))
         if x == "round":
-            whole_numbers(axes)
+            whole_numbers(axes.xaxis)
         _legend_below(axes)
 
     return paint

@@ -122,7 +122,7 @@ def client_accuracy(run: Run, folder: Path) -> Drawing | None:
         axes.axvline(100 * float(known.mean()), color=INK.light, lw=1.2, label="mean")
         axes.axvline(100 * worst, color=VERMILLION.light, lw=1.2, ls=(0, (4, 3)), label="worst tenth")
         axes.set(xlabel="test accuracy on the client's mix of labels (%)", ylabel="clients")
-        _whole_numbers(axes)
+        whole_numbers(axes.yaxis)
         axes.legend(loc="best")
 
     return draw(
@@ -171,7 +171,7 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
             spread = int(sizes.max() - sizes.min()) + 1
             within = float(sizes.min()) - 0.5, float(sizes.max()) + 0.5
             axes.hist(sizes, bins=min(30, spread), range=within, color=BLUE.light)
-            whole_numbers(axes)
+            whole_numbers(axes.xaxis)
             axes.set(xlabel="examples of a client", ylabel="clients")
         axes.grid(axis="x", visible=False)
 
@@ -278,12 +278,6 @@ def _square(client: int, label: int, strength: float) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle((client - 0.5, label - 0.5), 1, 1, facecolor=BLUE.light, alpha=strength, edgecolor="none")
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _nothing(axes: Axes) -> None:

@@ -19,6 +19,7 @@ from fed_dpsat.lab.report.spending import Spending
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 FEW_CURVES = 6
 ROUNDS_FILE = "rounds.jsonl"
@@ -66,7 +67,7 @@ def _curve(
         axes.plot(at, values, color=colour.light, marker="o" if len(at) <= 15 else "")
         axes.set(xlabel=x, ylabel=y, ylim=(0, highest))
         if x == "round":
-            whole_numbers(axes)
+            whole_numbers(axes.xaxis)
 
     return paint
 
@@ -95,7 +96,7 @@ def spending_curves(run: Run, spending: Spending, folder: Path) -> Drawing | Non
             axes.axhline(budget, color=INK.light, ls=(0, (4, 3)), lw=1, label="budget" if i == 0 else None)
         axes.set(xlabel="round", ylabel=f"epsilon at delta = {run.config.delta:g}", ylim=(0, None))
         axes.legend(loc="best")
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
 
     rows = [
         (str(r), *(plain(float(q)) for q in quantiles[:, i][[0, 2, 4]])) for i, r in enumerate(spending.rounds.tolist())
@@ -134,7 +135,7 @@ def signal_and_noise(run: Run, folder: Path) -> Drawing | None:
             axes.plot(rounds, noise, color=VERMILLION.light, ls=(0, (5, 2)), label="noise alone, expected")
         top = max(max(line["update_norm"], line["noise_norm"] or 0.0) for line in lines)
         axes.set(xlabel="round", ylabel="Euclidean norm", ylim=(0, 1.08 * top if 0 < top < math.inf else None))
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
         axes.legend(loc="best")
 
     if known:
@@ -213,7 +214,7 @@ def time_and_bytes(run: Run, folder: Path) -> Iterator[Drawing]:
     def paint_rate(axes: Axes) -> None:
         axes.plot(rounds, rate, color=GREEN.light, marker="o" if len(rounds) <= 15 else "")
         axes.set(xlabel="round", ylabel="clients per second", ylim=(0, None))
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
 
     rows = [
         (
@@ -240,7 +241,7 @@ def time_and_bytes(run: Run, folder: Path) -> Iterator[Drawing]:
         axes.plot(rounds, down, color=BLUE.light, label="to clients")
         axes.plot(rounds, up, color=VERMILLION.light, ls=(0, (5, 2)), label="from clients")
         axes.set(xlabel="round", ylabel="megabytes per round", ylim=(0, None))
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
         axes.legend(loc="best")
 
     yield draw(
@@ -261,11 +262,11 @@ def axis(run: Run, kind: str) -> str:
     return f"epsilon at delta = {run.config.delta:g} (maximum over clients, {run.config.accountant.upper()})"
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of the horizontal axis at integers only."""
+def whole_numbers(axis: Axis) -> None:
+    """Put ticks of ``axis`` at integers only."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def guarantee(run: Run) -> str:
