@@ -22,7 +22,7 @@ from fed_dpsat.step.sampling import PoissonSampler
 def loop(config: RunConfig, turn: Turn) -> Params:
     """The model after ``num_rounds`` rounds of ``config``, by the same draws as ``simulate``.
 
-    Local training is not private where the unit is one client: changes are clipped, and noised once a round.
+    Under the unit "client", local training is not private: changes are clipped, and noised once per round.
 
     Not private: ``backward`` and ``torch.optim.SGD``, channels last, which is the faster layout. Private:
     ``clipped_gradient_sum``, noise, the same step. Dropout draws as it does there, example by example.

@@ -75,7 +75,7 @@ def _works(name: str, step: Step) -> bool:
     try:
         step()
         step()
-    except Exception as error:  # whatever Opacus says of a layer
+    except Exception as error:  # Opacus raises many classes for an unsupported layer
         print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
         return False
     return True

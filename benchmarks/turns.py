@@ -39,7 +39,7 @@ def turn_from_stdin() -> Turn:
 
 
 class ContestantError(RuntimeError):
-    """A contestant ended before its last round; the text is the end of what it wrote to stderr."""
+    """A contestant ended before its last round; the text is the end of its stderr."""
 
 
 class Contestant:

@@ -44,7 +44,7 @@ def main() -> None:
     """Audit all and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=400)
-    parser.add_argument("--keep", type=Path, help="JSON file of what was found; a run that was cut off goes on there")
+    parser.add_argument("--keep", type=Path, help="JSON file of results; an interrupted run continues from it")
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "results" / "client_level.md")
-    parser.add_argument("--keep", type=Path, help="JSON file of what was measured; a cut-off run goes on there")
+    parser.add_argument("--keep", type=Path, help="JSON file of results; an interrupted run continues from it")
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -58,9 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "results" / "personal.md")
-    parser.add_argument(
-        "--keep", type=Path, help="JSON file of what was measured; a run that was cut off goes on there"
-    )
+    parser.add_argument("--keep", type=Path, help="JSON file of results; an interrupted run continues from it")
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -51,7 +51,7 @@ def main() -> None:
     """Run all and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--keep", type=Path, help="JSON file of what was measured; a run that was cut off goes on")
+    parser.add_argument("--keep", type=Path, help="JSON file of results; an interrupted run continues from it")
     parser.add_argument("--out", type=Path, default=Path("docs/results/sharpness.md"))
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)

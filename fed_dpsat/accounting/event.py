@@ -143,13 +143,13 @@ def check_one_unit(histories: Iterable[History]) -> None:
 
 
 def dominant(histories: Iterable[History]) -> list[History]:
-    """The costliest of ``histories`` (merged ones): none of the others costs more than each of these.
+    """The histories (merged ones) that no other history dominates event by event.
 
     An event costs at most as much as another event of its kind with less or equal noise, and with a greater or equal
     rate and number of steps: more noise is post-processing, fewer steps are a part of a composition, and a lower
     rate is sampling again. So the maximum of epsilon over clients is the maximum over the returned histories. With
-    one noise for all clients, it is the client with the highest rate. The function compares only histories with the
-    same number of events: it may keep a history without need, but never drops a costliest one.
+    one noise for all clients, this is the history of the client with the highest rate. The function compares only
+    histories with the same number of events: it may keep a history without need, but never drops the costliest one.
     """
     front: dict[int, list[History]] = {}
     for history in sorted(set(histories), key=_costliest_first):

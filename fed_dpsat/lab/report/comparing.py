@@ -114,7 +114,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     for run in whole:
         notes += [f"{run.name} ended before: {reason}."] if (reason := run.summary.get("ended_early")) else []
     if not whole:
-        raise InputError(f"none of {len(runs)} runs is complete; resume them with `fed-dpsat resume`")
+        raise InputError(f"0 of {len(runs)} runs are complete; resume them with `fed-dpsat resume`")
     described = [_described(run) for run in whole]
     differing = tuple(name for name in described[0] if len({settings[name] for settings in described}) > 1)
     if any(run.objects for run in whole):

@@ -144,9 +144,9 @@ def _object(path: Path) -> Line | None:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore it, or remove it to go on without it") from None
+        raise InputError(f"{path} is damaged ({error}); restore it, or remove it to continue without it") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged (no JSON object); restore it, or remove it to go on without it")
+        raise InputError(f"{path} is damaged (no JSON object); restore it, or remove it to continue without it")
     return _numbers(found)
 
 

@@ -83,7 +83,7 @@ def test_runs_that_did_not_end_are_not_in_the_means():
     found = compare([made(0.9), made(0.1, seed=1, status="interrupted")])
     assert found.groups[0].accuracy.mean == pytest.approx(90.0)
     assert "is interrupted and not in the means" in " ".join(found.notes)
-    with pytest.raises(InputError, match="none of 1 runs is complete"):
+    with pytest.raises(InputError, match="0 of 1 runs are complete"):
         compare([made(0.9, status="failed")])
 
 
