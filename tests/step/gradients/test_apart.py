@@ -1017,7 +1017,7 @@ VALID |= {
 BY_LOOP |= {
     "weight changed after its layer": (
         lambda: Of(
-            lambda m, x: (h := functional.linear(x, w := m.weight * 1)).tanh() + functional.linear(x, w.mul_(3)),
+            lambda m, x: functional.linear(x, w := m.weight * 1).tanh() + functional.linear(x, w.mul_(3)),
             weight=parameter(8, 8),
         ),
         vectors,
