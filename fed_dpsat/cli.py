@@ -235,7 +235,7 @@ def plan(
             timed=timed,
         )
     if as_json:
-        return _print_json({"layers": [dataclasses.asdict(row) for row in rows], "vmap_because": reason})
+        return _print_json({"layers": [dataclasses.asdict(row) for row in rows], "one_by_one_because": reason})
     out_console.print(plan_text(rows, reason), markup=False, highlight=False, soft_wrap=True)
     return None
 

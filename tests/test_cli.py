@@ -171,7 +171,7 @@ def test_plan_names_a_strategy_per_layer():
     arguments = ["--set", "target_epsilon=3", "--set", "model=selu-cnn-small"]
     found = json.loads(invoke("plan", "--json", *arguments).stdout)
     assert [row["layer"] for row in found["layers"]] == ["conv2d"] * 3 + ["linear"]
-    assert found["vmap_because"] == ""
+    assert found["one_by_one_because"] == ""
     assert "13.weight" in invoke("plan", *arguments).output
 
 

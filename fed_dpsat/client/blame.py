@@ -121,8 +121,8 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
     if engine and (kind == "model" or isinstance(error, ModelError)):
         kind = "model"
         remedy = (
-            f"its forward pass works, its per-example gradients (engine={experiment.config.engine}) do not: write "
-            "that layer with operations that torch.func.vmap can map"
+            f"its forward pass works, its per-example gradients (engine={experiment.config.engine}) do not: compute "
+            "that layer in another way"
         )
         return kind, where, remedy
     if kind == "model":

@@ -70,7 +70,8 @@ class Training:
     physical_batch_size: int = setting(128, "number of per-example gradients in memory at a time", least=1)
     engine: str = setting(
         "auto",
-        "way per-example gradients are computed: auto, vmap (any module), planned (layer by layer), opacus",
+        "way per-example gradients are computed: auto (layer by layer; planned is the same), vmap (a row of each "
+        "parameter for each example), opacus (auto, compared with Opacus at each step)",
         choices=("auto", "vmap", "planned", "opacus"),
     )
     precision: str = setting(

@@ -34,6 +34,7 @@ def filter_squares(rows: Tensor) -> Tensor:
 
 def _squares(rows: Tensor) -> Tensor:
     dtype = torch.promote_types(rows.dtype, torch.float32)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()  # else torch adds one after the other, off by 1e-5
     norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype)
     return norms.double().square()
 

@@ -28,7 +28,9 @@ BATCH_NORM, INSTANCE_NORM = _BatchNorm, _InstanceNorm
 
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     """``outputs[B, K], targets[B] -> losses[B]``; of outputs that are several, those that ``logits_of`` says."""
-    return functional.cross_entropy(logits_of(outputs), targets, reduction="none")
+    logits = logits_of(outputs)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(wide, targets, reduction="none")
 
 
 def logits_of(outputs: Any) -> Tensor:

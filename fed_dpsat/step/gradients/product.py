@@ -60,10 +60,13 @@ class Product:
         return self.sum_of(factors, sure) + self.exact.weighted_sum(factors[self.unsure], kept)
 
     def sum_of(self, factors: Tensor, some: Tensor | None) -> Tensor:
-        """Of the products of ``some[B]`` examples, None for all."""
+        """Of the products of ``some[B]`` examples, None for all; factors go where they cost least."""
         weights = factors.to(self.outputs).view(-1, *[1] * (self.outputs.ndim - 1))
         inputs = keep(self.inputs, some) if self.inputs.is_floating_point() else self.inputs
-        return self.of(inputs, keep(self.outputs, some) * weights)
+        outputs = keep(self.outputs, some)
+        if inputs.is_floating_point() and inputs.ndim == 3 and inputs.shape[1] > 1 and inputs.numel() < outputs.numel():
+            return self.of(inputs * weights, outputs)
+        return self.of(inputs, outputs * weights)
 
     def rows(self) -> Tensor:
         """``[B, *shape]``."""
