@@ -219,7 +219,7 @@ def test_a_round_ends_after_its_time_whoever_hangs(start, tmp_path):
 def test_a_pool_that_gets_no_cpu_ends_in_words(start, monkeypatch):
     start()._pool._wait_for_one()  # holds both CPUs
     monkeypatch.setattr(ray_pool, "START_TIMEOUT", 2.0)
-    with pytest.raises(RunError, match=r"no Ray worker within 2 s, where 0 CPUs are free"):
+    with pytest.raises(RunError, match=r"no Ray worker within 2 s; 0 CPUs are free"):
         start()
 
 
@@ -260,7 +260,7 @@ def test_two_workers_share_a_card_and_a_third_one_that_gets_none_ends_in_words(s
     assert all_up(backend)
     assert ray.available_resources().get("GPU", 0) == 0
     monkeypatch.setattr(ray_pool, "START_TIMEOUT", 2.0)
-    with pytest.raises(RunError, match=r"gpus_per_worker=0.5: no Ray worker within 2 s, where 0 CPUs and 0 GPUs are"):
+    with pytest.raises(RunError, match=r"gpus_per_worker=0.5: no Ray worker within 2 s; 0 CPUs and 0 GPUs are"):
         start(gpus_per_worker=0.5)
 
 
