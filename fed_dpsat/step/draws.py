@@ -62,12 +62,11 @@ class Draws:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def split(self, size: int) -> Iterator[Draws]:
-        """Chunks of ``size`` examples; of none, one."""
-        for start in range(0, max(1, len(self)), size):
-            part = Draws(key=self.key, ids=self.ids[start : start + size])
-            part.__dict__["_encrypt"] = self._encrypt
-            yield part
+    def some(self, part: slice) -> Draws:
+        """Those of the examples of ``part``."""
+        found = Draws(key=self.key, ids=self.ids[part])
+        found.__dict__["_encrypt"] = self._encrypt
+        return found
 
     @contextmanager
     def used(self) -> Iterator[None]:

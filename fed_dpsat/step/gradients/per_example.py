@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fed_dpsat.errors import SettingError
+from fed_dpsat.errors import SettingError, warn_once
 from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.clipping.bound import held
@@ -25,7 +25,7 @@ from fed_dpsat.step.examples import Examples, count, device_of, some
 from fed_dpsat.step.generators import borrowed
 from fed_dpsat.step.gradients.loss import ModelLoss, check_module, check_types, cross_entropy
 from fed_dpsat.step.gradients.opacus import opacus_sum
-from fed_dpsat.step.gradients.planned import planned_sum, vmap_sum
+from fed_dpsat.step.gradients.planned import NoMemory, planned_sum, vmap_sum
 from fed_dpsat.step.query import At, LossFn, first_point, simplified, zero_sum
 
 __all__ = ["ENGINES", "LossFn", "ModelLoss", "check_module", "clipped_gradient_sum", "cross_entropy"]
@@ -53,7 +53,8 @@ def clipped_gradient_sum(
     ``at`` is where gradients are taken, or a ``Query``; then a name with a mask has the vector of its active
     coordinates, and ``query.spread`` undoes that once noise is in. Also returns how many examples had a gradient that
     was not finite. Both are sensitive: noise comes next.
-    At most ``physical_batch_size`` per-example gradients are held at a time; the split changes nothing else.
+    At most ``physical_batch_size`` per-example gradients are held at a time; the split changes nothing else. If the
+    machine has no memory for that many, it is half of them, and so on.
     ``draws`` is what models with dropout and the like draw, example by example; without it, by position, under a key
     that no other call repeats. torch's, Python's and numpy's generators are afterwards where they were.
     Raises ``SettingError`` for a rule whose factors do not keep ``clipping.clip_norm``, and ``ModelError`` for
@@ -74,11 +75,19 @@ def clipped_gradient_sum(
     draws = Draws.fresh(size) if draws is None else draws
     if len(draws) != size:
         raise ValueError(f"draws of {len(draws)} examples for a batch of {size}")
+    start = 0
     with borrowed(device_of(inputs)):
-        for start, own in zip(range(0, size, physical_batch_size), draws.split(physical_batch_size), strict=False):
+        while start < size:
             part = slice(start, start + physical_batch_size)
-            with own.used():
-                chunk, nonfinite = ENGINES[engine](loss_fn, at, some(inputs, part), some(targets, part), clipping)
-                num_nonfinite += nonfinite
-                clipped_sum = {name: clipped_sum[name].add_(c) for name, c in chunk.items()} if clipped_sum else chunk
+            try:
+                with draws.some(part).used():
+                    chunk, nonfinite = ENGINES[engine](loss_fn, at, some(inputs, part), some(targets, part), clipping)
+            except NoMemory:
+                tried = min(physical_batch_size, size - start)
+                physical_batch_size = (tried + 1) // 2
+                warn_once(f"no memory for {tried} per-example gradients at a time: trying {physical_batch_size}")
+                continue
+            start += physical_batch_size
+            num_nonfinite += nonfinite
+            clipped_sum = {name: clipped_sum[name].add_(c) for name, c in chunk.items()} if clipped_sum else chunk
     return clipped_sum or zero_sum(at), num_nonfinite

@@ -46,6 +46,10 @@ from fed_dpsat.step.gradients.state import as_it_was
 from fed_dpsat.step.query import At, LossFn, Query, as_query, compacted, first_point, simplified, zero_sum
 
 
+class NoMemory(Exception):
+    """There is none for so many examples at once; the clipping rule has not been asked."""
+
+
 def planned_sum(
     loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule
 ) -> tuple[Params, int]:
@@ -92,12 +96,20 @@ def _held(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, plan: Ro
         except InputError:
             raise
         except Exception as error:  # what is no fault of the pass is raised again by those of single examples
+            if _is_of_memory(error):
+                if count(targets) == 1:
+                    raise
+                raise NoMemory from error
             said = str(error).strip().splitlines()
             reason = f"vmap refuses it: {said[0] if said else type(error).__name__}"
         mark.moved()  # whatever was drawn, it is as if nothing was
         loop.remember(loss_fn, reason)
     rows = combined(query, loop.gradients(loss, begun, draws, inputs, targets))
     return {name: Rows(data=g) for name, g in rows.items()}
+
+
+def _is_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _asked(at: At, found: Callable[[Params], dict[str, Contribution]]) -> dict[str, Contribution]:

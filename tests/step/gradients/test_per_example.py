@@ -12,7 +12,9 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.models.resnet import resnet20_gn
 from fed_dpsat.params import Params, global_norm, trainable, zeros_like
 from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.gradients import planned
 from fed_dpsat.step.gradients.per_example import ENGINES, ModelLoss, check_module, clipped_gradient_sum, cross_entropy
+from fed_dpsat.step.unchecked import unchecked
 
 UNCLIPPED = FlatClipping(clip_norm=1e30)  # not inf, which takes an ordinary pass
 FLOATS = st.floats(-(2.0**40), 2.0**40, width=32)
@@ -382,3 +384,45 @@ def test_another_criterion(engine):
     batch = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [0.0]])
     total, _ = clipped_gradient_sum(loss, {"weight": torch.ones(1, 1)}, batch, UNCLIPPED, engine=engine)
     assert total["weight"].item() == 2 + 8
+
+
+class Asked(FlatClipping):
+    """Notes for how many examples it is asked."""
+
+    def factors(self, squared_norms):
+        ASKED.append(len(next(iter(squared_norms.values()))))
+        return super().factors(squared_norms)
+
+
+ASKED = []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), None])
+def test_without_memory_for_a_batch_there_are_smaller_ones(error, monkeypatch, same_bits):
+    """The rule is asked once for each example: what adaptive clipping counts has a sensitivity."""
+    run = planned.run
+
+    def short(tape, loss_fn, leaves, inputs, targets, *others):
+        if len(targets) > 2:
+            raise error or RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
+        return run(tape, loss_fn, leaves, inputs, targets, *others)
+
+    module = nn.Linear(4, 3)
+    arguments = ModelLoss(module), trainable(module), (torch.randn(7, 4), torch.arange(7) % 3)
+    expected, _ = clipped_gradient_sum(*arguments, FlatClipping(clip_norm=0.1), physical_batch_size=2)
+    monkeypatch.setattr(planned, "run", short)
+    ASKED.clear()
+    with unchecked():
+        found, _ = clipped_gradient_sum(*arguments, Asked(clip_norm=0.1))
+    assert ASKED == [2, 2, 2, 1]
+    assert same_bits(found, expected)
+
+
+def test_without_memory_for_one_example_it_is_said(monkeypatch):
+    def none(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module = nn.Linear(4, 3)
+    monkeypatch.setattr(planned, "run", none)
+    with pytest.raises(torch.OutOfMemoryError):
+        clipped_gradient_sum(ModelLoss(module), trainable(module), (torch.randn(7, 4), torch.arange(7) % 3), UNCLIPPED)
