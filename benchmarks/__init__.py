@@ -1,1 +1,1 @@
-"""What a private step costs beside an ordinary one."""
+"""Benchmarks of private steps, federated rounds and the accountant."""

@@ -1,4 +1,4 @@
-"""One forward and backward pass, each way: functions of no arguments that do one step and keep nothing."""
+"""The contestants of the step benchmark: functions without arguments that execute one step and store nothing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def batch(size: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
 def contestants(
     against: list[str], model: str, size: int, physical: int, device: torch.device = CPU
 ) -> dict[str, Step]:
-    """Steps by name, over when ``device`` is done; ``nonprivate``, ``opacus`` and ``bfloat16`` are several."""
+    """Steps by name, each until ``device`` is done; ``nonprivate``, ``opacus`` and ``bfloat16`` give several."""
     steps: dict[str, Step] = {}
     for name in against:
         if name == "nonprivate":
@@ -122,7 +122,7 @@ def contestants(
 
 
 def _drawn_by_torch(step: Step) -> Step:
-    """``step`` with torch's generator for the whole batch, which no guarantee is given for."""
+    """``step`` with the generator of torch for the whole batch, which has no guarantee."""
 
     def whole() -> object:
         with (
@@ -185,7 +185,7 @@ def _engine(
 
 
 def _optimizer_step(name: str, model: str, size: int, physical: int, device: torch.device) -> Step:
-    """A whole private step, noise and update included."""
+    """A whole private step, including noise and update."""
     module, data = build(model, device), batch(size, device)
     loss, params, clipping = ModelLoss(module), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
     base = DPSGD(lr=0.1, momentum=0.9)

@@ -1,4 +1,4 @@
-"""What a device needs per model: seconds of a private DP-SAT step and peak memory, on one CPU thread.
+"""Seconds of a private DP-SAT step and peak memory per model, on one CPU thread of a device.
 
     python -m benchmarks.device
 

@@ -1,6 +1,6 @@
-"""What noise costs beside the step it protects: 0.55M parameters, one thread, ``python -m benchmarks.noise [--json]``.
+"""The time of noise and of a step: 0.55M parameters, one thread, ``python -m benchmarks.noise [--json]``.
 
-Each figure is a median over rounds in which all contestants take turns, so that a busy machine slows them alike.
+Each number is a median over rounds in which all contestants take turns, so a busy machine slows all equally.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEP = "step: vmap, batch 64"
 
 
 def contestants() -> dict[str, Callable[[], object]]:
-    """What is timed, by name; the step first."""
+    """The timed functions by name; the step comes first."""
     module = tanh_cnn((3, 32, 32), 10)
     params, loss_fn, rule = trainable(module), ModelLoss(module), FlatClipping(clip_norm=1.0)
     batch = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))

@@ -3,7 +3,7 @@
 ================================ ====================================================================================
 option                           what is measured
 ================================ ====================================================================================
-``--clients N --model-mb M``     idle: N clients that return the model as they got it; with ``--against flower`` stock
+``--clients N --model-mb M``     idle: N clients that return the received model; with ``--against flower`` stock
                                  Flower beside it
 ``--against loop,pfl``           training: 50 clients, 50 CIFAR-10 images each, 5 steps of batch 10, CNN of 1.6 M
                                  parameters, beside the bare PyTorch loop and pfl-research; also with local noise and,
@@ -56,7 +56,7 @@ ALLOCATOR |= {"MALLOC_TOP_PAD_": str(256 << 20)}
 
 
 def idle(args: argparse.Namespace) -> list[Row]:
-    """Clients that do nothing, ours and stock Flower's."""
+    """Idle clients of this project and of stock Flower."""
     setting = Setting(clients=args.clients, rounds=args.rounds, model_mb=args.model_mb)
     entries = []
     for workers in args.workers:
@@ -71,7 +71,7 @@ def idle(args: argparse.Namespace) -> list[Row]:
 
 
 def training(args: argparse.Namespace) -> list[Row]:
-    """The round that pfl's benchmark trains, ours, the bare loop's and pfl's: without noise, with local or central."""
+    """The round of pfl's benchmark in this project, the bare loop and pfl: without, with local, with central noise."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.npz"
@@ -114,7 +114,7 @@ def _pfl_entry(python: str, data: Path, setting: Setting, noise: str) -> Entry:
 
 
 def _with_ratios(measured: list[Measured]) -> list[Row]:
-    """Seconds over those of the loop and of pfl, turn by turn; in process also processor time, which is steadier."""
+    """Ratios of seconds to the loop and to pfl, turn by turn; in process also of processor time, which varies less."""
     rows = []
     references = {str(each.labels["engine"]): each for each in measured if each.labels["engine"] != "ours"}
     for each in measured:
@@ -126,12 +126,12 @@ def _with_ratios(measured: list[Measured]) -> list[Row]:
 
 
 def _with_speedups(measured: list[Measured]) -> list[Row]:
-    """How many times the first each is as fast, turn by turn."""
+    """The speedup of each over the first, turn by turn."""
     return [each.row(speedup=ratio(measured[0].times, each.times)) for each in measured]
 
 
 def population(args: argparse.Namespace) -> list[Row]:
-    """A cohort of few out of many; one population after the other."""
+    """A small cohort of a large population; one population after the other."""
     rows = []
     for clients in args.population:
         for workers in args.workers:
@@ -174,7 +174,7 @@ def sleeping(args: argparse.Namespace) -> list[Row]:
 
 
 def _write_data(path: Path, data_path: str) -> None:
-    """pfl's users draw from the images that our clients hold, normalised as ours are."""
+    """Write the normalised images of our clients, from which the users of pfl draw."""
     settings = RunConfig(private=False)
     examples = cifar_clients(COHORT, "parquet", data_path, settings.cache_dir).train
     inputs, labels = examples.batch(torch.arange(len(examples)))

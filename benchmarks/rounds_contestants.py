@@ -85,7 +85,7 @@ def training_config(setting: Setting) -> RunConfig:
 
 
 def ours(setting: Setting, turn: Turn) -> Params:
-    """The whole of fed_dpsat: private strategy, ledger on disk, run folder. Returns the last model."""
+    """A whole run of fed_dpsat: private strategy, ledger on disk, run folder. Returns the last model."""
     return _simulate(training_config(setting), turn)
 
 
@@ -115,7 +115,7 @@ def ours_stacked(setting: Setting, turn: Turn) -> Params:
 
 
 def ours_idle(setting: Setting, turn: Turn) -> Params:
-    """Clients that return the model as they got it, with a valid event: everything but the training."""
+    """Clients that return the received model with a valid event: a round without training."""
     return _simulate(
         _tiny_config(setting),
         turn,
@@ -186,7 +186,7 @@ def flower(setting: Setting, turn: Turn) -> None:
 
 
 def loops(setting: Setting, turn: Turn) -> None:
-    """As many bare loops as ``workers``, each with its share of the clients: what the machine has for processes."""
+    """``workers`` bare loops, each with its share of the clients: the limit of the machine."""
     share = dataclasses.replace(setting, clients=setting.clients // setting.workers, workers=0)
     command = [sys.executable, "-m", "benchmarks.rounds_contestants", "loop", json.dumps(dataclasses.asdict(share))]
     running = [Contestant(command, {}, LOOP_TIMEOUT) for _ in range(setting.workers)]

@@ -1,4 +1,4 @@
-"""The bare PyTorch loop: the arithmetic of a federated round and nothing else. No records, ledger, checks or files."""
+"""The bare PyTorch loop: only the arithmetic of a federated round, without records, ledger, checks or files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fed_dpsat.step.sampling import PoissonSampler
 def loop(config: RunConfig, turn: Turn) -> Params:
     """The model after ``num_rounds`` rounds of ``config``, by the same draws as ``simulate``.
 
-    Local training is not private where the unit is one client: changes are clipped, and noised once a round.
+    Under the unit "client", local training is not private: changes are clipped, and noised once per round.
 
     Not private: ``backward`` and ``torch.optim.SGD``, channels last, which is the faster layout. Private:
     ``clipped_gradient_sum``, noise, the same step. Dropout draws as it does there, example by example.
@@ -101,7 +101,7 @@ def _private_client(experiment: Experiment, model: Params, client: int, round: i
 
 
 def _draws(experiment: Experiment, client: int, round: int) -> tuple[torch.Tensor, PoissonSampler, Streams]:
-    """Whose examples, how they are sampled, and the client's generators."""
+    """The examples of a client, its sampler and its generators."""
     indices = torch.from_numpy(np.asarray(experiment.partitions[client]))
     streams = Streams(seed=experiment.config.seed, client=client, round=round)
     sampler = PoissonSampler(num_examples=len(indices), sample_rate=experiment.config.sample_rate)

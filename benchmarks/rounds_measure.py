@@ -1,4 +1,4 @@
-"""Contestants of one comparison take turns; each that lasts leaves a row."""
+"""The contestants of a comparison take turns; each contestant that completes its rounds gives a row."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Measured:
     memory: Row
 
     def row(self, **more: float) -> Row:
-        """Medians of all turns, and what else is known of it."""
+        """The medians of all turns, and the other values of a contestant."""
         median, clients = statistics.median(self.times), self.labels["clients"]
         assert isinstance(clients, int)
         return {
@@ -74,17 +74,17 @@ class Measured:
 
     @property
     def in_process(self) -> bool:
-        """All of its work was done by the process that drives it."""
+        """Whether the process that drives it did all its work."""
         return self.labels["workers"] == 0
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    """The median over turns of ``one`` to ``other`` in the same turn, when the machine was in the same mood."""
+    """The median over turns of the ratio of ``one`` to ``other`` in the same turn, under equal load."""
     return round(statistics.median(a / b for a, b in zip(one, other, strict=False)), 3)
 
 
 def measure(entries: Sequence[Entry], timeout: float) -> list[Measured]:
-    """Those that lasted, in their order; those of one call take turns, and another one begins each time."""
+    """The contestants that completed their rounds, in order; they take turns, and the first one changes each time."""
     running: dict[int, Contestant] = {}
     warm: dict[int, float] = {}
     times: dict[int, list[float]] = {i: [] for i in range(len(entries))}

@@ -1,4 +1,4 @@
-"""Data sets and models of the round benchmark, named in its configurations as any plug-in would be."""
+"""Data sets and models of the round benchmark, as plug-ins of its configurations."""
 
 from __future__ import annotations
 

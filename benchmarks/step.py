@@ -71,11 +71,11 @@ def _measure(args: argparse.Namespace, model: str, size: int) -> list[Row]:
 
 
 def _works(name: str, step: Step) -> bool:
-    """Warms up; a contestant that cannot run the model is named and left out."""
+    """Whether a contestant can run the model, after a warm-up; a failure is printed."""
     try:
         step()
         step()
-    except Exception as error:  # whatever Opacus says of a layer
+    except Exception as error:  # Opacus raises many classes for an unsupported layer
         print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
         return False
     return True

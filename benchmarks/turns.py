@@ -1,8 +1,8 @@
-"""Contestants take turns: each is a process that does one round when told to, so the machine's moods meet all alike.
+"""Contestants take turns: a process runs one round on command, so the load of the machine affects all equally.
 
-A contestant writes ``@turn`` when it is set up and after each round, and then waits for a line. Whoever measures
-takes the time from that line to the next ``@turn`` and reads the contestant's memory from outside. Standard library
-only: contestants with a Python of their own import this too.
+A contestant writes ``@turn`` after its setup and after each round, and then waits for a line. The measuring process
+takes the time from that line to the next ``@turn``, and reads the memory of the contestant from outside. This module
+uses only the standard library, because contestants with another Python import it too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ END_SECONDS = 60.0
 
 
 def turn_from_stdin() -> Turn:
-    """For a contestant: say that it is ready, wait to be told. What else it prints goes to stderr from here on."""
+    """For a contestant: report that it is ready and wait for a command; its other output goes to stderr."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -39,11 +39,11 @@ def turn_from_stdin() -> Turn:
 
 
 class ContestantError(RuntimeError):
-    """A contestant ended before its last round; the text is the end of what it wrote to stderr."""
+    """A contestant ended before its last round; the text is the end of its stderr."""
 
 
 class Contestant:
-    """A process that takes turns. ``start_seconds`` is how long it took to be ready for the first."""
+    """A process that takes turns; ``start_seconds`` is the time of its setup."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], timeout: float) -> None:
         self._timeout = timeout
@@ -71,17 +71,17 @@ class Contestant:
         return time.perf_counter() - started
 
     def memory_mb(self, key: str) -> float:
-        """``VmRSS``, the resident set now, or ``VmHWM``, its peak; shared pages that it touched included."""
+        """``VmRSS``, the current resident set, or ``VmHWM``, its peak, both with shared pages."""
         lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
     def cpu_seconds(self) -> float:
-        """Processor time that the process has taken, without its children; other loads hardly change it."""
+        """Processor time of the process without its children; other load hardly changes it."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> None:
-        """Let it finish; a process group that does not is killed."""
+        """Wait for the end of the process group, and kill it if it does not end."""
         assert self._process.stdin
         try:
             self._process.stdin.close()

@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something asked for is impossible, and nothing was done yet; exit code 2."""
+    """An input is invalid, and the command has not started its work; exit code 2."""
 
 
 class RunError(RuntimeError):
-    """A run cannot go on; what was done is kept; exit code 1."""
+    """A run cannot continue; its finished rounds stay on disk; exit code 1."""
 
 
 class SettingError(InputError):
@@ -42,7 +42,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """What the system says where ``path`` cannot be written, as a ``RunError``."""
+    """Turn an ``OSError`` on writing ``path`` into a ``RunError`` with a remedy."""
     try:
         yield
     except OSError as error:

@@ -42,11 +42,11 @@ def cut(flat: Tensor, like: Params) -> Params:
     return {name: piece.view_as(p) for (name, p), piece in zip(like.items(), pieces, strict=True)}
 
 
-# trees of named tensors, as an optimizer's state is one
+# Trees of named tensors, such as the state of an optimizer.
 
 
 def map_tree(function: Callable[..., Any], tree: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
-    """``tree`` with ``function`` of each tensor, and of those in the same place of ``others``."""
+    """Apply ``function`` to each tensor of ``tree`` together with the tensors at the same path of ``others``."""
     return {
         name: map_tree(function, value, *(other[name] for other in others))
         if isinstance(value, dict)
@@ -56,9 +56,9 @@ def map_tree(function: Callable[..., Any], tree: dict[str, Any], *others: dict[s
 
 
 def flatten(tree: dict[str, Any]) -> Params:
-    """``tree`` under one level of names, ``slot/name``, to be stored or sent; ``unflatten`` gives it back.
+    """``tree`` with one level of names, ``slot/name``, for a file or a message; the inverse of ``unflatten``.
 
-    A slash inside of a name is written ``~1`` and a tilde ``~0`` (RFC 6901); an empty tree is an empty tensor whose
+    A slash inside a name becomes ``~1`` and a tilde ``~0`` (RFC 6901). An empty tree becomes an empty tensor whose
     name ends in a slash.
     """
     return dict(_leaves(tree, ""))
@@ -76,7 +76,7 @@ def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def unflatten(flat: Params) -> dict[str, Any]:
-    """What ``flatten`` was given."""
+    """The tree that ``flatten`` received."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *slots, name = (part.replace("~1", "/").replace("~0", "~") for part in path.split("/"))

@@ -1,4 +1,4 @@
-"""What audits find of each method, beside its ledger: python -m simulations.audit_table, which prints a table.
+"""The audits of each method and the epsilon of its ledger: python -m simulations.audit_table prints a table.
 
 Claim: no bound is above the ledger's epsilon. Linear model on the digits, 10 clients, 8 rounds of one step at sample
 rate 0.5, noise multiplier 1, delta 1e-4; the game plays the same 8 steps. Seeds are 0; n is the number of repetitions,
@@ -44,7 +44,7 @@ def main() -> None:
     """Audit all and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=400)
-    parser.add_argument("--keep", type=Path, help="JSON file of what was found; a run that was cut off goes on there")
+    parser.add_argument("--keep", type=Path, help="JSON file of results; an interrupted run continues from it")
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _found(config: RunConfig, repetitions: int) -> list[float]:
-    """Both lower bounds, right guesses and guesses, and the ledger's epsilon."""
+    """Both lower bounds, correct guesses and guesses, and the epsilon of the ledger."""
     game = play(game_of(config, repetitions=repetitions, confidence=0.95))
     one_run = audit_one_run(config, canaries=CANARIES)
     assert abs(game.epsilon_ledger - one_run.epsilon_ledger) < 1e-6  # both are charged the same steps

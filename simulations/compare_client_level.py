@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "results" / "client_level.md")
-    parser.add_argument("--keep", type=Path, help="JSON file of what was measured; a cut-off run goes on there")
+    parser.add_argument("--keep", type=Path, help="JSON file of results; an interrupted run continues from it")
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -82,7 +82,7 @@ def _table(rows: list[str], n: int) -> str:
     text = f"""# Methods of the unit "client"
 
 `python -m simulations.compare_client_level --seeds {n}`. Every figure is at **epsilon 8, delta 1e-3 for one whole
-client** with all its examples (add-or-remove, PLD), against someone who sees every released model; the server is
+client** with all its examples (add-or-remove, PLD), against an observer who sees every released model; the server is
 trusted. None of them is to be compared with a table of the unit "example".
 
 The digits, mlp, 100 clients of about 14 images with labels by Dirichlet(0.3), each in a round by a coin of 0.2, 10

@@ -1,4 +1,4 @@
-"""What private heads buy on skewed labels: python -m simulations.compare_personal. Writes docs/results/personal.md.
+"""The effect of private heads on skewed labels: python -m simulations.compare_personal writes docs/results/personal.md.
 
 Every figure is of clients: accuracy of the model that a client would use, on its share of the public test split, which
 has the labels of its training data. Learning rates are each method's best of four, by seeds of their own. About five
@@ -57,9 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "results" / "personal.md")
-    parser.add_argument(
-        "--keep", type=Path, help="JSON file of what was measured; a run that was cut off goes on there"
-    )
+    parser.add_argument("--keep", type=Path, help="JSON file of results; an interrupted run continues from it")
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -86,7 +86,7 @@ def make_certificates(folder: Path, name: str = "ca", names: str = "IP:127.0.0.1
 
 
 def make_device(folder: Path, client: int, port: int, source: str) -> None:
-    """A device's key, its third of the digits in the shape of ``source``, and its policy."""
+    """Make the key of a device, its third of the digits for ``source``, and its policy."""
     folder.mkdir()
     keygen = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(folder / "key")]
     subprocess.run(keygen, check=True)
@@ -132,7 +132,7 @@ def _as_function(folder: Path, inputs: np.ndarray, labels: np.ndarray) -> str:
 
 
 class Deployment:
-    """What runs in ``folder``: a SuperLink, devices by number, and runs. Leaving it ends what it started."""
+    """The processes in ``folder``: a SuperLink, devices by number, and runs; all end with the block."""
 
     def __init__(self, folder: Path, sources: tuple[str, ...] = ("images", "parquet", "function")) -> None:
         self.folder = folder.absolute()
@@ -158,11 +158,11 @@ class Deployment:
         (self.folder / "flwr" / "config.toml").write_text(f"[superlink.deployment]\n{connection}")
 
     def device_folder(self, client: int) -> Path:
-        """Where the device keeps all that is its own."""
+        """The folder of a device."""
         return self.folder / f"device{client}"
 
     def log(self, name: str) -> str:
-        """What a process wrote."""
+        """The output of a process."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def start(self, name: str, *command: object, **changes: str) -> subprocess.Popen[bytes]:
@@ -185,7 +185,7 @@ class Deployment:
         return done.stdout
 
     def start_superlink(self) -> None:
-        """With TLS, and closed to keys that are not registered; waits until it answers."""
+        """Start the SuperLink with TLS and registered keys only, and wait until it responds."""
         self.start(
             *("superlink", "flower-superlink", "--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "ca-server.pem"),
             *("--ssl-keyfile", "ca-server.key", "--enable-supernode-auth", "--host", "127.0.0.1"),
@@ -202,7 +202,7 @@ class Deployment:
                 time.sleep(0.2)
 
     def register(self, client: int) -> None:
-        """Let the device's key in."""
+        """Register the key of a device."""
         self.call("flwr", "supernode", "register", self.device_folder(client) / "key.pub", "deployment")
 
     def start_device(self, client: int) -> subprocess.Popen[bytes]:
@@ -223,11 +223,11 @@ class Deployment:
         return out
 
     def run_log(self, name: str = "run") -> str:
-        """What the server's side of a run wrote."""
+        """The output of the server app of a run."""
         return self.call("flwr", "log", self.run_ids[name], "deployment", "--show")
 
     def wait(self, out: Path, seconds: float = 180.0) -> dict[str, Any]:
-        """The summary of a run, once it has one that says how it ended."""
+        """Wait for the summary of a run."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             with suppress(FileNotFoundError):
@@ -238,12 +238,12 @@ class Deployment:
         raise RuntimeError(f"no summary in {out} after {seconds:g} s; see {self.folder / 'superlink.log'}")
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """End a process and all that it started, whatever groups they made."""
+        """End a process and all its descendants, in any process group."""
         self.signal(name, number)
         self.processes.pop(name).wait()
 
     def signal(self, name: str, number: int) -> None:
-        """Send a signal to a process and all that it started."""
+        """Send a signal to a process and all its descendants."""
         pid = self.processes[name].pid
         for receiver in [pid, *_descendants(pid)]:
             with suppress(ProcessLookupError):
@@ -269,7 +269,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def main() -> None:
-    """The whole of it, from certificates to the devices' statements."""
+    """Run everything, from the certificates to the statements of the devices."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=SETTINGS["num_rounds"])

@@ -1,4 +1,4 @@
-"""The digits of scikit-learn in two halves: 0 to 4 to learn from in public, 5 to 9 to keep private."""
+"""The digits of scikit-learn in two halves: 0 to 4 as public data, 5 to 9 as private data."""
 
 from __future__ import annotations
 

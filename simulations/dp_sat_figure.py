@@ -59,7 +59,7 @@ def draw(results: Path, path: Path) -> None:
 
 
 def command_line(description: str | None, draw: Callable[[Path, Path], None]) -> None:
-    """Draw what the arguments name."""
+    """Draw the figure of the arguments."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("figure", type=Path, help=".svg, .png or .pdf")

@@ -1,4 +1,4 @@
-"""Does DP-SAT find flatter minima than DP-SGD, and does a small clip norm cost calibration? On the digits.
+"""Flatness of the minima of DP-SAT and DP-SGD, and calibration at small clip norms, on the digits.
 
 Writes docs/results/sharpness.md: python -m simulations.flatness --keep FILE. Epsilon is 3 at delta 1e-4 in all runs;
 the seed is that of data, batches and noise, so differences are paired. n is the number of --seeds.
@@ -51,7 +51,7 @@ def main() -> None:
     """Run all and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--keep", type=Path, help="JSON file of what was measured; a run that was cut off goes on")
+    parser.add_argument("--keep", type=Path, help="JSON file of results; an interrupted run continues from it")
     parser.add_argument("--out", type=Path, default=Path("docs/results/sharpness.md"))
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -162,7 +162,7 @@ def _difference(values: Sequence[float], reference: Sequence[float]) -> str:
 
 
 def _shown(mean: float, half: float | None) -> str:
-    """Rounded to what the interval supports: two digits of it."""
+    """The estimate, rounded to two digits of its interval."""
     if not half:
         return f"{mean:.4g}"
     digits = max(0, 1 - math.floor(math.log10(half)))

@@ -1,9 +1,8 @@
 """The runs of docs/gallery.md, condensed into docs/runs: python -m simulations.gallery.
 
-Claims nothing but what the gallery shows: digits, ten clients, 30 rounds, linear model, seeds 0 to 2 (n = 3), delta
-1e-4. ``budgets``: DP-SAT and DP-SGD at epsilon 0.5, 1, 3 and 8, and without noise. Nothing was tuned for it. It takes
-minutes; runs that are there are not made again, and one that was killed goes on. The page:
-python -m fed_dpsat.lab.report.gallery.
+The claim is the content of the gallery: digits, ten clients, 30 rounds, linear model, seeds 0 to 2 (n = 3), delta 1e-4.
+``budgets``: DP-SAT and DP-SGD at epsilon 0.5, 1, 3 and 8, and without noise. No setting was tuned. It takes minutes,
+keeps complete runs and resumes a killed one. ``python -m tools.gallery`` makes the page.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ BASE = ROOT / "simulations" / "digits_dpsat.toml"
 
 
 def budgets() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Two methods at four budgets, and no noise at all."""
+    """Two methods at four budgets, and runs without noise."""
     for optimizer in ("dp-sat", "dp-sgd"):
         for epsilon in (0.5, 1.0, 3.0, 8.0):
             yield f"{optimizer}-{epsilon:g}", {"optimizer": optimizer, "target_epsilon": epsilon}
@@ -37,7 +36,7 @@ SETS = {"budgets": budgets}
 
 
 def make(variants: Iterable[tuple[str, dict[str, Any]]], seeds: Iterable[int], folder: Path) -> list[Path]:
-    """The run folders, made where they are not there."""
+    """The run folders; runs the missing ones."""
     base, found = RunConfig.load(BASE), []
     variants = list(variants)
     for seed in seeds:

@@ -16,7 +16,7 @@ from fed_dpsat.lab.sweep.statistics import half_width
 from simulations.dp_sat_figure import REFERENCE, command_line, differences
 
 LOWEST = -7.5
-"""Percentage points: where the axis ends, so that the others can be told apart."""
+"""The end of the axis in percentage points, so that readers can distinguish the other points."""
 
 
 def draw(results: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs over seeds in one process, kept from one call to the next; the statistics are those of a sweep."""
+"""Runs over seeds in one process, with stored results; the statistics are those of a sweep."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def accuracies(config: RunConfig, seeds: Iterable[int], **changes: Any) -> list[
 
 
 def kept(path: Path | None, key: str, measure: Callable[[], list[float]]) -> list[float]:
-    """What ``measure`` gives; with a ``path``, once and for all, so that work which was cut off goes on there."""
+    """The result of ``measure``; with a ``path`` it is stored, so that interrupted work continues."""
     known: dict[str, list[float]] = json.loads(path.read_text()) if path and path.exists() else {}
     if key not in known:
         known[key] = measure()

@@ -6,7 +6,7 @@ from flwr.serverapp.strategy import FedAvg
 
 
 def fedavg() -> FedAvg:
-    """FedAvg: the mean of the clients' models, weighted by their public sizes (McMahan et al. 2017)."""
+    """FedAvg: the mean of the models of clients, weighted by their public sizes (McMahan et al. 2017)."""
     return FedAvg()
 
 

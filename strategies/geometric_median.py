@@ -1,35 +1,34 @@
-"""The geometric median of updates, whose distances leave out the norm of the known noise.
+"""The geometric median of updates; distances do not include the norm of the known noise.
 
-*Reason*: the point with the least sum of distances does not follow a minority however far it goes (RFA, Pillutla,
-Kakade and Harchaoui, IEEE TSP 2022; smoothed Weiszfeld iterations). With privacy noise all clients are far from
-everything, by about sqrt(d v), whatever they mean; less that norm, the distance is what a client means. Where noise
-explains a distance the client keeps its full weight, so honest federations are averaged nearly as by FedAvg.
+*Reason*: the point with the smallest sum of distances does not follow a minority, at any distance (RFA, Pillutla,
+Kakade and Harchaoui, IEEE TSP 2022; smoothed Weiszfeld iterations). Privacy noise puts each client at a distance of
+about sqrt(d v) from every point; without this norm, the distance is the signal of the client. A client whose distance
+is explained by noise keeps its full weight, so honest federations get nearly the mean of FedAvg.
 
-*Bias*: as of any median, it leans to the majority where honest clients differ in kind. Breaks down at half of the
-examples, by declared size: sizes are declared, so clients that lie about theirs count for more.
+*Bias*: like any median, it favours the majority if honest clients have different data. It breaks down at half of the
+examples. Sizes are declared, so a client that declares more examples gets more weight.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy
 
-from fed_dpsat.flower.updates import KnownNoise, Updates, UpdateStrategy, Vector
+from fed_dpsat.flower.updates import Updates, UpdateStrategy, Vector
 
 ITERATIONS = 50
 
 
 class GeometricMedian(UpdateStrategy):
-    """Moves to the geometric median of the updates."""
+    """Geometric median of the updates, with the known noise subtracted from the distances."""
 
     def move(self, round: int, updates: Updates) -> Vector:
         return geometric_median(updates)
 
 
 def geometric_median(updates: Updates) -> Vector:
-    """``[d]``, from the coordinates' median by Weiszfeld's iteration; all weights equal where noise is all there is."""
+    """``[d]``, by Weiszfeld's iteration from the coordinate-wise median; equal weights if noise explains all."""
     center: Vector = np.median(updates.moves, axis=0)
-    smallest = max(1e-12 * float(np.median(updates.excess())), 1e-30)  # not the largest, which an attacker chooses
+    smallest = max(1e-12 * float(np.median(updates.excess())), 1e-30)  # an attacker can choose the largest
     for _ in range(ITERATIONS):
         weights = updates.shares / np.sqrt(np.maximum(updates.excess(center), 2 * updates.spread + smallest))
         last, center = center, (weights / weights.sum()) @ updates.moves
@@ -38,9 +37,4 @@ def geometric_median(updates: Updates) -> Vector:
     return center
 
 
-def build(known_noise: KnownNoise) -> Strategy:
-    """Geometric median of the updates, with known noise taken off the distances."""
-    return GeometricMedian(known_noise)
-
-
-STRATEGIES = {"geometric-median": build}
+STRATEGIES = {"geometric-median": GeometricMedian}

@@ -1,26 +1,28 @@
-"""A Kalman filter over the aggregated private update: weigh what was believed against what is seen, by known noise.
+"""A Kalman filter over the aggregated private update: it combines prediction and observation by the known noise.
 
-*Reason*: the mean update of a round is a slowly changing signal plus Gaussian noise whose variance R is known exactly.
-The filter that is optimal for a random walk of variance Q seen through such noise (Kalman 1960; on the client, DiSK,
-arXiv 2410.03883) believes ``m + K (update - m)`` with ``K = (P + Q) / (P + Q + R)``. One scalar P for all coordinates;
-Q is estimated from the innovations, whose mean square is P + Q + R in expectation.
+*Reason*: the mean update of a round is a slowly changing signal plus Gaussian noise of known variance R. For a random
+walk of variance Q with such noise, the optimal filter (Kalman 1960; on the client, DiSK, arXiv 2410.03883) estimates
+``m + K (update - m)`` with ``K = (P + Q) / (P + Q + R)``. One scalar P serves all coordinates; Q is estimated from the
+innovations, whose mean square has the expectation P + Q + R.
 
-*Bias*: the belief lags behind an update that turns, by a factor of 1 - K a round. Without noise K = 1: FedAvg.
+*Bias*: the estimate lags behind a change of direction, by a factor of 1 - K per round. Without noise, K = 1: FedAvg.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat.flower.updates import KnownNoise, Updates, UpdateStrategy, Vector
 
 MEMORY = 0.8
-"""Share of the old estimate of Q that a round keeps."""
+"""The share of the old estimate of Q in the new one."""
 
 
 class Kalman(UpdateStrategy):
-    """Moves by the belief ``m`` of variance ``p`` per coordinate, where the signal drifts by ``q`` a round."""
+    """Kalman filter over the mean update, with the known variance of its noise.
+
+    The estimate ``m`` has the variance ``p`` per coordinate; ``q`` is the variance of the drift per round.
+    """
 
     def __init__(self, known_noise: KnownNoise) -> None:
         super().__init__(known_noise)
@@ -37,9 +39,4 @@ class Kalman(UpdateStrategy):
         return self.m
 
 
-def kalman(known_noise: KnownNoise) -> Strategy:
-    """Kalman filter over the mean update, with the known variance of its noise."""
-    return Kalman(known_noise)
-
-
-STRATEGIES = {"kalman": kalman}
+STRATEGIES = {"kalman": Kalman}

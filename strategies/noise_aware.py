@@ -1,27 +1,26 @@
-"""Weights by the inverse variance of the known noise: clients with small budgets, sets or rates say less.
+"""Weights by the inverse variance of the known noise: noisier clients count less.
 
-*Reason*: of all unbiased weighted means of equally informative updates, that with weights proportional to 1 / variance
-has the least noise (Gauss-Markov). Clients differ in noise where budgets, sizes or sample rates do.
+*Reason*: among the unbiased weighted means of equally informative updates, weights proportional to 1 / variance give
+the least noise (Gauss-Markov). The noise of clients differs if their budgets, sizes or sample rates differ.
 
-*Bias*: the model no longer minimises the mean over examples but a mean that leans to the clients with little noise.
-With weights w and size shares p the mean moves by at most ``sum |w - p| / 2`` times the largest distance between two
-clients' updates; ``most`` bounds each weight by ``most * p``. Where noise is proportional to 1 / size alone, w is
-proportional to size squared. Weights depend on public numbers only.
+*Bias*: the model minimises a mean that favours clients with little noise, and not the mean over examples. With weights
+w and size shares p, the mean moves by at most ``sum |w - p| / 2`` times the largest distance between two updates;
+``most`` bounds each weight by ``most * p``. If noise is proportional to 1 / size, w is proportional to the square of
+the size. Weights depend on public numbers only.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.updates import KnownNoise, Updates, UpdateStrategy, Vector
 
 
 class NoiseAware(UpdateStrategy):
-    """The mean of updates, weighted by inverse variance."""
+    """Mean weighted by the inverse variance of each client's known noise, within bounds by its size."""
 
-    def __init__(self, known_noise: KnownNoise, most: float) -> None:
+    def __init__(self, known_noise: KnownNoise, most: float = 4.0) -> None:
         super().__init__(known_noise)
         if not most >= 1:
             raise SettingError("most", most, "at least 1", "1 is FedAvg, 4 is usual")
@@ -32,9 +31,9 @@ class NoiseAware(UpdateStrategy):
 
 
 def weights(shares: Vector, variances: Vector, most: float) -> Vector:
-    """``[K]``, proportional to 1 / variance but at most ``most * shares``; not negative, and sum to one.
+    """``[K]``, proportional to 1 / variance and at most ``most * shares``; not negative, with sum 1.
 
-    Without noise they are ``shares``. What the bound cuts off is dealt to the others in proportion.
+    Without noise they are ``shares``. The other clients get the weight above the bound, in proportion.
     """
     if not variances.min() > 0:
         return shares
@@ -49,9 +48,4 @@ def weights(shares: Vector, variances: Vector, most: float) -> Vector:
     return result
 
 
-def noise_aware(known_noise: KnownNoise, most: float = 4.0) -> Strategy:
-    """Mean weighted by the inverse variance of each client's known noise, within bounds by its size."""
-    return NoiseAware(known_noise, most)
-
-
-STRATEGIES = {"noise-aware": noise_aware}
+STRATEGIES = {"noise-aware": NoiseAware}

@@ -1,25 +1,24 @@
-"""A bound on what one client can move the model by, that leaves room for the known noise.
+"""A bound on the norm of each update that allows for the known noise.
 
-*Reason*: an attacker who wants to win alone needs a large update; scaling updates down to a bound takes that away
-(Sun et al. 2019, arXiv 1911.07963). The bound must leave honest updates whole, and with privacy noise those have norms
-of about sqrt(signal^2 + d v), which differ from client to client. The bound is ``factor`` times the median client's
-norm without noise, plus each client's own known noise.
+*Reason*: a single attacker needs a large update to control the mean; a bound on the norm prevents that (Sun et al.
+2019, arXiv 1911.07963). The bound must not cut honest updates. With privacy noise their norms are about
+sqrt(signal^2 + d v), which differs between clients. The bound is ``factor`` times the median norm without noise, plus
+the known noise of the client.
 
-*Bias*: updates of clients with much more to say than the median are shortened. It bounds an attack, and undoes none.
+*Bias*: it shortens honest updates that are much larger than the median. It limits an attack, and does not remove it.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat.flower.updates import KnownNoise, Updates, UpdateStrategy, Vector
 
 
 class NormBound(UpdateStrategy):
-    """The mean, weighted by size, of bounded updates."""
+    """Mean of updates scaled down to a bound: `factor` times the median norm without noise, plus known noise."""
 
-    def __init__(self, known_noise: KnownNoise, factor: float) -> None:
+    def __init__(self, known_noise: KnownNoise, factor: float = 1.5) -> None:
         super().__init__(known_noise)
         self.factor = factor
 
@@ -28,16 +27,11 @@ class NormBound(UpdateStrategy):
 
 
 def scales(updates: Updates, factor: float) -> Vector:
-    """``[K]`` in (0, 1]: what brings each update within its bound; 1 for an update of zero."""
+    """``[K]`` in (0, 1]: the factor that scales each update to its bound; 1 for an update of zero."""
     squared = np.square(updates.moves).sum(axis=1)
     bound = factor**2 * np.median(updates.excess()) + updates.moves.shape[1] * updates.variances + 3 * updates.spread
     found: Vector = np.sqrt(np.divide(bound, squared, out=np.ones_like(squared), where=squared > bound))
     return found
 
 
-def norm_bound(known_noise: KnownNoise, factor: float = 1.5) -> Strategy:
-    """Mean of updates scaled down to a bound: `factor` times the median norm without noise, plus known noise."""
-    return NormBound(known_noise, factor)
-
-
-STRATEGIES = {"norm-bound": norm_bound}
+STRATEGIES = {"norm-bound": NormBound}

@@ -239,7 +239,7 @@ def test_a_worker_that_dies_is_one_line_and_leaves_the_json_whole(tmp_path):
     )  # fmt: skip
     assert (tmp_path / "died").exists()
     assert json.loads(done.stdout)["status"] == "completed"
-    assert "a worker is gone: its worker died; 1 clients were at work" in " ".join(done.stderr.split())
+    assert "a worker ended: its worker died; it had 1 clients at work" in " ".join(done.stderr.split())
     assert "raylet" not in done.stderr
 
 

@@ -133,7 +133,7 @@ def test_files_are_written_and_a_session_goes_on(session):
     [
         ("```sh\nls\n```\n", "write bash and not sh"),
         ("```\nls\n```\n", "name a language"),
-        ("```bash\n# Not run in tests:\nls\n```\n", "say why"),
+        ("```bash\n# Not run in tests:\nls\n```\n", "state the reason"),
         ("```bash\n# Not run in tests: it needs two hosts\nls\n```\n", None),
         ("```dockerfile\nFROM x\n```\n", None),
     ],
@@ -172,5 +172,5 @@ def test_links_that_lead_nowhere(tmp_path):
         "[e](other.md#no-heading) [f](#there) [g](no.md#x) `docs/no/page.md`\n```text\n[h](in-code.md)\n```\n"
     )
     assert [line.split(": ")[1] for line in links.broken(page, ROOT)] == [
-        "no.png", "other.md#no-heading", "#there", "no.md#x", "`docs/no/page.md` is not there",
+        "no.png", "other.md#no-heading", "#there", "no.md#x", "`docs/no/page.md` does not exist",
     ]  # fmt: skip

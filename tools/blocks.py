@@ -1,19 +1,19 @@
-"""The code blocks of a page, and how they are run: a page is one session in one folder, from top to bottom.
+"""Run the code blocks of a page: a page is one session in one folder, from top to bottom.
 
 =================== ======================================================================================
-block               run
+block               execution
 =================== ======================================================================================
-python              in this process, in names of its own
-python, a file      one whose first line is ``# name.py`` is written there; of a ``test_*.py`` the tests run
-bash                ``fed-dpsat ...`` in this process, all else by bash; the repository's folders are at hand
-toml                read; one whose first line is ``# name.toml`` is written there
-another language    not at all, but for shell or Python by another name, which is an error
+python              in this process, with its own names
+python, a file      the first line ``# name.py`` writes a file; tests of a ``test_*.py`` run
+bash                ``fed-dpsat ...`` in this process, other commands by bash; the repository is linked
+toml                parsed; the first line ``# name.toml`` writes a file
+another language    none; another name of shell or Python is an error
 =================== ======================================================================================
 
-A block that cannot be run in a test says so, to its reader too, in its first line: ``# Not run in tests: REASON``. Its
-``fed-dpsat`` commands are still checked for verbs, options and settings. A page with the line
-``<!-- blocks: slow -->`` is left to the slow tests, and one with ``<!-- blocks: need timm peft -->`` is skipped if one
-of these packages is not installed.
+A block that cannot run in a test states the reason in its first line: ``# Not run in tests: REASON``. The verbs,
+options and settings of its ``fed-dpsat`` commands are still checked. The slow tests run a page with the line
+``<!-- blocks: slow -->``. A page with ``<!-- blocks: need timm peft -->`` is skipped if one of these packages is not
+installed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def missing(page: Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One fenced block; ``line`` is that of its fence, from 1."""
+    """One fenced block; ``line`` is the line of its fence, from 1."""
 
     page: str
     line: int
@@ -60,22 +60,22 @@ class Block:
 
     @property
     def first_line(self) -> str:
-        """Of its text."""
+        """The first line of its text."""
         return self.text.partition("\n")[0]
 
     @property
     def not_run(self) -> str | None:
-        """Why it is not run; None if it is."""
+        """The reason why it does not run; None if it runs."""
         return self.first_line.removeprefix(NOT_RUN).strip() if self.first_line.startswith(NOT_RUN) else None
 
     @property
     def file(self) -> str | None:
-        """Name of the file that it is."""
+        """The name of its file, if it writes one."""
         named = FILE.match(self.first_line) if self.language in ("python", "toml") else None
         return named[1] if named else None
 
     def commands(self) -> Iterator[str]:
-        """The commands of a shell block: continued lines and quotes that span lines joined, comments left out."""
+        """The commands of a shell block, with continued lines and multi-line quotes joined, without comments."""
         pending = ""
         for line in self.text.splitlines():
             if not pending and (not line.strip() or line.lstrip().startswith("#")):
@@ -113,18 +113,18 @@ def blocks_of(path: Path) -> list[Block]:
 
 
 def problem(block: Block) -> str | None:
-    """What is wrong with how a block is marked; None if nothing."""
+    """The mistake in the marks of a block; None without a mistake."""
     if block.language in OTHER_NAMES:
-        return f"{block}: write {OTHER_NAMES[block.language]} and not {block.language}, so that it is run"
+        return f"{block}: write {OTHER_NAMES[block.language]} and not {block.language}, so that it runs"
     if not block.language:
-        return f"{block}: name a language; text is for what is not code"
+        return f"{block}: name a language, or text"
     if block.not_run is not None and len(block.not_run) < 10:
-        return f"{block}: say why it is not run, after {NOT_RUN!r}"
+        return f"{block}: state the reason after {NOT_RUN!r}"
     return None
 
 
 def run_block(block: Block, folder: Path) -> None:
-    """Run one in ``folder``, where the process already is; raises what it raises, ``AssertionError`` for a command."""
+    """Run a block in the current folder ``folder``; raises its errors, and ``AssertionError`` for a command."""
     if block.not_run is not None or block.language not in LANGUAGES:
         return
     if block.language == "toml":
@@ -143,7 +143,7 @@ def run_block(block: Block, folder: Path) -> None:
 
 
 def run_command(command: str, block: Block) -> None:
-    """One call of fed-dpsat in this process, which saves seconds of imports; or a script of anything in bash."""
+    """Run a call of fed-dpsat in this process, which saves seconds of imports, or a script in bash."""
     if _is_ours(command):
         from typer.testing import CliRunner
 
@@ -160,7 +160,7 @@ def run_command(command: str, block: Block) -> None:
 
 
 def _is_ours(command: str) -> bool:
-    """Nothing but a call of fed-dpsat, at the left margin and without the shell's help."""
+    """Whether ``command`` is a call of fed-dpsat without features of the shell."""
     return command.startswith("fed-dpsat ") and not re.search(r"[|<>;&$`]", command)
 
 
@@ -173,7 +173,7 @@ def _closed(command: str) -> bool:
 
 
 def check_command(command: str, folder: Path) -> None:
-    """Raise for a ``fed-dpsat`` command with a verb, option or setting that is not there; others pass."""
+    """Raise for a ``fed-dpsat`` command with an unknown verb, option or setting; other commands pass."""
     words = shlex.split(command.replace("\\\n", " "), comments=True)
     if not words or words[0] != "fed-dpsat":
         return
@@ -194,7 +194,7 @@ def check_command(command: str, folder: Path) -> None:
                 break
             name, verb, rest = verb.resolve_command(context, arguments)
     except Exit:
-        return  # --help, which stands for itself
+        return  # --help
     known = RunConfig.__dataclass_fields__
     for key in parse_overrides(context.params.get("overrides") or ()):
         assert key in known, f"{command}: {key} is not a setting"
@@ -203,6 +203,6 @@ def check_command(command: str, folder: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Lay what a reader of the repository has at hand into ``folder``."""
+    """Link the folders of the repository into ``folder``."""
     for name in AT_HAND:
         (folder / name).symlink_to(ROOT / name)

@@ -1,4 +1,4 @@
-"""The links of a page that lead to files and headings here; links to other sites are not fetched."""
+"""The links of a page to files and headings of this project; links to other sites are not checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def prose(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """Of the headings of a page; as Python-Markdown makes them, and where those agree, GitHub."""
+    """The anchors of the headings of a page, as Python-Markdown and (if they agree) GitHub make them."""
     return {slug(heading) for heading in HEADING.findall(prose(text))}
 
 
@@ -29,7 +29,7 @@ def slug(heading: str) -> str:
 
 
 def broken(path: Path, root: Path) -> Iterator[str]:
-    """What a page points to and is not there: a file beside it, a heading, or a file of ``root`` named in code."""
+    """The missing targets of a page: a file, a heading, or a file of ``root`` named in code."""
     text = path.read_text()
     for target in LINK.findall(prose(text)):
         if re.match(r"[a-z]+:", target):
@@ -42,4 +42,4 @@ def broken(path: Path, root: Path) -> Iterator[str]:
             yield f"{path.name}: {target}: {found.name} has no heading {anchor}"
     for name in NAMED.findall(text):
         if not (root / name).exists():
-            yield f"{path.name}: `{name}` is not there"
+            yield f"{path.name}: `{name}` does not exist"

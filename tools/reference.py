@@ -1,6 +1,6 @@
 """``python -m tools.reference``: write docs/reference/*.md from the code, and the navigation in mkdocs.yml.
 
-A test fails while the files differ from what this would write.
+A test fails if the files differ from the output of this module.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SECTIONS = (
     ("Reference", ("architecture.md", "reference/*.md")),
     ("More", ("*.md",)),
 )
-"""Where a page goes: into the first section with a pattern that fits, so that a new one is in some."""
+"""A page goes into the first section with a matching pattern; the last pattern matches every page."""
 
 EXTENSION_POINTS = (
     "fed_dpsat.step.optimizers.base:PrivateOptimizer",
@@ -61,7 +61,7 @@ EXTENSION_POINTS = (
 
 
 FEW = 20
-"""Parameters that a signature shows; a class with more has a page of its own for them."""
+"""Largest number of parameters in a signature; a class with more has a page of its own."""
 
 EXIT_CODES = (("0", "done"), ("1", "a run that failed"), ("2", "bad input"), ("130", "Ctrl-C"))
 
@@ -98,7 +98,7 @@ def configuration_page() -> str:
     """Every setting, group by group."""
     intro = (
         'Every setting is one key in a TOML file, `--set key=value`, or `flwr run -c "key=value"`. '
-        "Settings marked **↻** may change when a run is resumed: they say where and how long, not what."
+        "Settings marked **↻** may change when a run resumes: they do not change its result."
     )
     lines = [*_title("Configuration", intro)]
     head = ("setting", "what it is", "type", "default", "values")
@@ -113,10 +113,10 @@ def configuration_page() -> str:
 
 
 def plugins_page() -> str:
-    """What ``fed-dpsat list`` prints."""
+    """The output of ``fed-dpsat list``."""
     intro = (
-        "What ships with the project, as `fed-dpsat list` prints it. Yours is named `package.module:attribute` or "
-        "`path/to/file.py:attribute`: see [Recipes](../recipes.md)."
+        "The plug-ins of the project, as `fed-dpsat list` prints them. The name of your own plug-in is "
+        "`package.module:attribute` or `path/to/file.py:attribute`: see [Recipes](../recipes.md)."
     )
     lines = [*_title("Built-in plug-ins", intro)]
     for kind in plugins.PACKAGES:
@@ -126,11 +126,11 @@ def plugins_page() -> str:
 
 
 def python_page() -> str:
-    """Signatures and docstrings of what is exported, of the test suites and of what a plug-in implements."""
-    lines = [*_title("Python", "What `import fed_dpsat` exports; everything else may change without notice.")]
+    """Signatures and docstrings of the exports, the test suites and the classes that a plug-in implements."""
+    lines = [*_title("Python", "The exports of `import fed_dpsat`; other names may change without notice.")]
     for name in fed_dpsat.__all__:
         lines += _object(f"fed_dpsat.{name}", getattr(fed_dpsat, name))
-    lines += ["## What a plug-in implements", ""]
+    lines += ["## Classes and protocols of plug-ins", ""]
     for target in EXTENSION_POINTS:
         module, _, name = target.partition(":")
         lines += _object(f"{module}.{name}", getattr(importlib.import_module(module), name), level=3)
@@ -154,13 +154,13 @@ def navigation(docs: Path) -> str:
 
 
 def with_navigation(text: str, docs: Path) -> str:
-    """The text of mkdocs.yml with its navigation renewed."""
+    """The text of mkdocs.yml with a new navigation."""
     before, _, rest = text.partition(BEGIN)
     return before + navigation(docs) + rest.partition(END)[2]
 
 
 def main() -> None:
-    """Write all of it."""
+    """Write all pages and the navigation."""
     (ROOT / "docs" / "reference").mkdir(exist_ok=True)
     for name, text in pages().items():
         (ROOT / name).write_text(text)
@@ -186,7 +186,7 @@ def _plain(text: str) -> str:
 
 
 def _help(command: Any, parameter: Any) -> str:
-    """From the annotation: some versions of typer and click lose that of an argument on the way."""
+    """The help text in the annotation; some versions of typer and click lose the help of an argument."""
     hints = get_type_hints(command.callback, include_extras=True)
     return str(hints[parameter.name].__metadata__[0].help)
 
@@ -222,7 +222,7 @@ def _object(name: str, value: Any, level: int = 2) -> list[str]:
 
 
 def _methods(cls: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties with a docstring, in the order of the source; of settings, also those of groups."""
+    """Public methods and properties with a docstring, in the order of the source; of settings, also of the groups."""
     owners = [
         base for base in reversed(cls.__mro__) if base is cls or base.__module__.startswith("fed_dpsat.settings.")
     ]
@@ -261,7 +261,7 @@ def _docstring(value: Any) -> list[str]:
 
 
 def _prose(text: str) -> str:
-    """A docstring as Markdown: its tables of ``====`` stay as they are drawn."""
+    """A docstring as Markdown; tables of ``====`` become text blocks."""
     lines, out, inside = text.splitlines(), [], False
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         rule = bool(re.fullmatch(r" *=+( +=+)+ *", line))

@@ -1,7 +1,7 @@
-"""What the releases of a run cost: events, accountants, calibration and the ledger.
+"""The privacy cost of a run: events, accountants, calibration and the ledger.
 
-Unit: what an event's kind says, one example or one whole client, add-or-remove adjacency. Loads neither torch, Flower
-nor Ray.
+The kind of an event states its privacy unit: one example or one whole client, add-or-remove adjacency. This package
+imports neither torch, Flower nor Ray.
 """
 
 from fed_dpsat.accounting.accountant import epsilon, epsilons, large_delta

@@ -1,7 +1,7 @@
-"""Epsilon as a function of events: PLD by default, RDP beside it, once per distinct history.
+"""Epsilon as a function of events, computed once per distinct history: PLD by default, RDP for comparison.
 
-Unit: that of the events, which is one for all of them. Both bounds come from dp_accounting; PLD is the
-tighter (errors in ``pld``), RDP the older and looser one that papers print.
+All events have one privacy unit. Both bounds come from dp_accounting. PLD is the tighter bound (``pld`` lists its
+errors); RDP is the older and looser bound that many papers print.
 
 ==================== ==========================================================
 case                 answer
@@ -10,7 +10,7 @@ no events            0
 noise_multiplier = 0 inf
 delta not in (0, 1)  ``PrivacyError``
 events of two units  ``PrivacyError``
-delta below 1e-13    ``PrivacyError`` under PLD where a step is sampled, not RDP
+delta below 1e-13    ``PrivacyError`` under PLD if a step is sampled, not under RDP
 ==================== ==========================================================
 """
 
@@ -25,20 +25,20 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fed_dpsat.accounting.event import History, PrivacyError, PrivacyEvent, dominant, merge, unit_of
+from fed_dpsat.accounting.event import History, PrivacyError, PrivacyEvent, check_one_unit, dominant, merge
 from fed_dpsat.accounting.pld import SMALLEST_NOISE, epsilon_pld, unprotected
 
-SMALLEST_DIVERGENCE = 1e-8  # dp_accounting's is off by about 1e-15 in absolute terms
+SMALLEST_DIVERGENCE = 1e-8  # the absolute error of dp_accounting is about 1e-15
 
 
 def epsilon(events: Iterable[PrivacyEvent], delta: float, accountant: str = "pld") -> float:
-    """Epsilon at ``delta`` of one client that released all of ``events``, in whatever order."""
+    """Epsilon at ``delta`` of one client with these ``events``; their order does not matter."""
     return _epsilon(merge(events), _checked_delta(delta), _checked_accountant(accountant))
 
 
 def epsilons(histories: Iterable[Iterable[PrivacyEvent]], delta: float, accountant: str = "pld") -> list[float]:
-    """``epsilon`` of each history, computed once per distinct one; the same tuple again is not even looked at."""
-    known: dict[int, tuple[object, float]] = {}  # holds each history, so that its id stays its own
+    """``epsilon`` of each history, computed once per distinct history; a repeated tuple is found by its identity."""
+    known: dict[int, tuple[object, float]] = {}  # a reference to each history keeps its id unique
     found = []
     for history in histories:
         same = known.get(id(history))
@@ -51,41 +51,41 @@ def epsilons(histories: Iterable[Iterable[PrivacyEvent]], delta: float, accounta
 
 
 def large_delta(delta: float, unit: str, size: int) -> str:
-    """Why ``delta`` is too large for the smallest client's ``size`` examples, or ``size`` clients; empty if it is not.
+    """A warning if ``delta`` is too large for ``size``; else "". ``size`` counts clients, or the fewest examples.
 
-    With a chance of 1 / n for each, publishing one of n in full would pass (Dwork and Roth 2014, section 2.3).
+    A mechanism that publishes one random record of n in full is (0, 1 / n)-DP (Dwork and Roth 2014, section 2.3).
     """
     if delta < 1 / size:
         return ""
-    whom = "the clients" if unit == "client" else "the examples of the smallest client"
+    records = "number of clients" if unit == "client" else "number of examples of the smallest client"
     return (
-        f"delta={delta:g} is not below 1/{size}, one of {whom}: with such a delta, to publish one of them in full "
-        "would count as private; set delta far below that"
+        f"delta={delta:g} is not below 1/{size}, 1 / ({records}): such a delta permits to publish one of them in "
+        "full; set delta far below that"
     )
 
 
 def federation_epsilon(histories: Iterable[History], delta: float, accountant: str = "pld") -> float:
-    """Maximum of epsilon over clients with disjoint data, given their merged histories; 0 for no client.
+    """Maximum of epsilon over clients with disjoint data, given their merged histories; 0 without clients.
 
-    Only the costliest histories are computed (``dominant``), so clients that differ in size cost one
+    The accountant runs only for the costliest histories (``dominant``): clients of different sizes cost one
     computation, not one each.
     """
     distinct = dominant(histories)
-    unit_of(distinct)
+    check_one_unit(distinct)
     return max(epsilons(distinct, delta, accountant), default=0.0)
 
 
 @lru_cache(maxsize=2**16)
 def _epsilon(history: History, delta: float, accountant: str) -> float:
-    unit_of([history])
+    check_one_unit([history])
     return ACCOUNTANTS[accountant](history, delta)
 
 
 def epsilon_rdp(history: History, delta: float) -> float:
-    """Upper bound of epsilon by Renyi divergences at dp_accounting's default orders.
+    """Upper bound of epsilon by Renyi divergences at the default orders of dp_accounting.
 
-    Mironov 2017; conversion to epsilon of Canonne, Kamath and Steinke 2020. Where noise_multiplier < 0.01 the
-    sampling is not counted, as in ``pld``: dp_accounting's series overflow there, to an epsilon of 0.
+    Mironov 2017; conversion to epsilon of Canonne, Kamath and Steinke 2020. If noise_multiplier < 0.01, the bound
+    ignores sampling, as in ``pld``: the series of dp_accounting overflow there, to an epsilon of 0.
     """
     from dp_accounting.rdp import RdpAccountant, compute_epsilon  # type: ignore[import-untyped]
 
@@ -99,11 +99,11 @@ def epsilon_rdp(history: History, delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def one_step_rdp(noise_multiplier: float, sample_rate: float) -> NDArray[np.float64]:
-    """Renyi divergences of one sampled Gaussian at dp_accounting's default orders; inf where they do not converge.
+    """Renyi divergences of one sampled Gaussian at the default orders of dp_accounting; inf if a series diverges.
 
-    Below ``SMALLEST_DIVERGENCE`` dp_accounting's are rounding, and negative ones make its epsilon 0. There they are
-    summed without cancellation at whole orders; (order - 1) times divergence is convex in the order, so a straight
-    line between two of them is an upper bound.
+    Below ``SMALLEST_DIVERGENCE`` the values of dp_accounting are rounding errors, and negative ones make its epsilon
+    0. This function then sums at integer orders without cancellation. (order - 1) times divergence is convex in the
+    order, so linear interpolation between two integer orders is an upper bound.
     """
     from dp_accounting.rdp import RdpAccountant
 
@@ -122,10 +122,10 @@ def one_step_rdp(noise_multiplier: float, sample_rate: float) -> NDArray[np.floa
 
 
 def _log_moment(order: int, noise_multiplier: float, sample_rate: float) -> float:
-    """``order - 1`` times the divergence of one sampled Gaussian at a whole order (Mironov, Talwar and Zhang 2019).
+    """``order - 1`` times the divergence of one sampled Gaussian at an integer order (Mironov, Talwar and Zhang 2019).
 
-    It is the log of a mean of exp(k (k - 1) / (2 sigma^2)) over a binomial k. One less is a sum of positive terms, so
-    tiny ones keep their digits.
+    It is log(E[exp(k (k - 1) / (2 sigma^2))]) over a binomial k. The expectation minus 1 is a sum of positive terms,
+    so a tiny result keeps its digits.
     """
     from scipy.special import gammaln  # type: ignore[import-untyped]
 
@@ -138,9 +138,9 @@ def _log_moment(order: int, noise_multiplier: float, sample_rate: float) -> floa
 
 @contextmanager
 def _without(phrase: str) -> Iterator[None]:
-    """Drop absl's warning, once per order, that a series did not converge.
+    """Drop the warning of absl, one per order, that a series did not converge.
 
-    dp_accounting then leaves that order out: the bound stays one, and at most becomes looser.
+    dp_accounting then leaves that order out, which can only raise the bound.
     """
 
     def keep(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""How much noise a promise needs, and what a schedule costs: the accountant read backwards and as a table."""
+"""Calibration: the noise multiplier for a target epsilon, and a table of epsilon over rounds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from fed_dpsat.accounting.accountant import epsilon
 from fed_dpsat.accounting.event import PrivacyError, PrivacyEvent
 
-LEAST, MOST = 0.01, 1e4  # noise multipliers looked at
+LEAST, MOST = 0.01, 1e4  # range of noise multipliers in the search
 TOLERANCE = 1.001
 FIRST_DISTANCE = 0.05  # in the logarithm of the noise multiplier; the search doubles it
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpsilonRow:
-    """What a schedule has cost after so many rounds, at one delta."""
+    """Epsilon of a schedule after ``rounds`` rounds, at one delta."""
 
     rounds: int
     epsilon_pld: float
@@ -26,11 +26,11 @@ class EpsilonRow:
 def noise_multiplier_for(
     target_epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str = "pld"
 ) -> float:
-    """Smallest noise multiplier whose whole schedule of ``steps`` releases costs at most ``target_epsilon``.
+    """Smallest noise multiplier at which ``steps`` steps cost at most ``target_epsilon``.
 
-    By dp_accounting's calibration, within 0.1 % and on the safe side: epsilon at the result is at most the target.
-    Raises ``PrivacyError`` if the answer is above 10,000 or below 0.01, and for a target that is not a positive
-    finite number.
+    By dp_accounting's calibration. The result is at most 0.1 % too large and never too small: its epsilon is at most
+    the target. Raises ``PrivacyError`` for a result above 10,000 or below 0.01, and for a target that is not positive
+    and finite.
     """
     if isinstance(target_epsilon, bool) or not 0 < target_epsilon < math.inf:
         raise PrivacyError(
@@ -43,7 +43,7 @@ def noise_multiplier_for(
         within = min(max(noise_multiplier, LEAST), MOST)
         return PrivacyEvent(noise_multiplier=within, sample_rate=sample_rate, steps=steps)
 
-    epsilon([event(MOST)], delta, accountant)  # the other arguments speak for themselves before the search does
+    epsilon([event(MOST)], delta, accountant)  # raises for an invalid argument before the search starts
     guess = _guess(target_epsilon, delta, sample_rate, steps)
     more = epsilon([event(guess)], delta, accountant) > target_epsilon
 
@@ -63,8 +63,8 @@ def noise_multiplier_for(
                 "target or delta, or lower num_rounds, local_steps or sample_rate"
             ) from None
         raise PrivacyError(
-            f"target_epsilon={target_epsilon} is met by noise_multiplier < {LEAST}, which "
-            "protects nobody; lower the target or delta"
+            f"target_epsilon={target_epsilon} needs noise_multiplier < {LEAST}, which "
+            "gives no useful privacy; lower the target or delta"
         ) from None
     return at(found).noise_multiplier
 
@@ -88,7 +88,7 @@ class _Accountant:
 def epsilon_table(
     noise_multiplier: float, sample_rate: float, local_steps: int, rounds: Sequence[int], delta: float
 ) -> list[EpsilonRow]:
-    """One row for each entry of ``rounds``: epsilon of a client that took ``local_steps`` in each of them."""
+    """One row for each entry of ``rounds``: epsilon of a client with ``local_steps`` steps in each round."""
     rows = []
     for count in rounds:
         events = [PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=local_steps * count)]
@@ -99,7 +99,7 @@ def epsilon_table(
 
 
 def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """Solved from the central limit: many steps are like one Gaussian release (Bu et al. 2020, mu of GDP)."""
+    """By the central limit theorem, many steps are close to one Gaussian mechanism (Bu et al. 2020, mu of GDP)."""
     from dp_accounting.gaussian_mechanism import get_sigma_gaussian  # type: ignore[import-untyped]
 
     mu = 1 / get_sigma_gaussian(min(target_epsilon, 1e6), delta)

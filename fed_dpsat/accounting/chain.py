@@ -1,8 +1,8 @@
-"""Rows that show when one of them was edited, removed or moved: a hash chain in SQLite.
+"""A hash chain in SQLite: it detects a row that was edited, removed or moved.
 
-The hash of a row is sha256 of the hash of the row before it and the row as JSON, floats in hex; ``head`` holds
-the number of rows and the last hash. It is not a signature: who rewrites every hash, or puts back an older copy
-of the file, is found only by a head noted elsewhere, so publish it with the result.
+The hash of a row is the SHA-256 of the previous hash and the row as JSON, with floats in hex. ``head`` holds the number
+of rows and the last hash. The chain is not a signature: an attacker can rewrite every hash, or restore an older copy of
+the file. Only a head that is stored elsewhere detects that, so publish the head with the result.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ COLUMNS = {
 
 
 class LedgerError(RunError):
-    """The ledger cannot be trusted, read or written; the message says what to do. Nothing is half-written."""
+    """The ledger is invalid, or cannot be read or written; the message gives a remedy. Writes are atomic."""
 
 
 def link(previous: bytes, row: Sequence[object]) -> bytes:
-    """Hash of a row (its sequence number first) that follows the row with the hash ``previous``."""
+    """Hash of a row that follows the row with the hash ``previous``; its first value is the sequence number."""
     plain = [value.hex() if isinstance(value, float) else value for value in row]
     return hashlib.sha256(previous + json.dumps(plain, separators=(",", ":"), default=str).encode()).digest()
 
 
 def head(connection: sqlite3.Connection, chain: str) -> tuple[int, bytes]:
-    """Number of rows and last hash that the file claims for ``charges`` or ``outcomes``."""
+    """Number of rows and last hash of ``charges`` or ``outcomes``, as the file states them."""
     found = connection.execute("SELECT rows, hash FROM head WHERE chain = ?", (chain,)).fetchone()
     if found is None:
         raise LedgerError(f"the ledger has no head for {chain}: it was edited; restore it from a backup")
@@ -40,7 +40,7 @@ def head(connection: sqlite3.Connection, chain: str) -> tuple[int, bytes]:
 
 
 def append(connection: sqlite3.Connection, chain: str, rows: Sequence[Sequence[object]]) -> None:
-    """Add rows to a chain and move its head; inside a ``transaction``."""
+    """Add rows to a chain and update its head; call it inside a ``transaction``."""
     count, last = head(connection, chain)
     linked = []
     for row in rows:
@@ -53,7 +53,7 @@ def append(connection: sqlite3.Connection, chain: str, rows: Sequence[Sequence[o
 
 
 def check(connection: sqlite3.Connection, chain: str) -> None:
-    """Read a chain to its end; ``LedgerError`` at the first row, or the head, that is not as written."""
+    """Read a whole chain; raises ``LedgerError`` for a row or a head that was changed."""
     expected, last = 0, GENESIS
     for seq, *row, stored in connection.execute(f"SELECT seq, {COLUMNS[chain]}, hash FROM {chain} ORDER BY seq"):
         expected += 1
@@ -65,6 +65,6 @@ def check(connection: sqlite3.Connection, chain: str) -> None:
             )
     if (expected, last) != head(connection, chain):
         raise LedgerError(
-            f"the {expected} rows of {chain} are not what the head counts: some were added or removed at the end; "
+            f"the {expected} rows of {chain} do not match the head: rows were added or removed at the end; "
             "restore the ledger from a backup"
         )

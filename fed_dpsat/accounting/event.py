@@ -1,7 +1,7 @@
-"""What one release cost, as data; a history is a sorted tuple of such events.
+"""Privacy events as data; a history is a sorted tuple of events.
 
-The kind of an event says its unit of privacy: one example of one client, or one whole client; add-or-remove adjacency
-for both. Events of two units have no common epsilon.
+The kind of an event states its privacy unit: one example of one client, or one whole client, with add-or-remove
+adjacency for both. Events of two units have no common epsilon.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
     from dp_accounting import DpEvent  # type: ignore[import-untyped]
 
 KINDS = {"poisson_gaussian": "example", "poisson_gaussian_clients": "client"}
-"""Each kind of event with its unit."""
+"""The privacy unit of each kind of event."""
 
 UNITS = {
     "example": "one example of one client, add-or-remove; maximum over clients",
     "client": "one whole client with all its examples, add-or-remove; maximum over clients",
 }
-"""What each unit protects, as it is printed."""
+"""What each privacy unit protects, as printed text."""
 
 CLIENTS = "poisson_gaussian_clients"
 MAX_STEPS = 2**40
 
 
 class PrivacyError(InputError):
-    """A number that no privacy statement can be made from; the message says what to do."""
+    """A number that has no privacy guarantee; the message gives a remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyEvent:
-    """``steps`` Gaussian releases, each of a fresh Poisson sample of one client's examples, or of the clients.
+    """``steps`` Gaussian mechanisms, each on a fresh Poisson sample of the examples of one client, or of the clients.
 
     ================ ============ =====================================================================
     field            unit, bound  meaning
     ================ ============ =====================================================================
     noise_multiplier >= 0, finite std of the noise on the clipped SUM over clip_norm; 0 costs epsilon = inf
-    sample_rate      (0, 1]       chance of each example (client) to be in a sum; 1 is no sampling at all
-    steps            >= 1         releases; an empty batch (round) is one too
-    kind             ``KINDS``    which mechanism, and what it protects; its own composition rule
+    sample_rate      (0, 1]       probability that an example (client) joins a sum; 1 is no sampling
+    steps            >= 1         mechanisms; an empty batch (round) counts too
+    kind             ``KINDS``    the mechanism and its privacy unit
     ================ ============ =====================================================================
 
-    Raises ``PrivacyError`` where it is made, so that an event in hand is a valid one.
+    The constructor raises ``PrivacyError`` for an invalid value.
     """
 
     noise_multiplier: float
@@ -64,40 +64,40 @@ class PrivacyEvent:
                 f"sample_rate={rate} is not in (0, 1]; lower the expected batch size or give the client more examples"
             )
         if isinstance(self.steps, bool) or not isinstance(self.steps, numbers.Integral):
-            raise PrivacyError(f"steps={self.steps!r} is not a whole number; count the releases")
+            raise PrivacyError(f"steps={self.steps!r} is not an integer; count the steps")
         if not 1 <= self.steps <= MAX_STEPS:
-            raise PrivacyError(f"steps={self.steps} is not in [1, 2**40]; where nothing was released, make no event")
+            raise PrivacyError(f"steps={self.steps} is not in [1, 2**40]; without a step, make no event")
         if self.kind not in KINDS:
             raise PrivacyError(
-                f"kind={self.kind!r} is not one of {', '.join(KINDS)}; upgrade fed_dpsat if a newer one wrote it"
+                f"kind={self.kind!r} is not one of {', '.join(KINDS)}; upgrade fed_dpsat if a newer version wrote it"
             )
-        object.__setattr__(self, "noise_multiplier", noise + 0.0)  # -0.0 becomes 0.0: one form per value
+        object.__setattr__(self, "noise_multiplier", noise + 0.0)  # -0.0 becomes 0.0, so equal values hash equal
         object.__setattr__(self, "sample_rate", rate)
         object.__setattr__(self, "steps", int(self.steps))
 
     @property
-    def unit(self) -> str:
-        """What it protects: "example" or "client"."""
+    def privacy_unit(self) -> str:
+        """What the event protects: "example" or "client"."""
         return KINDS[self.kind]
 
     def to_dp_event(self) -> DpEvent:
-        """The same cost in dp_accounting's words: what an outside accountant would be given."""
+        """The same event as a ``DpEvent`` of dp_accounting."""
         import dp_accounting
 
         if self.noise_multiplier == 0:
             return dp_accounting.NonPrivateDpEvent()
-        release = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        step = dp_accounting.GaussianDpEvent(self.noise_multiplier)
         if self.sample_rate < 1:
-            release = dp_accounting.PoissonSampledDpEvent(self.sample_rate, release)
-        return dp_accounting.SelfComposedDpEvent(release, self.steps)
+            step = dp_accounting.PoissonSampledDpEvent(self.sample_rate, step)
+        return dp_accounting.SelfComposedDpEvent(step, self.steps)
 
     def to_dict(self) -> dict[str, float | int | str]:
-        """A flat dict of scalars, as a Flower ``ConfigRecord`` carries it."""
+        """A flat dict of scalars, for a ``ConfigRecord`` of Flower."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> PrivacyEvent:
-        """The event that ``to_dict`` gave; ``PrivacyError`` for a key or a type that it never gives."""
+        """The inverse of ``to_dict``; raises ``PrivacyError`` for another key or type."""
         types = {"noise_multiplier": float, "sample_rate": float, "steps": int, "kind": str}
         names = {field.name for field in fields(cls)}
         if record.keys() != names:
@@ -118,39 +118,38 @@ History = tuple[PrivacyEvent, ...]
 
 
 def merge(events: Iterable[PrivacyEvent]) -> History:
-    """The canonical history: equal releases become one event with summed steps, sorted.
+    """The canonical history, sorted: events that differ only in steps become one event with the sum of steps.
 
-    The order of composition does not matter to any accountant, so two histories that cost the same by that
-    argument compare and hash equal.
+    The order of composition does not matter to an accountant. So histories that differ only in order or grouping
+    compare and hash equal.
     """
     steps: dict[tuple[str, float, float], int] = {}
     for event in events:
-        release = (event.kind, event.noise_multiplier, event.sample_rate)
-        steps[release] = steps.get(release, 0) + event.steps
+        mechanism = (event.kind, event.noise_multiplier, event.sample_rate)
+        steps[mechanism] = steps.get(mechanism, 0) + event.steps
     return tuple(
         PrivacyEvent(kind=kind, noise_multiplier=noise, sample_rate=rate, steps=count)
         for (kind, noise, rate), count in sorted(steps.items())
     )
 
 
-def unit_of(histories: Iterable[History]) -> str | None:
-    """The one unit of all events in ``histories``, None without events; ``PrivacyError`` for two."""
-    units = {event.unit for history in histories for event in history}
+def check_one_unit(histories: Iterable[History]) -> None:
+    """Raise ``PrivacyError`` if the events of ``histories`` have two privacy units."""
+    units = {event.privacy_unit for history in histories for event in history}
     if len(units) > 1:
         raise PrivacyError(
             f"events of the units {' and '.join(sorted(units))} have no common epsilon; account for each alone"
         )
-    return next(iter(units), None)
 
 
 def dominant(histories: Iterable[History]) -> list[History]:
-    """Those of ``histories`` (merged ones) that no other costs at least as much as, event by event.
+    """The histories (merged ones) that no other history dominates event by event.
 
-    An event costs no more than another of its kind with at most its noise and at least its rate and steps:
-    more noise and fewer steps are post-processing and composition, a lower rate is sampling again. So the
-    maximum of epsilon over clients is the maximum over these few: with one noise for all, the client with
-    the highest rate. Only histories with as many events are compared: what is kept may be too much, never
-    too little.
+    An event costs at most as much as another event of its kind with less or equal noise, and with a greater or equal
+    rate and number of steps: more noise is post-processing, fewer steps are a part of a composition, and a lower
+    rate is sampling again. So the maximum of epsilon over clients is the maximum over the returned histories. With
+    one noise for all clients, this is the history of the client with the highest rate. The function compares only
+    histories with the same number of events: it may keep a history without need, but never drops the costliest one.
     """
     front: dict[int, list[History]] = {}
     for history in sorted(set(histories), key=_costliest_first):

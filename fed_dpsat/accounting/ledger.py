@@ -1,8 +1,8 @@
-"""What every client has spent, on disk before anything is released.
+"""The charges of every client, on disk before any release.
 
-One row per (client, round, attempt): a retried attempt is a second release and a second row. Outcomes are
-bookkeeping and never lower a charge. Clients hold disjoint data, so the federation's epsilon is the maximum
-over clients. How the file keeps its promises is in ``storage`` and ``chain``.
+There is one row per (client, round, attempt): a retried attempt is a second release and a second row. Outcomes are
+bookkeeping and never lower a charge. Clients hold disjoint data, so the epsilon of the federation is the maximum over
+clients. ``storage`` and ``chain`` make the file durable and detect changes.
 
 ========================== =====================================================================
 case                       what happens
@@ -13,7 +13,7 @@ same key, another event    ``LedgerError``, nothing of the call is charged
 an event of another unit   ``LedgerError``, nothing of the call is charged
 disk full                  ``LedgerError``, nothing of the call is charged
 second writer              ``LedgerError`` when it opens; ``readonly=True`` reads meanwhile
-edited, cut off, foreign   ``LedgerError`` when a writer opens it; readers ask ``verify()``
+edited, cut off, foreign   ``LedgerError`` when a writer opens it; a reader calls ``verify()``
 ========================== =====================================================================
 """
 
@@ -33,7 +33,7 @@ from fed_dpsat.accounting.event import KINDS, UNITS, History, PrivacyEvent, merg
 
 
 class Head(NamedTuple):
-    """Number of charges and hash of the last one: noted elsewhere, it makes a rewritten file visible."""
+    """Number of charges and hash of the last one; a copy outside the file detects a rewritten file."""
 
     charges: int
     sha256: str
@@ -42,19 +42,19 @@ class Head(NamedTuple):
 class PrivacyLedger:
     """The charges in the SQLite file at ``path``; a context manager.
 
-    A writer (the default) creates an absent file unless ``must_exist``, which a resumed run sets: a run whose
-    ledger is lost must not start again from epsilon 0. It verifies the file first and stays the only writer
-    until ``close``. ``":memory:"`` is for tests.
+    A writer (the default) creates a missing file. A resumed run sets ``must_exist``: if its ledger is lost, it must
+    not start again from epsilon 0. A writer verifies the file first and stays the only writer until ``close``.
+    ``":memory:"`` is for tests.
 
-    Raises ``LedgerError`` wherever the file cannot be trusted, read or written.
+    Raises ``LedgerError`` if the file is invalid, or cannot be read or written.
     """
 
     def __init__(self, path: str | Path, *, readonly: bool = False, must_exist: bool = False) -> None:
         self.path = path if path == ":memory:" else Path(path).resolve()
         self.readonly = readonly
         self._histories: dict[int, History] = {}
-        self._clients: Counter[History] = Counter()  # how many clients have spent the same
-        self._seen: tuple[int, bytes] | None = None  # head of the charges that the two above count
+        self._clients: Counter[History] = Counter()  # number of clients with each history
+        self._seen: tuple[int, bytes] | None = None  # head of the charges that the two attributes above include
         with ExitStack() as resources:
             if isinstance(self.path, Path):
                 if not readonly:
@@ -70,11 +70,11 @@ class PrivacyLedger:
             self._resources = resources.pop_all()
 
     def charge(self, client: int, round: int, attempt: int, event: PrivacyEvent) -> None:
-        """Charge one client; on disk when this returns, so that the release may follow."""
+        """Charge one client; the charge is on disk when this returns."""
         self.charge_many(round, attempt, {client: event})
 
     def charge_many(self, round: int, attempt: int, events: Mapping[int, PrivacyEvent]) -> None:
-        """Charge a cohort in one transaction: on disk when this returns; ``LedgerError`` and none of it."""
+        """Charge a cohort in one transaction, on disk when this returns; a ``LedgerError`` charges no client."""
         self._check_key("charge", round, attempt, events)
         memo: dict[tuple[History, PrivacyEvent], History] = {}
         with self._writing():
@@ -95,7 +95,7 @@ class PrivacyLedger:
                 self._file, "charges", [(client, round, attempt, *_columns(event)) for client, event in new.items()]
             )
             head = chain.head(self._file, "charges")
-        self._seen = None  # until all is counted: an interrupt in between must not lower epsilon
+        self._seen = None  # an interrupt inside the loop must not lower epsilon
         self._head = head
         for client, event in new.items():
             before = self._histories.get(client, ())
@@ -105,11 +105,11 @@ class PrivacyLedger:
         self._seen = head
 
     def settle(self, client: int, round: int, attempt: int, outcome: str) -> None:
-        """Note what came of a charge: "released", "dropped: reason" or "failed: reason". It stays charged."""
+        """Record the outcome of a charge: "released", "dropped: reason" or "failed: reason". The charge stays."""
         self.settle_many(round, attempt, {client: outcome})
 
     def settle_many(self, round: int, attempt: int, outcomes: Mapping[int, str]) -> None:
-        """``settle`` for a cohort in one transaction; ``LedgerError`` for what was never charged."""
+        """``settle`` for a cohort in one transaction; raises ``LedgerError`` for a client without a charge."""
         self._check_key("settle", round, attempt, outcomes)
         with self._writing():
             charged = self._rows("charges", round, attempt)
@@ -123,7 +123,7 @@ class PrivacyLedger:
                     )
                 if client not in charged:
                     raise LedgerError(
-                        f"{_key(client, round, attempt)} was never charged; charge before anything is released"
+                        f"{_key(client, round, attempt)} has no charge; charge a client before its release"
                     )
                 if client not in known:
                     new.append((client, round, attempt, outcome))
@@ -135,7 +135,7 @@ class PrivacyLedger:
             chain.append(self._file, "outcomes", new)
 
     def histories(self, before: int | None = None) -> dict[int, History]:
-        """Merged history of every client that was ever charged, or that was in a round ``before`` that one."""
+        """Merged history of every charged client; with ``before``, of the rounds before that one."""
         if before is not None:
             with storage.explained(self.path, "read"):
                 return dict(storage.read_histories(self._file, before))
@@ -143,46 +143,46 @@ class PrivacyLedger:
         return dict(self._histories)
 
     def history(self, client: int) -> History:
-        """Merged history of one client; empty where it was never charged."""
+        """Merged history of one client; empty without a charge."""
         self._refresh()
         return self._histories.get(client, ())
 
     def epsilon(self, delta: float, accountant: str = "pld") -> float:
-        """Maximum over clients at ``delta``: one computation where all were charged alike."""
+        """Maximum over clients at ``delta``; one computation if all clients have the same history."""
         self._refresh()
         return federation_epsilon(self._clients, delta, accountant)
 
     def epsilon_by_client(self, delta: float, accountant: str = "pld") -> dict[int, float]:
-        """Epsilon of every client that was ever charged; one computation per distinct history."""
+        """Epsilon of every charged client; one computation per distinct history."""
         self._refresh()
         spent = {history: epsilon(history, delta, accountant) for history in self._clients}
         return {client: spent[history] for client, history in self._histories.items()}
 
     def rounds_by_client(self, before: int | None = None) -> dict[int, int]:
-        """Number of rounds (``before`` that one) in which each client was charged, whatever came of them."""
+        """Number of rounds with a charge, by client; with ``before``, of the rounds before that one."""
         query = "SELECT client, COUNT(DISTINCT round) FROM charges WHERE round < ? GROUP BY client ORDER BY client"
         with storage.explained(self.path, "read"):
             return dict(self._file.execute(query, (storage.LAST if before is None else before,)))
 
     def attempts(self, round: int) -> dict[int, int]:
-        """By client, the number of its last attempt at ``round`` that was charged."""
+        """By client, the last charged attempt at ``round``."""
         query = "SELECT client, MAX(attempt) FROM charges WHERE round = ? GROUP BY client"
         with storage.explained(self.path, "read"):
             return dict(self._file.execute(query, (round,)))
 
     def outcomes(self, round: int, attempt: int) -> dict[int, str]:
-        """What was settled, by client."""
+        """The settled outcomes, by client."""
         with storage.explained(self.path, "read"):
             return {client: str(outcome) for client, (outcome,) in self._rows("outcomes", round, attempt).items()}
 
     def last_round(self, client: int) -> int:
-        """The highest round that was charged to ``client``; -1 where there is none."""
+        """The highest charged round of ``client``; -1 without a charge."""
         with storage.explained(self.path, "read"):
             found = self._file.execute("SELECT MAX(round) FROM charges WHERE client = ?", (client,)).fetchone()[0]
         return -1 if found is None else int(found)
 
     def outcome(self, client: int, round: int, attempt: int) -> str | None:
-        """What ``settle`` noted; "" while nothing was, None for what was never charged."""
+        """The settled outcome; "" for a charge without an outcome, None without a charge."""
         with storage.explained(self.path, "read"):
             if client not in self._rows("charges", round, attempt):
                 return None
@@ -190,41 +190,41 @@ class PrivacyLedger:
         return str(found)
 
     @property
-    def unit(self) -> str | None:
-        """What its charges protect, "example" or "client": the same for all of them. None while there is none."""
+    def privacy_unit(self) -> str | None:
+        """The privacy unit of all charges, "example" or "client"; None without a charge."""
         with storage.explained(self.path, "read"):
             found = self._file.execute("SELECT kind FROM charges LIMIT 1").fetchone()
         return None if found is None else KINDS.get(found[0], found[0])
 
     @property
     def head(self) -> Head:
-        """What to publish beside epsilon."""
+        """The head of the chain of charges; publish it with epsilon."""
         with storage.explained(self.path, "read"):
             rows, digest = chain.head(self._file, "charges")
         return Head(rows, digest.hex())
 
     def extends(self, head: Head) -> bool:
-        """Whether ``head`` was once the head of this chain: an older copy of the file does not know it."""
+        """Whether ``head`` is a head in the past of this chain; an older copy of the file does not contain it."""
         query = "SELECT hash FROM charges WHERE seq = ?"
         with storage.explained(self.path, "read"):
             found = self._file.execute(query, (head.charges,)).fetchone()
         return (found[0] if found else chain.GENESIS if head.charges == 0 else b"").hex() == head.sha256
 
     def check_extends(self, head: Head, when: str) -> None:
-        """``LedgerError`` unless ``extends(head)``; ``when`` says at which point of the run it was noted."""
+        """Raise ``LedgerError`` unless ``extends(head)``; ``when`` names the point of the run that stored ``head``."""
         if not self.extends(head):
             raise LedgerError(
                 f"{self.path} does not hold the {head.charges} charges that were in it {when}: it is an older copy, or "
-                "another run's; restore the right one"
+                "the ledger of another run; restore the right one"
             )
 
     def verify(self) -> None:
-        """Read the whole file; ``LedgerError`` where a row, table or trigger is not as it was written."""
+        """Read the whole file; raises ``LedgerError`` for a row, table or trigger that was changed."""
         with storage.explained(self.path, "verify"), storage.snapshot(self._file):
             storage.verify_file(self._file)
 
     def close(self) -> None:
-        """Let the next writer in."""
+        """Close the file and release the lock."""
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -243,13 +243,13 @@ class PrivacyLedger:
             yield
 
     def _rows(self, table: str, round: int, attempt: int) -> dict[int, tuple[object, ...]]:
-        """Client to the columns after the key."""
+        """By client, the columns after the key."""
         columns = ", ".join(chain.COLUMNS[table].split(", ")[3:])
         query = f"SELECT client, {columns} FROM {table} WHERE round = ? AND attempt = ?"
         return {client: tuple(values) for client, *values in self._file.execute(query, (round, attempt))}
 
     def _refresh(self) -> None:
-        """Count what is in the file, in SQL, if that is not what is counted: at first, and for a reader."""
+        """Read all histories from the file if its head has changed: at the start, and for a reader."""
         with storage.explained(self.path, "read"):
             head = chain.head(self._file, "charges")
             if head == self._seen:
@@ -271,10 +271,11 @@ class PrivacyLedger:
         self._histories[client] = history
 
     def _check_unit(self, events: Iterable[PrivacyEvent]) -> None:
-        units = {event.unit for event in events} | {self.unit or ""} - {""}
+        own = self.privacy_unit or ""
+        units = {event.privacy_unit for event in events} | {own} - {""}
         if len(units) > 1:
             raise LedgerError(
-                f"{self.path} protects {UNITS.get(self.unit or '', 'nothing yet')}, and is asked to charge for "
+                f"{self.path} protects {UNITS.get(own, 'nothing yet')}, and the charge is for "
                 f"{' and '.join(sorted(units))}; the two have no common epsilon: start a run with a ledger of its own"
             )
 

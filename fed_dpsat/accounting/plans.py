@@ -1,7 +1,7 @@
-"""Each client's plan: what it may spend, how it samples, and from which round it is there.
+"""The plan of each client: its budget, its sample rate, and its first round.
 
-Without a table every client has the plan of the configuration. A table is a CSV file that ``client_table`` names, one
-line per client that differs; an empty field is the configuration's value::
+Without a table, every client has the plan of the configuration. ``client_table`` names a CSV file with one line per
+client that differs; an empty field means the value of the configuration::
 
     client,target_epsilon,sample_rate,first_round
     0,1.0,,
@@ -25,12 +25,12 @@ from fed_dpsat.settings.config import RunConfig
 
 
 class BudgetError(InputError):
-    """A client is asked for more than its budget has left; nothing was computed on its data."""
+    """A round costs more than the rest of the budget of a client; the client computed nothing on its data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining:
-    """The work of a client under the unit "client", before the server releases; no event covers one step of it."""
+    """The training of a client under the unit "client", before the server adds noise; no event covers one step."""
 
     sample_rate: float
     local_steps: int
@@ -38,10 +38,10 @@ class LocalTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientPlan:
-    """``target_epsilon`` 0 is no budget; ``event`` is the cost of one round; ``first_round`` counts from 1.
+    """``target_epsilon`` 0 means no budget; ``event`` is the cost of one round; ``first_round`` counts from 1.
 
-    Under the unit "example" the ``event`` says what the client does in a round, under "client" ``training`` does.
-    Raises ``SettingError`` for an event of one unit with the work of the other.
+    Under the unit "example", ``event`` describes the training of a round; under "client", ``training`` does. Raises
+    ``SettingError`` for an event of one unit with the training of the other.
     """
 
     target_epsilon: float
@@ -54,18 +54,18 @@ class ClientPlan:
 
     @property
     def budget(self) -> float:
-        """The largest epsilon this client may reach."""
+        """The largest epsilon that this client may reach."""
         return self.target_epsilon or math.inf
 
 
 def check_training(event: PrivacyEvent, training: LocalTraining | None) -> None:
-    """Raise ``SettingError`` unless local training stands beside an event of the unit "client", and only there."""
-    if (training is None) != (event.unit == "example"):
+    """Raise ``SettingError`` unless ``training`` is present for the unit "client" and absent for "example"."""
+    if (training is None) != (event.privacy_unit == "example"):
         raise SettingError(
             "training",
             training,
-            f"possible beside an event of the unit {event.unit!r}",
-            "give LocalTraining under the unit 'client' alone; an event of the unit 'example' says its own steps",
+            f"possible with an event of the unit {event.privacy_unit!r}",
+            "give LocalTraining only under the unit 'client'; an event of the unit 'example' states its own steps",
         )
 
 
@@ -80,9 +80,9 @@ COLUMNS: Mapping[str, Callable[[str], Any]] = {"target_epsilon": float, "sample_
 
 
 def make_plans(config: RunConfig) -> list[ClientPlan]:
-    """The plan of each client; noise is calibrated once per distinct budget, rate and number of rounds.
+    """The plan of each client; calibration runs once per distinct budget, rate and number of rounds.
 
-    Raises ``InputError`` for a table that makes no sense, or a budget below what one round costs.
+    Raises ``InputError`` for an invalid table, or a budget below the cost of one round.
     """
     rows = read_table(config)
     of_row = {row: _plan(config, row, _noise_multiplier(config, row)) for row in set(rows)}
@@ -100,13 +100,13 @@ def make_plans(config: RunConfig) -> list[ClientPlan]:
 
 
 def plan_of(config: RunConfig) -> ClientPlan:
-    """A client's plan at the noise of ``config``, without table and budget."""
+    """The plan of a client at the noise of ``config``, without a table and a budget."""
     row = _Row(target_epsilon=0.0, sample_rate=config.sample_rate, first_round=1)
     return _plan(config, row, config.noise_multiplier)
 
 
 def read_table(config: RunConfig) -> list[_Row]:
-    """One row per client: the configuration's values, replaced where ``client_table`` says so."""
+    """One row per client: the values of the configuration, or those of ``client_table``."""
     default = _Row(target_epsilon=config.target_epsilon, sample_rate=config.sample_rate, first_round=1)
     rows = [default] * config.num_clients
     if not config.client_table:
@@ -120,37 +120,37 @@ def read_table(config: RunConfig) -> list[_Row]:
         except ValueError as error:
             raise InputError(f"{where}: {error}") from None
         if not 0 <= client < config.num_clients or client in seen:
-            raise InputError(f"{where}: client {client} is there twice or not in 0 to {config.num_clients - 1}")
+            raise InputError(f"{where}: client {client} occurs twice or is not in 0 to {config.num_clients - 1}")
         seen.add(client)
         rows[client] = row = dataclasses.replace(default, **values)
         if not (0 <= row.target_epsilon < math.inf and 0 < row.sample_rate <= 1):
-            raise InputError(f"{where}: target_epsilon is in [0, inf) and sample_rate in (0, 1]")
+            raise InputError(f"{where}: target_epsilon must be in [0, inf) and sample_rate in (0, 1]")
         if not 1 <= row.first_round <= config.num_rounds:
             raise InputError(f"{where}: first_round={row.first_round} is not in 1 to num_rounds={config.num_rounds}")
     return rows
 
 
 def affordable(history: Iterable[PrivacyEvent], plan: ClientPlan, delta: float, accountant: str) -> bool:
-    """Whether a client with ``history`` can take one more round of its ``plan`` within its budget; public inputs."""
+    """Whether one more round of ``plan`` fits the budget of a client with ``history``; all inputs are public."""
     return math.isinf(plan.budget) or epsilon([*history, plan.event], delta, accountant) <= plan.budget
 
 
 def spend(history: History, event: PrivacyEvent, budget: float, delta: float, accountant: str) -> History:
-    """``history`` and ``event``; ``BudgetError`` if together they cost more than ``budget`` (0 is no budget).
+    """``history`` plus ``event``; raises ``BudgetError`` if they cost more than ``budget`` (0 means no budget).
 
-    A client keeps its own count and refuses, whatever the server believes.
+    A client counts its own cost and does not rely on the server.
     """
     spent = merge([*history, event])
     if budget and (cost := epsilon(spent, delta, accountant)) > budget:
         raise BudgetError(
-            f"budget={budget:g} is below {cost:.4g}, what epsilon would be after this round at delta {delta:g}; "
+            f"budget={budget:g} is below {cost:.4g}, the epsilon after this round at delta {delta:g}; "
             "refused, nothing was computed"
         )
     return spent
 
 
 def _noise_multiplier(config: RunConfig, row: _Row) -> float:
-    """The configured noise, or the least that lets the client's whole schedule fit its budget."""
+    """The configured noise, or the smallest noise at which the whole schedule of the client fits its budget."""
     if not config.private or config.budget_mode == "retire" or not row.target_epsilon:
         return config.noise_multiplier
     rounds = min(config.rounds_per_client, config.num_rounds - row.first_round + 1)
@@ -161,9 +161,9 @@ def _noise_multiplier(config: RunConfig, row: _Row) -> float:
 
 
 def _plan(config: RunConfig, row: _Row, noise_multiplier: float) -> ClientPlan:
-    """The only place that makes the event of a round: its steps on examples, or one release of clients.
+    """The only place that makes the event of a round: steps on examples, or one mechanism on clients.
 
-    Only a client's own coin amplifies a release of clients.
+    Only Poisson sampling of clients amplifies a mechanism on clients.
     """
     rate, steps = row.sample_rate, config.steps_per_round
     if config.privacy_unit == "example":
@@ -184,8 +184,8 @@ def _lines(path: Path) -> Iterable[tuple[int, dict[str, str]]]:
     unknown = set(reader.fieldnames or ()) - {"client", *COLUMNS}
     if "client" not in (reader.fieldnames or ()) or unknown:
         raise InputError(
-            f"client_table={str(path)!r}: columns are {reader.fieldnames}; wanted are client and any of "
-            f"{', '.join(COLUMNS)}"
+            f"client_table={str(path)!r}: columns are {reader.fieldnames}, not client and any of "
+            f"{', '.join(COLUMNS)}; rename them"
         )
     for fields in reader:
         if None in fields or None in fields.values():

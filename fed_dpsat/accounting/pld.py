@@ -1,26 +1,27 @@
-"""Epsilon from privacy loss distributions (PLD), by dp_accounting, on a grid that fits the history.
+"""Epsilon from privacy loss distributions (PLD) of dp_accounting, on a grid that fits the history.
 
-dp_accounting's ``PLDAccountant`` rounds every loss to multiples of 1e-4. That is 2 times too much at
-noise_multiplier=20, sample_rate=0.0005, where a step's loss is smaller than the grid, and slow where the
-losses are large. Here the grid has ``POINTS_PER_DEVIATION`` points per standard deviation of a step's loss.
+``PLDAccountant`` of dp_accounting rounds every loss to multiples of 1e-4. At noise_multiplier=20, sample_rate=0.0005
+the loss of a step is smaller than this grid, and epsilon is 2 times too large; for large losses the grid is slow.
+This module uses a grid with ``POINTS_PER_DEVIATION`` points per standard deviation of the loss of a step.
 
 ========================== ===================================================================================
 error of epsilon           size, measured (tests/accounting/test_pld.py repeats a part)
 ========================== ===================================================================================
-grid                       too high by at most 3e-4 of epsilon where noise_multiplier >= 0.5 and
-                           sample_rate >= 1e-3, by 1e-3 below 0.5. It is an upper bound: connect-the-dots
-                           (arXiv 2207.04380) rounds that way.
-millions of steps          dp_accounting cuts rounding below 0 off the masses of a step, so they sum to more
-                           than 1: too high, by 2e-3 at 2**22 steps of noise_multiplier 1, sample_rate 1e-3
-very rare, large losses    a grid of more than 2**18 points is made coarser: too high, by 2e-3 where
+grid                       too high by at most 3e-4 of epsilon if noise_multiplier >= 0.5 and
+                           sample_rate >= 1e-3, by 1e-3 below 0.5. Connect-the-dots (arXiv 2207.04380)
+                           rounds up.
+millions of steps          dp_accounting sets negative rounding errors of the masses of a step to 0, so the
+                           sum exceeds 1: too high, by 2e-3 at 2**22 steps of noise_multiplier 1,
+                           sample_rate 1e-3
+very rare, large losses    a grid of more than 2**18 points becomes coarser: too high, by 2e-3 if
                            noise_multiplier >= 0.8 and sample_rate >= 1e-5, by more below
-double precision           FFT rounding can hide ``steps * 2**-52`` of delta; that much is taken off delta,
-                           and ``PrivacyError`` is raised where it is over 1 % of delta
+double precision           FFT rounding can hide ``steps * 2**-52`` of delta; delta is lowered by this amount,
+                           and an amount over 1 % of delta raises ``PrivacyError``
 sample_rate = 1 throughout none: closed form (Balle and Wang 2018, Eq. 6), solved to 1e-12
-noise_multiplier < 0.01    sampling is not counted: an upper bound, in the thousands anyway
+noise_multiplier < 0.01    the bound ignores sampling; it is in the thousands
 ========================== ===================================================================================
 
-Both directions, adding an example and removing one, are composed; epsilon is the larger.
+The two directions, adding an example and removing one, are composed; epsilon is the larger.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ POINTS_PER_DEVIATION = 24
 MAX_POINTS = 2**18
 MAX_SAMPLED_STEPS = 2**26
 FINEST, COARSEST = 2.0**-24, 2.0**6
-SMALLEST_NOISE = 0.01  # below, dp_accounting overflows
+SMALLEST_NOISE = 0.01  # dp_accounting overflows below this
 _LARGEST_PRECISION = 1e6  # sum of steps / noise_multiplier**2 over unsampled events: epsilon over 500,000
-_TAIL = 1e-15  # dp_accounting moves this much of each composition's tail to infinity
+_TAIL = 1e-15  # dp_accounting moves this mass of the tail of each composition to infinity
 
 
 def epsilon_pld(history: History, delta: float) -> float:
-    """Upper bound of epsilon at ``delta`` for a merged history; 0 for none, inf where an event has no noise.
+    """Upper bound of epsilon at ``delta`` for a merged history; 0 without events, inf for an event without noise.
 
-    Raises ``PrivacyError`` where delta is too small for double precision.
+    Raises ``PrivacyError`` if delta is too small for double precision.
     """
     if not history:
         return 0.0
@@ -62,28 +63,28 @@ def epsilon_pld(history: History, delta: float) -> float:
     steps = sum(event.steps for event in sampled)
     if steps > MAX_SAMPLED_STEPS:
         raise PrivacyError(
-            f"steps={steps} of sampled releases is over {MAX_SAMPLED_STEPS}, the most that "
-            "PLD composes in memory; take accountant='rdp'"
+            f"steps={steps} with sampling is over {MAX_SAMPLED_STEPS}, the most that "
+            "PLD composes in memory; set accountant='rdp'"
         )
     lost = _TAIL + 2.0**-52 * steps
     if lost > delta / 100:
         raise PrivacyError(
-            f"delta={delta} is below {100 * lost:.1e}, the least that double precision "
-            f"resolves over {steps} steps; raise delta or take accountant='rdp'"
+            f"delta={delta} is below {100 * lost:.1e}, the smallest that double precision "
+            f"resolves over {steps} steps; raise delta or set accountant='rdp'"
         )
     return _epsilon_of(composed(history), delta - lost)
 
 
 def unprotected(history: History) -> bool:
-    """Whether an event has no noise, or less than double precision can square."""
+    """Whether an event has no noise, or so little that its square underflows."""
     return any(event.noise_multiplier < 1e-100 for event in history)
 
 
 def discretization(history: History) -> float:
-    """Grid step for the losses of a merged history: a power of two, so that grids of one kind coincide.
+    """Grid step for the losses of a merged history: a power of two, so that grids coincide.
 
-    For one kind of event it does not depend on the steps, so epsilon only grows as they do. An outside check
-    is ``PLDAccountant(value_discretization_interval=discretization(history))``.
+    For equal events the step does not depend on their number, so epsilon grows with the number of steps. An
+    independent check is ``PLDAccountant(value_discretization_interval=discretization(history))``.
     """
     plain, sampled = _split(history)
     moments = [(event.steps, *_loss_spread(event.noise_multiplier, event.sample_rate)) for event in sampled]
@@ -96,7 +97,7 @@ def discretization(history: History) -> float:
 
 
 def _split(history: History) -> tuple[float, History]:
-    """Unsampled Gaussians compose into one with the summed precision steps / noise_multiplier**2."""
+    """Gaussians without sampling compose into one: their precisions, steps / noise_multiplier**2, add up."""
     sampled = tuple(event for event in history if event.sample_rate < 1 - 1e-9)
     plain = sum(event.steps / event.noise_multiplier**2 for event in history if event not in sampled)
     if any(event.noise_multiplier < SMALLEST_NOISE for event in sampled) or plain > _LARGEST_PRECISION:
@@ -112,7 +113,7 @@ def _epsilon_gaussian(precision: float, delta: float) -> float:
 
 
 def composed(history: History) -> PrivacyLossDistribution:
-    """The privacy loss distribution of a merged history in which something is protected, on its own grid."""
+    """The privacy loss distribution of a merged history with noise in each event, on its own grid."""
     (plain, sampled), grid = _split(history), discretization(history)
     parts = [_one_step(event.noise_multiplier, event.sample_rate, grid).self_compose(event.steps) for event in sampled]
     if plain:
@@ -124,7 +125,7 @@ def composed(history: History) -> PrivacyLossDistribution:
 
 
 def _epsilon_of(total: PrivacyLossDistribution, delta: float) -> float:
-    """Smallest epsilon at ``delta``; by bisection from 500 up, where dp_accounting's exp(-epsilon) underflows."""
+    """Smallest epsilon at ``delta``; above 500, where exp(-epsilon) of dp_accounting underflows, by bisection."""
     with np.errstate(over="ignore"):
         found = float(total.get_epsilon_for_delta(delta))
     if found < 500:
@@ -145,7 +146,7 @@ def _epsilon_of(total: PrivacyLossDistribution, delta: float) -> float:
 
 @lru_cache(maxsize=32)
 def _one_step(noise_multiplier: float, sample_rate: float, grid: float) -> PrivacyLossDistribution:
-    """At most 4 MB each; the expensive part where a run asks after every round."""
+    """The distribution of one step; at most 4 MB, and expensive for a run that computes epsilon in every round."""
     from dp_accounting.pld import privacy_loss_distribution  # type: ignore[import-untyped]
 
     return privacy_loss_distribution.from_gaussian_mechanism(
@@ -155,7 +156,7 @@ def _one_step(noise_multiplier: float, sample_rate: float, grid: float) -> Priva
 
 @lru_cache(maxsize=4096)
 def _loss_spread(noise_multiplier: float, sample_rate: float) -> tuple[float, float]:
-    """Variance and width of the support of one step's loss, where the example is removed."""
+    """Variance and width of the support of the loss of one step, for the removal of an example."""
     sigma, rate = noise_multiplier, sample_rate
     z = np.linspace(-10.0, 10.0, 4001)
     weight = np.exp(-z * z / 2)

@@ -1,45 +1,46 @@
-"""Epsilon against someone who sees only the released global models, where taking part is random and secret.
+"""Epsilon against an observer who sees only the released global models, if participation is random and secret.
 
-One coin per ROUND: a client takes part with a chance q, and then with all its ``local_steps``. With (P, Q) the
-dominating pair of a composed round (example there, example not there), the pair of a round behind its coin is
-((1 - q) Q + q P, Q), and (Q, (1 - q) Q + q P) the other way round; rounds compose (Zhu, Dong and Wang 2022, by whom
-dominating pairs stay dominating). Multiplying q into the sample rate of every STEP is wrong: the steps of a round share
-one coin.
+One coin per ROUND: a client takes part with probability q, and then with all its ``local_steps``. Let (P, Q) be the
+dominating pair of a composed round (with the example, without it). The pair of a round with its coin is
+((1 - q) Q + q P, Q), and (Q, (1 - q) Q + q P) in the other direction. Rounds compose (Zhu, Dong and Wang 2022: a
+composition of dominating pairs is dominating). Multiplying the sample rate of every STEP by q is wrong, because the
+steps of a round share one coin.
 
-q is not the rate p of the coin, since the models tell of the coins. With n clients that toss, M ~ Binomial(n, p) take
-part. An observer tells by each round's model in which set E of numbers M is: an empty round leaves the model as it was,
-to the bit, and the level of the noise in a mean shows M more or less exactly. Given that, q = E[M | M in E] / n:
+q is not the sampling rate p of the clients, because a released model carries information about the coins. Of n
+eligible clients, M ~ Binomial(n, p) take part. The observer learns from the model of a round that M is in a set E: an
+empty round leaves the model unchanged to the bit, and the level of the noise in a mean shows M with some precision.
+Given this, q = E[M | M in E] / n:
 
 ============================= =========================== ====================================================
-the observer tells            E in a round of m > 0       q
+the observer learns           E in a round of m > 0       q
 ============================= =========================== ====================================================
-whether somebody took part    {1, ..., n}                 p / (1 - (1 - p) ** n)
-how many took part            {m}                         m / n
-less than that                any that holds m            at most ``chance_given(p, m, n)``
+whether any client took part  {1, ..., n}                 p / (1 - (1 - p) ** n)
+how many clients took part    {m}                         m / n
+less than that                any set that contains m     at most ``chance_given(p, m, n)``
 ============================= =========================== ====================================================
 
-The largest q over all E with m is of {m} and the numbers from some t on: with c the largest mean, a number above c that
-is not in E would raise the mean, and one below c other than m lowers it. So n - m + 1 sets are tried. In an empty round
-nobody takes part, and it costs nothing. Who takes part does not depend on any example, so the figure may be given for
-the rounds as they fell.
+The largest q over all E that contain m has E = {m} and all numbers from some t on: let c be the largest mean; a number
+above c outside E would raise the mean, and a number below c other than m lowers it. So the search tries n - m + 1 sets.
+An empty round costs nothing. Participation does not depend on any example, so epsilon may use the numbers of the
+rounds that took place.
 
-The losses of a composed round come from ``pld`` and are moved to log((1 - q) + q exp(loss)), each split between two
-points of a grid so that its mass under both measures stays (connect the dots), which never lowers epsilon.
+The losses of a composed round come from ``pld`` and move to log((1 - q) + q exp(loss)). Each loss is split between two
+grid points so that its mass under both measures stays (connect the dots), which never lowers epsilon.
 
-What the pair assumes is in ``ASSUMPTIONS``. It takes a round in which the client takes part without the example for
-one in which others take part; but its other examples move the model too. Caps and budgets that can bind make the number
-of those who toss depend on earlier coins, and momentum or an ascent direction that a client carries into its next round
-lets a later update tell of an earlier coin: there is no figure then.
+``ASSUMPTIONS`` lists the assumptions. The pair replaces a round in which the client takes part without the example by a
+round in which other clients take part; but the other examples of the client move the model too. There is no epsilon in
+two cases. Caps and budgets that can bind make the number of eligible clients depend on earlier coins. Momentum or an
+ascent direction that a client carries into its next round lets a later update reveal an earlier coin.
 
 ========================== ===================================================================================
 error of epsilon           size, measured (tests/accounting/test_released.py repeats a part)
 ========================== ===================================================================================
-grid                       too high, by at most 1e-3 of epsilon where it is in [0.01, 100],
-                           noise_multiplier >= 0.45 and q >= 1e-3; by 1 % where it is above 100
-                           and by 1e-4 where it is below 0.01
-double precision           FFT rounding can hide ``rounds * (steps + 1) * 2**-52`` of delta; that much is taken
-                           off delta, and where it is over 1 % of delta the answer is RDP's, which is higher
-many sizes of cohorts      more than ``MOST_CHANCES`` are rounded up to as many, which is higher
+grid                       too high, by at most 1e-3 of epsilon if epsilon is in [0.01, 100],
+                           noise_multiplier >= 0.45 and q >= 1e-3; by 1 % if epsilon is above 100,
+                           by 1e-4 if epsilon is below 0.01
+double precision           FFT rounding can hide ``rounds * (steps + 1) * 2**-52`` of delta; delta is lowered by
+                           this amount; for an amount over 1 % of delta the result is the larger bound of RDP
+many sizes of cohorts      more than ``MOST_CHANCES`` are rounded up to as many, which raises epsilon
 ========================== ===================================================================================
 """
 
@@ -65,62 +66,62 @@ if TYPE_CHECKING:
 
     Losses = NDArray[np.float64]
     Pair = tuple[Losses, Losses, float, Losses, float]
-    """What ``_pair`` gives."""
+    """The result of ``_pair``."""
 
 ASSUMPTIONS = (
-    "assumes that the observer sees the released models alone; that each client takes part by a coin of its own, "
-    "tossed once a round and kept secret, the run's records with it, and its seed where that draws the coins; that a "
-    "client carries no state (momentum, ascent direction) into its next round; and that the models show of a round "
-    "how many took part, or a set of numbers that this is in, but not whether a client "
-    "did, which its other examples or its size may: who can tell has the server's epsilon"
+    "assumes that the observer sees only the released models; that each client takes part by a coin of its own, "
+    "tossed once a round; that the coins, the records of the run and the seed of the coins stay secret; that a "
+    "client carries no state (momentum, ascent direction) into its next round; and that the models of a round reveal "
+    "at most the number of clients that took part, but not whether a given client did. Its other examples or its size "
+    "can reveal that; against an observer who detects it, the epsilon of the server holds"
 )
-"""What the figure rests on; printed wherever it is printed."""
+"""The assumptions of ``epsilon_of_models``, printed with its result."""
 
 POINTS_PER_DEVIATION = 24
 MAX_POINTS = 2**18
 MOST_CHANCES = 16
-"""Chances that are composed one by one: each costs a distribution of its own."""
+"""Largest number of distinct chances in a composition: each needs a distribution of its own."""
 
 Chances = Mapping[float, int]
-"""The chance of a client to take part to the number of rounds that have it."""
+"""Number of rounds by the chance of a client to take part in the round."""
 
 
 class Cohort(NamedTuple):
-    """A round: how many ``asked`` of those who ``tossed`` a coin."""
+    """A round: ``asked`` clients take part, out of ``tossed`` clients with a coin."""
 
     asked: int
     tossed: int
 
 
 def epsilon_of_models(
-    event: PrivacyEvent, cohorts: Iterable[Cohort], coin: float, delta: float, accountant: str = "pld"
+    event: PrivacyEvent, cohorts: Iterable[Cohort], client_rate: float, delta: float, accountant: str = "pld"
 ) -> float:
-    """Epsilon at ``delta`` of rounds with these ``cohorts``, drawn by coins of chance ``coin``; 0 if all are empty.
+    """Epsilon at ``delta`` of rounds with these ``cohorts``, sampled at ``client_rate``; 0 if all are empty.
 
-    Against each observer who tells by the model of a round in which set its number of clients is, 0 by itself. Holds
-    under ``ASSUMPTIONS`` only. Raises ``PrivacyError`` for a coin outside (0, 1].
+    It holds under ``ASSUMPTIONS`` only, against an observer who learns from the model of a round a set that contains
+    the number of clients; the number 0 is a set of its own. Raises ``PrivacyError`` for a rate outside (0, 1].
     """
-    if not 0 < coin <= 1:
-        raise PrivacyError(f"coin={coin} is not in (0, 1]; it is clients_per_round / num_clients")
+    if not 0 < client_rate <= 1:
+        raise PrivacyError(f"client_rate={client_rate} is not in (0, 1]; it is clients_per_round / num_clients")
     held = Counter(cohort for cohort in cohorts if cohort.asked)
     if not held:
         return 0.0
     chances: Counter[float] = Counter()
     for (asked, tossed), rounds in held.items():
-        chances[chance_given(coin, asked, tossed)] += rounds
+        chances[chance_given(client_rate, asked, tossed)] += rounds
     return epsilon_released(event, chances, delta, accountant)
 
 
-def chance_given(coin: float, asked: int, tossed: int) -> float:
-    """The largest chance of a client to be among ``asked`` of ``tossed`` for an observer who tells a set of numbers.
+def chance_given(client_rate: float, asked: int, tossed: int) -> float:
+    """The largest chance of a client to be among ``asked`` of ``tossed``, for an observer who learns a set of numbers.
 
-    The maximum of ``E[M | M in E] / tossed`` over sets E of numbers from 1 to ``tossed`` with ``asked`` in them, of M
-    that is binomial.
+    The maximum of ``E[M | M in E] / tossed`` for a binomial M, over all sets E of numbers from 1 to ``tossed`` that
+    contain ``asked``.
     """
-    if coin == 1 or asked == tossed:
+    if client_rate == 1 or asked == tossed:
         return 1.0
     number = np.arange(asked, tossed + 1)
-    steps = np.log((tossed - number[:-1]) / (number[:-1] + 1)) + math.log(coin) - math.log1p(-coin)
+    steps = np.log((tossed - number[:-1]) / (number[:-1] + 1)) + math.log(client_rate) - math.log1p(-client_rate)
     log_weight = np.concatenate([[0.0], np.cumsum(steps)])  # log(P(M = number) / P(M = asked))
     from_on = np.logaddexp.accumulate(log_weight[:0:-1])
     numbers_from_on = np.logaddexp.accumulate((log_weight + np.log(number))[:0:-1])
@@ -129,19 +130,19 @@ def chance_given(coin: float, asked: int, tossed: int) -> float:
 
 
 def epsilon_released(event: PrivacyEvent, chances: Chances, delta: float, accountant: str = "pld") -> float:
-    """Epsilon at ``delta`` of rounds in each of which ``event`` happens with its chance, by a coin that is secret.
+    """Epsilon at ``delta`` of rounds in which ``event`` happens with the chance of the round, by a secret coin.
 
-    Never above what a server that sees every update has. RDP is exact where ``event`` is not sampled; else the bound of
-    Zhu and Wang 2019 for any mechanism, at integer orders. Raises ``PrivacyError`` for a chance outside (0, 1] or no
-    rounds.
+    It is at most the epsilon against a server that sees every update. RDP is exact if ``event`` is not sampled; else it
+    is the bound of Zhu and Wang 2019 for any mechanism, at integer orders. Raises ``PrivacyError`` for a chance outside
+    (0, 1], and without rounds.
     """
     for chance, rounds in chances.items():
         if not 0 < chance <= 1:
-            raise PrivacyError(f"chance={chance} to take part is not in (0, 1]; leave rounds without any out")
+            raise PrivacyError(f"chance={chance} to take part is not in (0, 1]; leave out rounds without clients")
         if rounds < 1:
-            raise PrivacyError(f"rounds={rounds} is not at least 1; there is nothing to account for")
+            raise PrivacyError(f"rounds={rounds} is not at least 1; leave out a chance without rounds")
     if not chances:
-        raise PrivacyError("chances={} is not at least one round; there is nothing to account for")
+        raise PrivacyError("chances={} is not at least one round; give the rounds of the run")
     server = epsilon([event] * sum(chances.values()), delta, accountant)
     if min(chances) == 1 or math.isinf(server):
         return server
@@ -150,7 +151,7 @@ def epsilon_released(event: PrivacyEvent, chances: Chances, delta: float, accoun
 
 
 def _fewer(chances: Chances) -> Chances:
-    """``MOST_CHANCES`` of them at most, each round at the next one up of those that are kept, which costs more."""
+    """At most ``MOST_CHANCES`` chances; each round moves up to the next kept chance, which costs more."""
     ordered = sorted(chances)
     if len(ordered) <= MOST_CHANCES:
         return chances
@@ -164,7 +165,7 @@ def _fewer(chances: Chances) -> Chances:
 def _epsilon_pld(event: PrivacyEvent, chances: Chances, delta: float) -> float:
     rounds = sum(chances.values())
     compositions = rounds * (event.steps + 1) + len(chances) - 1
-    lost = 2.0**-52 * compositions  # what FFT rounding can hide, as in ``pld``
+    lost = 2.0**-52 * compositions  # FFT rounding can hide this part of delta, as in ``pld``
     if lost > delta / 100:
         return _epsilon_rdp(event, chances, delta)
     one_round = pld.composed(merge([event]))
@@ -175,12 +176,12 @@ def _epsilon_pld(event: PrivacyEvent, chances: Chances, delta: float) -> float:
 
 
 def _mixed(pair: Pair, chance: float, grid: float) -> PrivacyLossDistribution:
-    """The privacy loss distribution of one round behind its coin, from the pair of the round."""
+    """The privacy loss distribution of one round with its coin, from the pair of the round."""
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
     _, _, there_alone, gone, gone_alone = pair
     losses, mixed = _behind_coin(pair, chance)
-    if chance == 1:  # where the example is gone alone, the mixture has no mass either
+    if chance == 1:  # the mixture is P, so mass of Q outside the support of P is an infinite loss
         return PrivacyLossDistribution(
             _on_grid(losses, mixed, there_alone, grid), _on_grid(-losses, gone, gone_alone, grid)
         )
@@ -191,7 +192,7 @@ def _mixed(pair: Pair, chance: float, grid: float) -> PrivacyLossDistribution:
 
 
 def _behind_coin(pair: Pair, chance: float) -> tuple[Losses, Losses]:
-    """Losses log(mixture / Q) of a round behind its coin, and the mixture's mass on them."""
+    """Losses log(mixture / Q) of a round with its coin, and the mass of the mixture on them."""
     losses, there, _, gone, gone_alone = pair
     if chance == 1:
         return losses, there
@@ -201,10 +202,10 @@ def _behind_coin(pair: Pair, chance: float) -> tuple[Losses, Losses]:
 
 
 def _pair(one_round: PrivacyLossDistribution) -> Pair:
-    """Losses log(P / Q), the mass of P on them and where Q has none, and so for Q.
+    """Losses log(P / Q), the mass of P on them and outside the support of Q, and the same two for Q.
 
-    Both directions hold this one pair, with an absolute rounding error. So P is read where the loss is positive, Q
-    where it is negative, and the other follows by a factor below 1: exp(53) would turn 1e-22 into everything.
+    The two directions store this pair with an absolute rounding error. So this function reads P at positive losses and
+    Q at negative ones, and computes the other by a factor below 1: exp(53) would turn an error of 1e-22 into 1.
     """
     of_p, of_q = one_round._pmf_remove.to_dense_pmf(), one_round._pmf_add.to_dense_pmf()
     loss_p, loss_q = (pmf._discretization * (pmf._lower_loss + np.arange(pmf.size)) for pmf in (of_p, of_q))
@@ -217,7 +218,7 @@ def _pair(one_round: PrivacyLossDistribution) -> Pair:
 
 
 def _grid(pair: Pair, chances: Chances) -> float:
-    """One grid for all chances: fine for the mean variance of a round's loss, coarse enough for the widest."""
+    """One grid for all chances: fine enough for the mean variance of the losses, coarse enough for the widest."""
     variance = widest = 0.0
     for chance, count in chances.items():
         losses, mixed = _behind_coin(pair, chance)
@@ -231,7 +232,7 @@ def _grid(pair: Pair, chances: Chances) -> float:
 
 
 def _on_grid(losses: Losses, probabilities: Losses, infinite: float, grid: float) -> DensePLDPmf:
-    """Each loss on its two neighbours of the grid, keeping its mass under both measures."""
+    """Split each loss between its two neighbours on the grid; its mass under both measures stays."""
     from dp_accounting.pld.pld_pmf import DensePLDPmf
 
     below = np.floor(losses / grid)
@@ -247,7 +248,7 @@ def _epsilon_rdp(event: PrivacyEvent, chances: Chances, delta: float) -> float:
     from dp_accounting.rdp import RdpAccountant, compute_epsilon  # type: ignore[import-untyped]
 
     all_orders = RdpAccountant().orders
-    if event.sample_rate == 1:  # a composed round is one Gaussian, so the coin makes it a Poisson-sampled one
+    if event.sample_rate == 1:  # a composed round is one Gaussian; with the coin it is a Poisson-sampled Gaussian
         together = event.noise_multiplier / math.sqrt(event.steps)
         total = sum(count * one_step_rdp(together, chance) for chance, count in chances.items())
         return float(compute_epsilon(all_orders, total, delta)[0])
@@ -259,7 +260,7 @@ def _epsilon_rdp(event: PrivacyEvent, chances: Chances, delta: float) -> float:
 
 
 def _sampled_rdp(order: int, rate: float, whole: dict[int, float]) -> float:
-    """RDP at ``order`` of any mechanism behind a Poisson coin, from its own RDP (Zhu and Wang 2019, general bound)."""
+    """RDP at ``order`` of a Poisson-sampled mechanism, from the RDP of the mechanism (Zhu and Wang 2019)."""
     if rate == 1:
         return whole[order]
     terms = [(order - 1) * math.log1p(-rate) + math.log1p((order - 1) * rate)]

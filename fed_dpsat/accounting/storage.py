@@ -1,12 +1,12 @@
-"""The ledger's file: SQLite that is durable, append-only and written by one process.
+"""The file of the ledger: a durable, append-only SQLite file with one writer.
 
-Durability: ``journal_mode=DELETE`` with ``synchronous=EXTRA``. FULL is not enough in that mode: after a power
-loss an unsynced directory can bring the journal of a committed transaction back, which undoes it. WAL with
-FULL would be durable too and saves half a millisecond per commit, but leaves charges in a second file that a
-copy of ``ledger.sqlite`` misses, and cannot be read from a read-only folder.
+Durability: ``journal_mode=DELETE`` with ``synchronous=EXTRA``. FULL is not enough in this mode: after a power loss, an
+unsynced directory can restore the journal of a committed transaction, which undoes the transaction. WAL with FULL is
+durable too and saves half a millisecond per commit. But WAL keeps charges in a second file, which a copy of
+``ledger.sqlite`` misses, and a read-only folder cannot serve it.
 
-One writer: it holds an exclusive lock on the empty side file ``<path>.lock`` for its life. The operating
-system ends the lock with the process, kill -9 included, so nothing needs cleaning up. Readers need no lock.
+One writer: a writer holds an exclusive lock on the empty file ``<path>.lock`` while it is open. The operating system
+ends the lock with the process, also after kill -9. Readers need no lock.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ APPLICATION_ID = 0x46445053  # "FDPS"
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 60.0
 LAST = 2**63 - 1
-"""After every round."""
+"""A round number above every round."""
 _SCHEMA = """
 CREATE TABLE head (chain TEXT PRIMARY KEY, rows INTEGER NOT NULL, hash BLOB NOT NULL);
 CREATE TABLE charges (
@@ -48,12 +48,12 @@ CREATE TRIGGER head_delete BEFORE DELETE ON head BEGIN SELECT RAISE(ABORT, 'the 
 
 @contextmanager
 def explained(path: Path | str, doing: str) -> Iterator[None]:
-    """Turn what SQLite says into a ``LedgerError`` that names the file and a remedy."""
+    """Turn an error of SQLite into a ``LedgerError`` that names the file and a remedy."""
     remedies = {
-        sqlite3.SQLITE_FULL: "the disk is full; free space and resume: nothing of this was charged",
+        sqlite3.SQLITE_FULL: "the disk is full; free space and resume: this call charged nothing",
         sqlite3.SQLITE_BUSY: "another process writes to it; wait for its end, or read with readonly=True",
         sqlite3.SQLITE_NOTADB: "it is not a ledger; give another path, or restore it from a backup",
-        sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a backup: it has no epsilon to trust",
+        sqlite3.SQLITE_CORRUPT: "the file is damaged; restore it from a backup: its epsilon cannot be trusted",
         sqlite3.SQLITE_READONLY: "it is read-only here; make the folder writable",
         sqlite3.SQLITE_CANTOPEN: "it cannot be opened; check the path and its permissions",
     }
@@ -61,17 +61,17 @@ def explained(path: Path | str, doing: str) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        remedy = remedies.get(code, "no charge is made and nothing may be released; see the reason")
+        remedy = remedies.get(code, "no charge was made, so release nothing; the reason follows")
         raise LedgerError(f"cannot {doing} ledger {path}: {remedy} ({error})") from error
 
 
 def open_file(path: Path, *, readonly: bool, must_exist: bool) -> sqlite3.Connection:
-    """A connection to a checked ledger; an absent one is created whole, or not at all."""
+    """A connection to a checked ledger; a missing file is created atomically."""
     with explained(path, "open"):
         if not path.exists():
             if readonly or must_exist:
                 raise LedgerError(
-                    f"no ledger at {path}; without it what was spent is unknown: restore the file, or start a new run"
+                    f"no ledger at {path}; without it the spent epsilon is unknown: restore it, or start a new run"
                 )
             _create(path)
         connection = _connect(path, "ro" if readonly else "rw")
@@ -84,7 +84,7 @@ def open_file(path: Path, *, readonly: bool, must_exist: bool) -> sqlite3.Connec
 
 
 def open_memory() -> sqlite3.Connection:
-    """A ledger that dies with the process: for tests."""
+    """A ledger in memory, for tests."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     _write_schema(connection)
     return connection
@@ -92,7 +92,7 @@ def open_memory() -> sqlite3.Connection:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Be the only writer of ``path``, across processes and within this one."""
+    """Exclude other writers of ``path``, in this process and in others."""
     side = path.with_name(path.name + ".lock")
     with explained(path, "lock"):
         holder = sqlite3.connect(side, isolation_level=None, timeout=0)
@@ -106,7 +106,7 @@ def lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def transaction(connection: sqlite3.Connection, path: Path | str) -> Iterator[None]:
-    """All of it, on disk, when the block ends; none of it when it raises."""
+    """Commit the block to disk at its end; roll it back if it raises."""
     with explained(path, "write to"):
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -120,7 +120,7 @@ def transaction(connection: sqlite3.Connection, path: Path | str) -> Iterator[No
 
 @contextmanager
 def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
-    """All that the block reads is of one moment, whatever a writer commits meanwhile."""
+    """All reads of the block see one state of the file, also while a writer commits."""
     connection.execute("BEGIN")
     try:
         yield
@@ -130,26 +130,26 @@ def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def verify_file(connection: sqlite3.Connection) -> None:
-    """Read everything; ``LedgerError`` at the first row, head, table or trigger that is not as written."""
+    """Read the whole file; raises ``LedgerError`` at the first row, head, table or trigger that was changed."""
     damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if damage != "ok":
-        raise LedgerError(f"the ledger's file is damaged ({damage}); restore it from a backup")
+        raise LedgerError(f"the file of the ledger is damaged ({damage}); restore it from a backup")
     with closing(open_memory()) as model:
         if _schema(connection) != _schema(model):
-            raise LedgerError("the ledger's tables or triggers were changed; restore it from a backup")
+            raise LedgerError("the tables or triggers of the ledger were changed; restore it from a backup")
     for name in chain.COLUMNS:
         chain.check(connection, name)
 
 
 def read_histories(connection: sqlite3.Connection, before: int = LAST) -> Iterator[tuple[int, History]]:
-    """Clients with their merged histories, of rounds ``before`` that one; equal histories are one object."""
+    """Each client with its merged history of the rounds below ``before``; equal histories are one object."""
     events: dict[tuple[object, ...], PrivacyEvent] = {}
     histories: dict[History, History] = {}
     client, history = -1, list[PrivacyEvent]()
-    release = "kind, noise_multiplier, sample_rate"
+    mechanism = "kind, noise_multiplier, sample_rate"
     for row_client, *row in connection.execute(
-        f"SELECT client, {release}, SUM(steps) FROM charges WHERE round < ? "
-        f"GROUP BY client, {release} ORDER BY client, {release}",
+        f"SELECT client, {mechanism}, SUM(steps) FROM charges WHERE round < ? "
+        f"GROUP BY client, {mechanism} ORDER BY client, {mechanism}",
         (before,),
     ):
         if row_client != client and history:
@@ -163,7 +163,7 @@ def read_histories(connection: sqlite3.Connection, before: int = LAST) -> Iterat
                 events[key] = PrivacyEvent(kind=kind, noise_multiplier=noise, sample_rate=rate, steps=steps)
             except PrivacyError as error:
                 raise LedgerError(
-                    f"client {client} has a charge that no fed_dpsat made ({error}); restore the ledger from a backup"
+                    f"client {client} has an invalid charge ({error}); restore the ledger from a backup"
                 ) from error
         history.append(events[key])
     if history:
@@ -179,7 +179,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         connection.close()
         if mode == "ro" and error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK:
-            # A writer was killed inside a transaction; SQLite undoes that, which a reader may not.
+            # A writer was killed inside a transaction: only a connection that may write can roll it back.
             _connect(path, "rw").close()
             return _connect(path, mode)
         raise
@@ -189,7 +189,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     if mode == "rw":
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("PRAGMA synchronous = EXTRA")
-        connection.execute("PRAGMA recursive_triggers = ON")  # else INSERT OR REPLACE deletes silently
+        connection.execute("PRAGMA recursive_triggers = ON")  # otherwise INSERT OR REPLACE deletes without a trigger
     return connection
 
 
@@ -198,8 +198,7 @@ def _check_header(connection: sqlite3.Connection, path: Path) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
         raise LedgerError(
-            f"{path} is not a ledger of fed_dpsat (or is empty: cut off); give another path, or restore it "
-            "from a backup"
+            f"{path} is not a ledger of fed_dpsat, or was cut off; give another path, or restore it from a backup"
         )
     if version != SCHEMA_VERSION:
         raise LedgerError(f"{path} has schema {version}, this fed_dpsat reads {SCHEMA_VERSION}; upgrade fed_dpsat")
@@ -208,7 +207,7 @@ def _check_header(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _create(path: Path) -> None:
-    """Under another name, then renamed: a ledger that exists is complete, so an empty one is damaged."""
+    """Write under another name, then rename: a ledger at ``path`` is complete, so an empty file is damaged."""
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
     connection = sqlite3.connect(new, isolation_level=None)
@@ -217,7 +216,7 @@ def _create(path: Path) -> None:
         _write_schema(connection)
     finally:
         connection.close()
-    new.replace(path)  # on disk with the first charge at the latest: EXTRA syncs the folder
+    new.replace(path)  # the first charge brings the name to disk at the latest: EXTRA syncs the folder
 
 
 def _write_schema(connection: sqlite3.Connection) -> None:

@@ -260,9 +260,10 @@ class Training:
     def _member(self, request: Request) -> Member:
         """The client's part of its round: data, state, sampler, mechanism, random streams."""
         config, assignment = self.config, request.assignment
-        if assignment.event.unit != config.privacy_unit:
+        if assignment.event.privacy_unit != config.privacy_unit:
             raise PrivacyError(
-                f"asked in the unit {assignment.event.unit!r}, but the run's privacy_unit={config.privacy_unit!r}"
+                f"the assignment has the unit {assignment.event.privacy_unit!r}, the run "
+                f"privacy_unit={config.privacy_unit!r}"
             )
         indices = torch.from_numpy(self.partitions[request.client])
         sampler = PoissonSampler(num_examples=len(indices), sample_rate=assignment.sample_rate)

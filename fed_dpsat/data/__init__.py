@@ -1,8 +1,8 @@
-"""Public data sets, decoded once and shared by all processes, and their division among clients.
+"""Public data sets, decoded once and shared by all processes, and partitions of them among clients.
 
-A built-in data set is one module with a table ``DATASETS``, a built-in partition an entry of
-``partition.PARTITIONS``; ``fed_dpsat.plugins`` finds both. Importing this package loads torch alone:
-torchvision, ``datasets`` and ``flwr_datasets`` are imported by the call that needs them.
+A built-in data set is a module with a table ``DATASETS``, a built-in partition an entry of ``partition.PARTITIONS``;
+``fed_dpsat.plugins`` finds both. Importing this package loads only torch: each function imports torchvision,
+``datasets`` or ``flwr_datasets`` when it needs it.
 """
 
 from fed_dpsat.data.dataset import DataError, Dataset, Examples

@@ -1,9 +1,9 @@
 """Decoded arrays on disk, memory-mapped so that all processes of a machine share one copy.
 
-A cache is a folder ``cache_dir/<name>-<fingerprint>/`` of ``.npy`` files and a ``meta.json``. The fingerprint
-is of all that decides what is decoded: paths, sizes and times of the source files, the columns, shape and classes that
-are asked for, and the version of Pillow. A folder is written under another name and renamed when it is whole; whoever
-is second in a race drops its own copy. One whose files have not the sizes in ``meta.json`` is built anew.
+A cache is a folder ``cache_dir/<name>-<fingerprint>/`` of ``.npy`` files and a ``meta.json``. The fingerprint covers
+everything that the result depends on: paths, sizes and times of the source files, the columns, shape and classes, and
+the version of Pillow. A process writes the folder under another name and renames it at the end; the second process of a
+race drops its copy. If the sizes of the files differ from ``meta.json``, the cache is built again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from fed_dpsat.data.dataset import DataError
 
-FORMAT = 1  # part of the fingerprint: raise it when the arrays' layout changes
+FORMAT = 1  # part of the fingerprint: raise it with each change of the layout
 Arrays = Mapping[str, np.ndarray]
 
 
 def fingerprint(decoding: Mapping[str, object], files: Sequence[Path]) -> str:
-    """16 hex digits that change with ``decoding`` (of JSON's types) and with any file's absolute path, size or time.
+    """16 hex digits that change with ``decoding`` (JSON types) and with the absolute path, size or times of a file.
 
-    Both times count: archives and copies set that of modification, for files that are as long and another's.
+    Both times count: an archive or a copy can set the time of modification of another file of equal size.
     """
     stats = [(str(file.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file in files for s in [file.stat()]]
     decided = [FORMAT, version("pillow"), dict(decoding), stats]
@@ -37,9 +37,9 @@ def fingerprint(decoding: Mapping[str, object], files: Sequence[Path]) -> str:
 
 
 def cached(folder: Path, decode: Callable[[], Arrays]) -> dict[str, Tensor]:
-    """The arrays of ``decode``, memory-mapped from ``folder``, which is written first if it is not there.
+    """The arrays of ``decode``, memory-mapped from ``folder``; the first call writes the folder.
 
-    Raises ``DataError`` if ``folder`` cannot be written, and whatever ``decode`` raises, leaving no folder.
+    Raises ``DataError`` if ``folder`` cannot be written, and the errors of ``decode``, without leaving a folder.
     """
     arrays = _open(folder)
     if arrays is None:
@@ -52,18 +52,18 @@ def cached(folder: Path, decode: Callable[[], Arrays]) -> dict[str, Tensor]:
             ) from error
         arrays = _open(folder)
     if arrays is None:
-        raise DataError(f"{folder} changed while it was being written; delete it and start again")
+        raise DataError(f"{folder} changed during the write; delete it and start again")
     return arrays
 
 
 def _open(folder: Path) -> dict[str, Tensor] | None:
-    """The arrays of a whole cache, None where there is none."""
+    """The arrays of a complete cache, else None."""
     try:
         sizes: dict[str, int] = json.loads((folder / "meta.json").read_text())["sizes"]
         if any((folder / name).stat().st_size != size for name, size in sizes.items()):
             return None
-        # Copy-on-write rather than read-only: torch warns of arrays that it could not write to. Pages are
-        # shared all the same for as long as nobody writes, and a write never reaches the file.
+        # Copy-on-write, because torch warns about read-only arrays. Processes share pages until they write, and a
+        # write never reaches the file.
         return {Path(name).stem: torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in sizes}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # no JSON of ours, no .npy
         return None
@@ -81,10 +81,10 @@ def _store(folder: Path, arrays: Arrays) -> None:
             sizes[file.name] = file.stat().st_size
         (whole / "meta.json").write_text(json.dumps({"sizes": sizes}))
         if _open(folder) is None:
-            with contextlib.suppress(FileNotFoundError):  # usually there is nothing to move out of the way
+            with contextlib.suppress(FileNotFoundError):  # usually no folder is there
                 folder.rename(Path(temporary) / "broken")
         try:
             whole.rename(folder)
         except OSError:
             if _open(folder) is None:
-                raise  # not a lost race: the folder is still not there, or still not whole
+                raise  # not a lost race: the folder is still missing or incomplete

@@ -1,4 +1,4 @@
-"""What a data set is: labelled examples in two splits, and the names of the classes."""
+"""The types of a data set: labelled examples in two splits, and the names of the classes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fed_dpsat.errors import InputError
 
 
 class DataError(InputError):
-    """A data set or a partition that cannot be had as asked; the message says what to do."""
+    """A data set or a partition is invalid or unavailable; the message gives a remedy."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Examples:
-    """``inputs[N, C, ...]`` (uint8 0..255, or float32) with ``labels[N]`` (int64), stored as they came.
+    """``inputs[N, C, ...]`` (uint8 0..255, or float32) with ``labels[N]`` (int64), without a conversion.
 
     ``mean`` and ``std`` hold one number per channel, in the units of the input scaled to 0..1 (uint8) or of
-    the input itself (float32). Memory-mapped tensors stay so: only the rows of a batch are read.
+    the input itself (float32). Memory-mapped tensors stay mapped: a batch reads only its rows.
 
     Raises ``DataError`` for another dtype, lengths that differ, or a std that is not positive.
     """
@@ -46,7 +46,7 @@ class Examples:
         if len(self.mean) != channels or len(self.std) != channels:
             raise DataError(f"mean={self.mean} and std={self.std} need one number for each of {channels} channels")
         if not all(math.isfinite(m) for m in self.mean) or not all(0 < s < math.inf for s in self.std):
-            raise DataError(f"mean={self.mean}, std={self.std}: a mean is finite and a std in (0, inf)")
+            raise DataError(f"mean={self.mean}, std={self.std}: a mean must be finite and a std in (0, inf)")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,11 +59,11 @@ class Examples:
         """Normalised ``(inputs[B, C, ...] float32, labels[B])`` of ``indices[B]`` (int64), on ``device`` or as stored.
 
         ``(x / 255 - mean) / std`` per channel for uint8, ``(x - mean) / std`` for float32. The result is a
-        fresh copy. The empty index gives the empty batch; one below 0 or at N or above, an ``IndexError``.
+        copy. Empty ``indices`` give an empty batch; an index outside [0, N) raises ``IndexError``.
         """
         per_channel = [-1] + [1] * (self.inputs.ndim - 2)
         device = device or self.inputs.device
-        # moved as it is stored, a quarter of the bytes
+        # a transfer as uint8 moves a quarter of the bytes
         rows = self.inputs.index_select(0, indices).to(device).to(torch.float32)
         if self.inputs.dtype == torch.uint8:
             rows /= 255
@@ -74,7 +74,7 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """A training split, which clients divide among them and hold private, and a public test split.
+    """A private training split, which is divided among clients, and a public test split.
 
     Raises ``DataError`` if the splits differ in shape or a label is not one of ``class_names``.
     """
@@ -110,7 +110,7 @@ class Dataset:
 
 
 def check_plain(dataset: Dataset) -> None:
-    """Raise ``DataError`` unless it is a ``Dataset`` of ``Examples`` themselves, whose batches are known not to mix."""
+    """Raise ``DataError`` for a subclass of ``Dataset``, ``Examples`` or ``Tensor``, whose batches may mix examples."""
     if type(dataset) is not Dataset:
         raise DataError(f"dataset={type(dataset).__name__!r} is not Dataset itself; return a Dataset of Examples")
     for name, split in (("train", dataset.train), ("test", dataset.test)):

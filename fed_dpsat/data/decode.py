@@ -1,4 +1,4 @@
-"""Images in Arrow tables, as the Hugging Face Hub stores them, become arrays."""
+"""Decode images in Arrow tables, the format of the Hugging Face Hub, into arrays."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ def decode_images(
     shape: tuple[int, int, int],
     num_classes: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``(inputs[N, C, H, W] uint8, labels[N] int64)`` of pairs (where it is from, ``pyarrow.Table``).
+    """``(inputs[N, C, H, W] uint8, labels[N] int64)`` of pairs (name of the source, ``pyarrow.Table``), in order.
 
-    The image column is ``struct<bytes, path>`` with a PNG or JPEG file in ``bytes``, the label column an
-    integer. Rows keep their order.
+    The image column is ``struct<bytes, path>`` with a PNG or JPEG file in ``bytes``; the label column is an integer.
 
-    Raises ``DataError`` naming file and row for a missing or wrong column, bytes that do not decode, an image
-    of other size or colours than ``shape = (C, H, W)``, a label outside ``[0, num_classes)``, and no rows.
+    Raises ``DataError`` with file and row for a missing or wrong column, bytes that do not decode, an image that is not
+    of ``shape = (C, H, W)``, a label outside ``[0, num_classes)``, and for tables without rows.
     """
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 

@@ -1,4 +1,4 @@
-"""Handwritten digits of 8x8 pixels that come with scikit-learn: real data without a download."""
+"""Handwritten digits of 8x8 pixels from scikit-learn: real data without a download."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 
 from fed_dpsat.data.dataset import Dataset, Examples
 
-# Statistics of all 1,797 images, which are public, written down once. A constant that were computed from the
-# training split of the run would be a release about private data that no accountant has charged.
+# Statistics of all 1,797 public images. A constant computed from the training split of a run would be a release of
+# private data without a charge.
 MEAN, STD = (0.3053,), (0.3761,)
 
 
 def digits() -> Dataset:
     """Digits of scikit-learn: 1,437 + 360 grey images, 8x8, 10 classes, no download.
 
-    Pixels are float32 ``[N, 1, 8, 8]``, levels 0..16 scaled to 0..1. The split is fixed and stratified: of
-    the images in a fixed random order, sorted by class, every fifth is a test image.
+    Pixels are float32 ``[N, 1, 8, 8]``, levels 0..16 scaled to 0..1. The split is fixed and stratified: the images are
+    in a fixed random order within each class, and every fifth is a test image.
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits" (test part), UCI Machine
     Learning Repository, 1998.
     """
     images, labels = _read()
     inputs = torch.from_numpy(images.astype(np.float32) / 16).view(-1, 1, 8, 8)
-    order = np.random.RandomState(0).permutation(len(labels))  # a stream that NumPy has frozen for good
+    order = np.random.RandomState(0).permutation(len(labels))  # NumPy has frozen this stream
     order = order[np.argsort(labels[order], kind="stable")]
     is_test = np.zeros(len(labels), dtype=bool)
     is_test[order[::5]] = True
@@ -43,7 +43,7 @@ def digits() -> Dataset:
 
 @functools.cache
 def _read() -> tuple[np.ndarray, np.ndarray]:
-    """Once per process: the file is text. What is made of the arrays is a copy."""
+    """Read the text file once per process; callers copy the arrays."""
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     images, labels = load_digits(return_X_y=True)

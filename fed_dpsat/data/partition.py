@@ -1,12 +1,11 @@
-"""Who holds which example: the training split divided among simulated clients.
+"""Partitions of the training split among simulated clients.
 
-A partition takes ``labels[N]`` (int64) and returns ``num_clients`` sorted int64 index arrays: disjoint, none
-of them empty, together ``0..N-1``. Same arguments, same partition. All but ``iid`` are drawn by the partitioners of
-flwr-datasets, from examples in a seeded random order, so that the seed decides which examples a client gets
-and not only how many; ``iid`` gives the same, without a call per client.
+A partition takes ``labels[N]`` (int64) and returns ``num_clients`` sorted int64 index arrays. They are disjoint, not
+empty, and together cover ``0..N-1``. Equal arguments give equal partitions. All but ``iid`` use the partitioners of
+flwr-datasets on examples in a seeded random order, so that the seed decides which examples a client gets and not only
+how many; ``iid`` gives the same result without a call per client.
 
-Raises ``DataError`` where the request cannot be met: ``num_clients`` outside ``[1, N]``, a setting outside
-the bounds that its function names.
+Each raises ``DataError`` for ``num_clients`` outside ``[1, N]`` and for a setting out of bounds.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fed_dpsat.data.dataset import DataError
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner  # type: ignore[import-untyped]
 
-MAX_ALPHA = 1e6  # beyond it the draw is uniform to rounding, and far beyond it overflows
+MAX_ALPHA = 1e6  # above it the draw is uniform up to rounding, and far above it overflows
 
 
 def iid(labels: np.ndarray, num_clients: int, seed: int) -> list[np.ndarray]:
@@ -34,9 +33,9 @@ def iid(labels: np.ndarray, num_clients: int, seed: int) -> list[np.ndarray]:
 def dirichlet(labels: np.ndarray, num_clients: int, seed: int, dirichlet_alpha: float = 0.3) -> list[np.ndarray]:
     """Each class divided by its own Dirichlet(dirichlet_alpha) draw; lower is more uneven.
 
-    ``dirichlet_alpha`` is in ``(0, 1e6]``. A client to whom the draw gives nothing takes one example from the
-    client who holds most at that moment (the first of equals), by rising client number: redrawing until
-    nobody is empty, as flwr-datasets would, fails at 1,000 clients and alpha 0.1.
+    ``dirichlet_alpha`` is in ``(0, 1e6]``. In the order of clients, an empty client takes one example from the largest
+    client at that moment (the first of equals). flwr-datasets instead draws again until no client is empty, which fails
+    at 1,000 clients and alpha 0.1.
 
     Source: Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks",
     arXiv:1905.12022, section 4; sizes are not balanced.
@@ -64,12 +63,12 @@ def dirichlet(labels: np.ndarray, num_clients: int, seed: int, dirichlet_alpha: 
 def shards(labels: np.ndarray, num_clients: int, seed: int, classes_per_client: int = 2) -> list[np.ndarray]:
     """Examples sorted by class, cut into equal shards; classes_per_client shards for each client.
 
-    A shard lies within one class except where a class ends, so a client holds about ``classes_per_client``
-    classes: fewer if it draws two shards of one class, more if a shard spans a border. ``classes_per_client``
-    is in ``[1, number of classes]``, and ``num_clients * classes_per_client`` at most N.
+    A shard has one class, except at the border of two classes. So a client holds about ``classes_per_client`` classes:
+    fewer if it draws two shards of one class, more if a shard spans a border. ``classes_per_client`` is in
+    ``[1, number of classes]``, and ``num_clients * classes_per_client`` is at most N.
 
-    Shards have ``N // (num_clients * classes_per_client)`` examples. The remaining ones, drawn at random, go
-    one by one to the smallest client that holds their class (to the smallest client if none does).
+    A shard has ``N // (num_clients * classes_per_client)`` examples. The remaining examples, drawn at random, go one by
+    one to the smallest client that holds their class, or to the smallest client if none holds it.
 
     Source: McMahan et al., "Communication-Efficient Learning of Deep Networks", arXiv:1602.05629, section 3.
     """
@@ -96,10 +95,10 @@ def shards(labels: np.ndarray, num_clients: int, seed: int, classes_per_client: 
 
 
 def size_skew(labels: np.ndarray, num_clients: int, seed: int, size_skew: float = 1.0) -> list[np.ndarray]:
-    """Shuffled examples in shares of falling size, client i's proportional to (i + 1) ** -size_skew.
+    """Shuffled examples in shares of decreasing size: the share of client i is proportional to (i + 1) ** -size_skew.
 
-    Zipf's law: 0 is equal sizes, 1 gives client 1 half of what client 0 has. It is in ``[0, inf)``. One
-    example each comes first and the rest is apportioned by largest remainders, so that nobody is empty.
+    ``size_skew`` is in ``[0, inf)``: 0 gives equal sizes, 1 gives client 1 half the examples of client 0 (Zipf's law).
+    Each client gets one example, and largest remainders apportion the rest, so no client is empty.
     """
     from flwr_datasets.partitioner import SizePartitioner
 
@@ -118,7 +117,7 @@ PARTITIONS = {"iid": iid, "dirichlet": dirichlet, "shards": shards, "size-skew":
 
 
 def _begin(labels: np.ndarray, num_clients: int, seed: int) -> tuple[np.ndarray, int]:
-    """A random order of the examples, and a seed for flwr-datasets, both of them from ``seed``."""
+    """A random order of the examples and a seed for flwr-datasets, both from ``seed``."""
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"labels are {labels.dtype} {list(labels.shape)}, not int64 [N]; give class numbers")
     if not 1 <= num_clients <= len(labels):
@@ -133,12 +132,12 @@ def _begin(labels: np.ndarray, num_clients: int, seed: int) -> tuple[np.ndarray,
 
 
 def _divide(partitioner: Partitioner, labels: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
-    """The shares that a flwr-datasets partitioner makes of the examples ``order``, as numbers of examples."""
+    """The parts that a partitioner of flwr-datasets makes from the examples in ``order``."""
     import datasets  # type: ignore[import-untyped]
 
     partitioner.dataset = datasets.Dataset.from_dict({"label": labels[order], "example": order})
     with warnings.catch_warnings():
-        # ShardPartitioner sorts with datasets 4.8, which pyarrow 26 tells how to sort in future
+        # ShardPartitioner sorts with datasets 4.8, for which pyarrow 26 warns
         warnings.filterwarnings("ignore", "Specifying null_placement", FutureWarning)
         parts = [partitioner.load_partition(client) for client in range(partitioner.num_partitions)]
     return [np.asarray(part["example"][:], dtype=np.int64) for part in parts]
@@ -172,7 +171,7 @@ def _deal(left_over: np.ndarray, labels: np.ndarray, parts: list[np.ndarray]) ->
 
 
 def _finish(parts: list[np.ndarray], num_examples: int) -> list[np.ndarray]:
-    """Sorted parts, once it is certain that they are a partition: clients' privacy is counted on it."""
+    """Sorted parts, after a check that they are a partition, because the guarantee depends on it."""
     together = np.sort(np.concatenate(parts))
     if not all(map(len, parts)) or not np.array_equal(together, np.arange(num_examples)):
         raise DataError(

@@ -1,4 +1,4 @@
-"""What any partition has to be, built-in or brought: clients that share no example, since epsilon is about them."""
+"""The check of any partition: no two clients share an example, because epsilon is for one example of one client."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ REMEDIES = {"b": "np.flatnonzero makes whole numbers of a mask", "f": ".astype(n
 
 
 def disjoint_parts(parts: Any, *, num_clients: int, num_examples: int, partition: str) -> list[np.ndarray]:
-    """``num_clients`` int64 index arrays ``[n_i]``, in the order that ``parts`` has; copies, which nobody else holds.
+    """``num_clients`` int64 index arrays ``[n_i]`` in the order of ``parts``; copies.
 
-    ``parts`` is any iterable of sequences of whole numbers: lists, ranges, arrays, tensors. Raises ``DataError`` that
-    names ``partition``, the part and what to do:
+    ``parts`` is any iterable of sequences of integers: lists, ranges, arrays, tensors. Raises ``DataError`` with
+    ``partition``, the part and a remedy:
 
     ====================================== ==================================
     more or fewer than ``num_clients``     one part per client
-    a part that is empty                   at least one example each
-    a mask, floats, text, two dimensions   whole numbers ``[n]``
-    a masked array that hides any          ``compressed()``
-    a number outside ``[0, num_examples)`` a place in the training split
+    an empty part                          at least one example each
+    a mask, floats, text, two dimensions   integers ``[n]``
+    a masked array                         ``compressed()``
+    a number outside ``[0, num_examples)`` an index of the training split
     an example twice in a part, or in two  one client for each
     ====================================== ==================================
     """
@@ -36,43 +36,43 @@ def disjoint_parts(parts: Any, *, num_clients: int, num_examples: int, partition
         raise DataError(f"{name} made {len(found)} parts, not num_clients={num_clients}; make one per client")
     whole = [_whole(part, name, client) for client, part in enumerate(found)]
     sizes = np.array([len(part) for part in whole])
-    together = np.concatenate(whole, dtype=np.int64, casting="unsafe")  # a number beyond it becomes a negative one
+    together = np.concatenate(whole, dtype=np.int64, casting="unsafe")  # a number above int64 becomes negative
     ends = np.cumsum(sizes)
     outside = np.flatnonzero((together < 0) | (together >= num_examples))
     if len(outside):
         client = int(np.searchsorted(ends, outside[0], side="right"))
         wrong = whole[client][outside[0] - ends[client] + sizes[client]]
         raise DataError(
-            f"{name}: part {client} holds {wrong}, not in [0, {num_examples}); give places in the training split, "
-            "which may be smaller than the data set's (validation_share)"
+            f"{name}: part {client} holds {wrong}, not in [0, {num_examples}); give indices of the training split, "
+            "which validation_share makes smaller"
         )
     counts = np.bincount(together, minlength=num_examples)
     if len(twice := np.flatnonzero(counts > 1)):
         first, second = np.searchsorted(ends, np.flatnonzero(together == twice[0])[:2], side="right").tolist()
         where = f"twice in part {first}" if first == second else f"in parts {first} and {second}"
         raise DataError(
-            f"{name}: example {twice[0]} is {where}, and epsilon counts on each being one client's, once; deal each "
-            "example to one client"
+            f"{name}: example {twice[0]} is {where}, but epsilon holds for examples of one client only; give each "
+            "example to one client, once"
         )
     borders = [0, *ends.tolist()]
     return [together[start:end] for start, end in itertools.pairwise(borders)]
 
 
 def _whole(part: Any, partition: str, client: int) -> np.ndarray:
-    """``part`` as a one-dimensional array of whole numbers of some kind, not empty."""
+    """``part`` as a non-empty one-dimensional array of integers."""
     name = f"{partition}: part {client}"
     if np.ma.is_masked(part):
-        raise DataError(f"{name} is masked, and a client has an example or has not; give part.compressed()")
+        raise DataError(f"{name} is a masked array; give part.compressed()")
     if type(part) is not np.ndarray and isinstance(part, np.ndarray):
-        part = np.array(part, subok=False)  # a subclass may say other than what it holds
+        part = np.array(part, subok=False)  # the methods of a subclass may hide its content
     if isinstance(part, np.ndarray) and part.ndim == 1 and len(part) and part.dtype.kind in "iu":
         return part
     try:
         array = np.asarray(part)
     except (ValueError, TypeError) as error:
-        raise DataError(f"{name} is no array ({str(error).splitlines()[0]}); give whole numbers [n]") from None
+        raise DataError(f"{name} is not an array ({str(error).splitlines()[0]}); give whole numbers [n]") from None
     if array.ndim == 1 and not len(array):
-        raise DataError(f"{name} is empty; a client needs at least one example: lower num_clients, or deal anew")
+        raise DataError(f"{name} is empty; a client needs at least one example: lower num_clients, or change the seed")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         remedy = REMEDIES.get(array.dtype.kind, "give whole numbers [n]")
         raise DataError(f"{name} is {array.dtype} {list(array.shape)}, not whole numbers [n]; {remedy}")

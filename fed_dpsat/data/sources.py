@@ -1,16 +1,16 @@
-"""Where image data sets come from: a folder of Parquet files, a torchvision root, or the network.
+"""Sources of image data sets: a folder of Parquet files, a torchvision root, or the network.
 
 =============== ==================================================== =================
 ``data_source`` ``data_path``                                        network
 =============== ==================================================== =================
-parquet         folder with train-*.parquet and test-*.parquet       never
-                somewhere below it, as ``hf download`` leaves it
+parquet         folder with train-*.parquet and test-*.parquet in    never
+                it or below it, as ``hf download`` writes them
 torchvision     root of ``torchvision.datasets``                     never
-download        the same; what is not there is fetched into it       if files are missing
-hub             not used: the Hub's own cache (``HF_HOME``)          yes
+download        the same; missing files are downloaded into it       if files are missing
+hub             not used; the Hub has its own cache (``HF_HOME``)    yes
 =============== ==================================================== =================
 
-Every source ends in the same uint8 arrays and the same cache.
+Every source gives the same uint8 arrays and uses the same cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Split = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
-    """One image data set under the names that the Hub and torchvision have for it."""
+    """One image data set and its names on the Hub and in torchvision."""
 
     name: str
     class_names: tuple[str, ...]
@@ -50,7 +50,7 @@ class ImageSource:
 
 
 def load(source: ImageSource, data_source: str, data_path: str, cache_dir: str) -> Dataset:
-    """The data set ``source`` from ``data_source``, decoded into ``cache_dir`` unless it is there already.
+    """The data set ``source`` from ``data_source``, decoded into ``cache_dir`` at the first call.
 
     Raises ``DataError`` for an unknown ``data_source`` and for data that is missing or damaged.
     """

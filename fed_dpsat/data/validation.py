@@ -1,4 +1,4 @@
-"""Training examples put aside to choose hyper-parameters on, so that the test split stays unseen until the end."""
+"""A validation split for the choice of hyper-parameters, so that the test split stays unused until the end."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fed_dpsat.data.dataset import DataError, Dataset
 
 
 def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:
-    """``dataset`` with ``round(share * N)`` of its ``N`` training examples, drawn by ``seed``, for its test split.
+    """``dataset`` with ``round(share * N)`` of its ``N`` training examples, drawn by ``seed``, as its test split.
 
-    The others stay the training split, in their order. No client holds what was put aside, and nobody the test split.
+    The other examples stay in the training split, in their order. The old test split is not in the result.
 
     ==================================== ==============
     share of N rounds to nothing         ``DataError``

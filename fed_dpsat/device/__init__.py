@@ -1,1 +1,1 @@
-"""A client on a device of its own: what it allows, what it has spent, and the data it holds."""
+"""A client on a device of its own: its policy, its ledger and its data."""

@@ -1,4 +1,4 @@
-"""One question of a server, answered by a device: admitted, charged, computed on its own data, kept."""
+"""One request of a server on a device: check it, charge it, train on the data of the device, store the reply."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from fed_dpsat.settings.config import MACHINE, RunConfig
 from fed_dpsat.step.loop import LocalResult
 
 ReadParams = Callable[[Params], Params]
-"""Reads the parameters of a message, which must be like those given; raises ``Refusal``."""
+"""Reads the parameters of a message; raises ``Refusal`` unless they match the given ones."""
 
 
 def num_examples(policy: Policy, run: int, settings: Mapping[str, Any]) -> int:
-    """The declared size of the device's data, for a run that the policy admits and that passes a trial here."""
+    """The declared number of examples, for a run that the policy admits and that passes a trial on this device."""
     _experiment(policy, policy.admit(run, settings), run)
     return len(own_data(policy, run).train)
 
 
-def answer(
+def train_round(
     policy: Policy,
     run: int,
     settings: Mapping[str, Any],
@@ -44,9 +44,9 @@ def answer(
     read_params: ReadParams,
     proximal_mu: float = 0.0,
 ) -> tuple[Assignment, LocalResult]:
-    """The assignment in ``record`` and what came of it; its parameters and event may leave.
+    """The assignment in ``record`` and its result; the parameters and the event may leave the device.
 
-    Raises ``Refusal`` in words that may leave. Any other error may tell of data and may not.
+    Raises ``Refusal``, whose text may leave the device. The text of another error may contain data and must not leave.
     """
     config = policy.admit(run, settings)
     assignment = policy.admit_assignment(record)
@@ -86,7 +86,7 @@ def answer(
 
 @lru_cache(maxsize=1)
 def _experiment(policy: Policy, config: RunConfig, run: int = 0) -> Experiment:
-    """The run as this device trains it, tried on made-up examples; names are loaded here, all on the policy's lists."""
+    """The experiment of the run after a trial on made-up examples; it loads only names on the lists of the policy."""
     data = own_data(policy, run)
     try:
         experiment = Experiment.build(config, dataset=data)
@@ -101,8 +101,8 @@ def _check_size(policy: Policy, experiment: Experiment) -> None:
     count = sum(p.numel() for p in experiment.trained(experiment.config.num_rounds).values())
     if count > policy.largest_parameters:
         raise Refusal(
-            f"model={experiment.config.model!r} has {count} parameters, above the {policy.largest_parameters} of this "
-            "device; choose a smaller one"
+            f"model={experiment.config.model!r} has {count} parameters, above largest_parameters="
+            f"{policy.largest_parameters} of this device; choose a smaller model"
         )
 
 
@@ -114,7 +114,7 @@ def pack(tensors: Params) -> bytes:
 
 
 def unpack(packed: bytes) -> Params:
-    """What ``pack`` was given."""
+    """The tensors that ``pack`` received."""
     with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 

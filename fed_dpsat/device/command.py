@@ -1,4 +1,4 @@
-"""``fed-dpsat device``: init, run, status; what the owner of a device types."""
+"""``fed-dpsat device``: the commands init, run and status for the owner of a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BAD_INPUT, FAILED = 2, 1
 
 @app.command()
 def init(policy: PolicyFile) -> None:
-    """Check the policy, count the examples and begin the ledger; once per device."""
+    """Check the policy, count the examples and create the ledger; once per device."""
     from fed_dpsat.accounting import large_delta
     from fed_dpsat.device.data import own_data
     from fed_dpsat.device.policy import Policy
@@ -37,7 +37,7 @@ def init(policy: PolicyFile) -> None:
         prepare(Path(read.folder))
     except (InputError, RunError) as error:
         raise _failed(error) from None
-    typer.echo(f"device {read.client}: {examples} examples, ledger begun in {read.folder}")
+    typer.echo(f"device {read.client}: {examples} examples, ledger created in {read.folder}")
     if warning := large_delta(read.largest_delta, "example", examples):
         typer.echo(f"warning: largest_delta: {warning}", err=True)
 
@@ -47,7 +47,7 @@ def run(
     policy: PolicyFile,
     port: Annotated[int, typer.Option(help="Port on this machine between SuperNode and client; 0 finds one.")] = 0,
 ) -> None:
-    """Connect to the policy's server and answer it, with the code that is installed here, until stopped."""
+    """Connect to the server of the policy and serve its requests with the installed code, until stopped."""
     from fed_dpsat.device.node import run_device
 
     try:
@@ -59,7 +59,7 @@ def run(
 
 @app.command()
 def status(policy: PolicyFile, as_json: AsJson = False) -> None:
-    """Budget spent and left, rounds, last contact, the policy, and whether the ledger is whole."""
+    """Budget spent and left, rounds, last contact, the policy, and the integrity of the ledger."""
     from fed_dpsat.device.policy import Policy
     from fed_dpsat.device.status import read_status
 

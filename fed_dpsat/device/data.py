@@ -1,4 +1,4 @@
-"""A device's own examples, from where its policy says and nowhere else.
+"""The examples of a device, only from the place that its policy names.
 
 =============== =======================================================================================
 ``data_source`` ``data_path``
@@ -8,7 +8,7 @@ parquet         a folder of ``*.parquet`` files: ``image_column`` struct<bytes, 
 function        ``module:function`` or ``file.py:function`` that returns ``Examples`` or a ``Dataset``
 =============== =======================================================================================
 
-All of it is the device's and private. Errors name files and rows: they are for the device's own log.
+All examples are private. Errors name files and rows, so they go only to the log of the device.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ IMAGES = (".png", ".jpg", ".jpeg")
 
 @lru_cache(maxsize=1)
 def own_data(policy: Policy, run: int = 0) -> Dataset:
-    """The device's examples as a training split, with a test split of none. Raises ``DataError``.
+    """The examples of the device as a training split, with an empty test split. Raises ``DataError``.
 
-    They are read once for a ``run``: what was added or corrected since the last one is in the next.
+    A device reads them once per ``run``, so the next run includes changes of the data.
     """
     if policy.data_source not in SOURCES:
-        raise DataError(f"data_source={policy.data_source!r} is not one of {', '.join(SOURCES)}")
+        raise DataError(f"data_source={policy.data_source!r} is not one of {', '.join(SOURCES)}; choose one")
     return SOURCES[policy.data_source](policy)
 
 
 def whole(labels: np.ndarray) -> list[np.ndarray]:
-    """The partition of a device: all that it has."""
+    """The partition of a device: one part with all examples."""
     return [np.arange(len(labels))]
 
 
@@ -80,10 +80,10 @@ SOURCES: dict[str, Callable[[Policy], Dataset]] = {"images": _images, "parquet":
 def _folder(policy: Policy) -> Path:
     root = Path(policy.data_path)
     if not root.is_dir():
-        raise DataError(f"data_path={policy.data_path!r} is not a folder")
+        raise DataError(f"data_path={policy.data_path!r} is not a folder; correct the policy")
     if len(policy.shape) != 3 or not policy.class_names:
         raise DataError(
-            f"shape={policy.shape} and class_names={policy.class_names}: give [channels, height, width] and all classes"
+            f"shape={policy.shape}, class_names={policy.class_names}: set [channels, height, width] and all classes"
         )
     return root
 
@@ -121,6 +121,6 @@ def _decoded(policy: Policy, files: list[Path], tables: Callable[[], list[tuple[
 
 def _dataset(policy: Policy, train: Examples) -> Dataset:
     if not len(train) or not policy.class_names:
-        raise DataError(f"{len(train)} examples of {len(policy.class_names)} classes; a device needs one of each")
+        raise DataError(f"{len(train)} examples of {len(policy.class_names)} classes; a device needs at least one each")
     none = Examples(inputs=train.inputs[:0], labels=train.labels[:0], mean=train.mean, std=train.std)
     return Dataset(name=policy.dataset, train=train, test=none, class_names=policy.class_names)

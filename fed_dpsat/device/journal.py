@@ -1,7 +1,8 @@
-"""What a device was asked, and its last answer: so that an answer is made once and can be given twice.
+"""The requests to a device and its last reply: the device computes a reply once and can send it again.
 
-A SQLite file beside the ledger, as durable as that and written under its lock. It is bookkeeping: without it the
-budget stands, but answers and the optimizer's state are gone, so a server's repeated question is a new one.
+The journal is a SQLite file beside the ledger. It is as durable as the ledger, and the lock of the ledger covers it.
+The budget does not depend on the journal. Without it, the last reply and the state of the optimizer are lost, and a
+repeated request is a new one.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ CREATE TABLE IF NOT EXISTS kept (
 
 
 class Refusal(InputError):
-    """What a device does not do, in words that may leave it: they tell of the request and the policy, never of data."""
+    """A device refuses a request; the text may leave: it describes the request and the policy, never data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A question and its identity: ``digest`` covers all that the answer depends on, ``settings`` those of the run."""
+    """A request: ``digest`` covers everything that the reply depends on, ``settings`` the settings of the run."""
 
     run: str
     round: int
@@ -43,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """The last answer: ``reply`` may leave, ``state`` is the optimizer's and stays."""
+    """The last reply: ``reply`` may leave; ``state`` belongs to the optimizer and stays."""
 
     number: int
     run: str
@@ -55,7 +56,7 @@ class Kept:
 
 
 class Journal:
-    """The journal at ``path``, made if absent. Raises ``LedgerError`` where it cannot be read or written."""
+    """The journal at ``path``, created if it is missing. Raises ``LedgerError`` if it cannot be read or written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,9 +71,9 @@ class Journal:
                 raise
 
     def number(self, request: Request) -> int | None:
-        """The number under which ``request`` was noted; None for a new one.
+        """The number of a known ``request``; None for a new one.
 
-        Raises ``Refusal`` where the run had other settings before, or its round and attempt another content.
+        Raises ``Refusal`` if the run had other settings before, or its round and attempt had other content.
         """
         with storage.explained(self.path, "read"):
             run = self._file.execute("SELECT settings FROM runs WHERE run = ?", (request.run,)).fetchone()
@@ -81,34 +82,34 @@ class Journal:
                 (request.run, request.round, request.attempt),
             ).fetchone()
         if run is not None and run[0] != request.settings:
-            raise Refusal(f"run {request.run} has other settings than it began with; start a new run for new settings")
+            raise Refusal(f"run {request.run} has other settings than at its start; start a new run for new settings")
         if found is not None and found[1] != request.digest:
             raise Refusal(
                 f"round={request.round}, attempt={request.attempt} of run {request.run} had other content before; "
-                "ask for a new attempt, which is charged anew"
+                "send a new attempt, which costs a new charge"
             )
         return None if found is None else int(found[0])
 
     def last(self) -> int:
-        """The highest number that was given to a request; 0 for none."""
+        """The highest number of a request; 0 without requests."""
         with storage.explained(self.path, "read"):
             return int(self._file.execute("SELECT COALESCE(MAX(number), 0) FROM requests").fetchone()[0])
 
     def begin(self, request: Request, number: int) -> None:
-        """Note a new request, on disk when this returns."""
+        """Store a new request, on disk when this returns."""
         with storage.transaction(self._file, self.path):
             self._file.execute("INSERT OR IGNORE INTO runs VALUES (?, ?)", (request.run, request.settings))
             row = (number, request.run, request.round, request.attempt, request.digest)
             self._file.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?)", row)
 
     def finish(self, request: Request, number: int, reply: bytes, state: bytes) -> None:
-        """Keep the answer in the place of the last one, on disk when this returns: now it may leave."""
+        """Replace the last reply; it is on disk when this returns, so it may leave."""
         row = (number, request.run, request.settings, request.round, request.attempt, reply, state)
         with storage.transaction(self._file, self.path):
             self._file.execute("INSERT OR REPLACE INTO kept VALUES (0, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def kept(self) -> Kept | None:
-        """The last answer."""
+        """The last reply."""
         query = "SELECT number, run, settings, round, attempt, reply, state FROM kept"
         with storage.explained(self.path, "read"):
             row = self._file.execute(query).fetchone()
@@ -125,7 +126,7 @@ class Journal:
 
 @contextmanager
 def open_journal(path: Path) -> Iterator[Journal]:
-    """A journal that is closed at the end."""
+    """Open a journal, and close it after the block."""
     journal = Journal(path)
     with closing(journal._file):
         yield journal

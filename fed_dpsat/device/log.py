@@ -1,4 +1,4 @@
-"""The device's own log: one line per question, what became of it, and why; it never grows beyond two files."""
+"""The log of a device: one line per request with its outcome and the reason; at most two files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "device.log"
 
 @lru_cache(maxsize=8)
 def device_log(folder: Path) -> logging.Logger:
-    """Writes to ``folder/device.log`` and to standard error, which systemd keeps."""
+    """A logger to ``folder/device.log`` and to standard error, which systemd stores."""
     log = logging.getLogger(f"fed_dpsat.device.{folder}")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -29,13 +29,13 @@ def device_log(folder: Path) -> logging.Logger:
 
 
 def one_line(text: str) -> str:
-    """``text`` as one short printable line: what a server says cannot forge lines of a log, nor fill a disk."""
+    """``text`` as one short printable line, so a server cannot forge lines of a log or fill the disk."""
     plain = "".join(c if c.isprintable() else " " for c in text[: LONGEST + 1])
     return plain if len(plain) <= LONGEST else plain[:LONGEST] + " ..."
 
 
 def last_line(folder: Path) -> str:
-    """The last line of the log; "" where there is none."""
+    """The last line of the log; "" for an empty log."""
     path = folder / NAME
     if not path.exists():
         return ""

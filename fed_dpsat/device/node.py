@@ -1,9 +1,9 @@
-"""A device as a Flower node: a SuperNode that talks to the policy's server, and this process, which answers.
+"""A device as a Flower node: a SuperNode that connects to the server of the policy, and this process, which replies.
 
-Flower's own runner (``flower-superexec``) installs the app that the server sends and runs that: the server's code, on
-the device, beside the data. Here the SuperNode is started with ``--isolation process`` and its messages are answered by
-``fed_dpsat.flower.client_app`` as it is installed on the device; the server's bundle is never unpacked. It is also
-faster, since nothing is started per message.
+The runner of Flower (``flower-superexec``) installs and runs the app that the server sends: code of the server, on the
+device, beside the data. This module instead starts the SuperNode with ``--isolation process``. The installed
+``fed_dpsat.flower.client_app`` replies to its messages, and nothing unpacks the bundle of the server. It is also
+faster, because no process starts per message.
 """
 
 from __future__ import annotations
@@ -43,18 +43,17 @@ PR_SET_PDEATHSIG = 1
 
 
 class ServerError(RunError):
-    """The policy's server is not the one that answers."""
+    """The server does not have the certificate that the policy requires."""
 
 
 def run_device(policy_path: Path, port: int = 0) -> int:
-    """Serve until the SuperNode ends or this process is stopped; the SuperNode's exit code.
+    """Serve until the SuperNode ends or this process stops; returns the exit code of the SuperNode.
 
-    Raises ``PolicyError`` for a policy without a server, ``ServerError`` for a server whose certificate is not of the
-    policy's authority.
+    Raises ``PolicyError`` for a policy without a server, ``ServerError`` for a certificate of another authority.
     """
     policy = Policy.load(policy_path)
     if not (policy.server and policy.root_certificates and policy.private_key):
-        raise PolicyError(f"policy {policy_path}: server, root_certificates and private_key are needed to run")
+        raise PolicyError(f"policy {policy_path}: set server, root_certificates and private_key to run")
     compat.say_untested()
     compat.identify_process()
     check_server(policy.server, policy.root_certificates)
@@ -68,17 +67,15 @@ def run_device(policy_path: Path, port: int = 0) -> int:
     finally:
         node.terminate()
         code = node.wait()
-    log.error(
-        "the SuperNode ended with exit code %d; if the server did not let it in, register this device's key", code
-    )
+    log.error("the SuperNode ended with exit code %d; if the server rejected it, register the key of this device", code)
     return code
 
 
 def check_server(server: str, root_certificates: str) -> None:
-    """Raise ``ServerError`` if the server shows a certificate that is not of the authority; it may be down, though."""
+    """Raise ``ServerError`` if the certificate of the server is not of the authority; a server may be down."""
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
-        raise PolicyError(f"server={server!r} is not of the form host:port; give its address as that")
+        raise PolicyError(f"server={server!r} is not of the form host:port; correct the policy")
     try:
         context = ssl.create_default_context(cafile=root_certificates)
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as raw:
@@ -86,36 +83,36 @@ def check_server(server: str, root_certificates: str) -> None:
     except ssl.SSLError as error:
         raise ServerError(
             f"server={server!r} does not show a certificate of root_certificates={root_certificates!r} ({error}); "
-            "nothing was sent: check both with whoever runs it"
+            "nothing was sent: check both with the operator of the server"
         ) from None
     except FileNotFoundError:
         raise PolicyError(
-            f"root_certificates={root_certificates!r} is not a file; ask the server's operator for it"
+            f"root_certificates={root_certificates!r} is not a file; get it from the operator of the server"
         ) from None
     except OSError as error:
-        log.warning("server %s is not there yet (%s); the SuperNode goes on trying", server, error)
+        log.warning("server %s does not respond yet (%s); the SuperNode tries again", server, error)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def other_version(run: compat.Run) -> str:
-    """Why a run of another app, or another version of this one, is not answered; "" where it is ours."""
+    """The reason against a run of another app, or of another version of this app; "" for a matching run."""
     mine = version(PACKAGE)
     name = run.fab_id.rpartition("/")[2]
     if name != PACKAGE:
-        return f"the run is of the app {run.fab_id!r}, this device answers {PACKAGE!r} alone"
+        return f"the run is of the app {run.fab_id!r}, this device serves only {PACKAGE!r}"
     if run.fab_version != mine:
         return f"the server runs {PACKAGE} {run.fab_version}, this device has {mine}; install the same on both"
     return ""
 
 
-def answer_one(address: str, token: str, task_id: int, policy_path: Path, folder: Path) -> None:
-    """One message: pulled from the SuperNode, answered by the installed app, given back. One at a time computes."""
+def serve_message(address: str, token: str, task_id: int, policy_path: Path, folder: Path) -> None:
+    """Pull one message from the SuperNode, run the installed app, push the reply; one message at a time computes."""
     client = _client(address, "flwr-clientapp", runtime.RuntimeTokenHttpInterceptor(token))
     with closing(client):
         heartbeat = runtime.HeartbeatSender(runtime.make_task_heartbeat_fn_http(client))
@@ -141,13 +138,13 @@ def _reply(message: Message, context: Context, run: compat.Run, policy_path: Pat
 
 
 def _serve(node: subprocess.Popen[bytes], address: str, policy_path: Path, folder: Path) -> None:
-    """Answer each message in a thread of its own: one of a run that ended never comes whole, and others go on."""
+    """Serve each message in a thread of its own: a message of an ended run never completes and must not block."""
 
     def attempt(token: str, task_id: int) -> None:
         try:
-            answer_one(address, token, task_id, policy_path, folder)
-        except Exception as error:  # a message that cannot be had or given back is no reason to stop serving
-            log.warning("a message was not answered: %s", one_line(f"{type(error).__name__}: {error}"))
+            serve_message(address, token, task_id, policy_path, folder)
+        except Exception as error:  # the device serves the next message
+            log.warning("a message has no reply: %s", one_line(f"{type(error).__name__}: {error}"))
 
     client, threads = _client(address, "SuperExec"), list[threading.Thread]()
     with closing(client):
@@ -163,9 +160,9 @@ def _serve(node: subprocess.Popen[bytes], address: str, policy_path: Path, folde
                             threading.Thread(target=attempt, args=(found.token, found.task.task_id), daemon=True)
                         )
                         threads[-1].start()
-            except Exception as error:  # the SuperNode may not be there yet
+            except Exception as error:  # the SuperNode may not be ready yet
                 if node.poll() is None:
-                    log.warning("the SuperNode does not answer: %s", one_line(f"{type(error).__name__}: {error}"))
+                    log.warning("the SuperNode does not respond: %s", one_line(f"{type(error).__name__}: {error}"))
             time.sleep(POLL_SECONDS)
 
 
@@ -183,17 +180,8 @@ def _client(address: str, component: str, *more: runtime.ProtobufClientIntercept
 
 def _supernode(policy: Policy, policy_path: Path, port: int) -> list[str]:
     return [
-        *(
-            sys.executable,
-            "-c",
-            runtime.START_SUPERNODE,
-            "--isolation",
-            "process",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ),
+        *(sys.executable, "-c", runtime.START_SUPERNODE, "--isolation", "process"),
+        *("--host", "127.0.0.1", "--port", str(port)),
         *("--superlink", policy.server, "--root-certificates", policy.root_certificates),
         *("--auth-supernode-private-key", policy.private_key),
         *("--node-config", f"partition-id={policy.client}"),
@@ -206,7 +194,7 @@ def _environment(policy: Policy) -> dict[str, str]:
 
 
 def _end_with_parent() -> None:
-    """Linux ends the SuperNode with this process, kill -9 included."""
+    """On Linux the SuperNode ends with this process, also after kill -9."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -1,7 +1,7 @@
-"""What the owner of a device allows, in a TOML file on the device; a server can ask for less, never for more.
+"""The limits that the owner of a device sets, in a TOML file on the device; a server can request less, never more.
 
-A policy is as flat as a ``RunConfig`` and uses its words; what bounds a setting is called ``largest_`` or ``least_``
-and its name. Everything that a server says is checked here before any data is touched, and before any name is loaded.
+A policy is as flat as a ``RunConfig`` and uses its names; the bound of a setting is its name with ``largest_`` or
+``least_`` before it. This module checks each value from a server before the device reads data or loads a name.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.optimizers.chain import split_chain
 
 SANE_NOISE = 1e6
-"""Nobody needs more; beyond it float32 has no room for a gradient."""
+"""Above this noise, float32 cannot resolve a gradient."""
 SANE_NUMBER = 2**31
 ARGUMENTS = ("model_args", "optimizer_args", "clipping_args")
-"""Texts that a run may give only as the policy lists them."""
+"""Settings whose text must be in the lists of the policy."""
 EXACT_ENGINES = ("auto", "planned", "vmap")
-"""Not another library's, whose gradients are tried on made-up examples only."""
+"""Engines of this project; an engine of another library is checked only on made-up examples."""
 DEFAULT_OPTIMIZERS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
 
 
 class PolicyError(InputError):
-    """A policy file that makes no sense; the text says which key."""
+    """An invalid policy file; the text names the key."""
 
 
 def _key(doc: str, default: Any = dataclasses.MISSING) -> Any:
@@ -41,40 +41,40 @@ def _key(doc: str, default: Any = dataclasses.MISSING) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """One device. Raises ``PolicyError`` for a bound that bounds nothing."""
+    """The policy of one device. Raises ``PolicyError`` for a value outside its bounds."""
 
-    folder: str = _key("folder of ledger, journal and log; on a disk that keeps what it was told to")
+    folder: str = _key("folder of ledger, journal and log; on a disk that honours fsync")
     client: int = _key("number of this device in the federation")
 
-    server: str = _key("address of the SuperLink, host:port; the only one `fed-dpsat device run` talks to", "")
-    root_certificates: str = _key("file of the certificate authority that the server's certificate must be of", "")
-    private_key: str = _key("file of this device's private key, whose public one the server registered", "")
-    runs: tuple[int, ...] = _key("run ids that are served; none listed is any", ())
+    server: str = _key("address of the SuperLink, host:port; `fed-dpsat device run` connects to no other server", "")
+    root_certificates: str = _key("file of the authority that must have signed the certificate of the server", "")
+    private_key: str = _key("file of the private key of this device; the server has registered the public key", "")
+    runs: tuple[int, ...] = _key("run ids that the device serves; an empty list means any run", ())
 
-    dataset: str = _key("name that a run must give as its dataset: what this data may be used for")
+    dataset: str = _key("name that a run must give as its dataset: the permitted use of this data")
     data_source: str = _key("images (a folder per class), parquet, or function")
     data_path: str = _key("folder of the data, or module:function that returns Examples or a Dataset")
-    class_names: tuple[str, ...] = _key("all classes of the federation in order, also those that are not here", ())
+    class_names: tuple[str, ...] = _key("all classes of the federation in order, also classes without examples", ())
     shape: tuple[int, ...] = _key("channels, height and width of an image", ())
     mean: tuple[float, ...] = _key("per channel, of pixels scaled to 0..1; a public constant", ())
     std: tuple[float, ...] = _key("per channel, of pixels scaled to 0..1; a public constant", ())
     image_column: str = _key("column of a Parquet file with struct<bytes, path>", "image")
     label_column: str = _key("column of a Parquet file with class numbers", "label")
 
-    largest_epsilon: float = _key("budget for all that ever leaves, over all runs, at largest_delta")
-    largest_delta: float = _key("delta of the budget, and the largest that a run may report its epsilon at")
-    least_noise_multiplier: float = _key("least noise on the sum, in clip norms")
+    largest_epsilon: float = _key("budget for all releases of the device, over all runs, at largest_delta")
+    largest_delta: float = _key("delta of the budget, and the largest delta of a run")
+    least_noise_multiplier: float = _key("smallest noise on the sum, in units of clip_norm")
     largest_clip_norm: float = _key("largest norm of one example's gradient", 10.0)
     largest_local_steps: int = _key("largest number of private steps in one round", 100)
-    least_sample_rate: float = _key("least chance of an example to be in a batch", 1e-6)
-    largest_sample_rate: float = _key("largest chance of an example to be in a batch", 1.0)
-    models: tuple[str, ...] = _key("networks it trains, as the run names them")
-    model_args: tuple[str, ...] = _key("model_args it takes, as written; without an entry none", ())
-    start_from: str = _key("weights file of a run that trains some layers only, on the device, beside this file", "")
-    optimizers: tuple[str, ...] = _key("optimizers it runs, base optimizers too", DEFAULT_OPTIMIZERS)
-    optimizer_args: tuple[str, ...] = _key("optimizer_args it takes, as written; without an entry none", ())
-    clippings: tuple[str, ...] = _key("clipping rules it runs", ("flat",))
-    clipping_args: tuple[str, ...] = _key("clipping_args it takes, as written; without an entry none", ())
+    least_sample_rate: float = _key("smallest probability of an example to be in a batch", 1e-6)
+    largest_sample_rate: float = _key("largest probability of an example to be in a batch", 1.0)
+    models: tuple[str, ...] = _key("models that a run may train, as the run names them")
+    model_args: tuple[str, ...] = _key("permitted model_args, as written; an empty list permits none", ())
+    start_from: str = _key("weights of frozen layers: a file on the device, relative to this file", "")
+    optimizers: tuple[str, ...] = _key("permitted optimizers, including base optimizers", DEFAULT_OPTIMIZERS)
+    optimizer_args: tuple[str, ...] = _key("permitted optimizer_args, as written; an empty list permits none", ())
+    clippings: tuple[str, ...] = _key("permitted clipping rules", ("flat",))
+    clipping_args: tuple[str, ...] = _key("permitted clipping_args, as written; an empty list permits none", ())
     largest_parameters: int = _key("largest number of trained parameters", 50_000_000)
     largest_physical_batch_size: int = _key("largest number of per-example gradients in memory", 1024)
     release_counts: bool = _key("whether a run may count examples without a finite gradient; exact, not private", False)
@@ -87,7 +87,7 @@ class Policy:
 
         positive = "above 0 and finite"
         check("client", self.client >= 0, "at least 0", "number devices from 0")
-        check("largest_epsilon", 0 < self.largest_epsilon < math.inf, positive, "a budget that is inf is none")
+        check("largest_epsilon", 0 < self.largest_epsilon < math.inf, positive, "inf is not a budget")
         check("largest_delta", 0 < self.largest_delta < 1, "in (0, 1)", "below 1 / examples of the device is usual")
         noise = self.least_noise_multiplier
         check("least_noise_multiplier", 0 < noise <= SANE_NOISE, f"in (0, {SANE_NOISE:g}]", "without noise no privacy")
@@ -122,26 +122,26 @@ class Policy:
         )
 
     def admit(self, run: int, settings: Mapping[str, Any]) -> RunConfig:
-        """The run's settings as this device follows them: no path or cohort of the server's is left in them.
+        """The settings of the run for this device, without the paths and the cohort of the server.
 
-        Its seed is, for public draws alone: initial weights, and directions of an optimizer, which sees no example.
-        Batches, noise and what examples draw inside a model come from the device's operating system.
+        The seed of the server stays, only for public draws: initial weights, and directions of an optimizer, which
+        sees no example. Batches, noise and random numbers inside a model come from the operating system of the device.
 
-        Raises ``Refusal`` for an unknown setting, a wrong value, or what the policy does not allow. No name is loaded.
+        Raises ``Refusal`` for an unknown setting, a wrong value, or a value that the policy forbids. Loads no name.
         """
         if self.runs and run not in self.runs:
-            raise Refusal(f"run {run} is not among the runs that this device serves")
+            raise Refusal(f"run {run} is not one of the runs that this device serves; its owner can add it to runs")
         try:
             config = RunConfig.from_mapping(settings)
             steps = config.steps_per_round
         except OverflowError:
-            raise Refusal(f"local_epochs={config.local_epochs} is more local_steps than can be counted") from None
+            raise Refusal(f"local_epochs={config.local_epochs} gives too many local_steps; lower it") from None
         except (InputError, TypeError) as error:
             raise Refusal(str(error)) from None
         if config.noise_source != "system":
             raise Refusal(
-                f"noise_source={config.noise_source!r} is not 'system'; a device draws its noise from the operating "
-                "system, and takes no seed for it: set noise_source=system"
+                f"noise_source={config.noise_source!r} is not 'system'; a device draws its noise only from the "
+                "operating system: set noise_source=system"
             )
         if not config.private:
             raise Refusal("private=False is not allowed on this device; set private=true and add noise")
@@ -149,8 +149,8 @@ class Policy:
             raise Refusal("release_counts=True is not allowed on this device; set release_counts=false")
         if config.privacy_unit != "example":
             raise Refusal(
-                f"privacy_unit={config.privacy_unit!r} leaves the noise to the server, whom a device does not "
-                "trust with that; set privacy_unit=example"
+                f"privacy_unit={config.privacy_unit!r} leaves the noise to the server, which a device does not "
+                "trust; set privacy_unit=example"
             )
         if config.secure_aggregation:
             raise Refusal("secure_aggregation=True is not possible on a device with a policy yet; set it to false")
@@ -176,23 +176,23 @@ class Policy:
             raise Refusal(str(error)) from None
 
     def _start(self, config: RunConfig) -> dict[str, Any]:
-        """Weights of frozen layers come from the device's own file; those that are trained come in each message."""
+        """Weights of frozen layers come from a file of the device; trained weights come in each message."""
         if not config.start_from or config.train_layers == "all":
             return {"start_from": "", "start_head": "loaded"}
         if not self.start_from:
             raise Refusal(
-                f"train_layers={config.train_layers!r} needs the weights of the layers that are frozen, and this "
-                "device's policy has no start_from; set train_layers=all"
+                f"train_layers={config.train_layers!r} needs the weights of frozen layers, and the policy of this "
+                "device has no start_from; set train_layers=all"
             )
         return {"start_from": self.start_from}
 
     def admit_assignment(self, record: Mapping[str, Any]) -> Assignment:
-        """What a message asks for; raises ``Refusal`` unless it is whole, of the right types and within bounds."""
+        """The assignment in a message; raises ``Refusal`` for a missing key, a wrong type or a value out of bounds."""
         numbers = {"round": int, "attempt": int, "noise_multiplier": float, "sample_rate": float, "steps": int}
         kinds: dict[str, type] = {**numbers, "kind": str}
         if record.keys() != kinds.keys():
             raise Refusal(
-                f"the assignment has keys {sorted(map(str, record))[:10]}, not {sorted(kinds)}; send those alone"
+                f"the assignment has keys {sorted(map(str, record))[:10]}, not {sorted(kinds)}; send exactly these"
             )
         for name, value in record.items():
             if type(value) is not kinds[name]:
@@ -204,17 +204,17 @@ class Policy:
         self._bounded("steps", record["steps"], 1, self.largest_local_steps)
         try:
             return Assignment.from_dict(record)
-        except ValueError as error:  # also an event of the unit "client", which comes with other work
+        except ValueError as error:  # also for an event of the unit "client"
             raise Refusal(str(error)) from None
 
     def _listed(self, name: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:
-            raise Refusal(f"{name}={value!r} is not allowed on this device, which takes {', '.join(allowed)}")
+            raise Refusal(f"{name}={value!r} is not allowed on this device; choose one of {', '.join(allowed)}")
 
     def _bounded(self, name: str, value: float, least: float, largest: float) -> None:
         if not least <= value <= largest:
             raise Refusal(
-                f"{name}={value!r} is not in [{least:g}, {largest:g}], which this device allows; ask within that"
+                f"{name}={value!r} is not in [{least:g}, {largest:g}], the range of this device; choose a value in it"
             )
 
 
@@ -238,7 +238,7 @@ _LOCAL: dict[str, Any] = {
     "device": "cpu",
     "kernels": "auto",
 }
-"""Settings that are the server's own business. A path of a server's is never opened here."""
+"""Values on a device for settings that concern only the server; a device never opens a path of the server."""
 
 
 def _typed(cls: type[Policy], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,21 @@
-"""One release of a device: noted, charged, computed, kept, and only then given away.
+"""One release of a device: record it, charge it, compute it, store it, and only then send it.
 
 =============================================== ================================================================
 the server sends                                the device
 =============================================== ================================================================
 a new (run, round, attempt)                     charges it, computes, keeps the reply, sends it
-the same message again, the reply is kept       sends the kept reply, bit for bit; nothing is charged
-the same again, killed before a reply was kept  computes under the charge that it has: nothing had left
-the same again, a later reply took its place    refuses; nothing is charged
-the same (run, round, attempt), other content   refuses; nothing is charged
-another attempt, another round, another run     a new release, charged
-a message that costs more than what is left     refuses; nothing is charged
+the same message again, the reply is stored     sends the stored reply, bit for bit; charges nothing
+the same message, killed before it stored one   computes under the existing charge: nothing had left
+the same message, a later reply replaced it     refuses; charges nothing
+the same (run, round, attempt), other content   refuses; charges nothing
+another attempt, another round, another run     makes and charges a new release
+a message that costs more than the rest         refuses; charges nothing
 =============================================== ================================================================
 
-The budget is over everything that the device ever released, in whatever run, by whatever node id. The ledger's client
-is ``CLIENT`` and its round the number of the release, counted from 1, so two releases never share a row. A reply leaves
-only after it was kept and its charge settled as released; so a charge that is not settled has released nothing.
-No clock is read.
+The budget covers all releases of the device, over all runs and node ids. In its ledger the client is ``CLIENT`` and the
+round is the number of the release, counted from 1, so two releases never share a row. A reply leaves only after it is
+stored and its charge is settled as released; so a charge without an outcome has released nothing. No rule depends on a
+clock.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ from fed_dpsat.device.journal import Journal, Kept, Refusal, Request, open_journ
 from fed_dpsat.errors import SettingError
 
 CLIENT, ATTEMPT = 0, 0
-"""The key of a device's charges is the number of the release alone."""
+"""Constant parts of the key of a charge; its round is the number of the release."""
 
 RELEASED = "released"
 ACCOUNTANT = "pld"
 
 Compute = Callable[[bytes | None], tuple[bytes, bytes]]
-"""The optimizer's last state to ``(reply, state)``."""
+"""Maps the last state of the optimizer to ``(reply, state)``."""
 
 
 def ledger_path(folder: Path) -> Path:
-    """Where a device's ledger lies."""
+    """Path of the ledger of a device."""
     return folder / "ledger.sqlite"
 
 
 def journal_path(folder: Path) -> Path:
-    """Where a device's journal lies."""
+    """Path of the journal of a device."""
     return folder / "journal.sqlite"
 
 
-def check_answers(ledger: PrivacyLedger, journal: Journal) -> None:
-    """``LedgerError`` for a ledger without the charge of the last answer that the device made: an older copy."""
+def check_last_reply(ledger: PrivacyLedger, journal: Journal) -> None:
+    """Raise ``LedgerError`` if the ledger lacks the charge of the last reply: it is an older copy."""
     kept = journal.kept()
     if kept is not None and ledger.outcome(CLIENT, kept.number, ATTEMPT) is None:
         raise LedgerError(
-            f"{ledger.path} does not hold the charge of answer {kept.number}, which {journal.path} keeps: it is an "
-            "older copy, or another device's; restore the right one"
+            f"{ledger.path} does not hold the charge of reply {kept.number} in {journal.path}: it is an older copy, or "
+            "the ledger of another device; restore the right one"
         )
 
 
 def prepare(folder: Path) -> None:
-    """Make the ledger of a new device; ``SettingError`` if there is one: a budget begins once."""
+    """Create the ledger of a new device; raises ``SettingError`` if it exists: a budget starts once."""
     if ledger_path(folder).exists():
-        raise SettingError("folder", str(folder), "without a ledger", "a device is made once; its budget goes on")
+        raise SettingError("folder", str(folder), "without a ledger", "run init once; the budget of a device continues")
     folder.mkdir(parents=True, exist_ok=True)
     with PrivacyLedger(ledger_path(folder)), open_journal(journal_path(folder)):
         pass
@@ -72,11 +72,11 @@ def release(
 ) -> bytes:
     """The reply to ``request``, which costs ``event``, within a budget of ``epsilon`` at ``delta``.
 
-    Raises ``Refusal`` for what the table refuses, ``LedgerError`` where the files cannot be trusted or written, and
-    what ``compute`` raises, which stays charged. Nothing leaves by any of these.
+    Raises ``Refusal`` as in the table, ``LedgerError`` for files that are invalid or cannot be written, and any
+    exception of ``compute``, whose charge stays. With an exception nothing leaves the device.
     """
     with PrivacyLedger(ledger_path(folder), must_exist=True) as ledger, open_journal(journal_path(folder)) as journal:
-        check_answers(ledger, journal)
+        check_last_reply(ledger, journal)
         number, kept = journal.number(request), journal.kept()
         if kept is not None and kept.number == number:
             ledger.settle(CLIENT, number, ATTEMPT, RELEASED)
@@ -86,8 +86,8 @@ def release(
         outcome = ledger.outcome(CLIENT, number, ATTEMPT)
         if outcome:
             raise Refusal(
-                f"round={request.round}, attempt={request.attempt} of run {request.run} was answered, and the answer "
-                "is no longer kept; ask for a new attempt, which is charged anew"
+                f"round={request.round}, attempt={request.attempt} of run {request.run} had a reply, which is no "
+                "longer stored; send a new attempt, which costs a new charge"
             )
         if outcome is None:
             _check_budget(ledger, event, epsilon, delta)
@@ -108,7 +108,7 @@ def _check_budget(ledger: PrivacyLedger, event: PrivacyEvent, epsilon: float, de
 
 
 def _state_for(request: Request, kept: Kept | None) -> bytes | None:
-    """The state of an earlier round of the run, or of the run that this one resumes: the same settings, further on."""
+    """The state of an earlier round of this run, or of a run with the same settings that this run resumes."""
     if kept is None or (kept.run != request.run and kept.settings != request.settings):
         return None
     return kept.state if (kept.round, kept.attempt) < (request.round, request.attempt) else None

@@ -1,4 +1,4 @@
-"""How a device stands: what it has spent and has left, whom it answered, and whether its ledger is whole."""
+"""The status of a device: its budget, its rounds by run, and the integrity of its ledger."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fed_dpsat.accounting import LedgerError, PrivacyLedger, epsilon
 from fed_dpsat.device.journal import open_journal
 from fed_dpsat.device.log import last_line
 from fed_dpsat.device.policy import Policy
-from fed_dpsat.device.release import ACCOUNTANT, CLIENT, check_answers, journal_path, ledger_path
+from fed_dpsat.device.release import ACCOUNTANT, CLIENT, check_last_reply, journal_path, ledger_path
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceStatus:
-    """``epsilon_spent`` of ``epsilon_budget`` at ``delta``; ``integrity`` is "unbroken" or what is wrong."""
+    """``epsilon_spent`` of ``epsilon_budget`` at ``delta``; ``integrity`` is "unbroken" or describes the damage."""
 
     client: int
     epsilon_spent: float
@@ -29,18 +29,18 @@ class DeviceStatus:
 
     @property
     def epsilon_left(self) -> float:
-        """What the budget has left; 0 where the policy was lowered below what is spent."""
+        """The rest of the budget; 0 if the policy has a smaller budget than the spent epsilon."""
         return max(self.epsilon_budget - self.epsilon_spent, 0.0)
 
 
 def read_status(policy: Policy) -> DeviceStatus:
-    """The status of the device; a broken ledger is told in ``integrity``. Raises ``LedgerError`` if there is none."""
+    """The status of the device; ``integrity`` describes a damaged ledger. Raises ``LedgerError`` without a ledger."""
     folder = Path(policy.folder)
     with PrivacyLedger(ledger_path(folder), readonly=True) as ledger, open_journal(journal_path(folder)) as journal:
         integrity = "unbroken"
         try:
             ledger.verify()
-            check_answers(ledger, journal)
+            check_last_reply(ledger, journal)
         except LedgerError as error:
             integrity = str(error)
         return DeviceStatus(

@@ -120,7 +120,7 @@ def make_client_app(provider: Provider) -> ClientApp:
             client = _client(context)
             size = len(experiment.partitions[client])
             return Message(
-                _wing(SECURE_AGGREGATION).answer(client, message.content, context.state, size), reply_to=message
+                _wing(SECURE_AGGREGATION).phase_reply(client, message.content, context.state, size), reply_to=message
             )
         if experiment.config.tune_malloc:
             tune_allocator()
@@ -172,7 +172,7 @@ def _request(experiment: Experiment, message: Message, context: Context, unpack:
     """The request of ``message``, and the client's history after it. Raises ``BudgetError`` if the budget is spent."""
     client, assignment = _client(context), records.read_assignment(message.content)
     history, event, config = records.load_history(context.state), assignment.event, experiment.config
-    if event.unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
+    if event.privacy_unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
         history = spend(history, event, experiment.budgets[client], config.delta, config.accountant)
     params = unpack(message.content, records.ARRAYS)
     if params is None:

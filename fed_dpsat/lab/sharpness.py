@@ -1,14 +1,14 @@
-"""How sharp the minimum is that training found, measured on public examples.
+"""The sharpness of a minimum, measured on public examples.
 
-Every function takes ``loss``, the mean loss as a function of parameters, so that its answer can be checked on a
-quadratic. Curvature is that of the loss on the sample it is given, in nats per unit of parameter space squared: it
-depends on how a model is parametrised (Dinh et al. 2017), so compare models of one architecture only.
+Every function takes ``loss``, the mean loss as a function of parameters, so a test can check it on a quadratic.
+Curvature is in nats per squared unit of parameter space, for the loss on the given examples. It depends on the
+parametrisation of a model (Dinh et al. 2017), so compare models of one architecture only.
 
 ======================== ==========================================================================
 case                     result
 ======================== ==========================================================================
-no gradient at ``w``     no ascent direction: the rise along it is 0
-a filter of zeros        its random direction is zero, and so is that of biases and scales
+zero gradient at ``w``   no ascent direction: the rise is 0
+a filter of zeros        its random direction is 0, as for biases and scales
 ======================== ==========================================================================
 """
 
@@ -38,11 +38,11 @@ ASCENT_STEPS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Sharpness:
-    """Of one model on ``examples`` public examples.
+    """Sharpness of one model on ``examples`` public examples.
 
     ``trace`` is Hutchinson's estimate, ``trace_error`` its standard error. ``one_step`` and ``projected`` are the mean
-    rise of the loss of ``m`` examples within ``rho``: after SAM's one step, and after projected gradient ascent, a
-    lower bound on the maximum each. ``along`` are losses at ``distances`` from ``w`` up the gradient of all examples.
+    rise of the loss of ``m`` examples within ``rho``, after the single step of SAM and after projected gradient ascent;
+    both are lower bounds on the maximum. ``along`` holds losses at ``distances`` from ``w`` along the gradient.
     """
 
     examples: int
@@ -71,7 +71,7 @@ def measure(
     probes: int = 32,
     seed: int = 0,
 ) -> Sharpness:
-    """Everything of ``Sharpness`` for ``module`` at ``params``, in float64."""
+    """``Sharpness`` of ``module`` at ``params``, in float64."""
     for name, value, bound, good in (
         ("rho", rho, "above 0", 0 < rho < math.inf),
         ("m", m, f"in [1, {len(examples)}]", 1 <= m <= len(examples)),
@@ -123,10 +123,10 @@ def size(params: Params) -> int:
 
 
 def hessian_product(loss: Loss, params: Params, direction: Params) -> Params:
-    """The Hessian of ``loss`` at ``params`` times ``direction``: forward over reverse, exact.
+    """The Hessian of ``loss`` at ``params`` times ``direction``: exact, by forward over reverse mode.
 
-    Attention takes torch's math kernel, since the faster ones have neither a forward mode nor a second derivative. An
-    operation without a forward mode is differentiated in reverse twice.
+    Attention uses the math kernel of torch, because the faster kernels have neither a forward mode nor a second
+    derivative. For an operation without a forward mode, reverse mode runs twice.
     """
     with sdpa_kernel(SDPBackend.MATH):
         try:
@@ -161,10 +161,10 @@ def hessian_trace(loss: Loss, params: Params, *, probes: int, seed: int = 0) -> 
 
 
 def rise(loss: Loss, params: Params, rho: float, steps: int) -> float:
-    """How far ``loss`` rises within ``rho``: one step of that length up the gradient, or projected ascent.
+    """The rise of ``loss`` within ``rho``: after one step of this length along the gradient, or by projected ascent.
 
-    With ``steps`` above 1, steps of ``2.5 rho / steps`` up the normalised gradient, projected onto the ball; the
-    largest rise on the way counts.
+    With ``steps`` above 1, it takes steps of ``2.5 rho / steps`` along the normalised gradient, projected onto the
+    ball, and returns the largest rise.
     """
     at, low = params, float(loss(params))
     length = rho if steps == 1 else 2.5 * rho / steps
@@ -183,7 +183,7 @@ def rise(loss: Loss, params: Params, rho: float, steps: int) -> float:
 
 
 def loss_along(loss: Loss, params: Params, distances: Sequence[float]) -> tuple[float, ...]:
-    """``loss`` at each distance from ``params`` up the gradient there; constant where there is none."""
+    """``loss`` at each distance from ``params`` along the gradient; constant for a zero gradient."""
     slope = grad(loss)(params)
     norm = float(global_norm(slope))
     unit = {name: g / norm if norm else g for name, g in slope.items()}
@@ -191,9 +191,9 @@ def loss_along(loss: Loss, params: Params, distances: Sequence[float]) -> tuple[
 
 
 def filter_normalised(params: Params, seed: int) -> Params:
-    """A Gaussian direction whose filters have the norms of those of ``params``; 0 in what has one dimension or none.
+    """A Gaussian direction with the filter norms of ``params``; 0 for tensors of fewer than two dimensions.
 
-    A filter is one row of a weight, all that leads to one output (Li et al. 2018, arXiv 1712.09913, Section 4).
+    A filter is one row of a weight, the weights of one output (Li et al. 2018, arXiv 1712.09913, Section 4).
     """
     generator = torch.Generator().manual_seed(seed)
     direction = {}
@@ -210,7 +210,7 @@ def filter_normalised(params: Params, seed: int) -> Params:
 def landscape(
     loss: Loss, params: Params, *, points: int = 21, reach: float = 1.0, seed: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """``(steps[P], losses[P, P])`` on a plane of two filter-normalised directions around ``params``."""
+    """``(steps[P], losses[P, P])`` on a plane through ``params`` with two filter-normalised directions."""
     one, other = (filter_normalised(params, seed=2 * seed + k) for k in (0, 1))
     steps = np.linspace(-reach, reach, points)
     losses = [
@@ -221,7 +221,7 @@ def landscape(
 
 
 def draw_landscape(steps: NDArray[np.float64], losses: NDArray[np.float64], title: str, path: Path) -> None:
-    """Contours of a landscape, written to ``path`` in the format of its suffix."""
+    """Draw the contours of a landscape into ``path``, in the format of its suffix."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""A run is a folder: everything a reader needs to believe the number is in it, written as the run goes.
+"""The folder of a run: all files that support its result, written while it runs.
 
 ================== ===========================================================================
 file               content
@@ -6,20 +6,20 @@ file               content
 config.toml        every setting, as resolved
 environment.json   versions, machine and command
 inputs.json        plug-in files, data and what else the run depends on, by SHA-256 (``fed_dpsat.run.inputs``)
-inputs/            copies of plug-ins, of modules of one's own that they import, and of ``client_table``
+inputs/            copies of plug-ins, of the user's modules that they import, and of ``client_table``
 rounds.jsonl       one line per round, whole at any time; the same bits for the same seed
 timing.jsonl       one line per round: seconds by phase, throughput, memory
-ledger.sqlite      every charge, durable before the message that it pays for
-checkpoint/        the model after the last round, and what the server has learned
-state/             what simulated clients keep between rounds
-summary.json       how it ended
+ledger.sqlite      every charge, on disk before the message of the charge
+checkpoint/        the model after the last round, and the state of the server
+state/             the state that simulated clients keep between rounds
+summary.json       the result
 quality.json       the last evaluated model (summary: evaluated_on): calibration, accuracy by class
-simulation.json    of a simulation alone: who holds how many examples of which class, which no deployment knows
-trace.json         who was at work when, if ``profile`` asked for it
+simulation.json    only in a simulation: label counts by client, unknown in a deployment
+trace.json         the times of clients and phases, if ``profile`` is set
 ================== ===========================================================================
 
-A round is over when its checkpoint is there. What a killed run had begun beyond it is cut off the two ``jsonl`` files
-when it is resumed, and done again; the ledger forgets nothing.
+The checkpoint ends a round. A resumed run deletes the later lines of the two ``jsonl`` files and repeats the
+interrupted round; the ledger keeps every charge.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from fed_dpsat.settings.config import MACHINE, RunConfig
 from fed_dpsat.step.placement import described
 
 BEGINNING = frozenset({"environment.json", "environment.json.tmp", "inputs.json", "inputs.json.tmp", "config.toml.tmp"})
-"""What a run that was killed before ``config.toml`` was there leaves: it had asked nobody, and starts again."""
+"""Files of a run that was killed before it wrote ``config.toml``: it sent no message, and starts again."""
 PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
 EXTRAS = ("timm", "transformers", "peft")
 """Packages whose networks a run may train, if they are installed."""
@@ -55,7 +55,7 @@ EXTRAS = ("timm", "transformers", "peft")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The model after ``round``, and plain data of the server's; ``cannot_resume`` says why it is not enough."""
+    """The model after ``round`` and plain data of the server; ``cannot_resume`` is the reason against a resume."""
 
     round: int
     params: Params
@@ -73,9 +73,9 @@ def versions() -> dict[str, str]:
 
 
 class RunFolder:
-    """The files of one run under ``path``; with ``resume`` of one that was begun.
+    """The files of one run under ``path``; with ``resume``, of an existing run.
 
-    Raises ``SettingError`` if something else is there already, nothing to ``resume``, or no way to write.
+    Raises ``SettingError`` if ``path`` holds other files, holds no run to ``resume``, or is not writable.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
@@ -84,41 +84,23 @@ class RunFolder:
                 "out",
                 str(path),
                 "the folder of a run",
-                "name the one to resume; one that was killed before config.toml was there starts again: fed-dpsat run",
+                "name a folder with config.toml; a run that was killed before it wrote that starts again: "
+                "fed-dpsat run",
             )
         if not resume and path.exists() and (not path.is_dir() or _is_precious(path)):
             raise SettingError(
-                "out", str(path), "a new or an empty folder", "name another with --out, or `fed-dpsat resume` that run"
+                "out", str(path), "new or empty", "name another folder with --out, or `fed-dpsat resume` that run"
             )
         if not resume and not _may_be_written(path):
-            raise SettingError("out", str(path), "where files can be written", "name another folder with --out")
-        self.path = path
-        self.resumes = resume
-
-    @property
-    def ledger_path(self) -> Path:
-        """Where the ledger lies."""
-        return self.path / "ledger.sqlite"
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """Where the model lies; ``torch.load(..., weights_only=True)`` reads it."""
-        return self.path / "checkpoint" / "model.pt"
-
-    @property
-    def state_path(self) -> Path:
-        """Where the states of simulated clients lie."""
-        return self.path / "state"
-
-    @property
-    def trace_path(self) -> Path:
-        """Where a trace goes."""
-        return self.path / "trace.json"
+            raise SettingError("out", str(path), "a writable folder", "name another folder with --out")
+        self.path, self.resumes = path, resume
+        self.ledger_path, self.state_path, self.trace_path = path / "ledger.sqlite", path / "state", path / "trace.json"
+        self.checkpoint_path = path / "checkpoint" / "model.pt"  # torch.load(..., weights_only=True) reads it
 
     def open(self, config: RunConfig, *, objects: Sequence[str] = (), inputs: Sequence[Input] = ()) -> None:
-        """Create the folder and say what runs in it; ``objects`` were given in Python and are not named in ``config``.
+        """Create the folder and write its first files; ``objects`` names the arguments that are Python objects.
 
-        Raises ``SettingError`` where a run is resumed under settings or with ``inputs`` that would make it another run.
+        Raises ``SettingError`` if a resumed run has other settings or other ``inputs`` than before.
         """
         if self.resumes:
             begun = self.config()
@@ -132,15 +114,7 @@ class RunFolder:
             return
         with written(self.checkpoint_path.parent):
             self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
-        environment = {
-            "command": sys.argv,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "device": described(config.device),
-            "packages": versions(),
-            "objects": list(objects),
-        }
+        environment = {**surroundings(), "device": described(config.device), "objects": list(objects)}
         _write_atomically(self.path / "environment.json", _json(environment, indent=2) + "\n")
         _write_atomically(self.path / "inputs.json", _json([dataclasses.asdict(i) for i in inputs], indent=2) + "\n")
         for one in inputs:
@@ -156,48 +130,48 @@ class RunFolder:
         return RunConfig.load(self.path / "config.toml")
 
     def objects(self) -> list[str]:
-        """What was given to the run in Python, so that its settings alone do not describe it."""
+        """Names of the arguments of the run that are Python objects, which its settings do not describe."""
         found: list[str] = json.loads((self.path / "environment.json").read_text())["objects"]
         return found
 
     def inputs(self) -> list[Input]:
-        """What the run depends on beside its settings. Raises ``SettingError`` for a run of an older version."""
+        """The inputs of the run beside its settings. Raises ``SettingError`` for a run of an older version."""
         path = self.path / "inputs.json"
         if not path.exists():
             raise SettingError(
                 "run",
                 str(self.path),
-                "of a version that wrote down its plug-ins and data (inputs.json)",
-                "go on with the version that began it, or start a new run",
+                "a run with a list of its plug-ins and data (inputs.json)",
+                "continue with the version that started it, or start a new run",
             )
         return [Input(**one) for one in json.loads(path.read_text())]
 
     def check_files(self, *, setting: str, value: object, again: str) -> None:
-        """Raise ``SettingError`` for a plug-in or another file that was changed since the run began."""
+        """Raise ``SettingError`` if a plug-in or another input file has changed since the start of the run."""
         if one := changed(self.inputs()):
             raise refused(one, self.path, setting=setting, value=value, again=again)
 
     def summary(self) -> dict[str, Any]:
-        """How it ended; empty if it did not come so far."""
+        """The content of ``summary.json``; empty before the end of the run."""
         path = self.path / "summary.json"
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The lines of ``rounds.jsonl`` that are whole, in order."""
+        """The complete lines of ``rounds.jsonl``, in order."""
         path = self.path / "rounds.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def append_round(self, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        """One line each, in one write."""
+        """Append one line to each of the two files, each in one write."""
         for name, line in (("timing.jsonl", timing), ("rounds.jsonl", record)):
             path = self.path / name
             with written(path), path.open("ab") as file:
                 file.write((_json(line) + "\n").encode())
 
     def cut_off(self, after: int) -> None:
-        """Leave of rounds and timing what is of rounds up to ``after``; a line that was cut short goes too."""
+        """Delete the lines of rounds later than ``after``, and an incomplete last line."""
         for name in ("rounds.jsonl", "timing.jsonl"):
             path = self.path / name
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -205,48 +179,59 @@ class RunFolder:
             _write_atomically(path, "".join(whole))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """In the place of the one before; the round is over when this returns."""
+        """Replace the checkpoint atomically; this ends the round."""
         temporary = self.checkpoint_path.with_suffix(".tmp")
         with written(self.checkpoint_path):
             try:
                 with temporary.open("wb") as file:
                     torch.save({f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}, file)
             except RuntimeError as error:
-                if isinstance(error.__context__, OSError):  # which torch has made into words of its own
+                if isinstance(error.__context__, OSError):  # torch hides it in an error of its own
                     raise error.__context__ from None
                 raise
             os.replace(temporary, self.checkpoint_path)
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The one that was saved last; None if the run did not come so far. Raises ``RunError`` for a damaged one."""
+        """The last checkpoint; None before the first one. Raises ``RunError`` for a damaged file."""
         if not self.checkpoint_path.exists():
             return None
         try:
             return Checkpoint(**torch.load(self.checkpoint_path, weights_only=True))
-        except Exception as error:  # whatever torch says of a file that is none
-            raise RunError(f"{self.checkpoint_path} is no checkpoint of this version ({error})") from error
+        except Exception as error:  # torch raises many classes for a damaged file
+            raise RunError(f"{self.checkpoint_path} is not a checkpoint of this version ({error})") from error
 
     def save_simulation(self, sizes: Sequence[int], label_counts: Sequence[Sequence[int]] | None) -> None:
-        """What only a simulation knows of its clients; ``label_counts[client][class]`` is private to each of them."""
+        """Facts about clients that only a simulation knows; ``label_counts[client][class]`` is private."""
         _write_atomically(self.path / "simulation.json", _json({"sizes": sizes, "label_counts": label_counts}) + "\n")
 
     def sizes(self) -> list[int]:
-        """How many examples each client of a simulation has; empty if this was none."""
+        """Number of examples of each client of a simulation; empty for a deployment."""
         path = self.path / "simulation.json"
         found: list[int] = json.loads(path.read_text())["sizes"] if path.exists() else []
         return found
 
     def save_quality(self, quality: Mapping[str, Any]) -> None:
-        """Of the model that was evaluated last."""
+        """Write the quality of the last evaluated model."""
         _write_atomically(self.path / "quality.json", _json(quality, indent=2) + "\n")
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """How it ended."""
+        """Write ``summary.json``."""
         _write_atomically(self.path / "summary.json", _json(summary, indent=2) + "\n")
 
 
+def surroundings() -> dict[str, Any]:
+    """Command, machine and versions of this process."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": versions(),
+    }
+
+
 def jsonable(value: Any) -> Any:
-    """``value`` with what JSON cannot hold as text: inf is "inf", NaN is "nan"."""
+    """``value`` for JSON: keys are text, inf becomes "inf" and NaN becomes "nan"."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -259,13 +244,13 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _is_precious(path: Path) -> bool:
-    """Whether a file in ``path`` or below it is another than those of a beginning."""
+    """Whether ``path`` contains a file other than those of ``BEGINNING``."""
     copies = path / "inputs" if (path / "inputs.json").is_file() else None
     return any(f.is_file() and f.name not in BEGINNING and f.parent != copies for f in path.rglob("*"))
 
 
 def _may_be_written(path: Path) -> bool:
-    """``path``, or where it would be made."""
+    """Whether ``path``, or its nearest existing parent, is writable."""
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 

@@ -1,18 +1,18 @@
-"""What a run depends on beside its settings: files of one's own, and what its data and frozen layers hold.
+"""The inputs of a run beside its settings: files of the user, and the contents of data and frozen layers.
 
 =========================== ==================================================================== =========
-input                       told apart by                                                        kept
+input                       identified by                                                        stored
 =========================== ==================================================================== =========
-a plug-in                   its file and those of one's own that it imports (``sources``)        copies
+a plug-in                   its file and the user's files that it imports (``sources``)          copies
 ``client_table``            the file                                                             a copy
 ``start_from``              the file
-data set                    classes, labels and examples; of more than 256 MiB evenly many rows
+data set                    classes, labels and examples; above 256 MiB, evenly spaced rows
 partition                   the examples of each client
-layers that nobody trains   their values, and buffers
+frozen layers               their values, and buffers
 optimizer from Python       its fields, if it is a dataclass
 =========================== ==================================================================== =========
 
-Loggers are not among them: they change nothing, and may be others in a run that is resumed.
+Loggers are no inputs: they change nothing, and a resumed run may have other loggers.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PLUGINS = ("dataset", "partition", "model", "optimizer", "base_optimizer", "clip
 CONTENTS = {
     "dataset": "the examples",
     "partition": "the clients' examples",
-    "model": "its layers that are not trained",
+    "model": "its frozen layers",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One input: what it ``is`` and its digest; a file has a ``path``, and one that is to be kept its ``copy``."""
+    """One input and its digest; a file has a ``path``, and a file that the run stores has a ``copy``."""
 
     setting: str
     name: str
@@ -58,7 +58,7 @@ def inputs_of(experiment: Experiment) -> list[Input]:
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file; empty if there is none that can be read."""
+    """SHA-256 of a file; empty if it cannot be read."""
     try:
         stat = Path(path).stat()
         return _digest(str(path), stat.st_size, stat.st_mtime_ns)
@@ -66,29 +66,29 @@ def file_digest(path: str | Path) -> str:
         return ""
 
 
-@functools.lru_cache(maxsize=256)  # a sweep asks for the same files again and again
+@functools.lru_cache(maxsize=256)  # a sweep reads the same files for each run
 def _digest(path: str, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def changed(recorded: Iterable[Input]) -> Input | None:
-    """The first of the ``recorded`` files that is there with another content."""
+    """The first of the ``recorded`` files that exists with another content."""
     return next((one for one in recorded if one.path and file_digest(one.path) not in ("", one.sha256)), None)
 
 
 def difference(recorded: Sequence[Input], now: Sequence[Input]) -> Input | None:
-    """The first input that is not in both, wherever files lie: one that was changed, has gone, or is new."""
+    """The first input that is not in both lists: changed, missing or new; paths do not matter."""
     before, after = (Counter((one.name, one.sha256) for one in inputs) for inputs in (recorded, now))
     return next((one for one in (*recorded, *now) if before[one.name, one.sha256] != after[one.name, one.sha256]), None)
 
 
 def refused(one: Input, where: Path, *, setting: str, value: object, again: str) -> SettingError:
-    """The error for an input that is another one than that of the run in ``where``."""
+    """The error for an input that differs from the input of the run in ``where``."""
     what = one.path or one.name
-    mend = f"put back {where / one.copy}" if one.copy else "put it back" if one.path else f"give the same {one.setting}"
+    remedy = f"restore {where / one.copy}" if one.copy else "restore it" if one.path else f"give the same {one.setting}"
     return SettingError(
-        setting, value, f"possible: {what} ({one.setting}) is not what {where} began with", f"{mend}, or {again}"
+        setting, value, f"possible: {what} ({one.setting}) has changed since {where} began", f"{remedy}, or {again}"
     )
 
 
@@ -112,7 +112,7 @@ def _files(experiment: Experiment) -> Iterator[Input]:
 
 
 def _names(config: RunConfig, setting: str) -> list[str]:
-    """The plug-ins that ``setting`` names; an object from Python is none."""
+    """The plug-ins that ``setting`` names; empty for an object from Python."""
     value = str(getattr(config, setting))
     names = split_chain(value) if setting == "base_optimizer" else [value]
     return [] if value.endswith(FROM_PYTHON) else names
@@ -123,5 +123,5 @@ def _contents(experiment: Experiment) -> Iterator[Input]:
         yield Input(setting=setting, name=CONTENTS[setting], sha256=digest)
     fields = repr(experiment.optimizer)
     given = experiment.config.optimizer.endswith(FROM_PYTHON) and dataclasses.is_dataclass(experiment.optimizer)
-    if given and " at 0x" not in fields:  # an address is another in each process
+    if given and " at 0x" not in fields:  # an address differs between processes
         yield Input(setting="optimizer", name="its fields", sha256=hashlib.sha256(fields.encode()).hexdigest())

@@ -1,8 +1,8 @@
-"""What a logger is, and all loggers of a run as one, of which none can end or delay it for good.
+"""The protocol of a logger, and all loggers of a run behind one object.
 
-A logger runs beside the server and gets what the run folder holds, no more: the configuration, the lines of
-``rounds.jsonl`` and ``timing.jsonl``, the summary. Nothing that a client computed on its data reaches it but through
-them. Built-in ones are in ``fed_dpsat.lab.loggers``.
+A logger runs in the process of the server and receives only the content of the run folder: the configuration, the lines
+of ``rounds.jsonl`` and ``timing.jsonl``, and the summary. It receives no other result of a client.
+``fed_dpsat.lab.loggers`` holds the built-in loggers.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ METHODS = ("begin", "round", "end")
 
 
 class RunLogger(Protocol):
-    """Told of a run by three calls; a copy each, so that it can change nothing.
+    """Receives a run in three calls, each with a copy of the data.
 
-    What ``begin`` raises ends the run before a client is asked. What the others raise is said once, and the run goes
-    on without the logger.
+    An exception of ``begin`` ends the run before the first message to a client. After an exception of another method
+    the run logs one warning and continues without the logger.
     """
 
     def begin(self, config: RunConfig, folder: Path, next_round: int) -> None:
-        """The run in ``folder`` begins, or goes on, with ``next_round``: 0 in a new one, its first evaluation."""
+        """The run in ``folder`` starts or resumes with ``next_round``; a new run starts with 0, an evaluation."""
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """A line of ``rounds.jsonl`` and under ``timing`` one of ``timing.jsonl``, as JSON holds them."""
+        """A line of ``rounds.jsonl``; its key ``timing`` holds the line of ``timing.jsonl``."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """What ``summary.json`` holds; ``status`` says whether the run is complete."""
+        """The content of ``summary.json``; ``status`` says whether the run is complete."""
 
 
 class Loggers:
-    """Loggers by name; one that raises after ``begin`` is warned of once and left out from then on."""
+    """Loggers by name; a logger that raises after ``begin`` causes one warning and is removed."""
 
     def __init__(self, loggers: Mapping[str, RunLogger]) -> None:
         self._loggers = dict(loggers)
 
     @classmethod
     def of(cls, config: RunConfig) -> Loggers:
-        """Those that ``config.loggers`` names; raises ``PluginError`` for a missing one, or for a missing package."""
+        """The loggers that ``config.loggers`` names; raises ``PluginError`` for a missing logger or package."""
         names = [name.strip() for name in config.loggers.split(",") if name.strip()]
         return cls({name: _build(name, config) for name in names})
 
@@ -56,7 +56,7 @@ class Loggers:
         return bool(self._loggers)
 
     def begin(self, config: RunConfig, folder: Path, next_round: int) -> None:
-        """Raises ``RunError`` where one cannot begin: there is time to mend it, as nobody was asked yet."""
+        """Start all loggers; raises ``RunError`` if one cannot start, before the first message to a client."""
         for name, logger in self._loggers.items():
             try:
                 logger.begin(config, folder, next_round)
@@ -64,16 +64,16 @@ class Loggers:
                 raise
             except Exception as error:
                 raise RunError(
-                    f"loggers={name!r} cannot begin ({type(error).__name__}: {error}); mend it, or go on without: "
+                    f"loggers={name!r} cannot start ({type(error).__name__}: {error}); repair it, or continue without: "
                     f"fed-dpsat resume {folder} --set loggers="
                 ) from error
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """One more round."""
+        """Send one round to all loggers."""
         self._tell(lambda logger: logger.round(copy.deepcopy(record)), f"round {record['round']}")
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """The end, whatever it was."""
+        """Send the summary to all loggers."""
         self._tell(lambda logger: logger.end(copy.deepcopy(summary)), "the end")
 
     def _tell(self, tell: Callable[[RunLogger], None], of: str) -> None:
@@ -83,7 +83,7 @@ class Loggers:
             except Exception as error:
                 del self._loggers[name]
                 log.warning(
-                    "loggers: %s failed at %s (%s: %s) and is left out from here on; the run folder has everything",
+                    "loggers: %s failed at %s (%s: %s) and is removed; the run folder has all data",
                     name,
                     of,
                     type(error).__name__,

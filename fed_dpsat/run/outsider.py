@@ -1,7 +1,7 @@
-"""Whether a run has an epsilon against someone who sees its released models alone, and which; if not, why not.
+"""Epsilon of a run against an observer who sees only its released models, or the reason why there is no proof.
 
-``privacy.released`` has the figure. It rests on coins of a chance that is the same whatever fell before, and on what
-the models show of them; each reason here is a way in which earlier or other coins show.
+``accounting.released`` computes this epsilon. It assumes that the rate of a coin does not depend on earlier coins, and
+limits what a model reveals of the coins. Each reason in this module violates one of these assumptions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fed_dpsat.accounting.released import ASSUMPTIONS, Cohort, epsilon_of_models
 from fed_dpsat.client.build import Experiment
 
 Lines = Sequence[Mapping[str, Any]]
-"""Of ``rounds.jsonl``."""
+"""Lines of ``rounds.jsonl``."""
 
 
 def epsilon_of_outsider(
@@ -29,11 +29,11 @@ def epsilon_of_outsider(
     retired: bool,
     shows_single: str = "",
 ) -> dict[str, Any]:
-    """``epsilon_released`` of the rounds in ``lines`` and what it assumes; None and the reason where no proof stands.
+    """``epsilon_released`` of the rounds in ``lines`` and its assumptions; without a proof, None and the reason.
 
-    Empty for a run that asks for no such figure: without coins, of the unit "client", or without a round. ``redone``
-    says that a round was begun twice with other coins, ``retired`` that a client left. ``shows_single`` is the name of
-    a strategy that uses more than the mean of replies.
+    Empty for a run without coins, with the unit "client", or without a round. ``redone``: a round started twice with
+    other coins. ``retired``: a client has left. ``shows_single``: the name of a strategy that uses more than the mean
+    of replies.
     """
     config = experiment.config
     rounds = [line for line in lines if line["round"]]
@@ -42,10 +42,10 @@ def epsilon_of_outsider(
     for reason in _reasons(experiment, plans, rounds, retired, shows_single):
         return _missing(reason)
     if status == "failed":
-        return _missing("the run failed, which may have depended on who took part")
+        return _missing("the run failed, which may depend on the clients that took part")
     if redone:
-        return _missing("a round that was interrupted was done again with other coins, and may have been seen")
-    first = min(plans, key=lambda plan: plan.first_round)  # who is there longest has tossed most coins
+        return _missing("an interrupted round ran again with other coins, and an observer may have seen both")
+    first = min(plans, key=lambda plan: plan.first_round)  # the client of the most rounds has tossed the most coins
     cohorts = [Cohort(len(line["asked"]), line["tossed"]) for line in rounds if line["round"] >= first.first_round]
     found = epsilon_of_models(first.event, cohorts, config.client_rate, config.delta, config.accountant)
     return {"epsilon_released": found, "epsilon_released_assumptions": ASSUMPTIONS}
@@ -61,33 +61,33 @@ def _reasons(
     config = experiment.config
     if carried := experiment.carried_state():
         yield (
-            f"clients keep state between rounds ({', '.join(sorted(carried))}), so a later update tells whether a "
+            f"clients keep state between rounds ({', '.join(sorted(carried))}), so a later update reveals whether a "
             "client took part earlier"
         )
     if config.rounds_per_client < config.num_rounds:
-        yield "with max_rounds_per_client, who may take part depends on earlier coins, which are secret"
+        yield "with max_rounds_per_client, the eligible clients depend on earlier coins, which are secret"
     if retired or any(_may_retire(experiment, plan) for plan in set(plans)):
-        yield "budgets can end before the rounds do, so who may take part, and when the run ends, depends on coins"
+        yield "budgets can end before the last round, so the eligible clients and the end of the run depend on coins"
     sizes = [len(indices) for indices in experiment.partitions]
     if len({plan.event for plan in plans}) > 1 or len(set(sizes)) > 1:
         yield (
-            "clients differ in size, noise or sample rate, so the level of the noise in a model tells who took part; "
-            "validation_share can leave as many examples as divide evenly"
+            "clients differ in size, noise or sample rate, so the level of the noise in a model reveals which clients "
+            "took part; with validation_share the rest can divide evenly"
         )
     if config.secure_aggregation:
-        yield "with secure_aggregation the model stays also in rounds of too few clients, which tells of their number"
+        yield "with secure_aggregation a round of too few clients keeps the model, which reveals their number"
     if shows_single:
-        yield f"{shows_single} uses more than the mean of replies, so it may show who took part"
+        yield f"{shows_single} uses more than the mean of replies, so it may reveal which clients took part"
     if config.attack:
         yield "attackers compute on each other's data, without a coin"
     if config.dropout_rate or (config.client_timeout and config.delay != "none"):
-        yield "who is away or late is drawn from the public seed, which leaves fewer clients to have moved the model"
+        yield "the public seed draws absent and late clients, so an observer knows clients that did not take part"
     joined = {line["round"]: sum(p.first_round <= line["round"] for p in plans) for line in rounds}
     for line in rounds:
         if line["dropped"] or line.get("tossed") != joined[line["round"]]:
             yield (
-                f"not every client tossed a coin in round {line['round']}, or not all that were drawn replied: others "
-                "may know who was away"
+                f"in round {line['round']} a client tossed no coin, or a sampled client did not reply: an observer "
+                "may know which"
             )
 
 

@@ -1,4 +1,4 @@
-"""How a process that trains is set up: its allocator and its threads."""
+"""Settings of a training process: its allocator and its threads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
 
 
 def tune_allocator() -> bool:
-    """Ask glibc to keep up to 2 GiB of freed blocks; False where the C library is another one.
+    """Let glibc keep up to 2 GiB of freed blocks; False for another C library.
 
-    As shipped, it hands large blocks back to the system and faults them in again, step after step. The same as
-    starting Python with ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_TOP_PAD_`` set.
-    Call it before the first large allocation.
+    By default glibc returns large blocks to the system and faults them in again in each step. This call has the effect
+    of the variables ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_TOP_PAD_``. Call it before the
+    first large allocation.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -28,7 +28,7 @@ def tune_allocator() -> bool:
 
 @contextmanager
 def intra_op_threads(count: int) -> Iterator[None]:
-    """``count`` threads inside: the order of sums, and so the last bits of a result, depend on it."""
+    """Run the block with ``count`` threads; the order of sums, and so the last bits of a result, depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""What a run says of its privacy beside epsilon: whom it is against, what it leaves out, whether delta is small."""
+"""The privacy statement of a run beside epsilon: the threat model, uncovered releases, and a warning about delta."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ VALIDATION_RELEASED = (
 )
 COHORTS_LOGGED = "how many clients were drawn in each round, to loggers: exact, not covered by epsilon"
 COUNTS_RELEASED = "examples without a finite gradient, per client and round: exact, not covered by epsilon"
-DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "who takes part in which round")
+DECLARED_PUBLIC = ("number of examples of each client", "number of clients", "the cohort of each round")
 TRUSTED_SERVER = (
-    "someone who sees every released model; the server is trusted: it sees each client's bounded change and adds noise"
+    "an observer who sees every released model; the server is trusted: it sees each client's clipped change and adds "
+    "noise"
 )
 
 
 def threat_model(config: RunConfig) -> str:
-    """Whom epsilon is against, as it is printed beside it."""
+    """The adversary of epsilon, as text."""
     if config.privacy_unit == "example":
         return "a server that sees every update; no amplification by client sampling"
     if config.client_sampling == "poisson":
-        return f"{TRUSTED_SERVER}; who was drawn, the seed and the run folder stay with it"
-    return f"{TRUSTED_SERVER}; who takes part is known, no amplification by client sampling"
+        return f"{TRUSTED_SERVER}; the cohorts, the seed and the run folder stay with it"
+    return f"{TRUSTED_SERVER}; the cohorts are public, no amplification by client sampling"
 
 
 def declared_public(config: RunConfig) -> tuple[str, ...]:
-    """What no epsilon covers, by declaration: a client's size and its coins are not, where the unit is the client."""
+    """Facts that are declared public, so epsilon does not cover them; fewer if the unit is the client."""
     if config.privacy_unit == "example":
         return DECLARED_PUBLIC
     return DECLARED_PUBLIC[1:2] if config.client_sampling == "poisson" else DECLARED_PUBLIC[1:]
 
 
 def also_released(config: RunConfig, *, personal: bool) -> list[str]:
-    """What leaves beside the updates and no epsilon covers; ``personal`` accuracies are measured in simulations."""
+    """Releases beside the updates that epsilon does not cover; only simulations measure ``personal`` accuracies."""
     found = [COUNTS_RELEASED] if config.release_counts else []
     if config.validation_share:
         found.append(VALIDATION_RELEASED)
@@ -51,7 +52,7 @@ def also_released(config: RunConfig, *, personal: bool) -> list[str]:
 
 
 def delta_warning(experiment: Experiment) -> str:
-    """Why delta is too large for those whom epsilon is about; empty if it is not."""
+    """A warning if delta is too large for the number of examples or clients; else ""."""
     config = experiment.config
     if not config.private:
         return ""
@@ -61,8 +62,8 @@ def delta_warning(experiment: Experiment) -> str:
 
 
 def unused_warning(experiment: Experiment) -> str:
-    """How many training examples the partition gives to nobody; empty if it gives all."""
+    """A warning if the partition leaves out training examples; else ""."""
     if not (unused := experiment.unused_examples):
         return ""
     total, partition = len(experiment.dataset.train), experiment.config.partition
-    return f"{unused} of {total} training examples are in no part of partition={partition}: nobody trains on them"
+    return f"{unused} of {total} training examples are in no part of partition={partition}: no client trains on them"

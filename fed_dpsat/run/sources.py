@@ -1,8 +1,8 @@
-"""The Python files of one's own that a plug-in runs: its file, what that imports, what those import, and so on.
+"""The user's Python files that a plug-in runs: its own file and, recursively, the files that it imports.
 
-One's own is what neither Python nor an installed package nor this project ships. Imports are read in the source, also
-those inside functions, and in what a loaded module holds, which finds names that were only known as it ran. Nothing is
-imported for it. What a plug-in opens by itself is not found.
+A file of the user is one that neither Python, an installed package nor this project ships. This module reads imports
+from the source, also inside functions, and from the attributes of a loaded module, which include dynamic imports. It
+imports nothing. It does not find files that a plug-in opens itself.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 def plugin_sources(name: str) -> dict[str, Path]:
-    """Files by how they are called, ``helpers/tools.py``, for the plug-in ``name``; none for a built-in one.
+    """Files of the plug-in ``name`` by their relative paths, such as ``helpers/tools.py``; empty for a built-in one.
 
-    The file that ``name`` names is among them wherever it lies, but for this project's. Of a network of a library it is
-    the file that describes it.
+    The file of ``name`` itself is always included, except a file of this project. For a network of a library it is the
+    file that describes it.
     """
     if (library := name.partition(":")[0]) in LIBRARIES and library != name:
         return files_of(name)
@@ -56,7 +56,7 @@ def _imported(file: Path) -> Iterator[Path]:
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError):
-        return  # nothing can import it either
+        return  # Python cannot import it either
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -81,7 +81,7 @@ def _parents(name: str) -> list[str]:
 
 
 def _file_of(name: str) -> Path | None:
-    """The file of the module ``name``, as it was imported or else would be."""
+    """The file of the module ``name``, imported or not."""
     if (module := sys.modules.get(name)) is not None:
         return _path(module)
     path = None
@@ -107,7 +107,7 @@ def _loaded(file: Path) -> ModuleType | None:
 
 
 def _path(module: object, name: str = "") -> Path | None:
-    """Of a module's file, if there is one and it is called ``name``."""
+    """The file of ``module`` if its path ends in ``name``."""
     where = vars(module).get("__file__") if isinstance(module, ModuleType) else None
     return Path(where) if isinstance(where, str) and where.endswith(name) else None
 
@@ -117,7 +117,7 @@ def _is_own(file: Path) -> bool:
 
 
 def _called(file: Path) -> str:
-    """``file`` from the folder that its outermost package is in."""
+    """``file`` relative to the folder of its outermost package."""
     root = file.parent
     while (root / "__init__.py").is_file():
         root = root.parent

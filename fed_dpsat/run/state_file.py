@@ -1,7 +1,7 @@
-"""The file of one client's state: a line that says what it is, a line of JSON, and arrays as they lie in memory.
+"""The file of a client's state: a line with the format, a line of JSON, and the bytes of the arrays.
 
-``torch.save`` would pack an archive with a checksum: a millisecond for a state of a few numbers, several for a model.
-Reading runs nothing that a file says. A file that ends early, or is none, is a ``StateError``.
+``torch.save`` packs an archive with a checksum, which takes a millisecond for a few numbers and several for a model.
+Reading executes no code. A truncated or missing file raises ``StateError``.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import numpy as np
 from fed_dpsat.errors import RunError, written
 
 Record = tuple[str, Mapping[str, Any]]
-"""A kind, ``ARRAYS`` or another, and what is in it by name: arrays, or what JSON holds and bytes."""
+"""A kind, ``ARRAYS`` or another, and its values by name: arrays, or values of JSON and bytes."""
 
 SUFFIX = ".state"
 MAGIC = b"fed_dpsat state 2\n"
 ALIGNED = 64
-"""Bytes that every array begins at a multiple of."""
+"""Every array starts at a multiple of this number of bytes."""
 BYTES = "bytes"
 ARRAYS = "arrays"
 
 
 class StateError(RunError):
-    """A client's state that is not where it was put, or not as it was."""
+    """The state of a client is missing or damaged."""
 
 
 def write_state(path: Path, state: Mapping[str, Record]) -> None:
-    """All of it, in the place of what is at ``path``, or nothing; its folder is made. Raises ``RunError``."""
+    """Replace the file at ``path`` atomically, and create its folder. Raises ``RunError``."""
     header: list[Any] = []
     arrays: list[np.ndarray[Any, Any]] = []
     for key, (kind, items) in state.items():
@@ -52,14 +52,14 @@ def write_state(path: Path, state: Mapping[str, Record]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Record]:
-    """What was written; arrays are read-only. Raises ``StateError``."""
+    """The state in the file at ``path``; arrays are read-only. Raises ``StateError``."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise StateError(f"no client state at {path}; workers on several hosts need the run folder in common") from None
+        raise StateError(f"no client state at {path}; put the run folder on a disk that all hosts share") from None
     text_end = data.find(b"\n", len(MAGIC)) + 1
     if not data.startswith(MAGIC) or not text_end:
-        raise StateError(f"{path} is no client state of this version; start a new run, or go on with that version")
+        raise StateError(f"{path} is not a client state of this version; start a new run, or use that version")
     state: dict[str, Record] = {}
     at = _next(text_end)
     for key, kind, items in json.loads(data[len(MAGIC) : text_end]):
@@ -79,7 +79,7 @@ def read_state(path: Path) -> dict[str, Record]:
 
 
 def _aligned(parts: list[Any]) -> list[Any]:
-    """``parts`` with what fills the space between them."""
+    """``parts`` with zero bytes between them, so that each starts at a multiple of ``ALIGNED``."""
     filled = []
     for part in parts:
         filled += [part, b"\0" * (_next(len(part)) - len(part))]
@@ -91,7 +91,7 @@ def _next(at: int) -> int:
 
 
 def _write_all(descriptor: int, parts: list[Any]) -> None:
-    """A call takes as many parts as the system lets it, and may write less than it was given."""
+    """Write all ``parts``; one call to the system takes a limited number and may write a part of them."""
     while parts:
         written = os.writev(descriptor, parts[:512])
         while parts and written >= len(parts[0]):

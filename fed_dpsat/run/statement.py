@@ -1,4 +1,4 @@
-"""A ledger as a statement of account: one line per client, totals, and whether the file is whole."""
+"""The statement of a ledger: one line per client, totals, and the check of the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fed_dpsat.settings.config import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ClientLine:
-    """One client: ``epsilon`` is PLD's; ``state`` is active, retired or not asked yet."""
+    """One client: ``epsilon`` is by PLD; ``state`` is "active", "retired" or "not asked"."""
 
     client: int
     rounds: int
@@ -35,7 +35,7 @@ class ClientLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """All lines, the maxima over clients, what they protect, and the head of the hash chain."""
+    """All lines, the maxima over clients, the privacy unit, and the head of the hash chain."""
 
     unit: str
     clients: tuple[ClientLine, ...]
@@ -52,22 +52,22 @@ class Statement:
 
 
 def read_statement(run: Path, delta: float | None = None) -> Statement:
-    """The statement of a run folder; raises ``LedgerError`` unless its ledger is whole and its chain unbroken.
+    """The statement of a run folder; raises ``LedgerError`` for a damaged ledger or a broken chain.
 
-    ``delta`` defaults to the run's. The heads of the chain that checkpoint and ``summary.json`` noted must be in it, so
-    a file that was rewritten, or an older copy, is found too.
+    ``delta`` defaults to the delta of the run. The chain must contain the heads in the checkpoint and ``summary.json``,
+    which detects a rewritten file and an older copy.
     """
     folder = RunFolder(run, resume=True)
     config = folder.config()
     delta = config.delta if delta is None else delta
     if not 0 < delta < 1:
-        raise SettingError("delta", delta, "in (0, 1)", "leave it out for that of the run")
+        raise SettingError("delta", delta, "in (0, 1)", "leave it out for the delta of the run")
     plans = make_plans(config)
     with trusted_ledger(folder) as ledger:
-        if ledger.unit not in (None, config.privacy_unit):
+        if (found := ledger.privacy_unit) not in (None, config.privacy_unit):
             raise LedgerError(
-                f"{run / 'ledger.sqlite'} protects {UNITS.get(str(ledger.unit), ledger.unit)}, but the run's "
-                f"privacy_unit={config.privacy_unit!r}; it is another run's ledger"
+                f"{run / 'ledger.sqlite'} protects {UNITS.get(str(found), found)}, but the run has "
+                f"privacy_unit={config.privacy_unit!r}; it is the ledger of another run: restore the right one"
             )
         spent = {name: ledger.epsilon_by_client(delta, name) for name in ("pld", "rdp")}
         rounds = ledger.rounds_by_client()
@@ -101,7 +101,7 @@ def read_statement(run: Path, delta: float | None = None) -> Statement:
 
 
 def _delta_warning(folder: RunFolder, config: RunConfig, delta: float) -> str:
-    """Of the sizes that the run noted: a simulation all of them, a deployment what its own delta came to."""
+    """The warning from the sizes in ``simulation.json``; for a deployment, the warning that the run stored."""
     if config.privacy_unit == "client":
         return large_delta(delta, "client", config.num_clients)
     if sizes := folder.sizes():
@@ -111,7 +111,7 @@ def _delta_warning(folder: RunFolder, config: RunConfig, delta: float) -> str:
 
 @contextmanager
 def trusted_ledger(folder: RunFolder) -> Iterator[PrivacyLedger]:
-    """The run's ledger, to be read; ``LedgerError`` unless it is whole and holds all that the run noted of it."""
+    """The ledger of the run, for reading; raises ``LedgerError`` if it is damaged or lacks a stored head."""
     with PrivacyLedger(folder.ledger_path, readonly=True) as ledger:
         ledger.verify()
         _check_heads(folder, ledger)
@@ -119,17 +119,18 @@ def trusted_ledger(folder: RunFolder) -> Iterator[PrivacyLedger]:
 
 
 def _check_heads(folder: RunFolder, ledger: PrivacyLedger) -> None:
-    """``LedgerError`` unless the ledger goes on from the checkpoint's head, and ends in that of a completed run."""
+    """Raise ``LedgerError`` unless the chain has the head of the checkpoint and ends in that of a completed run."""
     if (checkpoint := folder.load_checkpoint()) is not None:
         ledger.check_extends(Head(*checkpoint.server["ledger_head"]), f"at round {checkpoint.round}")
     summary = folder.summary()
     published = summary.get("ledger_head")
     if not published:
         return
-    if summary["status"] != "completed":  # what was resumed since then has charged more
+    if summary["status"] != "completed":  # a resume may have added charges since then
         ledger.check_extends(Head(**published), f"when the run was {summary['status']}")
     elif published != ledger.head._asdict():
         raise LedgerError(
             f"{folder.ledger_path} has {ledger.head.charges} charges ending in {ledger.head.sha256[:16]}, but "
-            f"the run ended with {published['charges']} ending in {published['sha256'][:16]}; it was changed afterwards"
+            f"the run ended with {published['charges']} ending in {published['sha256'][:16]}: it was changed later; "
+            "restore it from a backup"
         )

@@ -1,4 +1,4 @@
-"""Where the time of a run went, how fast it was, and what it sent."""
+"""Seconds by phase, throughput and traffic of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fed_dpsat.run.timing import Phases
 
 
 class Throughput:
-    """Of this process; a resumed run counts from there."""
+    """Throughput of this process; a resumed run starts from zero."""
 
     def __init__(self, experiment: Experiment, plans: Sequence[ClientPlan], phases: Phases) -> None:
         self._experiment, self._plans, self._timed = experiment, plans, phases
@@ -25,9 +25,9 @@ class Throughput:
         self._started = self._round_started = time.perf_counter()
 
     def of_round(self, round: int, accepted: list[int], bytes_down: int, bytes_up: int) -> dict[str, Any]:
-        """Seconds by phase since the last round (the checkpoint of a round is in the next line), and throughput.
+        """Seconds by phase since the last round, and throughput; the next line holds the checkpoint of this round.
 
-        Examples are those that are expected to be drawn: how many were drawn is not public.
+        The number of examples is the expected one: the number of sampled examples is not public.
         """
         now = time.perf_counter()
         seconds, self._round_started = now - self._round_started, now
@@ -48,7 +48,7 @@ class Throughput:
         }
 
     def of_run(self) -> dict[str, Any]:
-        """All rounds together; bytes are means per round, of all clients, as they were written."""
+        """The totals of all rounds; bytes are means per round over all clients, as sent."""
         seconds = time.perf_counter() - self._started
         sent = {way: fmean(b[at] for b in self._bytes) for at, way in enumerate(("down", "up")) if self._bytes}
         return {
@@ -61,12 +61,12 @@ class Throughput:
         }
 
     def _expected_examples(self, clients: list[int]) -> float:
-        if self._experiment.config.privacy_unit == "client":  # whose sizes are not public
+        if self._experiment.config.privacy_unit == "client":  # sizes of clients are not public
             return 0.0
         plans, partitions = self._plans, self._experiment.partitions
         return sum(plans[c].event.steps * plans[c].event.sample_rate * len(partitions[c]) for c in clients)
 
 
 def _peak_memory_mb() -> float:
-    """Of this process, without its workers."""
+    """Peak memory of this process, without its workers."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,4 +1,4 @@
-"""Where the time of a round goes, by phase, and a trace of who was at work when."""
+"""Seconds of a round by phase, and a trace of phases and clients over time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MICROSECONDS = 1e6
 
 
 class Phases:
-    """Seconds by phase; one inside another is counted once, as itself. With ``trace``, every stretch is kept."""
+    """Seconds by phase; a nested phase counts only as itself. With ``trace``, every span is stored."""
 
     def __init__(self, *, trace: bool = False) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -28,7 +28,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """``name`` while the block runs."""
+        """Count the time of the block as ``name``."""
         started, clock = time.time(), time.perf_counter()
         self._turn()
         self._stack.append(name)
@@ -40,7 +40,7 @@ class Phases:
             self.add_span(name, 0, started, time.perf_counter() - clock)
 
     def waiting_for(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """``items``; the time until each is there counts as ``name``."""
+        """Yield ``items``; the time to wait for each counts as ``name``."""
         iterator = iter(items)
         while True:
             with self(name):
@@ -51,19 +51,19 @@ class Phases:
             yield item
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since they were last taken."""
+        """Seconds by phase since the last call."""
         self._turn()
         taken, self._seconds = dict(self._seconds), defaultdict(float)
         return taken
 
     def add_span(self, name: str, row: int, started: float, seconds: float) -> None:
-        """``name`` was at work, from ``started`` (seconds since the epoch) on; rows are lines of the trace."""
+        """Add a span of ``name`` that begins at ``started`` (seconds since the epoch), in line ``row`` of the trace."""
         if self._events is not None:
             times = {"ts": MICROSECONDS * started, "dur": MICROSECONDS * seconds}
             self._events.append({"name": name, "ph": "X", "pid": 0, "tid": row, **times})
 
     def write_trace(self, path: Path, rows: Iterable[str]) -> None:
-        """As JSON that chrome://tracing and ui.perfetto.dev show; ``rows`` name the lines."""
+        """Write JSON for chrome://tracing and ui.perfetto.dev; ``rows`` names the lines."""
         names: list[dict[str, Any]] = [
             {"name": "thread_name", "ph": "M", "pid": 0, "tid": row, "args": {"name": name}}
             for row, name in enumerate(rows)

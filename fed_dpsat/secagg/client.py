@@ -1,6 +1,7 @@
-"""A client's side of secure aggregation: what it answers in each phase, and what it keeps in between.
+"""The client in secure aggregation: its reply in each phase, and the secrets that it keeps between phases.
 
-Secrets live in the context's state and go when shares are opened: a second question about one round is refused.
+Secrets live in the state of the context. The client deletes them when it opens shares, and refuses a second request for
+the same round.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from fed_dpsat.secagg.fixed_point import encode, fraction_bits
 from fed_dpsat.secagg.rounds import PublicKeys, Secrets, mask, open_shares, share
 
 SECRETS = "fed_dpsat.secrets"
-"""The record that a client keeps and never sends."""
+"""The record with the secrets of a client; it stays on the client."""
 
 KEYS, LISTS = ("seal_key", "mask_key", "seed"), ("seal", "mask", "sealed")
-"""What of that record is bytes, and lists of bytes."""
+"""Fields of this record that are bytes, and fields that are lists of bytes."""
 
 
-def answer(client: int, content: RecordDict, state: RecordDict, num_examples: int) -> RecordDict:
-    """The answer to a question of the phases keys, shares or open; raises ``ValueError`` for one out of turn."""
+def phase_reply(client: int, content: RecordDict, state: RecordDict, num_examples: int) -> RecordDict:
+    """The reply in the phases keys, shares and open; raises ``ValueError`` for a phase out of order."""
     asked: dict[str, Any] = dict(content.config_records[SECURE])
     round = str(records.read_assignment(content).round)
     answers: dict[str, Callable[[], dict[str, Any]]] = {
@@ -38,18 +39,18 @@ def answer(client: int, content: RecordDict, state: RecordDict, num_examples: in
 
 
 def hide(client: int, content: RecordDict, state: RecordDict, reply: RecordDict) -> RecordDict:
-    """``reply`` with the masked, weighted update in the place of the model.
+    """``reply`` with the masked, weighted update instead of the model.
 
-    Raises ``ValueError`` where fewer than the threshold have shared: their masks could be opened.
+    Raises ``ValueError`` if fewer clients than the threshold have shared: a server could open their masks.
     """
     asked: dict[str, Any] = dict(content.config_records[SECURE])
     own, kept = _kept(client, str(records.read_assignment(content).round), state)
     if "present" in kept:
-        raise ValueError(f"client {client} has sent its update of round {own.round}: two under one mask would tell")
+        raise ValueError(f"client {client} has sent its update of round {own.round}: two under one mask reveal data")
     present, threshold = list(asked["clients"]), int(kept["threshold"])
     if len(present) < threshold or client not in present or not set(present) <= set(kept["clients"]):
         raise ValueError(f"{len(present)} clients have shared, threshold={threshold}: nothing is sent")
-    records.check_arrays(reply, content.array_records[records.ARRAYS])  # a sum would hide what no reply may be
+    records.check_arrays(reply, content.array_records[records.ARRAYS])  # nobody can check an array inside a sum
     before, after = (flat(record.array_records[records.ARRAYS]) for record in (content, reply))
     size: Any = reply.metric_records[records.METRICS][records.NUM_EXAMPLES]
     weight = float(size)
@@ -60,10 +61,10 @@ def hide(client: int, content: RecordDict, state: RecordDict, reply: RecordDict)
 
 
 def flat(arrays: ArrayRecord) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """All arrays one after the other; raises ``ValueError`` for whole numbers, of which there is no mean."""
+    """All arrays as one vector; raises ``ValueError`` for integers, which have no mean."""
     views = [compat.view(array) for array in arrays.values()]
     if wrong := [name for name, view in zip(arrays, views, strict=True) if view.dtype.kind != "f"]:
-        raise ValueError(f"secure aggregation is of floating point parameters, and {wrong[0]} is none")
+        raise ValueError(f"secure aggregation needs floating point parameters, and {wrong[0]} is not")
     return np.concatenate([view.ravel().astype(np.float64) for view in views])
 
 
@@ -93,7 +94,7 @@ def _open(client: int, round: str, state: RecordDict, asked: dict[str, Any]) -> 
 
 
 def _keep(state: RecordDict, values: dict[str, Any]) -> None:
-    """As text, since ``torch.load`` takes no bytes where it takes no code."""
+    """Store bytes as text, because ``torch.load`` with ``weights_only`` accepts no bytes."""
     text = {key: [v.hex() for v in values[key]] for key in LISTS if key in values}
     text |= {key: values[key].hex() for key in KEYS}
     state[SECRETS] = ConfigRecord({**values, **text})
@@ -102,7 +103,7 @@ def _keep(state: RecordDict, values: dict[str, Any]) -> None:
 def _kept(client: int, round: str, state: RecordDict) -> tuple[Secrets, dict[str, Any]]:
     kept: dict[str, Any] = dict(state.config_records.get(SECRETS, ConfigRecord()))
     if kept.get("round") != round:
-        raise ValueError(f"client {client} has no secrets of round {round}: it was restarted, or answered already")
+        raise ValueError(f"client {client} has no secrets of round {round}: it was restarted, or has replied already")
     kept |= {key: [bytes.fromhex(v) for v in kept[key]] for key in LISTS if key in kept}
     kept |= {key: bytes.fromhex(kept[key]) for key in KEYS}
     return Secrets(round=round, client=client, **{key: kept[key] for key in KEYS}), kept

@@ -1,4 +1,4 @@
-"""Key pairs, what two of them agree on, and what may be done with that: seal a message, or expand it to a mask."""
+"""Key pairs, key agreement, sealed messages, and masks from a seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def new_key() -> bytes:
 
 
 def public_key(private: bytes) -> bytes:
-    """The public half."""
+    """The public key of ``private``."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
@@ -37,20 +37,20 @@ def agree(private: bytes, public: bytes, purpose: str) -> bytes:
 
 
 def expand(seed: bytes, size: int) -> NDArray[np.uint64]:
-    """``[size]`` numbers modulo 2^64, uniform to whoever lacks ``seed``: ChaCha20's stream. A seed is used once."""
+    """``[size]`` numbers modulo 2^64 from ChaCha20, uniform without knowledge of ``seed``. Use a seed only once."""
     stream = Cipher(ChaCha20(seed, b"\0" * 16), mode=None).encryptor().update(b"\0" * (8 * size))
     return np.frombuffer(stream, dtype="<u8").astype(np.uint64)
 
 
 def seal(key: bytes, text: bytes, about: str) -> bytes:
-    """``text`` encrypted and authenticated together with what it is ``about``."""
+    """``text``, encrypted and authenticated, with ``about`` as associated data."""
     nonce = os.urandom(NONCE_BYTES)
     return nonce + ChaCha20Poly1305(key).encrypt(nonce, text, about.encode())
 
 
 def unseal(key: bytes, sealed: bytes, about: str) -> bytes:
-    """What ``seal`` sealed; raises ``ValueError`` if it was changed, or is about something else."""
+    """The inverse of ``seal``; raises ``ValueError`` for a changed message or another ``about``."""
     try:
         return ChaCha20Poly1305(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], about.encode())
     except InvalidTag:
-        raise ValueError(f"a sealed message about {about} was changed on its way") from None
+        raise ValueError(f"a sealed message about {about} was changed in transit") from None

@@ -1,16 +1,15 @@
-"""One round of the protocol, from a client's side and from the server's: what each makes of what it got.
+"""One round of the protocol: the computations of a client and of the server.
 
-1. ``Secrets.new``: two key pairs and a seed; the public keys go to all through the server.
-2. ``share``: the mask key and the seed are split among all, each share sealed for its holder.
-3. ``mask``: the encoded update plus the seed's mask plus, for each other client, a mask that both know, once with plus
-   and once with minus. To anyone who lacks a mask it is uniform.
-4. ``open_shares``: of those whose update arrived, shares of the seed; of those who shared and then went, shares of the
-   mask key. Never both of one client.
-5. ``unmask``: the server puts the seeds and keys together and takes away what did not cancel.
+1. ``Secrets.new``: a client makes two key pairs and a seed; the server forwards the public keys to all clients.
+2. ``share``: a client splits its mask key and its seed among all clients, and seals each share for its holder.
+3. ``mask``: a client adds to its encoded update the mask of its seed and, for each other client, a mask that both know;
+   one of the two adds it, the other subtracts it. Without a mask, the result is uniform.
+4. ``open_shares``: a client opens shares of the seed for each client whose update arrived, and shares of the mask key
+   for each client that shared and then dropped out. It never opens both for one client.
+5. ``unmask``: the server combines seeds and keys, and removes the masks that did not cancel.
 
-Source: Bonawitz et al., CCS 2017, for a server that is honest but curious: there is no public key
-infrastructure, so a server that invents clients is not kept out. Fewer than ``threshold`` clients together with it
-learn nothing but sums.
+Source: Bonawitz et al., CCS 2017, for an honest but curious server: without a public key infrastructure, a server can
+invent clients. The server together with fewer than ``threshold`` clients learns only sums.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Vector = NDArray[np.uint64]
 
 @dataclass(frozen=True, kw_only=True)
 class Secrets:
-    """What a client keeps to itself for one ``round``: keys to seal and to mask with, and the seed of its own mask."""
+    """The secrets of a client for one ``round``: a key to seal, a key for masks, and the seed of its own mask."""
 
     round: str
     client: int
@@ -38,12 +37,12 @@ class Secrets:
 
     @classmethod
     def new(cls, client: int, round: str) -> Secrets:
-        """Fresh ones; ``round`` names the round and the attempt."""
+        """Fresh secrets; ``round`` names the round and the attempt."""
         return cls(round=round, client=client, seal_key=keys.new_key(), mask_key=keys.new_key(), seed=keys.new_key())
 
     @property
     def public(self) -> PublicKeys:
-        """What the others may know."""
+        """The public keys, which all clients may know."""
         return PublicKeys(seal=keys.public_key(self.seal_key), mask=keys.public_key(self.mask_key))
 
 
@@ -59,15 +58,15 @@ Roster = Mapping[int, PublicKeys]
 
 
 def share(own: Secrets, roster: Roster, threshold: int) -> dict[int, bytes]:
-    """A sealed pair of shares for every client of the ``roster``, the own one too.
+    """A sealed pair of shares for every client of the ``roster``, including this client.
 
-    Raises ``ValueError`` for a roster without this client's own keys, or a threshold that is no majority, or 1: with
-    two halves a server could have one open the seeds and the other the keys, and a sum of one hides nobody.
+    Raises ``ValueError`` for a roster without the keys of this client, a threshold without a majority, and threshold 1.
+    Without a majority, one half could open the seeds and the other half the keys; a sum of one client hides nothing.
     """
     if roster.get(own.client) != own.public:
         raise ValueError(f"the roster does not hold the keys of client {own.client}")
     if not len(roster) < 2 * threshold <= 2 * len(roster) or threshold < 2:
-        raise ValueError(f"threshold={threshold} is no majority of {len(roster)} clients")
+        raise ValueError(f"threshold={threshold} is not a majority of {len(roster)} clients")
     of_key = shamir.split(own.mask_key, roster, threshold)
     of_seed = shamir.split(own.seed, roster, threshold)
     return {
@@ -81,7 +80,7 @@ def share(own: Secrets, roster: Roster, threshold: int) -> dict[int, bytes]:
 
 
 def mask(own: Secrets, roster: Roster, present: Collection[int], encoded: Vector) -> Vector:
-    """``encoded`` under the own mask and those shared with each client ``present``, modulo 2^64."""
+    """``encoded`` plus the own mask and the masks shared with each client in ``present``, modulo 2^64."""
     masked = encoded + keys.expand(own.seed, encoded.size)
     for other in present:
         if other != own.client:
@@ -96,9 +95,9 @@ def open_shares(
     arrived: Collection[int],
     threshold: int,
 ) -> dict[int, bytes]:
-    """By client that ``sealed`` shares: that of its seed if its update ``arrived``, else that of its mask key.
+    """By client in ``sealed``: the share of its seed if its update ``arrived``, else the share of its mask key.
 
-    Raises ``ValueError`` where too few arrived, or some who never shared: then nothing is opened.
+    Raises ``ValueError``, and opens nothing, if too few updates arrived, or one of a client that never shared.
     """
     if len(arrived) < threshold or own.client not in arrived or not set(arrived) <= sealed.keys():
         raise ValueError(f"{len(arrived)} updates arrived, threshold={threshold}: nothing is opened")
@@ -118,9 +117,9 @@ def unmask(
     opened: Mapping[int, Mapping[int, bytes]],
     threshold: int,
 ) -> Vector:
-    """The sum of the encoded updates behind ``masked``, from shares by holder and then by owner.
+    """The sum of the encoded updates in ``masked``, from shares by holder and then by owner.
 
-    Raises ``ValueError`` for fewer than ``threshold`` holders, or shares of another key than was published.
+    Raises ``ValueError`` for fewer than ``threshold`` holders, or shares of a key other than the published one.
     """
     if len(opened) < threshold:
         raise ValueError(f"{len(opened)} clients opened their shares, threshold={threshold}")
@@ -134,14 +133,14 @@ def unmask(
             total -= keys.expand(secret, total.size)
             continue
         if keys.public_key(secret) != roster[owner].mask:
-            raise ValueError(f"the shares of client {owner} give another key than it published")
+            raise ValueError(f"the shares of client {owner} do not give the key that it published")
         for other in masked:
             total += _between(secret, owner, other, roster[other].mask, round, total.size)
     return total
 
 
 def _between(private: bytes, own: int, other: int, public: bytes, round: str, size: int) -> Vector:
-    """The mask of a pair as ``own`` adds it: plus for the lower number, minus for the higher."""
+    """The mask of a pair for the client ``own``: positive for the lower number, negative for the higher."""
     vector = keys.expand(keys.agree(private, public, f"mask|{round}"), size)
     return vector if own < other else np.negative(vector)
 

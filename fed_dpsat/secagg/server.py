@@ -1,7 +1,7 @@
-"""The server's side of secure aggregation: four questions to each client, and the sum that comes of the answers.
+"""The server in secure aggregation: four messages to each client, and the sum of their updates.
 
-Clients may go at any point. While a threshold of them is left, the sum of those whose update arrived comes out; else
-nothing does, and the round has no valid reply.
+Clients may drop out at any point. With at least ``threshold`` clients left, the result is the sum of the updates that
+arrived; with fewer, the round has no valid reply.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fed_dpsat.secagg.rounds import PublicKeys, unmask
 
 
 class TooFew(Exception):
-    """Fewer clients are left than the threshold."""
+    """The number of clients is below the threshold."""
 
 
 class SecureSums(RoundKind):
-    """Rounds whose replies add up under masks. ``threshold``: the share of those asked who must stay to the end.
+    """Rounds with masked replies. ``threshold`` is the share of the cohort that must stay until the last phase.
 
-    It is at least a majority, and two.
+    The number of clients is at least a majority, and at least two.
     """
 
     hides = "secure_aggregation hides them"
@@ -41,7 +41,7 @@ class SecureSums(RoundKind):
         self.threshold = threshold
 
     def ask(self, round: Round, grid: Grid, timeout: float) -> list[Message | Part]:
-        """One sum: the mean of the models of those whose update arrived, and who failed; of nobody, none."""
+        """One part: the mean of the models that arrived, and the failed clients; empty for an empty cohort."""
         return [self._sum(round, grid, timeout)] if round.messages else []
 
     def _sum(self, round: Round, grid: Grid, timeout: float) -> Part:
@@ -67,7 +67,7 @@ class _Protocol:
         self.accepted: dict[int, Mapping[str, float]] = {}
 
     def run(self, threshold: int) -> dict[str, torch.Tensor]:
-        """The mean model. Raises ``TooFew``, or ``ValueError`` for answers that do not fit together."""
+        """The mean model. Raises ``TooFew``, or ``ValueError`` for inconsistent replies."""
         keys = self._ask("keys", {client: {} for client in self._round.messages}, threshold, _said)
         roster = {c: PublicKeys(seal=said["seal"], mask=said["mask"]) for c, said in keys.items()}
         listed = {
@@ -111,7 +111,7 @@ class _Protocol:
         read: Callable[[int, Message], Any],
         late: bool = False,
     ) -> dict[int, Any]:
-        """What ``read`` makes of each client's answer. Those without a good one have failed, unless it is ``late``."""
+        """The result of ``read`` for each valid reply. The other clients have failed, unless the phase is ``late``."""
         sent = [self._message(client, {"phase": phase, **question}) for client, question in questions.items()]
         answers: dict[int, Any] = {}
         problems: dict[int, Failure] = {}
@@ -124,7 +124,7 @@ class _Protocol:
             except _Bad as bad:
                 problems[client] = bad.failure
         if not late:
-            absent = Failure(reason=f"no answer in the phase {phase!r} of secure aggregation", kind="absent")
+            absent = Failure(reason=f"no reply in the phase {phase!r} of secure aggregation", kind="absent")
             self.failed |= {client: problems.get(client, absent) for client in questions if client not in answers}
         if len(answers) < threshold:
             raise TooFew(f"{len(answers)} clients in the phase {phase!r}, threshold={threshold}")
@@ -157,7 +157,7 @@ class _Protocol:
 
     @property
     def _like(self) -> ArrayRecord:
-        """The model as it is sent, which changes are of: a strategy may send another than it was given."""
+        """The model in the messages, the base of all updates; a strategy may send another model than it received."""
         return next(iter(self._round.messages.values())).content.array_records[records.ARRAYS]
 
     def _moved(self, move: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Shamir's secret sharing: any ``threshold`` shares give the secret, fewer tell nothing of it (Shamir 1979)."""
+"""Shamir's secret sharing: any ``threshold`` shares give the secret, fewer reveal nothing (Shamir 1979)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ SHARE_BYTES = 66
 
 
 def split(secret: bytes, holders: Iterable[int], threshold: int) -> dict[int, bytes]:
-    """A share per holder, numbers from 0: the values of a random polynomial of degree ``threshold - 1`` at holder + 1.
+    """A share per holder: the value at holder + 1 of a random polynomial of degree ``threshold - 1``.
 
-    Raises ``ValueError`` for a threshold that the holders cannot meet, or a secret beyond 64 bytes.
+    Holders are numbers from 0. Raises ``ValueError`` for more shares than holders, or a secret above 64 bytes.
     """
     names = sorted(holders)
     if not 1 <= threshold <= len(names) or len(set(names)) != len(names) or names[0] < 0:
@@ -26,9 +26,9 @@ def split(secret: bytes, holders: Iterable[int], threshold: int) -> dict[int, by
 
 
 def combine(shares: Mapping[int, bytes], length: int) -> bytes:
-    """The secret of ``length`` bytes behind at least ``threshold`` shares, by Lagrange's formula at 0.
+    """The secret of ``length`` bytes from at least ``threshold`` shares, by Lagrange interpolation at 0.
 
-    Raises ``ValueError`` where they give no such secret: too few, or not of one.
+    Raises ``ValueError`` for too few shares, or shares of different secrets.
     """
     points = {name + 1: int.from_bytes(share, "big") for name, share in shares.items()}
     total = 0
@@ -41,7 +41,7 @@ def combine(shares: Mapping[int, bytes], length: int) -> bytes:
     try:
         return total.to_bytes(length, "big")
     except OverflowError:
-        raise ValueError("these shares are too few, or not of one secret") from None
+        raise ValueError("there are too few shares, or shares of different secrets") from None
 
 
 def _value(polynomial: list[int], x: int) -> int:

@@ -1,4 +1,4 @@
-"""Many clients on one machine or a Ray cluster, behind Flower's grid."""
+"""Many clients on one machine or on a Ray cluster, behind the grid of Flower."""
 
 from __future__ import annotations
 
@@ -40,13 +40,12 @@ def simulate(
     client_app: ClientApp | None = None,
     on_round: OnRound | None = None,
 ) -> Summary:
-    """Train the federation that ``config`` describes and leave a run folder at ``out``.
+    """Train the federation of ``config`` and write a run folder at ``out``; returns the content of ``summary.json``.
 
-    With ``config.resume`` the run at ``out`` goes on from its last checkpoint; objects have to be given again.
+    With ``config.resume`` the run at ``out`` continues from its last checkpoint; give its objects again.
 
-    An object that is given stands in for what ``config`` names, and ``client_app`` for the clients' code. ``on_round``
-    is called with each line of ``rounds.jsonl``. Returns what ``summary.json`` holds; raises what ``Experiment.build``
-    and ``run_federation`` raise.
+    An object replaces the one that ``config`` names, and ``client_app`` replaces the code of the clients. The run calls
+    ``on_round`` with each line of ``rounds.jsonl``. Raises the errors of ``Experiment.build`` and ``run_federation``.
     """
     folder = RunFolder(Path(out), resume=config.resume)
     if config.resume:
@@ -65,10 +64,10 @@ def simulate(
 def resume(
     run: str | Path, *, overrides: Mapping[str, Scalar] | None = None, on_round: OnRound | None = None
 ) -> Summary:
-    """Go on with the run in the folder ``run``, whose settings may be changed where they say how, not what.
+    """Continue the run in the folder ``run``; ``overrides`` may change only settings that do not change the result.
 
-    Of a run that is complete it is the summary.
-    Raises ``SettingError`` for a folder that holds no run, or one that was given objects in Python.
+    For a complete run it returns the summary. Raises ``SettingError`` for a folder without a run, and for a run with
+    objects from Python.
     """
     folder = RunFolder(Path(run), resume=True)
     if objects := folder.objects():
@@ -88,9 +87,9 @@ def resume(
 def simulation_grid(
     experiment: Experiment, client_app: ClientApp | None = None, folder: RunFolder | None = None
 ) -> Iterator[SimulationGrid]:
-    """A grid of ``num_clients`` nodes, in this process or on ``workers`` Ray workers; closed at the end.
+    """A grid of ``num_clients`` nodes, in this process or on ``workers`` Ray workers; closed after the block.
 
-    Clients' states go into ``folder``; without one they last as long as the grid.
+    The states of clients go into ``folder``; without a folder they last as long as the grid.
     """
     backend, config = _backend(experiment, client_app, folder), experiment.config
     seconds = faults.waited if (faults := Faults.of(config)) and config.delay != "none" else None
@@ -111,7 +110,7 @@ def _backend(experiment: Experiment, client_app: ClientApp | None, folder: RunFo
     if config.workers == 0:
         app = client_app or client_app_module.make_client_app(lambda _: experiment)
         return InProcessBackend(app, settings, nodes, state_folder=state_folder, kept=kept, faults=faults)
-    from fed_dpsat.simulation.ray_backend import RayBackend  # seconds to import: only runs with workers pay
+    from fed_dpsat.simulation.ray_backend import RayBackend  # takes seconds to import
 
     built_there = client_app is None and experiment.named
     if client_app is None:

@@ -1,4 +1,4 @@
-"""Ray found or started, so that a wrong address is an error and not a wait."""
+"""Connect to Ray or start it; a wrong address is an error and not a wait."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ CONNECT_SECONDS = 10.0
 OWN_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns that this will be its default
-    # a freed sum is room for the next one at once: by default Ray gathers a hundred of them or waits a second
+    # Ray frees objects in batches of a hundred or after a second; sums are large, so free them earlier
     "RAY_free_objects_batch_size": "4",
     "RAY_free_objects_period_milliseconds": "20",
 }
-"""Environment of a Ray that is started here, where the user has not set it."""
+"""Environment of a Ray that this module starts; variables of the user have priority."""
 
 
 def connect(address: str, num_workers: int) -> Callable[[], None]:
-    """Join the Ray of ``address`` (``host:port`` or ``auto``), or the one that is there, or start one; how to leave it.
+    """Join the Ray of ``address`` (``host:port`` or ``auto``), reuse a connection, or start Ray; returns a disconnect.
 
-    Only a Ray that was started here is ended. Raises ``RunError`` where nothing answers.
+    The disconnect ends only a Ray that this function started. Raises ``RunError`` for an address without a cluster.
     """
     if ray.is_initialized():
         return lambda: None
-    # of a dead worker Ray would print a page into stdout, amid tables and JSON; what is to be said of it is in our log
+    # Ray prints a page to stdout for a dead worker, between tables and JSON; our log reports the death
     rays_own._worker_logs_enabled = False
     if not address:
         for name, value in OWN_RAY.items():
             os.environ.setdefault(name, value)
-        # without "local" Ray would join the cluster of RAY_ADDRESS, or one that somebody has started on this machine
+        # without "local" Ray joins the cluster of RAY_ADDRESS, or a cluster on this machine
         ray.init(
             "local", num_cpus=num_workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
         )
         return ray.shutdown
     try:
-        # "auto" is RAY_ADDRESS, or what was started last on this machine
+        # "auto" is RAY_ADDRESS, or the last cluster that was started on this machine
         _check_reachable(canonicalize_bootstrap_address(address) or address if address == "auto" else address)
-        with warnings.catch_warnings():  # of what will be Ray's default for cards
+        with warnings.catch_warnings():  # about a future default of Ray for GPUs
             warnings.simplefilter("ignore", FutureWarning)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RunError, SettingError):
@@ -61,7 +61,7 @@ def connect(address: str, num_workers: int) -> Callable[[], None]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """What Ray says when it cannot go on, as a ``RunError`` with what to do."""
+    """Turn an error of Ray into a ``RunError`` with a remedy."""
     try:
         yield
     except RayError as error:
@@ -82,15 +82,15 @@ def explained() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try for minutes, also at what is there and is no Ray."""
+    """Raise an error within seconds; Ray itself tries for minutes, also at a server that is not Ray."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
-        raise SettingError("ray_address", address, "'auto' or host:port", "`ray status` shows a cluster's address")
+        raise SettingError("ray_address", address, "'auto' or host:port", "`ray status` shows the address")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:  # the latter of a port beyond 65535
         raise RunError(
-            f"ray_address={address!r}: nothing answers there ({error}); start a cluster with `ray start --head`"
+            f"ray_address={address!r}: nothing responds there ({error}); start a cluster with `ray start --head`"
         ) from error
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return
@@ -98,8 +98,8 @@ def _check_reachable(address: str) -> None:
         with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
             channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=CONNECT_SECONDS)
     except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # a cluster with tokens: Ray will show its own
+        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # a cluster with tokens; Ray sends its own
             raise RunError(
-                f"ray_address={address!r}: what answers there is no Ray cluster ({error.code().name}); "
-                "`ray status` shows a cluster's address"
+                f"ray_address={address!r}: the server there is not a Ray cluster ({error.code().name}); "
+                "`ray status` shows the address of a cluster"
             ) from error

@@ -1,7 +1,8 @@
-"""Clients that drop out or come late, as in the field: drawn from the run's seed, so that a run repeats.
+"""Simulated faults: clients that drop out or reply late, drawn from the seed of the run.
 
-A client that drops out does nothing. One whose delay is over ``client_timeout`` trains, and its reply is thrown away;
-delays are not slept through. Both stay charged: the server cannot know what left the device.
+A client that drops out does nothing. A client with a delay above ``client_timeout`` trains, and the simulation drops
+its reply. The simulation does not sleep. Both clients stay charged, because a server cannot know whether a reply left
+a device.
 """
 
 from __future__ import annotations
@@ -13,48 +14,36 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.noise import derive_generator
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Faults:
-    """``dropout_rate`` in [0, 1); ``delay`` none, exponential or lognormal (sigma 1) of mean ``delay_mean`` seconds."""
+    """The faults of ``config``; a lognormal delay has sigma 1, and ``delay_mean`` is in seconds."""
 
-    seed: int
-    dropout_rate: float
-    delay: str
-    delay_mean: float
-    client_timeout: float
+    config: RunConfig
 
     @classmethod
     def of(cls, config: RunConfig) -> Faults | None:
-        """What ``config`` asks for; None where clients are faultless."""
-        if not config.dropout_rate and config.delay == "none":
-            return None
-        return cls(
-            seed=config.seed,
-            dropout_rate=config.dropout_rate,
-            delay=config.delay,
-            delay_mean=config.delay_mean,
-            client_timeout=config.client_timeout,
-        )
+        """The faults of ``config``; None without faults."""
+        return cls(config) if config.dropout_rate or config.delay != "none" else None
 
     def drops_out(self, client: int, round: int) -> bool:
-        """Whether ``client`` is away in ``round``."""
-        return bool(self._draw(client, round)[0] < self.dropout_rate)
+        """Whether ``client`` drops out of ``round``."""
+        return bool(self._draw(client, round)[0] < self.config.dropout_rate)
 
     def seconds(self, client: int, round: int) -> float:
-        """How much later than it computed the reply of ``client`` in ``round`` is there."""
+        """The delay of the reply of ``client`` in ``round``, in seconds."""
         _, exponential, normal = self._draw(client, round)
-        if self.delay == "exponential":
-            return self.delay_mean * exponential
-        return self.delay_mean * math.exp(normal - 0.5) if self.delay == "lognormal" else 0.0
+        if self.config.delay == "exponential":
+            return self.config.delay_mean * exponential
+        return self.config.delay_mean * math.exp(normal - 0.5) if self.config.delay == "lognormal" else 0.0
 
     def waited(self, client: int, round: int) -> float:
-        """Seconds until the server has the reply of ``client`` in ``round``, or gives it up."""
-        return min(self.seconds(client, round), self.client_timeout or math.inf)
+        """Seconds until the server receives the reply of ``client`` in ``round``, or stops waiting."""
+        return min(self.seconds(client, round), self.config.client_timeout or math.inf)
 
     def comes_late(self, client: int, round: int) -> bool:
-        """Whether the reply of ``client`` in ``round`` comes after ``client_timeout``; 0 is never."""
-        return bool(self.client_timeout and self.seconds(client, round) > self.client_timeout)
+        """Whether the reply of ``client`` in ``round`` comes after ``client_timeout``; never for 0."""
+        return bool(self.config.client_timeout and self.seconds(client, round) > self.config.client_timeout)
 
     def _draw(self, client: int, round: int) -> tuple[float, float, float]:
-        generator = derive_generator(self.seed, purpose="faults", client=client, round=round)
+        generator = derive_generator(self.config.seed, purpose="faults", client=client, round=round)
         return generator.random(), generator.standard_exponential(), generator.standard_normal()

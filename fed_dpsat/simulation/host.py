@@ -1,7 +1,7 @@
-"""The clients of a simulation in one process: they are asked one after the other, and keep their state in between.
+"""The clients of a simulation in one process: the host runs them one after the other and keeps their states.
 
-Where ``stack_clients`` is above 1 and the client app can, so many are trained together. Stacks are cut by place in the
-round, and whoever is asked is asked for whole ones, so they are the same whoever that is.
+If ``stack_clients`` is above 1 and the client app supports it, the host trains that many clients together. Stacks are
+cut by position in the round and never split between workers, so they do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.state import StateStore
 
 Since = Mapping[int, int]
-"""Client to the round that left its state."""
+"""The round of the stored state, by client."""
 
 
 log = logging.getLogger("fed_dpsat")
@@ -33,7 +33,7 @@ log = logging.getLogger("fed_dpsat")
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """A message and whom it is for: ``before`` is the round that left ``context.state``."""
+    """A message and its client; ``before`` is the round of ``context.state``."""
 
     message: Message
     client: int
@@ -62,12 +62,12 @@ class Host:
     def answers(
         self, messages: Sequence[Message], since: Since, *, release_counts: bool | None, start: int = 0
     ) -> Answers:
-        """All replies; or, where ``release_counts`` is not None, the nodes of the sum of the valid ones.
+        """All replies; or, unless ``release_counts`` is None, the nodes of the summation tree of the valid replies.
 
-        The first of ``messages`` is number ``start`` of its round.
+        ``start`` is the position of the first message in its round.
         """
         done, tree = Answers(), sums.Tree(start)
-        with intra_op_threads(1):  # a client app sets its own; threads that wait for each other cost more than they add
+        with intra_op_threads(1):  # a client app sets its own number
             replies = self._replies(messages, since, done)
             if release_counts is None:
                 done.replies = list(replies)
@@ -107,7 +107,7 @@ class Host:
         return _Asked(message=message, client=client, round=_round(message.content), before=before, context=context)
 
     def _answers_of(self, asked: Sequence[_Asked]) -> list[Message]:
-        """In order; one after the other where together they fail, so that one takes no other down."""
+        """The replies in order; if a stack fails, each client alone, so that one client does not fail the others."""
         app = self._client_app
         training = [one for one in asked if one.message.metadata.message_type == MessageType.TRAIN]
         if len(training) > 1 and len(training) == len(asked) and isinstance(app, StackingClientApp):
@@ -116,22 +116,22 @@ class Host:
                 if replies is not None:
                     return replies
                 warn_once(
-                    "stack_clients: clients train one after the other: secure aggregation and devices answer one by one"
+                    "stack_clients: clients train one after the other: secure aggregation and devices reply one by one"
                 )
-            except Exception as error:  # whoever it was, fails again alone
-                log.warning("stack_clients: %d clients one after the other, since one failed: %s", len(asked), error)
+            except Exception as error:  # the client that failed fails again alone
+                log.warning("stack_clients: %d clients one after the other, because one failed: %s", len(asked), error)
         return [answer(app, one.message, one.context) for one in asked]
 
     def _drops_out(self, one: _Asked) -> bool:
         return bool(self._faults and one.round and self._faults.drops_out(one.client, one.round))
 
     def _judged(self, one: _Asked, reply: Message | None) -> Message:
-        """The reply, or what a simulated fault makes of it; None is of a client that dropped out."""
+        """The reply after a simulated fault; ``reply`` is None for a client that dropped out."""
         if reply is None:
             return error_reply(one.message, "dropped out (simulated)", compat.SIMULATED_FAULT)
         faults, client, round = self._faults, one.client, one.round
         if faults and round and faults.comes_late(client, round) and reply.has_content():
-            late = f"reply after {faults.seconds(client, round):.3g} s, client_timeout={faults.client_timeout:g}"
+            late = f"reply after {faults.seconds(client, round):.3g} s, client_timeout={faults.config.client_timeout:g}"
             return error_reply(one.message, f"{late} (simulated)", compat.SIMULATED_FAULT)
         return reply
 

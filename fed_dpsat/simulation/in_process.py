@@ -1,4 +1,4 @@
-"""Clients one after the other in this process: the reference, and what scripts and tests use."""
+"""Clients one after the other in this process: the reference, used by scripts and tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fed_dpsat.simulation.state import StateStore
 
 
 class InProcessBackend:
-    """Runs ``client_app`` here. States are filed in ``state_folder``, if any; ``kept`` says which to begin with."""
+    """Runs ``client_app`` here. States go into ``state_folder``, if given; ``kept`` names the states at the start."""
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class InProcessBackend:
     def run(
         self, messages: Sequence[Message], *, release_counts: bool | None, timeout: float | None
     ) -> Iterator[Answers]:
-        """As ``Backend.run``; a stack that has begun is not interrupted."""
+        """As ``Backend.run``; a timeout does not interrupt a stack."""
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         for start in range(0, len(messages), self._host.stack_clients):
             stack = messages[start : start + self._host.stack_clients]
             if time.monotonic() > deadline:
-                late = f"not begun within reply_timeout={timeout:g} s"
+                late = f"not started within reply_timeout={timeout:g} s"
                 yield unanswered(stack, late, compat.ErrorCode.CLIENT_APP_CRASHED, summed=release_counts is not None)
                 continue
             answers = self._host.answers(stack, self._kept, start=start, release_counts=release_counts)
@@ -50,4 +50,4 @@ class InProcessBackend:
             yield answers
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """No resources to free."""

@@ -1,4 +1,4 @@
-"""Whole jobs, each by one process on one thread: here, one after the other, or on Ray workers, one each."""
+"""Jobs, each in one process on one thread: in this process one after the other, or on Ray workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, kw_only=True)
 class Done(Generic[Job, Value]):
-    """What came of a job: its value, or in ``error`` why there is none."""
+    """The result of a job: its value, or the reason of its failure in ``error``."""
 
     job: Job
     value: Value | None
@@ -25,22 +25,22 @@ class Done(Generic[Job, Value]):
 
 
 class Jobs:
-    """Runs jobs on ``workers`` Ray workers that ``open_jobs`` has found or started; 0 is this process."""
+    """Runs jobs on ``workers`` Ray workers from ``open_jobs``; 0 means this process."""
 
     def __init__(self, workers: int, gpus_per_worker: float = 0.0) -> None:
         self._workers, self._gpus_per_worker = workers, gpus_per_worker
 
     def run(self, work: Callable[[Job], Value], jobs: Iterable[Job]) -> Iterator[Done[Job, Value]]:
-        """``work`` of each job, as they end; they begin in order. What it raises, or its process's death, is an error.
+        """Yield the result of each job when it ends; jobs start in order. An exception or a dead worker is an error.
 
-        Of ``work`` on workers, the module must be importable there.
+        The workers must be able to import the module of ``work``.
         """
         if not self._workers:
             for job in jobs:
                 value, error = _attempt(work, job)
                 yield Done(job=job, value=value, error=error)
             return
-        import ray  # seconds to import: only who has workers pays
+        import ray  # takes seconds to import
         from ray.exceptions import RayError
 
         remote: Any = ray.remote(num_cpus=1, num_gpus=self._gpus_per_worker, max_retries=0)(_attempt)
@@ -61,11 +61,10 @@ class Jobs:
 
 @contextmanager
 def open_jobs(workers: int, address: str = "", gpus_per_worker: float = 0.0) -> Iterator[Jobs]:
-    """On ``workers`` Ray workers, of the cluster at ``address`` or of one that is started and ended here.
+    """Jobs on ``workers`` Ray workers, of the cluster at ``address`` or of a new one, which ends after the block.
 
-    Each takes ``gpus_per_worker`` of a card.
-
-    Raises ``SettingError`` for fewer than 0, ``RunError`` for an address where no Ray answers.
+    Each worker takes ``gpus_per_worker`` of a GPU. Raises ``SettingError`` for fewer than 0 workers, ``RunError`` for
+    an address without a cluster.
     """
     if workers < 0:
         raise SettingError("workers", workers, "at least 0", "0 runs one after the other in this process")
@@ -82,9 +81,9 @@ def open_jobs(workers: int, address: str = "", gpus_per_worker: float = 0.0) -> 
 
 
 def _attempt(work: Callable[[Job], Value], job: Job) -> tuple[Value | None, str]:
-    """Value and error: an exception that only its own process can unpickle would otherwise be lost on the way."""
+    """Value and error as text: another process may be unable to unpickle an exception."""
     with intra_op_threads(1):
         try:
             return work(job), ""
-        except Exception as error:  # of a job, whatever it is: the others go on
+        except Exception as error:  # the other jobs continue
             return None, f"{type(error).__name__}: {error}"

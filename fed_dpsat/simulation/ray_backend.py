@@ -1,20 +1,20 @@
-"""Clients on Ray workers: a round's messages go out in runs, answers come back in order, what was lost is tried again.
+"""Clients on Ray workers: each worker gets runs of messages, replies return in order, lost work is repeated.
 
-A worker is an actor in a process of its own that keeps the client app, and with it model, data and the states of the
-clients that were last there.
+A worker is an actor in a process of its own. It holds the client app with model, data, and the states of the clients
+that it trained last.
 
 =============================== ========================================================================
 case                            what happens
 =============================== ========================================================================
-a worker dies                   what it had is cut into stacks (of ``stack_clients``), and those that fail
-                                again into clients, which are tried again from the same state: the same
-                                bits if noise is seeded (but for the last ones where a stack was cut).
-                                What it had computed was never released, so one charge is right either way
-a client's worker dies often    an error in place of its reply, after ``MAX_TRIES``
-a client takes longer than      its worker is killed and replaced; the client, alone, has one more try,
-``client_timeout``              and is an error
-workers die and nobody is done  ``RunError`` after ``MAX_TRIES`` deaths of each, and some
-no worker can be had            ``RunError`` within a minute
+a worker dies                   its work is cut into stacks (of ``stack_clients``), and a stack that fails
+                                again into clients. They run again from the same state: with seeded noise
+                                the same bits, except the last bits of a stack that was cut. The dead
+                                worker released nothing, so one charge is right
+a client's worker dies often    an error instead of its reply, after ``MAX_TRIES``
+a client takes longer than      its worker is killed and replaced; the client has one more try alone, then
+``client_timeout``              its reply is an error
+workers die without a result    ``RunError`` after ``MAX_TRIES`` deaths per worker plus ``MORE_DEATHS``
+no worker starts                ``RunError`` within a minute
 the object store is full        ``RunError``
 =============================== ========================================================================
 """
@@ -45,28 +45,27 @@ from fed_dpsat.simulation.ray_worker import Shelf
 log = logging.getLogger("fed_dpsat")
 
 AHEAD_PER_WORKER = 16
-"""Answers that may be there before an earlier one is: what bounds the memory of the object store."""
+"""Largest number of answers that may wait for an earlier one; it bounds the memory of the object store."""
 MAX_TRIES = 3
 MORE_DEATHS = 12
-"""A few clients that kill workers are dropped; so many deaths with no answer in between are everybody's."""
+"""The backend drops a few clients that kill workers; more deaths without an answer end the run."""
 POLL_SECONDS = 0.2
 SHARES_PER_WORKER = 2
-"""At most that part of what is left is sent to a worker at once: so they end together."""
+"""A worker gets at most 1 / (this number times the workers) of the remaining clients, so that workers end together."""
 SHARE_SECONDS = 0.02, 0.5
-"""Nor less or more than a worker does in so long: a message costs 10 ms, and a dead worker what it had."""
+"""Least and most seconds of work per message: a message costs 10 ms, and a dead worker loses its work."""
 MIN_SHARES = 64
-"""While it is not known how long a client takes, or if each reply is sent: work for many workers."""
+"""Least number of messages per round before the time of a client is known, or if each reply is sent."""
 PLENTY_PER_WORKER = 3
-"""With more work than that in wait, a worker has its next one before it is done, however long it takes."""
+"""With more waiting work per worker, each worker gets its next work before it ends the last, however slow it is."""
 
 
 class RayBackend:
-    """``num_workers`` processes with one CPU and ``gpus_per_worker`` cards each.
+    """``num_workers`` processes with one CPU and ``gpus_per_worker`` GPUs each.
 
-    A Ray that already runs, or that ``address`` names, is left running.
-
-    States are filed in ``state_folder``; ``kept`` says which to begin with. Workers build the experiment that has the
-    ``fingerprint``, where one is given. Raises ``RunError`` as ``Pool`` does.
+    A Ray that already runs, or that ``address`` names, stays running. States go into ``state_folder``; ``kept`` names
+    the states at the start. With a ``fingerprint``, workers build the experiment and compare it. Raises ``RunError`` as
+    ``Pool`` does.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class RayBackend:
         fingerprint: str = "",
     ) -> None:
         self._own_folder = TemporaryDirectory(prefix="fed_dpsat-")
-        folder = (state_folder or Path(self._own_folder.name)).absolute()  # a Ray that runs may have another directory
+        folder = (state_folder or Path(self._own_folder.name)).absolute()  # workers may run in another directory
         folder.mkdir(parents=True, exist_ok=True)
         self._kept = dict(kept or {})
         self._home: dict[int, Slot] = {}
@@ -131,7 +130,7 @@ class RayBackend:
         self._own_folder.cleanup()
 
     def _shares(self, messages: Sequence[Message], *, summed: bool) -> list[Work]:
-        """All work of a round; who is sent what does not show in the bits, so it may depend on the clock."""
+        """All work of a round. It may depend on the clock, because the result does not depend on the worker."""
         least, most = 1.0, len(messages) / MIN_SHARES
         if self._seconds_per_client:
             least, in_time = (seconds / self._seconds_per_client for seconds in SHARE_SECONDS)
@@ -159,7 +158,7 @@ class RayBackend:
                 self._home |= dict.fromkeys(clients, slot)
 
     def _receive(self, round: _Round) -> None:
-        """Wait a little for an answer, or for a worker, and take in what is there."""
+        """Wait a short time for an answer or a worker, and process it."""
         owners = {reference: slot for slot in self._pool.slots for reference, _ in slot.sent}
         if not owners:
             starting = [slot.ready for slot in self._pool.slots if not slot.up]
@@ -171,7 +170,7 @@ class RayBackend:
             self._take(owners[reference], round)
 
     def _take(self, slot: Slot, round: _Round) -> None:
-        """The oldest answer of a worker: it works in order, and when it dies it fails all that was sent to it."""
+        """Process the oldest answer of a worker: it works in order, and its death fails all its work."""
         try:
             answers: Answers = ray.get(slot.sent[0][0])
         except (RayActorError, OutOfMemoryError) as error:
@@ -190,15 +189,15 @@ class RayBackend:
         at_work, *waiting = (work for _, work in slot.sent)
         self._pool.replace(slot)
         round.put_back(waiting)
-        reason = "its worker was out of memory" if isinstance(error, OutOfMemoryError) else "its worker died"
+        reason = "its worker ran out of memory" if isinstance(error, OutOfMemoryError) else "its worker died"
         if slot.late:
             reason = f"no reply within client_timeout={self._client_timeout:g} s"
-        log.warning("a worker is gone: %s; %d clients were at work", reason, len(at_work.messages))
+        log.warning("a worker ended: %s; it had %d clients at work", reason, len(at_work.messages))
         self._deaths += not slot.late
         if self._deaths > MAX_TRIES * len(self._pool.slots) + MORE_DEATHS:
             raise RunError(
-                f"workers died {self._deaths} times and no client was done in between; the last: "
-                f"{str(error).splitlines()[0]} If it is memory, lower workers or physical_batch_size"
+                f"workers died {self._deaths} times without a result in between; the last: "
+                f"{str(error).splitlines()[0]} If memory is the cause, lower workers or physical_batch_size"
             )
         round.fail(at_work, reason, tries=1 if slot.late else MAX_TRIES)
 
@@ -213,10 +212,10 @@ class RayBackend:
 
 
 def shares(count: int, workers: int, stack: int, least: float, most: float) -> Iterator[tuple[int, int]]:
-    """Runs of ``count`` messages, as (start, end): long ones first, for few answers, short ones last, for no long wait.
+    """Cut ``count`` messages into runs (start, end): long runs first, short runs last, to end together.
 
-    Their length is a stack, or 2, 4, 8, ... of them, up to ``most`` messages; they begin at multiples of it, so that
-    few nodes of ``sums.Tree`` are in one.
+    A run has 1, 2, 4, 8, ... stacks, up to ``most`` messages, and starts at a multiple of its length, so that it covers
+    few nodes of ``sums.Tree``.
     """
     start = 0
     while start < count:
@@ -228,7 +227,7 @@ def shares(count: int, workers: int, stack: int, least: float, most: float) -> I
 
 
 class _Round:
-    """What waits and what is done; answers are given in the order of their messages."""
+    """The waiting and the finished work of a round; answers leave in the order of their messages."""
 
     def __init__(self, work: Sequence[Work], *, summed: bool, stack: int) -> None:
         self._waiting = list(work)
@@ -239,16 +238,16 @@ class _Round:
 
     @property
     def over(self) -> bool:
-        """All answers were given."""
+        """Whether all answers have left."""
         return self._next == self._count
 
     @property
     def waiting(self) -> int:
-        """How much was not sent yet."""
+        """Number of works that no worker has."""
         return len(self._waiting)
 
     def pick(self, ahead: float, preferred: Any = lambda client: False) -> Work | None:
-        """The first work whose client is ``preferred``, or the first; where ``ahead`` answers wait, the one missed."""
+        """The first work with a ``preferred`` client, or the first; if ``ahead`` answers wait, only the missing one."""
         if not self._waiting:
             return None
         chosen = self._waiting[0]
@@ -260,11 +259,11 @@ class _Round:
         return chosen
 
     def put_back(self, work: Sequence[Work]) -> None:
-        """It was sent, and nobody began it."""
+        """Return work that no worker has started."""
         self._waiting = sorted([*self._waiting, *work], key=lambda each: each.start)
 
     def fail(self, work: Work, reason: str, *, tries: int) -> None:
-        """Whoever did it is gone: its clients one by one again, or an error after so many tries."""
+        """Repeat the work of a dead worker in smaller parts, or give an error after ``tries`` tries of one client."""
         if len(work.messages) > 1:
             self.put_back(work.cut(self._stack))
             return
@@ -275,15 +274,15 @@ class _Round:
             self.put_error(work, reason if tries == 1 else f"{reason}, {work.tries} times")
 
     def put_error(self, work: Work, reason: str) -> None:
-        """Nobody will answer it any more."""
+        """Give an error for each client of ``work``."""
         self.put(work, unanswered(work.messages, reason, compat.ErrorCode.CLIENT_APP_CRASHED, summed=self._summed))
 
     def put(self, work: Work, answers: Answers) -> None:
-        """It is answered."""
+        """Store the answers of ``work``."""
         self._done[work.start] = len(work.messages), answers
 
     def finished(self) -> Iterator[Answers]:
-        """The answers whose turn it is."""
+        """Yield the answers that are next in order."""
         while self._next in self._done:
             count, answers = self._done.pop(self._next)
             self._next += count

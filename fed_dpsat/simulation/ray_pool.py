@@ -1,4 +1,4 @@
-"""Ray workers that are there: started, taken in when they are up, replaced when they are gone."""
+"""A pool of Ray workers: start them, admit them when they are up, replace them when they die."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fed_dpsat.simulation.ray_worker import THREADS, References, Worker
 log = logging.getLogger("fed_dpsat")
 
 QUICK_SECONDS = 0.2
-"""Work that takes less has its successor waiting at the worker, so that the way there costs nothing."""
+"""A worker with shorter work gets its next work early, which hides the time of a message."""
 START_TIMEOUT = 50.0
-"""Seconds without a worker after which a run ends."""
+"""A run ends after this many seconds without a worker."""
 IMPORT_TIMEOUT = 250.0
-"""More seconds for workers that have their CPU: on a busy machine, imports alone take minutes."""
+"""Additional seconds for workers that have a CPU: imports can take minutes on a busy machine."""
 AT_ONCE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""Workers that start at a time: each imports torch, and of thirty at once on two cores none is there in a minute."""
+"""Workers that start together: each imports torch, and thirty on two cores take more than a minute."""
 
 
 @dataclass
 class Work:
-    """Some messages of a round, from number ``start`` on."""
+    """Messages of a round from position ``start`` on."""
 
     start: int
     messages: Sequence[Message]
@@ -39,7 +39,7 @@ class Work:
     tries: int = 0
 
     def cut(self, stack: int) -> list[Work]:
-        """Its stacks of clients that train together, in one piece each; of a single stack, each message by itself."""
+        """The work as one part per stack of clients; a single stack as one part per message."""
         size = stack if len(self.messages) > stack else 1
         return [
             Work(self.start + i, self.messages[i : i + size], self.references[i : i + size])
@@ -49,9 +49,9 @@ class Work:
 
 @dataclass
 class Slot:
-    """A worker's place: its actor, what was sent to it, oldest first, and since when the oldest is at work.
+    """A worker: its actor, its work in order (``sent``), and the start of the oldest (``since``).
 
-    ``calls`` is how often something was sent.
+    ``calls`` counts all work that it received.
     """
 
     actor: Any
@@ -64,30 +64,30 @@ class Slot:
     calls: int = 0
 
     def has_room(self, *, plenty: bool) -> bool:
-        """Work may be sent: to who is idle, or who will soon be.
+        """Whether the worker may get work: if it is idle, or has one quick work.
 
-        Behind a slow client it would wait for nothing; unless there is ``plenty`` for the others to do meanwhile.
+        Work waits behind slow work only if there is ``plenty`` for the other workers.
         """
         return self.up and not self.late and len(self.sent) < (2 if self.quick or plenty else 1)
 
     def add(self, reference: Any, work: Work) -> None:
-        """``work`` was sent, and ``reference`` will hold what comes of it."""
+        """Record that the worker has ``work``; ``reference`` will hold its answer."""
         if not self.sent:
             self.since = time.monotonic()
         self.sent.append((reference, work))
         self.calls += 1
 
     def pop(self) -> Work:
-        """The oldest work, which is done; the next one begins."""
+        """Remove and return the oldest work, which has ended."""
         self.quick = time.monotonic() - self.since < QUICK_SECONDS
         self.since = time.monotonic()
         return self.sent.popleft()[1]
 
 
 class Pool:
-    """``num_workers`` workers made of ``arguments``, of one CPU and ``gpus_per_worker`` cards each.
+    """``num_workers`` workers made from ``arguments``, with one CPU and ``gpus_per_worker`` GPUs each.
 
-    A few start at a time (``AT_ONCE``), and work begins with the first. Raises ``RunError`` if none has a CPU within a
+    ``AT_ONCE`` workers start together, and work starts with the first. Raises ``RunError`` if none gets a CPU within a
     minute, or none starts within five.
     """
 
@@ -102,9 +102,9 @@ class Pool:
         self._wait_for_one()
 
     def look_after(self) -> None:
-        """Take in workers that are up, and kill those whose oldest work takes too long.
+        """Admit workers that are up, and kill those whose oldest work takes too long.
 
-        Raises ``RunError`` where no worker is left and none starts, or one does not see the clients' states.
+        Raises ``RunError`` if no worker is left and none starts, or if one does not see the states of clients.
         """
         starting = [slot.ready for slot in self.slots if not slot.up]
         done = set(ray.wait(starting, num_returns=len(starting), timeout=0)[0]) if starting else set()
@@ -119,15 +119,15 @@ class Pool:
         if any(slot.up for slot in self.slots):
             self._last_seen = time.monotonic()
         elif time.monotonic() - self._last_seen > START_TIMEOUT:
-            raise RunError(f"no Ray worker is left, and none has started within {START_TIMEOUT:g} s; see Ray's logs")
+            raise RunError(f"no Ray worker is left, and none started within {START_TIMEOUT:g} s; see the logs of Ray")
 
     def replace(self, slot: Slot) -> None:
-        """A new worker in the place of one that is gone, or is to go."""
+        """Kill a worker and start another in its place."""
         ray.kill(slot.actor)
         self.slots[self.slots.index(slot)] = self._new_slot()
 
     def close(self) -> None:
-        """End all."""
+        """Kill all workers."""
         for slot in self.slots:
             ray.kill(slot.actor)
         self.slots = []
@@ -154,7 +154,7 @@ class Pool:
             many += f", gpus_per_worker={self._gpus_per_worker:g}"
         waiting, began = [slot.ready for slot in self.slots], time.monotonic()
         ready, _ = ray.wait(waiting, timeout=START_TIMEOUT)
-        if not ready and _free_cpus() < self._free:  # a worker has taken one
+        if not ready and _free_cpus() < self._free:  # a worker has a CPU and is starting
             ready, _ = ray.wait(waiting, timeout=IMPORT_TIMEOUT)
         if not ready:
             free = ray.available_resources()  # type: ignore[no-untyped-call]
@@ -163,7 +163,7 @@ class Pool:
             self.close()
             waited = time.monotonic() - began
             raise RunError(
-                f"{many}: no Ray worker within {waited:.0f} s, where {there} are free; free some, lower "
+                f"{many}: no Ray worker within {waited:.0f} s; {there} are free: free some, lower "
                 f"{'gpus_per_worker or ' if self._gpus_per_worker else ''}workers, or set workers=0"
             )
         try:
@@ -171,9 +171,10 @@ class Pool:
         except (RayActorError, GetTimeoutError) as error:
             self.close()
             raise RunError(
-                f"{many}: a Ray worker does not start ({str(error).splitlines()[0]}); see Ray's logs, or set workers=0"
+                f"{many}: a Ray worker does not start ({str(error).splitlines()[0]}); see the logs of Ray, or set "
+                "workers=0"
             ) from error
-        except RayTaskError:  # the worker's own words: it is up, and would keep its CPU
+        except RayTaskError:  # an error of the worker itself, which is up and would keep its CPU
             self.close()
             raise
 
@@ -186,7 +187,8 @@ class Pool:
             return
         if not sees_states:
             raise RunError(
-                f"the worker on {host} does not see the clients' states; put the run folder where all hosts see it"
+                f"the worker on {host} does not see the states of clients; put the run folder on a disk that all "
+                "hosts share"
             )
         slot.up = True
 

@@ -1,4 +1,4 @@
-"""The Ray actor that holds clients, and how the model gets to it: once per round and node, read where it lies."""
+"""The Ray actor that runs clients, and the transfer of the model: once per round and node, without a copy."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fed_dpsat.step.gradients import compiled
 from fed_dpsat.step.placement import require
 
 References = Mapping[str, "ray.ObjectRef[Any]"]
-"""Record name to the arrays that lie in Ray's object store."""
+"""The arrays in the object store of Ray, by the name of the record."""
 
 
 THREADS = 2
-"""As many as a worker has calls (``ray_pool.Slot``): one fewer, and the next would wait until an answer is stored."""
+"""The number of calls that a worker may have (``ray_pool.Slot``): the next one starts while an answer is stored."""
 
 
 class InTurn:
-    """Calls that are numbered from 0 on, one at a time and in order, whichever thread comes first."""
+    """Runs numbered calls of several threads one at a time and in order, from 0."""
 
     def __init__(self) -> None:
         self._condition, self._next = threading.Condition(), 0
@@ -48,14 +48,14 @@ class InTurn:
 
 
 class Shelf:
-    """Array records in Ray's object store, each once while this lives; what is left of a message is light."""
+    """Array records in the object store of Ray, each stored once; messages then carry only references."""
 
     def __init__(self) -> None:
         self._stored: dict[int, tuple[ArrayRecord, Any]] = {}
         self._split: dict[int, tuple[RecordDict, RecordDict, References]] = {}
 
     def split(self, message: Message) -> References:
-        """Take the array records out of ``message``; messages that shared a content share what is left of it."""
+        """Remove the array records from ``message``; messages with a common content keep a common content."""
         content = message.content
         if id(content) not in self._split:
             arrays = content.array_records
@@ -72,9 +72,9 @@ class Shelf:
 
 @ray.remote
 class Worker:
-    """A process that answers messages with one client app, one call after the other, in the order of their numbers.
+    """A process that runs one client app on messages, one call after the other, in the order of their numbers.
 
-    It has ``THREADS``: while one call's answer is on its way, the next is at work.
+    It has ``THREADS`` threads: while Ray transfers one answer, the next call is at work.
     """
 
     def __init__(
@@ -95,18 +95,18 @@ class Worker:
         self._turn = InTurn()
 
     def ready(self) -> tuple[str, bool]:
-        """Build what the client app works with; this host's name, and whether it sees the folder of states.
+        """Build the experiment of the client app; returns the host name, and whether it sees the folder of states.
 
-        Raises ``RunError`` where torch sees no card and the run wants one, no compiler makes the kernels it has, or
-        what is built is not what has the ``fingerprint``, where one is given.
+        Raises ``RunError`` if the run needs a GPU and torch sees none, if the kernels do not compile, or if the
+        experiment does not match a given ``fingerprint``.
         """
         try:
             require(self._device)
             compiled.decided(self._kernels)
-        except SettingError as error:  # which no other process could unpickle
+        except SettingError as error:  # another process cannot unpickle it
             raise RunError(f"on {socket.gethostname()}: {error}") from None
-        who = Message(records.same_content(self._fingerprint), FIRST_NODE_ID, MessageType.QUERY)
-        (reply,) = self._host.answers([who], {}, release_counts=None).replies
+        query = Message(records.same_content(self._fingerprint), FIRST_NODE_ID, MessageType.QUERY)
+        (reply,) = self._host.answers([query], {}, release_counts=None).replies
         if self._fingerprint and reply.has_error():
             raise RunError(f"a worker on {socket.gethostname()}: {reply.error.reason}")
         return socket.gethostname(), self._state_folder.is_dir()
@@ -120,7 +120,7 @@ class Worker:
         since: Mapping[int, int],
         release_counts: bool | None,
     ) -> Answers:
-        """As ``Host.answers``, of messages with the records behind ``references`` put back in; calls count from 0."""
+        """``Host.answers`` for messages with the records of ``references`` restored; ``number`` counts calls from 0."""
         with self._turn(number):
             wanted = {reference for each in references for reference in each.values()}
             self._received = {reference: r for reference, r in self._received.items() if reference in wanted}

@@ -1,8 +1,8 @@
-"""What clients keep from round to round: in the memory of who has it, and in files that outlive a process.
+"""The state that a client keeps between rounds: in the memory of a process, and in files that outlive it.
 
-A state is filed under the round that made it: ``state/<client>/<round>.state``. The one before stays until the next
-round, so that a client whose worker or driver died starts its round again from where it was. Nothing is synced to the
-disk: files survive a killed process, not a power cut. How a file is written is in ``fed_dpsat.run.state_file``.
+The path of a state names its round: ``state/<client>/<round>.state``. The previous state stays until the next round, so
+a client whose worker or driver died repeats its round from the same state. Files are not synced: they survive a killed
+process, but not a power failure. ``fed_dpsat.run.state_file`` defines the format.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["StateError", "StateStore", "kept_rounds"]
 
 KINDS: dict[str, Any] = {ARRAYS: compat.record_of, "metrics": MetricRecord, "config": ConfigRecord}
 REMEMBERED_BYTES = 1 << 30
-"""Arrays that one process remembers; what is older is read from its file again."""
+"""Largest size of the arrays in memory; older states are read from their files."""
 
 
 class StateStore:
-    """States by client, under ``folder``; without one they live as long as this object."""
+    """States by client, in ``folder``; without a folder they live as long as this object."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -32,7 +32,7 @@ class StateStore:
         self._bytes = 0
 
     def load(self, client: int, round: int | None) -> RecordDict:
-        """A fresh container with what ``client`` kept in ``round``; empty for None. Raises ``StateError``."""
+        """A new record dict with the state of ``client`` after ``round``; empty for None. Raises ``StateError``."""
         if round is None:
             return RecordDict()
         known = self._remembered.get(client)
@@ -40,11 +40,11 @@ class StateStore:
             self._remembered.move_to_end(client)
             return RecordDict({**known[1]})
         if self._folder is None:
-            raise StateError(f"the state of client {client} after round {round} is gone")
+            raise StateError(f"the state of client {client} after round {round} is lost; start a new run")
         return _from_plain(read_state(_path(self._folder, client, round)))
 
     def save(self, client: int, round: int, state: RecordDict, before: int | None) -> None:
-        """Keep ``state``, and that of the round ``before``; older ones go."""
+        """Store ``state``, keep the state of the round ``before``, and delete older ones."""
         self._forget(client)
         self._remembered[client] = round, state
         self._bytes += _size(state)
@@ -52,7 +52,7 @@ class StateStore:
             return
         path = _path(self._folder, client, round)
         write_state(path, _to_plain(state))
-        if before != round:  # a client may be asked several times in one round, and goes back to the last one
+        if before != round:  # a client may train several times in one round, each time from the previous round
             for other in path.parent.iterdir():
                 if other.name not in (path.name, f"{before}{SUFFIX}"):
                     other.unlink(missing_ok=True)
@@ -65,12 +65,12 @@ class StateStore:
 
 
 def kept_rounds(folder: Path, up_to: int) -> dict[int, int]:
-    """By client, the last round not after ``up_to`` that left a state in ``folder``.
+    """By client, the last round up to ``up_to`` with a state in ``folder``.
 
-    Raises ``StateError`` where an older version wrote them: begun anew, clients would forget what they had spent.
+    Raises ``StateError`` for states of an older version: without them, clients would forget their spent budget.
     """
     if older := next(folder.glob("*/*.pt"), None):
-        raise StateError(f"{older} is of an older version of fed_dpsat; go on with that version, or start a new run")
+        raise StateError(f"{older} is of an older version of fed_dpsat; continue with that version, or start a new run")
     found: dict[int, int] = {}
     for path in folder.glob(f"*/*{SUFFIX}"):
         client, round = int(path.parent.name), int(path.stem)

@@ -1,21 +1,21 @@
-"""Conformance suites: what a plug-in's author runs on their own code, in one line of a test.
+"""Conformance suites: the author of a plug-in tests it in one line.
 
 ======================= ========================================== =====================================
-suite                   takes                                      promises
+suite                   takes                                      tests that
 ======================= ========================================== =====================================
 ``check_clipping``      ``clip_norm -> ClippingRule``              no example adds more than clip_norm
-``check_mechanism``     the factory of a mechanism                 noise of the declared size, each step
-``check_optimizer``     ``() -> PrivateOptimizer``                 post-processing, and nothing hidden
+``check_mechanism``     the factory of a mechanism                 each step has noise of declared size
+``check_optimizer``     ``() -> PrivateOptimizer``                 it post-processes, without hidden state
 ``check_model``         ``() -> nn.Module`` and an input shape     examples do not mix
-``check_dataset``       ``() -> Dataset``                          finite, repeatable, test is not train
+``check_dataset``       ``() -> Dataset``                          it is finite, repeatable, and split
 ``check_partition``     ``(labels, num_clients, seed) -> parts``   clients share no example
-``check_accountant``    ``(events, delta) -> epsilon``             never below what was spent
-``check_strategy``      ``() -> flwr Strategy``                    no reply spreads, no charge is missed
+``check_accountant``    ``(events, delta) -> epsilon``             epsilon is never too small
+``check_strategy``      ``() -> flwr Strategy``                    bad replies and charges are handled
 ======================= ========================================== =====================================
 
-A suite runs small named checks with fixed seeds, in seconds, and returns their names. The first that fails
-raises ``ConformanceError``, an ``AssertionError``: which check, what was expected, what was seen, what to do.
-``check_strategy`` alone loads Flower, and only when it is asked for.
+A suite runs small named checks with fixed seeds, in seconds, and returns their names. The first failure raises
+``ConformanceError``, an ``AssertionError`` with the check, the expected and the observed value, and a remedy.
+Only ``check_strategy`` loads Flower, when it is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Conformance of accountants: an epsilon that is never below what was spent, and adds up over rounds."""
+"""Conformance of accountants: epsilon is never too small, and composes over rounds."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Accountant = Callable[[Sequence[PrivacyEvent], float], float]
 
 DELTA = 1e-5
 PLD_ERROR = 1e-3
-"""fed_dpsat's PLD is above the exact epsilon by at most this share (``privacy.pld``); here it is 3e-4."""
+"""The PLD of fed_dpsat is above the exact epsilon by at most this share (``accounting.pld``); here by 3e-4."""
 
 USEFUL = 10.0
-"""An epsilon this many times the trusted one is no statement."""
+"""An epsilon above this multiple of the trusted epsilon is useless."""
 
 
 def event(noise_multiplier: float, sample_rate: float, steps: int) -> PrivacyEvent:
-    """A shorter way to say it."""
+    """A ``PrivacyEvent``."""
     return PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
 
 
 UNSAMPLED = [[event(5.0, 1.0, 2000)], [event(1.0, 1.0, 1)], [event(10.0, 1.0, 30)], [event(3.0, 1.0, 3)] * 5]
-"""Closed form; the first is 100 rounds of 20 steps: 77.3, where counting client rate 0.1 per step says 3.92."""
+"""Closed form; the first is 100 rounds of 20 steps: 77.3. A client rate of 0.1 counted per step gives 3.92."""
 
 SAMPLED = [
     [event(1.0, 0.008, 125)] * 3,
@@ -39,7 +39,7 @@ SAMPLED = [
 
 
 def check_accountant(accountant: Accountant) -> list[str]:
-    """Run the suite on ``(events, delta) -> epsilon``; the names of the checks that were made.
+    """Run the suite on ``(events, delta) -> epsilon``; returns the names of the checks.
 
     ``events`` is a list, one entry per release of one client. Raises ``ConformanceError``.
     """
@@ -47,19 +47,19 @@ def check_accountant(accountant: Accountant) -> list[str]:
 
 
 def no_events_cost_nothing(accountant: Accountant) -> None:
-    """A client that released nothing spent 0."""
-    _compare(accountant([], DELTA), 0.0, "epsilon = 0 for no events", "start from 0", exactly=True)
+    """Without events, epsilon is 0."""
+    _compare(accountant([], DELTA), 0.0, "epsilon = 0 without events", "start from 0", exactly=True)
 
 
 def no_noise_costs_infinity(accountant: Accountant) -> None:
-    """One step without noise is inf, whatever else there is."""
+    """One step without noise costs inf, with or without other events."""
     for events in ([event(0.0, 0.1, 1)], [event(1.0, 0.1, 100), event(0.0, 0.01, 1)], [event(0.0, 1.0, 1)]):
         seen = accountant(events, DELTA)
-        _compare(seen, math.inf, "epsilon = inf where noise_multiplier is 0", "return inf", exactly=True)
+        _compare(seen, math.inf, "epsilon = inf for noise_multiplier=0", "return inf", exactly=True)
 
 
 def rounds_add_up(accountant: Accountant) -> None:
-    """Three rounds of 125 steps cost what 375 steps do, in whatever order; so do 30."""
+    """Three rounds of 125 steps cost the same as 375 steps, in any order; also 30 rounds."""
     one = event(1.0, 0.008, 125)
     for rounds in (3, 30):
         whole = accountant([replace(one, steps=rounds * one.steps)], DELTA)
@@ -70,9 +70,9 @@ def rounds_add_up(accountant: Accountant) -> None:
         ):
             require(
                 math.isclose(seen, expected, rel_tol=0.01),
-                expected=f"epsilon = {expected:.4g} for {rounds} rounds of {one.steps} steps, as in one go",
+                expected=f"epsilon = {expected:.4g} for {rounds} rounds of {one.steps} steps, as for one long round",
                 seen=f"{seen:.4g} for {what}",
-                remedy="compose over all rounds of a client: an accountant made anew each round forgets the others",
+                remedy="compose over all rounds of a client: a new accountant in each round forgets the others",
             )
 
 
@@ -88,19 +88,21 @@ def epsilon_grows_with_what_is_released(accountant: Accountant) -> None:
             all(a < b for a, b in pairwise(costs)),
             expected=f"an epsilon that grows with {what}",
             seen=", ".join(f"{cost:.4g}" for cost in costs),
-            remedy=f"see how {what} enters",
+            remedy=f"check the use of {what}",
         )
 
 
 def gaussian_is_not_below_its_closed_form(accountant: Accountant) -> None:
     """Without sampling, epsilon is at least that of Balle and Wang (2018), Theorem 8."""
+    from dp_accounting.gaussian_mechanism import get_epsilon_gaussian  # type: ignore[import-untyped]
+
     for events in UNSAMPLED:
         precision = sum(e.steps / e.noise_multiplier**2 for e in events)
-        _at_least(accountant(events, DELTA), _gaussian_epsilon(1 / math.sqrt(precision)) * (1 - 1e-6), events)
+        _at_least(accountant(events, DELTA), get_epsilon_gaussian(1 / math.sqrt(precision), DELTA) * (1 - 1e-6), events)
 
 
 def sampled_gaussian_is_not_below_pld(accountant: Accountant) -> None:
-    """With Poisson sampling, epsilon is at least that of privacy loss distributions, less their error."""
+    """With Poisson sampling, epsilon is at least that of privacy loss distributions minus their error."""
     for events in SAMPLED:
         _at_least(accountant(events, DELTA), trusted_epsilon(events, DELTA) * (1 - PLD_ERROR), events)
 
@@ -133,32 +135,11 @@ def _at_least(seen: float, least: float, events: list[PrivacyEvent]) -> None:
         seen >= least,
         expected=f"epsilon of at least {least:.4g} for {_words(events)}, delta={DELTA}",
         seen=f"{seen:.4g}",
-        remedy="count every step of every round at the rate that is sampled: a client rate is one coin per round and "
-        "does not multiply the rate of each step; where the server sees who takes part it counts for nothing",
+        remedy="count every step of every round at its sample rate: a client rate is one coin per round and does not "
+        "multiply the rate of each step; it counts for nothing if the server sees the cohort",
     )
 
 
 def _words(events: Sequence[PrivacyEvent]) -> str:
     told = [f"{e.steps} steps at noise {e.noise_multiplier:g} and rate {e.sample_rate:g}" for e in events]
     return " and ".join(f"{told.count(t)} times {t}" if told.count(t) > 1 else t for t in dict.fromkeys(told))
-
-
-def _gaussian_epsilon(sigma: float) -> float:
-    """Smallest epsilon with delta(epsilon) <= DELTA for one Gaussian release of noise multiplier ``sigma``."""
-    low, high = 0.0, 1.0
-    while _gaussian_delta(high, sigma) > DELTA:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _gaussian_delta(middle, sigma) > DELTA else (low, middle)
-    return low
-
-
-def _gaussian_delta(epsilon: float, sigma: float) -> float:
-    """Phi(1 / 2s - e s) - exp(e) Phi(-1 / 2s - e s)."""
-
-    def phi(x: float) -> float:
-        return 0.5 * math.erfc(-x / math.sqrt(2))
-
-    second = phi(-0.5 / sigma - epsilon * sigma)
-    return phi(0.5 / sigma - epsilon * sigma) - (math.exp(epsilon + math.log(second)) if second > 0 else 0.0)

@@ -1,4 +1,4 @@
-"""Conformance of clipping rules: whatever the batch, no example adds more than ``clip_norm`` to the sum."""
+"""Conformance of clipping rules: in any batch, no example adds more than ``clip_norm`` to the sum."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ LAYOUTS: dict[str, Shapes] = {
 
 
 def check_clipping(factory: Callable[..., Any]) -> list[str]:
-    """Run the suite on ``clip_norm -> rule``, a class or a function; the names of the checks that were made.
+    """Run the suite on ``clip_norm -> rule``, a class or a function; returns the names of the checks.
 
-    Gradients are prescribed: norms from 0 to 1e30 clip_norm, all in one tensor, in one coordinate, or spread over
-    62 tensors. Raises ``ConformanceError``.
+    The gradients have norms from 0 to 1e30 clip_norm, in one tensor, in one coordinate, or spread over 62 tensors.
+    Raises ``ConformanceError``.
     """
     by_name = "clip_norm" in inspect.signature(factory).parameters
     return run_checks("clipping", CHECKS, lambda clip_norm: _made(factory, clip_norm, by_name))
 
 
 def declares_its_clip_norm(make: MakeRule) -> None:
-    """The noise is scaled to ``rule.clip_norm``, so it is the one that was asked for."""
+    """``rule.clip_norm`` is the given ``clip_norm``, because the noise is scaled to it."""
     for clip_norm in CLIP_NORMS:
         declared = make(clip_norm).clip_norm
         require(
             declared == clip_norm,
             expected=f"clip_norm={clip_norm}",
             seen=f"rule.clip_norm={declared!r}",
-            remedy="the mechanism scales its noise to rule.clip_norm: keep it as it was given",
+            remedy="the mechanism scales its noise to rule.clip_norm: store the given value",
         )
 
 
 def gives_one_factor_per_example_and_parameter(make: MakeRule) -> None:
-    """``factors`` answers squared norms ``[B]`` by finite factors ``[B]`` of the same names, for B = 0 too."""
+    """``factors`` maps squared norms ``[B]`` to finite factors ``[B]`` of the same names, for B = 0 too."""
     for batch in (0, 1, 4):
         norms = {"a": torch.full((batch,), 4.0), "b": torch.zeros(batch)}
         factors = make(1.0).factors(norms)
@@ -67,7 +67,7 @@ def gives_one_factor_per_example_and_parameter(make: MakeRule) -> None:
 
 
 def sensitivity_is_at_most_clip_norm(make: MakeRule) -> None:
-    """What one example leaves in the sum has a norm of at most clip_norm (1 + 1e-6), over all tensors together."""
+    """The contribution of one example has a norm of at most clip_norm (1 + 1e-6), over all tensors together."""
     for clip_norm, name, shapes in _settings():
         rule, norms = make(clip_norm), {}
         for what, row in _adversarial(shapes, clip_norm):
@@ -79,26 +79,26 @@ def sensitivity_is_at_most_clip_norm(make: MakeRule) -> None:
         require(
             norms[worst] <= clip_norm * (1 + TOLERANCE),
             expected=f"a norm of at most clip_norm={clip_norm} over {name}",
-            seen=f"{norms[worst]:.6g} left of {worst}",
+            seen=f"{norms[worst]:.6g} from {worst}",
             remedy="bound the norm over all parameters together: clipping k tensors to clip_norm each leaves "
             "clip_norm * sqrt(k)",
         )
 
 
 def zero_gradient_adds_zero(make: MakeRule) -> None:
-    """An example without a gradient adds nothing: clip_norm / 0 is no factor."""
+    """An example with a zero gradient adds zero: clip_norm / 0 is not a factor."""
     shapes = LAYOUTS["62 tensors"]
     total = _sum(make(1.0), shapes, torch.zeros(2, size(shapes)))
     require(
         all(bool((t == 0).all()) for t in total.values()),
         expected="a zero sum from zero gradients",
         seen=f"norm {float(global_norm(total))}",
-        remedy="answer a squared norm of 0 by a finite factor, say 1",
+        remedy="return a finite factor for a squared norm of 0, for example 1",
     )
 
 
 def nonfinite_examples_add_zero(make: MakeRule) -> None:
-    """NaN and inf in some examples leave the sum of the others as it is, and are counted."""
+    """Examples with NaN or inf do not change the sum of the others, and are counted."""
     shapes, rule = LAYOUTS["one tensor"], make(1.0)
     rows = torch.randn(5, size(shapes), generator=torch.Generator().manual_seed(0))
     bad = rows.clone()
@@ -109,12 +109,12 @@ def nonfinite_examples_add_zero(make: MakeRule) -> None:
         dropped == 2 and away <= TOLERANCE,
         expected="the sum over the 3 finite examples, 2 dropped",
         seen=f"{dropped} dropped, the sum {away:.3g} away",
-        remedy="a factor must follow from the norms of its own example alone",
+        remedy="compute a factor only from the norms of its own example",
     )
 
 
 def factors_ignore_the_other_examples(make: MakeRule) -> None:
-    """An example's factors are the same alone, in a batch, in another order and beside huge neighbours."""
+    """The factors of an example are equal alone, in a batch, in another order and beside huge neighbours."""
     rule, generator = make(1.0), torch.Generator().manual_seed(0)
     norms = {n: torch.rand(6, generator=generator, dtype=torch.float64) * 4 for n in ("a", "b")}
     alone = [rule.factors({n: v[i : i + 1] for n, v in norms.items()}) for i in range(6)]
@@ -130,9 +130,9 @@ def factors_ignore_the_other_examples(make: MakeRule) -> None:
             away = max(abs(float(factors[n][i]) - float(own[n][0])) for n in norms)
             require(
                 away <= 1e-5,
-                expected="the factors that an example has alone",
+                expected="the factors of an example alone",
                 seen=f"{away:.3g} away {where}",
-                remedy="no mean, maximum or sum over the batch: one example would change what another adds",
+                remedy="use no mean, maximum or sum over the batch: an example must not change the others",
             )
 
 
@@ -148,7 +148,7 @@ def a_neighbouring_batch_is_clip_norm_away(make: MakeRule) -> None:
             moved <= clip_norm * (1 + TOLERANCE),
             expected=f"the sum to move by at most clip_norm={clip_norm}",
             seen=f"{moved:.6g} for {what}",
-            remedy="an example may change its own contribution only",
+            remedy="an example may change only its own contribution",
         )
 
 
@@ -161,9 +161,9 @@ def same_norms_give_same_factors(make: MakeRule) -> None:
     again = rule.factors(norms)
     require(
         all(torch.equal(norms[n], given[n]) and torch.equal(first[n], again[n]) for n in norms),
-        expected="the same norms to give the same factors, and to stay as they are",
+        expected="equal factors for equal norms, and unchanged norms",
         seen=f"factors {_values(first)}, later {_values(again)}, norms {_values(norms)} of {_values(given)}",
-        remedy="compute new tensors; keep nothing of a batch in the rule",
+        remedy="compute new tensors; store no state of a batch in the rule",
     )
 
 
@@ -191,7 +191,7 @@ def _settings() -> Iterator[tuple[float, str, Shapes]]:
 
 
 def _adversarial(shapes: Shapes, clip_norm: float) -> Iterator[tuple[str, Tensor]]:
-    """Gradients ``[D]`` in float64, each with what it is."""
+    """Gradients ``[D]`` in float64, each with a description."""
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Everything that a configuration names, checked without training: the suites, and the trial that each run has."""
+"""Checks of a configuration without training: the suites for all its plug-ins, and the trial of a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """One part of a configuration: how many ``checks`` it passed, the ``problem`` that ended them, and a ``note``."""
+    """One part of a configuration: the number of passed ``checks``, the first ``problem``, and a ``note``."""
 
     part: str
     name: str
@@ -44,9 +44,9 @@ class Checked:
 
 
 def check_configuration(config: RunConfig) -> Iterator[Checked]:
-    """Each part of ``config`` as it is checked, the trial of all together last.
+    """Check each part of ``config``, and at last the trial of all parts together.
 
-    Nothing is written but the data set's cache. Raises ``InputError`` for what cannot be built.
+    It writes only the cache of the data set. Raises ``InputError`` for a part that cannot be built.
     """
     experiment = Experiment.build(config)
     config = experiment.config
@@ -129,5 +129,5 @@ def _cannot_resume(config: RunConfig) -> str:
     try:
         capture_state(build_strategy(config))
     except StrategyStateError as error:
-        return f"a run of it cannot be resumed: {error}"
+        return f"a run cannot resume: {error}"
     return ""

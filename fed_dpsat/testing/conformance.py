@@ -1,4 +1,4 @@
-"""What a suite is: small named checks of one plug-in; the first that fails raises, and says what to do."""
+"""A suite: small named checks of one plug-in; the first failure raises an error with a remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Subject = TypeVar("Subject")
 
 
 class ConformanceError(AssertionError):
-    """A plug-in failed a check: its suite and name, what was expected, what was seen, and the remedy."""
+    """A plug-in failed a check: the suite, the check, the expected and the observed value, and a remedy."""
 
     def __init__(self, suite: str, check: str, expected: str, seen: str, remedy: str) -> None:
         super().__init__(f"check_{suite}, {check}: expected {expected}; saw {seen}; {remedy}")
@@ -22,7 +22,7 @@ class ConformanceError(AssertionError):
 
 
 class Unmet(Exception):
-    """What a check raises; ``run_checks`` adds its name."""
+    """The error of a check; ``run_checks`` adds the name of the check."""
 
     def __init__(self, expected: str, seen: str, remedy: str) -> None:
         super().__init__(expected, seen, remedy)
@@ -36,10 +36,10 @@ def require(condition: object, *, expected: str, seen: str, remedy: str) -> None
 
 
 def run_checks(suite: str, checks: Sequence[Callable[[Subject], None]], subject: Subject) -> list[str]:
-    """Make ``checks`` on ``subject`` in their order and return their names; torch's generator is left as it was.
+    """Run ``checks`` on ``subject`` in order and return their names; the generator of torch stays unchanged.
 
-    A plug-in is taken as it is (``unchecked``): a suite measures what it does. Raises ``ConformanceError`` for the
-    first that is not met, and for one in which the plug-in raised.
+    The checks of a run are off (``unchecked``), because a suite measures the plug-in itself. Raises
+    ``ConformanceError`` for the first failure, and for an exception of the plug-in.
     """
     made = []
     for check in checks:
@@ -52,7 +52,7 @@ def run_checks(suite: str, checks: Sequence[Callable[[Subject], None]], subject:
             raise ConformanceError(suite, name, unmet.expected, unmet.seen, unmet.remedy) from None
         except Exception as error:
             seen = f"{type(error).__name__}: {error}"
-            remedy = "the traceback above says where; the check calls the plug-in as a run would"
+            remedy = "see the traceback above; the check calls the plug-in like a run"
             raise ConformanceError(suite, name, "no exception", seen, remedy) from error
         made.append(name)
     return made

@@ -1,4 +1,4 @@
-"""Conformance of data sets: two splits of finite examples, the same in each process, no test on training."""
+"""Conformance of data sets: two separate splits of finite examples, equal in each process."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.testing.conformance import require, run_checks
 
 LOOKED_AT = 1000
-"""Rows of each split, spread evenly."""
+"""Number of checked rows of each split, evenly spaced."""
 
 Make = Callable[[], Dataset]
 
 
 def check_dataset(factory: Make) -> list[str]:
-    """Run the suite on ``() -> Dataset``; the names of the checks that were made.
+    """Run the suite on ``() -> Dataset``; returns the names of the checks.
 
-    Of each split 1,000 rows are looked at, spread evenly. Raises ``ConformanceError``.
+    It reads 1,000 evenly spaced rows of each split. Raises ``ConformanceError``.
     """
     return run_checks("dataset", CHECKS, factory)
 
 
 def is_a_dataset_of_two_splits(make: Make) -> None:
-    """``Dataset``, with examples to train on and public ones to test on, and two classes or more."""
+    """A ``Dataset`` with training examples, public test examples, and at least two classes."""
     made = make()
     require(
         isinstance(made, Dataset),
@@ -60,12 +60,12 @@ def batches_are_finite(make: Make) -> None:
             not len(bad),
             expected=f"finite {split} inputs",
             seen=f"NaN or inf in {len(bad)} of {len(rows)} rows, the first {int(bad[0]) if len(bad) else 0}",
-            remedy="fill in what is missing before, with a public constant",
+            remedy="replace missing values by a public constant",
         )
 
 
 def each_call_gives_the_same_examples(make: Make) -> None:
-    """Workers, devices and resumed runs make the data set anew: it is the same to the bit."""
+    """Each call gives the same bits: workers, devices and resumed runs build the data set again."""
     first, again = make(), make()
     for split in ("train", "test"):
         one, other = getattr(first, split), getattr(again, split)
@@ -76,15 +76,15 @@ def each_call_gives_the_same_examples(make: Make) -> None:
         require(
             same,
             expected=f"the same {split} split from a second call",
-            seen="another one",
-            remedy="seed what is drawn or shuffled, and read files in a sorted order",
+            seen="another split",
+            remedy="seed each draw and shuffle, and read files in a sorted order",
         )
     constants = [(d.train.mean, d.train.std, d.test.mean, d.test.std) for d in (first, again)]
     require(
         constants[0] == constants[1],
         expected="the same mean and std from a second call",
         seen=f"{constants[0]} and {constants[1]}",
-        remedy="write public constants down: statistics of the training split would be a release of their own",
+        remedy="use public constants: statistics of the training split are a release without a charge",
     )
 
 
@@ -96,9 +96,9 @@ def test_split_is_not_the_training_split(make: Make) -> None:
     found = len(set(private) & set(looked_at))
     require(
         2 * found <= len(set(looked_at)),
-        expected="test examples that nobody trains on",
-        seen=f"{found} of {len(set(looked_at))} that are training examples too",
-        remedy="put examples aside for the test split, or set validation_share",
+        expected="test examples that are not training examples",
+        seen=f"{found} of {len(set(looked_at))} test examples in the training split",
+        remedy="keep examples apart for the test split, or set validation_share",
     )
 
 

@@ -1,4 +1,4 @@
-"""A federation of eight clients that say what a check wants them to say, with a real ledger, strategy and grid."""
+"""A federation of eight clients whose replies a check prescribes, with a real ledger, strategy and grid."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ Model = Mapping[str, NDArray[Any]]
 Move = Callable[[int, int, Model], Model]
 """``client, round, global model -> the client's model``."""
 Tamper = Callable[[int, int, RecordDict], RecordDict]
-"""``client, round, an honest reply -> what is sent``."""
+"""``client, round, honest reply -> reply``."""
 
 
 def start() -> Model:
-    """Parameters of several shapes and types: 0-d, float64 and whole numbers among them."""
+    """Parameters of several shapes and types, including 0-d, float64 and integers."""
     return {
         "w": np.linspace(-1, 1, NUM_CLIENTS, dtype=np.float32),
         "matrix": np.linspace(0, 1, 6).reshape(3, 2),
@@ -50,13 +50,13 @@ def start() -> Model:
 
 
 def drift(client: int, round: int, model: Model) -> Model:
-    """Somewhere of its own for each client and round; whole numbers stay."""
+    """A random update for each client and round; integers stay."""
     generator = np.random.default_rng([client, round])
     return {n: (a if _whole(a) else a + 0.1 * generator.standard_normal(a.shape)) for n, a in model.items()}
 
 
 def together(client: int, round: int, model: Model) -> Model:
-    """The same way for all: 0.1 up in each coordinate."""
+    """The same update for all clients: plus 0.1 in each coordinate."""
     return {n: (a if _whole(a) else a + 0.1) for n, a in model.items()}
 
 
@@ -66,7 +66,7 @@ def still(client: int, round: int, model: Model) -> Model:
 
 
 def as_record(model: Model, like: Model | None = None) -> ArrayRecord:
-    """Arrays in the types of ``like``, or their own."""
+    """The arrays as a record, in the types of ``like`` if given."""
     return ArrayRecord({n: Array(np.asarray(a, dtype=(like or model)[n].dtype)) for n, a in model.items()})
 
 
@@ -93,10 +93,10 @@ def client_app(
 
 
 class Federation:
-    """``inner`` in a ``PrivateStrategy``; ``round()`` runs one round and gives the model after it.
+    """``inner`` in a ``PrivateStrategy``; ``round()`` runs one round and returns the model after it.
 
-    ``answered`` counts what clients were asked, by (client, round); ``uncharged`` are those that were asked before
-    they were charged. ``settings`` are arguments of ``Roster`` and ``PrivateStrategy``.
+    ``answered`` counts messages by (client, round); ``uncharged`` lists the messages before a charge. ``settings`` are
+    arguments of ``Roster`` and ``PrivateStrategy``.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Federation:
         self.private.meet(self.grid)
 
     def round(self) -> Model:
-        """As Flower's loop does it."""
+        """One round, as in the loop of Flower."""
         number = next(self._rounds)
         messages = self.private.configure_train(number, self.model, ConfigRecord(), self.grid)
         replies = list(self.grid.send_and_receive(messages))
@@ -146,7 +146,7 @@ class Federation:
 
     def _answer(self, client: int, content: RecordDict) -> RecordDict:
         model = as_model(content.array_records[records.ARRAYS])
-        # a message of the strategy's own making has no assignment: it is asked all the same
+        # a message that the strategy made itself has no assignment; the client replies too
         number = records.read_assignment(content).round if records.ASSIGNMENT in content.config_records else 0
         self.answered[client, number] += 1
         if self.ledger.rounds_by_client().get(client, 0) < len([1 for c, _ in self.answered if c == client]):
@@ -163,7 +163,7 @@ class Federation:
 
 
 class Handed(Strategy):
-    """``inner``, handed ``turn(replies)`` instead of the replies."""
+    """``inner``, which receives ``turn(replies)`` instead of the replies."""
 
     def __init__(self, inner: Strategy, turn: Callable[[list[Message]], list[Message]]) -> None:
         self.inner, self.turn = inner, turn
@@ -171,23 +171,23 @@ class Handed(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As ``inner``."""
+        """Call ``inner``."""
         return self.inner.configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As ``inner``, of other replies."""
+        """Call ``inner`` with the changed replies."""
         return self.inner.aggregate_train(server_round, self.turn(list(replies)))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Nobody."""
+        """No messages."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing."""
+        """No metrics."""
         return None
 
     def summary(self) -> None:
@@ -195,12 +195,12 @@ class Handed(Strategy):
 
 
 def backwards(replies: list[Message]) -> list[Message]:
-    """The last client's first."""
+    """The replies in reverse order."""
     return replies[::-1]
 
 
 def averaged(replies: list[Message]) -> list[Message]:
-    """One reply: the mean of the models, weighted by size, from whom the first is."""
+    """One reply with the mean of the models, weighted by size; its other records are those of the first."""
     first, sizes = replies[0], [_size(reply.content) for reply in replies]
     models = [as_model(reply.content.array_records[records.ARRAYS]) for reply in replies]
     mean = {name: np.average(np.stack([m[name] for m in models]), axis=0, weights=sizes) for name in models[0]}
@@ -225,10 +225,10 @@ def _whole(array: NDArray[Any]) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Flower and the wrapper log of each round, and without the wait for Bulyan's garbage collections."""
+    """Turn off the logs of Flower and the wrapper, and make the garbage collections of Bulyan fast."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    gc.freeze()  # stock Bulyan collects once per array of each reply: 80 ms where torch is loaded
+    gc.freeze()  # Flower's Bulyan collects once per array of each reply: 80 ms with torch loaded
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Conformance of mechanisms: noise of the declared size on the sum, at every step, and an event that says so."""
+"""Conformance of mechanisms: noise of the declared size on the sum at every step, and a matching event."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ FIRST = Streams(seed=0, client=0, round=1)
 
 
 def check_mechanism(factory: Callable[..., Any], *, train: TrainLoop = train_locally) -> list[str]:
-    """Run the suite on a factory with the parameters of ``GaussianMechanism``; the names of the checks made.
+    """Run the suite on a factory with the parameters of ``GaussianMechanism``; returns the names of the checks.
 
-    ``train`` is the training loop, for those who write their own. Raises ``ConformanceError``.
+    ``train`` replaces the training loop. Raises ``ConformanceError``.
     """
     return run_checks("mechanism", CHECKS, Subject(make=factory, train=train))
 
 
 def keeps_names_shapes_and_types(subject: Subject) -> None:
-    """The private gradient has the tensors of the sum, which stays as it was."""
+    """The private gradient has the names, shapes and types of the sum, and the sum does not change."""
     total = {
         "w": torch.ones(3, 2),
         "wide": torch.ones(2, dtype=torch.float64),
@@ -50,10 +50,10 @@ def keeps_names_shapes_and_types(subject: Subject) -> None:
     }
     private = make(subject).privatize(given := copied(total), stream())
     expected, seen = ({n: kind(t) for n, t in tensors.items()} for tensors in (total, private))
-    require(seen == expected, expected=str(expected), seen=str(seen), remedy="return a tensor like each of the sum's")
+    require(seen == expected, expected=str(expected), seen=str(seen), remedy="return tensors like those of the sum")
     require(
         all(torch.equal(given[n], t) for n, t in total.items()),
-        expected="the sum to stay as it is",
+        expected="an unchanged sum",
         seen="a sum changed in place",
         remedy="add the noise to a copy",
     )
@@ -68,19 +68,19 @@ def divides_by_the_expected_batch_size(subject: Subject) -> None:
             math.isclose(seen, value / batch, rel_tol=1e-6),
             expected=f"{value:g} / expected_batch_size={batch:g} with noise_multiplier=0",
             seen=f"{seen:g}",
-            remedy="divide by the constant expected_batch_size, add nothing where noise_multiplier is 0",
+            remedy="divide by the constant expected_batch_size, and add nothing for noise_multiplier=0",
         )
 
 
 def event_costs_what_was_done(subject: Subject) -> None:
-    """The event has at most the declared noise, and at least the rate and steps it is asked for; no noise is inf."""
+    """The event has at most the declared noise and at least the given rate and steps; without noise it costs inf."""
     for noise, rate, steps in ((1.0, 0.1, 1), (0.5, 1.0, 7), (4.0, 0.01, 1000)):
         event: PrivacyEvent = make(subject, noise_multiplier=noise).event(sample_rate=rate, steps=steps)
         require(
             event.noise_multiplier <= noise and event.sample_rate >= rate and event.steps >= steps,
             expected=f"an event of noise_multiplier={noise}, sample_rate={rate}, steps={steps}, or a costlier one",
             seen=str(event),
-            remedy="charge the noise that is added, the rate that is sampled and every step",
+            remedy="charge the added noise, the rate of the sampler and every step",
         )
     spent = epsilon([make(subject, noise_multiplier=0.0).event(sample_rate=0.1, steps=1)], 1e-5)
     require(
@@ -92,25 +92,25 @@ def event_costs_what_was_done(subject: Subject) -> None:
 
 
 def empty_batches_are_noised_and_charged(subject: Subject) -> None:
-    """In training at a rate where most batches are empty, each step releases noise and is charged."""
+    """In training with mostly empty batches, each step releases noise and is charged."""
     released, sizes, result = _trained(subject, noise_multiplier=1.0)
     noise = [float(step["w"].abs().sum()) for step in released]
     require(
         0 in sizes and len(noise) == len(sizes) == STEPS and all(noise),
-        expected=f"{STEPS} noised releases, from batches of which some are empty",
+        expected=f"{STEPS} noised releases, some from empty batches",
         seen=f"{sum(n > 0 for n in noise)} noised of {len(noise)} releases from batches of {sizes}",
-        remedy="an empty batch is a step like any other: a zero sum, plus noise",
+        remedy="treat an empty batch like any other: a zero sum plus noise",
     )
     require(
         result.event.steps >= STEPS and result.event.noise_multiplier <= 1,
         expected=f"an event of {STEPS} steps at noise_multiplier=1",
         seen=str(result.event),
-        remedy="charge every step, whatever its batch",
+        remedy="charge every step, also for an empty batch",
     )
 
 
 def training_noise_is_fresh(subject: Subject) -> None:
-    """In training, no two steps, clients, rounds or attempts release the same noise."""
+    """In training, the noise of any two steps, clients, rounds or attempts differs."""
     released = []
     for client, round, attempt in ((0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)):
         streams = Streams(seed=0, client=client, round=round, attempt=attempt)
@@ -120,7 +120,7 @@ def training_noise_is_fresh(subject: Subject) -> None:
         len(set(released)) == len(released),
         expected=f"{len(released)} different draws in 4 rounds of {STEPS} steps",
         seen=f"{len(set(released))}",
-        remedy="take one generator per (client, round, attempt), as Streams gives it, and go on with it at each step",
+        remedy="use one generator per (client, round, attempt), from Streams, for all steps",
     )
 
 
@@ -154,7 +154,7 @@ CHECKS = (
 def _trained(
     subject: Subject, noise_multiplier: float, streams: Streams = FIRST
 ) -> tuple[list[Params], list[int], LocalResult]:
-    """What a client's round releases, from which batch sizes; every example has the gradient (1, 0) / 4."""
+    """The releases and the batch sizes of a round; every example has the gradient (1, 0) / 4."""
     sampler = PoissonSampler(num_examples=EXAMPLES, sample_rate=RATE)
     optimizer, sizes = Watching(), []
     rows = torch.tensor([[GRADIENT, 0.0]]).repeat(EXAMPLES, 1)

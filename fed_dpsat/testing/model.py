@@ -1,4 +1,4 @@
-"""Conformance of models: examples do not mix, and an engine's per-example gradients are those of single examples."""
+"""Conformance of models: examples do not mix, and per-example gradients equal those of single examples."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """``make()`` gives the module, for ``x[B, *input_shape]``; ``engine`` takes its per-example gradients.
+    """``make()`` gives the module for ``x[B, *input_shape]``; ``engine`` computes per-example gradients.
 
-    ``inputs`` are ``BATCH`` examples, and ``others`` stand for all but the first of them. ``probe`` and 1 - ``probe``
-    are inputs too.
+    ``inputs`` are ``BATCH`` examples, and ``others`` replace all but the first of them. ``probe`` and 1 - ``probe`` are
+    valid inputs too.
     """
 
     make: Callable[[], nn.Module]
@@ -47,10 +47,10 @@ def check_model(
     engine: str | Engine = "auto",
     tokens: int = 0,
 ) -> list[str]:
-    """Run the suite on ``() -> module`` that maps ``x[B, *input_shape]`` to ``[B, num_classes]``; names of the checks.
+    """Run the suite on ``() -> module`` from ``x[B, *input_shape]`` to ``[B, num_classes]``; returns the check names.
 
-    ``engine`` is a name in ``ENGINES``, or your own. Inputs are normal numbers; for a model of texts they are numbers
-    of tokens below ``tokens``. Raises ``ConformanceError``.
+    ``engine`` is a name in ``ENGINES``, or your own engine. Inputs are normal numbers; for a model of texts they are
+    token numbers below ``tokens``. Raises ``ConformanceError``.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH, *input_shape)
@@ -65,7 +65,7 @@ def check_model(
 
 
 def layers_share_no_statistics(subject: Subject) -> None:
-    """No layer is known to mix the examples of a batch, as BatchNorm does."""
+    """No known layer mixes the examples of a batch, as BatchNorm does."""
     module = subject.make()
     try:
         check_module(module)
@@ -87,23 +87,23 @@ def logits_are_one_row_per_example(subject: Subject) -> None:
 
 
 def logits_ignore_the_other_examples(subject: Subject) -> None:
-    """An example's logits stay when all others of its batch change, in training mode."""
+    """The logits of an example do not change with the other examples of the batch, in training mode."""
     module = subject.make().train()
     rows = []
     for batch in (subject.inputs, torch.cat([subject.inputs[:1], subject.others])):
-        torch.manual_seed(0)  # equal masks, where there is dropout
+        torch.manual_seed(0)  # equal dropout masks
         rows.append(module(batch.clone())[0].detach())
     away = float((rows[0] - rows[1]).abs().max())
     require(
         away <= TOLERANCE * (1 + float(rows[0].abs().max())),
         expected="logits of the first example that do not depend on the others",
         seen=f"a change of {away:.3g}",
-        remedy="no statistics over the batch: GroupNorm or LayerNorm in the place of BatchNorm, no attention across it",
+        remedy="use no statistics over the batch: GroupNorm or LayerNorm instead of BatchNorm, no attention across it",
     )
 
 
 def forward_changes_nothing(subject: Subject) -> None:
-    """A forward pass leaves its input as it was, and the module: parameters, buffers, and what outputs depend on."""
+    """A forward pass changes neither its input nor the module: parameters, buffers and other state."""
     module, inputs = subject.make().train(), subject.inputs.clone()
     before = copied({"the input": inputs})
     module(inputs)
@@ -113,11 +113,11 @@ def forward_changes_nothing(subject: Subject) -> None:
         check_unchanging(subject.make(), subject.probe)
     except ModelError as error:
         said, _, remedy = str(error).partition("; ")
-    require(not said, expected="an input and a module that a forward pass leaves alone", seen=said, remedy=remedy)
+    require(not said, expected="an unchanged input and module after a forward pass", seen=said, remedy=remedy)
 
 
 def gradients_are_those_of_single_examples(subject: Subject) -> None:
-    """The engine's clipped sum is the sum over examples that are clipped one by one, with plain autograd."""
+    """The clipped sum of the engine equals the sum over examples that plain autograd clips one by one."""
     module = subject.make().train().double()  # no activation within rounding of its kink
     for layer in module.modules():
         if isinstance(layer, DROPOUT):
@@ -140,7 +140,7 @@ def gradients_are_those_of_single_examples(subject: Subject) -> None:
         away <= TOLERANCE * BATCH * CLIP_NORM,
         expected=f"the sum over {BATCH} single examples, each clipped to {CLIP_NORM}",
         seen=f"a sum {away / (BATCH * CLIP_NORM):.3g} of its bound away with engine {_name(subject.engine)}",
-        remedy="an activation in place (inplace=True) overwrites what hooks kept, a layer used twice counts twice: "
+        remedy="an in-place activation (inplace=True) overwrites tensors of hooks, a layer used twice counts twice: "
         "try engine='vmap'",
     )
 

@@ -1,4 +1,4 @@
-"""The part of the mechanisms' suite that looks at noise: its size, its shape, and that it is never used twice."""
+"""The checks of noise in the suite of mechanisms: its size, its distribution, and its independence."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ CASES = ((1.0, 1.0, 1.0), (0.5, 0.1, 64.0), (4.0, 10.0, 3.0))
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """``make(noise_multiplier=, clip_norm=, expected_batch_size=)`` and the loop that calls what it makes."""
+    """The factory ``make(noise_multiplier=, clip_norm=, expected_batch_size=)`` and the training loop."""
 
     make: Callable[..., Any]
     train: TrainLoop
 
 
 def noise_has_the_declared_size(subject: Subject) -> None:
-    """Noise on the SUM is N(0, (noise_multiplier clip_norm)^2); 0.9 and 1.1 of it are told apart (chi-square)."""
+    """Noise on the SUM is N(0, (noise_multiplier clip_norm)^2); the chi-square test rejects 0.9 and 1.1 of it."""
     for case in CASES:
         _check_noise(_residual(subject, case, 0.0), f"{_words(case)}, a sum of zeros")
 
 
 def noise_is_added_to_the_sum(subject: Subject) -> None:
-    """The sum is still there below the noise, and the noise does not depend on it."""
+    """The result contains the sum, and the noise does not depend on the sum."""
     for case in CASES:
         _check_noise(_residual(subject, case, 1000.0), f"{_words(case)}, a sum with a norm of 1000 clip_norm")
 
 
 def noise_is_fresh_for_every_stream(subject: Subject) -> None:
-    """Two steps, clients, rounds or attempts share no noise, and it all comes from the generator that is given."""
+    """The noise of two steps, clients, rounds or attempts is independent, and comes from the given generator."""
     mechanism = make(subject)
     first = stream()
     draws = {"a step": _noise(mechanism, first), "the step after it": _noise(mechanism, first)}
@@ -60,12 +60,12 @@ def noise_is_fresh_for_every_stream(subject: Subject) -> None:
             abs(shared) < 5,
             expected=f"independent noise for {a} and {b}",
             seen=f"a correlation of {shared / math.sqrt(len(x)):.3g}",
-            remedy="draw from the generator that privatize is given: not from torch's, and not from one of your own",
+            remedy="draw from the generator argument of privatize: not from torch, and not from your own generator",
         )
 
 
 def noise_is_fresh_for_every_coordinate(subject: Subject) -> None:
-    """No two coordinates share noise: neither within a tensor, at any distance, nor between two of one shape."""
+    """The noise of any two coordinates is independent: within a tensor and between tensors of one shape."""
     draws = _noise(make(subject), stream())
     largest = statistics.largest_autocorrelation(draws)
     require(
@@ -79,17 +79,17 @@ def noise_is_fresh_for_every_coordinate(subject: Subject) -> None:
 def make(
     subject: Subject, noise_multiplier: float = 1.0, clip_norm: float = 1.0, expected_batch_size: float = 1.0
 ) -> Any:
-    """A mechanism; everything is 1 unless said."""
+    """A mechanism; each argument is 1 by default."""
     return subject.make(noise_multiplier=noise_multiplier, clip_norm=clip_norm, expected_batch_size=expected_batch_size)
 
 
 def stream() -> np.random.Generator:
-    """The noise of client 0 in round 1, from its start."""
+    """A new generator for the noise of client 0 in round 1."""
     return derive_generator(0, purpose="noise", client=0, round=1)
 
 
 def _released(mechanism: Any, total: Params, generator: np.random.Generator) -> Params:
-    torch.manual_seed(0)  # whoever draws from torch's generator draws the same again, and is found
+    torch.manual_seed(0)  # a mechanism that draws from torch repeats its noise, which the checks find
     return {n: t.double().flatten() for n, t in mechanism.privatize(total, generator).items()}
 
 
@@ -99,7 +99,7 @@ def _noise(mechanism: Any, generator: np.random.Generator) -> Draws:
 
 
 def _residual(subject: Subject, case: tuple[float, float, float], ratio: float) -> dict[str, Draws]:
-    """What is left per tensor of a result when the mean is taken off, in standard deviations of the noise."""
+    """The result minus the mean per tensor, in standard deviations of the noise."""
     noise_multiplier, clip_norm, batch = case
     value = ratio * clip_norm / math.sqrt(sum(torch.Size(s).numel() for s in SHAPES.values()))
     total = filled(SHAPES, value)
@@ -125,7 +125,7 @@ def _check_noise(residual: dict[str, Draws], case: str) -> None:
         distance < 2.5 and len(z) >= statistics.SMALLEST,
         expected="normal noise of mean 0",
         seen=f"a Kolmogorov-Smirnov distance of {distance:.3g} / sqrt(n), mean {z.mean():.3g} ({case})",
-        remedy="an event of kind poisson_gaussian is a promise of Gaussian noise",
+        remedy="add Gaussian noise: an event of kind poisson_gaussian declares it",
     )
     require(
         residual["scale"].item() != 0,

@@ -1,4 +1,4 @@
-"""Conformance of private optimizers: two functions of public values, with nothing hidden and nothing lost."""
+"""Conformance of private optimizers: functions of public values, with all state in their arguments."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fed_dpsat.step.query import At, as_query, first_point
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.problems import (
     TrainLoop,
-    answer,
     copied,
     difference,
     kind,
+    made_up_gradient,
     normal_like,
     step_info,
     walk,
@@ -46,10 +46,10 @@ def check_optimizer(
     zero_lr: Callable[[], PrivateOptimizer] | None = None,
     train: TrainLoop = train_locally,
 ) -> list[str]:
-    """Run the suite on ``() -> optimizer``; the names of the checks that were made.
+    """Run the suite on ``() -> optimizer``; returns the names of the checks.
 
-    ``zero_lr`` gives the same optimizer with lr = 0, which must leave every bit of the weights. ``train`` is the
-    training loop, for those who write their own. Raises ``ConformanceError``.
+    ``zero_lr`` gives the same optimizer with lr = 0, which must keep every bit of the weights. ``train`` replaces the
+    training loop. Raises ``ConformanceError``.
     """
     checks = CHECKS if zero_lr else [check for check in CHECKS if check is not zero_lr_keeps_every_bit]
     return run_checks("optimizer", checks, Subject(make=factory, make_still=zero_lr, train=train))
@@ -65,32 +65,32 @@ def signatures_take_no_data(subject: Subject) -> None:
             len(taken) == len(wanted) and all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in taken),
             expected=f"{name}({', '.join(wanted)})",
             seen=f"{name}({', '.join(map(str, taken))})",
-            remedy="take no batch, raw gradient or loss, not even as an option: all an optimizer computes must be "
-            "post-processing of the private gradient",
+            remedy="take no batch, raw gradient or loss, not even as an option: an optimizer may only post-process the "
+            "private gradient",
         )
 
 
 def state_is_named_tensors(subject: Subject) -> None:
-    """State is a tree of named tensors, so that it can be stored between rounds and sent; ``carries`` are names."""
+    """State is a tree of named tensors, which a client can store and send; ``carries`` is a tuple of names."""
     for state in _states(subject):
         for path, value in _leaves(state):
             require(
                 type(value) is Tensor and not value.requires_grad,
                 expected="detached tensors, or trees of them",
                 seen=f"{path}: {type(value).__name__}",
-                remedy="keep numbers as 0-d tensors, name what you keep by strings, and detach",
+                remedy="store numbers as 0-d tensors, use strings as names, and detach",
             )
     carries = getattr(subject.make(), "carries", ())
     require(
         isinstance(carries, tuple) and all(isinstance(name, str) and name != BASE for name in carries),
         expected="carries, a tuple of names",
         seen=repr(carries),
-        remedy="name what a client takes into its next round, as in ('momentum',); a base names its own",
+        remedy="name the state that a client keeps for its next round, as in ('momentum',); a base names its own",
     )
 
 
 def _leaves(tree: Any, path: str = "state") -> Iterator[tuple[str, Any]]:
-    """What is no tree of string names, by where it is."""
+    """The leaves of ``tree`` with their paths; a dict with a key that is not a name is a leaf."""
     if type(tree) is not dict or not all(type(name) is str and name for name in tree):
         yield path, tree
         return
@@ -99,7 +99,7 @@ def _leaves(tree: Any, path: str = "state") -> Iterator[tuple[str, Any]]:
 
 
 def state_of_a_base_has_its_own_place(subject: Subject) -> None:
-    """An optimizer over a ``base`` keeps the state of that one under "base"."""
+    """An optimizer over a ``base`` keeps the state of the base under "base"."""
     optimizer = subject.make()
     base = getattr(optimizer, "base", None)
     if base is None:
@@ -109,21 +109,21 @@ def state_of_a_base_has_its_own_place(subject: Subject) -> None:
         isinstance(seen, dict) and seen.keys() == base.init(start()).keys(),
         expected=f"the state of {type(base).__name__} under {BASE!r}",
         seen=f"slots {sorted(optimizer.init(start()))}",
-        remedy="extend fed_dpsat.step.optimizers.base.Over: two that keep one name would find each other's",
+        remedy="extend fed_dpsat.step.optimizers.base.Over: two optimizers with one name would share state",
     )
 
 
 def points_are_like_params(subject: Subject) -> None:
     """Query points and new parameters have the names, shapes and types of ``params``: plain detached tensors.
 
-    Points of a query that wraps the loss are of its own choosing, all alike: the wrapped loss is called there.
+    A query that wraps the loss may choose other shapes, equal for all its points.
     """
     optimizer = subject.make()
     like = {name: kind(p) for name, p in start().items()}
     params = start()
     for state in _states(subject):
         query = as_query(optimizer.query_point(params, state, step_info()))
-        params, _ = optimizer.update(params, answer(query, 0), state, step_info())
+        params, _ = optimizer.update(params, made_up_gradient(query, 0), state, step_info())
         points = [("query_point", point) for _, point in query.points]
         for what, point in (*points, ("update", params)):
             own = what == "query_point" and query.loss is not None
@@ -134,16 +134,16 @@ def points_are_like_params(subject: Subject) -> None:
                 plain and seen == expected,
                 expected=f"plain detached tensors {expected} from {what}",
                 seen=f"{seen}" if plain else "tensors of another class, or that require a gradient",
-                remedy="return one tensor like each parameter; mind 0-d tensors and float64",
+                remedy="return one tensor like each parameter, also for 0-d tensors and float64",
             )
 
 
 def inputs_are_not_changed(subject: Subject) -> None:
-    """No function changes its arguments: parameters, gradient and state stay as they were, to the bit."""
+    """No function changes its arguments: parameters, gradient and state keep their bits."""
     optimizer = subject.make()
     for state in _states(subject):
         info = step_info()
-        gradient = answer(optimizer.query_point(start(), state, info), 0)
+        gradient = made_up_gradient(optimizer.query_point(start(), state, info), 0)
         given = {"params": start(), "private_gradient": gradient, "state": state}
         before = {what: copied(flatten(tensors)) for what, tensors in given.items()}
         for what, taken in SIGNATURES.items():
@@ -153,19 +153,19 @@ def inputs_are_not_changed(subject: Subject) -> None:
             ]
             require(
                 not changed,
-                expected=f"{what} to leave its arguments as they are",
+                expected=f"unchanged arguments after {what}",
                 seen="; ".join(changed),
-                remedy="no operation in place: weights that are moved and put back drift away when a batch is split",
+                remedy="use no operation in place: weights that move to a point and back lose bits",
             )
 
 
 def a_gradient_given_away_makes_the_same_step(subject: Subject) -> None:
-    """``update_owned``, where there is one, gives the bits of ``update``, and writes into its gradient alone."""
+    """``update_owned``, if present, gives the bits of ``update`` and writes only into its gradient."""
     optimizer = subject.make()
     owned = owned_update(optimizer)
     for state in _states(subject):
         params, info = start(), step_info()
-        gradient, given = answer(optimizer.query_point(params, state, info), 0), _flat(params, state)
+        gradient, given = made_up_gradient(optimizer.query_point(params, state, info), 0), _flat(params, state)
         before, outcomes = copied(given), []
         for step in (optimizer.update, owned):
             torch.manual_seed(0)
@@ -173,21 +173,21 @@ def a_gradient_given_away_makes_the_same_step(subject: Subject) -> None:
         said = difference(*outcomes)
         require(
             not said,
-            expected="from update_owned the parameters and state of update",
-            seen=f"others: {said}",
-            remedy="leave nothing in the gradient's memory that a later line of update_owned overwrites",
+            expected="the parameters and state of update from update_owned",
+            seen=f"a difference: {said}",
+            remedy="return no tensor in the memory of the gradient that update_owned overwrites later",
         )
         said = difference(before, _flat(params, state))
         require(
             not said,
-            expected="update_owned to leave parameters and state as they are",
+            expected="unchanged parameters and state after update_owned",
             seen=said,
-            remedy="write into the private gradient alone",
+            remedy="write only into the private gradient",
         )
 
 
 def same_inputs_give_same_outputs(subject: Subject) -> None:
-    """Calls in between, and another object of the same settings, change no bit: nothing is kept outside the state."""
+    """Other calls, and another object of the same settings, change no bit: all state is in the arguments."""
     optimizer = subject.make()
     states = _states(subject)
     for state in states:
@@ -202,14 +202,14 @@ def same_inputs_give_same_outputs(subject: Subject) -> None:
             require(
                 not said,
                 expected="the same outputs for the same params, private gradient and state",
-                seen=f"other ones {what}: {said}",
-                remedy="keep momentum and all else in the state: what hides in the object is lost between rounds, "
-                "or shared by clients; draw from torch's global generator, which the loop seeds",
+                seen=f"a difference {what}: {said}",
+                remedy="keep momentum and other values in the state: attributes of the object are lost between rounds, "
+                "or shared by clients; draw from the global generator of torch, which the loop seeds",
             )
 
 
 def resumed_equals_uninterrupted(subject: Subject) -> None:
-    """Stored as bytes after any step and taken up by a new object, training goes on to the same bits."""
+    """After any step, a new object with the stored state continues to the same bits."""
     optimizer = subject.make()
     ends = list(walk(optimizer, start(), optimizer.init(start()), range(STEPS)))
     for stop in range(len(ends) - 1):
@@ -219,8 +219,8 @@ def resumed_equals_uninterrupted(subject: Subject) -> None:
         require(
             not said,
             expected="the parameters and state of a run without interruption",
-            seen=f"others where it was stored after step {stop + 1}: {said}",
-            remedy="keep all that later steps need in the state, as tensors",
+            seen=f"a difference with a state stored after step {stop + 1}: {said}",
+            remedy="keep all values that later steps need in the state, as tensors",
         )
 
 
@@ -237,23 +237,23 @@ def zero_gradient_stays_finite(subject: Subject) -> None:
                 not bad,
                 expected="finite values after a private gradient of zero",
                 seen=f"NaN or inf in {', '.join(bad)}",
-                remedy="where a norm is 0, take the direction as 0, as base.climb does",
+                remedy="for a norm of 0, use the direction 0, as base.climb does",
             )
 
 
 def a_round_begins_with_what_is_carried(subject: Subject) -> None:
-    """A round may begin with what ``carries`` names and, beside it, what ``init`` makes; a direction may be any."""
+    """A round starts with the state that ``carries`` names and the rest from ``init``; any direction is possible."""
     optimizer, last = subject.make(), _states(subject)[-1]
     state = next_round(optimizer, start(), last)
     states = [state, {**state, ASCENT: normal_like(start(), 9)} if ASCENT in last else state]
     for begun in states:
         at = optimizer.query_point(start(), begun, step_info(3, round=2))
-        params, _ = optimizer.update(start(), answer(at, 0), begun, step_info(3, round=2))
+        params, _ = optimizer.update(start(), made_up_gradient(at, 0), begun, step_info(3, round=2))
         require(
             all(bool(t.isfinite().all()) for point in (*asked(at).values(), params) for t in point.values()),
             expected=f"a step from a state of {sorted(begun)}",
             seen="NaN or inf",
-            remedy="name in carries what later rounds need; without a direction the query point is w",
+            remedy="name in carries the state that later rounds need; without a direction the query point is w",
         )
 
 
@@ -275,7 +275,7 @@ CHECKS = (
 
 
 def start() -> Params:
-    """Parameters of several shapes and types, of their own at every call."""
+    """New parameters of several shapes and types."""
     return {
         "weight": torch.linspace(-1, 1, 6).reshape(3, 2),
         "bias": torch.linspace(0, 1, 3, dtype=torch.float64),
@@ -284,24 +284,24 @@ def start() -> Params:
 
 
 def asked(at: At) -> dict[str, Params]:
-    """All tensors of what ``query_point`` answered, by a name for each of its points and masks."""
+    """All tensors of a query, with a name for each of its points and masks."""
     query = as_query(at)
     points = {f"query_point {i} of weight {w}": point for i, (w, point) in enumerate(query.points)}
     return {**points, "active": query.active or {}}
 
 
 def _states(subject: Subject) -> list[State]:
-    """States before the first step and after each of three."""
+    """The state before the first step, and after each of three steps."""
     optimizer = subject.make()
     first = optimizer.init(start())
     return [first, *(state for _, state, _ in walk(optimizer, start(), first, range(3)))]
 
 
 def _outputs(optimizer: PrivateOptimizer, state: State, seed: int) -> Params:
-    """All that the two functions return, under one level of names."""
+    """All results of the two functions, with one level of names."""
     torch.manual_seed(0)
     at = optimizer.query_point(start(), state, step_info())
-    return {**flatten(asked(at)), **_flat(*optimizer.update(start(), answer(at, seed), state, step_info()))}
+    return {**flatten(asked(at)), **_flat(*optimizer.update(start(), made_up_gradient(at, seed), state, step_info()))}
 
 
 def _flat(params: Params, state: State) -> Params:

@@ -1,4 +1,4 @@
-"""Conformance of partitions: clients that share no example, each with one, the same for the same seed."""
+"""Conformance of partitions: clients share no example, no client is empty, equal seeds give equal parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSES, SMALLEST = 10, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """``deal(labels, num_clients, seed)`` gives the parts, as the factory made them."""
+    """``deal(labels, num_clients, seed)`` gives the parts of the factory."""
 
     deal: Callable[[np.ndarray, int, int], Any]
     labels: np.ndarray
@@ -34,8 +34,8 @@ def check_partition(
 ) -> list[str]:
     """Run the suite on a function of ``labels[N]`` (int64), ``num_clients`` and ``seed``, or of some of them.
 
-    It returns one array of places in the training split for each client. ``labels`` are made up unless they are given:
-    ten classes of 8 to 26 examples. Returns the names of the checks; raises ``ConformanceError``.
+    The function returns one array of indices of the training split for each client. The default of ``labels`` has ten
+    classes of 8 to 26 examples. Returns the names of the checks; raises ``ConformanceError``.
     """
     if labels is None:
         labels = np.repeat(np.arange(CLASSES), SMALLEST + 2 * np.arange(CLASSES))
@@ -56,23 +56,23 @@ def gives_one_part_per_client(subject: Subject) -> None:
 
 
 def parts_are_places_in_the_training_split(subject: Subject) -> None:
-    """Whole numbers in ``[0, N)``, in one dimension: no mask, no share, nothing beyond the end."""
+    """Integers in ``[0, N)``, in one dimension, and no mask."""
     total = len(subject.labels)
     for count, parts in subject.dealt():
         for client, part in enumerate(map(np.asarray, parts)):
             kind = f"{part.dtype}{list(part.shape)}"
             require(
                 part.ndim == 1 and (part.dtype.kind in "iu" or not part.size),
-                expected="whole numbers [n] for each client",
+                expected="integers [n] for each client",
                 seen=f"{kind} for client {client} of {count}",
-                remedy="np.flatnonzero makes places of a mask",
+                remedy="np.flatnonzero converts a mask to indices",
             )
             low, high = (int(part.min()), int(part.max())) if part.size else (0, 0)
             require(
                 low >= 0 and high < total,
-                expected=f"places in [0, {total})",
+                expected=f"indices in [0, {total})",
                 seen=f"{low if low < 0 else high} for client {client} of {count}",
-                remedy="deal the labels that are given, which may be fewer than the data set's (validation_share)",
+                remedy="use the given labels, which validation_share makes fewer than those of the data set",
             )
 
 
@@ -84,12 +84,12 @@ def no_client_is_empty(subject: Subject) -> None:
             not empty,
             expected="an example for each client",
             seen=f"none for clients {empty[:5]} of {count}",
-            remedy="give the empty ones an example of the largest client",
+            remedy="give each empty client an example of the largest client",
         )
 
 
 def no_example_is_dealt_twice(subject: Subject) -> None:
-    """Clients share no example and hold none twice: epsilon is about one client's example, in one place."""
+    """Each example belongs to one client, once: epsilon is for one example of one client."""
     for count, parts in subject.dealt():
         places, times = np.unique(np.concatenate([np.asarray(part).ravel() for part in parts]), return_counts=True)
         require(
@@ -101,7 +101,7 @@ def no_example_is_dealt_twice(subject: Subject) -> None:
 
 
 def the_same_seed_deals_the_same(subject: Subject) -> None:
-    """Each process deals for itself, so nothing may come from a generator that is not seeded by ``seed``."""
+    """Each process computes the partition itself, so it may use only generators seeded by ``seed``."""
     first = subject.dealt()
     np.random.random()
     torch.rand(1)
@@ -113,22 +113,22 @@ def the_same_seed_deals_the_same(subject: Subject) -> None:
     require(
         same,
         expected="the same parts from the same seed",
-        seen="others from a second call",
-        remedy="draw from np.random.default_rng(seed), and from nothing else",
+        seen="other parts from a second call",
+        remedy="draw only from np.random.default_rng(seed)",
     )
 
 
 def labels_are_left_alone(subject: Subject) -> None:
-    """What is dealt is not changed."""
+    """The function does not change its labels."""
     for count in subject.num_clients:
         labels = subject.labels.copy()
         subject.deal(labels, count, 0)
         changed = np.flatnonzero(labels != subject.labels)
         require(
             not len(changed),
-            expected="labels as they were",
+            expected="unchanged labels",
             seen=f"{len(changed)} changed, the first at {changed[:1].tolist()}",
-            remedy="shuffle a permutation of places, not the labels",
+            remedy="shuffle a permutation of indices, not the labels",
         )
 
 
@@ -143,7 +143,7 @@ CHECKS = (
 
 
 def _by_name(factory: Callable[..., Any]) -> Callable[[np.ndarray, int, int], Any]:
-    """``factory`` with those of the three that it names, as a run calls it."""
+    """``factory``, called like in a run with the arguments that it names."""
     taken = inspect.signature(factory).parameters.values()
     anything = any(p.kind is p.VAR_KEYWORD for p in taken)
 

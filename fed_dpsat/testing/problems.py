@@ -1,4 +1,4 @@
-"""What the suites train on: losses whose gradients are known, and comparisons to the bit."""
+"""Training problems of the suites: losses with known gradients, and comparisons to the bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def prescribed(params: Params, inputs: Tensor, targets: Tensor) -> Tensor:
-    """``inputs[B, D], targets[B] -> losses[B]``: the gradient of an example is its input, laid over the parameters."""
+    """``inputs[B, D], targets[B] -> losses[B]``: the gradient of an example is its input."""
     return inputs @ laid_end_to_end(params)
 
 
@@ -59,12 +59,12 @@ def normal_like(params: Params, seed: int) -> Params:
 
 
 def copied(params: Params) -> Params:
-    """Tensors of their own with the same values."""
+    """Copies of the tensors."""
     return {name: p.detach().clone() for name, p in params.items()}
 
 
 def difference(a: Params, b: Params) -> str:
-    """What sets ``a`` apart from ``b`` first, in words; empty where names, shapes, types and bits agree."""
+    """The first difference of ``a`` and ``b`` as text; empty if names, shapes, types and bits agree."""
     if a.keys() != b.keys():
         return f"names {sorted(a)} and {sorted(b)}"
     for name, p in a.items():
@@ -81,18 +81,18 @@ def kind(tensor: Tensor) -> str:
 
 
 def step_info(index: int = 0, noise_std: float = 0.0, round: int = 1) -> StepInfo:
-    """What the loop tells an optimizer in the step ``index`` of the federation."""
+    """The ``StepInfo`` of the step ``index``."""
     return StepInfo(index=index, noise_std=torch.tensor(noise_std, dtype=torch.float64), round=round)
 
 
 class Watching:
-    """An optimizer that never moves and keeps every private gradient it is given."""
+    """An optimizer that never moves and stores every private gradient."""
 
     def __init__(self) -> None:
         self.released: list[Params] = []
 
     def init(self, params: Params) -> State:
-        """Nothing."""
+        """No state."""
         return {}
 
     def query_point(self, params: Params, state: State, info: StepInfo) -> Params:
@@ -108,18 +108,18 @@ class Watching:
 def walk(
     optimizer: PrivateOptimizer, params: Params, state: State, steps: range
 ) -> Iterator[tuple[Params, State, Params]]:
-    """Parameters and state after each of ``steps``, and the made-up private gradient of it.
+    """Parameters and state after each of ``steps``, and its made-up private gradient.
 
-    Torch is seeded with the number of the step, from which the gradient follows too.
+    The number of the step seeds torch and the gradient.
     """
     for step in steps:
         torch.manual_seed(step)
         info = step_info(step)
-        gradient = answer(optimizer.query_point(params, state, info), step)
+        gradient = made_up_gradient(optimizer.query_point(params, state, info), step)
         params, state = optimizer.update(params, gradient, state, info)
         yield params, state, gradient
 
 
-def answer(at: At, seed: int) -> Params:
-    """A made-up private gradient to what ``query_point`` asked: standard normal where that is active, else 0."""
+def made_up_gradient(at: At, seed: int) -> Params:
+    """A made-up private gradient at ``at``: standard normal in active coordinates, else 0."""
     return spread(at, compact(at, normal_like(first_point(at), seed)))

@@ -1,4 +1,4 @@
-"""Replies that a strategy must never feel: each spoils an honest one."""
+"""Invalid replies, which must not affect a strategy: each changes an honest one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BAD_CLIENT = 2
 
 
 def from_bad_client(spoil: Callable[[RecordDict], RecordDict]) -> Tamper:
-    """All replies are honest but those of one client."""
+    """Spoil the replies of one client."""
     return lambda client, number, reply: spoil(reply) if client == BAD_CLIENT else reply
 
 
 def fail(reply: RecordDict) -> RecordDict:
-    """No reply at all: the client raises."""
+    """The client raises an exception."""
     raise RuntimeError("a client that fails")
 
 
@@ -34,16 +34,6 @@ def _replaced(reply: RecordDict, **arrays: object) -> RecordDict:
     return reply
 
 
-def _without_event(reply: RecordDict) -> RecordDict:
-    del reply[records.EVENT]
-    return reply
-
-
-def _two_models(reply: RecordDict) -> RecordDict:
-    reply["again"] = as_record(start())
-    return reply
-
-
 BAD: dict[str, Callable[[RecordDict], RecordDict]] = {
     "NaN": nan,
     "inf": lambda reply: _replaced(reply, w=np.full(NUM_CLIENTS, np.inf, dtype=np.float32)),
@@ -52,12 +42,7 @@ BAD: dict[str, Callable[[RecordDict], RecordDict]] = {
     "a million numbers too many": lambda reply: _replaced(reply, w=np.ones(10**6, dtype=np.float32)),
     "numbers that cannot be squared": lambda reply: _replaced(reply, w=np.full(NUM_CLIENTS, 1e30, dtype=np.float32)),
     "a parameter too many": lambda reply: _replaced(reply, extra=np.ones(1, dtype=np.float32)),
-    "a second model": _two_models,
-    "no event": _without_event,
-    "a negative size": lambda reply: _resized(reply, -1.0),
+    "a second model": lambda reply: RecordDict({**reply, "again": as_record(start())}),
+    "no event": lambda reply: RecordDict({key: reply[key] for key in reply if key != records.EVENT}),
+    "a negative size": lambda reply: RecordDict({**reply, records.METRICS: MetricRecord({records.NUM_EXAMPLES: -1.0})}),
 }
-
-
-def _resized(reply: RecordDict, num_examples: float) -> RecordDict:
-    reply[records.METRICS] = MetricRecord({records.NUM_EXAMPLES: num_examples})
-    return reply

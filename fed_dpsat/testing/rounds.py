@@ -1,4 +1,4 @@
-"""The part of the optimizers' suite that trains: rounds, physical batches, and what may be known of the data."""
+"""The training checks in the suite of optimizers: rounds, physical batches, and the use of data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PHYSICAL = (100, 3, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """``make()`` gives the optimizer, ``make_still()`` the same with lr = 0, and ``train`` is the loop it runs in."""
+    """``make()`` gives the optimizer, ``make_still()`` the same with lr = 0, and ``train`` is the training loop."""
 
     make: Callable[[], PrivateOptimizer]
     make_still: Callable[[], PrivateOptimizer] | None
@@ -43,7 +43,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Recording(GaussianMechanism):
-    """Keeps every private gradient."""
+    """A mechanism that stores every private gradient."""
 
     released: list[Params] = field(default_factory=list)
 
@@ -55,9 +55,9 @@ class Recording(GaussianMechanism):
 
 
 def training_is_replayed_from_private_gradients_alone(subject: Subject) -> None:
-    """The private gradients of a client's rounds give its weights to the bit, with no data at hand and the state kept.
+    """The private gradients of the rounds of a client give its weights to the bit, without data.
 
-    What an optimizer learnt of an example by another way, or forgot between two rounds, would be missing.
+    The check fails for an optimizer that uses an example in another way, or loses state between two rounds.
     """
     params, replayed = _start(), _start()
     state, again = subject.make().init(params), subject.make().init(replayed)
@@ -74,14 +74,14 @@ def training_is_replayed_from_private_gradients_alone(subject: Subject) -> None:
         said = difference(params, replayed)
         require(
             len(mechanism.released) == STEPS and not said,
-            expected=f"{STEPS} private gradients that give the trained weights when they are stepped along again",
-            seen=f"{len(mechanism.released)} of them, and other weights in round {round}: {said}",
-            remedy="step along the private gradient alone, and carry the state (momentum and all) from round to round",
+            expected=f"{STEPS} private gradients that give the trained weights in a replay",
+            seen=f"{len(mechanism.released)} gradients, and other weights in round {round}: {said}",
+            remedy="use only the private gradient, and carry the state (such as momentum) from round to round",
         )
 
 
 def physical_batches_change_nothing(subject: Subject) -> None:
-    """Logical batches cut into pieces of 100, 3 or 1 examples end at the same weights, within 1e-5."""
+    """Physical batches of 100, 3 and 1 examples give the same weights, within 1e-5."""
     whole, *cut = (_all_rounds(subject, subject.make, size) for size in PHYSICAL)
     for size, params in zip(PHYSICAL[1:], cut, strict=True):
         away = float(global_norm(subtract(params, whole)))
@@ -89,12 +89,12 @@ def physical_batches_change_nothing(subject: Subject) -> None:
             away <= 1e-5 * (1 + float(global_norm(whole))),
             expected=f"the weights of physical_batch_size={PHYSICAL[0]}",
             seen=f"weights {away:.3g} away at physical_batch_size={size}",
-            remedy="ask for the query point once per step, not once per physical batch, and change nothing in place",
+            remedy="compute the query point once per step, not once per physical batch, and change nothing in place",
         )
 
 
 def zero_lr_keeps_every_bit(subject: Subject) -> None:
-    """With lr = 0 the weights stay as they are, to the bit, whatever the physical batch."""
+    """With lr = 0 the weights keep their bits, for any physical batch size."""
     make = subject.make_still
     if make is None:
         return
@@ -103,14 +103,14 @@ def zero_lr_keeps_every_bit(subject: Subject) -> None:
         said = difference(_start(), params)
         require(
             not said,
-            expected="with lr = 0, weights that stay as they are",
+            expected="unchanged weights with lr = 0",
             seen=f"{said} after {ROUNDS * STEPS} steps at physical_batch_size={size}",
             remedy="step from the unperturbed weights; do not move to the query point and back",
         )
 
 
 def through_bytes(state: State) -> State:
-    """``state`` as it comes back from storage, by the flat names and arrays of a client's context."""
+    """``state`` after a round trip through storage, with flat names and arrays."""
     buffer = io.BytesIO()
     torch.save({key: torch.from_numpy(value.numpy().copy()) for key, value in flatten(state).items()}, buffer)
     buffer.seek(0)
@@ -118,7 +118,7 @@ def through_bytes(state: State) -> State:
 
 
 def _start() -> Params:
-    """Not zeros: what goes there and back from 0 comes back exactly."""
+    """Random parameters: from zeros, a move and its inverse would be exact."""
     return normal_like(filled(SHAPES), 0)
 
 

@@ -1,4 +1,4 @@
-"""Conformance of strategies, in the ``PrivateStrategy`` that wraps them in a run, on a grid in this process."""
+"""Conformance of strategies, inside the ``PrivateStrategy`` of a run, on a grid in this process."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Make = Callable[[], Strategy]
 
 
 def check_strategy(factory: Make, *, averaging: bool = False) -> list[str]:
-    """Run the suite on ``() -> flwr.serverapp.strategy.Strategy``; the names of the checks that were made.
+    """Run the suite on ``() -> flwr.serverapp.strategy.Strategy``; returns the names of the checks.
 
-    ``averaging`` says that it returns a weighted mean of the replies, with weights that do not depend on their
-    values: then the weights are probed. Raises ``ConformanceError``.
+    Set ``averaging`` for a strategy that returns a weighted mean of the replies with weights independent of their
+    values; then the suite checks the weights. Raises ``ConformanceError``.
     """
     checks = CHECKS if averaging else [check for check in CHECKS if check not in AVERAGING]
     with quiet():
@@ -41,52 +41,52 @@ def check_strategy(factory: Make, *, averaging: bool = False) -> list[str]:
 
 
 def charges_are_exactly_for_what_was_asked(make: Make) -> None:
-    """Every client is asked at most once a round, after it is charged, and charged for nothing else."""
+    """A client receives at most one message per round, after its charge, and pays for nothing else."""
     federation = Federation(make(), cohort_size=3)
     federation.rounds(3)
     asked = Counter(client for client, _ in federation.answered.elements())
     charged = federation.ledger.rounds_by_client()
     require(
         asked == charged and max(federation.answered.values(), default=0) <= 1 and not federation.uncharged,
-        expected="each client to be charged once for each time it is asked, and before",
+        expected="one charge before each message",
         seen=f"asked {dict(sorted(asked.items()))}, charged {charged}, asked before charged {federation.uncharged}",
-        remedy="return messages from configure_train and let the loop send them: a strategy does not use the grid",
+        remedy="return messages from configure_train and let the loop send them: a strategy must not use the grid",
     )
     histories = {client: (replace(EVENT, steps=EVENT.steps * rounds),) for client, rounds in asked.items()}
     require(
         federation.ledger.histories() == histories,
         expected=f"an event {EVENT} for each",
         seen=str(federation.ledger.histories()),
-        remedy="leave the task of a message as it is",
+        remedy="do not change the assignment in a message",
     )
 
 
 def model_keeps_names_shapes_and_types(make: Make) -> None:
-    """Whole numbers, float64 and 0-d arrays come out as they went in."""
+    """Integers, float64 and 0-d arrays keep their types and shapes."""
     model = Federation(make(), move=together).rounds(2)
     expected, seen = ({n: f"{a.dtype}{list(a.shape)}" for n, a in m.items()} for m in (start(), model))
     require(seen == expected, expected=str(expected), seen=str(seen), remedy="np.asarray what a reduction returns")
 
 
 def zero_update_stays_finite(make: Make) -> None:
-    """Replies that are the model itself, round after round, leave a model of numbers: C / 0 is no scale."""
-    _require_finite(Federation(make(), move=still).rounds(3), "from updates of zero", "where a norm is 0, scale by 1")
+    """Updates of zero give a finite model: C / 0 is not a scale."""
+    _require_finite(Federation(make(), move=still).rounds(3), "from updates of zero", "for a norm of 0, scale by 1")
 
 
 def equal_replies_move_that_way(make: Make) -> None:
-    """Where all clients move one way, the model does not move the other."""
+    """If all clients move in one direction, the model does not move in the opposite one."""
     before, after = start(), Federation(make(), move=together).round()
     along = sum(float(np.sum(after[n].astype(float) - before[n].astype(float))) for n in ("w", "matrix", "scale"))
     require(
         along > 0,
         expected="a step along the clients' common update",
         seen=f"{along:.3g} along it",
-        remedy="an update is a client's model minus the global one; mind the sign of the server's step",
+        remedy="an update is the model of a client minus the global model; check the sign of the server's step",
     )
 
 
 def reply_order_changes_nothing(make: Make) -> None:
-    """Replies that arrive in another order give the same model: to the bit through the wrapper, 1e-4 without it."""
+    """Another order of replies gives the same model: to the bit with the wrapper, within 1e-4 without it."""
     forwards = Federation(make()).rounds(3)
     shuffled = Federation(make())
     shuffled.backwards = True
@@ -96,29 +96,29 @@ def reply_order_changes_nothing(make: Make) -> None:
     said = _apart(forwards, turned.rounds(3), tolerance=1e-4)
     require(
         not said,
-        expected="the same model when the last client's reply is the first",
+        expected="the same model for replies in reverse order",
         seen=said,
-        remedy="treat all replies of a round alike: not the first as a reference, not the last as the winner",
+        remedy="treat all replies of a round alike: the first and the last are not special",
     )
 
 
 def bad_replies_do_not_spread(make: Make) -> None:
-    """A reply with NaN, of a wrong shape, type or size, or without its event counts as one that never came."""
+    """A reply with NaN, a wrong shape, type or size, or without its event counts as missing."""
     without = Federation(make(), tamper=from_bad_client(fail)).rounds(2)
-    _require_finite(without, "where one client failed", "aggregate what there is")
+    _require_finite(without, "after a failed client", "aggregate the other replies")
     for what, spoil in BAD.items():
         seen = Federation(make(), tamper=from_bad_client(spoil)).rounds(2)
         said = _apart(without, seen)
         require(
             not said,
-            expected=f"a reply with {what} to count as none",
+            expected=f"a reply with {what} to count as missing",
             seen=said,
-            remedy="use no reply but those that aggregate_train is given",
+            remedy="use only the replies that aggregate_train receives",
         )
 
 
 def empty_rounds_keep_the_model(make: Make) -> None:
-    """A round without a valid reply leaves the model, and the next goes on; so does one with a single reply."""
+    """A round without a valid reply keeps the model, and the next round works; so does a round with one reply."""
     federation = Federation(make(), tamper=lambda client, number, reply: nan(reply) if number == 2 else reply)
     before, after = federation.round(), federation.round()
     said = _apart(before, after)
@@ -129,7 +129,7 @@ def empty_rounds_keep_the_model(make: Make) -> None:
 
 
 def state_survives_checkpoint_and_resume(make: Make) -> None:
-    """A new strategy that takes up the state of round 2 ends where one ends that was never interrupted."""
+    """A new strategy with the state of round 2 ends like a strategy without interruption."""
     federation = Federation(make())
     middle = federation.rounds(2)
     state = capture_state(federation.private.inner)
@@ -140,21 +140,19 @@ def state_survives_checkpoint_and_resume(make: Make) -> None:
         not said,
         expected="the model of a run without interruption",
         seen=said,
-        remedy="keep all that later rounds need in attributes of numbers and arrays, or define state_dict and "
+        remedy="keep all values that later rounds need in attributes of numbers and arrays, or define state_dict and "
         "load_state_dict",
     )
 
 
 def new_strategies_agree(make: Make) -> None:
-    """Two strategies of one factory do the same: nothing is left over from a run, nothing is drawn without a seed."""
+    """Two strategies of one factory give the same model: they share no state and draw only with a seed."""
     said = _apart(Federation(make()).rounds(2), Federation(make()).rounds(2))
-    require(
-        not said, expected="the same model from a second run", seen=said, remedy="seed what is drawn, share nothing"
-    )
+    require(not said, expected="the same model from a second run", seen=said, remedy="seed each draw, share no state")
 
 
 def weights_are_not_negative_and_sum_to_one(make: Make) -> None:
-    """Clients that send unit vectors find their weights in the mean."""
+    """With unit vectors as updates, the mean shows the weights."""
     zeros: Model = {n: np.zeros_like(a) for n, a in start().items()}
 
     def unit(client: int, number: int, model: Model) -> Model:
@@ -166,21 +164,21 @@ def weights_are_not_negative_and_sum_to_one(make: Make) -> None:
             bool((weights >= 0).all()) and abs(weights.sum() - 1) < 1e-5,
             expected="weights that are not negative and sum to one",
             seen=f"{np.round(weights, 5).tolist()}, sum {weights.sum():.6g}",
-            remedy="divide by the sum of the weights of the replies that came",
+            remedy="divide by the sum of the weights of the received replies",
         )
 
 
 def only_mean_is_true(make: Make) -> None:
-    """A strategy that declares ``only_mean`` does with the mean of the replies what it does with all of them."""
+    """A strategy with ``only_mean`` gives the same model from the mean of the replies as from all replies."""
     if not getattr(make(), "only_mean", False):
         return
     every, mean = (Federation(Handed(make(), turn)).rounds(3) for turn in (list, averaged))
     said = _apart(every, mean, tolerance=1e-4)
     require(
         not said,
-        expected="one reply, their mean weighted by num-examples, to give the model that all replies give",
+        expected="the same model from one reply with the mean, weighted by num-examples",
         seen=said,
-        remedy="leave only_mean unset: this strategy looks at single replies",
+        remedy="leave only_mean unset: this strategy uses single replies",
     )
 
 
@@ -201,7 +199,7 @@ AVERAGING = (weights_are_not_negative_and_sum_to_one,)
 
 
 def _apart(a: Model, b: Model, tolerance: float = 0.0) -> str:
-    """What sets ``a`` apart from ``b`` first, in words; empty within ``tolerance``."""
+    """The first difference of ``a`` and ``b`` as text; empty within ``tolerance``."""
     for name, array in a.items():
         away = float(np.abs(array.astype(float) - b[name].astype(float)).max())
         if not away <= tolerance:

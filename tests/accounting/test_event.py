@@ -4,7 +4,7 @@ import random
 import dp_accounting
 import pytest
 
-from fed_dpsat.accounting.event import KINDS, UNITS, PrivacyError, PrivacyEvent, dominant, merge, unit_of
+from fed_dpsat.accounting.event import KINDS, UNITS, PrivacyError, PrivacyEvent, check_one_unit, dominant, merge
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,8 @@ from fed_dpsat.accounting.event import KINDS, UNITS, PrivacyError, PrivacyEvent,
         ("sample_rate", math.nan, "(0, 1]"),
         ("steps", 0, "[1, 2**40]"),
         ("steps", 2**41, "[1, 2**40]"),
-        ("steps", 1.0, "whole number"),
-        ("steps", True, "whole number"),
+        ("steps", 1.0, "not an integer"),
+        ("steps", True, "not an integer"),
         ("kind", "laplace", "poisson_gaussian"),
     ],
 )
@@ -108,12 +108,12 @@ def test_histories_of_several_events_are_compared_event_by_event(event):
 
 def test_an_event_says_whom_it_protects():
     of = {kind: PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=2, kind=kind) for kind in KINDS}
-    assert of["poisson_gaussian"].unit == "example"
-    assert of["poisson_gaussian_clients"].unit == "client"
+    assert of["poisson_gaussian"].privacy_unit == "example"
+    assert of["poisson_gaussian_clients"].privacy_unit == "client"
     assert set(KINDS.values()) == UNITS.keys()
     assert of["poisson_gaussian_clients"].to_dp_event() == of["poisson_gaussian"].to_dp_event()
     assert len(merge(of.values())) == 2
-    assert unit_of([]) is None
-    assert unit_of([merge([of["poisson_gaussian_clients"]])]) == "client"
+    check_one_unit([])
+    check_one_unit([merge([of["poisson_gaussian_clients"]])])
     with pytest.raises(PrivacyError, match="units client and example have no common epsilon"):
-        unit_of([(event,) for event in of.values()])
+        check_one_unit([(event,) for event in of.values()])

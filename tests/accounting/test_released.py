@@ -238,7 +238,7 @@ def test_four_clients_by_hand():
     everybody = [Cohort(4, 4)] * 10
     assert epsilon_of_models(event, everybody, 0.25, 1e-4) == epsilon([event] * 10, 1e-4)
     assert epsilon_of_models(event, [Cohort(0, 4)] * 12, 0.25, 1e-4) == 0
-    with pytest.raises(PrivacyError, match="coin=0 is not in"):
+    with pytest.raises(PrivacyError, match="client_rate=0 is not in"):
         epsilon_of_models(event, ones, 0, 1e-4)
 
 
@@ -471,5 +471,11 @@ def test_what_makes_no_sense_is_refused(rounds, rate):
 
 
 def test_the_assumptions_name_what_undoes_them():
-    for words in ("released models alone", "kept secret", "carries no state", "other examples", "server's epsilon"):
+    for words in (
+        "only the released models",
+        "stay secret",
+        "carries no state",
+        "other examples",
+        "epsilon of the server",
+    ):
         assert words in ASSUMPTIONS

@@ -56,7 +56,7 @@ def test_a_trigger_or_table_that_was_changed_is_found(path):
     connection = sqlite3.connect(path)
     connection.execute("DROP TRIGGER charges_delete")
     connection.close()
-    with pytest.raises(LedgerError, match="triggers were changed"):
+    with pytest.raises(LedgerError, match="triggers of the ledger were changed"):
         open_and_verify(path)
 
 

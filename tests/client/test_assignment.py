@@ -101,7 +101,7 @@ def test_the_work_of_one_unit_does_not_stand_beside_the_event_of_the_other(make,
 def test_a_client_refuses_work_of_another_unit_than_the_runs(experiment):
     training = LocalTraining(sample_rate=0.5, local_steps=1)
     asked = Assignment(round=1, event=OF_CLIENTS, training=training)
-    with pytest.raises(PrivacyError, match="asked in the unit 'client'"):
+    with pytest.raises(PrivacyError, match="the assignment has the unit 'client'"):
         experiment.client_round(0, asked, experiment.shared(1), None)
 
 

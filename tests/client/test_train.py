@@ -137,6 +137,6 @@ def test_one_that_does_so_for_some_examples_fails_that_client_and_is_put_back():
         dataclasses.replace(ASSIGNMENT, event=dataclasses.replace(ASSIGNMENT.event, sample_rate=1.0)),
         experiment.trained(1),
     )
-    with pytest.raises(ModelError, match="changes dark while it trained"):
+    with pytest.raises(ModelError, match="CountsDarkImages: add of a tensor that another pass made"):
         experiment.client_round(1, assignment, start, None)
     assert float(experiment.loss_fn.module.dark) == 0

@@ -32,7 +32,7 @@ from fed_dpsat.flower.trial import try_federation
 from fed_dpsat.flower.wire import compat
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
-from fed_dpsat.step.gradients import planned
+from fed_dpsat.step.gradients import loop
 from fed_dpsat.step.optimizers import DPSGD
 
 FAST = {"noise_multiplier": 2.0, "delta": 1e-4, "accountant": "rdp", "num_clients": 3, "num_rounds": 2}
@@ -362,14 +362,27 @@ def test_state_is_carried_and_two_step_methods_end(steps, tried):
     assert rehearsal(whole, 2, noise_multiplier=1.0).config.steps_per_round == steps
 
 
-def test_what_is_logged_is_said_once_and_only_if_all_is_well(plugins, caplog):
-    planned._say_once.cache_clear()
+class Branching(nn.Module):
+    """A branch on data, for which the engine has one pass per example."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) if x.isfinite().all() else x.flatten(1)[:, :10]
+
+
+def test_what_is_logged_is_said_once_and_only_if_all_is_well(caplog):
+    loop._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "fed_dpsat"):
-        try_federation(Experiment.build(RunConfig(**FAST, optimizer="zeroth-order", lr=0.01)))
-        assert [r.message for r in caplog.records if "vmap" in r.message]
+        try_federation(Experiment.build(RunConfig(**FAST), model=Branching()))
+        assert len([r.message for r in caplog.records if "one pass per example" in r.message]) == 1
         caplog.clear()
+        loop._say_once.cache_clear()
         with pytest.raises(TrialError):
-            try_federation(Experiment.build(RunConfig(**FAST, lr=1e20)))
+            try_federation(Experiment.build(RunConfig(**FAST, lr=1e20), model=Branching()))
+        assert loop._say_once.cache_info().currsize == 1
     assert not caplog.records
 
 

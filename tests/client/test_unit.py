@@ -139,7 +139,7 @@ def test_a_client_of_dp_fedsam_takes_the_steps_of_sam_and_sends_them_bounded_onc
     assert total(change) > 0.1  # so that clipping matters
     assert all(torch.allclose(sent.params[n].double() - start[n], expected[n], atol=1e-6) for n in expected)
     assert sent.event == assignment.event
-    assert (sent.event.unit, sent.event.sample_rate, sent.event.steps) == ("client", 0.2, 1)
+    assert (sent.event.privacy_unit, sent.event.sample_rate, sent.event.steps) == ("client", 0.2, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

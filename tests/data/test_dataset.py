@@ -48,7 +48,7 @@ def test_an_index_that_is_no_row_is_an_error(index):
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels are torch.int64 \[3\], not int64 \[2\]"),
         ({"labels": torch.zeros(2)}, "labels are torch.float32"),
         ({"mean": (0.0, 0.0)}, "1 channels"),
-        ({"mean": (float("nan"),)}, "mean is finite"),
+        ({"mean": (float("nan"),)}, "mean must be finite"),
         ({"std": (0.0,)}, r"\(0, inf\)"),
         ({"std": (float("nan"),)}, r"\(0, inf\)"),
     ],

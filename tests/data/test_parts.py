@@ -50,12 +50,12 @@ def that_shuffles_its_labels(labels, num_clients):
         ([np.array([0.0, 1.0]), [2]], r"part 0 is float64 \[2\].*astype"),
         ([["0"], [1]], r"part 0 is <U1 \[1\]"),
         ([[[0, 1]], [2]], r"part 0 is int64 \[1, 2\]"),
-        ([[[0, 1], [2]], [3]], "part 0 is no array"),
+        ([[[0, 1], [2]], [3]], "part 0 is not an array"),
         ([0, 1], r"part 0 is int64 \[\]"),
         ([np.array([0, 1], dtype="m8[s]"), [2]], r"part 0 is timedelta64\[s\] \[2\]"),
         ([[0, 2**70], [1]], r"part 0 is object \[2\]"),
-        ([np.ma.MaskedArray([0, 1], mask=[False, True]), [2]], r"part 0 is masked.*compressed"),
-        (np.ma.MaskedArray([[0, 1], [2, 3]], mask=[[False, False], [False, True]]), r"part 1 is masked.*compressed"),
+        ([np.ma.MaskedArray([0, 1], mask=[False, True]), [2]], r"part 0 is a masked.*compressed"),
+        (np.ma.MaskedArray([[0, 1], [2, 3]], mask=[[False, False], [False, True]]), r"part 1 is a masked.*compressed"),
     ],
 )
 def test_what_is_no_partition_is_refused_in_one_line(parts, said):

@@ -108,7 +108,7 @@ def test_a_function(device):
     [
         ({"class_names": ("cat", "owl")}, "dog is not one of class_names"),
         ({"shape": (3, 2, 3), "mean": (), "std": ()}, "a 3x2 L image, not 3x2 RGB"),
-        ({"shape": ()}, r"give \[channels, height, width\] and all classes"),
+        ({"shape": ()}, r"set \[channels, height, width\] and all classes"),
         ({"data_path": "/nowhere/at/all"}, "is not a folder"),
         ({"data_source": "hub"}, "data_source='hub' is not one of images, parquet, function"),
         ({"data_source": "parquet"}, "holds no examples"),

@@ -75,7 +75,7 @@ def test_a_run_that_the_policies_refuse_says_why_at_the_server(deployment):
     before = [spent(deployment, client) for client in range(3)]
     out = deployment.submit({"noise_source": "seeded", "join_timeout": 5.0}, "seeded")
     assert deployment.wait(out)["status"] == "failed"
-    assert "takes no seed for it: set noise_source=system" in deployment.run_log("seeded")
+    assert "only from the operating system: set noise_source=system" in deployment.run_log("seeded")
     assert [spent(deployment, client) for client in range(3)] == before
     assert "refused: noise_source='seeded'" in (deployment.device_folder(0) / "ledger" / "device.log").read_text()
 
@@ -174,7 +174,7 @@ def test_a_key_that_is_not_registered_cannot_join(deployment):
     wait_for(lambda: stranger.poll() is not None)
     assert stranger.returncode != 0
     assert "Failed to activate SuperNode" in deployment.log("device3")
-    assert "register this device's key" in deployment.log("device3")
+    assert "register the key of this device" in deployment.log("device3")
 
 
 def test_a_server_with_another_certificate_is_not_talked_to(deployment, tmp_path):

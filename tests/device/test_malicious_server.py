@@ -52,7 +52,7 @@ def refused(device, reply, says):
         ({"steps": 1_000_000}, "steps=1000000 is not in [1, 5]"),
         ({"steps": 0}, "steps=0 is not in"),
         ({"steps": True}, "steps is a bool, not a int"),
-        ({"kind": "poisson_gaussian_clients"}, "LocalTraining under the unit 'client' alone"),
+        ({"kind": "poisson_gaussian_clients"}, "LocalTraining only under the unit 'client'"),
         ({"round": 0}, "round=0 is not in"),
         ({"round": 2**62}, "is not in [1, 2.14748e+09]"),
         ({"attempt": -1}, "attempt=-1 is not in"),
@@ -73,7 +73,7 @@ def test_an_unknown_key_in_the_assignment_is_refused(device, assignment, key):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"noise_source": "seeded"}, "takes no seed for it"),
+        ({"noise_source": "seeded"}, "only from the operating system"),
         ({"private": False, "noise_multiplier": 0.0}, "private=False is not allowed"),
         ({"clip_norm": 1e6}, "clip_norm=1000000.0 is not in [0, 1]"),
         ({"clip_norm": float("inf")}, "finite in a private run"),
@@ -82,9 +82,9 @@ def test_an_unknown_key_in_the_assignment_is_refused(device, assignment, key):
         ({"local_epochs": 2**62, "sample_rate": 5e-324}, "local_steps"),
         ({"delta": 0.5}, "delta=0.5 is not in [0, 0.0001]"),
         ({"release_counts": True}, "release_counts=True is not allowed"),
-        ({"dataset": "cifar10"}, "dataset='cifar10' is not allowed on this device, which takes pixels"),
+        ({"dataset": "cifar10"}, "dataset='cifar10' is not allowed on this device; choose one of pixels"),
         ({"dataset": "os:getcwd"}, "dataset='os:getcwd' is not allowed"),
-        ({"model": "resnet10-gn"}, "model='resnet10-gn' is not allowed on this device, which takes linear"),
+        ({"model": "resnet10-gn"}, "model='resnet10-gn' is not allowed on this device; choose one of linear"),
         ({"model": "evil:model"}, "model='evil:model' is not allowed"),
         ({"model": "/tmp/evil.py:model"}, "is not allowed"),
         ({"model": "torch.hub:load"}, "is not allowed"),
@@ -207,18 +207,18 @@ def test_arrays_that_are_not_the_models_are_refused(device, what):
 def test_a_model_of_20000_layers_or_other_names_is_refused(device):
     bias = Array(np.zeros(2, dtype=np.float32))
     layers = ArrayRecord({str(n): bias for n in range(20_000)})
-    refused(device, device.ask(params=layers), "20000 arrays that are not the 2 of the model")
+    refused(device, device.ask(params=layers), "20000 arrays are not the 2 of the model")
     for names in (["1.bias", "1.weight"], ["1.weight"], ["1.weight", "1.bias", "2.bias"], []):
         arrays = ArrayRecord({n: Array(GOOD) if "w" in n else bias for n in names})
-        assert "arrays that are not" in device.ask(params=arrays, run=99 + len(names)).error.reason
+        assert "arrays are not" in device.ask(params=arrays, run=99 + len(names)).error.reason
 
 
 @pytest.mark.parametrize(
     ("extra", "says"),
     [
-        ({"fed_dpsat.state": ArrayRecord({"a": Array(GOOD)})}, "'fed_dpsat.state', which no device takes"),
-        ({"secret": ConfigRecord({"a": 1})}, "'secret', which no device takes"),
-        ({"metrics": MetricRecord({"a": 1})}, "'metrics', which no device takes"),
+        ({"fed_dpsat.state": ArrayRecord({"a": Array(GOOD)})}, "'fed_dpsat.state', which a device rejects"),
+        ({"secret": ConfigRecord({"a": 1})}, "'secret', which a device rejects"),
+        ({"metrics": MetricRecord({"a": 1})}, "'metrics', which a device rejects"),
         ({records.ASSIGNMENT: MetricRecord({"round": 1})}, "no 'fed_dpsat.assignment' record"),
         ({records.ARRAYS: ConfigRecord({"round": 1})}, "no 'arrays' record"),
     ],
@@ -231,7 +231,7 @@ def test_unknown_or_missing_records_are_refused(device, extra, says):
     ("said", "says"),
     [
         ({"kind": "line"}, "describes no subspace"),
-        ({"kind": "coordinates", "seed": 0, "round": 1, "frozen": 7}, "7 frozen coordinates of a model with 6"),
+        ({"kind": "coordinates", "seed": 0, "round": 1, "frozen": 7}, "7 frozen coordinates, above the 6 of the model"),
         ({"kind": "coordinates", "seed": 0, "round": 1, "frozen": -1}, "describes no subspace"),
         ({"kind": "span", "seed": 0, "first": 0, "steps": 1_000_000_000}, "1000000000 steps, and 2 in"),
     ],
@@ -276,7 +276,7 @@ def test_a_private_head_stays_on_the_devices_disk(device, assignment):
     assert state["personal"].keys() == {"1.bias"}
     assert float(state["personal"]["1.bias"].abs().sum()) > 0
     refused = device.ask(dataclasses.replace(assignment(), round=2), changes=changes)
-    assert "has 2 arrays that are not the 1 of the model" in refused.error.reason
+    assert "names of the 2 arrays are not the 1 of the model" in refused.error.reason
     wrong = device.ask(run=9, params=shared, changes={"personal_layers": "1"})
     assert "nothing would be left to share" in wrong.error.reason
 
@@ -317,7 +317,7 @@ def test_identical_rounds_under_new_numbers_are_charged_until_nothing_is_left(de
 def test_settings_that_change_within_a_run_are_refused(device, assignment):
     device.ask()
     reply = device.ask(assignment(round=2), changes={"lr": 9.0})
-    assert "other settings than it began with" in reply.error.reason
+    assert "other settings than at its start" in reply.error.reason
     assert history(device) == (assignment().event,)
 
 
@@ -338,13 +338,13 @@ def test_crafted_weights_do_not_let_one_example_through(device, assignment):
 
 def test_a_policy_that_forbids_the_run_refuses(device):
     device.write(runs="[8]")
-    assert "run 7 is not among the runs" in device.ask().error.reason
+    assert "run 7 is not one of the runs" in device.ask().error.reason
     assert device.ask(run=8).has_content()
 
 
 def test_a_model_with_more_parameters_than_allowed_is_refused(device):
     device.write(largest_parameters=5)
-    assert "has 6 parameters, above the 5" in device.ask().error.reason
+    assert "has 6 parameters, above largest_parameters=5" in device.ask().error.reason
 
 
 def test_a_model_with_batch_norm_is_refused_even_if_the_policy_lists_it(device, tmp_path):
@@ -382,7 +382,7 @@ def test_an_error_that_tells_of_data_stays_on_the_device(device):
     data = device.path / "data.py"
     data.write_text(data.read_text().replace("arange(20) % 2", "full((20,), 41)"))
     reply = device.ask()
-    assert "its own log says why" in reply.error.reason
+    assert "its own log has the reason" in reply.error.reason
     assert "41" not in reply.error.reason
     assert "label 41 of row 0" in "".join(device.log())
     data.write_text(data.read_text().replace("full((20,), 41)", "arange(20) % 2"))
@@ -390,7 +390,7 @@ def test_an_error_that_tells_of_data_stays_on_the_device(device):
 
 def test_a_device_without_a_ledger_or_policy_answers_nothing(device):
     ledger_path(device.folder).unlink()
-    assert "its own log says why" in device.ask().error.reason
+    assert "its own log has the reason" in device.ask().error.reason
     device.policy_path.write_text("folder = 3")
     reply = device.ask()
     assert "no valid policy" in reply.error.reason

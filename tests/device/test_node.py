@@ -27,7 +27,7 @@ def test_another_version_or_app_is_told():
 
 
 def test_a_policy_without_a_server_does_not_run(device):
-    with pytest.raises(PolicyError, match="server, root_certificates and private_key are needed"):
+    with pytest.raises(PolicyError, match="set server, root_certificates and private_key"):
         run_device(device.policy_path)
 
 

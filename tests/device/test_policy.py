@@ -28,7 +28,7 @@ def test_bounds_are_named_after_settings():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"largest_epsilon": "inf"}, "largest_epsilon=inf is not above 0 and finite; a budget that is inf is none"),
+        ({"largest_epsilon": "inf"}, "largest_epsilon=inf is not above 0 and finite; inf is not a budget"),
         ({"largest_epsilon": "0.0"}, "largest_epsilon=0.0 is not"),
         ({"largest_epsilon": "nan"}, "largest_epsilon=nan is not"),
         ({"largest_delta": "1.0"}, "largest_delta=1.0 is not in"),
@@ -84,6 +84,6 @@ def test_a_server_does_not_choose_another_librarys_engine(device, settings):
     for engine in ("auto", "planned", "vmap"):
         assert device.policy.admit(7, {**settings, "engine": engine}).engine == engine
     with pytest.raises(
-        Refusal, match=r"engine='opacus' is not allowed on this device, which takes auto, planned, vmap"
+        Refusal, match=r"engine='opacus' is not allowed on this device; choose one of auto, planned, vmap"
     ):
         device.policy.admit(7, {**settings, "engine": "opacus"})

@@ -69,7 +69,7 @@ def test_the_same_question_again_has_the_same_answer_for_one_charge(desk):
 def test_what_is_no_longer_kept_is_refused(desk):
     desk.ask(asked(1))
     desk.ask(asked(2))
-    with pytest.raises(Refusal, match="no longer kept; ask for a new attempt"):
+    with pytest.raises(Refusal, match="no longer stored; send a new attempt"):
         desk.ask(asked(1))
     assert desk.charges() == 2
 
@@ -83,7 +83,7 @@ def test_the_same_round_with_other_content_is_refused(desk):
 
 def test_other_settings_under_the_same_run_are_refused(desk):
     desk.ask(asked(1))
-    with pytest.raises(Refusal, match="other settings than it began with"):
+    with pytest.raises(Refusal, match="other settings than at its start"):
         desk.ask(asked(2, settings=b"t"))
     assert desk.charges() == 1
 
@@ -136,7 +136,7 @@ def test_a_question_noted_but_not_charged_is_checked_against_what_is_left_now(de
 def test_a_lost_ledger_is_not_begun_again(desk):
     desk.ask(asked(1))
     ledger_path(desk.folder).unlink()
-    with pytest.raises(LedgerError, match="restore the file"):
+    with pytest.raises(LedgerError, match="restore it"):
         desk.ask(asked(2))
 
 
@@ -154,12 +154,12 @@ def test_a_journal_put_back_from_a_backup_makes_no_second_answer_for_one_charge(
     backup = journal_path(desk.folder).read_bytes()
     desk.ask(asked(1))
     journal_path(desk.folder).write_bytes(backup)
-    with pytest.raises(Refusal, match="no longer kept"):
+    with pytest.raises(Refusal, match="no longer stored"):
         desk.ask(asked(1))
 
 
 def test_a_device_is_prepared_once(desk):
-    with pytest.raises(SettingError, match="a device is made once"):
+    with pytest.raises(SettingError, match="run init once"):
         prepare(desk.folder)
 
 
@@ -191,7 +191,7 @@ for round in range(1, 400):
     except LedgerError:
         continue  # the other one holds the lock
     except Refusal as refusal:
-        if "no longer kept" in str(refusal):
+        if "no longer stored" in str(refusal):
             continue
         break
     print(round, me if round % 2 == 0 else 0, reply.hex())

@@ -54,7 +54,7 @@ def test_a_ledger_that_was_edited_is_told(device, assignment):
     code, text = call("status", device.policy_path)
     assert code == 1
     assert "changed" in text or "edited" in text
-    assert "its own log says why" in device.ask(assignment(round=2)).error.reason  # and it answers no more
+    assert "its own log has the reason" in device.ask(assignment(round=2)).error.reason  # and it answers no more
 
 
 def test_an_older_copy_of_the_ledger_is_told_and_answers_no_more(device, assignment):
@@ -65,8 +65,8 @@ def test_an_older_copy_of_the_ledger_is_told_and_answers_no_more(device, assignm
     ledger_path(device.folder).write_bytes(older)
     code, text = call("status", device.policy_path)
     assert code == 1
-    assert "does not hold the charge of answer 2" in text
-    assert "its own log says why" in device.ask(assignment(round=3)).error.reason
+    assert "does not hold the charge of reply 2" in text
+    assert "its own log has the reason" in device.ask(assignment(round=3)).error.reason
     ledger_path(device.folder).write_bytes(newer)
     assert call("status", device.policy_path)[0] == 0
     assert not device.ask(assignment(round=3)).has_error()
@@ -78,20 +78,20 @@ def test_status_while_a_writer_holds_the_ledger(device):
     device.ask()
     with PrivacyLedger(ledger_path(device.folder)):
         assert call("status", device.policy_path)[0] == 0
-        assert "its own log says why" in device.ask(run=8).error.reason
+        assert "its own log has the reason" in device.ask(run=8).error.reason
 
 
 def test_init_counts_the_examples_and_begins_once(device):
     device.write(folder='"another"')
     code, text = call("init", device.policy_path)
     assert code == 0
-    assert "device 2: 20 examples, ledger begun" in text
+    assert "device 2: 20 examples, ledger created" in text
     assert "largest_delta" not in text
     device.write(folder='"third"', largest_delta=0.05)
     assert "largest_delta: delta=0.05 is not below 1/20" in call("init", device.policy_path)[1]
     code, text = call("init", device.policy_path)
     assert code == 2
-    assert "a device is made once" in text
+    assert "run init once" in text
 
 
 def test_errors_are_one_line(device):
@@ -102,7 +102,7 @@ def test_errors_are_one_line(device):
     assert text.startswith("error: no ledger at")
     code, text = call("run", device.policy_path)
     assert code == 2
-    assert "server, root_certificates and private_key are needed" in text
+    assert "set server, root_certificates and private_key" in text
 
 
 def test_the_log_cannot_be_forged_nor_fill_a_disk(device):

@@ -258,7 +258,7 @@ def test_when_all_are_away_noise_is_released(tmp_path):
 def check_every_client_pays(folder):
     summary, lines, _ = run(RARE, folder)
     with PrivacyLedger(folder / "ledger.sqlite", readonly=True) as ledger:
-        assert ledger.unit == "client"
+        assert ledger.privacy_unit == "client"
         histories = ledger.histories()
     event = PrivacyEvent(noise_multiplier=SIGMA, sample_rate=1 / 6, steps=3, kind="poisson_gaussian_clients")
     assert histories == dict.fromkeys(range(6), (event,))
@@ -336,7 +336,7 @@ def test_a_ledger_of_the_other_unit_is_refused(tmp_path):
     run(RARE, folder)
     text = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(text.replace('privacy_unit = "client"', 'privacy_unit = "example"'))
-    with pytest.raises(LedgerError, match="it is another run's ledger"):
+    with pytest.raises(LedgerError, match="it is the ledger of another run"):
         read_statement(folder)
     (folder / "config.toml").write_text(text)
     with pytest.raises(SettingError, match="privacy_unit"):

@@ -14,26 +14,26 @@ from fed_dpsat.settings.config import RunConfig
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "precious").write_text("x")
-    with pytest.raises(SettingError, match=r"new or an empty folder.*--out"):
+    with pytest.raises(SettingError, match=r"not new or empty.*--out"):
         RunFolder(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(SettingError, match=r"run' is not where files can be written; name another folder"):
+    with pytest.raises(SettingError, match=r"run' is not a writable folder; name another folder"):
         RunFolder(tmp_path / "file" / "run")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(SettingError, match="not where files can be written"):
+    with pytest.raises(SettingError, match="not a writable folder"):
         RunFolder(tmp_path / "run")
 
 
 def test_what_a_run_leaves_that_was_killed_before_it_began_is_in_nobodys_way(tmp_path):
     for name in ("environment.json", "config.toml.tmp"):
         (tmp_path / name).write_text("{")
-    with pytest.raises(SettingError, match=r"killed before config.toml was there starts again: fed-dpsat run"):
+    with pytest.raises(SettingError, match=r"killed before it wrote that starts again: fed-dpsat run"):
         RunFolder(tmp_path, resume=True)
     RunFolder(tmp_path).open(RunConfig(target_epsilon=3.0))
-    with pytest.raises(SettingError, match="new or an empty folder"):
+    with pytest.raises(SettingError, match="not new or empty"):
         RunFolder(tmp_path)
 
 

@@ -72,7 +72,7 @@ def test_an_edited_plugin_is_refused_by_name_and_the_copy_brings_it_back(tmp_pat
     folder = begun(with_plugin(kind, f"{file}:make"), tmp_path / "run")
     edit(file, old, new)
     left = before_and_after(folder)
-    said = rf"{file} \({kind}\) is not what {folder} began with; put back {folder}/inputs/\w{{8}}-plugin.py"
+    said = rf"{file} \({kind}\) has changed since {folder} began; restore {folder}/inputs/\w{{8}}-plugin.py"
     with pytest.raises(SettingError, match=said) as raised:
         resume(folder)
     assert "\n" not in str(raised.value)
@@ -93,7 +93,7 @@ def test_a_module_that_a_plugin_imports_is_refused_by_its_own_name(tmp_path, mon
     assert len(list((folder / "inputs").iterdir())) == 2
     edit(tmp_path / "beside.py", "0.5", "5.0")
     del sys.modules["beside"]
-    with pytest.raises(SettingError, match=rf"{tmp_path}/beside.py \(optimizer\) is not what"):
+    with pytest.raises(SettingError, match=rf"{tmp_path}/beside.py \(optimizer\) has changed since"):
         resume(folder)
 
 
@@ -102,7 +102,7 @@ def test_an_edit_that_breaks_a_plugin_is_no_other_error(tmp_path):
     file.write_text(PLUGINS["optimizer"][0])
     folder = begun(dataclasses.replace(CONFIG, optimizer=f"{file}:make"), tmp_path / "run")
     file.write_text("def make(:")
-    with pytest.raises(SettingError, match=r"plugin.py \(optimizer\) is not what"):
+    with pytest.raises(SettingError, match=r"plugin.py \(optimizer\) has changed since"):
         resume(folder)
     file.unlink()
     with pytest.raises(PluginError, match="no file"):
@@ -117,7 +117,7 @@ def test_a_file_of_the_same_name_in_another_folder_is_not_taken_for_it_unless_it
     monkeypatch.chdir(tmp_path / "here")
     folder = begun(dataclasses.replace(CONFIG, optimizer="plugin.py:make"), tmp_path / "run")
     monkeypatch.chdir(tmp_path / "there")
-    with pytest.raises(SettingError, match=r"plugin.py \(optimizer\) is not what .* began with"):
+    with pytest.raises(SettingError, match=r"plugin.py \(optimizer\) has changed since .* began"):
         resume(folder)
     monkeypatch.chdir(tmp_path / "moved")
     shutil.rmtree(tmp_path / "here")
@@ -148,7 +148,7 @@ def model(data_path):
 HELD = {
     "dataset": ("labels", "the examples"),
     "partition": ("parts", "the clients' examples"),
-    "model": ("weight", "its layers that are not trained"),
+    "model": ("weight", "its frozen layers"),
 }
 
 
@@ -174,7 +174,7 @@ def test_what_a_plugin_reads_is_told_apart_by_what_comes_of_it(tmp_path, kind):
     else:
         changed[what][0, 0] += 1e-7
     torch.save(changed, tmp_path / "file.pt")
-    with pytest.raises(SettingError, match=rf"possible: {name} \({kind}\) is not what .* began with; give the same"):
+    with pytest.raises(SettingError, match=rf"possible: {name} \({kind}\) has changed since .* began; give the same"):
         resume(folder)
     torch.save(numbers, tmp_path / "file.pt")
     if kind == "model":
@@ -187,7 +187,7 @@ def test_an_edited_table_of_clients_is_refused(tmp_path):
     config = dataclasses.replace(CONFIG, noise_multiplier=0.0, target_epsilon=3.0, client_table=str(table))
     folder = begun(config, tmp_path / "run")
     edit(table, "2.0", "9.0")
-    with pytest.raises(SettingError, match=rf"{table} \(client_table\) is not what .*; put back .*-clients.csv"):
+    with pytest.raises(SettingError, match=rf"{table} \(client_table\) has changed since .*; restore .*-clients.csv"):
         resume(folder)
 
 
@@ -203,7 +203,7 @@ def test_objects_have_to_be_the_same(tmp_path):
         "optimizer": DPSGD(lr=0.6),
     }
     for kind, other in others.items():
-        with pytest.raises(SettingError, match=rf"\({kind}\) is not what .* began with; give the same {kind}"):
+        with pytest.raises(SettingError, match=rf"\({kind}\) has changed since .* began; give the same {kind}"):
             simulate(again, folder, **{**given, kind: other})
     assert simulate(again, folder, **given)["status"] == "completed"
 
@@ -219,7 +219,7 @@ def test_a_logger_may_be_another(tmp_path):
 def test_a_run_of_an_older_version_is_not_known_to_be_the_same(tmp_path):
     folder = begun(CONFIG, tmp_path / "run")
     (folder / "inputs.json").unlink()
-    with pytest.raises(SettingError, match=r"inputs.json.*go on with the version that began it"):
+    with pytest.raises(SettingError, match=r"inputs.json.*continue with the version that started it"):
         resume(folder)
 
 
@@ -233,7 +233,7 @@ def test_a_run_that_was_killed_before_its_settings_were_there_starts_again(tmp_p
     assert simulate(config, folder)["status"] == "completed"
     (tmp_path / "mine" / "inputs").mkdir(parents=True)
     (tmp_path / "mine" / "inputs" / "precious.csv").write_text("1")
-    with pytest.raises(SettingError, match="a new or an empty folder"):
+    with pytest.raises(SettingError, match="not new or empty"):
         simulate(config, tmp_path / "mine")
 
 
@@ -242,7 +242,7 @@ def test_what_measures_a_run_later_is_not_run_with_another_model(tmp_path):
     config = dataclasses.replace(CONFIG, model=f"{tmp_path}/plugin.py:make")
     begun(config, tmp_path / "run")
     edit(tmp_path / "plugin.py", "nn.Flatten(), ", "nn.Flatten(), nn.Tanh(), ")
-    with pytest.raises(SettingError, match=r"plugin.py \(model\) is not what"):
+    with pytest.raises(SettingError, match=r"plugin.py \(model\) has changed since"):
         measure_run(tmp_path / "run", examples=8)
 
 

@@ -87,13 +87,13 @@ def test_who_tosses_before_others_join_is_known_to_take_part(tmp_path):
         ({"ascent_memory": "client"}, r"clients keep state between rounds \(ascent"),
         ({"partition": "size-skew"}, "clients differ in size"),
         ({"validation_share": 4 / 1437}, "clients differ in size"),  # 359, 358, 358, 358
-        ({"max_rounds_per_client": 2}, "max_rounds_per_client, who may take part depends on earlier coins"),
-        ({"budget_mode": "retire", "target_epsilon": 2.2}, "budgets can end before the rounds do"),
-        ({"secure_aggregation": True, "clients_per_round": 3}, "rounds of too few clients"),
+        ({"max_rounds_per_client": 2}, "max_rounds_per_client, the eligible clients depend on earlier coins"),
+        ({"budget_mode": "retire", "target_epsilon": 2.2}, "budgets can end before the last round"),
+        ({"secure_aggregation": True, "clients_per_round": 3}, "a round of too few clients"),
         ({"strategy": "trimmed"}, "uses more than the mean of replies"),
         ({"attack": "sign-flip", "attackers": 0.25}, "attackers compute"),
-        ({"dropout_rate": 0.3}, "drawn from the public seed"),
-        ({"delay": "exponential", "client_timeout": 2.0}, "drawn from the public seed"),
+        ({"dropout_rate": 0.3}, "the public seed draws"),
+        ({"delay": "exponential", "client_timeout": 2.0}, "the public seed draws"),
     ],
 )
 def test_where_coins_show_in_another_way_there_is_no_figure(tmp_path, settings, reason):
@@ -160,9 +160,9 @@ def test_a_round_that_is_done_again_with_other_coins_ends_the_figure(tmp_path, r
     system = changed(noise_source="system", num_rounds=4, clients_per_round=2)
     assert stopped(system, tmp_path / "between", begun=False)["epsilon_released"] > 0
     summary = stopped(system, tmp_path / "within", begun=True)
-    assert "done again with other coins" in summary["epsilon_released_missing"]
+    assert "ran again with other coins" in summary["epsilon_released_missing"]
     lines = (tmp_path / "within" / "rounds.jsonl").read_text()
     again = resume(tmp_path / "within")  # at its end: nothing more is done, and what was is not forgotten
-    assert "done again with other coins" in again["epsilon_released_missing"]
+    assert "ran again with other coins" in again["epsilon_released_missing"]
     assert (tmp_path / "within" / "rounds.jsonl").read_text() == lines
     assert stopped(CONFIG, tmp_path / "seeded", begun=True)["epsilon_released"] == run[0]["epsilon_released"]

@@ -47,16 +47,16 @@ def test_a_system_that_writes_a_little_at_a_time(tmp_path, monkeypatch):
 
 def test_what_is_no_whole_state_is_an_error(tmp_path):
     path = tmp_path / "1.state"
-    with pytest.raises(StateError, match="run folder in common"):
+    with pytest.raises(StateError, match="disk that all hosts share"):
         read_state(path)
     write_state(path, STATE)
     data = path.read_bytes()
     for end in (0, 5, 40, len(data) - 80):
         path.write_bytes(data[:end])
-        with pytest.raises(StateError, match=r"no client state|cut off"):
+        with pytest.raises(StateError, match=r"not a client state|cut off"):
             read_state(path)
     path.write_bytes(b"\x80\x02" + data)
-    with pytest.raises(StateError, match="no client state"):
+    with pytest.raises(StateError, match="not a client state"):
         read_state(path)
 
 

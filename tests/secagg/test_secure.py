@@ -143,7 +143,7 @@ def test_what_a_client_keeps_between_phases_can_be_read_from_a_file(tmp_path):
     state = RecordDict()
     question = {"phase": "keys"}
     content = RecordDict({records.ASSIGNMENT: records.assignment_record(ASSIGNMENT), SECURE: ConfigRecord(question)})
-    secure_client.answer(0, content, state, 10)
+    secure_client.phase_reply(0, content, state, 10)
     StateStore(tmp_path).save(0, 1, state, None)
     assert StateStore(tmp_path).load(0, 1) == state
 
@@ -188,7 +188,7 @@ def test_shares_are_opened_once():
         first = asked.until_open(arrived=[0, 1, 2, 3, 4])
         assert first.has_content()
         again = asked.open(arrived=[0, 1, 2, 3, 5])
-        assert "answered already" in again.error.reason
+        assert "has replied already" in again.error.reason
 
 
 class Asked:

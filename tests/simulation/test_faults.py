@@ -19,7 +19,10 @@ from fed_dpsat.simulation.faults import Faults
 pytestmark = pytest.mark.usefixtures("untried")  # the trial has tests of its own: tests/client/test_trial.py
 
 CONFIG = RunConfig(noise_multiplier=2.0, delta=1e-4, num_clients=6, num_rounds=3)
-FAULTS = Faults(seed=3, dropout_rate=0.3, delay="exponential", delay_mean=2.0, client_timeout=5.0)
+SETTINGS = dataclasses.replace(
+    CONFIG, seed=3, dropout_rate=0.3, delay="exponential", delay_mean=2.0, client_timeout=5.0
+)
+FAULTS = Faults(SETTINGS)
 
 
 def draws(faults, count=4000):
@@ -37,14 +40,14 @@ def test_faults_are_what_they_say_and_repeat():
 
 
 def test_a_lognormal_delay_has_its_mean():
-    seconds = [s for _, s in draws(dataclasses.replace(FAULTS, delay="lognormal"), 10_000)]
+    seconds = [s for _, s in draws(Faults(dataclasses.replace(SETTINGS, delay="lognormal")), 10_000)]
     assert abs(np.mean(seconds) - 2.0) < 0.1
     assert stats.kstest(np.log(seconds), stats.norm(np.log(2.0) - 0.5, 1).cdf).pvalue > 1e-3
 
 
 def test_faultless_clients_draw_nothing():
     assert Faults.of(CONFIG) is None
-    assert not dataclasses.replace(FAULTS, client_timeout=0.0).comes_late(0, 1)
+    assert not Faults(dataclasses.replace(SETTINGS, client_timeout=0.0)).comes_late(0, 1)
 
 
 def lines(folder):
@@ -53,7 +56,7 @@ def lines(folder):
 
 def test_who_is_away_or_late_is_named_and_stays_charged_and_the_run_goes_on(tmp_path):
     config = dataclasses.replace(
-        CONFIG, dropout_rate=0.4, delay="exponential", delay_mean=1.0, client_timeout=1.0, seed=FAULTS.seed
+        CONFIG, dropout_rate=0.4, delay="exponential", delay_mean=1.0, client_timeout=1.0, seed=SETTINGS.seed
     )
     simulate(config, tmp_path / "run")
     faults = Faults.of(config)

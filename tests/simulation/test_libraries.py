@@ -97,5 +97,5 @@ def test_the_configuration_of_a_network_is_an_input_of_its_run(folder, tmp_path)
     text = (folder / "config.json").read_text()
     assert (tmp_path / "run" / recorded["copy"]).read_text() == text
     (folder / "config.json").write_text(text.replace('"gelu"', '"relu"'))
-    with pytest.raises(SettingError, match=r"config.json \(model\) is not what .*run began with"):
+    with pytest.raises(SettingError, match=r"config.json \(model\) has changed since .*run began"):
         simulate(dataclasses.replace(config, resume=True), tmp_path / "run", dataset=texts())

@@ -186,7 +186,7 @@ def test_a_run_is_not_resumed_from_other_weights(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         simulate(config, tmp_path / "run", on_round=interrupt)
     torch.save({n: 2 * p for n, p in torch.load(own, weights_only=True).items()}, own)
-    with pytest.raises(SettingError, match=r"own.pt \(start_from\) is not what .*run began with; put it back"):
+    with pytest.raises(SettingError, match=r"own.pt \(start_from\) has changed since .*run began; restore it"):
         simulate(dataclasses.replace(config, resume=True), tmp_path / "run")
 
 

@@ -231,5 +231,5 @@ def test_a_strategy_that_cannot_be_kept_runs_and_says_at_once_that_it_cannot_be_
 
 def test_a_damaged_checkpoint_is_named(half):
     (half / "checkpoint" / "model.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(RunError, match="is no checkpoint"):
+    with pytest.raises(RunError, match="is not a checkpoint"):
         resume(half)

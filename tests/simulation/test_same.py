@@ -99,7 +99,7 @@ def stop_after_one(line):
 def test_a_run_is_not_resumed_with_other_clients_data_or_weights(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         simulate(config, tmp_path / "run", on_round=stop_after_one)
-    with pytest.raises(SettingError, match=r"is not what .*run began with"):
+    with pytest.raises(SettingError, match=r"has changed since .*run began"):
         resume(tmp_path / "run")
     with PrivacyLedger(tmp_path / "run" / "ledger.sqlite") as ledger:
         assert ledger.head.charges == 3

@@ -33,7 +33,7 @@ def test_the_round_before_stays_and_older_ones_go(tmp_path):
         before = round
     fresh = StateStore(tmp_path)
     assert [fresh.load(7, round)["config"]["round"] for round in (4, 9)] == [4, 9]
-    with pytest.raises(StateError, match="run folder in common"):
+    with pytest.raises(StateError, match="disk that all hosts share"):
         fresh.load(7, 1)
 
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from fed_dpsat.flower.updates import KnownNoise
-from strategies.kalman import kalman
+from strategies.kalman import Kalman
 
 
 @pytest.fixture
 def strategy():
-    return kalman(KnownNoise(lr=1.0, clip_norm=1.0))
+    return Kalman(KnownNoise(lr=1.0, clip_norm=1.0))
 
 
 def test_without_noise_it_is_the_mean(strategy, updates):

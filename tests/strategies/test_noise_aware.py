@@ -5,7 +5,7 @@ import pytest
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.updates import KnownNoise
-from strategies.noise_aware import noise_aware, weights
+from strategies.noise_aware import NoiseAware, weights
 
 EQUAL = np.full(4, 0.25)
 
@@ -42,4 +42,4 @@ def test_the_mean_has_less_noise_than_that_by_size(updates):
 
 def test_a_bound_below_one_is_refused():
     with pytest.raises(SettingError, match=r"most=0.5 is not at least 1"):
-        noise_aware(KnownNoise(lr=1.0, clip_norm=1.0), most=0.5)
+        NoiseAware(KnownNoise(lr=1.0, clip_norm=1.0), most=0.5)

@@ -5,7 +5,7 @@ import pytest
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.updates import KnownNoise
-from strategies.trimmed import noise_around_median, outliers, trimmed
+from strategies.trimmed import Trimmed, noise_around_median, outliers
 
 
 def test_one_that_is_far_is_an_outlier(updates):
@@ -55,4 +55,4 @@ def test_an_attacker_beyond_the_noise_is_one(noisy):
 
 def test_half_is_too_many():
     with pytest.raises(SettingError, match=r"trim=0.5 is not in \[0, 0.5\)"):
-        trimmed(KnownNoise(lr=1.0, clip_norm=1.0), trim=0.5)
+        Trimmed(KnownNoise(lr=1.0, clip_norm=1.0), trim=0.5)

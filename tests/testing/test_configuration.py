@@ -50,7 +50,7 @@ def test_what_is_not_fine_is_said_of_its_part_and_by_the_trial(quick, tmp_path, 
     assert "logits_are_one_row_per_example" in problems["model"]
     assert "make its last layer 10 wide" in problems["trial"]
     (strategy,) = (part for part in found["parts"] if part["part"] == "strategy")
-    assert "cannot be resumed: Strategy.lock is a object" in strategy["note"]
+    assert "cannot resume: Strategy.lock is a object" in strategy["note"]
     assert "NOT FINE" in CliRunner().invoke(app, command[:-1]).stdout
 
 

@@ -1,8 +1,8 @@
-"""Clients that do not play by the rules, one file per idea: to see what a strategy is worth before somebody else does.
+"""Malicious clients for tests of strategies, one file per attack.
 
-An attack is a plug-in like any other (``attack = "sign-flip"``, ``attackers = 0.2``, ``attack_args``). It may change
-what an attacker trains on, what it sends, or both; it still sends a valid reply with the event that it was charged,
-since anything else is dropped before a strategy sees it.
+An attack is a plug-in (``attack = "sign-flip"``, ``attackers = 0.2``, ``attack_args``). It may change the training data
+of an attacker, its update, or both. It still sends a valid reply with the charged event, because the server drops any
+other reply before a strategy sees it.
 """
 
 from fed_dpsat.client.attackers import Attack, Attackers, Scene, choose_attackers

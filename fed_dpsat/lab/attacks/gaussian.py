@@ -1,4 +1,4 @@
-"""Noise in the place of an update (Blanchard et al., NeurIPS 2017, arXiv 1703.02757)."""
+"""Noise instead of an update (Blanchard et al., NeurIPS 2017, arXiv 1703.02757)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fed_dpsat.params import Params, global_norm
 
 
 class Gaussian(Attack):
-    """Sends Gaussian noise of an expected norm ``factor`` times that of its honest update."""
+    """Sends Gaussian noise with `factor` times the norm of its honest update (Blanchard et al. 2017)."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, factor: float = 20.0) -> None:
         self.factor = factor
 
     def forge(self, scene: Scene) -> Params:
@@ -23,9 +23,4 @@ class Gaussian(Attack):
         }
 
 
-def gaussian(factor: float = 20.0) -> Attack:
-    """Sends Gaussian noise, `factor` times as long as its honest update (Blanchard et al. 2017)."""
-    return Gaussian(factor)
-
-
-ATTACKS = {"gaussian": gaussian}
+ATTACKS = {"gaussian": Gaussian}

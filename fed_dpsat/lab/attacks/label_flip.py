@@ -8,15 +8,10 @@ from fed_dpsat.client.attackers import Attack
 
 
 class LabelFlip(Attack):
-    """Trains on class ``num_classes - 1 - y`` for y, and plays by all other rules."""
+    """Trains on flipped labels, the last class for the first and so on (Tolpegin et al. 2020)."""
 
     def poison(self, labels: Tensor, num_classes: int) -> Tensor:
         return num_classes - 1 - labels
 
 
-def label_flip() -> Attack:
-    """Trains on flipped labels, the last class for the first and so on (Tolpegin et al. 2020)."""
-    return LabelFlip()
-
-
-ATTACKS = {"label-flip": label_flip}
+ATTACKS = {"label-flip": LabelFlip}

@@ -9,14 +9,14 @@ from fed_dpsat.params import Params
 
 
 class LittleIsEnough(Attack):
-    """All attackers send the same: the mean of their honest updates less ``z`` standard deviations, per coordinate.
+    """All attackers send their mean minus `z` standard deviations, within the spread of all (Baruch et al. 2019).
 
-    The paper finds the largest z that a majority supports from the numbers of clients. That is below 0.2 for two or
-    three of ten, so z is a parameter, and 1.5 as in its code. An attacker who is alone has no deviation to
-    hide in: it is honest.
+    The paper computes the largest z that a majority supports from the numbers of clients. For two or three attackers of
+    ten it is below 0.2, so z is a parameter here, with the 1.5 of the paper's code. A single attacker has a standard
+    deviation of 0, so it is honest.
     """
 
-    def __init__(self, z: float) -> None:
+    def __init__(self, z: float = 1.5) -> None:
         self.z = z
 
     def forge(self, scene: Scene) -> Params:
@@ -25,9 +25,4 @@ class LittleIsEnough(Attack):
         return {name: s.mean(0) - self.z * s.std(0, correction=0) for name, s in stacked.items()}
 
 
-def little_is_enough(z: float = 1.5) -> Attack:
-    """All send the attackers' mean less `z` standard deviations, within the spread of all (Baruch et al. 2019)."""
-    return LittleIsEnough(z)
-
-
-ATTACKS = {"little-is-enough": little_is_enough}
+ATTACKS = {"little-is-enough": LittleIsEnough}

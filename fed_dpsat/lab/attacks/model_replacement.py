@@ -1,4 +1,4 @@
-"""A model of one's own in the place of the mean (Bagdasaryan et al., AISTATS 2020, arXiv 1807.00459)."""
+"""Replacement of the mean by the model of the attackers (Bagdasaryan et al., AISTATS 2020, arXiv 1807.00459)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from fed_dpsat.params import Params
 
 
 class ModelReplacement(LabelFlip):
-    """Trains on flipped labels and sends that update ``num_clients / num_attackers`` times over.
+    """Trains on flipped labels and boosts the update so that the mean becomes its model (Bagdasaryan et al. 2020).
 
-    Where the others cancel out, the mean of all is what attackers trained.
+    If the honest updates cancel out, the mean of all models is the model of the attackers.
     """
 
     def forge(self, scene: Scene) -> Params:
@@ -18,9 +18,4 @@ class ModelReplacement(LabelFlip):
         return {name: boost * u for name, u in scene.update.items()}
 
 
-def model_replacement() -> ModelReplacement:
-    """Trains on flipped labels and boosts the update so that the mean becomes its model (Bagdasaryan et al. 2020)."""
-    return ModelReplacement()
-
-
-ATTACKS = {"model-replacement": model_replacement}
+ATTACKS = {"model-replacement": ModelReplacement}

@@ -1,6 +1,6 @@
-"""Audits: lower bounds on epsilon from attacks that were carried out, beside the ledger's upper bound.
+"""Audits: lower bounds on epsilon from real attacks, to compare with the upper bound of the ledger.
 
-An audit can find that a promise is broken. It cannot show that one is kept: a weak attack has a low bound too.
+An audit can refute a guarantee. It cannot confirm one: a weak attack has a low bound too.
 """
 
 from fed_dpsat.lab.audit.canaries import OneRunAudit, audit_one_run

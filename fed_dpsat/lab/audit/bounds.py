@@ -1,12 +1,11 @@
-"""Lower bounds on epsilon from how often an attack was right.
+"""Lower bounds on epsilon from the number of correct guesses of an attack.
 
 ======================== ==========================================================================
 case                     bound
 ======================== ==========================================================================
 no guess, no repetition  0
-every guess right        finite: n guesses show about log(n / log(1 / (1 - confidence))) at most
-guesses no better than   0
-a coin's
+every guess correct      finite: n guesses show at most about log(n / log(1 / (1 - confidence)))
+guesses at random        0
 ======================== ==========================================================================
 """
 
@@ -22,11 +21,11 @@ from fed_dpsat.errors import SettingError
 
 
 def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """Bound on the chance of at least ``correct`` right of ``guesses`` guesses about ``canaries`` fair coins.
+    """Upper bound on the probability of at least ``correct`` correct guesses about ``canaries`` fair coins.
 
     Under (epsilon, delta)-DP, with W binomial of ``guesses`` and exp(epsilon) / (1 + exp(epsilon)), it is
-    P[W >= v] + 2 m delta max_i P[v > W >= v - i] / i. Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846), for
-    guesses that may abstain; their code computes the same. The number of guesses must not depend on the coins.
+    P[W >= v] + 2 m delta max_i P[v > W >= v - i] / i (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846, for guesses
+    that may abstain; their code computes the same). The number of guesses must not depend on the coins.
     """
     if not 0 <= correct <= guesses <= canaries:
         raise SettingError("correct", correct, f"at most guesses={guesses}, at most {canaries} canaries", "count again")
@@ -42,7 +41,7 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
 
 
 def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, confidence: float) -> float:
-    """The largest epsilon that so many right guesses reject at ``confidence``; within 1e-6, rounded down."""
+    """The largest epsilon that ``correct`` correct guesses reject at ``confidence``; within 1e-6, rounded down."""
     check_confidence(confidence)
 
     def rejected(epsilon: float) -> bool:
@@ -64,7 +63,7 @@ def best_one_run_epsilon(
 ) -> tuple[float, int]:
     """``(epsilon, index)`` of the best of several ``(guesses, correct)``, each at its share of 1 - confidence.
 
-    By the union bound the best one holds with ``confidence``, so that trying costs and is not cheating.
+    By the union bound, the best one holds with ``confidence``.
     """
     each = 1 - (1 - confidence) / len(tries)
     found = [one_run_epsilon(canaries, guesses, correct, delta, each) for guesses, correct in tries]
@@ -73,14 +72,14 @@ def best_one_run_epsilon(
 
 
 def upper_rate(count: int, trials: int, confidence: float) -> float:
-    """Clopper and Pearson's upper bound on a rate of which ``count`` of ``trials`` were seen; 1 for no trial."""
+    """Clopper-Pearson upper bound on a rate after ``count`` events in ``trials`` trials; 1 without trials."""
     return float(special.betaincinv(count + 1, trials - count, confidence)) if count < trials else 1.0
 
 
 def two_world_rates(
     false_positives: int, false_negatives: int, trials: tuple[int, int], confidence: float
 ) -> tuple[float, float]:
-    """Upper bounds on both error rates that hold together; ``trials`` are those without and with the example."""
+    """Upper bounds that hold jointly for both error rates; ``trials`` counts those without and with the example."""
     check_confidence(confidence)
     each = 1 - (1 - confidence) / 2
     return upper_rate(false_positives, trials[0], each), upper_rate(false_negatives, trials[1], each)
@@ -89,10 +88,10 @@ def two_world_rates(
 def two_world_epsilon(
     false_positives: int, false_negatives: int, trials: tuple[int, int], delta: float, confidence: float
 ) -> float:
-    """Lower bound from a test of two worlds: log((1 - delta - fnr) / fpr) or the other way round, at least 0.
+    """Lower bound from a test of two worlds: log((1 - delta - fnr) / fpr), or with the rates exchanged; at least 0.
 
-    Kairouz, Oh and Viswanath 2015; with Clopper-Pearson bounds on both rates as in Jagielski, Ullman and
-    Oprea 2020 (arXiv 2006.07709). The threshold must have been chosen on other repetitions.
+    Kairouz, Oh and Viswanath 2015; with Clopper-Pearson bounds on both rates as in Jagielski, Ullman and Oprea 2020
+    (arXiv 2006.07709). The choice of the threshold must use other repetitions.
     """
     fpr, fnr = two_world_rates(false_positives, false_negatives, trials, confidence)
     return max(0.0, _log_ratio(1 - delta - fnr, fpr), _log_ratio(1 - delta - fpr, fnr))
@@ -101,10 +100,10 @@ def two_world_epsilon(
 def gaussian_epsilon(
     false_positives: int, false_negatives: int, trials: tuple[int, int], delta: float, confidence: float
 ) -> float:
-    """Lower bound IF the mechanism is a Gaussian one: mu >= z(1 - fpr) - z(fnr), and epsilon of mu at ``delta``.
+    """Lower bound IF the mechanism is Gaussian: mu >= z(1 - fpr) - z(fnr), and epsilon of mu at ``delta``.
 
-    Nasr et al. 2023 (arXiv 2302.07956). Far tighter than ``two_world_epsilon`` at a small delta, and
-    worthless for a mechanism of another kind.
+    Nasr et al. 2023 (arXiv 2302.07956). It is much tighter than ``two_world_epsilon`` at a small delta, and invalid for
+    another mechanism.
     """
     from dp_accounting.gaussian_mechanism import get_epsilon_gaussian  # type: ignore[import-untyped]
 

@@ -1,18 +1,19 @@
-"""An audit in one run: canaries that each joined by a fair coin, and guesses which of them did.
+"""An audit in one run: a fair coin includes each canary, and an attack guesses the coins.
 
 Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846), Algorithm 1. The whole federation of a configuration trains, with
-the canaries that the coins let in among the data of one client. Two attackers:
+the included canaries in the data of one client. There are two attackers:
 
 ============ =========================================================== ==========================================
-name         a canary is                                                 scored by
+name         a canary is                                                 its score is
 ============ =========================================================== ==========================================
-gradient     an example whose gradient is one coordinate (per layer, if  likelihood ratio of all private gradients
-             the rule clips per layer), clipped to the bound             of the client, all other examples known
-mislabelled  a public test image with a wrong label                      how far its loss fell, over all global
+gradient     an example whose gradient is one coordinate (per layer, if  the likelihood ratio of all private
+             the rule clips per layer), clipped to the bound             gradients of the client, if the attacker
+                                                                         knows all its other examples
+mislabelled  a public test image with a wrong label                      the decrease of its loss over all global
                                                                          models
 ============ =========================================================== ==========================================
 
-The top and the bottom k of the scores are guessed "in" and "out", for each k of shares fixed in advance; the best
+The attack guesses "in" for the k highest scores and "out" for the k lowest, for several fixed shares k. The best share
 counts, at a confidence corrected for the number of shares (Bonferroni).
 """
 
@@ -52,15 +53,15 @@ from fed_dpsat.step.query import At, spread
 
 ATTACKS = ("gradient", "mislabelled")
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)
-"""Shares of the canaries that are guessed about; all are tried, and all are paid for."""
+"""Shares of the canaries with a guess; the confidence is corrected for the number of shares."""
 
 UNREAD = frozenset({"saf", "zeroth-order"})
-"""Optimizers for which no gradient canary can be made: a loss made of outputs, and a release that is a number."""
+"""Optimizers without gradient canaries: their loss depends on outputs, or they release one number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneRunAudit:
-    """``epsilon_lower`` holds with ``confidence`` for ``client``, whose releases were charged ``epsilon_ledger``."""
+    """``epsilon_lower`` holds with ``confidence`` for ``client``; the ledger charged it ``epsilon_ledger``."""
 
     attack: str
     epsilon_lower: float
@@ -77,17 +78,17 @@ class OneRunAudit:
 
     @property
     def broken(self) -> bool:
-        """Whether the attack shows more than the ledger says."""
+        """Whether the lower bound is above the epsilon of the ledger."""
         return self.epsilon_lower > self.epsilon_ledger
 
 
 def audit_one_run(
     config: RunConfig, *, attack: str = "gradient", canaries: int = 500, confidence: float = 0.95, seed: int = 0
 ) -> OneRunAudit:
-    """Train the federation of ``config`` once, with canaries, and guess; ``seed`` is that of the coins.
+    """Train the federation of ``config`` once with canaries and attack it; ``seed`` draws the coins.
 
-    The run trains clients one after the other in this process. Raises ``SettingError`` for more canaries than the
-    model has coordinates (gradient) or the test split images (mislabelled), or an attack that there is not.
+    Clients train one after the other in this process. Raises ``SettingError`` for an unknown attack, and for more
+    canaries than coordinates of the model (gradient) or images of the test split (mislabelled).
     """
     check_confidence(confidence)
     if attack not in ATTACKS:
@@ -97,13 +98,13 @@ def audit_one_run(
         raise SettingError(
             "optimizer",
             min(unread),
-            "one whose examples have a gradient of their loss alone",
-            "audit --game, if at all",
+            "an optimizer with a gradient of the loss of each single example",
+            "use audit --game alone",
         )
     if attack == "gradient" and config.unfreeze_round:
-        raise SettingError("unfreeze_round", config.unfreeze_round, "0 in an audit", "audit each part by itself")
+        raise SettingError("unfreeze_round", config.unfreeze_round, "0 in an audit", "audit each part alone")
     if canaries < 20:
-        raise SettingError("canaries", canaries, "at least 20", "a handful of guesses shows nothing; 500 is usual")
+        raise SettingError("canaries", canaries, "at least 20", "few guesses show nothing; 500 is usual")
     config = one_process(config)
     experiment = Experiment.build(config)
     client = costliest_client(config)
@@ -130,34 +131,34 @@ def audit_one_run(
 
 
 def one_process(config: RunConfig) -> RunConfig:
-    """``config`` for clients that train one after the other here, on the CPU, where they can be watched."""
+    """``config`` for clients that train one after the other in this process, on the CPU."""
     here: dict[str, Any] = {"workers": 0, "ray_address": "", "gpus_per_worker": 0.0, "device": "cpu"}
     return dataclasses.replace(config, **here, stack_clients=1, out="", resume=False, profile=False)
 
 
 def check_unit(config: RunConfig) -> None:
-    """Raise ``SettingError`` for a run that is not private, or whose promise is about clients: attacks on examples."""
+    """Raise ``SettingError`` for a run that is not private, or whose privacy unit is the client."""
     if config.privacy_unit != "example":
         raise SettingError("privacy_unit", config.privacy_unit, "'example' for canaries", "play the game alone: --game")
     check_private(config)
 
 
 def check_private(config: RunConfig) -> None:
-    """Raise ``SettingError`` for a run that makes no claim."""
+    """Raise ``SettingError`` for a run without a guarantee."""
     if not config.private:
         raise SettingError(
-            "private", config.private, "true in an audit", "epsilon is infinite; there is no claim to test"
+            "private", config.private, "true in an audit", "epsilon is infinite; there is no guarantee to test"
         )
 
 
 def costliest_client(config: RunConfig) -> int:
-    """The client whose round costs most by the plan, the first of several."""
+    """The client with the costliest round by its plan, the first of several."""
     plans = make_plans(config)
     return int(np.argmax([epsilon([plan.event], config.delta, config.accountant) for plan in plans]))
 
 
 def train(experiment: Experiment, client: int | None, folder: RunFolder, on_round: Any = None) -> float:
-    """Run the federation; epsilon that its ledger holds against ``client``, or the maximum over clients."""
+    """Run the federation; returns the epsilon of ``client`` in its ledger, or the maximum over clients."""
     config = experiment.config
     with simulation_grid(experiment, None, folder) as grid:
         run_federation(grid, experiment, folder, on_round=on_round, objects=["experiment of an audit"])
@@ -167,7 +168,7 @@ def train(experiment: Experiment, client: int | None, folder: RunFolder, on_roun
 
 
 def _right(scores: NDArray[np.float64], coins: NDArray[np.bool_], k: int) -> tuple[int, int]:
-    """``(guesses, correct)`` where the ``k`` highest are guessed in and the ``k`` lowest out."""
+    """``(guesses, correct)`` for the guess "in" on the ``k`` highest scores and "out" on the ``k`` lowest."""
     order = np.argsort(scores, kind="stable")
     out, into = order[:k], order[len(order) - k :]
     return 2 * k, int((~coins[out]).sum() + coins[into].sum())
@@ -178,7 +179,7 @@ def _right(scores: NDArray[np.float64], coins: NDArray[np.bool_], k: int) -> tup
 
 @dataclass(frozen=True, kw_only=True)
 class CanaryCriterion:
-    """``criterion`` of the first ``num_classes`` outputs; for a target from there on, the output of that number."""
+    """``criterion`` on the first ``num_classes`` outputs; for a higher target, the output with that number."""
 
     criterion: Callable[[Tensor, Tensor], Tensor]
     num_classes: int
@@ -191,11 +192,11 @@ class CanaryCriterion:
 
 
 def canary_loss(loss: ModelLoss, params: Params, num_classes: int, coordinates: Tensor, slope: float) -> ModelLoss:
-    """``loss``, and for targets from ``num_classes`` on the linear loss of a canary.
+    """``loss``, and the linear loss of a canary for targets from ``num_classes`` on.
 
-    ``coordinates[m, L]`` are those of canary m in the flat ``params``, each with the slope ``slope``. The losses of the
-    canaries are m outputs more of the model, from a linear layer whose weight is a function of its parameters, so that
-    every engine that takes the model takes them too.
+    ``coordinates[m, L]`` holds the coordinates of canary m in the flat ``params``, each with the slope ``slope``. The
+    losses of canaries are m further outputs of the model, from a linear layer whose weight is a function of the
+    parameters. So every engine that supports the model supports them too.
     """
     module, names = copy.deepcopy(loss.module), list(params)
 
@@ -212,7 +213,7 @@ def canary_loss(loss: ModelLoss, params: Params, num_classes: int, coordinates: 
 
 @dataclass(kw_only=True)
 class Watch:
-    """What the attacker computes of each private gradient of the client."""
+    """The statistics that the attacker computes from each private gradient of the client."""
 
     loss: LossFn
     batch: tuple[Tensor, Tensor]
@@ -223,7 +224,7 @@ class Watch:
     along: list[Tensor] = field(default_factory=list)
 
     def __call__(self, _: int, at: At, private_gradient: Params) -> None:
-        """Subtract what the known examples are expected to add, and keep each canary's share, in clip norms."""
+        """Subtract the expected sum of the known examples, and store the component along each canary, in clip norms."""
         known = spread(at, clipped_gradient_sum(self.loss, at, self.batch, self.clipping)[0])
         residual = torch.cat([g.flatten() * self.scale for g in private_gradient.values()])
         residual = residual - self.sample_rate * torch.cat([k.flatten() for k in known.values()])
@@ -232,7 +233,7 @@ class Watch:
 
 
 def canary_coordinates(params: Params, clipping: ClippingRule, canaries: int, generator: np.random.Generator) -> Tensor:
-    """Different coordinates for each canary, ``[m, L]``: L = 1, or one per layer where the rule keeps more of that."""
+    """Distinct coordinates of each canary, ``[m, L]``: L = 1, or one per layer if the rule then keeps more."""
     sizes = {name: p.numel() for name, p in params.items()}
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
     single, each = max(sizes, key=lambda name: sizes[name]), _largest_of_layers(sizes)
@@ -240,7 +241,7 @@ def canary_coordinates(params: Params, clipping: ClippingRule, canaries: int, ge
     spread = len(each) > 1 and kept[1] > 1.01 * kept[0]
     room = min(sizes[name] for name in each) if spread else sum(sizes.values())
     if canaries > room:
-        raise SettingError("canaries", canaries, f"at most {room}, the coordinates that there are", "lower it")
+        raise SettingError("canaries", canaries, f"at most {room}, the number of coordinates", "lower it")
     if not spread:
         return torch.from_numpy(generator.permutation(room)[:canaries])[:, None]
     columns = [starts[name] + generator.permutation(sizes[name])[:canaries] for name in each]
@@ -248,7 +249,7 @@ def canary_coordinates(params: Params, clipping: ClippingRule, canaries: int, ge
 
 
 def slope_of(clipping: ClippingRule, params: Params, coordinates: Tensor) -> float:
-    """The slope along each of its coordinates that makes a canary weigh most after clipping."""
+    """The slope along each coordinate at which the clipped gradient of a canary is largest."""
     sizes, spread = {name: p.numel() for name, p in params.items()}, coordinates.shape[1]
     names = _largest_of_layers(sizes) if spread > 1 else [max(sizes, key=lambda name: sizes[name])]
     norms, left = _clipped(clipping, sizes, names)
@@ -264,7 +265,7 @@ def _largest_of_layers(sizes: dict[str, int]) -> list[str]:
 
 
 def _clipped(clipping: ClippingRule, sizes: dict[str, int], names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Norms ``[n]`` of a gradient spread evenly over ``names``, and what the rule leaves of each."""
+    """Norms ``[n]`` of a gradient spread evenly over ``names``, and the norms after clipping."""
     limit = float(getattr(clipping, "global_threshold", clipping.clip_norm))
     norms = torch.cat([torch.logspace(-3, 3, 61, dtype=torch.float64) * clipping.clip_norm, torch.tensor([limit])])
     shares = {name: norms**2 * (name in names) / len(names) for name in sizes}
@@ -321,7 +322,7 @@ def _mislabelled_scores(
 ) -> tuple[NDArray[np.float64], float, int]:
     dataset, count = experiment.dataset, len(coins)
     if count > len(dataset.test):
-        raise SettingError("canaries", count, f"at most {len(dataset.test)}, the test images", "lower it")
+        raise SettingError("canaries", count, f"at most {len(dataset.test)}, the number of test images", "lower it")
     rows = torch.from_numpy(generator.permutation(len(dataset.test))[:count])
     wrong = torch.from_numpy(generator.integers(1, dataset.num_classes, count))
     labels = (dataset.test.labels[rows] + wrong) % dataset.num_classes
@@ -338,7 +339,7 @@ def _mislabelled_scores(
 
         def look(record: object) -> None:
             checkpoint = folder.load_checkpoint()
-            assert checkpoint is not None  # written before anyone is told of the round
+            assert checkpoint is not None  # written before this call
             with torch.no_grad():
                 losses.append(experiment.loss_fn(checkpoint.params, inputs, labels).double().numpy())
 
@@ -347,7 +348,7 @@ def _mislabelled_scores(
 
 
 def _with_examples(dataset: Dataset, inputs: Tensor, labels: Tensor, more_classes: Sequence[str]) -> Dataset:
-    """``dataset`` with examples more at the end of its training split."""
+    """``dataset`` with further examples at the end of its training split."""
     old = dataset.train
     extended = Examples(
         inputs=torch.cat([old.inputs, inputs]),
@@ -359,7 +360,7 @@ def _with_examples(dataset: Dataset, inputs: Tensor, labels: Tensor, more_classe
 
 
 def _with_rows(partitions: Sequence[NDArray[np.int64]], client: int, first: int, count: int) -> list[NDArray[np.int64]]:
-    """``partitions`` with ``count`` rows from ``first`` on given to ``client``."""
+    """``partitions`` with the ``count`` rows from ``first`` on added to ``client``."""
     extended = list(partitions)
     extended[client] = np.concatenate([extended[client], np.arange(first, first + count)])
     return extended

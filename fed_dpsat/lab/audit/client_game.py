@@ -1,8 +1,8 @@
-"""The distinguishing game of the unit "client": the server's real release with one client or without it, many times.
+"""The distinguishing game of the unit "client": the real release of the server, with and without one client.
 
-The client moves the model by the whole bound C in every round that its coin draws it for; ``others`` do the same across
-that direction, by coins of their own. All released models are seen, and no coin. Each repetition has its own coins and
-noise.
+The client moves the model by the whole bound C in every round that its coin selects; ``others`` do the same in an
+orthogonal direction, with their own coins. The attacker sees all released models and no coin. Each repetition has its
+own coins and noise.
 """
 
 from __future__ import annotations
@@ -13,50 +13,25 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fed_dpsat.accounting import PrivacyEvent
-from fed_dpsat.errors import SettingError
+from fed_dpsat.accounting.event import CLIENTS, PrivacyEvent
 from fed_dpsat.flower.sums import ClientRelease, Part, merge
 from fed_dpsat.flower.wire import records
-from fed_dpsat.lab.audit.bounds import check_confidence
-from fed_dpsat.lab.audit.game import SIZE, GameResult, ledger_epsilon, result_of
+from fed_dpsat.lab.audit.game import SIZE, AnyGame, GameResult, ledger_epsilon, result_of
 from fed_dpsat.lab.audit.scores import Seen, Values
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientGame:
-    """``rounds`` of ``release``, each of which costs ``event``. Raises ``SettingError`` for what is no game."""
+class ClientGame(AnyGame):
+    """``rounds`` of ``release``; a ``sample_rate`` of 1 stands for public cohorts."""
 
     release: ClientRelease
-    event: PrivacyEvent
-    rounds: int = 1
-    others: int = 1
-    repetitions: int = 1000
-    delta: float = 1e-5
-    confidence: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_confidence(self.confidence)
-        if self.rounds < 1:
-            raise SettingError("rounds", self.rounds, "at least 1", "a game needs one")
-        if self.repetitions < 20:
-            raise SettingError("repetitions", self.repetitions, "at least 20", "half of them only choose the attack")
-
-    @property
-    def noise_multiplier(self) -> float:
-        """As declared."""
-        return self.event.noise_multiplier
-
-    @property
-    def sample_rate(self) -> float:
-        """The chance of a client to be in a round; 1 where cohorts are public."""
-        return self.event.sample_rate
 
 
 def play_clients(game: ClientGame) -> GameResult:
-    """Both worlds, the attack chosen on one half of the repetitions and judged on the other."""
+    """Play both worlds; one half of the repetitions selects the attack, the other half measures it."""
     without, with_it = (_world(game, included) for included in (False, True))
-    spent = ledger_epsilon([game.event] * game.rounds, game.delta)
+    event = PrivacyEvent(noise_multiplier=game.noise_multiplier, sample_rate=game.sample_rate, steps=1, kind=CLIENTS)
+    spent = ledger_epsilon([event] * game.rounds, game.delta)
     return result_of(game, without, with_it, steps=game.rounds, epsilon_ledger=spent)
 
 

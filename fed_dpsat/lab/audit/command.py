@@ -1,4 +1,4 @@
-"""All audits of one configuration, as data and in words: what ``fed-dpsat audit`` prints."""
+"""All audits of one configuration, as data and as text: the output of ``fed-dpsat audit``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.optimizers.chain import build_optimizer
 
 GAME_STEPS = 8
-"""A game of a configuration plays its first rounds, up to so many steps: the mechanism of later ones is the same."""
+"""A game plays the first rounds, up to this number of steps; later rounds have the same mechanism."""
 
 
 def config_of(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     """The settings of a TOML file or a run folder, or the defaults.
 
-    Raises ``SettingError`` for a run that was given objects in Python: its settings do not describe it.
+    Raises ``SettingError`` for a run with objects from Python, which its settings do not describe.
     """
     if path is None or not path.is_dir():
         return RunConfig.load(path, overrides)
@@ -62,13 +62,14 @@ def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
 
 
 def client_game_of(config: RunConfig, *, repetitions: int, confidence: float) -> ClientGame:
-    """The game with the release of ``config``, whose unit is the client."""
+    """The game with the release of ``config``, whose privacy unit is the client."""
     event = make_plans(config)[0].event
     release = ClientRelease.of(config, event.noise_multiplier)
-    assert release is not None  # or the unit is another
+    assert release is not None  # the privacy unit is the client
     return ClientGame(
         release=release,
-        event=event,
+        noise_multiplier=event.noise_multiplier,
+        sample_rate=event.sample_rate,
         rounds=min(config.rounds_per_client, GAME_STEPS),
         repetitions=repetitions,
         delta=config.delta,
@@ -94,9 +95,9 @@ def run_audit(
     figure: Path | None,
     confidence: float,
 ) -> tuple[dict[str, Any], list[str]]:
-    """``(what was found, paragraphs)``: the game, one run for each of ``attacks``, and a curve if ``models``.
+    """``(data, paragraphs)``: the game, one run for each of ``attacks``, and a membership curve if ``models``.
 
-    A run that is not private makes no claim that could be tested; of it there is a curve alone.
+    A run without privacy has no guarantee to test, so it gets only the curve.
     """
     report: dict[str, Any] = {}
     words: list[str] = []

@@ -1,13 +1,13 @@
-"""The distinguishing game: the real training step on two neighbouring data sets, many times, and who can tell.
+"""The distinguishing game: the real training step, many times, on two neighbouring data sets that an attack separates.
 
-The worst case that an adversary can set up: a loss whose gradients it knows, ``others`` examples it knows, a server
-that sends the same model in every round, and one example more in the second world, whose gradient is clipped and points
-along ``u``. All private gradients and all models are seen. The other examples lie across ``u``; with ``follow`` they
-have no gradient until the query point is moved along ``u``, and then one along it: what an ascent direction knows of
-the example is multiplied by their number.
+The adversary sets up the worst case. It knows the gradients of the loss and the ``others`` examples. The server sends
+the same model in every round. The second world has one more example, whose gradient is clipped and points along ``u``.
+The adversary sees all private gradients and all models. The gradients of the other examples are orthogonal to ``u``.
+With ``follow`` they are 0 until the query point moves along ``u``, and then point along ``u``: information of the
+ascent direction about the example is multiplied by their number.
 
-Each repetition has its own coins and noise. The attack, of the menu in ``scores``, and its threshold are chosen on the
-first half of the repetitions and judged on the second.
+Each repetition has its own coins and noise. The first half of the repetitions selects an attack from ``scores`` and its
+threshold; the second half measures it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ STACK = 500
 
 
 def ledger_epsilon(events: Sequence[PrivacyEvent], delta: float) -> float:
-    """What the ledger says of one client whose rounds cost ``events``."""
+    """Epsilon in the ledger of one client whose rounds cost ``events``."""
     with PrivacyLedger(":memory:") as ledger:
         for round, event in enumerate(events, 1):
             ledger.charge(0, round, 0, event)
@@ -50,35 +49,25 @@ def ledger_epsilon(events: Sequence[PrivacyEvent], delta: float) -> float:
 
 
 def as_it_is(member: Member) -> Member:
-    """The client of a game, unchanged; tests put a broken one in its place."""
+    """The client of a game, unchanged; tests replace it by a broken one."""
     return member
 
 
 @dataclass(frozen=True, kw_only=True)
-class Game:
-    """One game: what is trained, how often, and what it is said to cost.
+class AnyGame:
+    """A declared mechanism, the size of the game, and the bound. Raises ``SettingError`` for an invalid setting.
 
-    ``repetitions`` are those in each world. ``client`` may exchange parts of a client, ``ledger`` the account:
-    that is how a broken mechanism is played. Repetitions train as clients of a run do: ``stacked`` if they can be, or
-    one by one with ``engine``. Raises ``SettingError`` for settings that make no game.
+    ``repetitions`` counts one world.
     """
 
-    optimizer: PrivateOptimizer
-    clipping: ClippingRule
     noise_multiplier: float
     sample_rate: float = 1.0
     rounds: int = 1
-    local_steps: int = 1
     others: int = 1
-    follow: bool = False
     repetitions: int = 1000
     delta: float = 1e-5
     confidence: float = 0.95
     seed: int = 0
-    stacked: bool = True
-    engine: str = "auto"
-    client: Callable[[Member], Member] = as_it_is
-    ledger: Callable[[Sequence[PrivacyEvent], float], float] = ledger_epsilon
 
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
@@ -90,10 +79,28 @@ class Game:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GameResult:
-    """``epsilon_lower`` holds with ``confidence``; ``epsilon_ledger`` is what the same releases were charged.
+class Game(AnyGame):
+    """One game of the training step.
 
-    ``epsilon_if_gaussian`` holds only for a mechanism that is a Gaussian one (no sampling); else it is None.
+    ``client`` may replace parts of a client and ``ledger`` the account, to play a broken mechanism. Repetitions train
+    like clients of a run: ``stacked`` if possible, else one by one with ``engine``.
+    """
+
+    optimizer: PrivateOptimizer
+    clipping: ClippingRule
+    local_steps: int = 1
+    follow: bool = False
+    stacked: bool = True
+    engine: str = "auto"
+    client: Callable[[Member], Member] = as_it_is
+    ledger: Callable[[Sequence[PrivacyEvent], float], float] = ledger_epsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class GameResult:
+    """``epsilon_lower`` holds with ``confidence``; ``epsilon_ledger`` is the charge for the same releases.
+
+    ``epsilon_if_gaussian`` holds only for a Gaussian mechanism without sampling; with sampling it is None.
     """
 
     epsilon_lower: float
@@ -109,34 +116,14 @@ class GameResult:
 
     @property
     def broken(self) -> bool:
-        """Whether the attack shows more than the ledger says."""
+        """Whether the lower bound is above the epsilon of the ledger."""
         return self.epsilon_lower > self.epsilon_ledger
 
 
-class Claim(Protocol):
-    """What any game says of the mechanism that it plays, and how sure its bound is to be."""
-
-    @property
-    def noise_multiplier(self) -> float:
-        """As declared."""
-
-    @property
-    def sample_rate(self) -> float:
-        """As declared."""
-
-    @property
-    def delta(self) -> float:
-        """Of the bound."""
-
-    @property
-    def confidence(self) -> float:
-        """Of the bound."""
-
-
 def play(game: Game) -> GameResult:
-    """Both worlds, the attack chosen on one half of the repetitions and judged on the other.
+    """Play both worlds; one half of the repetitions selects the attack, the other half measures it.
 
-    What is played is taken as it is (``unchecked``): the game is to find what is broken.
+    The game skips the checks of plug-ins (``unchecked``), because it must play a broken one too.
     """
     with unchecked():
         (without, events), (with_it, _) = (_world(game, included) for included in (False, True))
@@ -144,8 +131,8 @@ def play(game: Game) -> GameResult:
     return result_of(game, without, with_it, steps=steps, epsilon_ledger=game.ledger(events, game.delta))
 
 
-def result_of(game: Claim, without: Seen, with_it: Seen, *, steps: int, epsilon_ledger: float) -> GameResult:
-    """What two worlds, of as many repetitions each, show of ``game``."""
+def result_of(game: AnyGame, without: Seen, with_it: Seen, *, steps: int, epsilon_ledger: float) -> GameResult:
+    """The result of ``game`` from two worlds with equal numbers of repetitions."""
     guess, false_positives, false_negatives, trials = judged(game, without, with_it)
     seen = false_positives, false_negatives, trials, game.delta, game.confidence
     return GameResult(
@@ -162,8 +149,8 @@ def result_of(game: Claim, without: Seen, with_it: Seen, *, steps: int, epsilon_
     )
 
 
-def judged(game: Claim, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
-    """The attack chosen on the first half of what was seen, and its errors and trials on the second half."""
+def judged(game: AnyGame, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
+    """The attack with the best bound on the first half, and its errors and trials on the second half."""
     half = len(without.along) // 2
 
     def scored(world: Seen, rows: slice) -> dict[str, Values]:
@@ -185,7 +172,7 @@ class Crafted(nn.Module):
             nn.init.zeros_(weight)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The loss itself, as the only output."""
+        """The loss, as the only output."""
         even = torch.full_like(inputs[:, :WIDTH], 1 / math.sqrt(SIZE))
         pieces = zip(self.layers, torch.split(inputs[:, :-1], WIDTH, 1), strict=True)
         both = torch.cat([layer(torch.stack([piece, even], 1)) for layer, piece in pieces], 2).sum(2)
@@ -194,12 +181,12 @@ class Crafted(nn.Module):
 
 @functools.cache
 def crafted_loss() -> ModelLoss:
-    """Losses that are the outputs of ``Crafted``, for optimizers that ask for outputs too."""
+    """The outputs of ``Crafted`` as losses, for optimizers that use outputs too."""
     return ModelLoss(Crafted(), criterion=lambda outputs, targets: outputs.squeeze(1))
 
 
 def strongest_norm(clipping: ClippingRule, shapes: Params) -> float:
-    """The norm, of a gradient spread evenly, that the rule leaves longest: large, but for rules that drop the large."""
+    """The norm of an evenly spread gradient with the largest norm after clipping; some rules drop large gradients."""
     norms = torch.logspace(-3, 3, 61, dtype=torch.float64) * clipping.clip_norm
     norms = torch.cat([norms, torch.tensor([float(getattr(clipping, "global_threshold", clipping.clip_norm))])])
     factors = clipping.factors({name: norms**2 * p.numel() / SIZE for name, p in shapes.items()})
@@ -213,7 +200,7 @@ def _start() -> Params:
 
 
 def _rows(game: Game) -> Tensor:
-    """``[others + 1, SIZE + 1]``, the example in question last."""
+    """``[others + 1, SIZE + 1]``; the example of the second world is the last row."""
     norm = strongest_norm(game.clipping, _start())
     along = torch.full((SIZE,), norm / math.sqrt(SIZE))
     across = along * torch.tensor([1.0, -1.0]).repeat(SIZE // 2)
@@ -227,9 +214,9 @@ def _rows(game: Game) -> Tensor:
 
 
 def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
-    """What the repetitions of one world released, and what the rounds of one of them cost."""
+    """The releases of all repetitions of one world, and the cost of the rounds of one repetition."""
     rows = _rows(game)
-    count = game.others + included  # the declared size, which the mean divides by, is public and the same in both
+    count = game.others + included  # the divisor uses the declared size, which is public and equal in both worlds
     sampler = PoissonSampler(num_examples=count, sample_rate=game.sample_rate)
     mechanism = GaussianMechanism(
         noise_multiplier=game.noise_multiplier,
@@ -269,12 +256,12 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
 
 
 def _signs(game: Game, start: Params, row: Tensor, seen: Tensor, mechanism: GaussianMechanism) -> Tensor:
-    """``[T, 1]``: 1; but of a method that releases one number, whether the example moves it up or down in each step."""
+    """``[T, 1]``: 1; for a method that releases one number, the sign of the effect of the example in each step."""
     steps, state = seen.shape[1], game.optimizer.init(start)
     if seen.shape[2] == SIZE:
         return torch.ones(steps, 1)
     signs = []
-    for step in range(steps):  # the loss is linear but for ``follow``: it does not matter from where it is asked
+    for step in range(steps):  # the loss is linear without ``follow``, so the point does not matter
         at = game.optimizer.query_point(start, state, step_info(step, mechanism, Streams(seed=0, client=0, round=1)))
         total, _ = clipped_gradient_sum(crafted_loss(), at, (row, torch.zeros(1)), game.clipping, engine="vmap")
         signs.append(_flat(total).sign())
@@ -282,7 +269,7 @@ def _signs(game: Game, start: Params, row: Tensor, seen: Tensor, mechanism: Gaus
 
 
 def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[LocalResult], Tensor]:
-    """One round of each repetition, and the private gradients that each gave its optimizer, ``[n, steps, SIZE]``."""
+    """One round of each repetition, and its private gradients, ``[n, steps, SIZE]``."""
     released: list[list[Tensor]] = []
 
     def watch(k: int, at: At, private_gradient: Params) -> None:

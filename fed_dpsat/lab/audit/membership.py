@@ -1,9 +1,9 @@
-"""A membership-inference curve in the manner of LiRA (Carlini et al. 2022, arXiv 2112.03570), online.
+"""A membership-inference curve by online LiRA (Carlini et al. 2022, arXiv 2112.03570).
 
-Each of ``n`` models is the whole federation trained on a random half of every client's examples. Each model in turn is
-the target, and the others are its shadows: of an example's logit-scaled confidence log(p_y / (1 - p_y)) they give a
-Gaussian for the models that had the example and one for those that had not (a mean of its own per example, one
-variance for all). The score is the log of their ratio at the target. Attacker: sees the last global model alone.
+Each of ``n`` models is a whole federation, trained on a random half of the examples of every client. Each model is the
+target once, and the others are its shadow models. They give two Gaussians of the logit-scaled confidence
+log(p_y / (1 - p_y)) of an example: for models with the example and for models without it, with a mean per example and
+one variance for all. The score is the log-likelihood ratio at the target. The attacker sees only the last global model.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ LOW_RATES = (0.001, 0.01)
 
 @dataclass(frozen=True, kw_only=True)
 class MembershipCurve:
-    """True against false positive rates, over ``decisions`` = models x examples, from ``models`` trainings.
+    """True and false positive rates over ``decisions`` = models x examples, from ``models`` trainings.
 
-    ``at_low`` gives, for each of ``LOW_RATES``, the true positive rate there. Decisions about one model or one example
-    are not independent, so it has no exact interval; ``spread`` is the sd over target models.
+    ``at_low`` gives the true positive rate at each of ``LOW_RATES``. Decisions about one model or one example are not
+    independent, so there is no exact interval; ``spread`` is the standard deviation over target models.
     """
 
     models: int
@@ -53,7 +53,7 @@ class MembershipCurve:
 def membership_curve(
     config: RunConfig, *, models: int = 32, seed: int = 0, on_model: Callable[[int], None] | None = None
 ) -> MembershipCurve:
-    """Train ``models`` federations, each on its own half of the examples, and attack each with the rest."""
+    """Train ``models`` federations, each on its own half of the examples, and attack each with the others."""
     if models < 8:
         raise SettingError("models", models, "at least 8", "a Gaussian from two shadows says little; 64 is better")
     experiment = Experiment.build(one_process(config))
@@ -67,7 +67,7 @@ def membership_curve(
         halves = [part[coins[model][part]] for part in experiment.partitions]
         if empty := [client for client, part in enumerate(halves) if len(part) == 0]:
             raise SettingError(
-                "models", models, f"possible where client {empty[0]} has so few examples", "fewer clients"
+                "models", models, f"possible: client {empty[0]} has too few examples", "lower num_clients"
             )
         half = dataclasses.replace(experiment, config=own_seed, partitions=halves, named=False)
         with tempfile.TemporaryDirectory() as name:
@@ -116,7 +116,7 @@ def likelihood_ratios(confidences: Values, members: Coins) -> Values:
         for chosen in (inside, ~inside):
             counts = np.maximum(chosen.sum(0), 1)
             mean = np.where(chosen, seen, 0).sum(0) / counts
-            mean = np.where(chosen.any(0), mean, seen.mean(0))  # nobody had it, or everybody: nothing is known
+            mean = np.where(chosen.any(0), mean, seen.mean(0))  # all models, or none, had the example
             residuals = (seen - mean)[chosen]
             variance = max(float(residuals.var()), 1e-12)
             log_densities.append(-((confidences[target] - mean) ** 2) / (2 * variance) - 0.5 * np.log(variance))
@@ -138,7 +138,7 @@ def rate_at(false_positive_rates: Values, true_positive_rates: Values, low: floa
 
 
 def draw_membership(result: MembershipCurve, path: Path) -> None:
-    """The curve on logarithmic axes, written to ``path`` in the format of its suffix."""
+    """Draw the curve on logarithmic axes into ``path``, in the format of its suffix."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 4), layout="constrained")

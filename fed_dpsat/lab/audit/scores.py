@@ -1,8 +1,9 @@
-"""Attacks on what was seen: each turns a repetition into a number that should be larger with the example in it.
+"""Attacks: each maps a repetition to a score, which should be larger if the example is present.
 
-``seen`` holds what n repetitions released: ``along[n, T]``, the private gradient of each step along the example's
-clipped gradient in units of the clip norm (0 without, 1 with it, noise of standard deviation ``noise_multiplier``);
-``norms[n, T]``, the squared norm of each; ``moves[n, R]``, how far each round moved along that direction.
+``Seen`` holds the releases of n repetitions. ``along[n, T]`` is the component of each private gradient along the
+clipped gradient of the example, in units of the clip norm: 0 without the example, 1 with it, with noise of standard
+deviation ``noise_multiplier``. ``norms[n, T]`` is its squared norm; ``moves[n, R]`` is the move of each round along
+that direction.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Of ``n`` repetitions in one world; ``along`` and ``norms`` are ``[n, T]``, ``moves`` is ``[n, R]``."""
+    """``n`` repetitions in one world; ``along`` and ``norms`` are ``[n, T]``, ``moves`` is ``[n, R]``."""
 
     along: Values
     norms: Values
     moves: Values
 
     def part(self, rows: slice) -> Seen:
-        """Some of the repetitions."""
+        """The repetitions in ``rows``."""
         return Seen(along=self.along[rows], norms=self.norms[rows], moves=self.moves[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guess:
-    """Says "with" where ``sign`` times the score called ``score`` is above ``threshold``."""
+    """Guesses "with" if ``sign`` times the score named ``score`` is above ``threshold``."""
 
     score: str
     sign: int
@@ -40,7 +41,7 @@ class Guess:
 
 
 def log_likelihood_ratio(along: Values, noise_multiplier: float, sample_rate: float) -> Values:
-    """Of each row of steps under the mechanism as it is declared: the best test there is if it is as declared."""
+    """The log-likelihood ratio of each row of steps under the declared mechanism: the optimal test if it is correct."""
     if noise_multiplier == 0:
         total: Values = along.sum(1)
         return total
@@ -51,7 +52,7 @@ def log_likelihood_ratio(along: Values, noise_multiplier: float, sample_rate: fl
 
 
 def scores(seen: Seen, noise_multiplier: float, sample_rate: float) -> dict[str, Values]:
-    """Every attack of the menu, ``[n]`` each."""
+    """The scores ``[n]`` of every attack."""
     gap = np.sort(seen.along, 1)
     return {
         "likelihood ratio": log_likelihood_ratio(seen.along, noise_multiplier, sample_rate),
@@ -59,12 +60,12 @@ def scores(seen: Seen, noise_multiplier: float, sample_rate: float) -> dict[str,
         "largest difference of two steps": gap[:, -1] - gap[:, 0],
         "steps released as exact zeros": (seen.norms == 0).sum(1).astype(np.float64),
         "size of the steps": seen.norms.sum(1),
-        "where the model went": seen.moves.sum(1),
+        "move of the model": seen.moves.sum(1),
     }
 
 
 def choose(without: dict[str, Values], with_it: dict[str, Values], delta: float, confidence: float) -> Guess:
-    """The attack, direction and threshold with the best bound on these repetitions; others must judge it."""
+    """The attack, sign and threshold with the best bound on these repetitions; measure it on others."""
     best, chosen = -1.0, Guess(score="likelihood ratio", sign=1, threshold=0.0)
     for name, low in without.items():
         for sign in (1, -1):
@@ -83,7 +84,7 @@ def errors(guess: Guess, without: dict[str, Values], with_it: dict[str, Values])
 
 
 def _candidates(low: Values, high: Values) -> list[float]:
-    """Thresholds half way between neighbouring quantiles of both worlds together."""
+    """Thresholds at the middles between neighbouring quantiles of both worlds."""
     values = np.unique(np.concatenate([low, high]))
     middles = (values[1:] + values[:-1]) / 2
     if len(middles) == 0:

@@ -1,4 +1,4 @@
-"""Where else a run is written: TensorBoard, MLflow, Weights & Biases or a logger of your own; off by default."""
+"""Loggers to TensorBoard, MLflow and Weights & Biases, or your own; off by default."""
 
 from fed_dpsat.lab.loggers.base import public_settings, scalars
 from fed_dpsat.run.loggers import RunLogger

@@ -1,4 +1,4 @@
-"""What the built-in loggers send."""
+"""The content that the built-in loggers send."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PRIVATE_PATHS = frozenset({"data_path", "client_table"})
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a round by name: quality, epsilon and what else its line holds, clients counted, timing.
+    """The finite numbers of a round by name: its line, numbers of clients, timing.
 
     ================= ====================================================
-    in the record     here
+    in the record     in the result
     ================= ====================================================
-    null, inf, NaN    left out: no noise has no epsilon, no evaluation no accuracy
-    clients by name   how many there are
+    null, inf, NaN    left out, as epsilon without noise
+    lists of clients  their number
     ``released``      left out: exact counts, which epsilon does not cover
     ================= ====================================================
     """
@@ -33,12 +33,12 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def public_settings(config: RunConfig) -> dict[str, Scalar]:
-    """The settings that say what runs; those that say where (paths, addresses) are nobody else's business."""
+    """The settings without paths and addresses of the machine."""
     return {key: value for key, value in config.settings().items() if key not in MACHINE | PRIVATE_PATHS}
 
 
 def need(package: str, logger: str) -> Any:
-    """The module ``package``, or a ``PluginError`` that says how to get it."""
+    """The module ``package``; raises ``PluginError`` with the command that installs it."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -48,7 +48,7 @@ def need(package: str, logger: str) -> Any:
 
 
 def kept_id(folder: Path, logger: str) -> Path:
-    """The file in which ``logger`` keeps how its tool calls the run, for when the run is resumed."""
+    """The file in which ``logger`` stores the run id of its tool, for a resumed run."""
     return folder / "loggers" / f"{logger}-run-id"
 
 

@@ -1,4 +1,4 @@
-"""MLflow: one run, in the place and experiment that MLflow's own environment variables name."""
+"""MLflow: one run, in the store and experiment that the environment variables of MLflow name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ STATUS = {"completed": "FINISHED", "interrupted": "KILLED"}
 
 
 class MLflow:
-    """A metric per round and scalar, settings as parameters; a run that is resumed goes on under its id.
+    """MLflow, at MLFLOW_TRACKING_URI; needs fed-dpsat[mlflow].
 
-    ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` (else fed-dpsat) are MLflow's own.
+    It logs a metric per round and scalar, and settings as parameters; a resumed run keeps its id.
+
+    MLflow reads ``MLFLOW_TRACKING_URI``; the default of ``MLFLOW_EXPERIMENT_NAME`` is fed-dpsat.
     """
 
     def __init__(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at import; nothing but the run goes out
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at import
         self.mlflow = need("mlflow", "mlflow")
 
     def begin(self, config: RunConfig, folder: Path, next_round: int) -> None:
@@ -50,9 +52,4 @@ class MLflow:
         self.client.set_terminated(self.run_id, STATUS.get(summary["status"], "FAILED"))
 
 
-def mlflow() -> MLflow:
-    """MLflow, where MLFLOW_TRACKING_URI says; needs fed-dpsat[mlflow]."""
-    return MLflow()
-
-
-LOGGERS = {"mlflow": mlflow}
+LOGGERS = {"mlflow": MLflow}

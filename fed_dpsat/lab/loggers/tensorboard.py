@@ -12,7 +12,10 @@ from fed_dpsat.settings.config import RunConfig
 
 
 class TensorBoard:
-    """Writes a point per round and scalar; a run that is resumed hides what its rounds left before."""
+    """TensorBoard event files in the run folder; needs fed-dpsat[tensorboard].
+
+    It writes a point per round and scalar; a resumed run hides the old points of its repeated rounds.
+    """
 
     def __init__(self) -> None:
         self.open = need("torch.utils.tensorboard", "tensorboard").SummaryWriter
@@ -36,9 +39,4 @@ class TensorBoard:
         self.writer.add_text(name, "\n".join(f"    {line}" for line in lines), step)
 
 
-def tensorboard() -> TensorBoard:
-    """TensorBoard event files in the run folder; needs fed-dpsat[tensorboard]."""
-    return TensorBoard()
-
-
-LOGGERS = {"tensorboard": tensorboard}
+LOGGERS = {"tensorboard": TensorBoard}

@@ -12,10 +12,12 @@ from fed_dpsat.settings.config import RunConfig
 
 
 class WeightsAndBiases:
-    """A row per round, settings as config; a run that is resumed goes on under its id.
+    """Weights & Biases, online or with WANDB_MODE=offline; needs fed-dpsat[wandb].
 
-    ``WANDB_MODE``, ``WANDB_PROJECT`` (else fed-dpsat), ``WANDB_ENTITY`` and their kind are W&B's own. Of the machine
-    (host name, command, code, console, hardware) nothing is sent.
+    It logs a row per round, and settings as config; a resumed run keeps its id.
+
+    W&B reads ``WANDB_MODE``, ``WANDB_ENTITY`` and its other variables; the default of ``WANDB_PROJECT`` is fed-dpsat.
+    The logger sends nothing about the machine (host name, command, code, console, hardware).
     """
 
     def __init__(self) -> None:
@@ -55,9 +57,4 @@ class WeightsAndBiases:
         self.run.finish(exit_code=0 if summary["status"] == "completed" else 1)
 
 
-def wandb() -> WeightsAndBiases:
-    """Weights & Biases, online or with WANDB_MODE=offline; needs fed-dpsat[wandb]."""
-    return WeightsAndBiases()
-
-
-LOGGERS = {"wandb": wandb}
+LOGGERS = {"wandb": WeightsAndBiases}

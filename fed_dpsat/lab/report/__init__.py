@@ -1,1 +1,1 @@
-"""Run folders to figures, pages and tables: what privacy cost, and what it bought."""
+"""Figures, pages and tables from run folders."""

@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG that follows the page's colours, and as SVG and PNG files."""
+"""Matplotlib figures as inline SVG with the colours of the page, and as SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 4.2, 2.9
-"""Inches of one figure: a phone's width at a readable size of text; wide screens get two or three in a row."""
+"""Inches of one figure: the width of a phone; wide screens show two or three in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The numbers behind a figure; ``note`` says which were left out."""
+    """The numbers of a figure; ``note`` names omitted rows."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -33,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """One figure of a page: ``name`` is that of its files, ``caption`` says what was measured on what."""
+    """One figure of a page: ``name`` names its files, ``caption`` states the measurement and its data."""
 
     name: str
     title: str
@@ -46,7 +46,7 @@ class Drawing:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib's settings for the figures drawn in the block."""
+    """Settings of matplotlib for the figures in the block."""
     mpl = matplotlib()
     settings = {
         "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 9, "axes.spines.top": False,
@@ -62,7 +62,7 @@ def style() -> Iterator[None]:
 
 
 def matplotlib() -> Any:
-    """The package; ``InputError`` where the extra is not installed."""
+    """The package; raises ``InputError`` if it is not installed."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -90,7 +90,7 @@ def draw(
     private: bool = False,
     height: float = HEIGHT,
 ) -> Drawing:
-    """What ``paint`` does to empty axes, written to ``folder`` as SVG and PNG."""
+    """Call ``paint`` on empty axes, and write the figure to ``folder`` as SVG and PNG."""
     with style():
         figure, axes = blank(height=height)
         paint(axes)
@@ -108,19 +108,19 @@ def draw(
 
 
 def save(figure: Figure, path: Path) -> str:
-    """The figure at ``path`` with the suffixes .svg and .png; the SVG's text."""
+    """Write the figure to ``path`` with the suffixes .svg and .png; returns the text of the SVG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing)
-    figure.set_layout_engine("none")  # what is laid out stays, and is not laid out again
+    figure.set_layout_engine("none")  # keep the layout of the SVG
     figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
     path.with_suffix(".svg").write_text(buffer.getvalue())
     return buffer.getvalue()
 
 
 def inline(svg: str, name: str, title: str, alt: str) -> str:
-    """``svg`` for an HTML page: no address of anything, ids of its own, colours as the page's variables."""
+    """``svg`` for an HTML page: no metadata, unique ids, and CSS variables as colours."""
     from markupsafe import escape
 
     body = svg[svg.index("<svg") :]
@@ -140,7 +140,7 @@ def inline(svg: str, name: str, title: str, alt: str) -> str:
 
 
 def thinned(head: Sequence[str], rows: Sequence[Sequence[str]], whole: str, most: int = 12) -> Table:
-    """A table of at most ``most`` rows, evenly spread; ``whole`` says where all of them are."""
+    """A table of at most ``most`` evenly spaced rows; ``whole`` names the file with all rows."""
     from fed_dpsat.lab.report.numbers import spread_out
 
     kept = spread_out(len(rows), most)

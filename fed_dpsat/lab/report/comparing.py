@@ -1,14 +1,14 @@
-"""Many runs as groups that differ in their settings, with means and intervals over seeds.
+"""Groups of runs that differ in their settings, with means and intervals over seeds.
 
 =================================== ===========================================================================
 case                                what happens
 =================================== ===========================================================================
-one seed                            no interval; it is said
-a seed twice under equal settings   counted once, as equal seeds are equal runs; said
-not completed                       left out of the means; said
-other delta, accountant, unit or    groups stay apart: a front of accuracy against epsilon is drawn within equal
-adversary, or other test examples   ones alone, and the table says what differs
-objects from Python                 grouped by what they are called; said, since settings do not describe them
+one seed                            no interval; a note
+a seed twice under equal settings   counts once, because equal seeds give equal runs; a note
+not completed                       not in the means; a note
+other delta, accountant, unit or    a front of accuracy against epsilon only within equal groups; the table states
+adversary, or other test examples   the difference
+objects from Python                 grouped by their names; a note, because settings do not describe them
 =================================== ===========================================================================
 """
 
@@ -29,13 +29,13 @@ NOT_THE_METHOD = MACHINE | {"seed", "evaluate_every"}
 """Settings that may differ between the runs of one group."""
 
 NAMES = ("optimizer", "base_optimizer", "strategy", "dataset", "model")
-"""Settings whose value says what they are."""
+"""Settings whose value needs no name in a label."""
 
 BUDGET = ("target_epsilon", "noise_multiplier", "delta")
-"""Settings that say how much is spent, and not what on."""
+"""Settings of the privacy budget."""
 
 FEW_SETTINGS = 3
-"""As many that differ are in a group's label, whatever their values."""
+"""The label of a group has all differing settings if there are at most this many."""
 
 ALIKE = 0.005
 
@@ -44,7 +44,7 @@ PROMISE_WORDS = {"delta": "delta", "accountant": "accountant", "unit": "privacy 
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
-    """What an epsilon is an epsilon of: only those with equal promises may be compared."""
+    """The meaning of an epsilon; only epsilons with equal promises are comparable."""
 
     unit: str
     threat_model: str
@@ -53,7 +53,7 @@ class Promise:
 
     @classmethod
     def of(cls, run: Run) -> Promise:
-        """As the summary says it."""
+        """The promise of the summary of ``run``."""
         return cls(
             unit=str(run.summary.get("privacy_unit", "unknown")),
             threat_model=str(run.summary.get("threat_model", "unknown")),
@@ -64,9 +64,9 @@ class Promise:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs of equal settings but for the seed. Accuracy in percent; ``epsilon`` is the highest of them.
+    """Runs that differ only in the seed. Accuracy is in percent; ``epsilon`` is the highest of the runs.
 
-    ``calibration`` is the ECE; loss and ECE are None where a run has none. A ``family`` differs in its budget alone.
+    ``calibration`` is the ECE; loss and ECE are None if a run lacks them. Groups of a ``family`` differ only in BUDGET.
     """
 
     label: str
@@ -82,18 +82,18 @@ class Group:
 
     @property
     def measured_on(self) -> str:
-        """The examples behind its accuracy, as far as the runs say."""
+        """The examples of the accuracy, if the runs name them."""
         return " and ".join(sorted({str(run.quality["measured_on"]) for run in self.runs if run.quality}))
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """In order."""
+        """The seeds, in order."""
         return tuple(sorted(run.config.seed for run in self.runs))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Groups by falling accuracy; ``differing`` are the settings that tell them apart; ``notes`` are to be read."""
+    """Groups by decreasing accuracy, the settings in which they differ, and notes for the reader."""
 
     groups: tuple[Group, ...]
     differing: tuple[str, ...]
@@ -102,23 +102,23 @@ class Comparison:
 
     @property
     def promises(self) -> set[Promise]:
-        """More than one: epsilons of different groups are not comparable."""
+        """The distinct promises; with more than one, epsilons of different groups are not comparable."""
         return {group.promise for group in self.groups if math.isfinite(group.epsilon)}
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Grouped by what differs. Raises ``InputError`` where no run is complete."""
+    """Group ``runs`` by their differing settings. Raises ``InputError`` without a complete run."""
     notes: list[str] = []
     whole = [run for run in runs if run.status == "completed" and run.accuracy is not None]
     notes += [f"{run.name} is {run.status} and not in the means." for run in runs if run not in whole]
     for run in whole:
         notes += [f"{run.name} ended before: {reason}."] if (reason := run.summary.get("ended_early")) else []
     if not whole:
-        raise InputError(f"none of {len(runs)} runs is complete; resume them with `fed-dpsat resume`")
+        raise InputError(f"0 of {len(runs)} runs are complete; resume them with `fed-dpsat resume`")
     described = [_described(run) for run in whole]
     differing = tuple(name for name in described[0] if len({settings[name] for settings in described}) > 1)
     if any(run.objects for run in whole):
-        notes.append("Some runs were given objects in Python: that their settings agree does not make them alike.")
+        notes.append("Some runs have objects from Python, so equal settings do not imply equal runs.")
     usual = {name: Counter(settings[name] for settings in described).most_common(1)[0][0] for name in differing}
     members: dict[tuple[str, ...], dict[int, Run]] = {}
     for run, settings in zip(whole, described, strict=True):
@@ -130,9 +130,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         _group(dict(zip(differing, key, strict=True)), usual, list(group.values())) for key, group in members.items()
     ]
     if sizes := [group for group in shown if group.accuracy.n == 1]:
-        notes.append(
-            f"{len(sizes)} of {len(shown)} groups have one seed, so no interval: what they show may be chance."
-        )
+        notes.append(f"{len(sizes)} of {len(shown)} groups have one seed, so no interval: their results may be chance.")
     ordered = sorted(_with_front(shown), key=lambda group: -group.accuracy.mean)
     common = {name: described[0][name] for name in described[0] if name not in differing}
     found = Comparison(groups=tuple(ordered), differing=differing, common=common)
@@ -141,9 +139,9 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[bool]:
-    """Of ``(epsilon, accuracy)``: whether no other has as little epsilon and as much accuracy, and is better in one.
+    """Whether each ``(epsilon, accuracy)`` is on the Pareto front: no other point is better in one and as good in both.
 
-    Epsilons within ``ALIKE`` of each other count as equal: calibration stops that near to its target.
+    Epsilons within ``ALIKE`` of each other count as equal, because calibration has this tolerance.
     """
     known = list(points)
     return [
@@ -178,7 +176,7 @@ def _group(settings: dict[str, str], usual: dict[str, str], runs: list[Run]) -> 
 
 
 def _label(settings: dict[str, str], usual: dict[str, str], run: Run) -> str:
-    """The method and the settings that differ; of many only those that are not what most runs have."""
+    """The method and the differing settings; with many, only those without the most common value."""
     hidden = set(NAMES[:1]) if "optimizer" in settings else set()
     if not run.config.private:
         hidden |= {"optimizer", "target_epsilon", "noise_multiplier"}
@@ -212,16 +210,16 @@ def _about_examples(groups: Sequence[Group]) -> list[str]:
     if len(kinds) < 2:
         return []
     return [
-        f"Accuracies are of different examples ({' / '.join(kind or 'unknown' for kind in kinds)}). Fronts are apart."
+        f"Groups have different test examples ({' / '.join(kind or 'unknown' for kind in kinds)}). Fronts are separate."
     ]
 
 
 def _about_promises(promises: set[Promise]) -> list[str]:
-    """A warning for each part of the promise that is not the same in all groups."""
+    """A warning with each part of the promise in which the groups differ."""
     if len(promises) < 2:
         return []
     words = []
     for name, said in PROMISE_WORDS.items():
         values = sorted({str(getattr(promise, name)) for promise in promises})
         words += [f"{said} ({' / '.join(values)})"] if len(values) > 1 else []
-    return [f"Epsilons are not comparable across these groups: they differ in {' and '.join(words)}. Fronts are apart."]
+    return [f"Epsilons of these groups are not comparable: they differ in {' and '.join(words)}. Fronts are separate."]

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HALF_WIDTH, FULL_WIDTH = 26, 60
-"""Letters of a legend's label that fit into half a figure, and into a whole one."""
+"""Characters of a label that fit into half the width of a figure, and into the whole."""
 
 MOST_CURVES, MOST_ROWS = len(SERIES), 40
-BAND = "Bands and bars are 95 % intervals of the mean over seeds (Student's t); a group of one seed has none."
+BAND = "Bands and bars are 95 % intervals of the mean over seeds (Student's t); a group of one seed has no interval."
 
 
 def drawings(found: Comparison, folder: Path, prefix: str = "") -> Iterator[Drawing]:
-    """All that the groups allow; their names begin with ``prefix``."""
+    """All figures that the groups allow; their names begin with ``prefix``."""
     shown = found.groups[:MOST_CURVES]
     left_out = f" The best {len(shown)} of {len(found.groups)} groups." if len(found.groups) > len(shown) else ""
     styles = _looks(found)
@@ -51,9 +51,9 @@ def drawings(found: Comparison, folder: Path, prefix: str = "") -> Iterator[Draw
         yield draw(
             f"{prefix}accuracy-and-epsilon",
             _front(found, finite),
-            title="Accuracy that an epsilon buys",
-            caption=f"Each dot is a group: {sizes(found)}, on {measured_on(found)}. Steps: the Pareto front of means, "
-            f"of groups with one kind of promise; that a group is on it is no test of significance. {BAND}"
+            title="Accuracy against epsilon",
+            caption=f"Each dot is a group: {sizes(found)}, on {measured_on(found)}. Steps: the Pareto front of means "
+            f"among groups with equal promises; it is not a test of significance. {BAND}"
             + (" Dashed: without privacy." if len(finite) < len(found.groups) else ""),
             alt=f"Dots: accuracy against epsilon of {len(finite)} groups; on the front: "
             + "; ".join(group.label for group in found.groups if group.on_front)
@@ -75,7 +75,7 @@ def drawings(found: Comparison, folder: Path, prefix: str = "") -> Iterator[Draw
 
 
 def mean_curve(group: Group, kind: str) -> list[tuple[float, Estimate]]:
-    """``(round or mean epsilon, accuracy)`` at the rounds after which all runs of the group were evaluated."""
+    """``(round or mean epsilon, accuracy)`` at the rounds with an evaluation in all runs of the group."""
     by_round = [{line["round"]: line for line in run.evaluated} for run in group.runs]
     common = sorted(set.intersection(*(set(lines) for lines in by_round)))
     found = []
@@ -87,7 +87,7 @@ def mean_curve(group: Group, kind: str) -> list[tuple[float, Estimate]]:
 
 
 def mean_text(value: Estimate | None) -> str:
-    """Mean with its interval, rounded to what that supports."""
+    """Mean with its interval, rounded to the digits that the interval supports."""
     if value is None:
         return plain(None)
     if math.isnan(value.half_width):
@@ -96,7 +96,7 @@ def mean_text(value: Estimate | None) -> str:
 
 
 def sizes(found: Comparison) -> str:
-    """How many seeds."""
+    """The number of seeds, as text."""
     counts = sorted({group.accuracy.n for group in found.groups})
     if counts == [1]:
         return "n = 1 seed each"
@@ -104,7 +104,7 @@ def sizes(found: Comparison) -> str:
 
 
 def guarantees(found: Comparison) -> str:
-    """The range of epsilons, and delta."""
+    """The range of epsilon, and delta, as text."""
     finite = [group.epsilon for group in found.groups if math.isfinite(group.epsilon)]
     if not finite:
         return "epsilon = ∞"
@@ -118,7 +118,7 @@ def guarantees(found: Comparison) -> str:
 
 
 def measured_on(found: Comparison) -> str:
-    """The test splits, with their size."""
+    """The test splits with their sizes, as text."""
     splits = {
         f"the {run.quality['measured_on']} ({run.quality['num_examples']:,} examples)"
         if run.quality
@@ -131,25 +131,25 @@ def measured_on(found: Comparison) -> str:
 
 def _legend_below(axes: Axes) -> None:
     figure = axes.get_figure(root=True)
-    assert figure is not None  # axes that are drawn on are in one
+    assert figure is not None  # each axes has a figure
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if len(labels) > 1 and max(map(len, labels)) <= HALF_WIDTH else 1
     figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def _legend_height(labels: Sequence[str]) -> float:
-    """Inches that a legend below takes."""
+    """Height of a legend below the figure, in inches."""
     lines = [len(_lines(label, FULL_WIDTH).splitlines()) for label in labels]
     return 0.1 + 0.17 * (sum(lines) if max(map(len, labels)) > HALF_WIDTH else (len(labels) + 1) // 2)
 
 
 def _lines(label: str, width: int) -> str:
-    """At most three lines of ``width`` letters."""
+    """At most three lines of ``width`` characters."""
     return textwrap.fill(textwrap.shorten(label, 3 * width - 6, placeholder=" ..."), width)
 
 
 def _looks(found: Comparison) -> dict[str, Look]:
-    """One per group: a family has one colour, its budgets a dash each; groups of one family differ in colour."""
+    """A look per group: one colour per family and one dash per budget; a single family gets a colour per group."""
     families = _family_looks(found.groups)
     if not 1 < len(families) <= len(SERIES):
         return looks([group.label for group in found.groups])
@@ -181,7 +181,7 @@ def _curves(curves: dict[str, list[tuple[float, Estimate]]], styles: dict[str, L
                 axes.fill_between(at, low, high, color=look.colour.light, alpha=0.18, lw=0)
         axes.set(xlabel=x, ylabel="test accuracy (%)", ylim=(0, 100))
         if x == "round":
-            whole_numbers(axes)
+            whole_numbers(axes.xaxis)
         _legend_below(axes)
 
     return paint

@@ -23,9 +23,9 @@ SUFFIXES = {".html", ".csv", ".jsonl"}
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> Comparison:
-    """A page with its table as CSV beside it, a CSV file, or the runs condensed, by the suffix of ``out``.
+    """Write a page and its table as CSV, a CSV file, or condensed runs, by the suffix of ``out``.
 
-    Raises ``InputError`` for another suffix, and what ``read_runs`` and ``compare`` raise.
+    Raises ``InputError`` for another suffix, and the errors of ``read_runs`` and ``compare``.
     """
     if out.suffix not in SUFFIXES:
         raise InputError(f"--out={str(out)!r} is not one of *.html, *.csv (the table), *.jsonl (the runs, condensed)")
@@ -40,12 +40,12 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Comparison:
         if out.suffix == ".html":
             out.write_text(as_html(found, out.parent / f"{out.stem}-figures"))
     except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}); name another place with --out") from None
+        raise InputError(f"{out} cannot be written ({error.strerror}); name another path with --out") from None
     return found
 
 
 def as_html(found: Comparison, figures: Path) -> str:
-    """The page; its figures go into the folder ``figures`` too."""
+    """The page; its figures also go into the folder ``figures``."""
     canvas.matplotlib()
     return render(
         "compare.html.j2",
@@ -59,7 +59,7 @@ def as_html(found: Comparison, figures: Path) -> str:
 
 
 def as_table(found: Comparison) -> Table:
-    """One row per group, numbers rounded to what their intervals support; promises are columns where they differ."""
+    """One row per group, with numbers rounded as their intervals support, and columns for differing promises."""
     parts = ["delta", *(name for name in PROMISE_WORDS if name != "delta" and _differ(found, name))]
     head = ["group", "n", "accuracy (%)", "sd", "loss (nats)", "ECE", "epsilon", "front"]
     rows = [
@@ -85,7 +85,7 @@ def _differ(found: Comparison, part: str) -> bool:
 
 
 def as_csv(found: Comparison) -> str:
-    """One row per group, unrounded."""
+    """One row per group, without rounding."""
     text = io.StringIO()
     rows = [_flat(group) for group in found.groups]
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -95,7 +95,7 @@ def as_csv(found: Comparison) -> str:
 
 
 def as_data(found: Comparison) -> dict[str, Any]:
-    """For ``--json``."""
+    """The comparison as plain data, for ``--json``."""
     return {
         "groups": [
             {

@@ -1,7 +1,7 @@
-"""Runs as small JSON lines, to be committed: what a comparison needs, without models and ledgers.
+"""Runs as small JSON lines for a repository: the data that a comparison needs, without models and ledgers.
 
-The first line holds the settings that all runs of the file share, each other line a run. Settings are all there, so
-that a later default does not change what a run was; curves keep ``MAX_POINTS`` rounds, numbers five digits.
+The first line holds the settings that all runs of the file share; each other line holds a run. All settings are stored,
+so a later change of a default has no effect. Curves keep ``MAX_POINTS`` rounds, numbers five digits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CURVES = ("round", "test_accuracy", "test_loss", "epsilon")
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Run folders, folders of run folders (a sweep's too), and all runs of ``.jsonl`` files; else ``InputError``."""
+    """All runs of run folders, folders of run folders (also of a sweep) and ``.jsonl`` files; else ``InputError``."""
     found: list[Run] = []
     for path in paths:
         found += _read(path) if path.suffix == ".jsonl" else [read_run(folder) for folder in _folders(path)]
@@ -33,7 +33,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _folders(path: Path) -> list[Path]:
-    """Itself if it holds a run, else the runs in it; a sweep has them in ``runs``, and those put aside are none."""
+    """``path`` if it holds a run, else the run folders in it or in ``runs`` (a sweep), without failed attempts."""
     if (path / "config.toml").exists():
         return [path]
     inside = sorted(file.parent for way in ("*", "runs/*") for file in path.glob(f"{way}/config.toml"))
@@ -41,10 +41,10 @@ def _folders(path: Path) -> list[Path]:
 
 
 def write_runs(runs: Sequence[Run], path: Path) -> None:
-    """All ``runs`` into one file; raises ``InputError`` where it cannot be written."""
+    """Write all ``runs`` into one file; raises ``InputError`` if it cannot be written."""
     settings = [{k: v for k, v in run.config.settings().items() if k not in MACHINE} for run in runs]
     for own in settings:
-        own["client_table"] = Path(str(own["client_table"])).name  # not where it lay
+        own["client_table"] = Path(str(own["client_table"])).name  # without its folder
     common = {k: v for k, v in settings[0].items() if all(other[k] == v for other in settings)}
     lines: list[dict[str, Any]] = [{"format": FORMAT, "settings": common}]
     for run, own in zip(runs, settings, strict=True):
@@ -68,21 +68,21 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n" for line in lines))
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); name another place with --out") from None
+        raise InputError(f"{path} cannot be written ({error.strerror}); name another path with --out") from None
 
 
 def _read(path: Path) -> list[Run]:
     try:
         head, *lines = (json.loads(line) for line in path.read_text().splitlines())
         if head["format"] != FORMAT:
-            raise InputError(f"{path} is of the form {head['format']!r}, this version reads {FORMAT!r}")
+            raise InputError(f"{path} has the format {head['format']!r}, not {FORMAT!r}; write it again")
         return [_run(line, head["settings"]) for line in lines]
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); check the path") from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} holds no runs that `fed-dpsat compare --out` wrote ({error!r})") from None
+        raise InputError(f"{path} is not a file of `fed-dpsat compare --out` ({error!r}); write it again") from None
 
 
 def _run(line: dict[str, Any], common: dict[str, Any]) -> Run:
@@ -104,7 +104,7 @@ def _run(line: dict[str, Any], common: dict[str, Any]) -> Run:
 
 
 def _short(value: Any) -> Any:
-    """Five significant digits; what JSON cannot hold as text."""
+    """Five significant digits; inf and NaN as text."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.5g}") if math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""Figures of the last model and of who holds the data: calibration, classes, clients, partition, clip norms."""
+"""Figures of the last model and of the clients: calibration, classes, accuracy by client, partition, clip norms."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FEW_CLASSES, FEW_CLIENTS = 20, 30
-ONLY_HERE = "Private information: only a simulation, which holds all data, can show it; a deployment cannot."
+ONLY_HERE = "Private information: only a simulation has it; a deployment does not."
 
 
 def reliability_diagram(run: Run, folder: Path) -> Drawing | None:
-    """Accuracy against confidence, in bins, with what it comes to in four numbers."""
+    """Accuracy against confidence, in bins, with four scores."""
     quality = run.quality
     if quality is None:
         return None
@@ -46,7 +46,7 @@ def reliability_diagram(run: Run, folder: Path) -> Drawing | None:
         lines = "\n".join(f"{name} {plain(value)}" for name, value in scores.items())
         box = {"facecolor": PAPER.light, "edgecolor": "none", "alpha": 0.85, "pad": 2}
         axes.text(0.03, 0.97, lines, transform=axes.transAxes, va="top", fontsize=8, bbox=box)
-        axes.set(xlabel="confidence of the prediction", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.02))
+        axes.set(xlabel="confidence of the prediction", ylabel="share that is correct", xlim=(0, 1), ylim=(0, 1.02))
 
     rows = tuple(
         (f"{b['low']:.2f} to {b['high']:.2f}", str(b["count"]), f"{b['confidence']:.3f}", f"{b['accuracy']:.3f}")
@@ -56,20 +56,20 @@ def reliability_diagram(run: Run, folder: Path) -> Drawing | None:
     return draw(
         "reliability",
         paint if bins else _nothing,
-        title="Is the model as sure as it is right?",
+        title="Calibration",
         caption=f"Reliability diagram on the {quality['measured_on']}, n = {quality['num_examples']:,} examples, after "
-        f"round {quality['round']}; {guarantee(run)}. {len(quality['bins'])} bins of equal width. Bars: share that is "
-        "right, with 95 % intervals (Wilson); dots: mean confidence; dashed: as sure as right. ECE and MCE: mean and "
-        "largest gap over bins (Guo et al. 2017); Brier: 0 to 2; NLL in nats."
+        f"round {quality['round']}; {guarantee(run)}. {len(quality['bins'])} bins of equal width. Bars: share "
+        "that is correct, with 95 % intervals (Wilson); dots: mean confidence; dashed: perfect calibration. ECE and "
+        "MCE: mean and largest gap over bins (Guo et al. 2017); Brier: 0 to 2; NLL in nats."
         + (f" {lost} outputs were not finite, so the scores have no value." if lost else ""),
-        alt=f"Bars: share of right predictions by confidence. {words}.",
+        alt=f"Bars: share of correct predictions by confidence. {words}.",
         folder=folder,
         table=Table(head=("confidence", "examples", "mean confidence", "accuracy"), rows=rows),
     )
 
 
 def class_accuracy(run: Run, folder: Path) -> Drawing | None:
-    """Accuracy by class with its interval; sorted, without names, where there are many."""
+    """Accuracy by class with its interval, sorted; without names for many classes."""
     quality = run.quality
     if quality is None:
         return None
@@ -104,7 +104,7 @@ def class_accuracy(run: Run, folder: Path) -> Drawing | None:
 
 
 def client_accuracy(run: Run, folder: Path) -> Drawing | None:
-    """How the global model serves clients whose labels are mixed as theirs are; of a simulation alone."""
+    """Accuracy of the global model on the label distribution of each client; only in a simulation."""
     values = accuracy_by_client(run)
     if values is None:
         return None
@@ -122,15 +122,15 @@ def client_accuracy(run: Run, folder: Path) -> Drawing | None:
         axes.axvline(100 * float(known.mean()), color=INK.light, lw=1.2, label="mean")
         axes.axvline(100 * worst, color=VERMILLION.light, lw=1.2, ls=(0, (4, 3)), label="worst tenth")
         axes.set(xlabel="test accuracy on the client's mix of labels (%)", ylabel="clients")
-        _whole_numbers(axes)
+        whole_numbers(axes.yaxis)
         axes.legend(loc="best")
 
     return draw(
         "client-accuracy",
         paint,
         title="Accuracy by client",
-        caption=f"Each client's accuracy: that of the classes on the {measured_on(run.config)}, weighted by the "
-        f"client's own label counts. n = {len(known):,} clients; mean {percent(float(known.mean()))}, worst tenth "
+        caption=f"Accuracy of a client: mean of the accuracies by class on the {measured_on(run.config)}, weighted by "
+        f"its label counts. n = {len(known):,} clients; mean {percent(float(known.mean()))}, worst tenth "
         f"{percent(worst)}, Gini {plain(inequality, 2)} (0 is equal); {guarantee(run)}. {ONLY_HERE}",
         alt=f"Histogram: accuracy of {len(known)} clients, {percent(float(known[0]))} to {percent(float(known[-1]))}.",
         folder=folder,
@@ -148,7 +148,7 @@ def client_accuracy(run: Run, folder: Path) -> Drawing | None:
 
 
 def accuracy_by_client(run: Run) -> NDArray[np.float64] | None:
-    """``[clients]``, or None where label counts or classes' accuracies are not known."""
+    """``[clients]``, or None without label counts or accuracies by class."""
     counts = (run.simulation or {}).get("label_counts")
     if run.quality is None or counts is None:
         return None
@@ -156,7 +156,7 @@ def accuracy_by_client(run: Run) -> NDArray[np.float64] | None:
 
 
 def partition(run: Run, folder: Path) -> Iterator[Drawing]:
-    """How many examples each client has and, in a simulation, of which classes."""
+    """Number of examples of each client and, in a simulation, its label counts."""
     held = run.simulation
     if held is None:
         return
@@ -171,7 +171,7 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
             spread = int(sizes.max() - sizes.min()) + 1
             within = float(sizes.min()) - 0.5, float(sizes.max()) + 0.5
             axes.hist(sizes, bins=min(30, spread), range=within, color=BLUE.light)
-            whole_numbers(axes)
+            whole_numbers(axes.xaxis)
             axes.set(xlabel="examples of a client", ylabel="clients")
         axes.grid(axis="x", visible=False)
 
@@ -216,7 +216,7 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
         "client-labels",
         paint_labels,
         title="Labels of each client",
-        caption=f"{how}. {f'Strongest is {percent(float(shares.max()))}. ' if heat else ''}The most frequent "
+        caption=f"{how}. {f'The darkest cell is {percent(float(shares.max()))}. ' if heat else ''}The most frequent "
         f"class of a client is {percent(float(np.median(most)))} of its examples in the median, "
         f"{percent(float(most.max()))} at most. {ONLY_HERE}",
         alt=f"Share of each class in each client; the most frequent has {percent(float(np.median(most)))}, median.",
@@ -232,7 +232,7 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
 
 
 def clip_norms(run: Run, folder: Path) -> Drawing | None:
-    """The bound that adaptive clipping has led each client to; other rules have one that is a setting."""
+    """The last bound of adaptive clipping by client; None for other rules."""
     if run.config.clipping != "adaptive":
         return None
     found = read_clip_norms(run)
@@ -249,10 +249,10 @@ def clip_norms(run: Run, folder: Path) -> Drawing | None:
     return draw(
         "clip-norms",
         paint,
-        title="Where adaptive clipping led",
-        caption=f"Clip norm of {len(values):,} clients after their last round: a function of noised counts, so inside "
-        "epsilon. It stays on the client; a server does not see it. The aim is a share of "
-        f"{run.config.clip_quantile:g} below.",
+        title="Clip norms of adaptive clipping",
+        caption=f"Clip norm of {len(values):,} clients after their last round: a function of noised counts, which "
+        "epsilon covers. It stays on the client; a server does not see it. The target is a share of "
+        f"{run.config.clip_quantile:g} of the gradient norms below it.",
         alt=f"Histogram: clip norms from {plain(float(values.min()))} to {plain(float(values.max()))}.",
         folder=folder,
         table=thinned(("client", "clip norm"), [(str(c), plain(v)) for c, v in sorted(found.items())], "state/"),
@@ -260,7 +260,7 @@ def clip_norms(run: Run, folder: Path) -> Drawing | None:
 
 
 def read_clip_norms(run: Run) -> Mapping[int, float]:
-    """By client, from the states that a simulation keeps; of clients that have one."""
+    """The clip norm of each client that has one, from the stored states of a simulation."""
     newest: dict[int, Path] = {}
     for path in (run.path / "state").glob(f"*/*{SUFFIX}"):
         client = int(path.parent.name)
@@ -278,12 +278,6 @@ def _square(client: int, label: int, strength: float) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle((client - 0.5, label - 0.5), 1, 1, facecolor=BLUE.light, alpha=strength, edgecolor="none")
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _nothing(axes: Axes) -> None:

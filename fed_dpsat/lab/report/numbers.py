@@ -1,4 +1,4 @@
-"""Numbers as readers want them: intervals, and as many digits as the interval supports."""
+"""Numbers for readers: estimates with intervals, rounded to the digits that the interval supports."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from statistics import fmean, stdev
 
 MISSING = "\u2013"
 NORMAL_QUANTILE = 1.959964
-"""Of 97.5 %."""
+"""The 97.5 % quantile of the standard normal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Mean of ``n`` values, their standard deviation, and half of the 95 % interval of the mean; NaN where n is 1."""
+    """Mean and standard deviation of ``n`` values, and half of the 95 % interval of the mean; NaN for n = 1."""
 
     n: int
     mean: float
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Of ``values[n]``, n at least 1, by Student's t with n - 1 degrees of freedom."""
+    """The estimate from ``values[n]``, n at least 1, by Student's t with n - 1 degrees of freedom."""
     from scipy.stats import t  # type: ignore[import-untyped]
 
     n = len(values)
@@ -44,7 +44,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a chance of which ``share`` of ``n`` draws were hits; Wilson 1927. For n = 0, all of it."""
+    """The 95 % interval of a probability after a ``share`` of hits in ``n`` draws (Wilson 1927); [0, 1] for n = 0."""
     if not n:
         return 0.0, 1.0
     z2 = NORMAL_QUANTILE**2
@@ -54,7 +54,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def decimals(half_width: float) -> int:
-    """Digits after the point that a value supports: those of two digits of ``half_width`` below 3, else of one."""
+    """Digits after the point: two significant digits of ``half_width`` if it starts with 1 or 2, else one."""
     if not 0 < half_width < math.inf:
         return 1
     first = math.floor(math.log10(half_width))
@@ -62,12 +62,12 @@ def decimals(half_width: float) -> int:
 
 
 def rounded(value: float, half_width: float) -> str:
-    """``value`` to the digits that its interval supports."""
+    """``value`` with the digits that its interval supports."""
     return f"{value:.{decimals(half_width)}f}" if math.isfinite(value) else plain(value)
 
 
 def plain(value: object, digits: int = 3) -> str:
-    """Significant ``digits``; infinity as the sign, None and NaN as a dash."""
+    """``value`` with ``digits`` significant digits; infinity as ∞, None and NaN as a dash."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return MISSING
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -94,7 +94,7 @@ def percent(share: float | None, n: int | None = None) -> str:
 
 
 def size(bytes: float) -> str:
-    """In powers of 1000."""
+    """``bytes`` as text, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if bytes < 1000:
             return f"{plain(bytes)} {unit}" if unit != "B" else f"{bytes:.0f} B"
@@ -103,14 +103,14 @@ def size(bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that fits."""
+    """``seconds`` as text, in s, min or h."""
     if seconds < 120:
         return f"{plain(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def spread_out(indices: int, most: int) -> list[int]:
-    """At most ``most`` of ``range(indices)``, evenly spread, first and last among them."""
+    """At most ``most`` of ``range(indices)``, evenly spaced, including the first and the last."""
     if indices <= most:
         return list(range(indices))
     return sorted({round(i * (indices - 1) / (most - 1)) for i in range(most)})

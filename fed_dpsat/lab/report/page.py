@@ -1,4 +1,4 @@
-"""One run as one HTML page that needs nothing else, and its figures as files."""
+"""One run as one self-contained HTML page, and its figures as files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fed_dpsat.lab.report.reading import Run, read_run
 from fed_dpsat.lab.report.sharpness import sharpness_words
 from fed_dpsat.lab.report.spending import Spending, read_spending
 
-SECTIONS = ("What privacy bought", "What privacy cost", "The model", "The clients", "The machine")
+SECTIONS = ("Quality", "Spending and noise", "The model", "The clients", "The machine")
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """The page at ``out`` (``report.html`` in the run folder), figures in ``figures/`` beside it; where it is.
+    """Write the page to ``out`` (default: ``report.html`` in ``folder``) and its figures beside it; returns ``out``.
 
-    Raises ``InputError`` for a folder that holds no run, a damaged one, or a missing extra.
+    Raises ``InputError`` for a folder without a run, a damaged run, or a missing package.
     """
     canvas.matplotlib()
     run, out = read_run(folder), out or folder / "report.html"
@@ -49,12 +49,12 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
             )
         )
     except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}); name another place with --out") from None
+        raise InputError(f"{out} cannot be written ({error.strerror}); name another path with --out") from None
     return out
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this package, filled; values are escaped, so that no name in a run folder becomes markup."""
+    """A filled template of this package; values are escaped, so a name in a run folder cannot become markup."""
     try:
         import jinja2
     except ImportError:
@@ -90,7 +90,7 @@ def _drawings(run: Run, spending: Spending | None, section: str, folder: Path) -
 
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:
-    """``(label, figure, what it rests on)``."""
+    """``(label, number, its basis)``."""
     n, accuracy = run.num_test, run.accuracy
     rests = measured_on(run.config)
     if n and accuracy is not None:

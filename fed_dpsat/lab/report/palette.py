@@ -1,7 +1,7 @@
-"""Colours of every figure and page: Okabe and Ito's, which colour-blind readers can tell apart, and one per method.
+"""Colours of every figure and page, one per method.
 
-Okabe and Ito, "Color Universal Design" (2008). Each has a brother for dark paper. Series differ by dash and marker too,
-so that no figure needs its colours.
+They come from Okabe and Ito, "Color Universal Design" (2008), and are distinct for colour-blind readers. Each has a
+version for a dark page. Series also differ in dash and marker, so that no figure needs its colours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Colour:
-    """``light`` is for white paper, ``dark`` for black; ``name`` is the CSS variable without its dashes."""
+    """``light`` is for a white page, ``dark`` for a black one; ``name`` is the CSS variable without its dashes."""
 
     name: str
     light: str
@@ -38,12 +38,12 @@ DASHES: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (0, (5, 2)), (0, (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 METHODS = {"dp-sat": BLUE, "dp-sgd": VERMILLION, "dp-sat-momentum": GREEN, "without privacy": BLACK}
-"""Methods keep their colour from figure to figure."""
+"""A method has the same colour in all figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """How one series is drawn."""
+    """The appearance of one series."""
 
     colour: Colour
     dash: tuple[int, tuple[float, ...]]
@@ -51,7 +51,7 @@ class Look:
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """A look per name: the first of a method in its own colour, the others in what is left, in order; then dashed."""
+    """A look per name: the first name of a method has its colour; the others take free colours, then dashes."""
     own: dict[str, Colour] = {}
     for name in names:
         colour = METHODS.get(name.split(", ")[0])
@@ -67,7 +67,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
 
 def css() -> str:
-    """The colours as CSS variables, for light paper and for dark."""
+    """The colours as CSS variables, for a light and a dark page."""
     light, dark = (
         "".join(f"--{colour.name}:{getattr(colour, paper)};" for colour in ALL) for paper in ("light", "dark")
     )

@@ -1,13 +1,13 @@
-"""A run folder as plain data, and in words what is not there.
+"""A run folder as plain data, with a sentence for each missing file.
 
 ===================================== =========================================================================
 case                                  what happens
 ===================================== =========================================================================
 no folder, or no ``config.toml``      ``InputError``
-a file that is no JSON or TOML        ``InputError`` that names file and line
-last line cut short (a killed run)    left out, and said in ``missing``
-no ``summary.json`` (killed, running) ``status`` says so; figures come from the rounds that are there
-no ``quality.json`` (older, failed)   said in ``missing``
+a file with invalid JSON or TOML      ``InputError`` that names file and line
+an incomplete last line (killed run)  left out; a sentence in ``missing``
+no ``summary.json`` (killed, running) ``status`` is unfinished; figures use the existing rounds
+no ``quality.json`` (older, failed)   a sentence in ``missing``
 ===================================== =========================================================================
 """
 
@@ -32,10 +32,10 @@ UNFINISHED = "unfinished"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run left behind; ``missing`` has a sentence for each thing that is not there.
+    """The files of a run; ``missing`` has a sentence for each missing one.
 
-    ``epsilon`` is the maximum over clients: the summary's, else the ledger's, which has charges of a round that did not
-    end too; NaN where there is neither.
+    ``epsilon`` is the maximum over clients, from the summary, else from the ledger, which also has the charges of an
+    interrupted round; NaN without both.
     """
 
     path: Path
@@ -52,49 +52,49 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return self.path.resolve().name
 
     @property
     def status(self) -> str:
-        """completed, interrupted, failed; or unfinished, where nobody came to say."""
+        """completed, interrupted, failed; or unfinished, without a summary."""
         return str(self.summary.get("status", UNFINISHED))
 
     @property
     def evaluated(self) -> list[Line]:
-        """Rounds after which the model was tested."""
+        """The rounds with an evaluation."""
         return [line for line in self.rounds if line["test_accuracy"] is not None]
 
     @property
     def objects(self) -> list[str]:
-        """What came from Python, so that the settings alone do not describe the run."""
+        """Names of the arguments that are Python objects, which the settings do not describe."""
         return list(self.environment.get("objects", []))
 
     @property
     def accuracy(self) -> float | None:
-        """Of the last evaluated model."""
+        """The accuracy of the last evaluated model."""
         return float(self.evaluated[-1]["test_accuracy"]) if self.evaluated else None
 
     @property
     def num_test(self) -> int | None:
-        """Test examples behind an accuracy, if the run says."""
+        """The number of test examples, if the run states it."""
         return int(self.quality["num_examples"]) if self.quality else None
 
     @property
     def method(self) -> str:
-        """The optimizer, or that there was no noise."""
+        """The optimizer, or "without privacy"."""
         if not self.config.private:
             return "without privacy"
         name = self.config.optimizer
-        older = "optimizer" in self.objects and not name.endswith(FROM_PYTHON)  # said what it was not
+        older = "optimizer" in self.objects and not name.endswith(FROM_PYTHON)  # older versions stored the wrong name
         return "an optimizer from Python" if older else name
 
 
 def read_run(path: Path) -> Run:
-    """The run in the folder ``path``; raises ``InputError`` for what is none, or is damaged."""
+    """The run in the folder ``path``; raises ``InputError`` for another folder, or damaged files."""
     if not (path / "config.toml").is_file():
-        why = "there is no such folder" if not path.is_dir() else "it has no config.toml"
-        raise InputError(f"{path} is no run folder: {why}; give the one that `fed-dpsat run --out` named")
+        why = "it does not exist" if not path.is_dir() else "it has no config.toml"
+        raise InputError(f"{path} is not a run folder: {why}; give a folder that `fed-dpsat run --out` wrote")
     try:
         config = RunConfig.load(path / "config.toml")
     except InputError as error:
@@ -104,7 +104,7 @@ def read_run(path: Path) -> Run:
     timing = _lines(path / "timing.jsonl", {"round", "seconds", "phases"}, missing)
     summary = _object(path / "summary.json")
     if summary is None:
-        missing.append("There is no summary.json: the run is still going on, or was killed. Resume it to its end.")
+        missing.append("There is no summary.json: the run is still active, or was killed. Resume it to its end.")
     quality = _object(path / "quality.json")
     if quality is None:
         missing.append("There is no quality.json: no model was evaluated, or an older version ran.")
@@ -127,7 +127,7 @@ def read_run(path: Path) -> Run:
 
 
 def _epsilon(path: Path, config: RunConfig, summary: Line | None) -> float:
-    """Of the summary, but for a run that may have gone on since it was written: its ledger knows."""
+    """Epsilon of the summary of a complete run; else of the ledger, which a later resume may have extended."""
     folder, written = RunFolder(path, resume=True), float((summary or {}).get("epsilon", math.nan))
     if (summary or {}).get("status") == "completed" or not folder.ledger_path.exists():
         return written
@@ -144,15 +144,15 @@ def _object(path: Path) -> Line | None:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore it, or remove it to do without") from None
+        raise InputError(f"{path} is damaged ({error}); restore it, or remove it to continue without it") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged (no JSON object); restore it, or remove it to do without")
+        raise InputError(f"{path} is damaged (no JSON object); restore it, or remove it to continue without it")
     return _numbers(found)
 
 
 def _lines(path: Path, keys: set[str], missing: list[str]) -> list[Line]:
     if not path.exists():
-        missing.append(f"There is no {path.name}: no round came to its end.")
+        missing.append(f"There is no {path.name}: no round is complete.")
         return []
     try:
         texts = path.read_text().splitlines(keepends=True)
@@ -161,7 +161,7 @@ def _lines(path: Path, keys: set[str], missing: list[str]) -> list[Line]:
     found = []
     for number, text in enumerate(texts, 1):
         if not text.endswith("\n"):
-            missing.append(f"The last line of {path.name} was cut short, and is left out.")
+            missing.append(f"The last line of {path.name} is incomplete, and is left out.")
             break
         try:
             line = json.loads(text)
@@ -174,7 +174,7 @@ def _lines(path: Path, keys: set[str], missing: list[str]) -> list[Line]:
 
 
 def _numbers(values: Mapping[str, Any]) -> Line:
-    """What JSON cannot hold, back from its text: "inf" is infinity."""
+    """``values`` with "inf", "-inf" and "nan" as numbers."""
     back = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
     return {
         key: back.get(value, value) if isinstance(value, str) else _numbers(value) if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""The sharpness of a run's last model on its public test split: ``sharpness.json`` in its folder, and in words."""
+"""The sharpness of the last model of a run on its public test split: ``sharpness.json`` in its folder, and as text."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def measure_run(
     landscape: Path | None = None,
     points: int = 21,
 ) -> dict[str, Any]:
-    """What ``sharpness.json`` holds; ``examples`` is how many of the test split are taken, from the first, 0 for all.
+    """Measure, and write ``sharpness.json``; ``examples`` is the number of test examples from the first, 0 for all.
 
-    Raises ``SettingError`` for a folder that holds no run or one of objects given in Python, ``RunError`` without a
+    Raises ``SettingError`` for a folder without a run and for a run with objects from Python, ``RunError`` without a
     checkpoint.
     """
     folder = RunFolder(run, resume=True)
@@ -45,7 +45,7 @@ def measure_run(
     experiment = Experiment.build(public)
     test = experiment.dataset.test
     if not 0 <= examples <= len(test):
-        raise SettingError("examples", examples, f"in [0, {len(test)}]", "0 takes the whole test split")
+        raise SettingError("examples", examples, f"in [0, {len(test)}]", "0 uses the whole test split")
     if examples:
         test = dataclasses.replace(test, inputs=test.inputs[:examples], labels=test.labels[:examples])
     module = experiment.loss_fn.module
@@ -72,7 +72,7 @@ def measure_run(
 
 
 def sharpness_words(found: dict[str, Any]) -> str:
-    """A paragraph."""
+    """A paragraph on ``found``."""
     eigenvalues = ", ".join(f"{value:.4g}" for value in found["top_eigenvalues"])
     digits = max(0, 1 - math.floor(math.log10(found["trace_error"]))) if found["trace_error"] > 0 else 4
     return (

@@ -16,12 +16,12 @@ from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.run.statement import trusted_ledger
 
 MAX_ROUNDS = 40
-"""Rounds at which epsilon is computed: a curve needs no more."""
+"""Largest number of rounds with a computed epsilon, enough for a curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spending:
-    """``epsilon[R, clients]`` after the charges of ``rounds[R]``, and ``budgets[clients]``, inf where there is none."""
+    """``epsilon[R, clients]`` after the charges of ``rounds[R]``, and ``budgets[clients]``, inf without a budget."""
 
     rounds: NDArray[np.int64]
     epsilon: NDArray[np.float64]
@@ -29,7 +29,7 @@ class Spending:
 
 
 def read_spending(run: Run) -> Spending | None:
-    """None where there is no ledger, or nothing in it; raises ``InputError`` for one that cannot be trusted."""
+    """The spending of ``run``; None without charges. Raises ``InputError`` for an invalid ledger."""
     config, folder = run.config, RunFolder(run.path, resume=True)
     if not folder.ledger_path.exists():
         return None
@@ -49,7 +49,7 @@ def read_spending(run: Run) -> Spending | None:
 
 
 def read_budgets(run: Run) -> NDArray[np.float64]:
-    """What each client may spend; inf where nobody said, or where the table is gone."""
+    """The budget of each client; inf without a budget, or if the table is missing."""
     try:
         targets = np.array([row.target_epsilon for row in read_table(run.config)])
     except InputError:

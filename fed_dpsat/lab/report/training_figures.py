@@ -1,4 +1,4 @@
-"""Figures of a run's course: quality against rounds and epsilon, spending, signal and noise, time, bytes."""
+"""Figures of a run over time: quality against rounds and epsilon, spending, signal and noise, time, bytes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from fed_dpsat.lab.report.spending import Spending
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 FEW_CURVES = 6
 ROUNDS_FILE = "rounds.jsonl"
 
 
 def quality_curves(run: Run, folder: Path) -> Iterator[Drawing]:
-    """Accuracy and loss of the global model, against rounds and, where it is finite, against epsilon."""
+    """Accuracy and loss of the global model, against rounds and, if finite, against epsilon."""
     lines = run.evaluated
     if not lines:
         return
@@ -66,13 +67,13 @@ def _curve(
         axes.plot(at, values, color=colour.light, marker="o" if len(at) <= 15 else "")
         axes.set(xlabel=x, ylabel=y, ylim=(0, highest))
         if x == "round":
-            whole_numbers(axes)
+            whole_numbers(axes.xaxis)
 
     return paint
 
 
 def spending_curves(run: Run, spending: Spending, folder: Path) -> Drawing | None:
-    """Epsilon of each client over rounds and its budget; distinct curves where there are few, else quantiles."""
+    """Epsilon and budget of each client over rounds; a few distinct curves, else quantiles."""
     if not np.isfinite(spending.epsilon).all():
         return None
     curves = Counter(map(tuple, spending.epsilon.T.tolist()))
@@ -95,7 +96,7 @@ def spending_curves(run: Run, spending: Spending, folder: Path) -> Drawing | Non
             axes.axhline(budget, color=INK.light, ls=(0, (4, 3)), lw=1, label="budget" if i == 0 else None)
         axes.set(xlabel="round", ylabel=f"epsilon at delta = {run.config.delta:g}", ylim=(0, None))
         axes.legend(loc="best")
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
 
     rows = [
         (str(r), *(plain(float(q)) for q in quantiles[:, i][[0, 2, 4]])) for i, r in enumerate(spending.rounds.tolist())
@@ -105,9 +106,9 @@ def spending_curves(run: Run, spending: Spending, folder: Path) -> Drawing | Non
         "epsilon-per-client",
         paint,
         title="Epsilon of each client",
-        caption=f"What each of {run.config.num_clients:,} clients ({budgets}) has been charged, whatever came of it: "
-        f"from the ledger, {run.config.accountant.upper()}. Equal curves are one line. The federation's epsilon is the "
-        "highest.",
+        caption=f"The charges of each of {run.config.num_clients:,} clients ({budgets}) in the ledger, with or "
+        f"without a valid reply, by {run.config.accountant.upper()}. Equal curves are one line. The epsilon of the "
+        "federation is the highest.",
         alt=f"Lines: epsilon of clients over {spending.rounds[-1]} rounds, up to {plain(float(quantiles[4, -1]))}.",
         folder=folder,
         table=thinned(("round", "lowest", "median", "highest"), rows, "ledger.sqlite (fed-dpsat ledger)"),
@@ -115,7 +116,7 @@ def spending_curves(run: Run, spending: Spending, folder: Path) -> Drawing | Non
 
 
 def signal_and_noise(run: Run, folder: Path) -> Drawing | None:
-    """How far each round moved the global model, and how far the noise in it alone was expected to."""
+    """The norm of the change of the global model per round, and the expected norm of its noise."""
     lines = [line for line in run.rounds if line.get("update_norm") is not None]
     if not lines:
         return None
@@ -134,23 +135,23 @@ def signal_and_noise(run: Run, folder: Path) -> Drawing | None:
             axes.plot(rounds, noise, color=VERMILLION.light, ls=(0, (5, 2)), label="noise alone, expected")
         top = max(max(line["update_norm"], line["noise_norm"] or 0.0) for line in lines)
         axes.set(xlabel="round", ylabel="Euclidean norm", ylim=(0, 1.08 * top if 0 < top < math.inf else None))
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
         axes.legend(loc="best")
 
     if known:
         ratios = [signal_to_noise(line) for line in lines]
         middle = f"Signal to noise, median over rounds: {plain(float(np.median(ratios)), 2)}."
-        of_clients = "of the mean of the clients' updates by size, from events, learning rate and clip norm"
-        of_server = "which the server adds to the sum of a cohort, over the expected size of one"
+        of_clients = "in the mean of the clients' updates, computed from events, learning rate and clip norm"
+        of_server = "that the server adds to the sum of a cohort, divided by the expected size of a cohort"
         known_of = of_server if run.config.privacy_unit == "client" else of_clients
         meaning = (
-            f"The known noise is that {known_of}. Signal to noise is sqrt(max(update² - noise², 0)) / noise: an "
-            "estimate, and 0 where noise hides all."
+            f"The known noise is the noise {known_of}. Signal to noise is sqrt(max(update² - noise², 0)) / noise: an "
+            "estimate, and 0 if the noise is larger than the update."
         )
     elif not run.config.private:
         middle, meaning = "The run has no noise.", ""
     else:
-        middle = "The noise in this step is unknown."
+        middle = "The noise of this update is unknown."
         meaning = (
             "It is known only for the mean of SGD steps: not with momentum, adaptive clipping or another strategy."
         )
@@ -167,7 +168,7 @@ def signal_and_noise(run: Run, folder: Path) -> Drawing | None:
 
 
 def signal_to_noise(line: dict[str, float]) -> float:
-    """Of one round: noise is independent of the signal, so their squares add up; NaN where noise is unknown or 0."""
+    """The ratio for one round; signal and noise are independent, so squares add up. NaN for unknown or zero noise."""
     update, noise = line["update_norm"], line["noise_norm"]
     return math.sqrt(max(update**2 - noise**2, 0.0)) / noise if noise else math.nan
 
@@ -194,9 +195,9 @@ def time_and_bytes(run: Run, folder: Path) -> Iterator[Drawing]:
         yield draw(
             "time-by-phase",
             paint_phases,
-            title="Where the time went",
-            caption=f"{duration(seconds)} on {_machine(run)}; a phase inside another counts once, as itself. "
-            f"Stretches of a resumed run add up.",
+            title="Time by phase",
+            caption=f"{duration(seconds)} on {_machine(run)}; a nested phase counts only as itself. "
+            f"The parts of a resumed run add up.",
             alt="Bars: " + ", ".join(f"{name} {duration(value)}" for name, value in ordered) + ".",
             folder=folder,
             table=Table(
@@ -213,7 +214,7 @@ def time_and_bytes(run: Run, folder: Path) -> Iterator[Drawing]:
     def paint_rate(axes: Axes) -> None:
         axes.plot(rounds, rate, color=GREEN.light, marker="o" if len(rounds) <= 15 else "")
         axes.set(xlabel="round", ylabel="clients per second", ylim=(0, None))
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
 
     rows = [
         (
@@ -240,16 +241,16 @@ def time_and_bytes(run: Run, folder: Path) -> Iterator[Drawing]:
         axes.plot(rounds, down, color=BLUE.light, label="to clients")
         axes.plot(rounds, up, color=VERMILLION.light, ls=(0, (5, 2)), label="from clients")
         axes.set(xlabel="round", ylabel="megabytes per round", ylim=(0, None))
-        whole_numbers(axes)
+        whole_numbers(axes.xaxis)
         axes.legend(loc="best")
 
     yield draw(
         "bytes",
         paint_bytes,
         title="Traffic",
-        caption=f"All clients of a round together, as written for the network: models and what goes with them down, "
-        f"valid updates up. In all {size(1e6 * sum(down))} down and {size(1e6 * sum(up))} up.",
-        alt=f"Lines: megabytes per round, {size(1e6 * sum(down))} down and {size(1e6 * sum(up))} up in all.",
+        caption=f"All clients of a round, as encoded for the network: models and assignments down, valid updates up. "
+        f"In total {size(1e6 * sum(down))} down and {size(1e6 * sum(up))} up.",
+        alt=f"Lines: megabytes per round, {size(1e6 * sum(down))} down and {size(1e6 * sum(up))} up in total.",
         folder=folder,
     )
 
@@ -261,15 +262,15 @@ def axis(run: Run, kind: str) -> str:
     return f"epsilon at delta = {run.config.delta:g} (maximum over clients, {run.config.accountant.upper()})"
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of the horizontal axis at whole numbers alone."""
+def whole_numbers(axis: Axis) -> None:
+    """Put ticks of ``axis`` at integers only."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def guarantee(run: Run) -> str:
-    """(epsilon, delta) in words."""
+    """(epsilon, delta) as text."""
     if math.isinf(run.epsilon):
         return "epsilon = ∞, no privacy"
     if math.isnan(run.epsilon):
@@ -278,7 +279,7 @@ def guarantee(run: Run) -> str:
 
 
 def test_split(run: Run) -> str:
-    """What quality was measured on."""
+    """The examples of the evaluation, as text."""
     if run.quality:
         return f"the {run.quality['measured_on']}, {run.quality['num_examples']:,} examples"
     return f"the {measured_on(run.config)}"

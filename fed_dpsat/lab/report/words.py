@@ -1,4 +1,4 @@
-"""The privacy statement of a run as sentences, and what its page cannot show and why."""
+"""The privacy statement of a run as sentences, and the reasons for missing figures."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from fed_dpsat.settings.config import RunConfig
 
 STATUS = {
     "completed": "The run is complete.",
-    "interrupted": "The run was interrupted; `fed-dpsat resume` goes on with it.",
-    "failed": "The run failed; what was done until then is shown.",
-    "unfinished": "The run has not ended, or was killed; `fed-dpsat resume` goes on with it.",
+    "interrupted": "The run was interrupted; `fed-dpsat resume` continues it.",
+    "failed": "The run failed; this page shows its complete rounds.",
+    "unfinished": "The run has not ended, or was killed; `fed-dpsat resume` continues it.",
 }
 
-NOT_COUNTED = (
-    "tuning: if settings were chosen by looking at runs on the same private data, that choice is a release that no "
-    "epsilon here covers."
-)
+NOT_COUNTED = "tuning: a choice of settings by runs on the same private data is a release that no epsilon here covers."
 
 
 def state_of(run: Run) -> str:
-    """How far the run came, and why not further."""
+    """The status, the number of rounds, and the reason of an early end."""
     done = run.rounds[-1]["round"] if run.rounds else 0
     words = f"{STATUS.get(run.status, run.status)} {done} of {run.config.num_rounds} rounds."
     if reason := run.summary.get("ended_early"):
@@ -33,10 +30,10 @@ def state_of(run: Run) -> str:
 
 
 def statement(run: Run) -> list[tuple[str, str]]:
-    """``(subject, sentence)`` for each part of the promise; what no summary holds is said from the configuration."""
+    """``(subject, sentence)`` for each part of the guarantee, from the summary or else the configuration."""
     config, summary = run.config, run.summary
     if not config.private:
-        return [("Privacy", "None: the run was without noise, and epsilon is infinite.")]
+        return [("Privacy", "None: the run has no noise, and epsilon is infinite.")]
     spent = "unknown" if math.isnan(run.epsilon) else plain(run.epsilon, 4)
     unit = summary.get("privacy_unit", "one example of one client, add-or-remove; maximum over clients")
     public, released = ("; ".join(summary.get(key, ())) for key in ("declared_public", "also_released"))
@@ -51,18 +48,18 @@ def statement(run: Run) -> list[tuple[str, str]]:
         ("Not counted", NOT_COUNTED),
     ]
     if "epsilon_released" in summary:
-        found.insert(1, ("To those who see models alone", _to_outsiders(summary)))
+        found.insert(1, ("Against an observer of the released models", _to_outsiders(summary)))
     if warning := summary.get("delta_warning"):
         found.insert(1, ("Delta", f"{warning}."))
     if retired := summary.get("retired"):
-        found.append(("Retired", f"{len(retired)} clients had spent their budget and were no longer asked."))
+        found.append(("Retired", f"{len(retired)} clients had spent their budget and left the cohorts."))
     if run.objects:
         found.append(("From Python", f"{', '.join(run.objects)}: the settings alone do not describe this run."))
     return found
 
 
 def not_shown(run: Run, drawn: set[str]) -> list[str]:
-    """A sentence for each figure that is not there."""
+    """A sentence for each missing figure."""
     reasons = list(run.missing)
     if not run.evaluated:
         reasons.append("Accuracy and loss: no model was evaluated.")
@@ -76,15 +73,13 @@ def not_shown(run: Run, drawn: set[str]) -> list[str]:
     if "client-accuracy" not in drawn:
         reasons.append("Accuracy by client: it needs the clients' label counts, which only a simulation has.")
     if run.simulation is None:
-        reasons.append("Who holds what: there is no simulation.json. A deployment does not know its clients' labels.")
+        reasons.append("Partition: there is no simulation.json. A deployment does not know its clients' labels.")
     if run.sharpness is None:
-        reasons.append("Sharpness: it was not measured; `fed-dpsat sharpness` does, and the next report shows it.")
-    clip = (
-        "" if run.config.clipping != "adaptive" else " but for the bound that adaptive clipping learned, inside epsilon"
-    )
+        reasons.append("Sharpness: run `fed-dpsat sharpness`, and the next report shows it.")
+    clip = "" if run.config.clipping != "adaptive" else ", except the bound of adaptive clipping, which epsilon covers"
     reasons.append(
         f"Clip rate, gradient norms and training loss: they are functions of private data that this run did not "
-        f"release{clip}, so nobody has them."
+        f"release{clip}."
     )
     return reasons
 
@@ -104,7 +99,7 @@ def all_settings(config: RunConfig) -> list[tuple[str, str, str]]:
 
 def _to_outsiders(summary: Mapping[str, Any]) -> str:
     if "epsilon_released_missing" in summary:
-        return f"epsilon is not known: {summary['epsilon_released_missing']}."
+        return f"epsilon is unknown: {summary['epsilon_released_missing']}."
     return f"epsilon {plain(summary['epsilon_released'], 4)}; {summary['epsilon_released_assumptions']}."
 
 
@@ -124,6 +119,4 @@ def _noise(run: Run) -> str:
 def _seeded(config: RunConfig) -> str:
     if config.noise_source != "seeded":
         return ""
-    return (
-        f" Who knows seed {config.seed} can subtract the noise: this is a simulation of privacy, and protects nobody."
-    )
+    return f" Anyone who knows seed {config.seed} can subtract the noise, so this simulation is not private."

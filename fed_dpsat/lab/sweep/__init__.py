@@ -1,4 +1,4 @@
-"""Grids of runs: tuned on validation examples, run on many seeds, gone on with after a kill, one tidy table."""
+"""Grids of runs: tuned on validation examples, run on many seeds, resumed after a kill, with tables of results."""
 
 from __future__ import annotations
 

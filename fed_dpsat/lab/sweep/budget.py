@@ -1,8 +1,8 @@
-"""What a sweep will take, from what one run of each kind took, and what to leave out to stay below a number of minutes.
+"""The duration of a sweep from one measured run of each kind, and its reduction to a number of minutes.
 
-In this order, until it fits: seeds of the tuning, down to one; seeds of the grid, down to three; rounds, of all runs
-alike, down to a tenth. Noise is calibrated for the rounds that are left, so epsilon stays. Values of the grid and of
-the search stay too: which to take out is for who asks.
+The reduction removes, in this order, until the sweep fits: seeds of the tuning, down to one; seeds of the grid, down to
+three; an equal share of the rounds of all runs, down to a tenth. The noise is calibrated for the remaining rounds, so
+epsilon stays. Values of the grid and of the search stay too: only the user can choose among them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fed_dpsat.lab.sweep.spec import Cell, Spec
 
 FEWEST_SEEDS, LEAST_ROUNDS = 3, 0.1
 INDIFFERENT = ("target_epsilon", "noise_multiplier", "delta")
-"""Axes along which a run takes as long."""
+"""Axes that do not change the time of a run."""
 
 Kind = tuple[str, ...]
 
@@ -31,12 +31,12 @@ class Cost:
 
 
 def kind(cell: Cell) -> Kind:
-    """What a run's time depends on: its labels on all axes but those of the noise."""
+    """The labels on which the time of a run depends: all axes except those of the noise."""
     return tuple(label for axis, label in cell.labels.items() if axis not in INDIFFERENT)
 
 
 def minutes(spec: Spec, costs: Mapping[Kind, Cost], workers: int) -> float:
-    """Of all runs of ``spec`` on that many workers, 0 being this process."""
+    """Minutes of all runs of ``spec`` on ``workers`` workers; 0 means this process."""
     total = 0.0
     for cell in spec.cells():
         runs = len(spec.tune_runs(cell)) + len(spec.seeds)
@@ -46,9 +46,9 @@ def minutes(spec: Spec, costs: Mapping[Kind, Cost], workers: int) -> float:
 
 
 def shrink(spec: Spec, costs: Mapping[Kind, Cost], budget: float, workers: int) -> tuple[Spec, list[str]]:
-    """``spec`` with as much left out as ``budget`` minutes ask for, and what that is.
+    """``spec`` reduced to ``budget`` minutes, and a list of the omitted parts.
 
-    Raises ``SettingError`` for a budget that even the least does not fit.
+    Raises ``SettingError`` for a budget below the smallest reduction.
     """
     asked = spec
     while minutes(spec, costs, workers) > budget and len(spec.tune_seeds) > 1:
@@ -64,8 +64,8 @@ def shrink(spec: Spec, costs: Mapping[Kind, Cost], budget: float, workers: int) 
         raise SettingError(
             "--budget",
             budget,
-            f"at least {least:.1f} minutes, which a tenth of the rounds would take",
-            "raise it, or take values out of the grid or the search",
+            f"at least {least:.1f} minutes, the time of a tenth of the rounds",
+            "raise it, or remove values from the grid or the search",
         )
     left_out = []
     for what, before, after in (

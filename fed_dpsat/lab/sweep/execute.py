@@ -1,4 +1,4 @@
-"""One run of a sweep in its folder: shown if it is complete, gone on with if it was begun, else begun."""
+"""One run of a sweep in its folder: return it if complete, resume it if incomplete, else start it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.simulation import resume, simulate
 
 ORPHAN_SECONDS = 60.0
-"""How long a run waits for a worker of a sweep that was killed, which ends soon after it."""
+"""Seconds that a run waits for the worker of a killed sweep, which ends soon after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A run and its folder; ``fresh`` begins anew and puts aside what is there."""
+    """A run and its folder; ``fresh`` renames an existing folder and starts again."""
 
     run: Run
     folder: Path
@@ -34,16 +34,16 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What ``summary.json`` says, and the seconds that getting it took, start included."""
+    """The content of ``summary.json``, and the seconds of the run including its start."""
 
     summary: dict[str, Any]
     wall_seconds: float
 
 
 def execute(attempt: Attempt) -> Result:
-    """Raises what ``simulate`` and ``resume`` raise, and ``RunError`` where another process is at this run.
+    """Execute a run; its warnings go into ``<folder>.log``, and its client states are deleted at the end.
 
-    What the run logs goes into ``<folder>.log``. What clients keep between rounds is dropped at the end.
+    Raises the errors of ``simulate`` and ``resume``, and ``RunError`` if another process executes the run.
     """
     folder, started = attempt.folder, time.perf_counter()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +59,8 @@ def execute(attempt: Attempt) -> Result:
 def completed(folder: Path) -> dict[str, Any]:
     """The summary of the run in ``folder``; empty if it is not complete.
 
-    Raises ``SettingError`` where a complete one had other plug-ins or files than are there now: a table of both
-    compares nothing. One that is not complete is begun anew with those that are there.
+    Raises ``SettingError`` if a plug-in or input file of a complete run has changed since: its result would not be
+    comparable. An incomplete run starts again with the new files.
     """
     if not (folder / "config.toml").exists():
         return {}
@@ -73,7 +73,7 @@ def completed(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Whether this process alone holds the lock ``path`` inside; it ends with the process, kill -9 included."""
+    """Lock ``path`` during the block; yields False if another process has the lock, which ends with that process."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -94,13 +94,13 @@ def _alone(path: Path) -> Iterator[None]:
                 yield
                 return
         if time.monotonic() > deadline:
-            raise RunError(f"another process is at the run of {path}; wait for its end")
+            raise RunError(f"another process executes the run of {path}; wait for its end")
         time.sleep(0.2)
 
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Warnings of a run into a file that is made for the first, instead of among those of all others."""
+    """Write the warnings of a run into a file of its own, created for the first warning."""
     logger = logging.getLogger("fed_dpsat")
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))

@@ -1,7 +1,7 @@
 """A Markdown table from ``results.csv``: ``python -m fed_dpsat.lab.sweep.pivot RESULTS --rows method --columns seed``.
 
-Test accuracy in percent, mean (sd) over the seeds that were completed. With ``--against`` also the mean difference to
-that row on the same seeds with its 95 % interval (Student's t), bold where it leaves 0 out.
+Test accuracy in percent, mean (sd) over the completed seeds. ``--against`` adds the mean difference to that row on the
+same seeds with its 95 % interval (Student's t), in bold if the interval excludes 0.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fed_dpsat.lab.sweep.statistics import difference, spread
 from fed_dpsat.lab.sweep.tables import COMPLETED
 
 Cells = Mapping[tuple[str, str], Mapping[int, float]]
-"""Row and column to seed to accuracy in percent."""
+"""Accuracy in percent by seed, by (row, column)."""
 
 
 def read(path: Path, rows: str, columns: str, where: Sequence[str] = ()) -> Cells:
     """The completed final runs in ``path`` by the columns ``rows`` and ``columns``; ``where`` is ``key=value`` each.
 
-    Raises ``InputError`` for a column that is not there, and for two runs of one seed in a cell.
+    Raises ``InputError`` for a missing column, and for two runs of one seed in a cell.
     """
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
@@ -47,10 +47,10 @@ def read(path: Path, rows: str, columns: str, where: Sequence[str] = ()) -> Cell
 
 
 def markdown(cells: Cells, corner: str, against: str = "", digits: int = 1) -> str:
-    """One line a row, in the order of the file; a cell with fewer seeds than the most says its n."""
+    """One line per row, in the order of the file; a cell with fewer seeds than others states its n."""
     rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     if against and against not in rows:
-        raise InputError(f"--against {against!r} is no row; there are {', '.join(rows)}")
+        raise InputError(f"--against {against!r} is not a row; choose one of {', '.join(rows)}")
     most = max((len(values) for values in cells.values()), default=0)
     lines = [f"| {corner} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:

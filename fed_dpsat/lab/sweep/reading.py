@@ -1,23 +1,23 @@
-"""What a sweep is asked for: a TOML file with a base, a grid, and what to tune; checked whole before anything runs.
+"""The TOML file of a sweep, with a base, a grid, and settings to tune; checked completely before the first run.
 
 ::
 
-    base = "digits_dpsat.toml"         # a run's configuration, beside this file; or a [base] table of settings
+    base = "digits_dpsat.toml"         # a configuration, relative to this file; or a [base] table of settings
 
     [grid]                             # every combination is a cell
     target_epsilon = [1, 3, 8]         # an axis: a setting and its values
-    seed = [0, 1, 2]                   # each cell is run with each
+    seed = [0, 1, 2]                   # each cell runs with each seed
 
     [grid.method]                      # an axis of named bundles of settings
     dp-sgd = { optimizer = "dp-sgd" }
     dp-sat = { optimizer = "dp-sat" }
 
-    [tune]                             # searched for each cell, on training examples put aside
+    [tune]                             # searched for each cell, on a validation split of the training examples
     validation_share = 0.1
-    seeds = [100, 101]                 # other ones than the grid's
+    seeds = [100, 101]                 # none of the seeds of the grid
     lr = [1, 2, 4]                     # for every cell
 
-    [tune.dp-sat]                      # for the cells of this bundle (or value) alone
+    [tune.dp-sat]                      # only for the cells of this bundle (or value)
     rho = [0, 0.03, 0.1]
 """
 
@@ -36,23 +36,23 @@ from fed_dpsat.settings.values import Scalar
 
 NOT_IN_BASE = {
     "out": "name the folder with --out",
-    "resume": "a sweep goes on by itself",
-    "validation_share": "it belongs into [tune]",
+    "resume": "run the same sweep again to resume it",
+    "validation_share": "set it in [tune]",
 }
 NOT_IN_GRID = {**NOT_IN_BASE, "workers": "use --workers"}
-NOT_IN_GRID |= dict.fromkeys(("ray_address", "device", "gpus_per_worker"), "put it into the base")
+NOT_IN_GRID |= dict.fromkeys(("ray_address", "device", "gpus_per_worker"), "set it in the base")
 TUNE_OWN = ("validation_share", "seeds")
 COLUMNS = (
     *("stage", "split", "n", "failed", "chosen", "at_edge", "accuracy", "loss", "epsilon", "rounds", "seconds"),
     *("status", "error", "folder"),
 )
-"""Names of the table's own, which no axis may take."""
+"""Columns of the tables, which cannot be names of axes."""
 
 
 def read_spec(path: Path, overrides: Iterable[str] = (), only: Iterable[str] = ()) -> Spec:
-    """From a TOML file; ``key=value`` strings win over its base. Raises ``InputError`` for any mistake.
+    """The sweep in a TOML file; ``overrides`` (``key=value``) replace values of its base.
 
-    ``only``, ``AXIS=LABEL,LABEL`` each, leaves the other labels of an axis out.
+    Each of ``only`` (``AXIS=LABEL,LABEL``) keeps these labels of an axis. Raises ``InputError`` for any mistake.
     """
     raw = _read(path)
     _known("table", raw, ("base", "grid", "tune"), str(path))
@@ -68,7 +68,7 @@ def read_spec(path: Path, overrides: Iterable[str] = (), only: Iterable[str] = (
     tune = _tune(raw.get("tune", {}), axes)
     spec = Spec(base=base, axes=_only(axes, only), seeds=seeds, **tune)
     if both := set(spec.seeds) & set(spec.tune_seeds):
-        raise SweepError(f"seed {min(both)} is in grid.seed and in tune.seeds; what is chosen on a seed flatters it")
+        raise SweepError(f"seed {min(both)} is in grid.seed and in tune.seeds; use other seeds for the tuning")
     spec.check()
     return spec
 
@@ -95,9 +95,9 @@ def _axis(name: str, values: object) -> Axis:
     where = f"grid.{name}"
     if isinstance(values, dict):
         if name in COLUMNS:
-            raise SweepError(f"{where}: the table of results has a column {name!r} of its own; name the axis otherwise")
+            raise SweepError(f"{where}: {name!r} is a column of the tables of results; give the axis another name")
         if name in KNOWN:
-            raise SweepError(f"{where} is a table of bundles, but {name} is a setting; name the axis otherwise")
+            raise SweepError(f"{where} is a table of bundles, but {name} is a setting; give the axis another name")
         for label, bundle in values.items():
             if not isinstance(bundle, dict):
                 raise SweepError(f"{where}.{label} is {bundle!r}, not a table of settings: {{ lr = 2.0 }}")
@@ -110,7 +110,7 @@ def _axis(name: str, values: object) -> Axis:
         values = _list(where, values)
         axis = {_label(value): {name: value} for value in values}
         if len(axis) < len(values):
-            raise SweepError(f"{where} = {values} has a value twice; take one out")
+            raise SweepError(f"{where} = {values} has a value twice; remove one")
     if not axis:
         raise SweepError(f"{where} is empty; give it a value, or leave it out")
     return axis
@@ -121,7 +121,7 @@ def _only(axes: Mapping[str, Axis], only: Iterable[str]) -> Mapping[str, Axis]:
         name, separator, labels = choice.partition("=")
         if not separator:
             raise SettingError("--only", choice, "of the form AXIS=LABEL,LABEL", "for example --only method=dp-sgd")
-        _known("axis of the grid", [name], axes, "--only")
+        _known("name of an axis", [name], axes, "--only")
         wanted = labels.split(",")
         _known(f"label of grid.{name}", wanted, axes[name], "--only")
         axes = {**axes, name: {label: axes[name][label] for label in axes[name] if label in wanted}}
@@ -139,7 +139,7 @@ def _tune(table: object, axes: Mapping[str, Axis]) -> dict[str, Any]:
     _known("bundle or value of the grid", tables, labels, "tune")
     for label in tables:
         if labels.count(label) > 1:
-            raise SweepError(f"tune.{label}: {label} is on several axes of the grid; name them apart")
+            raise SweepError(f"tune.{label}: {label} is on several axes of the grid; give them different names")
     for where, found in (("tune", common), *((f"tune.{label}", of) for label, of in tables.items())):
         _known("setting", found, KNOWN, where)
         _allowed(found, where)
@@ -153,7 +153,7 @@ def _tune(table: object, axes: Mapping[str, Axis]) -> dict[str, Any]:
     if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share < 1:
         raise SettingError("tune.validation_share", share, "in (0, 1)", "0.1 is usual")
     if "seeds" not in table:
-        raise SweepError("[tune] has no seeds; give some that are not the grid's, seeds = [100, 101]")
+        raise SweepError("[tune] has no seeds; give seeds that are not in the grid, seeds = [100, 101]")
     return {
         "tune": {key: _list(f"tune.{key}", values) for key, values in common.items()},
         "tune_of": {
@@ -171,14 +171,14 @@ def _list(where: str, values: object) -> list[Scalar]:
     if not values:
         raise SweepError(f"{where} is empty; give it a value, or leave it out")
     if len({(type(v) is bool, v) for v in values}) < len(values):
-        raise SweepError(f"{where} = {values} has a value twice; take one out")
+        raise SweepError(f"{where} = {values} has a value twice; remove one")
     return values
 
 
 def _seeds(where: str, values: object) -> tuple[int, ...]:
     seeds = _list(where, values)
     if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds):
-        raise SweepError(f"{where} = {seeds} are not all whole numbers of 0 or more")
+        raise SweepError(f"{where} = {seeds} are not all integers of at least 0; correct them")
     return tuple(int(seed) for seed in seeds)
 
 
@@ -187,8 +187,8 @@ def _known(what: str, names: Iterable[str], known: Iterable[str], where: str, ot
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else otherwise or f"there are {', '.join(known[:12])}"
-            raise SweepError(f"{where}: {name!r} is no {what}; {hint}")
+            hint = f"did you mean {', '.join(near)}?" if near else otherwise or f"choose of {', '.join(known[:12])}"
+            raise SweepError(f"{where}: {name!r} is not a {what}; {hint}")
 
 
 def _allowed(names: Iterable[str], where: str) -> None:

@@ -1,13 +1,13 @@
-"""A sweep from its file to its tables: tune each cell on validation examples, then run what was chosen on all seeds.
+"""A sweep from its file to its tables: tune each cell on validation examples, then run the choice on all seeds.
 
 ================= ========================================================================
 file              content
 ================= ========================================================================
-sweep.json        what was asked for, with which versions, the plan for a budget, what was chosen
-results.csv       a row per run, rewritten after each; ``results.parquet`` is the same
+sweep.json        the sweep, versions, the reduction to a budget, and the chosen settings
+results.csv       a row per run, rewritten after each run; ``results.parquet`` has the same content
 summary.csv       a row per cell and candidate: n, mean, standard deviation, 95 % half width
-runs/             a run folder each; ``<run>.log`` holds what it warned of
-sweep.lock        held while a sweep is at work here
+runs/             a folder per run; ``<run>.log`` holds its warnings
+sweep.lock        the lock of an active sweep
 ================= ========================================================================
 """
 
@@ -17,8 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +30,13 @@ from fed_dpsat.lab.sweep.execute import Attempt, completed, execute, locked
 from fed_dpsat.lab.sweep.reading import read_spec
 from fed_dpsat.lab.sweep.spec import Cell, Run, Settings, Spec
 from fed_dpsat.lab.sweep.tables import Outcome, Row, row, summarise, write
-from fed_dpsat.run.folder import jsonable, versions
+from fed_dpsat.run.folder import jsonable, surroundings
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation.jobs import Jobs, open_jobs
 
 NOT_COUNTED = (
-    "the search for hyper-parameters looked at validation examples of the private training data, and accuracies on "
-    "them are in these tables without noise; what that costs is not counted in epsilon"
+    "the search for hyper-parameters used validation examples of the private training data, and these tables show "
+    "accuracies on them without noise; epsilon does not cover that"
 )
 
 Shown = Callable[["Event"], None]
@@ -46,7 +44,7 @@ Shown = Callable[["Event"], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A run has ended, or failed for the first time and will be tried again; ``done`` of ``total`` are over."""
+    """The end of a run, or its first failure before a second try; ``done`` of ``total`` runs have ended."""
 
     outcome: Outcome
     retried: bool
@@ -56,7 +54,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Swept:
-    """How a sweep ended: rows of ``summary.csv``, ``columns`` that tell them apart, failures, what was left out."""
+    """The result of a sweep: rows of ``summary.csv``, the ``columns`` in which they differ, failures, omitted parts."""
 
     columns: list[str]
     summary: list[Row]
@@ -75,30 +73,30 @@ def run_sweep(
     only: Sequence[str] = (),
     show: Shown | None = None,
 ) -> Swept:
-    """Run what the sweep file ``path`` asks for into the folder ``out``, or go on there.
+    """Run the sweep file ``path`` into the folder ``out``, or resume it there.
 
-    A run that is complete in ``out`` is not run again. One that fails is tried once more, from its beginning.
-    ``budget`` in minutes: less is run if a measured run of each kind says that all would take longer (``shrink``).
+    A complete run in ``out`` does not run again. A run that fails starts a second time from its beginning. ``budget``
+    in minutes: if one measured run of each kind predicts more, ``shrink`` reduces the sweep.
 
-    Raises ``InputError`` before anything runs, where the file, a run's settings or the folder do not allow it.
+    Raises ``InputError`` before the first run for an invalid file, invalid settings of a run, or an unusable folder.
     """
     spec = read_spec(path, overrides, only)
     gpus_per_worker = _gpus_per_worker(spec, workers)
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError("--budget", budget, "in (0, inf) minutes", "leave it out for no limit")
     if (out / "config.toml").exists() or (out.exists() and not out.is_dir()):
-        raise SettingError("out", str(out), "a folder of a sweep, or a new one", "name another with --out")
+        raise SettingError("out", str(out), "a folder of a sweep, or new", "name another folder with --out")
     _build_one_of_each(spec)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "sweep.lock") as mine:
         if not mine:
-            raise SettingError("out", str(out), "free: another sweep is at work there", "wait, or name another folder")
+            raise SettingError("out", str(out), "free: another sweep is active there", "wait, or name another folder")
         with open_jobs(workers, str(spec.base.get("ray_address", "")), gpus_per_worker) as jobs:
             return _Sweep(spec, path, out, jobs, workers, show).run(budget)
 
 
 class _Sweep:
-    """A sweep at work."""
+    """The state of an active sweep."""
 
     def __init__(self, spec: Spec, path: Path, out: Path, jobs: Jobs, workers: int, show: Shown | None) -> None:
         self.spec, self.out, self.jobs, self.workers, self.show = spec, out, jobs, workers, show
@@ -108,18 +106,14 @@ class _Sweep:
         self.total = 0
         self.about: dict[str, Any] = {
             "file": str(path),
-            "command": sys.argv,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
+            **surroundings(),
             "workers": workers,
-            "packages": versions(),
             "privacy": NOT_COUNTED if spec.tune_seeds else "no hyper-parameters were searched",
             "asked": dataclasses.asdict(spec),
         }
 
     def run(self, budget: float | None) -> Swept:
-        left_out = [] if budget is None else self._plan(budget)
+        left_out = [] if budget is None else self._reduce(budget)
         self._note(left_out=left_out, planned=dataclasses.asdict(self.spec))
         cells = self.spec.cells()
         self.total = sum(len(self.spec.tune_runs(c)) + len(self.spec.seeds) for c in cells)
@@ -140,7 +134,7 @@ class _Sweep:
         return Swept(columns=columns, summary=summary, failed=failed, left_out=left_out, privacy=self.about["privacy"])
 
     def _run(self, runs: Sequence[Run]) -> None:
-        """Those that are not complete, each at most twice."""
+        """Execute the incomplete ``runs``, each at most twice."""
         waiting = []
         for run in runs:
             if summary := completed(self._folder(run)):
@@ -162,9 +156,9 @@ class _Sweep:
             self._write()
 
     def _choose(self, cell: Cell) -> Settings | None:
-        """The candidate with the best mean accuracy on validation examples, then the least mean loss, then the first.
+        """The candidate with the best mean validation accuracy, then the smallest mean loss, then the first.
 
-        One of whose runs a seed failed is none. None if all are such: there is nothing to run on.
+        A candidate with a failed run does not count; None without a candidate.
         """
         best: tuple[tuple[float, float], Settings] | None = None
         if not cell.tune:
@@ -184,8 +178,8 @@ class _Sweep:
                 best = score, tuned
         return best[1] if best else None
 
-    def _plan(self, budget: float) -> list[str]:
-        """Shrink to ``budget``, as was decided here before or by a run of each kind now; what is left out."""
+    def _reduce(self, budget: float) -> list[str]:
+        """Reduce the sweep to ``budget``, by an earlier decision or a run of each kind; returns the omitted parts."""
         key = f"{self.spec.digest()} {budget:g} {self.workers}"
         if (known := self._noted().get("plan", {})).get("key") != key:
             costs = self._measure()
@@ -211,7 +205,7 @@ class _Sweep:
         return list(known["left_out"])
 
     def _measure(self) -> dict[Kind, Cost]:
-        """One run of each kind, all as busy as they will be. What is complete already is taken at its own seconds."""
+        """Measure one run of each kind under the full load; a complete run counts with its own seconds."""
         first: dict[Kind, Run] = {}
         for cell in self.spec.cells():
             runs = [*self.spec.tune_runs(cell), *self.spec.final_runs(cell, cell.candidates()[0])]
@@ -224,7 +218,7 @@ class _Sweep:
                 waiting.append(Attempt(run=run, folder=self._folder(run)))
         for done in self.jobs.run(execute, waiting):
             if done.value is None:
-                raise RunError(f"{done.job.run.name}, run to measure what one takes, failed: {done.error}")
+                raise RunError(f"{done.job.run.name}, the run that measures the time, failed: {done.error}")
             rounds = float(done.value.summary["seconds"])
             costs[kind(done.job.run.cell)] = Cost(fixed=max(done.value.wall_seconds - rounds, 0.0), rounds=rounds)
         return {which: costs[which] for which in first}
@@ -250,7 +244,7 @@ class _Sweep:
         return summary
 
     def _place(self, outcome: Outcome) -> tuple[Any, ...]:
-        """As the file has them, whatever the order in which they ended."""
+        """The position in the file, independent of the order in which runs end."""
         run = outcome.run
         tuned = run.cell.candidates().index(run.tuned)
         seed = (*self.spec.tune_seeds, *self.spec.seeds).index(run.seed)
@@ -269,7 +263,7 @@ class _Sweep:
 
 
 def _gpus_per_worker(spec: Spec, workers: int) -> float:
-    """As the base says, which has to fit ``--workers`` as that of a run its ``workers``; ``SettingError`` if not."""
+    """The value in the base; raises ``SettingError`` if it does not fit ``--workers``."""
     base = {name: spec.base[name] for name in ("device", "gpus_per_worker") if name in spec.base}
     config = RunConfig.from_mapping({**base, "workers": workers, "private": False})
     if workers and config.device == "auto" and not config.gpus_per_worker:
@@ -278,7 +272,7 @@ def _gpus_per_worker(spec: Spec, workers: int) -> float:
 
 
 def _build_one_of_each(spec: Spec) -> None:
-    """A run's objects per bundle and value, so that a name or data that are not there are told before anything runs."""
+    """Build the objects of a run per bundle and value, to find missing names and data before the first run."""
     seen: set[str] = set()
     for cell in spec.cells():
         new = set(cell.key) - seen

@@ -1,4 +1,4 @@
-"""A sweep in the terminal: what has ended, and at the end a row per cell."""
+"""A sweep on the terminal: its progress, and at the end a row per cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fed_dpsat.lab.sweep.tables import Row
 
 @contextmanager
 def shown(console: Console, *, quiet: bool) -> Iterator[Shown]:
-    """What is to be called after each run: a bar on a terminal, else a line; a failure is always a line."""
+    """Yield the function to call after each run: it draws a bar on a terminal, else a line; a failure is a line."""
     columns = (
         *(TextColumn("run"), MofNCompleteColumn(), BarColumn(bar_width=12), TextColumn("{task.description}")),
         *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False)),
@@ -35,7 +35,7 @@ def shown(console: Console, *, quiet: bool) -> Iterator[Shown]:
 
 
 def print_sweep(console: Console, swept: Swept, folder: Path) -> None:
-    """The final cells; what was tuned, failed and left out in words."""
+    """Print the final cells, values at the edge of a search, failures, and omitted parts."""
     final = [row for row in swept.summary if row["stage"] == "final"]
     if final:
         console.print(_table(swept.columns, final))
@@ -64,7 +64,7 @@ def _table(keys: list[str], rows: list[Row]) -> Table:
 def _result(event: Event) -> str:
     outcome = event.outcome
     if outcome.error:
-        return f"{'failed, tried again' if event.retried else 'failed twice'}: {outcome.error}"
+        return f"{'failed, runs again' if event.retried else 'failed twice'}: {outcome.error}"
     return f"accuracy {outcome.number('test_accuracy'):.1%}  {outcome.number('seconds'):.1f} s"
 
 

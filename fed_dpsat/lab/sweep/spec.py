@@ -1,4 +1,4 @@
-"""What a sweep runs: cells, what is tuned in each, and the configuration of every run."""
+"""The content of a sweep: its cells, the settings to tune in each, and the configuration of every run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fed_dpsat.settings.values import Scalar
 
 Settings = Mapping[str, Scalar]
 Axis = Mapping[str, Settings]
-"""Label to the settings that it stands for."""
+"""Settings by label."""
 
 DEFAULTS: dict[str, Any] = {spec.name: spec.default for spec in dataclasses.fields(RunConfig)}
 """Every setting of a run with its default."""
@@ -26,12 +26,12 @@ KNOWN = tuple(DEFAULTS)
 
 
 class SweepError(InputError):
-    """A sweep's file that asks for something impossible; nothing was run."""
+    """The file of a sweep is invalid; no run has started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One combination of the grid's axes but ``seed``: its label on each, all its settings, and what to tune."""
+    """One combination of the axes except ``seed``: its labels, all its settings, and the settings to tune."""
 
     labels: Mapping[str, str]
     settings: Settings
@@ -39,22 +39,22 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For a reader and a folder."""
+        """Its name, for readers and folders."""
         return "-".join(label if axis not in KNOWN else f"{axis}={label}" for axis, label in self.labels.items())
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Which cell of a sweep it is."""
+        """Its identity in the sweep."""
         return tuple(self.labels.values())
 
     def candidates(self) -> list[Settings]:
-        """Every combination of what is tuned; one empty one where nothing is."""
+        """Every combination of the tuned settings; without them, one empty candidate."""
         return [dict(zip(self.tune, values, strict=True)) for values in itertools.product(*self.tune.values())]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of a sweep: of which cell, with which tuned settings and seed, and in which folder of it."""
+    """One run of a sweep: its stage, cell, tuned settings and configuration."""
 
     stage: str
     cell: Cell
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For a reader; with the digest, the name of its folder."""
+        """Its name for readers; with the digest, the name of its folder."""
         tuned = [
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.tuned.items()
         ]
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def folder_name(self) -> str:
-        """The same for the same settings, whatever else is in the sweep: so what is complete is found again."""
+        """A function of its settings alone, so that a changed sweep finds its complete runs."""
         plain = re.sub(r"[^\w.=+-]+", "_", self.name)[:120]
         return f"{plain}-{digest(self.config)}"
 
@@ -95,12 +95,12 @@ class Spec:
 
     @property
     def tuned(self) -> list[str]:
-        """Settings that are searched, for any cell."""
+        """The settings that any cell tunes."""
         return list(dict.fromkeys([*self.tune, *(key for table in self.tune_of.values() for key in table)]))
 
     @property
     def settings(self) -> list[str]:
-        """Settings that an axis or the tuning varies, in order."""
+        """The settings that an axis or the tuning varies, in order."""
         found = [key for axis in self.axes.values() for bundle in axis.values() for key in bundle]
         return list(dict.fromkeys([*found, *self.tuned]))
 
@@ -113,18 +113,18 @@ class Spec:
             for axis, label in named.items():
                 for key, value in self.axes[axis][label].items():
                     if key in source:
-                        raise SweepError(f"{key} is set by grid.{source[key]} and by grid.{axis}; leave it to one")
+                        raise SweepError(f"{key} is set by grid.{source[key]} and by grid.{axis}; set it in one")
                     settings[key], source[key] = value, axis
             tune = dict(self.tune)
             for label in labels:
                 tune |= self.tune_of.get(label, {})
             if both := [key for key in tune if key in source]:
-                raise SweepError(f"{both[0]} is tuned, and set by grid.{source[both[0]]}; leave it to one")
+                raise SweepError(f"{both[0]} is tuned, and set by grid.{source[both[0]]}; set it in one")
             found.append(Cell(labels=named, settings=settings, tune=tune))
         return found
 
     def tune_runs(self, cell: Cell) -> list[Run]:
-        """On validation examples: every candidate with every seed of the tuning; none where nothing is tuned."""
+        """Runs on validation examples: every candidate with every seed of the tuning; empty without tuning."""
         if not cell.tune:
             return []
         return [
@@ -134,20 +134,20 @@ class Spec:
         ]
 
     def final_runs(self, cell: Cell, tuned: Settings) -> list[Run]:
-        """On all training examples and the test split: every seed of the grid with what was chosen."""
+        """Runs on all training examples and the test split: every seed of the grid with the settings ``tuned``."""
         return [self._run("final", cell, tuned, seed=seed) for seed in self.seeds]
 
     def check(self) -> None:
-        """Make every run's configuration, so that a mistake in the last one is found before the first is run."""
+        """Make the configuration of every run, to find a mistake in the last one before the first one runs."""
         seen: dict[RunConfig, str] = {}
         for cell in self.cells():
             for run in [*self.tune_runs(cell), *self.final_runs(cell, cell.candidates()[0])]:
                 if run.config in seen:
-                    raise SweepError(f"{run.name} and {seen[run.config]} are the same run; take one out")
+                    raise SweepError(f"{run.name} and {seen[run.config]} are the same run; remove one")
                 seen[run.config] = run.name
 
     def digest(self) -> str:
-        """Changes with anything that is asked for."""
+        """A hash of the whole sweep."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def _run(self, stage: str, cell: Cell, tuned: Settings, **more: Scalar) -> Run:
@@ -162,6 +162,6 @@ class Spec:
 
 
 def digest(config: RunConfig) -> str:
-    """Eight hex digits of what makes it another run: settings that are not their defaults, but for the machine's."""
+    """Eight hex digits of the settings that differ from their defaults, without those of the machine."""
     differ = {k: v for k, v in config.settings().items() if k not in MACHINE and v != DEFAULTS[k]}
     return hashlib.sha256(json.dumps(differ, sort_keys=True).encode()).hexdigest()[:8]

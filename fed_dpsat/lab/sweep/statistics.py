@@ -1,4 +1,4 @@
-"""What may be said of runs over seeds: means, standard deviations and 95 % intervals by Student's t."""
+"""Statistics over seeds: means, standard deviations and 95 % intervals by Student's t."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fed_dpsat.lab.report.numbers import estimate
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """The sample's standard deviation; None for one value."""
+    """The sample standard deviation; None for one value."""
     return estimate(values).sd if len(values) > 1 else None
 
 
@@ -19,7 +19,7 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """``mean (sd)``; of one value the value, of none a dash."""
+    """``mean (sd)``; for one value the value, without values a dash."""
     if not values:
         return "-"
     sd = deviation(values)
@@ -27,9 +27,9 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def difference(values: Sequence[float], reference: Sequence[float], digits: int = 1) -> str:
-    """Mean of paired differences with its 95 % interval, one pair a seed; bold where that leaves 0 out.
+    """Mean of paired differences with its 95 % interval, one pair per seed; bold if the interval excludes 0.
 
-    ``values`` and ``reference`` are of the same seeds in the same order. Of one pair there is no interval.
+    ``values`` and ``reference`` have the same seeds in the same order. One pair has no interval.
     """
     pairs = [a - b for a, b in zip(values, reference, strict=True)]
     if not pairs:

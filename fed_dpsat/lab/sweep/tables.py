@@ -18,14 +18,14 @@ from fed_dpsat.settings.values import Scalar
 
 Row = dict[str, Any]
 Chosen = Mapping[tuple[str, ...], Settings]
-"""Key of a cell to the tuned settings that were chosen for it."""
+"""The chosen settings by the key of a cell."""
 
 FAILED, COMPLETED = "failed", "completed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a run: its summary, or in ``error`` why there is none."""
+    """The result of a run: its summary, or the reason of its failure in ``error``."""
 
     run: Run
     folder: str
@@ -33,12 +33,12 @@ class Outcome:
     error: str = ""
 
     def number(self, key: str) -> float | None:
-        """Of the summary, in which what JSON cannot hold is text."""
+        """A number of the summary, in which inf and NaN are text; None if it is missing."""
         return float(self.summary[key]) if self.summary.get(key) is not None else None
 
 
 def row(spec: Spec, outcome: Outcome) -> Row:
-    """One run: where it lies in the grid, what it was given, what came of it. None is what is not known."""
+    """One run: its place in the grid, its settings and its result; None for an unknown value."""
     run, config, number = outcome.run, outcome.run.config, outcome.number
     return {
         **_place(spec, run),
@@ -60,7 +60,7 @@ def row(spec: Spec, outcome: Outcome) -> Row:
 def summarise(spec: Spec, outcomes: Sequence[Outcome], chosen: Chosen) -> list[Row]:
     """A row per stage, cell and tuned settings: n, mean, sample standard deviation, 95 % half width, failures.
 
-    ``at_edge`` names what was chosen from the end of its list, where a better value may lie beyond.
+    ``at_edge`` names settings whose chosen value is at the end of its list: a better value may be outside.
     """
     groups: dict[object, list[Outcome]] = {}
     for outcome in outcomes:
@@ -95,13 +95,13 @@ def _summary(spec: Spec, group: Sequence[Outcome], chosen: Chosen) -> Row:
 
 
 def _place(spec: Spec, run: Run) -> Row:
-    """Stage, label on each axis, and the settings that vary; of an axis of values that is the same."""
+    """Stage, label on each axis, and the settings that vary; for an axis of values, the two are equal."""
     settings = run.config.settings()
     return {"stage": run.stage, **run.cell.labels, **{key: settings[key] for key in spec.settings}}
 
 
 def at_edge(tune: Mapping[str, Sequence[Scalar]], chosen: Mapping[str, Scalar]) -> list[str]:
-    """Tuned numbers whose chosen value is the least or the largest of three or more, but for a setting's own bound."""
+    """Tuned numbers whose chosen value is the least or largest of at least three, and not the bound of the setting."""
     found = []
     for key, values in tune.items():
         numbers = sorted(v for v in values if isinstance(v, int | float) and not isinstance(v, bool))
@@ -112,7 +112,7 @@ def at_edge(tune: Mapping[str, Sequence[Scalar]], chosen: Mapping[str, Scalar]) 
 
 
 def write(folder: Path, rows: Sequence[Row], summary: Sequence[Row]) -> None:
-    """``results.csv``, ``results.parquet`` and ``summary.csv``, each whole at any time."""
+    """Write ``results.csv``, ``results.parquet`` and ``summary.csv``, each atomically."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 

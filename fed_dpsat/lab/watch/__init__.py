@@ -1,4 +1,4 @@
-"""A run as it goes: a view on a terminal, else a line per round, or nothing."""
+"""The display of an active run: a live view on a terminal, else a line per round, or nothing."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def watched(
     quiet: bool = False,
     earlier: Iterable[Mapping[str, Any]] = (),
 ) -> Iterator[OnRound]:
-    """What is to be called after each round while the block runs; ``earlier`` are rounds of a run that is resumed.
+    """Yield the function to call after each round; ``earlier`` are the old rounds of a resumed run.
 
     ============ ==============================================================================
-    console      shown
+    console      display
     ============ ==============================================================================
-    a terminal   a view that stays in place; warnings in it, and printed whole when it ends
-    no terminal  a line per round; warnings between them, by whoever handles the log
-    quiet        nothing of rounds
+    a terminal   a view that stays in place, with the last warnings; all warnings at its end
+    no terminal  a line per round; the handlers of the log print warnings
+    quiet        no rounds
     ============ ==============================================================================
     """
     progress = Progress.of(config, earlier)

@@ -1,4 +1,4 @@
-"""Warnings that come while a view is on the terminal: shown in it, and printed whole when it is gone."""
+"""Warnings during a live view: shown in the view, and printed after its end."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ RECENT, OF_A_KIND, KEPT = 3, 3, 100
 
 
 class HeldWarnings(logging.Handler):
-    """Counts warnings and keeps the last ``RECENT``, the first ``OF_A_KIND`` of each kind, and at most ``KEPT`` in all.
+    """Counts warnings; keeps the last ``RECENT``, and the first ``OF_A_KIND`` of each kind up to ``KEPT`` in total.
 
-    A kind is a log message before its arguments are put in: a thousand dropped clients are one.
+    A kind is a log message without its arguments, so a thousand dropped clients are one kind.
     """
 
     def __init__(self) -> None:
@@ -35,14 +35,14 @@ class HeldWarnings(logging.Handler):
             self._kept.append(text)
 
     def lines(self) -> list[str]:
-        """What was kept, in order, and how many more there were."""
+        """The kept warnings in order, and the number of further ones."""
         more = self.count - len(self._kept)
         return self._kept + ([f"and {more:,} more warnings like these"] if more else [])
 
 
 @contextmanager
 def held_in_place_of_printed(held: HeldWarnings, logger: logging.Logger, console: Console) -> Iterator[None]:
-    """Give ``held`` the place of the handlers that print to ``console``; then print there what it has."""
+    """Replace the handlers that print to ``console`` by ``held``; after the block, print the warnings of ``held``."""
     printing = [h for h in logger.handlers if isinstance(h, RichHandler) and h.console is console]
     for handler in printing:
         logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""What is known of a run from the lines of its rounds."""
+"""The progress of a run, from the lines of its rounds."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any
 from fed_dpsat.accounting.plans import read_table
 from fed_dpsat.settings.config import RunConfig
 
-RECENT = 10
-"""Rounds whose mean duration stands for those to come."""
-
 Record = Mapping[str, Any]
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """Rounds of a run so far, each with the lines that ``OnRound`` gets; ``budget`` is the largest of a client."""
+    """The rounds of a run so far, as ``OnRound`` receives them; ``budget`` is the largest budget of a client."""
 
     num_rounds: int
     budget: float
@@ -29,7 +26,7 @@ class Progress:
 
     @classmethod
     def of(cls, config: RunConfig, earlier: Iterable[Record] = ()) -> Progress:
-        """At the start of a run of ``config``, or after the rounds that are there of one that is resumed."""
+        """The progress at the start of a run of ``config``, after the rounds ``earlier`` of a resumed run."""
         budgets = [row.target_epsilon or math.inf for row in read_table(config)]
         return cls(
             num_rounds=config.num_rounds,
@@ -40,7 +37,7 @@ class Progress:
         )
 
     def add(self, record: Record) -> Progress:
-        """With one more round, or one that was done again: those after it are not there any more."""
+        """Add a round; a repeated round removes the old one and those after it."""
         if record["round"] <= self.done:
             self.rounds = [known for known in self.rounds if known["round"] < record["round"]]
         self.rounds.append(record)
@@ -53,19 +50,19 @@ class Progress:
 
     @property
     def done(self) -> int:
-        """Rounds that are over."""
+        """The number of complete rounds."""
         return int(self.last["round"]) if self.last else 0
 
     def measured(self, name: str) -> list[float]:
-        """``name`` of the rounds that were evaluated, in order; text such as "nan" is a number again."""
+        """``name`` of the evaluated rounds, in order, as numbers."""
         return [float(record[name]) for record in self.rounds if record[name] is not None]
 
     def total(self, name: str) -> int:
-        """Clients counted under ``name`` over all rounds."""
+        """The number of clients under ``name`` over all rounds."""
         return sum(_count(record[name]) for record in self.rounds)
 
     def seconds_left(self, since_last: float) -> float | None:
-        """Remaining rounds at the pace of the last ones, less what has passed; None before one was timed."""
+        """The time of the remaining rounds at the mean pace, minus ``since_last``; None before a timed round."""
         timed = [record["timing"]["seconds"] for record in self.rounds if record["round"] and "timing" in record]
         if not timed:
             return None

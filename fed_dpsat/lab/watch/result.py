@@ -1,4 +1,4 @@
-"""A run that has ended, in the terminal: what it reached, what that cost and in whose eyes, where the time went."""
+"""The result of a run on the terminal: quality, privacy, schedule and time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fed_dpsat.step.optimizers.chain import described
 
 
 def result_table(result: Mapping[str, Any]) -> Table:
-    """What ``summary.json`` says to who waited for it."""
+    """The content of ``summary.json`` as a table."""
     table = Table(show_header=False, title="Result", title_justify="left")
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
@@ -28,7 +28,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])
     if "epsilon_released_missing" in result:
-        table.add_row("of models alone", f"not known: {result['epsilon_released_missing']}")
+        table.add_row("of models alone", f"unknown: {result['epsilon_released_missing']}")
     elif "epsilon_released" in result:
         table.add_row("of models alone", f"{result['epsilon_released']:.3f}; {result['epsilon_released_assumptions']}")
     table.add_row(
@@ -47,7 +47,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
         f"seed {result['seed']}",
     )
     if unused := result.get("unused_examples"):
-        table.add_row("unused", f"{unused} training examples are in no part of the partition: nobody trained on them")
+        table.add_row("unused", f"{unused} training examples are in no part: no client trained on them")
     longest = sorted(result["phases"], key=lambda name: -result["phases"][name])
     phases = ", ".join(f"{name} {result['phases'][name]:.1f}" for name in longest)
     table.add_row("time", f"{result['seconds']:.1f} s ({phases})")

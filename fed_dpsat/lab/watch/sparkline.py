@@ -12,7 +12,7 @@ GAP = " "
 
 
 def sparkline(values: Sequence[float], width: int, ramp: str = BLOCKS) -> str:
-    """``values`` from left to right in at most ``width`` characters of ``ramp``, lowest to highest of them.
+    """``values`` from left to right in at most ``width`` characters; ``ramp`` goes from the lowest to the highest.
 
     ======================= ============================================
     values                  text

@@ -1,4 +1,4 @@
-"""How a run looks on a terminal: a few lines that stay in place, and one line per round where there is none."""
+"""The display of a run: a few lines that stay in place on a terminal, or one line per round without a terminal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fed_dpsat.lab.watch.progress import Progress
 from fed_dpsat.lab.watch.sparkline import ASCII, BLOCKS, sparkline
 
 NARROW = 70
-"""Columns below which a bar goes under its numbers and not beside them."""
+"""With fewer columns, a bar goes below its numbers and not beside them."""
 
 LABEL, LEAST_NUMBER, NOTE = 10, 8, 27
-"""Columns of a row's parts; its bar gets the rest."""
+"""Columns of the parts of a row; the bar gets the rest."""
 
 PHASES = ("send", "train", "aggregate", "evaluate")
 
@@ -28,14 +28,14 @@ Row = tuple[str, str, RenderableType | None, str]
 
 
 class View:
-    """A renderable that stands for ``progress`` at the time it is drawn, ``clock`` in seconds."""
+    """A renderable of ``progress`` at the time of the drawing; ``clock`` gives seconds."""
 
     def __init__(self, *, title: str, progress: Progress, held: HeldWarnings, clock: Callable[[], float]) -> None:
         self.title, self.progress, self.held, self.clock = title, progress, held, clock
         self._started = self._last = clock()
 
     def add(self, record: dict[str, Any]) -> None:
-        """One more round."""
+        """Add a round."""
         self._last = self.clock()
         self.progress.add(record)
 
@@ -112,12 +112,12 @@ class View:
 
 
 def phases_text(phases: Mapping[str, float]) -> str:
-    """Seconds of the phases that a round always has, in their order; the summary has them all."""
+    """Seconds of the phases of every round, in order; the summary has all phases."""
     return ", ".join(f"{name} {phases[name]:.2g}" for name in PHASES if name in phases)
 
 
 def round_line(progress: Progress) -> str:
-    """The last round in one line, and how long the others may take; quality is that of the last evaluation."""
+    """The last round in one line, with the last evaluation and the expected time of the remaining rounds."""
     record: Mapping[str, Any] | None = progress.last
     assert record is not None
     accuracy, loss = progress.measured("test_accuracy"), progress.measured("test_loss")
@@ -129,7 +129,7 @@ def round_line(progress: Progress) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As a person says it: 7 s, 3 min 5 s, 2 h 10 min."""
+    """``seconds`` as text: 7 s, 3 min 5 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

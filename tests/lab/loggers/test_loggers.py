@@ -68,7 +68,7 @@ def test_one_that_raises_is_warned_of_once_and_the_run_and_the_others_go_on(name
 
 
 def test_one_that_cannot_begin_ends_the_run_before_a_client_is_asked(run, spy, tmp_path):
-    with pytest.raises(RunError, match=r"cannot begin .OSError: no such server.; mend it, or go on without"):
+    with pytest.raises(RunError, match=r"cannot start .OSError: no such server.; repair it, or continue without"):
         run(f"{spy}:BreaksAtBegin")
     folder = tmp_path / "run"
     assert not (folder / "rounds.jsonl").exists()

@@ -83,7 +83,7 @@ def test_runs_that_did_not_end_are_not_in_the_means():
     found = compare([made(0.9), made(0.1, seed=1, status="interrupted")])
     assert found.groups[0].accuracy.mean == pytest.approx(90.0)
     assert "is interrupted and not in the means" in " ".join(found.notes)
-    with pytest.raises(InputError, match="none of 1 runs is complete"):
+    with pytest.raises(InputError, match="0 of 1 runs are complete"):
         compare([made(0.9, status="failed")])
 
 
@@ -129,7 +129,7 @@ def test_accuracies_of_other_examples_are_not_on_one_front():
     worse = dataclasses.replace(worse, quality={**worse.quality, "measured_on": "validation examples"})
     found = compare([made(0.9), worse])
     assert [group.on_front for group in found.groups] == [True, True]
-    assert "different examples" in found.notes[0]
+    assert "different test examples" in found.notes[0]
 
 
 def test_one_promise_is_comparable():
@@ -185,7 +185,7 @@ def test_the_command_prints_a_table_and_writes_a_page(tmp_path):
     assert result.exit_code == 0, result.output
     assert "92 ± 5" in result.output
     page = (tmp_path / "page" / "compare.html").read_text()
-    for words in ("Accuracy that an epsilon buys", "n = 1 to 3 seeds", "delta = 0.0001", "Student's t", "360 examples"):
+    for words in ("Accuracy against epsilon", "n = 1 to 3 seeds", "delta = 0.0001", "Student's t", "360 examples"):
         assert words in page.replace("&#39;", "'")
     assert "http" not in page
     assert (tmp_path / "page" / "compare.csv").exists()
@@ -212,5 +212,5 @@ def test_a_folder_of_runs_stands_for_them(tmp_path, run_folder):
         shutil.copytree(run_folder, tmp_path / name)
     (tmp_path / "runs" / "a.log").touch()
     assert [run.name for run in read_runs([tmp_path])] == ["c", "a"]
-    with pytest.raises(InputError, match="no run folder"):
+    with pytest.raises(InputError, match="not a run folder"):
         read_runs([tmp_path / "runs" / "a.log"])

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from fed_dpsat.lab.report.curves import draw_curves
 from fed_dpsat.lab.report.reading import read_run
+from simulations.curves_figure import draw_curves
 
 
 def test_the_figure_says_what_was_measured(run_folder, tmp_path):

@@ -7,9 +7,9 @@ import pytest
 
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report.condensed import write_runs
-from fed_dpsat.lab.report.gallery import write_gallery
 from fed_dpsat.lab.report.reading import read_run
 from simulations.gallery import SETS
+from tools.gallery import write_gallery
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -20,7 +20,7 @@ def made(tmp_path_factory):
 
 
 def test_the_page_in_docs_is_what_its_command_makes_of_the_committed_runs(made):
-    assert made.read_text() == (DOCS / "gallery.md").read_text(), "run `python -m fed_dpsat.lab.report.gallery`"
+    assert made.read_text() == (DOCS / "gallery.md").read_text(), "run `python -m tools.gallery`"
 
 
 def test_its_figures_are_there_and_small(made):

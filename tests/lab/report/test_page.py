@@ -95,12 +95,12 @@ def test_each_figure_has_title_axes_words_and_what_it_rests_on(page):
         assert len(figure["svg"]) >= 4, "ticks and labels of the axes"
         assert len(figure["caption"]) > 40
     titles = {figure["title"]: figure["caption"] for figure in figures}
-    for title in ("Test accuracy against round", "Is the model as sure as it is right?", "Accuracy by class"):
+    for title in ("Test accuracy against round", "Calibration", "Accuracy by class"):
         for words in ("360 examples", "epsilon = 3.00", "delta = 0.0001"):
             assert words in titles[title], title
     for title in ("Accuracy by client", "Labels of each client"):
         assert "simulation only" in titles[title]
-        assert "deployment cannot" in titles[title]
+        assert "deployment does not" in titles[title]
 
 
 def test_colours_follow_the_paper_and_no_method_loses_its_own(page):
@@ -115,7 +115,7 @@ def test_the_statement_says_what_is_promised_and_what_not(page):
     text = page.read_text()
     for words in (
         "at delta 0.0001, by PLD", "one example of one client", "a server that sees every update",
-        "protects nobody", "number of examples of each client", "no epsilon here covers",
+        "is not private", "number of examples of each client", "no epsilon here covers",
         "did not release",
     ):  # fmt: skip
         assert words in text
@@ -127,12 +127,12 @@ def test_the_statement_says_why_a_figure_is_missing_and_that_delta_is_large(run_
     missing = {"epsilon_released": None, "epsilon_released_missing": "clients were away"}
     (folder / "summary.json").write_text(json.dumps({**summary, **missing, "delta_warning": "delta=1 is much"}))
     said = dict(statement(read_run(folder)))
-    assert said["To those who see models alone"] == "epsilon is not known: clients were away."
+    assert said["Against an observer of the released models"] == "epsilon is unknown: clients were away."
     assert said["Delta"] == "delta=1 is much."
     known = {"epsilon_released": 1.25, "epsilon_released_assumptions": "assumes coins"}
     (folder / "summary.json").write_text(json.dumps({**summary, **known}))
     said = dict(statement(read_run(folder)))
-    assert said["To those who see models alone"] == "epsilon 1.250; assumes coins."
+    assert said["Against an observer of the released models"] == "epsilon 1.250; assumes coins."
     assert "Delta" not in said
 
 
@@ -185,7 +185,7 @@ def test_the_command_writes_pages_and_bad_input_is_one_line(run_folder, tmp_path
 
     failed = invoke(tmp_path / "nothing")
     assert failed.exit_code == 2
-    assert "no such folder" in failed.stderr
+    assert "it does not exist" in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
     both = invoke(run_folder, run_folder, "--out", tmp_path / "x.html")
     assert both.exit_code == 2
@@ -224,8 +224,8 @@ def test_chromium_draws_it_without_scrolling_sideways(page, tmp_path, width):
 @pytest.mark.slow
 def test_sharpness_is_shown_where_it_was_measured(run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
-    assert "Sharpness: it was not measured" in write_report(folder).read_text()
+    assert "Sharpness: run `fed-dpsat sharpness`" in write_report(folder).read_text()
     found = measure_run(folder, examples=50, probes=2)
     page = write_report(folder).read_text()
     assert f"largest eigenvalue(s) {found['top_eigenvalues'][0]:.4g}" in page
-    assert "Sharpness: it was not measured" not in page
+    assert "Sharpness: run `fed-dpsat sharpness`" not in page

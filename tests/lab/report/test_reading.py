@@ -51,7 +51,7 @@ def test_damage_is_named(copy, file, text, words):
 
 
 def test_what_is_no_run_is_named(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="it does not exist"):
         read_run(tmp_path / "nothing")
     with pytest.raises(InputError, match="has no config"):
         read_run(tmp_path)
@@ -65,7 +65,7 @@ def test_a_killed_run_has_the_epsilon_of_its_ledger_not_of_its_last_line(copy):
     run = read_run(copy)
     assert run.status == "unfinished"
     assert [line["round"] for line in run.rounds] == [0, 1, 2]
-    assert "cut short" in " ".join(run.missing)
+    assert "is incomplete" in " ".join(run.missing)
     assert run.rounds[-1]["epsilon"] < run.epsilon == whole
 
 

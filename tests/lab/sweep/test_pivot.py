@@ -48,5 +48,5 @@ def test_what_cannot_be_shown_is_an_error(file):
         read(file, "lr", "method")
     with pytest.raises(InputError, match="several runs of seed 0 for method=dp-sgd, stage=final; tell them apart"):
         read(file, "method", "stage")
-    with pytest.raises(InputError, match="'dp-sam' is no row; there are dp-sgd, dp-sat"):
+    with pytest.raises(InputError, match="'dp-sam' is not a row; choose one of dp-sgd, dp-sat"):
         markdown(read(file, "method", "target_epsilon"), "method", "dp-sam")

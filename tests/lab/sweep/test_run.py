@@ -75,7 +75,7 @@ def test_the_better_candidate_runs_on_the_test_split(whole):
     assert all(r["status"] == "completed" and float(r["epsilon"]) > 0 for r in results)
     assert pq.read_table(whole / "results.parquet").num_rows == len(results)
     said = json.loads((whole / "sweep.json").read_text())
-    assert "not counted in epsilon" in said["privacy"]
+    assert "epsilon does not cover that" in said["privacy"]
     assert said["chosen"] == [{"method": method, "lr": 4.0} for method in ("dp-sgd", "dp-sat")]
     (row,) = [r for r in table(whole, "summary") if r["stage"] == "final" and r["method"] == "dp-sat"]
     accuracies = [float(r["accuracy"]) for r in results if r["stage"] == "final" and r["method"] == "dp-sat"]
@@ -113,7 +113,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_table_and_no_two_work_in_on
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGSTOP)  # at work, and it stays so while another one is tried
-    with pytest.raises(InputError, match="another sweep is at work there"):
+    with pytest.raises(InputError, match="another sweep is active there"):
         run_sweep(file, out)
     process.kill()
     process.communicate()
@@ -166,7 +166,7 @@ def test_a_failure_is_shown_tried_once_more_and_then_reported(tmp_path, untried,
     )
     result = invoke(file, "--out", tmp_path / "out")
     assert result.exit_code == code, result.output
-    assert "failed, tried again" in result.stderr
+    assert "failed, runs again" in result.stderr
     assert "broken layer" in result.stderr
     assert "Traceback" not in result.output
     sound, broken = table(tmp_path / "out", "results")
@@ -192,7 +192,7 @@ def test_a_table_is_of_one_version_of_a_plugin(tmp_path, untried):
     file.write_text(f"{base}[grid]\nmodel = ['{model}']\nseed = [3, 4]\n")
     refused = invoke(file, "--out", tmp_path / "out")
     assert refused.exit_code == 2
-    assert "plugin.py (model) is not what" in " ".join(refused.stderr.split())
+    assert "plugin.py (model) has changed since" in " ".join(refused.stderr.split())
     assert len(table(tmp_path / "out", "results")) == 1
 
 
@@ -247,7 +247,7 @@ def test_bad_input_is_one_line_and_runs_nothing(tmp_path, text, arguments, words
 
 def test_a_folder_of_a_run_is_refused(file, tmp_path):
     (tmp_path / "config.toml").write_text("")
-    with pytest.raises(InputError, match="a folder of a sweep, or a new one"):
+    with pytest.raises(InputError, match="a folder of a sweep, or new"):
         run_sweep(file, tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_json_has_the_summary(file, whole):
     assert [row["n"] for row in said["summary"] if row["stage"] == "final"] == [2, 2]
     assert (said["failed"], said["left_out"]) == ([], [])
     shown = invoke(file, "--out", whole).output
-    assert "not counted in epsilon" in shown.replace("\n", " ")
+    assert "epsilon does not cover that" in shown.replace("\n", " ")
     assert "dp-sat" in shown
 
 

@@ -44,4 +44,4 @@ def test_what_a_run_does_not_have_is_no_row():
     more = {"epsilon_released": 1.5, "epsilon_released_assumptions": "coins"}
     assert any("1.500; coins" in line for line in lines({**RESULT, **more}))
     missing = {"epsilon_released": None, "epsilon_released_missing": "clients were away"}
-    assert any("not known: clients were away" in line for line in lines({**RESULT, **missing}))
+    assert any("unknown: clients were away" in line for line in lines({**RESULT, **missing}))

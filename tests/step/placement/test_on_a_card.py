@@ -235,7 +235,7 @@ def test_stacked_clients_train_there_together(optimizer, there, drawn, monkeypat
 
 
 def test_dropout_draws_there_from_the_seed_of_the_client(there, monkeypatch):
-    monkeypatch.setattr("fed_dpsat.step.gradients.planned._say_once", lambda module, reason: pytest.fail(reason))
+    monkeypatch.setattr("fed_dpsat.step.gradients.loop.remember", lambda loss_fn, reason: pytest.fail(reason))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10))
     experiment = on_card(Experiment.build(experiment_of().config, model=model), there)
@@ -289,7 +289,7 @@ def layers():
 
 @pytest.mark.parametrize("name", layers())
 def test_every_layer_that_is_planned_for_is_so_there(name, there, monkeypatch):
-    monkeypatch.setattr("fed_dpsat.step.gradients.planned._say_once", lambda module, reason: pytest.fail(reason))
+    monkeypatch.setattr("fed_dpsat.step.gradients.loop.remember", lambda loss_fn, reason: pytest.fail(reason))
     torch.manual_seed(0)
     module, shape = layers()[name]
     loss = ModelLoss(module, criterion=lambda outputs, targets: outputs.flatten(1).square().sum(1))

@@ -1,4 +1,4 @@
-"""docs/gallery.md and its figures, from runs committed as JSON lines: ``python -m fed_dpsat.lab.report.gallery``."""
+"""docs/gallery.md and its figures, from runs committed as JSON lines: ``python -m tools.gallery``."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fed_dpsat.settings.config import RunConfig
 
 HEAD = """# Gallery
 
-Made by `python -m fed_dpsat.lab.report.gallery` from the runs in `docs/runs`, made by `python -m simulations.gallery`.
+`python -m tools.gallery` makes this page from the runs in `docs/runs`, which `python -m simulations.gallery` makes.
 `fed-dpsat compare docs/runs/NAME.jsonl` prints the tables; with `--out compare.html` it writes a page. Accuracy, loss
-and ECE are means over seeds with 95 % intervals (Student's t), on public test data, after the last round; sd is that of
-single runs; front: no other group has as little epsilon and as much accuracy. Epsilon is the maximum over clients, for
-one example of one client, against a server that sees every update. Noise was seeded: reproducible, and so protecting
-nobody. Intervals are not corrected for the number of groups.
+and ECE are means over seeds with 95 % intervals (Student's t), on public test data, after the last round; sd is the
+standard deviation of single runs; front: no other group has as little epsilon and as much accuracy. Epsilon is the
+maximum over clients, for one example of one client, against a server that sees every update. The noise is seeded:
+reproducible, and so not private. Intervals are not corrected for the number of groups.
 """
 
 ALWAYS = ("dataset", "num_clients", "model", "num_rounds", "sample_rate", "clip_norm")
-"""Settings that are said also where they are the defaults."""
+"""Settings that the text always names, also at their defaults."""
 
 
 def write_gallery(runs: Path, out: Path) -> Path:
-    """``gallery.md`` in the folder ``out``, SVG figures in ``gallery/``; a part for each ``.jsonl`` file of ``runs``.
+    """Write ``gallery.md`` into ``out`` and SVG figures into ``gallery/``, a part for each ``.jsonl`` file of ``runs``.
 
-    Raises ``InputError`` where there is none.
+    Raises ``InputError`` without such a file.
     """
     canvas.matplotlib()
     files = sorted(runs.glob("*.jsonl"))
@@ -44,7 +44,7 @@ def write_gallery(runs: Path, out: Path) -> Path:
         made = list(drawings(found, out / "gallery", prefix=f"{file.stem}-"))
         parts.append(_part(file.stem, found, made))
     for picture in (out / "gallery").glob("*.png"):
-        picture.unlink()  # SVG is enough here, and small
+        picture.unlink()  # the page uses only the SVG
     (out / "gallery.md").write_text("\n".join(parts))
     return out / "gallery.md"
 

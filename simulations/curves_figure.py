@@ -1,4 +1,4 @@
-"""Accuracy against rounds and against epsilon, from run folders: ``python -m fed_dpsat.lab.report.curves RUN...``."""
+"""Accuracy against rounds and against epsilon, from run folders: ``python -m simulations.curves_figure RUN...``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fed_dpsat.lab.report.reading import Run, read_run
 
 
 def draw_curves(folders: Sequence[Path], path: Path) -> None:
-    """Two panels, one curve per run, written to ``path`` in the format of its suffix."""
+    """Draw two panels with one curve per run into ``path``, in the format of its suffix."""
     canvas.matplotlib()
     from matplotlib.figure import Figure
 
