@@ -39,6 +39,7 @@ from fed_dpsat.step.clipping.bound import Held, bounded_factors
 from fed_dpsat.step.generators import Mark, others_moved
 from fed_dpsat.step.gradients.finite import squared_norm_rows
 from fed_dpsat.step.gradients.loss import check_types
+from fed_dpsat.step.gradients.skipped import ask_no_batch
 from fed_dpsat.step.loop import Member, Turn, check_rows
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo
 from fed_dpsat.step.query import At, LossFn, Query, simplified
@@ -133,6 +134,7 @@ def stacked_sum(
 
     Only the examples that are ``real[K, B]`` are in the sums and counts. Raises ``Unstackable``.
     """
+    ask_no_batch()
     count = len(real)
     width = max(1, physical_batch_size // count)
     total = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in params.items()}

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from fed_dpsat.errors import ModelError
 from fed_dpsat.models.libraries import check_arguments, imported, unknown
 
-ATTENTION = "fed_dpsat_sdpa"
-"""Scaled dot product attention of torch, under a mask that no value of the batch decides on."""
 NO_PADDING = -1
 """No number of a token: the network reads its last position."""
 
@@ -91,10 +89,6 @@ class Classifier(nn.Module):
         """The pooler, which networks with another head do not have."""
         return [name for name, _ in self.named_parameters() if f".{self.network.base_model_prefix}.pooler." in name]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _register_attention()
-
 
 def factory(folder: str) -> Callable[..., nn.Module]:
     """``(input_shape, num_classes, **arguments) -> Classifier``; ``ModelError`` without a ``config.json``."""
@@ -116,9 +110,7 @@ def factory(folder: str) -> Callable[..., nn.Module]:
             raise ModelError(f"model={model!r} takes no {wrong!r}; did you mean {', '.join(near)}?")
         config.num_labels, config.use_cache = num_classes, False
         auto = _auto(transformers, model, config, input_shape)
-        _register_attention()
         with _quiet():
-            attention = attention or (ATTENTION if auto._model_mapping[type(config)]._supports_sdpa else "eager")
             network = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
         if len(input_shape) != 1:
             return Classifier(network)
@@ -168,26 +160,6 @@ def _no_folder(model: str, folder: str) -> ModelError:
         f"model={model!r}: {folder!r} is not a folder with a config.json, and nothing is downloaded; write one with "
         "config.save_pretrained(folder) or model.save_pretrained(folder)"
     )
-
-
-def _register_attention() -> None:
-    """Tell transformers of ``ATTENTION``.
-
-    Its own ``sdpa`` leaves the mask out if no example of the batch has padding: a value of all examples decides how
-    each is computed, and ``vmap`` fails.
-    """
-    transformers = importlib.import_module("transformers")
-    attention = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
-    sdpa_mask = importlib.import_module("transformers.masking_utils").sdpa_mask
-
-    def whole_mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-        if attention_mask is not None:
-            options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        mask: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **options)
-        return mask
-
-    transformers.AttentionInterface.register(ATTENTION, attention)
-    transformers.AttentionMaskInterface.register(ATTENTION, whole_mask)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_map
 from fed_dpsat.params import Params
 from fed_dpsat.step.draws import of_batch
 from fed_dpsat.step.examples import Examples
-from fed_dpsat.step.gradients import rnn
+from fed_dpsat.step.gradients import embedding, rnn
 from fed_dpsat.step.gradients.contribution import Contribution, Rows, Unplanned, check_versions, versions, wide
 from fed_dpsat.step.gradients.drawing import ANSWERS, LOOKED_INTO, Pass
 from fed_dpsat.step.gradients.level import Level
@@ -46,6 +46,9 @@ from fed_dpsat.step.gradients.rowwise import ROWWISE
 from fed_dpsat.step.gradients.skipped import ask_no_batch
 from fed_dpsat.step.placement import is_card
 from fed_dpsat.step.query import LossFn
+
+INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {**LOOKED_INTO, functional.embedding_bag: embedding.bag}
+"""What torch writes around layers, in calls that have answers."""
 
 NARROW = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 """Layers that compute in the dtype of ``torch.autocast``, where that is on; contributions are in float32 even so."""
@@ -144,9 +147,9 @@ class Capture(InPass):
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer to one call of the module."""
         self.functions.add(func)
-        if func in LOOKED_INTO:
+        if func in INSTEAD:
             with self:
-                return LOOKED_INTO[func](*args, **kwargs)
+                return INSTEAD[func](*args, **kwargs)
         check_backward(func, args)
         if func in OF_GRAPHS:
             return self._of_graph(func, args)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fed_dpsat.step.gradients.contribution import wide
+from fed_dpsat.step.gradients.contribution import Unplanned, wide
 from fed_dpsat.step.gradients.linear import Roles
 from fed_dpsat.step.gradients.product import gram, gram_norms, product
 
@@ -40,3 +41,35 @@ class Embedding:
     def _each(self, words: Tensor, grad: Tensor) -> Tensor:
         rows = grad.new_zeros(len(words), self.words, grad.shape[-1])
         return rows.scatter_add(1, words[..., None].expand_as(grad), grad)
+
+
+def bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """``torch.nn.functional.embedding_bag`` of bags ``[*, T]`` of one length, by an embedding.
+
+    Raises ``Unplanned`` for bags of ``offsets``.
+    """
+    if offsets is not None:
+        raise Unplanned("embedding_bag with offsets")
+    rows = functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[..., None]
+    if padding_idx is None:
+        return rows.max(-2).values if mode == "max" else getattr(rows, mode)(-2)
+    kept = input.ne(padding_idx % len(weight))[..., None]
+    if mode == "max":
+        most = rows.masked_fill(~kept, -torch.inf).max(-2).values
+        return torch.where(kept.any(-2), most, 0)
+    total = rows.masked_fill(~kept, 0).sum(-2)
+    return total if mode == "sum" else total / kept.sum(-2).clamp(min=1)

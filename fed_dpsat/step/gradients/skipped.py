@@ -22,7 +22,7 @@ def ask_no_batch() -> None:
         return
 
     def is_tracing(tensor: Any = None) -> bool:
-        return bool(asked(tensor) or (tensor is not None and functorch.is_batchedtensor(tensor)))
+        return bool(asked(tensor) or (tensor is not None and functorch.is_functorch_wrapped_tensor(tensor)))
 
     is_tracing.of_transformers = asked  # type: ignore[attr-defined]
     masks.is_tracing = is_tracing

@@ -1,6 +1,7 @@
 """Classifiers of transformers: padding counts for nothing, no example decides for another, and files are loaded."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from torch.func import functional_call, grad, vmap
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.models.pretrained import head_names, load_weights, read_weights, trained_names
 from fed_dpsat.plugins import build
+from fed_dpsat.step.gradients.skipped import ask_no_batch
 from fed_dpsat.testing import check_model
 
 TEXTS = ("bert", "roberta", "distilbert", "gpt2", "llama")
@@ -59,6 +61,7 @@ def test_gradients_of_padded_texts_equal_a_loop(kind, folder, texts):
     def loss(params, x):
         return functional_call(model, params, (x[None],))[0, 0]
 
+    ask_no_batch()
     together = vmap(grad(loss), in_dims=(None, 0))(params, x)
     for i, row in enumerate(x):
         alone = grad(loss)(params, row)
@@ -66,9 +69,11 @@ def test_gradients_of_padded_texts_equal_a_loop(kind, folder, texts):
             torch.testing.assert_close(together[name][i], g, rtol=1e-8, atol=1e-10)
 
 
-def test_the_mask_of_transformers_itself_reads_the_batch(folder, texts):
+def test_without_the_repair_the_mask_of_transformers_reads_the_batch(folder, texts, monkeypatch):
     """The wrong version of the test above."""
-    model = make(folder("bert"), arguments="attn_implementation = 'sdpa'").eval()
+    masks = importlib.import_module("transformers.masking_utils")
+    monkeypatch.setattr(masks, "is_tracing", getattr(masks.is_tracing, "of_transformers", masks.is_tracing))
+    model = make(folder("bert")).eval()
     params = {name: p.detach() for name, p in model.named_parameters()}
     with pytest.raises(RuntimeError, match="data-dependent"):
         vmap(lambda x: functional_call(model, params, (x[None],))[0])(texts(3, LENGTH, pad=0))

@@ -959,6 +959,16 @@ VALID = {
     "dtype of another": (after_linear(lambda h, x: h * (x > 0).type_as(h) + x.to(h)), lines),
 }
 GRID = torch.rand(1, 4, 4, 2) * 2 - 1
+VALID |= {
+    f"bag, {mode}, padding {padding}": (
+        lambda mode=mode, padding=padding: nn.Sequential(
+            nn.EmbeddingBag(10, 4, mode=mode, padding_idx=padding), nn.Tanh(), nn.Linear(4, 3)
+        ),
+        lambda: torch.randint(10, (6, 5), generator=torch.Generator().manual_seed(0)),
+    )
+    for mode in ("sum", "mean", "max")
+    for padding in (None, 3)
+}
 BY_LOOP = {
     "LSTM": (lambda: Of(lambda m, x: m.layer(x)[0], layer=nn.LSTM(8, 3, batch_first=True)), lines),
     "GRU": (lambda: Of(lambda m, x: m.layer(x)[0], layer=nn.GRU(8, 3, batch_first=True)), lines),
