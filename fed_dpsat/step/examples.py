@@ -14,6 +14,8 @@ Examples = Any
 
 def count(examples: Examples) -> int:
     """``B``. Raises ``ValueError`` for no tensor, and for tensors that begin with different numbers."""
+    if isinstance(examples, Tensor):  # a step asks several times, and a tree takes as long as a small layer
+        return len(examples)
     sizes = {len(leaf) for leaf in tree_leaves(examples)}
     if len(sizes) != 1:
         raise ValueError(f"examples whose tensors begin with {sorted(sizes) or 'nothing'}: each begins with the batch")
@@ -22,7 +24,7 @@ def count(examples: Examples) -> int:
 
 def some(examples: Examples, part: slice) -> Examples:
     """The examples of ``part``."""
-    return tree_map(lambda t: t[part], examples)
+    return examples[part] if isinstance(examples, Tensor) else tree_map(lambda t: t[part], examples)
 
 
 def joined(each: list[Examples]) -> Examples:
@@ -32,5 +34,5 @@ def joined(each: list[Examples]) -> Examples:
 
 def device_of(examples: Examples) -> torch.device:
     """Where the tensors are."""
-    first: Tensor = tree_leaves(examples)[0]
+    first: Tensor = examples if isinstance(examples, Tensor) else tree_leaves(examples)[0]
     return first.device

@@ -138,13 +138,20 @@ class Capture(InPass):
 
     def _alone(self, whole: Any) -> Any:
         """``[1, ...]``, a batch of each example, of all tensors ``[B, ...]`` in ``whole``."""
-        return tree_map(lambda t: self.made(self._level.wrap(t.unsqueeze(1))), whole)
+
+        def alone(t: Tensor) -> Tensor:
+            one: Tensor = self.made(self._level.wrap(t.unsqueeze(1)))
+            return one
+
+        return alone(whole) if isinstance(whole, Tensor) else tree_map(alone, whole)
 
     def is_own(self, t: Tensor) -> bool:
         """What is the same for all examples may be kept."""
         return self._level.wraps(t)
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
+    ) -> Any:
         """The answer to one call of the module."""
         self.functions.add(func)
         if func in INSTEAD:
@@ -163,7 +170,7 @@ class Capture(InPass):
             if answer is not None:
                 return answer
         if learning and self._tape is not None:
-            args, kwargs = self._in_the_open(func, args, kwargs)
+            args, kwargs = self._in_the_open(func, args, kwargs, given)
         if func in ROWWISE and self._level.on_top():
             with suppress(TypeError):  # arguments that torch says something about
                 answer = ROWWISE[func](self._level, *args, **kwargs)
@@ -245,10 +252,9 @@ class Capture(InPass):
             _push_mode(before)  # type: ignore[no-untyped-call]
 
     def _in_the_open(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, with a row for each example of what is a function of parameters alone."""
-        given = tensors((*args, *kwargs.values())) if kwargs else tensors(args)
         if not any(map(self._learns, given)) or not (func in ANSWERS or any(map(self._level.wraps, given))):
             return args, kwargs
         name = name_of(func)

@@ -29,7 +29,7 @@ from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.passes import Alone
 from fed_dpsat.step.gradients.state import modules_of
 from fed_dpsat.step.placement import exact
-from fed_dpsat.step.query import LossFn, OfOutputs
+from fed_dpsat.step.query import LossFn
 
 log = logging.getLogger("fed_dpsat")
 
@@ -55,7 +55,9 @@ class Begun:
     def __init__(self, loss_fn: LossFn) -> None:
         self.loss_fn = loss_fn
         self.begin: Callable[[], None] = lambda: None
-        if isinstance(loss_fn, OfOutputs):
+        if hasattr(loss_fn, "criterion") and hasattr(
+            loss_fn, "outputs"
+        ):  # ``OfOutputs``, asked for in a hundredth of the time
             self.criterion, self.outputs = loss_fn.criterion, self._outputs
 
     def __call__(self, params: Params, inputs: Examples, targets: Examples, /) -> Tensor:

@@ -41,7 +41,7 @@ class InPass(TorchFunctionMode):
         given = tensors((*args, *kwargs.values())) if kwargs else tensors(args)
         for t in given:
             self.check_own(t, func)
-        return self.made(self.call(func, args, kwargs), given)
+        return self.made(self.call(func, args, kwargs, given), given)
 
     def check_own(self, t: Tensor, func: Callable[..., Any]) -> None:
         """Raise ``Unplanned`` for a tensor of another pass, and for one of examples that no call of this pass made."""
@@ -49,8 +49,10 @@ class InPass(TorchFunctionMode):
         if mark is not self._mark and (mark is not None or is_transformed(t)):
             raise Unplanned(f"{name_of(func)} of a tensor that another pass made, or code that shows no calls")
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The answer to ``func`` of the arguments, with this mode off."""
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
+    ) -> Any:
+        """The answer to ``func`` of the arguments, whose tensors are ``given``, with this mode off."""
         return func(*args, **kwargs)
 
     def is_own(self, t: Tensor) -> bool:
@@ -118,7 +120,9 @@ BACKWARDS = {function: looked_into(function) for function in (torch.autograd.gra
 class Alone(InPass):
     """The pass of one example, in which a tensor that is written into is its own from then on."""
 
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
+    ) -> Any:
         """Torch's answer; a backward pass may run code of the module's, which is looked at too."""
         if func in BACKWARDS:
             with self:
