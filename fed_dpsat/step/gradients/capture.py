@@ -232,7 +232,7 @@ class Capture(InPass):
         return out
 
     def _recurrent(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """By layers on a tape; else torch's own for one sequence after the other, where ``vmap`` lets it."""
+        """By layers on a tape; raises ``Unplanned`` without one, and for packed sequences."""
         if self._tape is None or kwargs:
             raise Unplanned(f"{name_of(func)} without layers")
         if rnn.is_packed(args):
