@@ -54,11 +54,11 @@ def run(code):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("library", ["torchvision", "timm", "peft"])
-def test_a_library_that_imports_torchvision_is_imported_after_this_project(library):
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
-    assert run(f"import fed_dpsat, {library}; print({library}.__name__)")[-1] == library
+def test_libraries_that_import_torchvision_are_imported_after_this_project():
+    """In one fresh interpreter: the imports take seconds."""
+    found = [name for name in ("torchvision", "timm", "peft") if importlib.util.find_spec(name) is not None]
+    assert "torchvision" in found
+    assert run(f"import fed_dpsat, {', '.join(found)}; print('imported')")[-1] == "imported"
 
 
 WHOLE = """
