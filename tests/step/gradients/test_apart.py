@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import threading
+from collections import Counter as Counts
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -1319,6 +1320,51 @@ COUNTERS = {
     "list of an object": lambda: CounterWithin(Holder(), lambda kept: kept.calls),
     "array": lambda: CounterWithin(np.zeros(1), lambda kept: kept),
     "bytes": lambda: CounterWithin(bytearray(1), lambda kept: kept),
+}
+
+
+class Grows(nn.Module):
+    """Adds one to what ``grow`` counts: another sign after two passes."""
+
+    def __init__(self, grow, **parts):
+        super().__init__()
+        self.first, self.grow = nn.Linear(4, 4), grow
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.first(x) * (1 if self.grow(self) <= 2 else -1)
+
+
+def grown(places, add):
+    def grow(module):
+        add(module)
+        return len(places(module))
+
+    return grow
+
+
+def counted(module):
+    module.counter["calls"] += 1
+    return module.counter["calls"]
+
+
+def count_of_an_unlisted(module):
+    (part,) = module.kept
+    part.calls = getattr(part, "calls", 0) + 1
+    return part.calls
+
+
+COUNTERS |= {
+    "hooks": lambda: Grows(
+        grown(lambda m: m.first._forward_hooks, lambda m: m.first.register_forward_hook(lambda *_: None))
+    ),
+    "parts": lambda: Grows(grown(lambda m: m.parts, lambda m: m.parts.append(nn.Identity())), parts=nn.ModuleList()),
+    "parameters that are none": lambda: Grows(
+        grown(lambda m: m._parameters, lambda m: m.register_parameter(f"p{len(m._parameters)}", None))
+    ),
+    "a Counter": lambda: Grows(counted, counter=Counts()),
+    "a module in a list": lambda: Grows(count_of_an_unlisted, kept=[nn.Identity()]),
 }
 
 
