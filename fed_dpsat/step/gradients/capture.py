@@ -133,6 +133,8 @@ class Capture(InPass):
         with self._level.opened(), disable_saved_tensors_hooks(HOOKS), self:
             out = function(*map(self._alone, wholes))
             self.check_own(out, function)
+            if self.raised:
+                raise Unplanned(f"an error of {self.raised} that the module catches")
             whole = self._level.whole(out)
             return whole.squeeze(1) if out.ndim and len(out) == 1 else whole
 
@@ -245,7 +247,8 @@ class Capture(InPass):
         before = _pop_mode()  # type: ignore[no-untyped-call]  # what it calls is no call of the module's
         try:
             with self._level.below(), torch.autocast(gates.device.type, enabled=False):
-                whole = [self._level.whole(t).squeeze(1).to(of.weight.dtype) for t in (gates, *states)]
+                first = (self._row_each(t, "first state") if self._learns(t) else t for t in states)
+                whole = [self._level.whole(t).squeeze(1).to(of.weight.dtype) for t in (gates, *first)]
                 found = rnn.Recurrence.apply(self._tape, of, self.anchor, *whole)  # type: ignore[no-untyped-call]
                 return [self.made(self._level.wrap(t.unsqueeze(1))) for t in found]
         finally:

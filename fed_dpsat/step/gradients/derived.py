@@ -113,8 +113,8 @@ def _selections(
         nodes = list(_nodes(w))
         if any(type(node).__name__ not in COPIES and not _is_leaf(node) for node in nodes):
             continue
-        (leaf,) = leaves_of(w)
-        if (name := names.get(id(leaf))) is not None:
+        parents = leaves_of(w)
+        if len(parents) == 1 and (name := names.get(id(leaf := parents[0]))) is not None:
             leaves[name] = leaf
             found.setdefault(name, []).append((w, held))
     return {name: parts for name, parts in found.items() if _apart(leaves[name], parts)}

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fed_dpsat.step.gradients.contribution import Unplanned, wide
 from fed_dpsat.step.gradients.linear import Roles
-from fed_dpsat.step.gradients.product import gram, gram_norms, product
+from fed_dpsat.step.gradients.product import bounded_norms, gram, product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Embedding:
         grad = wide(grad).reshape(*words.shape, -1)
         grad = grad.masked_fill((words == self.padding)[..., None], 0)
         same = (words[:, :, None] == words[:, None, :]).to(grad)
-        norms = gram_norms(same, gram(grad))
+        norms = bounded_norms(same, gram(grad), grad.shape[2])
         return None, {"weight": product(words, grad, of=self._of, each=self._each, norms=norms)}
 
     def _of(self, words: Tensor, grad: Tensor) -> Tensor:

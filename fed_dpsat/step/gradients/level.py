@@ -35,7 +35,9 @@ class Level:
             functorch._vmap_decrement_nesting()
 
     def wrap(self, whole: Tensor) -> Tensor:
-        """``whole[B, *shape]`` as one ``[*shape]`` for each example."""
+        """``whole[B, *shape]`` as one ``[*shape]`` for each example; raises ``RuntimeError`` for another ``B``."""
+        if len(whole) != self.batch:
+            raise RuntimeError(f"{len(whole)} rows for {self.batch} examples")
         one: Tensor = functorch._add_batch_dim(whole, 0, self._number)
         return one
 

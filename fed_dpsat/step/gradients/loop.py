@@ -1,20 +1,18 @@
 """One example after the other, by itself: right for any module, also for one that draws as it likes.
 
-Each example has torch's generators and those of ``random`` and ``numpy.random`` seeded with draws of its own, and a
-copy of the module, so that nothing that a module writes into itself goes from one example to the next. A tensor that it
-keeps elsewhere does not go either: a pass refuses those of another.
+Each example draws what it draws in a pass over a batch, and has torch's generators and those of ``random`` and
+``numpy.random`` seeded for what else it draws. It has a copy of the module, so that nothing that a module writes into
+itself goes from one example to the next. A tensor that it keeps elsewhere does not go either: a pass refuses those of
+another.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +22,10 @@ from fed_dpsat.params import Params
 from fed_dpsat.step.draws import Draws
 from fed_dpsat.step.examples import Examples, device_of, some
 from fed_dpsat.step.generators import kept, seed
+from fed_dpsat.step.gradients.alone import Alone
 from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.loss import ModelLoss
-from fed_dpsat.step.gradients.passes import Alone
-from fed_dpsat.step.gradients.state import modules_of
+from fed_dpsat.step.gradients.state import copied
 from fed_dpsat.step.placement import exact
 from fed_dpsat.step.query import LossFn
 
@@ -83,14 +81,14 @@ def gradients(
         leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
         rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
         losses: list[Tensor] = []
-        seeds = draws.seeds()
+        size = len(draws)
         with kept(device_of(inputs)), exact(device_of(inputs)), torch.enable_grad():
-            for i, value in enumerate([*seeds, *seeds[:1]]):
-                one = slice(0, 1) if i == len(seeds) else slice(i, i + 1)
-                with _alone(begun, device_of(inputs), value):
+            for i in [*range(size), 0]:
+                one = slice(i, i + 1)
+                with _copied(begun), _alone(begun, device_of(inputs), draws.some(one)):
                     found = loss(leaves, some(inputs, one), some(targets, one))
                     losses.append(found.detach())
-                    if i == len(seeds):
+                    if len(losses) > size:
                         break
                     for name, g in _gradient(found.sum(), leaves, begun).items():
                         rows[name].append(g)
@@ -105,14 +103,12 @@ def check_repeats(loss: LossFn, begun: Begun, point: Params, inputs: Examples, t
     subject = _subject(begun.loss_fn)
     if _key(begun.loss_fn) in _repeats:
         return
-    value, losses = draws.some(slice(1)).seeds()[0], []
+    losses, first = [], slice(1)
     leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
     with kept(device_of(inputs)), torch.enable_grad(), _copied(begun):
         for _ in range(2):
-            begun.begin = lambda: seed(device_of(inputs), value)
-            begun.begin()
-            with _refusing(begun):
-                losses.append(loss(leaves, some(inputs, slice(1)), some(targets, slice(1))).detach())
+            with _alone(begun, device_of(inputs), draws.some(first)):
+                losses.append(loss(leaves, some(inputs, first), some(targets, first)).detach())
     _check_same(begun, *losses)
     if _key(begun.loss_fn) is subject:
         _repeats.add(subject)
@@ -128,19 +124,21 @@ def _check_same(begun: Begun, first: Tensor, second: Tensor) -> None:
 
 
 @contextmanager
-def _alone(begun: Begun, device: torch.device, value: int) -> Iterator[None]:
-    """For one pass, forward and backward: all generators are seeded, and the modules are copies."""
-    with _copied(begun), _refusing(begun):
-        begun.begin = lambda: seed(device, value)
-        begun.begin()
-        yield
+def _alone(begun: Begun, device: torch.device, draws: Draws) -> Iterator[None]:
+    """For one pass, forward and backward: ``draws`` of one example, by which all generators are seeded too.
 
+    Raises ``ModelError`` for a tensor that another pass made.
+    """
+    alone, (value,) = Alone(draws), draws.seeds()
 
-@contextmanager
-def _refusing(begun: Begun) -> Iterator[None]:
-    """Raise ``ModelError`` for a tensor that another pass made."""
+    def begin() -> None:
+        seed(device, value)
+        alone.drawn.begin()
+
+    begun.begin = begin
+    begin()
     try:
-        with Alone():
+        with alone:
             yield
     except Unplanned as kept_one:
         raise ModelError(f"{_name(begun.loss_fn)}: {kept_one}") from None
@@ -150,17 +148,7 @@ def _refusing(begun: Begun) -> Iterator[None]:
 def _copied(begun: Begun) -> Iterator[None]:
     """Within it modules are copies with the same parameters; raises ``ModelError`` for one that cannot be copied."""
     whole = begun.loss_fn
-    originals = modules_of(whole)
-    shared: dict[int, Any] = {id(p): p for module in originals for p in module.parameters()}
-    try:
-        copies: list[Any] = [copy.deepcopy(module, shared) for module in originals]
-    except Exception as error:  # whatever a part of it says
-        raise ModelError(
-            f"{_name(whole)} has one pass per example, each with a copy of it, and cannot be copied: {error}"
-        ) from error
-    if isinstance(whole, ModelLoss):
-        module, criterion = [*copies, whole.criterion][:2]
-        begun.loss_fn = replace(whole, module=module, criterion=criterion)
+    begun.loss_fn = copied(whole)
     try:
         yield
     finally:

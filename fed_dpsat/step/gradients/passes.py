@@ -20,6 +20,9 @@ BACKWARD = frozenset(
 )
 """Functions that take hold of a backward pass, which computes on whole batches."""
 
+OF_ALL = frozenset({"_is_all_true", "_is_any_true"})
+"""Functions that ``vmap`` lets read the whole batch."""
+
 OF_TORCH = frozenset({"aten", "prims"})
 
 
@@ -27,11 +30,13 @@ class InPass(TorchFunctionMode):
     """Sees each call of one pass; a subclass answers it in ``call``.
 
     Raises ``Unplanned`` for a tensor that another pass made, so that nothing goes from pass to pass in a tensor.
+    ``raised`` is the last call that raised an error: if a module catches it, it hears of the example that led to it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._mark = object()
+        self.raised = ""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -41,7 +46,12 @@ class InPass(TorchFunctionMode):
         given = tensors((*args, *kwargs.values())) if kwargs else tensors(args)
         for t in given:
             self.check_own(t, func)
-        return self.made(self.call(func, args, kwargs, given), given)
+        try:
+            out = self.call(func, args, kwargs, given)
+        except Exception:
+            self.raised = name_of(func)
+            raise
+        return self.made(out, given)
 
     def check_own(self, t: Tensor, func: Callable[..., Any]) -> None:
         """Raise ``Unplanned`` for a tensor of another pass, and for one of examples that no call of this pass made."""
@@ -70,6 +80,8 @@ class InPass(TorchFunctionMode):
 def check_backward(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Raise ``Unplanned`` for a call after which a backward pass over a batch may run code of the module's own."""
     name = name_of(func)
+    if name.partition(".")[0] in OF_ALL:
+        raise Unplanned(f"{name}, which reads the whole batch")
     if name in BACKWARD:
         raise Unplanned(f"{name}, which reaches into the backward pass")
     if func is custom_function_call:
@@ -115,19 +127,3 @@ def looked_into(function: Any) -> Callable[..., Any]:
 
 
 BACKWARDS = {function: looked_into(function) for function in (torch.autograd.grad, torch.autograd.backward)}
-
-
-class Alone(InPass):
-    """The pass of one example, in which a tensor that is written into is its own from then on."""
-
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
-    ) -> Any:
-        """Torch's answer; a backward pass may run code of the module's, which is looked at too."""
-        if func in BACKWARDS:
-            with self:
-                return BACKWARDS[func](*args, **kwargs)
-        out = func(*args, **kwargs)
-        for t in tensors((args[:1] if writes(name_of(func)) else (), kwargs.get("out"))):
-            t.__dict__[MARK] = self._mark
-        return out

@@ -18,7 +18,7 @@ from fed_dpsat.step.gradients.drawing import check_drawn
 from fed_dpsat.step.gradients.formats import turn_gradients
 from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.routes import routes_of
-from fed_dpsat.step.gradients.state import as_it_was
+from fed_dpsat.step.gradients.state import afresh
 from fed_dpsat.step.query import At, LossFn, as_query, compact
 
 
@@ -61,8 +61,8 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Examples, targets: Exampl
         wanted.append(inputs)
     with torch.enable_grad():
         try:
-            with as_it_was(loss_fn):
-                total = Capture(count(targets), routes_of(loss_fn)).losses(loss_fn, leaves, inputs, targets).sum()
+            with afresh(loss_fn) as own:
+                total = Capture(count(targets), routes_of(loss_fn)).losses(own, leaves, inputs, targets).sum()
             found = _gradients(total, wanted)[: len(leaves)]
             check_drawn(mark)
         except Exception:  # the way over single gradients says what it is

@@ -18,8 +18,8 @@ weighted points, a name with a mask                rows of those parameters, com
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from fed_dpsat.step.gradients.gathered import gathered
 from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.plain import plain_query_sum, plain_sum, unbounded
 from fed_dpsat.step.gradients.routes import TABLES, Routes, routes_of
-from fed_dpsat.step.gradients.state import as_it_was
+from fed_dpsat.step.gradients.state import afresh
 from fed_dpsat.step.query import At, LossFn, Query, as_query, compacted, first_point, simplified, zero_sum
 
 
@@ -184,8 +184,8 @@ def run(
         capture, mark = Capture(count(targets), plan, tape), Mark.here(device_of(targets))
         if begun is not None:
             begun.begin = capture.drawn.begin
-        with as_it_was(loss_fn if begun is None else begun.loss_fn):
-            losses = capture.losses(loss_fn, leaves, inputs, targets)
+        with begun_afresh(loss_fn, begun) as own:
+            losses = capture.losses(own, leaves, inputs, targets)
         check_drawn(mark)
         if not losses.requires_grad:
             return
@@ -194,6 +194,21 @@ def run(
         direct = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=False)
     check_drawn(mark)
     check_routed(leaves, direct[1:])
+
+
+@contextmanager
+def begun_afresh(loss_fn: LossFn, begun: loop.Begun | None) -> Iterator[LossFn]:
+    """``loss_fn``, which may have been made of ``begun``, for one pass that begins with the state of the call."""
+    if begun is None:
+        with afresh(loss_fn) as own:
+            yield own
+        return
+    whole = begun.loss_fn
+    try:
+        with afresh(whole) as begun.loss_fn:
+            yield loss_fn
+    finally:
+        begun.loss_fn = whole
 
 
 _formats: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
@@ -207,11 +222,11 @@ def channels_last(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Exam
     if key not in formats:
         tape, mark = Tape(keep_calls=True), Mark.here(inputs.device)
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        with torch.enable_grad(), Draws.fresh(1).used(), as_it_was(loss_fn), suppress(Exception):
+        with torch.enable_grad(), Draws.fresh(1).used(), afresh(loss_fn) as own, suppress(Exception):
             # the pass over the examples raises it again
             capture = Capture(1, routes_of(loss_fn), tape)
             capture.losses(
-                loss_fn, leaves, torch.zeros_like(inputs[:1]), tree_map(torch.zeros_like, some(targets, slice(1)))
+                own, leaves, torch.zeros_like(inputs[:1]), tree_map(torch.zeros_like, some(targets, slice(1)))
             )
         mark.moved()
         formats[key] = suits_channels_last(tape.calls, capture.functions)

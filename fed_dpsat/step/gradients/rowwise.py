@@ -106,6 +106,13 @@ def _of_images(func: Callable[..., Tensor]) -> Callable[..., Any]:
     return answer
 
 
+def _pad(level: Level, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+    """Of an image, at its sides and channels: eight numbers would pad the batch."""
+    if len(pad) > 6:
+        return NotImplemented
+    return _of_images(functional.pad)(level, input, pad, mode, value)
+
+
 def _cat(level: Level, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     """Of images along their channels or sides."""
     if dim not in (1, 2, 3, -1, -2, -3) or not all(t.ndim == 4 and len(t) == 1 for t in tensors):
@@ -118,11 +125,12 @@ ROWWISE: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.scaled_dot_product_attention: _attention,
     functional.cross_entropy: _cross_entropy,
     torch.cat: _cat,
+    functional.pad: _pad,
     **{
         func: _of_images(func)
         for func in (
             *(functional.max_pool2d, torch.max_pool2d, functional.avg_pool2d),
-            *(functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d, functional.pad),
+            *(functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d),
         )
     },
 }

@@ -34,7 +34,8 @@ def shared(parts: list[Contribution]) -> Contribution | None:
 def _tied(table: Product, head: Product) -> Contribution:
     words, slopes = table.inputs, table.outputs
     at_words = head.outputs.gather(2, words[:, None].expand(-1, head.outputs.shape[1], -1))
-    cross = (at_words * torch.bmm(head.inputs, slopes.transpose(1, 2))).sum((1, 2), dtype=torch.float64)
+    inner = torch.bmm(head.inputs.double(), slopes.double().transpose(1, 2))  # biased by equal numbers in float32
+    cross = (at_words * inner).sum((1, 2))
     size = table.norms + head.norms
     norms = size + 2 * cross
     unsure = (size > CANCELLATION * norms) | table.unsure | head.unsure
@@ -43,8 +44,7 @@ def _tied(table: Product, head: Product) -> Contribution:
         some = [part.each(part.inputs[unsure], part.outputs[unsure]) for part in (table, head)]
         exact = Rows(data=some[0] + some[1])
         norms = norms.masked_scatter(unsure, exact.squared_norms())
-    rounding = torch.finfo(head.outputs.dtype).eps * size  # what it may have taken
-    return Tied(parts=[table, head], norms=norms + rounding, unsure=unsure, exact=exact)
+    return Tied(parts=[table, head], norms=norms, unsure=unsure, exact=exact)
 
 
 @dataclass(frozen=True, kw_only=True)
