@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from unittest import mock
@@ -9,9 +10,8 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fed_dpsat import plugins
+from benchmarks.networks import CLASSES, NETWORKS, OfTokens, Problem, images, named
 from fed_dpsat.params import trainable
 from fed_dpsat.step import generators
 from fed_dpsat.step.clipping import FlatClipping
@@ -26,7 +26,6 @@ from fed_dpsat.testing.problems import step_info
 Step = Callable[[], object]
 CLIP_NORM = 1.0
 OPACUS_MODES = ("hooks", "ew", "functorch", "ghost")
-SHAPE, CLASSES = (3, 32, 32), 10
 
 
 def wide_linear_cnn() -> nn.Module:
@@ -82,42 +81,45 @@ OWN: dict[str, Callable[[], nn.Module]] = {
 """Models of these benchmarks alone."""
 
 
-def build(model: str, device: torch.device = CPU) -> nn.Module:
-    """A model by its short name, or one of ``OWN``."""
+def problem(model: str, size: int, length: int = 64, device: torch.device = CPU) -> Problem:
+    """One of ``NETWORKS`` or ``OWN``, or any other name of settings, on ``device``.
+
+    Raises ``ImportError`` or ``ModelError`` where its library is not installed.
+    """
     torch.manual_seed(0)
-    module = OWN[model]() if model in OWN else plugins.load("model", model)(SHAPE, CLASSES)
-    made: nn.Module = module.to(device)
-    return made
+    if model in NETWORKS:
+        made = NETWORKS[model](size, length)
+    else:
+        made = images(OWN[model]() if model in OWN else named(model), size)
+    module = made.module.to(device).train()
+    return Problem(module, made.criterion, made.inputs.to(device), made.targets.to(device))
 
 
-def batch(size: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
-    """Random images and labels."""
-    torch.manual_seed(1)
-    return torch.randn(size, *SHAPE).to(device), torch.randint(CLASSES, (size,)).to(device)
+def contestants(against: list[str], made: Problem, physical: int, device: torch.device = CPU) -> dict[str, Step]:
+    """Steps by name, each until ``device`` is done; ``nonprivate``, ``opacus`` and ``bfloat16`` give several.
 
-
-def contestants(
-    against: list[str], model: str, size: int, physical: int, device: torch.device = CPU
-) -> dict[str, Step]:
-    """Steps by name, each until ``device`` is done; ``nonprivate``, ``opacus`` and ``bfloat16`` give several."""
+    Each has a copy of the network. A step of Opacus raises what Opacus says of a network that it does not take.
+    """
     steps: dict[str, Step] = {}
+    layout = torch.channels_last if made.is_of_images else torch.contiguous_format
     for name in against:
         if name == "nonprivate":
-            steps["nonprivate contiguous"] = _nonprivate(model, size, device, torch.contiguous_format)
-            steps["nonprivate channels-last"] = _nonprivate(model, size, device, torch.channels_last)
+            steps["nonprivate contiguous"] = _nonprivate(made, torch.contiguous_format)
+            if made.is_of_images:
+                steps["nonprivate channels-last"] = _nonprivate(made, torch.channels_last)
         elif name == "opacus":
-            steps |= {f"opacus {mode}": _opacus(model, size, device, mode) for mode in OPACUS_MODES}
+            steps |= {f"opacus {mode}": _opacus(made, mode) for mode in OPACUS_MODES}
         elif name == "bfloat16":
-            steps |= {f"nonprivate {name}": _nonprivate(model, size, device, torch.channels_last, narrow=True)}
-            steps |= {f"planned {name}": _engine("planned", model, size, physical, device, precision=name)}
+            steps |= {f"nonprivate {name}": _nonprivate(made, layout, narrow=True)}
+            steps |= {f"planned {name}": _engine("planned", made, physical, precision=name)}
         elif name == "torch-kernels":
-            steps["planned torch-kernels"] = _engine("planned", model, size, physical, device, kernels="torch")
+            steps["planned torch-kernels"] = _engine("planned", made, physical, kernels="torch")
         elif name == "torch-draws":
-            steps["planned torch-draws"] = _drawn_by_torch(_engine("planned", model, size, physical, device))
+            steps["planned torch-draws"] = _drawn_by_torch(_engine("planned", made, physical))
         elif name in ("dp-sgd", "dp-sat"):
-            steps[name] = _optimizer_step(name, model, size, physical, device)
+            steps[name] = _optimizer_step(name, made, physical)
         else:
-            steps[name] = _engine(name, model, size, physical, device)
+            steps[name] = _engine(name, made, physical)
     return {name: _finished(step, device) for name, step in steps.items()}
 
 
@@ -143,40 +145,26 @@ def _finished(step: Step, device: torch.device) -> Step:
     return whole
 
 
-def _nonprivate(
-    model: str, size: int, device: torch.device, memory_format: torch.memory_format, narrow: bool = False
-) -> Step:
-    module = build(model, device).to(memory_format=memory_format)
-    inputs, targets = batch(size, device)
-    inputs = inputs.contiguous(memory_format=memory_format)
-    params = list(module.parameters())
+def _nonprivate(made: Problem, memory_format: torch.memory_format, narrow: bool = False) -> Step:
+    module = copy.deepcopy(made.module).to(memory_format=memory_format)
+    inputs = made.inputs.contiguous(memory_format=memory_format)
+    params = [p for p in module.parameters() if p.requires_grad]
 
     def step() -> object:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=narrow):
             outputs = module(inputs)
-        return torch.autograd.grad(functional.cross_entropy(outputs.float(), targets), params)
+        return torch.autograd.grad(made.criterion(outputs.float(), made.targets).mean(), params, allow_unused=True)
 
     return step
 
 
-def _engine(
-    engine: str,
-    model: str,
-    size: int,
-    physical: int,
-    device: torch.device,
-    precision: str = "float32",
-    kernels: str = "auto",
-) -> Step:
-    module, data = build(model, device), batch(size, device)
-    loss, params, clipping = (
-        ModelLoss(module, precision=precision, kernels=kernels),
-        trainable(module),
-        FlatClipping(clip_norm=CLIP_NORM),
-    )
+def _engine(engine: str, made: Problem, physical: int, precision: str = "float32", kernels: str = "auto") -> Step:
+    module, data = copy.deepcopy(made.module), (made.inputs, made.targets)
+    loss = ModelLoss(module, made.criterion, precision=precision, kernels=kernels)
+    params, clipping = trainable(module), FlatClipping(clip_norm=CLIP_NORM)
 
     def step() -> object:
-        draws = Draws(key=fresh_key(), ids=np.arange(size))
+        draws = Draws(key=fresh_key(), ids=np.arange(len(data[0])))
         return clipped_gradient_sum(
             loss, params, data, clipping, engine=engine, physical_batch_size=physical, draws=draws
         )
@@ -184,13 +172,13 @@ def _engine(
     return step
 
 
-def _optimizer_step(name: str, model: str, size: int, physical: int, device: torch.device) -> Step:
+def _optimizer_step(name: str, made: Problem, physical: int) -> Step:
     """A whole private step, including noise and update."""
-    module, data = build(model, device), batch(size, device)
-    loss, params, clipping = ModelLoss(module), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
+    module, data = copy.deepcopy(made.module), (made.inputs, made.targets)
+    loss, params, clipping = ModelLoss(module, made.criterion), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
     base = DPSGD(lr=0.1, momentum=0.9)
     optimizer = DPSAT(base=base, rho=0.03) if name == "dp-sat" else base
-    mechanism = GaussianMechanism(noise_multiplier=1.0, clip_norm=CLIP_NORM, expected_batch_size=size)
+    mechanism = GaussianMechanism(noise_multiplier=1.0, clip_norm=CLIP_NORM, expected_batch_size=len(data[0]))
     generator, memory = np.random.default_rng(0), {"params": params, "state": optimizer.init(params)}
 
     def step() -> None:
@@ -203,26 +191,60 @@ def _optimizer_step(name: str, model: str, size: int, physical: int, device: tor
     return step
 
 
-def _opacus(model: str, size: int, device: torch.device, mode: str) -> Step:
-    """Backward pass and clipped sum as ``PrivacyEngine.make_private`` sets them up, without noise and update."""
+class _Loss(nn.Module):
+    """Losses as Opacus' ghost clipping asks for them: by ``reduction``, which it sets."""
+
+    reduction = "mean"
+
+    def __init__(self, made: Problem) -> None:
+        super().__init__()
+        self._criterion = made.criterion
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = self._criterion(outputs, targets)
+        return losses if self.reduction == "none" else losses.mean()
+
+
+def _opacus(made: Problem, mode: str) -> Step:
+    """Backward pass and clipped sum as ``PrivacyEngine.make_private`` sets them up, without noise and update.
+
+    Layers that Opacus has another of are replaced as it advises (``ModuleValidator.fix``). A network of transformers is
+    given the position numbers of each example.
+    """
+    try:
+        return _opacus_step(made, mode)
+    except Exception as error:  # whatever Opacus says of a layer
+        reason = error
+
+    def refused() -> object:
+        raise reason
+
+    return refused
+
+
+def _opacus_step(made: Problem, mode: str) -> Step:
     from opacus import PrivacyEngine
+    from opacus.validators import ModuleValidator
 
     warnings.filterwarnings("ignore")
-    module, data = build(model, device), batch(size, device)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=size)
-    made = PrivacyEngine().make_private(
+    module, inputs, targets = copy.deepcopy(made.module), made.inputs, made.targets
+    if isinstance(module, OfTokens):
+        module.spelled_out = True
+    if not ModuleValidator.is_valid(module):
+        module = ModuleValidator.fix(module).train()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=len(inputs))
+    prepared = PrivacyEngine().make_private(
         module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-        criterion=nn.CrossEntropyLoss(),
+        optimizer=torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1),
+        criterion=_Loss(made),
         data_loader=loader,
         noise_multiplier=1.0,
         max_grad_norm=CLIP_NORM,
         poisson_sampling=False,
         grad_sample_mode=mode,
     )
-    wrapped, optimizer = made[0], made[1]
-    criterion = made[2] if mode == "ghost" else nn.CrossEntropyLoss()
-    inputs, targets = data
+    wrapped, optimizer = prepared[0], prepared[1]
+    criterion = prepared[2] if mode == "ghost" else _Loss(made)
 
     def step() -> None:
         optimizer.zero_grad()
