@@ -86,10 +86,11 @@ class Recurrent(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal attention of 8 heads and two linear layers, both after a LayerNorm and beside a shortcut."""
+    """Causal attention and two linear layers, both after a LayerNorm and beside a shortcut."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -97,7 +98,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x[B, T, width] -> [B, T, width]``."""
         batch, length, width = x.shape
-        q, k, v = self.qkv(self.before(x)).view(batch, length, 3, 8, width // 8).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.before(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         moved: Tensor = x + self.narrow(functional.gelu(self.wide(self.between(x))))
@@ -105,15 +106,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Six blocks of 256 whose head is the table of the embedding: 7.3 M parameters."""
+    """Blocks, six of 256 by default, whose head is the table of the embedding: 7.3 M parameters."""
 
-    def __init__(self, length: int, width: int = 256) -> None:
+    def __init__(self, length: int, width: int = 256, depth: int = 6, heads: int = 8, words: int = GPT_WORDS) -> None:
         super().__init__()
-        self.words = nn.Embedding(GPT_WORDS, width)
+        self.words = nn.Embedding(words, width)
         self.positions = nn.Parameter(0.02 * torch.randn(1, length, width))
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(6)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, GPT_WORDS, bias=False)
+        self.head = nn.Linear(width, words, bias=False)
         nn.init.normal_(self.words.weight, std=0.02)
         self.head.weight = self.words.weight
 
