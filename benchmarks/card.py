@@ -23,12 +23,14 @@ import argparse
 import copy
 import dataclasses
 import importlib.util
+import logging
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -269,7 +271,8 @@ def out_of_memory(device: torch.device, build: Callable[[torch.device], Problem]
         allowed = torch.cuda.memory_allocated(device) + (few + all_of_it) / 2 * 2**20
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / capacity), device)
         try:
-            found = private_step(made, physical=size)
+            with heard() as lines:
+                found = private_step(made, physical=size)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             off = difference(private_step(made, physical=small), wanted)
@@ -279,7 +282,22 @@ def out_of_memory(device: torch.device, build: Callable[[torch.device], Problem]
             ) from None
     if (off := difference(found, wanted)) > 1e-3:
         raise Failed(f"the sum of smaller physical batches is off by {off:.1e}")
-    return f"{all_of_it:.0f} MB did not fit; the sum is right up to {off:.1e}"
+    if not (smaller := [line for line in lines if line.startswith("no memory for")]):
+        raise Failed(f"{all_of_it:.0f} MB were not allowed, and the batch was not made smaller")
+    return f"{all_of_it:.0f} MB did not fit; {smaller[-1]}; the sum is right up to {off:.1e}"
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What the package logs."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fed_dpsat").addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logging.getLogger("fed_dpsat").removeHandler(handler)
 
 
 PLACEMENT = "tests/step/placement"

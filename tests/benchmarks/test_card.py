@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from benchmarks import card, contestants
+from fed_dpsat.errors import warn_once
+from fed_dpsat.step.gradients.per_example import ENGINES
+from fed_dpsat.step.gradients.planned import NoMemory, planned_sum
 from fed_dpsat.step.placement import CPU
 
 NO_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card on this machine")
@@ -68,7 +71,18 @@ def test_a_step_that_does_not_fit_ends_or_gives_the_sum(monkeypatch):
     with pytest.raises(card.Failed, match="do not fit, and the step ends"):
         card.out_of_memory(CPU, lambda device: made, small=2)
     monkeypatch.setattr(card, "private_step", lambda made, physical: step(made, min(physical, 2)))
-    assert "the sum is right" in card.out_of_memory(CPU, lambda device: made, small=2)
+    with pytest.raises(card.Failed, match="was not made smaller"):
+        card.out_of_memory(CPU, lambda device: made, small=2)
+    monkeypatch.setattr(card, "private_step", right)
+
+    def little(loss_fn, at, inputs, targets, clipping):
+        if len(targets) > 2:
+            raise NoMemory
+        return planned_sum(loss_fn, at, inputs, targets, clipping)
+
+    monkeypatch.setitem(ENGINES, "auto", little)
+    warn_once.cache_clear()
+    assert "no memory for 4 per-example gradients" in card.out_of_memory(CPU, lambda device: made, small=2)
 
 
 @pytest.mark.slow
