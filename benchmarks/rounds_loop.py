@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.turns import Turn
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.params import Params, trainable
 from fed_dpsat.run.process import tune_allocator
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.draws import Draws, thinning
 from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
 from fed_dpsat.step.loop import Streams
 from fed_dpsat.step.mechanism import GaussianMechanism
@@ -67,16 +72,36 @@ def _noised(model: Params, total: Params, config: RunConfig, round: int) -> Para
     return {name: p + private[name] for name, p in model.items()}
 
 
+class SameDropout(TorchFunctionMode):
+    """Dropout with the numbers of ``draws``: the bare loop has to compute what ours computes."""
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self.draws, self.calls = draws, 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """``func`` of the arguments; a dropout by a mask."""
+        kwargs = kwargs or {}
+        if func is not functional.dropout or not kwargs.get("training", args[2:3] != (False,)):
+            return func(*args, **kwargs)
+        x, p = args[0], kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        words, self.calls = self.draws.words(self.calls, x[0].numel()), self.calls + 1
+        return x * torch.from_numpy(thinning(words, p)).view_as(x)
+
+
 def _plain_client(experiment: Experiment, model: Params, client: int, round: int) -> Params:
     module, data, config = experiment.loss_fn.module, experiment.dataset.train, experiment.config
     module.load_state_dict(model)
     optimizer = torch.optim.SGD(module.parameters(), lr=config.lr)
     indices, sampler, streams = _draws(experiment, client, round)
-    for batch in sampler.batches(config.local_steps, streams.generator("sampling")):
+    for step, batch in enumerate(sampler.batches(config.local_steps, streams.generator("sampling"))):
         inputs, targets = data.batch(indices[batch])
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
-        losses = functional.cross_entropy(module(inputs), targets, reduction="sum")
+        with SameDropout(streams.draws(step, batch)):
+            losses = functional.cross_entropy(module(inputs), targets, reduction="sum")
         torch.autograd.backward(losses / sampler.expected_batch_size)
         optimizer.step()
     return trainable(module)

@@ -25,8 +25,8 @@ from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.routes import routes_of
 from fed_dpsat.step.query import At, LossFn, Query, simplified
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""How far rows may be apart, over the larger of their norms and the typical one of the batch."""
+TOLERANCE, SMALL = {"float32": 1e-3, "bfloat16": 5e-2}, 0.05
+"""How far rows may be apart, over their norm, or over this share of the norm of the whole gradient if that is more."""
 
 
 def opacus_sum(
@@ -64,21 +64,26 @@ def _compare(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor
     except Exception as error:  # whatever Opacus says of a module that it does not take
         said = str(error).strip().splitlines()
         raise _refused(f"for {name}: {type(error).__name__}, {said[0] if said else 'no reason given'}") from error
+    planned_rows = {n: held[n].rows() if n in held else torch.zeros_like(rows) for n, rows in found.items()}
+    whole = torch.stack([_finite(rows).norm(dim=1) for rows in planned_rows.values()]).norm(dim=0)
     for parameter, rows in found.items():
-        expected = held[parameter].rows() if parameter in held else torch.zeros_like(rows)
-        if not _near(rows, expected, TOLERANCE[loss_fn.precision]):
+        if not _near(rows, planned_rows[parameter], TOLERANCE[loss_fn.precision], whole):
             where = parameter.rpartition(".")[0]
             layer = f"{where or 'the module'} ({type(loss_fn.module.get_submodule(where)).__name__})"
             raise _refused(f"right for {layer}: its gradients of {parameter} are not those of each example alone")
 
 
-def _near(rows: Tensor, expected: Tensor, tolerance: float) -> bool:
+def _near(rows: Tensor, expected: Tensor, tolerance: float, whole: Tensor) -> bool:
+    """``whole`` are the norms of the gradients of all parameters: a small part of one is made of larger numbers."""
     if rows.shape != expected.shape:
         return False
-    rows, expected = (t.reshape(len(t), -1).nan_to_num(0, 0, 0) for t in (rows, expected))
-    norms = expected.norm(dim=1)
-    size = torch.maximum(norms, norms.square().mean().sqrt())
+    rows, expected = _finite(rows), _finite(expected)
+    size = torch.maximum(expected.norm(dim=1), SMALL * torch.maximum(whole, whole.square().mean().sqrt()))
     return bool(((rows - expected).norm(dim=1) <= tolerance * size + math.sqrt(torch.finfo(rows.dtype).tiny)).all())
+
+
+def _finite(rows: Tensor) -> Tensor:
+    return rows.reshape(len(rows), -1).nan_to_num(0, 0, 0)
 
 
 def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, mode: str) -> Params:
