@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fed_dpsat.step.draws import Draws
 from fed_dpsat.step.gradients.drawing import ANSWERS, LOOKED_INTO, Pass
 from fed_dpsat.step.gradients.level import Level
 from fed_dpsat.step.gradients.passes import MARK, InPass, looked_into, name_of, tensors, writes
+from fed_dpsat.step.gradients.rnn import CELLS
 
 BACKWARDS = {function: looked_into(function) for function in (torch.autograd.grad, torch.autograd.backward)}
 
@@ -56,7 +58,10 @@ class Alone(InPass):
         out = NotImplemented
         if func in ANSWERS and kwargs.get("generator") is None and not _computed_again():
             out = ANSWERS[func](self.drawn, *args, **kwargs)
-        if out is NotImplemented:
+        if out is NotImplemented and func in CELLS and torch.is_autocast_enabled(args[0].device.type):
+            with torch.autocast(args[0].device.type, enabled=False):  # torch has no such layers in bfloat16 on a CPU
+                out = func(*tree_map(lambda t: t.float() if isinstance(t, Tensor) else t, args), **kwargs)
+        elif out is NotImplemented:
             out = func(*args, **kwargs)
         for t in tensors((args[:1] if writes(name_of(func)) else (), kwargs.get("out"))):
             t.__dict__[MARK] = self._mark

@@ -153,3 +153,47 @@ def test_packed_sequences_have_a_pass_for_each():
     inputs, targets = batch()
     found, _ = clipped_gradient_sum(loss, trainable(loss.module), (inputs, targets), RULE)
     assert float(global_norm(subtract(found, one_by_one(loss, inputs, targets)))) < 1e-12
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_compute_in_float32_where_others_do_in_bfloat16(make):
+    """torch's own LSTM raises RuntimeError under autocast on a CPU."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer, self.head = nn.Linear(6, 8), make(8, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(self.first(x))[0].mean(1))
+
+    torch.manual_seed(0)
+    module, x, y = Last(), torch.randn(4, 5, 6), torch.arange(4) % 3
+    narrow, wide = (
+        clipped_gradient_sum(ModelLoss(module, precision=p), trainable(module), (x, y), RULE)[0]
+        for p in ("bfloat16", "float32")
+    )
+    assert float(global_norm(subtract(narrow, wide)) / global_norm(wide)) < 0.05
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
+def test_a_learned_first_state_takes_one_pass(make, monkeypatch):
+    monkeypatch.setattr("fed_dpsat.step.gradients.loop.remember", lambda loss_fn, reason: pytest.fail(reason))
+
+    class Learned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.layer, self.head = nn.Embedding(9, 4), make(4, 3, batch_first=True), nn.Linear(3, 3)
+            self.first = nn.Parameter(torch.randn(1, 1, 3))
+
+        def forward(self, tokens):
+            state = self.first.expand(1, len(tokens), 3)
+            out, _ = self.layer(self.words(tokens), (state, state.tanh()) if make is nn.LSTM else state)
+            return self.head(out[:, -1])
+
+    torch.manual_seed(0)
+    loss = ModelLoss(Learned().double())
+    inputs, targets = batch()
+    found, _ = clipped_gradient_sum(loss, trainable(loss.module), (inputs["tokens"], targets), RULE)
+    expected = one_by_one(loss, {"tokens": inputs["tokens"]}, targets)
+    assert float(global_norm(subtract(found, expected))) < 1e-12
