@@ -47,7 +47,7 @@ from fed_dpsat.step.query import At, LossFn, Query, as_query, compacted, first_p
 
 
 class NoMemory(Exception):
-    """There is none for so many examples at once; the clipping rule has not been asked."""
+    """Memory does not suffice for so many examples at once; the clipping rule has not been asked."""
 
 
 def planned_sum(
