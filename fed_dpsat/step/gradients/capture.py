@@ -190,7 +190,7 @@ class Capture(InPass):
         return func(self._level.whole(t), *args[1:])
 
     def _layer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The answer of a layer to a call whose input is of the batch and whose weights are not; None for another call."""
+        """The answer to a call whose input is of the batch and whose weights are not; None for any other."""
         x, *others = args if args else (kwargs.get("input"),)
         more = {key: value for key, value in kwargs.items() if key != "input"} if kwargs else kwargs
         weights = tensors((*others, *more.values()))
