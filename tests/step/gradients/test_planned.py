@@ -19,7 +19,7 @@ from fed_dpsat.models.resnet import WSConv2d, resnet10_gn, resnet20_gn, wrn16_4_
 from fed_dpsat.params import global_norm, trainable
 from fed_dpsat.step.clipping import FlatClipping, Tally
 from fed_dpsat.step.gradients import compiled, planned
-from fed_dpsat.step.gradients.capture import Tape
+from fed_dpsat.step.gradients.capture import Capture, Tape
 from fed_dpsat.step.gradients.geometry import Geometry
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.gradients.plan import plan_table
@@ -619,3 +619,12 @@ def test_nothing_of_a_model_outlives_it():
     del loss_fn, params
     gc.collect()
     assert sum(type(o) is Tape for o in gc.get_objects()) == before
+
+
+def test_a_gradient_that_no_call_accounts_for_is_no_sum(monkeypatch):
+    """A second guard behind that of unmarked tensors: without rows, a scale would be left out of norm and sum."""
+    reasons, module = [], Open()
+    monkeypatch.setattr(Capture, "_in_the_open", lambda self, func, args, kwargs, given: (args, kwargs))
+    monkeypatch.setattr("fed_dpsat.step.gradients.loop.remember", lambda loss_fn, reason: reasons.append(reason))
+    check(module, seeded(0, 4, 3), must_plan=False)
+    assert set(reasons) == {"parameter scale is used where no call shows it"}
