@@ -27,6 +27,10 @@ class SettingError(InputError):
         self.value = value
 
 
+class DataError(InputError):
+    """A data set or a partition is invalid or unavailable; the message gives a remedy."""
+
+
 class ModelError(InputError):
     """A network that cannot be built or cannot be trained privately."""
 

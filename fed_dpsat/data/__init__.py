@@ -5,6 +5,7 @@ A built-in data set is a module with a table ``DATASETS``, a built-in partition 
 ``datasets`` or ``flwr_datasets`` when it needs it.
 """
 
-from fed_dpsat.data.dataset import DataError, Dataset, Examples
+from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.errors import DataError
 
 __all__ = ["DataError", "Dataset", "Examples"]

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 
-from fed_dpsat.data.dataset import DataError
+from fed_dpsat.errors import DataError
 from fed_dpsat.imports import repair_torchvision
 
 

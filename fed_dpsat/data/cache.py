@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_dpsat.data.dataset import DataError
+from fed_dpsat.errors import DataError
 
 FORMAT = 1  # part of the fingerprint: raise it with each change of the layout
 Arrays = Mapping[str, np.ndarray]

@@ -4,100 +4,215 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fed_dpsat.errors import InputError
+from fed_dpsat.data.sequences import Sequences
+from fed_dpsat.errors import DataError
 
+Leaf: TypeAlias = Tensor | Sequences
+"""One row for each example."""
 
-class DataError(InputError):
-    """A data set or a partition is invalid or unavailable; the message gives a remedy."""
+INPUT_TYPES = (torch.uint8, torch.float32, torch.int64, torch.int32, torch.int16)
+INPUTS = "inputs"
+"""The name in errors of the one array of inputs that has no name."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Examples:
-    """``inputs[N, C, ...]`` (uint8 0..255, or float32) with ``labels[N]`` (int64), without a conversion.
+    """``N`` examples: their ``inputs``, their ``labels``, and ``columns`` that only a partition sees.
 
-    ``mean`` and ``std`` hold one number per channel, in the units of the input scaled to 0..1 (uint8) or of
-    the input itself (float32). Memory-mapped tensors stay mapped: a batch reads only its rows.
+    ======== ================================================================= ======================================
+    field    is                                                                in a batch
+    ======== ================================================================= ======================================
+    inputs   uint8 or float32 ``[N, C, ...]``                                  float32, normalised per channel
+    \\        whole numbers ``[N, ...]`` (categories)                           int64
+    \\        several by name, also ``Sequences`` (tokens: "input_ids")         a dictionary: arguments of the model
+    labels   int64 ``[N]``: a class; float32 ``[N]`` or ``[N, K]``: numbers    as they are
+    \\        uint8 ``[N, K]``: for each class, whether it is one (0 or 1)      float32
+    \\        ``Sequences``: a class for each position                          int64 ``[B, longest]``, padding -100
+    \\        None: the label is the text itself                                its tokens, padding -100
+    columns  by name, one value for each example ``[N]``                       not in it
+    ======== ================================================================= ======================================
+
+    ``mean`` and ``std`` hold one number per channel of the one array of inputs without a name, in the units of the
+    input scaled to 0..1 (uint8) or of the input itself (float32). Memory-mapped tensors stay mapped: a batch reads only
+    its rows.
 
     Raises ``DataError`` for another dtype, lengths that differ, or a std that is not positive.
     """
 
-    inputs: Tensor
-    labels: Tensor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    inputs: Tensor | Mapping[str, Leaf]
+    labels: Leaf | None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.inputs.dtype not in (torch.uint8, torch.float32) or self.inputs.ndim < 2:
-            raise DataError(
-                f"inputs are {self.inputs.dtype} {list(self.inputs.shape)}, "
-                f"not uint8 or float32 [N, C, ...]; convert them"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.inputs.shape[:1]:
-            raise DataError(
-                f"labels are {self.labels.dtype} {list(self.labels.shape)}, "
-                f"not int64 [{len(self.inputs)}]; give one class number per input"
-            )
-        channels = self.inputs.shape[1]
+        if not self.leaves:
+            raise DataError("inputs have no array; give at least one")
+        for name, leaf in self.leaves.items():
+            if not isinstance(leaf, Sequences) and (leaf.dtype not in INPUT_TYPES or leaf.ndim < 1):
+                raise DataError(
+                    f"{name} are {leaf.dtype} {list(leaf.shape)}, not uint8, float32 or whole numbers [N, ...]; "
+                    "convert them"
+                )
+        self._check_labels()
+        self._check_scale()
+        lengths = {name: len(leaf) for name, leaf in self.leaves.items()}
+        lengths |= {f"column {name!r}": len(values) for name, values in self.columns.items()}
+        if self.labels is not None:
+            lengths["labels"] = len(self.labels)
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"{lengths}: these numbers of examples differ; give one row of each for each example")
+
+    def _check_labels(self) -> None:
+        labels = self.labels
+        if labels is None:
+            if len(self.texts) != 1:
+                raise DataError(f"labels=None with inputs {list(self.leaves)}: the label is the one text; give labels")
+        elif not isinstance(labels, Sequences):
+            kinds = {torch.int64: (1,), torch.float32: (1, 2), torch.uint8: (2,)}
+            if labels.ndim not in kinds.get(labels.dtype, ()):
+                raise DataError(
+                    f"labels are {labels.dtype} {list(labels.shape)}, not int64 [N] (a class), float32 [N] or [N, K] "
+                    "(numbers) or uint8 [N, K] (several classes); convert them"
+                )
+
+    def _check_scale(self) -> None:
+        one = self.inputs
+        if isinstance(one, Tensor) and one.dtype in (torch.uint8, torch.float32):
+            if one.ndim < 2:
+                raise DataError(f"inputs are {one.dtype} {list(one.shape)}, not [N, C, ...]; give each its features")
+            channels = one.shape[1]
+        else:
+            channels = 0
         if len(self.mean) != channels or len(self.std) != channels:
             raise DataError(f"mean={self.mean} and std={self.std} need one number for each of {channels} channels")
         if not all(math.isfinite(m) for m in self.mean) or not all(0 < s < math.inf for s in self.std):
             raise DataError(f"mean={self.mean}, std={self.std}: a mean must be finite and a std in (0, inf)")
 
+    @property
+    def leaves(self) -> dict[str, Leaf]:
+        """The arrays of inputs by name; one without a name is called "inputs"."""
+        return dict(self.inputs) if isinstance(self.inputs, Mapping) else {INPUTS: self.inputs}
+
+    @property
+    def texts(self) -> dict[str, Sequences]:
+        """The inputs that are sequences, by name."""
+        return {name: leaf for name, leaf in self.leaves.items() if isinstance(leaf, Sequences)}
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        """``[N]`` int64, the class of each example; None if labels are something else."""
+        one = self.labels
+        return one.numpy() if isinstance(one, Tensor) and one.dtype == torch.int64 else None
+
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(next(iter(self.leaves.values())))
 
     def rows(self, indices: Tensor) -> Examples:
         """The examples of ``indices[K]`` (int64), in that order."""
-        return dataclasses.replace(self, inputs=self.inputs[indices], labels=self.labels[indices])
+        picked = {name: _rows(leaf, indices) for name, leaf in self.leaves.items()}
+        return dataclasses.replace(
+            self,
+            inputs=picked if isinstance(self.inputs, Mapping) else picked[INPUTS],
+            labels=None if self.labels is None else _rows(self.labels, indices),
+            columns={name: values[indices.numpy()] for name, values in self.columns.items()},
+        )
 
-    def batch(self, indices: Tensor, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Normalised ``(inputs[B, C, ...] float32, labels[B])`` of ``indices[B]`` (int64), on ``device`` or as stored.
+    def batch(self, indices: Tensor, device: torch.device | None = None) -> tuple[Tensor | dict[str, Tensor], Tensor]:
+        """``(inputs, targets)`` of ``indices[B]`` (int64), on ``device`` or as stored; both are copies.
 
-        ``(x / 255 - mean) / std`` per channel for uint8, ``(x - mean) / std`` for float32. The result is a
-        copy. Empty ``indices`` give an empty batch; an index outside [0, N) raises ``IndexError``.
+        ``(x / 255 - mean) / std`` per channel for uint8, ``(x - mean) / std`` for float32. Sequences are padded to the
+        longest of the batch, at least 1, and have a mask of 1 and 0 (int64) under the name that they give it. Empty
+        ``indices`` give an empty batch; an index outside [0, N) raises ``IndexError``.
         """
-        per_channel = [-1] + [1] * (self.inputs.ndim - 2)
-        device = device or self.inputs.device
+        if isinstance(self.inputs, Tensor):  # the way of an image, which a step of a small model notices
+            return self._scaled(self.inputs, indices, device), self._targets(indices, device)
+        found: dict[str, Tensor] = {}
+        for name, leaf in self.leaves.items():
+            if isinstance(leaf, Sequences):
+                found |= leaf.padded(name, indices, device)
+            elif leaf.dtype == torch.uint8:
+                found[name] = leaf.index_select(0, indices).to(device or leaf.device).to(torch.float32) / 255
+            else:
+                found[name] = _wide(leaf.index_select(0, indices).to(device or leaf.device))
+        return found, self._targets(indices, device)
+
+    def _scaled(self, inputs: Tensor, indices: Tensor, device: torch.device | None) -> Tensor:
+        device = device or inputs.device
         # a transfer as uint8 moves a quarter of the bytes
-        rows = self.inputs.index_select(0, indices).to(device).to(torch.float32)
-        if self.inputs.dtype == torch.uint8:
+        rows = inputs.index_select(0, indices).to(device)
+        if not self.mean:
+            return _wide(rows)
+        per_channel = [-1] + [1] * (inputs.ndim - 2)
+        rows = rows.to(torch.float32)
+        if inputs.dtype == torch.uint8:
             rows /= 255
         rows -= torch.tensor(self.mean, device=device).view(per_channel)
         rows /= torch.tensor(self.std, device=device).view(per_channel)
-        return rows, self.labels.index_select(0, indices).to(device)
+        return rows
+
+    def _targets(self, indices: Tensor, device: torch.device | None) -> Tensor:
+        labels = next(iter(self.texts.values())) if self.labels is None else self.labels
+        if isinstance(labels, Sequences):
+            return labels.targets(indices, device)
+        rows = labels.index_select(0, indices).to(device or labels.device)
+        return rows.to(torch.float32) if labels.dtype == torch.uint8 else rows
+
+
+def _rows(leaf: Leaf, indices: Tensor) -> Leaf:
+    return leaf.rows(indices) if isinstance(leaf, Sequences) else leaf[indices]
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows if rows.is_floating_point() else rows.to(torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
     """A private training split, which is divided among clients, and a public test split.
 
-    Raises ``DataError`` if the splits differ in shape or a label is not one of ``class_names``.
+    ``class_names`` are those of classes or, for labels that are numbers, those of the numbers; empty if there are none.
+    Raises ``DataError`` if the splits differ in form or a label is not one of ``class_names``.
     """
 
     name: str
     train: Examples
     test: Examples
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.train.inputs.shape[1:] != self.test.inputs.shape[1:]:
-            raise DataError(
-                f"{self.name}: train inputs are {list(self.input_shape)}, "
-                f"test inputs {list(self.test.inputs.shape[1:])}; make them one shape"
-            )
-        for split, labels in (("train", self.train.labels), ("test", self.test.labels)):
-            wrong = torch.nonzero((labels < 0) | (labels >= self.num_classes))
-            if len(wrong):
-                row = int(wrong[0])
+        train, test = (_forms(split) for split in (self.train, self.test))
+        for name in train | test:
+            if train.get(name) != test.get(name):
                 raise DataError(
-                    f"{self.name}: {split} label {int(labels[row])} of row {row} is not in "
-                    f"[0, {self.num_classes}); correct it or name more classes"
+                    f"{self.name}: train {name} are {train.get(name, 'missing')}, "
+                    f"test {name} {test.get(name, 'missing')}; make them one shape"
                 )
+        for split, examples in (("train", self.train), ("test", self.test)):
+            self._check_labels(split, examples.labels)
+
+    def _check_labels(self, split: str, labels: Leaf | None) -> None:
+        if isinstance(labels, Sequences):
+            labels.check_within(self.num_classes, f"{self.name}: {split} label")
+        elif labels is not None and labels.dtype == torch.int64:
+            _check_each(labels, self.num_classes, f"{self.name}: {split} label", "or name more classes")
+        elif labels is not None and labels.dtype == torch.uint8:
+            _check_each(labels.flatten(), 2, f"{self.name}: {split} label", "or give 0 and 1 alone")
+        if labels is None or isinstance(labels, Sequences) or labels.ndim == 1:
+            return
+        if labels.shape[1] != self.num_classes:
+            raise DataError(
+                f"{self.name}: {split} labels have {labels.shape[1]} columns for {self.num_classes} class_names; "
+                "name each column"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -105,19 +220,57 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, ``(C, ...)``."""
-        return tuple(self.train.inputs.shape[1:])
+        """The shape of one input, ``(C, ...)``, or ``(max_length,)`` of one text; ``()`` for several inputs."""
+        leaves = self.train.leaves
+        if len(leaves) > 1:
+            return ()
+        (leaf,) = leaves.values()
+        return (leaf.max_length,) if isinstance(leaf, Sequences) else tuple(leaf.shape[1:])
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many numbers a token may be, the largest of all texts; 0 without a text."""
+        return max((text.vocabulary_size for text in self.train.texts.values()), default=0)
+
+
+def _forms(split: Examples) -> dict[str, str]:
+    """By array: what has to be equal in both splits."""
+    forms = {
+        name: f"sequences of at most {leaf.max_length}, {leaf.vocabulary_size} tokens, padding {leaf.padding}"
+        if isinstance(leaf, Sequences)
+        else f"{'whole numbers ' if leaf.dtype not in (torch.uint8, torch.float32) else ''}{list(leaf.shape[1:])}"
+        for name, leaf in split.leaves.items()
+    }
+    labels = split.labels
+    if isinstance(labels, Tensor):
+        forms["labels"] = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape[1:])}"
+    else:
+        forms["labels"] = "the text" if labels is None else "a class for each position"
+    return forms
+
+
+def _check_each(labels: Tensor, bound: int, what: str, remedy: str) -> None:
+    wrong = torch.nonzero((labels < 0) | (labels >= bound))
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(f"{what} {int(labels[row])} of row {row} is not in [0, {bound}); correct it {remedy}")
 
 
 def check_plain(dataset: Dataset) -> None:
-    """Raise ``DataError`` for a subclass of ``Dataset``, ``Examples`` or ``Tensor``, whose batches may mix examples."""
+    """Raise ``DataError`` for a subclass of the classes of a data set or ``Tensor``, whose batches may mix examples."""
     if type(dataset) is not Dataset:
         raise DataError(f"dataset={type(dataset).__name__!r} is not Dataset itself; return a Dataset of Examples")
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         remedy = "put a transform into the model, where it sees one example"
         if type(split) is not Examples or vars(split).keys() != Examples.__dataclass_fields__.keys():
             raise DataError(f"{dataset.name}: {name} split {type(split).__name__!r} is not Examples itself; {remedy}")
-        for part, tensor in (("inputs", split.inputs), ("labels", split.labels)):
-            if type(tensor) is not Tensor:
-                kind = type(tensor).__name__
+        parts: dict[str, object] = dict(split.leaves)
+        if split.labels is not None:
+            parts["labels"] = split.labels
+        for part, leaf in parts.items():
+            tensors = [leaf]
+            if type(leaf) is Sequences and vars(leaf).keys() == Sequences.__dataclass_fields__.keys():
+                tensors = [leaf.values, leaf.offsets]
+            if any(type(tensor) is not Tensor for tensor in tensors):
+                kind = type(leaf).__name__
                 raise DataError(f"{dataset.name}: {name} {part} of class {kind!r} is not a plain Tensor; {remedy}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fed_dpsat.data.dataset import DataError
+from fed_dpsat.errors import DataError
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode by number of channels
 ROWS_AT_A_TIME = 1_000  # bounds the undecoded bytes that are held as Python objects

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fed_dpsat.data.dataset import DataError
+from fed_dpsat.errors import DataError
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner  # type: ignore[import-untyped]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_dpsat.data.dataset import DataError
+from fed_dpsat.errors import DataError
 
 REMEDIES = {"b": "np.flatnonzero makes whole numbers of a mask", "f": ".astype(np.int64) makes whole numbers of it"}
 

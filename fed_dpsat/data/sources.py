@@ -25,8 +25,9 @@ import numpy as np
 
 from fed_dpsat.data._torchvision import read_split
 from fed_dpsat.data.cache import Arrays, cached, fingerprint
-from fed_dpsat.data.dataset import DataError, Dataset, Examples
+from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.decode import decode_images
+from fed_dpsat.errors import DataError
 
 SPLITS = ("train", "test")
 Split = tuple[np.ndarray, np.ndarray]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fed_dpsat.data.dataset import DataError, Dataset
+from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.errors import DataError
 
 
 def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:

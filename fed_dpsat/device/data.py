@@ -22,9 +22,10 @@ import numpy as np
 
 from fed_dpsat import plugins
 from fed_dpsat.data.cache import Arrays, cached, fingerprint
-from fed_dpsat.data.dataset import DataError, Dataset, Examples
+from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.decode import decode_images
 from fed_dpsat.device.policy import Policy
+from fed_dpsat.errors import DataError
 
 IMAGES = (".png", ".jpg", ".jpeg")
 

@@ -13,8 +13,8 @@ from torch import nn
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.data.dataset import DataError, Dataset, Examples
-from fed_dpsat.errors import SettingError
+from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.errors import DataError, SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
 

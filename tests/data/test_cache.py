@@ -7,7 +7,7 @@ import pytest
 
 from fed_dpsat.data import cache
 from fed_dpsat.data.cache import cached, fingerprint
-from fed_dpsat.data.dataset import DataError
+from fed_dpsat.errors import DataError
 
 ARRAYS = {"inputs": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "labels": np.array([5, 6])}
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -45,8 +46,12 @@ def test_an_index_that_is_no_row_is_an_error(index):
     [
         ({"inputs": torch.zeros(2, 1, dtype=torch.float64)}, "float64"),
         ({"inputs": torch.zeros(2)}, r"inputs are torch.float32 \[2\]"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels are torch.int64 \[3\], not int64 \[2\]"),
-        ({"labels": torch.zeros(2)}, "labels are torch.float32"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"'inputs': 2, 'labels': 3.*differ"),
+        ({"labels": torch.zeros(2, dtype=torch.float64)}, "labels are torch.float64"),
+        ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, r"labels are torch.int64 \[2, 3\]"),
+        ({"labels": None}, "the label is the one text"),
+        ({"columns": {"site": np.zeros(3)}}, "column 'site'.*differ"),
+        ({"inputs": {}}, "no array"),
         ({"mean": (0.0, 0.0)}, "1 channels"),
         ({"mean": (float("nan"),)}, "mean must be finite"),
         ({"std": (0.0,)}, r"\(0, inf\)"),
@@ -55,7 +60,8 @@ def test_an_index_that_is_no_row_is_an_error(index):
 )
 def test_examples_are_checked_where_they_are_made(change, message):
     with pytest.raises(DataError, match=message):
-        make(**({"inputs": torch.zeros(2, 1)} | change))
+        given = {"labels": torch.zeros(2, dtype=torch.int64), "mean": (0.5,), "std": (0.25,)} | change
+        Examples(**({"inputs": torch.zeros(2, 1)} | given))
 
 
 def test_rows_are_examples_in_the_order_asked_for():

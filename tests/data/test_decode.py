@@ -2,8 +2,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fed_dpsat.data.dataset import DataError
 from fed_dpsat.data.decode import decode_images
+from fed_dpsat.errors import DataError
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 GREY = np.arange(12, dtype=np.uint8).reshape(1, 3, 4)

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fed_dpsat.data.dataset import DataError
 from fed_dpsat.data.partition import PARTITIONS, dirichlet, iid, shards, size_skew
+from fed_dpsat.errors import DataError
 
 NAMES = sorted(PARTITIONS)
 BALANCED = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))

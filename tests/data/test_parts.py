@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.data.dataset import DataError
 from fed_dpsat.data.parts import disjoint_parts
+from fed_dpsat.errors import DataError
 from fed_dpsat.settings.config import RunConfig
 
 TEN = {"num_clients": 2, "num_examples": 10, "partition": "mine"}

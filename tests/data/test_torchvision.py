@@ -6,7 +6,7 @@ import pytest
 
 from fed_dpsat.data import mnist
 from fed_dpsat.data._torchvision import read_split, torchvision_datasets
-from fed_dpsat.data.dataset import DataError
+from fed_dpsat.errors import DataError
 
 NAMES = ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100", "SVHN")
 

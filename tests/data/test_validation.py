@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fed_dpsat.data.dataset import DataError, Dataset, Examples
+from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.digits import digits
 from fed_dpsat.data.validation import hold_out
+from fed_dpsat.errors import DataError
 
 
 def numbered(start, count):

@@ -13,8 +13,8 @@ import torch
 from flwr.app import MessageType, RecordDict
 from PIL import Image
 
-from fed_dpsat.data.dataset import DataError
 from fed_dpsat.device.data import own_data
+from fed_dpsat.errors import DataError
 from fed_dpsat.flower.wire import records
 
 CLASSES = ("cat", "dog", "owl")

@@ -1,0 +1,123 @@
+"""Sequences of different length, end to end in one array: tokens of texts, or a class for each of their positions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fed_dpsat.errors import DataError
+
+IGNORED = -100
+"""The target of a position that has no loss, as in torch and transformers."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sequences:
+    """``N`` sequences of whole numbers: sequence i is ``values[offsets[i]:offsets[i + 1]]``.
+
+    =============== ========================================================================
+    field           is
+    =============== ========================================================================
+    values          ``[total]``: uint8, int16, int32 or int64; may be memory-mapped
+    offsets         ``[N + 1]`` int64, from 0 up to at most ``total``
+    max_length      the longest that a sequence may be; declared, not measured
+    vocabulary_size a value is in ``[0, vocabulary_size)``
+    padding         the value after the end of a sequence in a batch; a mask tells it apart
+    mask_token      the value that hides a token in masked-lm; -1 if there is none
+    =============== ========================================================================
+
+    Raises ``DataError`` for another type, offsets that fall, or a sequence longer than ``max_length``.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    max_length: int
+    vocabulary_size: int
+    padding: int = 0
+    mask_token: int = -1
+
+    def __post_init__(self) -> None:
+        types = (torch.uint8, torch.int16, torch.int32, torch.int64)
+        if self.values.dtype not in types or self.values.ndim != 1:
+            raise DataError(
+                f"sequences hold {self.values.dtype} {list(self.values.shape)}, not whole numbers [total]; convert them"
+            )
+        if self.offsets.dtype != torch.int64 or self.offsets.ndim != 1 or not len(self.offsets):
+            raise DataError(
+                f"offsets are {self.offsets.dtype} {list(self.offsets.shape)}, not int64 [N + 1]; convert them"
+            )
+        lengths = self.lengths
+        if int(self.offsets[0]) < 0 or int(self.offsets[-1]) > len(self.values) or bool((lengths < 0).any()):
+            raise DataError(f"offsets do not rise from 0 to {len(self.values)}; sequence i ends where i + 1 begins")
+        if bool((lengths > self.max_length).any()):
+            row = int((lengths > self.max_length).nonzero()[0])
+            raise DataError(
+                f"sequence {row} has {int(lengths[row])} values, more than max_length={self.max_length}; cut it off"
+            )
+        if not 0 <= self.padding < self.vocabulary_size:
+            raise DataError(
+                f"padding={self.padding} is not in [0, vocabulary_size={self.vocabulary_size}); choose one of these"
+            )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[N]`` int64."""
+        return self.offsets.diff()
+
+    def rows(self, indices: Tensor) -> Sequences:
+        """The sequences of ``indices[K]``, in that order."""
+        at, lengths = self._places(indices)
+        offsets = torch.zeros(len(indices) + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        return dataclasses.replace(self, values=self.values[at], offsets=offsets)
+
+    def padded(self, name: str, indices: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
+        """``{name: [B, longest], mask: [B, longest]}``, int64; the mask is 1 for a value and 0 for padding.
+
+        The mask of "input_ids" is called "attention_mask", as transformers has it, and that of another name
+        ``name_mask``.
+        """
+        values, mask = self._filled(indices, self.padding)
+        mask_name = "attention_mask" if name == "input_ids" else f"{name}_mask"
+        device = device or self.values.device
+        return {name: values.to(device), mask_name: mask.to(device)}
+
+    def targets(self, indices: Tensor, device: torch.device | None = None) -> Tensor:
+        """``[B, longest]`` int64, -100 after the end of a sequence."""
+        values, _ = self._filled(indices, IGNORED)
+        return values.to(device or self.values.device)
+
+    def check_within(self, bound: int, what: str) -> None:
+        """Raise ``DataError`` for a value outside ``[0, bound)``."""
+        step = 2**24
+        for start in range(0, len(self.values), step):
+            part = self.values[start : start + step]
+            wrong = torch.nonzero((part < 0) | (part >= bound))
+            if len(wrong):
+                at = start + int(wrong[0])
+                row = int(torch.searchsorted(self.offsets, at, right=True)) - 1
+                raise DataError(f"{what} {int(self.values[at])} in row {row} is not in [0, {bound}); correct it")
+
+    def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the values of the sequences of ``indices`` are, one after the other, and the lengths ``[K]``."""
+        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= len(self)):
+            raise IndexError(f"an index outside [0, {len(self)})")
+        starts, ends = self.offsets[indices], self.offsets[indices + 1]
+        lengths = ends - starts
+        before = torch.cumsum(lengths, 0) - lengths
+        at = torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)
+        return at, lengths
+
+    def _filled(self, indices: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+        at, lengths = self._places(indices)
+        longest = max(1, int(lengths.max())) if len(indices) else 1
+        mask = torch.arange(longest)[None] < lengths[:, None]
+        values = torch.full((len(indices), longest), padding, dtype=torch.int64)
+        values[mask] = self.values[at].to(torch.int64)
+        return values, mask.to(torch.int64)

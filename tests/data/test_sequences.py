@@ -1,0 +1,142 @@
+"""Sequences of different length, and examples that are trees of arrays."""
+
+import numpy as np
+import pytest
+import torch
+
+from fed_dpsat.data import Dataset, Examples
+from fed_dpsat.data.dataset import check_plain
+from fed_dpsat.data.sequences import Sequences
+from fed_dpsat.errors import DataError
+
+TEXTS = [[5, 6, 7], [], [1], [2, 3]]
+
+
+def sequences(texts=TEXTS, **change):
+    offsets = torch.tensor([0, *np.cumsum([len(text) for text in texts])])
+    values = torch.tensor([token for text in texts for token in text], dtype=torch.int16)
+    given = {"values": values, "offsets": offsets, "max_length": 3, "vocabulary_size": 8, "padding": 4} | change
+    return Sequences(**given)
+
+
+def test_a_batch_is_padded_to_its_longest_with_a_mask():
+    found = sequences().padded("input_ids", torch.tensor([3, 1, 2]))
+    assert found["input_ids"].tolist() == [[2, 3], [4, 4], [1, 4]]
+    assert found["attention_mask"].tolist() == [[1, 1], [0, 0], [1, 0]]
+    assert {t.dtype for t in found.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize(("rows", "shape"), [([], [0, 1]), ([1], [1, 1]), ([0, 0], [2, 3])])
+def test_a_batch_is_at_least_one_long(rows, shape):
+    found = sequences().padded("note", torch.tensor(rows, dtype=torch.int64))
+    assert [list(t.shape) for t in found.values()] == [shape, shape]
+    assert list(found) == ["note", "note_mask"]
+
+
+def test_rows_are_those_sequences_in_that_order():
+    picked = sequences().rows(torch.tensor([3, 0, 1]))
+    assert picked.offsets.tolist() == [0, 2, 5, 5]
+    assert picked.values.tolist() == [2, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_an_index_outside_raises(index):
+    with pytest.raises(IndexError):
+        sequences().padded("input_ids", torch.tensor([index]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.zeros(6)}, "float32"),
+        ({"offsets": torch.tensor([0, 3, 2, 4, 6])}, "do not rise"),
+        ({"offsets": torch.tensor([0, 3, 3, 4, 7])}, "do not rise from 0 to 6"),
+        ({"max_length": 2}, "sequence 0 has 3 values, more than max_length=2"),
+        ({"padding": 8}, r"padding=8 is not in \[0, vocabulary_size=8\)"),
+    ],
+)
+def test_sequences_are_checked_where_they_are_made(change, message):
+    with pytest.raises(DataError, match=message):
+        sequences(**change)
+
+
+def test_the_first_value_outside_is_named_with_its_row():
+    with pytest.raises(DataError, match=r"token 6 in row 0 is not in \[0, 6\)"):
+        sequences().check_within(6, "token")
+
+
+def texts(**change):
+    given = {"inputs": {"input_ids": sequences()}, "labels": torch.tensor([0, 1, 0, 1])} | change
+    return Examples(**given)
+
+
+def test_the_text_itself_is_a_label_without_a_loss_on_padding():
+    inputs, targets = texts(labels=None).batch(torch.tensor([2, 0]))
+    assert inputs["input_ids"].tolist() == [[1, 4, 4], [5, 6, 7]]
+    assert targets.tolist() == [[1, -100, -100], [5, 6, 7]]
+
+
+def test_several_inputs_are_a_dictionary():
+    examples = texts(
+        inputs={
+            "input_ids": sequences(),
+            "picture": torch.full((4, 1, 2, 2), 51, dtype=torch.uint8),
+            "age": torch.arange(4, dtype=torch.float32)[:, None],
+            "site": torch.tensor([[3], [2], [1], [0]], dtype=torch.int16),
+        }
+    )
+    inputs, labels = examples.batch(torch.tensor([3, 0]))
+    assert sorted(inputs) == ["age", "attention_mask", "input_ids", "picture", "site"]
+    torch.testing.assert_close(inputs["picture"], torch.full((2, 1, 2, 2), 0.2))
+    assert inputs["age"].tolist() == [[3.0], [0.0]]
+    assert inputs["site"].tolist() == [[0], [3]]
+    assert inputs["site"].dtype == torch.int64
+    assert labels.tolist() == [1, 0]
+
+
+def test_rows_keep_every_part_together():
+    examples = texts(columns={"writer": np.array(["a", "b", "c", "d"])})
+    picked = examples.rows(torch.tensor([2, 1]))
+    assert picked.columns["writer"].tolist() == ["c", "b"]
+    assert picked.labels.tolist() == [0, 1]
+    assert picked.leaves["input_ids"].lengths.tolist() == [1, 0]
+
+
+def test_several_labels_are_numbers_in_a_batch():
+    examples = Examples(inputs=torch.tensor([[1], [2]]), labels=torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8))
+    inputs, targets = examples.batch(torch.tensor([1]))
+    assert inputs.tolist() == [[2]]
+    assert targets.dtype == torch.float32
+    assert targets.tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        (torch.tensor([0, 1, 0, 2]), ("a", "b"), r"label 2 of row 3 is not in \[0, 2\)"),
+        (torch.full((4, 2), 2, dtype=torch.uint8), ("a", "b"), r"label 2 of row 0 is not in \[0, 2\)"),
+        (torch.zeros(4, 2), ("a",), "2 columns for 1 class_names"),
+        (sequences(), ("a", "b"), r"train label 5 in row 0 is not in \[0, 2\)"),
+    ],
+)
+def test_a_label_outside_the_names_is_refused(labels, names, message):
+    examples = texts(labels=labels)
+    with pytest.raises(DataError, match=message):
+        Dataset(name="made", train=examples, test=examples, class_names=names)
+
+
+def test_splits_of_another_form_are_refused():
+    other = texts(inputs={"input_ids": sequences(vocabulary_size=9)})
+    with pytest.raises(DataError, match=r"train input_ids are sequences of at most 3, 8 tokens.*9 tokens"):
+        Dataset(name="made", train=texts(), test=other, class_names=("a", "b"))
+
+
+def test_sequences_of_another_class_are_refused():
+    class Own(Sequences):
+        pass
+
+    own = Own(**vars(sequences()))
+    dataset = Dataset(name="made", train=texts(inputs={"input_ids": own}), test=texts(), class_names=("a", "b"))
+    with pytest.raises(DataError, match=r"input_ids of class 'Own'"):
+        check_plain(dataset)
+    check_plain(Dataset(name="made", train=texts(), test=texts(), class_names=("a", "b")))
