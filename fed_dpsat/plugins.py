@@ -12,6 +12,7 @@ clipping   ``fed_dpsat.step.clipping``      ``CLIPPING``
 model      ``fed_dpsat.models``        ``MODELS``
 dataset    ``fed_dpsat.data``          ``DATASETS``
 partition  ``fed_dpsat.data``          ``PARTITIONS``
+task       ``fed_dpsat.tasks``         ``TASKS``
 strategy   ``strategies``              ``STRATEGIES``
 attack     ``fed_dpsat.lab.attacks``       ``ATTACKS``
 logger     ``fed_dpsat.lab.loggers``       ``LOGGERS``
@@ -44,6 +45,7 @@ PACKAGES = {
     "model": "fed_dpsat.models",
     "dataset": "fed_dpsat.data",
     "partition": "fed_dpsat.data",
+    "task": "fed_dpsat.tasks",
     "strategy": "strategies",
     "attack": "fed_dpsat.lab.attacks",
     "logger": "fed_dpsat.lab.loggers",
@@ -54,6 +56,7 @@ TABLES = {
     "model": "MODELS",
     "dataset": "DATASETS",
     "partition": "PARTITIONS",
+    "task": "TASKS",
     "strategy": "STRATEGIES",
     "attack": "ATTACKS",
     "logger": "LOGGERS",
@@ -67,6 +70,7 @@ HAVE = {
     "model": ("named_parameters", "named_buffers", "train"),
     "dataset": ("train", "test", "class_names"),
     "attack": ("forge",),
+    "task": ("loss", "measure", "metrics", "outputs"),
 }
 """What the objects of a kind have at least; the rest is for the suites of ``fed_dpsat.testing``."""
 WHAT = {
@@ -75,6 +79,7 @@ WHAT = {
     "model": "a torch.nn.Module",
     "dataset": "a fed_dpsat.data.dataset.Dataset",
     "attack": "an attack (fed_dpsat.lab.attacks)",
+    "task": "a task (fed_dpsat.tasks.base.Task)",
 }
 
 Factory = Callable[..., Any]

@@ -19,6 +19,7 @@ import torch
 from fed_dpsat import RunConfig, simulate
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.personal import summarised
+from fed_dpsat.tasks.classification import METRICS
 from simulations.compare_personal import client_accuracies
 from simulations.repeat import difference, kept, spread
 
@@ -39,7 +40,7 @@ def figures(config: RunConfig) -> list[float]:
         summary = simulate(config, f"{folder}/run")
         params = torch.load(f"{folder}/run/checkpoint/model.pt", weights_only=True)["params"]
     if not config.personal_layers:
-        summary |= summarised(client_accuracies(Experiment.build(config), params))
+        summary |= summarised(client_accuracies(Experiment.build(config), params), METRICS[0])
     return [100 * summary[key] for key in FIGURES]
 
 

@@ -22,6 +22,7 @@ from fed_dpsat import RunConfig, simulate
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import evaluate
 from fed_dpsat.client.personal import summarised
+from fed_dpsat.tasks.classification import METRICS
 from simulations.repeat import difference, kept, spread
 
 HERE = Path(__file__).parent
@@ -48,7 +49,7 @@ def figures(config: RunConfig) -> list[float]:
             found = summary
         else:
             params = torch.load(f"{folder}/run/checkpoint/model.pt", weights_only=True)["params"]
-            found = summarised(client_accuracies(Experiment.build(config), params))
+            found = summarised(client_accuracies(Experiment.build(config), params), METRICS[0])
     return [100 * found[key] for key in FIGURES]
 
 

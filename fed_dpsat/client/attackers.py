@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fed_dpsat import plugins
 from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.noise import derive_generator
@@ -83,8 +84,18 @@ class Attackers:
         )
 
     def poisoned(self, dataset: Dataset, partitions: Sequence[np.ndarray]) -> Dataset:
-        """``dataset`` with the poisoned training labels of the attackers; the test split does not change."""
-        labels = dataset.train.labels.clone()
+        """``dataset`` with the poisoned training labels of the attackers; the test split does not change.
+
+        Raises ``SettingError`` for an attack that poisons labels that are no classes.
+        """
+        if type(self.attack).poison is Attack.poison:
+            return dataset
+        labels = dataset.train.labels
+        if dataset.train.classes is None or not isinstance(labels, Tensor):
+            raise SettingError(
+                "attack", type(self.attack).__name__, "possible without classes", "choose one that forges updates"
+            )
+        labels = labels.clone()
         for client in self.clients:
             own = torch.from_numpy(partitions[client])
             labels[own] = self.attack.poison(labels[own], dataset.num_classes)

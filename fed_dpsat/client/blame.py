@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from types import CodeType, FunctionType
 from typing import TypeVar, cast
 
+import torch
 from torch import nn
 
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.evaluation import predict
+from fed_dpsat.client.evaluation import passed
 from fed_dpsat.errors import InputError, ModelError, RunError, SettingError
 from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
 from fed_dpsat.step.optimizers.chain import described
@@ -23,7 +24,7 @@ from fed_dpsat.step.stacked import stacked_sum
 
 LONGEST = 300
 ENGINES = {clipped_gradient_sum.__code__, stacked_sum.__code__}
-EVALUATION = {predict.__code__}
+EVALUATION = {passed.__code__}
 MARKED: dict[CodeType, str] = {}
 """Functions that were declared with ``blamed_on``, and the kind of object that each calls."""
 
@@ -31,6 +32,7 @@ REMEDIES = {
     "clipping": "fed_dpsat.testing.check_clipping finds more",
     "optimizer": "lower lr, and run fed_dpsat.testing.check_optimizer on it",
     "strategy": "fed_dpsat.testing.check_strategy finds more",
+    "task": "see fed_dpsat.tasks.base.Task",
     "attack": "see fed_dpsat.lab.attacks.Attack",
     "engine": "check_model and check_clipping of fed_dpsat.testing find whether model or clipping rule is wrong",
     "codec": "set update_codec=fp32",
@@ -102,6 +104,7 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
         "optimizer": {type(link) for link in _chain(experiment.optimizer)},
         "strategy": set(type(strategy).__mro__) - {object} if strategy is not None else set(),
         "attack": {type(experiment.attackers.attack)} if experiment.attackers else set(),
+        "task": {type(experiment.task)},
     }
     kind, where, engine, root = "the run", "", False, None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -126,10 +129,21 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
         )
         return kind, where, remedy
     if kind == "model":
-        x = experiment.dataset.train.inputs
-        shape = ", ".join(map(str, x.shape[1:]))
-        return kind, where, f"its inputs are float32 [B, {shape}], normalised: make it take those"
+        return kind, where, f"its inputs are {_inputs_of(experiment)}: make it take those"
     return kind, where, REMEDIES.get(kind, "")
+
+
+def _inputs_of(experiment: Experiment) -> str:
+    x, _ = experiment.dataset.train.batch(torch.arange(0))
+    if isinstance(x, dict):
+        named = (
+            f"{name} {str(t.dtype).removeprefix('torch.')} [B, {', '.join(map(str, t.shape[1:]))}]"
+            for name, t in x.items()
+        )
+        return f"keyword arguments {', '.join(named)}"
+    kind = str(x.dtype).removeprefix("torch.")
+    normalised = ", normalised" if experiment.dataset.train.mean else ""
+    return f"{kind} [B, {', '.join(map(str, x.shape[1:]))}]{normalised}"
 
 
 def _layer(root: nn.Module, layer: nn.Module) -> str:

@@ -19,6 +19,7 @@ from fed_dpsat.client.fingerprint import contents, fingerprint
 from fed_dpsat.client.given import copied, renamed
 from fed_dpsat.client.personal import PERSONAL, deal_test, personal_names, without
 from fed_dpsat.client.start import begin, check_passes
+from fed_dpsat.client.task import build_task
 from fed_dpsat.client.train import CLIPPING, Training
 from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.parts import disjoint_parts
@@ -94,15 +95,17 @@ class Experiment(Training):
                 f"at most {len(dataset.train)}, the examples of {dataset.name}",
                 "lower it; a client needs at least one example",
             )
+        task = build_task(config, dataset, settings)
+        classes = dataset.train.classes
         settings |= {
             "input_shape": dataset.input_shape,
-            "num_classes": dataset.num_classes,
-            "labels": dataset.train.labels.numpy().copy(),  # a plug-in may write into it
+            "num_classes": task.outputs,
+            "labels": None if classes is None else classes.copy(),  # a plug-in may write into it
         }
         partition_settings = {
             **settings,
             "seed": derive_seed(config.seed, purpose="partition"),
-            "labels": settings["labels"].copy(),
+            "labels": None if classes is None else classes.copy(),
         }
         with _seeded(config, "partition"):
             parts = plugins.build("partition", config.partition, partition_settings, config.partition_args)
@@ -130,12 +133,13 @@ class Experiment(Training):
         plugins.required("clipping", config.clipping, clipping)
         attackers = Attackers.of(config, settings)
         module = module_on(model, torch_device(config.device))
-        check_passes(module, dataset.input_shape)
+        check_passes(module, dataset.train)
         return cls(
             config=config,
             dataset=attackers.poisoned(dataset, partitions) if attackers else dataset,
             partitions=partitions,
-            loss_fn=ModelLoss(module, precision=config.precision, kernels=config.kernels),
+            loss_fn=ModelLoss(module, task.loss, precision=config.precision, kernels=config.kernels),
+            task=task,
             optimizer=optimizer,
             clipping=clipping,
             budgets=[row.target_epsilon for row in read_table(config)],
@@ -174,7 +178,9 @@ class Experiment(Training):
     @functools.cached_property
     def test_shares(self) -> list[np.ndarray]:
         """The share of each client of the public test split."""
-        labels, public = self.dataset.train.labels.numpy(), self.dataset.test.labels.numpy()
+        labels, public = self.dataset.train.classes, self.dataset.test.classes
+        if labels is None or public is None:  # as if all were of one class
+            labels, public = (np.zeros(len(split), np.int64) for split in (self.dataset.train, self.dataset.test))
         return deal_test(labels, public, self.partitions, derive_seed(self.config.seed, purpose="partition"))
 
 

@@ -1,24 +1,29 @@
-"""Quality of a model on a test split: accuracy, loss, calibration, and their distribution over classes and clients."""
+"""Quality of a model on a test split: loss and metrics; of classes also calibration, by class and by client."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.params import Params
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.generators import seed, training_on
+from fed_dpsat.step.gradients.call import call
+from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.placement import device_of, moved
+from fed_dpsat.tasks.base import UNDEFINED, Task, Value
+from fed_dpsat.tasks.classification import NAME as CLASSIFICATION
 
 Predictions = list[tuple[Tensor, Tensor]]
 """``(logits[B, K], labels[B])``, batch by batch."""
@@ -34,11 +39,16 @@ def measured_on(config: RunConfig) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Accuracy in [0, 1] and mean cross-entropy in nats over ``num_examples``."""
+    """The metrics of a task by name, and the mean loss in nats, or in the units of the task, over ``num_examples``."""
 
-    accuracy: float
+    values: Mapping[str, Value]
     loss: float
     num_examples: int
+
+    @property
+    def accuracy(self) -> Value:
+        """In [0, 1], of a task that has it."""
+        return self.values["accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,24 +99,79 @@ class Quality:
     per_class: tuple[ClassAccuracy, ...]
 
 
-def predict(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Predictions:
-    """``(logits[B, K], labels[B])`` of each batch, in order, in evaluation mode, on the device of ``module``.
+def passed(
+    module: nn.Module, params: Params, examples: Examples, batch_size: int, see: Callable[[Any, Tensor], None]
+) -> None:
+    """Call ``see(outputs, targets)`` for each batch, in order, in evaluation mode, on the device of ``module``.
 
     A module that draws random numbers in evaluation mode draws the same ones in each call.
     """
     device = device_of(module)
-    params, found = moved(params, device), []
+    params = moved(params, device)
     with torch.inference_mode(), training_on(device), in_mode(module, training=False):
         seed(device, 0)
         for indices in torch.split(torch.arange(len(examples)), batch_size):
-            inputs, labels = examples.batch(indices, device)
-            found.append((functional_call(module, params, (inputs,)), labels))
+            inputs, targets = examples.batch(indices, device)
+            see(call(module, params, inputs), targets)
+
+
+def predict(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Predictions:
+    """``(logits[B, K], labels[B])`` of each batch, as ``passed``."""
+    found: Predictions = []
+    passed(module, params, examples, batch_size, lambda outputs, labels: found.append((logits_of(outputs), labels)))
     return found
 
 
-def evaluate(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Evaluation:
-    """Accuracy and loss of ``module`` at ``params``."""
-    return evaluation_of(predict(module, params, examples, batch_size))
+def evaluate(module: nn.Module, params: Params, examples: Examples, task: Task) -> Evaluation:
+    """The metrics and the loss of ``module`` at ``params``; batches are forgotten one after the other.
+
+    Without an example, and of outputs that are not finite, metrics are ``UNDEFINED``.
+    """
+    measure, losses, whole = task.measure(), list[float](), True
+
+    def see(outputs: Any, targets: Tensor) -> None:
+        nonlocal whole
+        losses.append(float(task.loss(outputs, targets).double().sum()))
+        whole = whole and math.isfinite(losses[-1])
+        if whole:
+            measure.update(outputs, targets)
+
+    passed(module, params, examples, task.batch_size, see)
+    values = measure.compute() if whole and losses else {metric.name: UNDEFINED for metric in task.metrics}
+    loss = math.fsum(losses) / len(examples) if whole and losses else math.nan
+    return Evaluation(values={m.name: values[m.name] for m in task.metrics}, loss=loss, num_examples=len(examples))
+
+
+def shown(task: Task) -> list[str]:
+    """The names of the metrics that each round shows."""
+    names = [metric.name for metric in task.metrics]
+    return list(dict.fromkeys([names[0], "accuracy"])) if task.name == CLASSIFICATION else names
+
+
+def measured(
+    module: nn.Module, params: Params, examples: Examples, task: Task
+) -> tuple[Evaluation, Predictions | None]:
+    """How good ``params`` are, by the metrics that each round shows; of classes, the predictions too.
+
+    The metrics of classes beside accuracy are for the end of a run (``quality_of``), unless ``metric`` names one.
+    """
+    if task.name != CLASSIFICATION:
+        return evaluate(module, params, examples, task), None
+    predictions = predict(module, params, examples)
+    found, first = evaluation_of(predictions), task.metrics[0].name
+    if first != "accuracy":
+        values = metrics_of(predictions, task)
+        found = dataclasses.replace(found, values={first: values[first], **found.values})
+    return found, predictions
+
+
+def metrics_of(predictions: Predictions, task: Task) -> Mapping[str, Value]:
+    """All metrics of the ``task`` of ``predictions``."""
+    measure, whole = task.measure(), all(bool(outputs.isfinite().all()) for outputs, _ in predictions)
+    for outputs, targets in predictions if whole else []:
+        measure.update(outputs, targets)
+    found = measure.compute() if whole and predictions else dict.fromkeys((m.name for m in task.metrics), UNDEFINED)
+    return {metric.name: found[metric.name] for metric in task.metrics}
 
 
 def evaluation_of(predictions: Predictions) -> Evaluation:
@@ -116,7 +181,7 @@ def evaluation_of(predictions: Predictions) -> Evaluation:
         correct += int((outputs.argmax(1) == labels).sum())
         loss += float(functional.cross_entropy(outputs, labels, reduction="sum"))
         total += len(labels)
-    return Evaluation(accuracy=correct / total, loss=loss / total, num_examples=total)
+    return Evaluation(values={"accuracy": correct / total}, loss=loss / total, num_examples=total)
 
 
 def quality_of(predictions: Predictions, num_classes: int) -> Quality:

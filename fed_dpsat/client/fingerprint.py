@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.data.sequences import Sequences
 
 MOST_BYTES = 2**28
 """Of the inputs of a split: a second's work. Of larger ones, rows at equal distances are taken."""
@@ -49,14 +50,30 @@ def fingerprint(found: Mapping[str, str]) -> str:
 
 
 def _add_examples(digest: Any, split: Examples) -> None:
-    digest.update(json.dumps([list(split.inputs.shape), split.mean, split.std]).encode())
-    _add(digest, split.labels)
-    if not len(split):
+    if isinstance(split.inputs, Tensor):
+        digest.update(json.dumps([list(split.inputs.shape), split.mean, split.std]).encode())
+    parts = {**split.leaves, **({} if split.labels is None else {"labels": split.labels})}
+    for name, leaf in sorted(parts.items(), key=lambda part: part[0] != "labels"):
+        if not isinstance(split.inputs, Tensor):
+            digest.update(name.encode())
+        if isinstance(leaf, Sequences):
+            digest.update(json.dumps([leaf.max_length, leaf.vocabulary_size, leaf.padding]).encode())
+            _add(digest, leaf.offsets)
+            _add_rows(digest, leaf.values)
+        elif name == "labels":
+            _add(digest, leaf)
+        else:
+            _add_rows(digest, leaf)
+
+
+def _add_rows(digest: Any, values: Tensor) -> None:
+    """Add ``values[N, ...]``, or rows of them at equal distances if they are more than ``MOST_BYTES``."""
+    if not len(values):
         return
-    row = max(1, split.inputs[0].nbytes)
-    chosen = torch.arange(0, len(split), max(1, -(-row * len(split) // MOST_BYTES)))
+    row = max(1, values[0].nbytes)
+    chosen = torch.arange(0, len(values), max(1, -(-row * len(values) // MOST_BYTES)))
     for rows in torch.split(chosen, max(1, CHUNK_BYTES // row)):
-        _add(digest, split.inputs[rows])
+        _add(digest, values[rows])
 
 
 def _add(digest: Any, values: Tensor) -> None:

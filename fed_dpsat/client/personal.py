@@ -18,6 +18,7 @@ from fed_dpsat.client.evaluation import worst_decile
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.ties import layer_of
 from fed_dpsat.params import Params
+from fed_dpsat.tasks.base import Metric
 
 PERSONAL = "personal"
 """The key of a client's own parameters in its state."""
@@ -100,12 +101,18 @@ def deal_test(
     return [np.sort(np.concatenate(share)) for share in shares]
 
 
-def summarised(accuracies: Mapping[int, float]) -> dict[str, float | int]:
-    """Mean and worst decile of the ``accuracies`` of clients' own models, and their number: for ``rounds.jsonl``."""
-    found = list(accuracies.values())
+def summarised(values: Mapping[int, float], metric: Metric) -> dict[str, float | int]:
+    """Mean and worst decile of the ``metric`` of clients' own models, and their number: for ``rounds.jsonl``.
+
+    Nothing for no value, which is so if the metric is undefined on the share of each client.
+    """
+    found = list(values.values())
+    if not found:
+        return {}
+    sign = 1 if metric.higher_is_better else -1
     return {
-        "personal_accuracy": sum(found) / len(found),
-        "personal_worst_decile": worst_decile(found),
+        f"personal_{metric.name}": sum(found) / len(found),
+        "personal_worst_decile": sign * worst_decile([sign * value for value in found]),
         "personal_clients": len(found),
     }
 

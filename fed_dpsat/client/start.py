@@ -7,13 +7,16 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fed_dpsat.data.dataset import Examples
+from fed_dpsat.data.made_up import made_up_examples
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.models.norms import with_norm
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.models.ties import check_memory
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.examples import Examples as Tree
 from fed_dpsat.step.gradients.per_example import check_module
 from fed_dpsat.step.gradients.unchanging import check_unchanging
 from fed_dpsat.step.placement import device_of
@@ -66,16 +69,27 @@ def begin(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
     return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256, notes=notes)
 
 
-def check_passes(module: nn.Module, input_shape: tuple[int, ...]) -> None:
-    """Raise ``ModelError`` if ``module`` mixes examples, or if a pass through it changes it."""
+def check_passes(module: nn.Module, like: Examples) -> None:
+    """Raise ``ModelError`` if ``module`` mixes examples like those, or if a pass through it changes it."""
     check_module(module)  # the name of a layer that mixes examples says more than that of its statistics
-    shape = (2, *input_shape)
-    inputs = (torch.arange(math.prod(shape)) % 2).float().view(shape)  # valid as pixels, features and token numbers
     try:
-        check_unchanging(module, inputs.to(device_of(module)))
+        check_unchanging(module, *_passed(like, device_of(module)))
     except ModelError:
         raise
     except Exception as error:  # a module that fails here fails in the trial, with a better message
         log.debug(
             "not known whether passes change %s, which fails on made-up examples: %s", type(module).__name__, error
         )
+
+
+def _passed(like: Examples, device: torch.device) -> tuple[Tree, Tree]:
+    """Two made-up batches of zeros and ones, which are valid as pixels, features and tokens, and differ in all."""
+    if isinstance(like.inputs, Tensor):
+        shape = (2, *like.inputs.shape[1:])
+        first = (torch.arange(math.prod(shape)) % 2).view(shape).to(device)
+        first = first.float() if like.mean else first
+        return first, 1 - first
+    named, _ = made_up_examples(like, None, 2, 1).batch(torch.arange(2), device)
+    assert isinstance(named, dict)
+    texts = set(like.leaves)
+    return named, {name: 1 - value if name in texts else value for name, value in named.items()}  # masks stay

@@ -34,6 +34,7 @@ from fed_dpsat.step.placement import CPU, device_of, is_card, moved, moved_state
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.stacked import Stacked, Unstackable, alike
 from fed_dpsat.step.subspace import Coordinates, Span
+from fed_dpsat.tasks.base import Task
 
 STACKING_ENGINES = ("auto", "vmap")
 
@@ -67,6 +68,7 @@ class Training:
     loss_fn: ModelLoss
     optimizer: PrivateOptimizer
     clipping: ClippingRule
+    task: Task
     attackers: Attackers | None = None
     start: Start
     personal: frozenset[str] = frozenset()

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,10 +36,13 @@ from fed_dpsat.client.attackers import Attackers
 from fed_dpsat.client.blame import REMEDIES, Unfit, told
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import copied
-from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.data.dataset import INPUTS
+from fed_dpsat.data.made_up import made_up
+from fed_dpsat.errors import ModelError
 from fed_dpsat.params import Params
 from fed_dpsat.step import generators
 from fed_dpsat.step.generators import seed, training_on
+from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.noise import derive_seed
 from fed_dpsat.step.placement import moved
 
@@ -111,7 +114,7 @@ def rehearsal(
     return dataclasses.replace(
         experiment,
         config=stand_in,
-        dataset=made_up(experiment.dataset, clients * ROWS, public=not config.validation_share),
+        dataset=made_up(experiment.dataset, clients * ROWS, public=not config.validation_share, rows=ROWS),
         partitions=np.split(np.arange(clients * ROWS), clients),
         loss_fn=dataclasses.replace(experiment.loss_fn, module=module),
         optimizer=optimizer,
@@ -123,33 +126,6 @@ def rehearsal(
     )
 
 
-def made_up(dataset: Dataset, count: int, *, public: bool) -> Dataset:
-    """``count`` training and ``ROWS`` test examples like those of ``dataset``, none of them a training example.
-
-    If the test split is ``public``, inputs are rows of it. Labels run over all classes, from the largest down, and
-    start again after ``ROWS`` examples.
-    """
-    shown = dataset.test if public and len(dataset.test) else None
-    train, test = (
-        _made_up(like, shown, rows, dataset.num_classes)
-        for like, rows in ((dataset.train, count), (dataset.test, ROWS))
-    )
-    return dataclasses.replace(dataset, train=train, test=test)
-
-
-def _made_up(like: Examples, public: Examples | None, count: int, num_classes: int) -> Examples:
-    shape, generator = (count, *like.inputs.shape[1:]), torch.Generator().manual_seed(0)
-    if public is not None and public.inputs.dtype == like.inputs.dtype:
-        inputs = public.inputs[torch.arange(count) % len(public)]
-    elif like.inputs.dtype == torch.uint8:
-        inputs = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    else:  # a pixel, a feature and the number of a token may all be 0 or 1
-        inputs = torch.randint(2, shape, generator=generator).to(like.inputs.dtype)
-    place, client = torch.arange(count) % ROWS, torch.arange(count) // ROWS
-    labels = (num_classes - 1 - place * (1 + client)) % num_classes
-    return dataclasses.replace(like, inputs=inputs, labels=labels)
-
-
 def assignments(tried: Experiment) -> list[Assignment]:
     """The assignments of a client of the trial, round by round."""
     plan = plan_of(tried.config)
@@ -157,31 +133,34 @@ def assignments(tried: Experiment) -> list[Assignment]:
 
 
 def check_outputs(tried: Experiment) -> None:
-    """Raise ``Unfit`` unless the model gives a row of logits per example, with one for each class, in training mode."""
-    dataset, device, module = tried.dataset, tried.device, tried.loss_fn.module
+    """Raise ``Unfit`` unless the model gives the outputs that the task takes, example by example, in training mode."""
+    dataset, device, module, task = tried.dataset, tried.device, tried.loss_fn.module, tried.task
     params = moved({**tried.trained(1), **tried.trained(tried.config.num_rounds)}, device)
     for count in (ROWS, 1):
-        inputs, _ = dataset.train.batch(torch.arange(count), device)
+        inputs, targets = dataset.train.batch(torch.arange(count), device)
         with training_on(device), torch.no_grad():
             seed(device, tried.config.seed)
             outputs = tried.loss_fn.outputs(params, inputs)
         name = type(module).__name__
-        if not isinstance(outputs, Tensor):
-            raise Unfit(
-                "model", f"{name} gives a {type(outputs).__name__}, not a tensor of logits", "return its logits"
-            )
-        if outputs.ndim != 2 or len(outputs) != count:
-            raise Unfit(
-                "model",
-                f"{name} gives {list(outputs.shape)} for {list(inputs.shape)}",
-                f"return logits [{count}, {dataset.num_classes}], the batch first and also for one example",
-            )
-        if outputs.shape[1] < dataset.num_classes:
-            raise Unfit(
-                "model",
-                f"{name} gives {outputs.shape[1]} logits, and {dataset.name} has {dataset.num_classes} classes",
-                f"make its last layer {dataset.num_classes} wide",
-            )
+        try:
+            logits = logits_of(outputs)
+        except ModelError as error:
+            raise Unfit("model", f"{name} gives a {type(outputs).__name__}", "return a tensor of logits") from error
+        if not task.fits(logits, count):
+            given = ", ".join(f"{n} {list(t.shape)}" for n, t in named_leaves(inputs).items())
+            narrow = logits.ndim > 0 and logits.shape[-1] < task.outputs and len(logits) == count
+            remedy = f"make its last layer {task.outputs} wide" if narrow else "the batch first, also for one example"
+            seen = f"{name} gives {list(logits.shape)} for {given}, not {task.expected(count)}"
+            raise Unfit("model", seen, remedy)
+        losses = tried.loss_fn.criterion(outputs, targets)
+        if not isinstance(losses, Tensor) or tuple(losses.shape) != (count,):
+            found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise Unfit("task", f"its loss of {count} examples is {found}", f"return losses [{count}]")
+
+
+def named_leaves(inputs: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a batch by name; one without a name is called "inputs"."""
+    return {INPUTS: inputs} if isinstance(inputs, Tensor) else dict(inputs)
 
 
 def check_result(after: Params, before: Params) -> None:

@@ -113,15 +113,21 @@ class Examples:
         one = self.labels
         return one.numpy() if isinstance(one, Tensor) and one.dtype == torch.int64 else None
 
+    def of_classes(self, what: str) -> tuple[Tensor, Tensor]:
+        """``inputs[N, C, ...]`` and the class of each, ``[N]``; ``DataError`` that ``what`` needs such examples."""
+        if not isinstance(self.inputs, Tensor) or not isinstance(self.labels, Tensor) or self.classes is None:
+            raise DataError(f"{what} needs examples that are one array with a class each; leave it out for other data")
+        return self.inputs, self.labels
+
     def __len__(self) -> int:
         return len(next(iter(self.leaves.values())))
 
     def rows(self, indices: Tensor) -> Examples:
         """The examples of ``indices[K]`` (int64), in that order."""
-        picked = {name: _rows(leaf, indices) for name, leaf in self.leaves.items()}
+        inputs = self.inputs
         return dataclasses.replace(
             self,
-            inputs=picked if isinstance(self.inputs, Mapping) else picked[INPUTS],
+            inputs=inputs[indices] if isinstance(inputs, Tensor) else {n: _rows(x, indices) for n, x in inputs.items()},
             labels=None if self.labels is None else _rows(self.labels, indices),
             columns={name: values[indices.numpy()] for name, values in self.columns.items()},
         )
@@ -180,6 +186,7 @@ class Dataset:
     """A private training split, which is divided among clients, and a public test split.
 
     ``class_names`` are those of classes or, for labels that are numbers, those of the numbers; empty if there are none.
+    ``label_scale`` has the declared ``(mean, std)`` of each number that is a label; empty leaves them as they are.
     Raises ``DataError`` if the splits differ in form or a label is not one of ``class_names``.
     """
 
@@ -187,6 +194,7 @@ class Dataset:
     train: Examples
     test: Examples
     class_names: tuple[str, ...] = ()
+    label_scale: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         train, test = (_forms(split) for split in (self.train, self.test))
@@ -198,6 +206,14 @@ class Dataset:
                 )
         for split, examples in (("train", self.train), ("test", self.test)):
             self._check_labels(split, examples.labels)
+        scale = self.label_scale
+        if scale and (
+            len(scale) != self.num_labels or not all(math.isfinite(m) and 0 < s < math.inf for m, s in scale)
+        ):
+            raise DataError(
+                f"{self.name}: label_scale={scale} is not one finite mean and one std in (0, inf) for each of "
+                f"{self.num_labels} numbers; correct it"
+            )
 
     def _check_labels(self, split: str, labels: Leaf | None) -> None:
         if isinstance(labels, Sequences):
@@ -217,6 +233,12 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def num_labels(self) -> int:
+        """How many numbers the label of an example has: 1 for labels ``[N]``, K for ``[N, K]``."""
+        labels = self.train.labels
+        return labels.shape[1] if isinstance(labels, Tensor) and labels.ndim > 1 else 1
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def load(source: ImageSource, data_source: str, data_path: str, cache_dir: str) 
         )
         for split in SPLITS
     }
-    return Dataset(name=source.name, class_names=source.class_names, **splits)
+    return Dataset(name=source.name, train=splits["train"], test=splits["test"], class_names=source.class_names)
 
 
 def _read_all(read: Callable[[str], Split]) -> Arrays:

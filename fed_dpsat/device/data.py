@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fed_dpsat import plugins
 from fed_dpsat.data.cache import Arrays, cached, fingerprint
@@ -123,5 +124,4 @@ def _decoded(policy: Policy, files: list[Path], tables: Callable[[], list[tuple[
 def _dataset(policy: Policy, train: Examples) -> Dataset:
     if not len(train) or not policy.class_names:
         raise DataError(f"{len(train)} examples of {len(policy.class_names)} classes; a device needs at least one each")
-    none = Examples(inputs=train.inputs[:0], labels=train.labels[:0], mean=train.mean, std=train.std)
-    return Dataset(name=policy.dataset, train=train, test=none, class_names=policy.class_names)
+    return Dataset(name=policy.dataset, train=train, test=train.rows(torch.arange(0)), class_names=policy.class_names)

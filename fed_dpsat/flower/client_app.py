@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.plans import spend
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.evaluation import evaluate
+from fed_dpsat.client.evaluation import measured
 from fed_dpsat.client.train import Request
 from fed_dpsat.client.trial import try_client
 from fed_dpsat.flower.wire import codec, compat, records
@@ -141,7 +141,7 @@ def make_client_app(provider: Provider) -> ClientApp:
         if context.run_id != compat.SIMULATION_RUN_ID or records.POLICY in context.node_config:
             # which test examples a client is measured on follows from its label counts, which no epsilon covers
             raise RecordError("a client evaluates in a simulation alone: its share of the test split tells its labels")
-        return Message(_own_accuracy(provider(context.run_config), message, context), reply_to=message)
+        return Message(_own_metric(provider(context.run_config), message, context), reply_to=message)
 
     return client_app
 
@@ -187,14 +187,20 @@ def _request(experiment: Experiment, message: Message, context: Context, unpack:
     return request, history
 
 
-def _own_accuracy(experiment: Experiment, message: Message, context: Context) -> RecordDict:
-    """Accuracy of the sent model with the layers that the client keeps, on its share of the public test split."""
-    share, accuracy = torch.from_numpy(experiment.test_shares[_client(context)]), 0.0
-    if len(share):
+def _own_metric(experiment: Experiment, message: Message, context: Context) -> RecordDict:
+    """The first metric of the sent model with the layers that the client keeps, on its share of the public test split.
+
+    A metric that is undefined on the share counts as one of no example.
+    """
+    share, value = torch.from_numpy(experiment.test_shares[_client(context)]), 0.0
+    count = len(share)
+    if count:
         shared = records.to_params(message.content.array_records[records.ARRAYS])
         params = experiment.whole(shared, records.load_state(context.state))
-        accuracy = evaluate(experiment.loss_fn.module, params, experiment.dataset.test.rows(share)).accuracy
-    metrics = MetricRecord({records.ACCURACY: accuracy, records.NUM_EXAMPLES: len(share)})
+        found, _ = measured(experiment.loss_fn.module, params, experiment.dataset.test.rows(share), experiment.task)
+        first = found.values[experiment.task.metrics[0].name]
+        value, count = (0.0, 0) if isinstance(first, str) else (first, count)
+    metrics = MetricRecord({records.METRIC: value, records.NUM_EXAMPLES: count})
     return RecordDict({records.METRICS: metrics})
 
 

@@ -15,7 +15,15 @@ from flwr.serverapp import Grid
 from fed_dpsat.accounting.event import UNITS
 from fed_dpsat.accounting.ledger import Head
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.evaluation import Evaluation, Predictions, evaluation_of, measured_on, predict, quality_of
+from fed_dpsat.client.evaluation import (
+    Evaluation,
+    Predictions,
+    measured,
+    measured_on,
+    metrics_of,
+    quality_of,
+    shown,
+)
 from fed_dpsat.client.personal import summarised
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.grid import SimulationGrid
@@ -31,6 +39,7 @@ from fed_dpsat.run.outsider import epsilon_of_outsider
 from fed_dpsat.run.promise import also_released, declared_public, delta_warning, threat_model
 from fed_dpsat.run.throughput import Throughput
 from fed_dpsat.step.noise import NOISE_SOURCES
+from fed_dpsat.tasks.base import Value
 
 log = getLogger("fed_dpsat")
 
@@ -58,7 +67,7 @@ class Recorder:
         self.grid = grid if experiment.personal and isinstance(grid, SimulationGrid) else None
         self.evaluation: Evaluation | None = None
         self.personal: dict[str, float | int] = {}
-        self.predictions: tuple[int, Predictions] | None = None
+        self.quality_at: tuple[int, Evaluation, Predictions | None] | None = None
         self._before: Params | None = None
         self.rounds_completed = 0
         self.ended_early: str | None = None
@@ -79,12 +88,11 @@ class Recorder:
         with self.strategy.phases("evaluate"):
             self.evaluation = self._evaluate(round, params) if due else None
             if self.grid and due:
-                self.personal = measure_personal(self.grid, arrays, config.num_clients)
+                self.personal = measure_personal(self.grid, arrays, self.experiment)
         with self.strategy.phases("account"):
             record: RoundRecord = {
                 "round": round,
-                "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
-                "test_loss": self.evaluation.loss if self.evaluation else None,
+                **self._tested(),
                 **(self.personal if due else {}),
                 "epsilon": self.epsilon(),
                 "asked": report.asked,
@@ -133,8 +141,16 @@ class Recorder:
         return records.to_arrays(checkpoint.params)
 
     def _evaluate(self, round: int, params: Params) -> Evaluation:
-        self.predictions = round, predict(self.experiment.loss_fn.module, params, self.experiment.dataset.test)
-        return evaluation_of(self.predictions[1])
+        of = self.experiment
+        found, predictions = measured(of.loss_fn.module, params, of.dataset.test, of.task)
+        self.quality_at = round, found, predictions
+        return found
+
+    def _tested(self) -> dict[str, Value | None]:
+        """``test_accuracy`` and the like, None in a round without an evaluation."""
+        names = shown(self.experiment.task)
+        values = self.evaluation.values if self.evaluation else dict.fromkeys(names)
+        return {f"test_{n}": values[n] for n in names} | {"test_loss": self.evaluation and self.evaluation.loss}
 
     def _movement(self, round: int, params: Params) -> dict[str, float | None]:
         """The norms of the change of the global model and of the noise in it; both are public.
@@ -164,15 +180,17 @@ class Recorder:
 
     def quality(self) -> Summary | None:
         """The quality of the model of the last evaluation, for ``quality.json``."""
-        if self.predictions is None:
+        if self.quality_at is None:
             return None
-        dataset = self.experiment.dataset
-        round, predictions = self.predictions
+        dataset, task = self.experiment.dataset, self.experiment.task
+        round, found, predictions = self.quality_at
+        of_classes = {} if predictions is None else dataclasses.asdict(quality_of(predictions, dataset.num_classes))
         return {
             "round": round,
             "measured_on": f"{measured_on(self.experiment.config)} of {dataset.name}",
             "class_names": dataset.class_names,
-            **dataclasses.asdict(quality_of(predictions, dataset.num_classes)),
+            **of_classes,
+            "metrics": found.values if predictions is None else metrics_of(predictions, task),
         }
 
     def _save_checkpoint(self, round: int, params: Params) -> None:
@@ -205,8 +223,9 @@ class Recorder:
         return {
             "status": status,
             "ended_early": self.ended_early,
-            "test_accuracy": self.evaluation.accuracy if self.evaluation else None,
-            "test_loss": self.evaluation.loss if self.evaluation else None,
+            **self._tested(),
+            "task": config.task,
+            "metric": dataclasses.asdict(self.experiment.task.metrics[0]),
             **self.personal,
             "evaluated_on": "validation" if config.validation_share else "test",
             "epsilon": self.epsilon(),
@@ -253,18 +272,21 @@ class Recorder:
         }
 
 
-def measure_personal(grid: SimulationGrid, arrays: ArrayRecord, num_clients: int) -> dict[str, float | int]:
-    """``summarised`` accuracies of all clients that have a share of the test split, with the head that each keeps.
+def measure_personal(grid: SimulationGrid, arrays: ArrayRecord, experiment: Experiment) -> dict[str, float | int]:
+    """``summarised`` metrics of all clients that have a share of the test split, with the head that each keeps.
 
     A client that never trained has the initial head. Raises ``FederationError`` if a client fails.
     """
     content, found = RecordDict({records.ARRAYS: arrays}), dict[int, float]()
-    messages = [Message(content, node, MessageType.EVALUATE) for node in grid.nodes_by_client(num_clients).values()]
+    messages = [
+        Message(content, node, MessageType.EVALUATE)
+        for node in grid.nodes_by_client(experiment.config.num_clients).values()
+    ]
     for reply in grid.stream(messages):
         node = reply.metadata.src_node_id
         if reply.has_error():
             raise FederationError(f"node {node} could not evaluate its own model: {reply.error.reason}")
         metrics = reply.content.metric_records[records.METRICS]
         if metrics[records.NUM_EXAMPLES]:
-            found[node] = float(metrics[records.ACCURACY])  # type: ignore[arg-type]
-    return summarised(found)
+            found[node] = float(metrics[records.METRIC])  # type: ignore[arg-type]
+    return summarised(found, experiment.task.metrics[0])

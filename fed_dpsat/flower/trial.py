@@ -16,7 +16,7 @@ from fed_dpsat.accounting.plans import make_plans, plan_of
 from fed_dpsat.client import trial
 from fed_dpsat.client.blame import REMEDIES, Unfit, told
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.evaluation import evaluation_of, predict, quality_of
+from fed_dpsat.client.evaluation import measured, metrics_of, quality_of
 from fed_dpsat.client.given import copied
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import sums
@@ -88,11 +88,12 @@ def _after_round(
     if dropped := private.report.dropped:
         raise Unfit("optimizer", f"a client's reply after its first steps: {min(dropped.values())}",
                           REMEDIES["optimizer"])  # fmt: skip
-    predictions = predict(tried.loss_fn.module, records.to_params(arrays), tried.dataset.test)
-    evaluation_of(predictions)
-    quality_of(predictions, tried.dataset.num_classes)
+    _, predictions = measured(tried.loss_fn.module, records.to_params(arrays), tried.dataset.test, tried.task)
+    if predictions is not None:
+        quality_of(predictions, tried.dataset.num_classes)
+        metrics_of(predictions, tried.task)
     if tried.personal:
-        measure_personal(grid, arrays, tried.config.num_clients)
+        measure_personal(grid, arrays, tried)
     return None
 
 

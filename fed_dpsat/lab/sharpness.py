@@ -106,8 +106,9 @@ def measure(
 
 def mean_loss(module: nn.Module, examples: Examples, rows: Tensor | None = None) -> Loss:
     """Mean cross-entropy in nats over ``rows`` of ``examples`` (default: all), in float64 and evaluation mode."""
-    inputs, targets = examples.batch(torch.arange(len(examples)) if rows is None else rows)
-    inputs = inputs.double()
+    examples.of_classes("sharpness")
+    images, targets = examples.batch(torch.arange(len(examples)) if rows is None else rows)
+    inputs = images.double()  # type: ignore[union-attr]  # one array, as was just checked
 
     def loss(params: Params) -> Tensor:
         with in_mode(module, training=False):

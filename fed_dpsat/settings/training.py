@@ -16,6 +16,15 @@ class Training:
         "network, a short name, timm:NAME, torchvision:NAME, transformers:FOLDER, or package.module:attribute",
     )
     model_args: str = setting("", "arguments of the network that no setting fills: depth = 6, patch_size = 4")
+    task: str = setting(
+        "classification",
+        "thing that the model learns, a short name or package.module:attribute: classification, multilabel, "
+        "regression, token-classification, causal-lm, masked-lm",
+    )
+    task_args: str = setting("", "arguments of the task that no setting fills: beta = 0.5")
+    metric: str = setting(
+        "", "metric of the task that is shown first and that sweeps choose by; empty is its own first"
+    )
     norm: str = setting(
         "", "group replaces each BatchNorm of the network by a GroupNorm; empty replaces nothing", choices=("", "group")
     )

@@ -17,7 +17,7 @@ from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, Tally, check_clip_norm
 from fed_dpsat.step.clipping.bound import Held
 from fed_dpsat.step.draws import Draws, fresh_key, step_key
-from fed_dpsat.step.examples import count, joined
+from fed_dpsat.step.examples import Examples, count, joined
 from fed_dpsat.step.generators import Mark, kept, seed, training_on
 from fed_dpsat.step.gradients.ordinary import Ordinary
 from fed_dpsat.step.gradients.per_example import LossFn, clipped_gradient_sum
@@ -32,7 +32,7 @@ from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.secure_noise import system_generator
 from fed_dpsat.step.unchecked import checking
 
-Batches = Callable[[Tensor], tuple[Tensor, Tensor]]
+Batches = Callable[[Tensor], tuple[Examples, Tensor]]
 """Indices ``[B]`` to ``(inputs[B, ...], targets[B])``."""
 
 
@@ -114,14 +114,14 @@ Watch = Callable[[int, At, Params], None]
 class Executor(Protocol):
     """How the members of ``train`` compute: parameters, states, and all that is no coin and no noise."""
 
-    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
+    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Examples, Tensor]]:
         """The batch of each member."""
 
     def query_point(self, infos: Sequence[StepInfo]) -> At:
         """Where the gradients of this step are taken."""
 
     def clipped_sums(
-        self, at: At, batches: Sequence[tuple[Tensor, Tensor]], turns: Sequence[Turn]
+        self, at: At, batches: Sequence[tuple[Examples, Tensor]], turns: Sequence[Turn]
     ) -> Sequence[tuple[Params, int]]:
         """The clipped sum of each member, and how many of its examples were not finite."""
 
@@ -285,7 +285,7 @@ class Alone:
         self._how: dict[str, Any] = {"engine": engine, "physical_batch_size": physical_batch_size}
         seed(device, self._member.streams.torch_seed())
 
-    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
+    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Examples, Tensor]]:
         """As ``made_batch``."""
         self._draws = self._member.streams.draws(step, indices[0])
         return [made_batch(self._member.batches, indices[0], self._draws, self._device)]
@@ -295,7 +295,7 @@ class Alone:
         return self._query_point(self._params, self._state, infos[0])
 
     def clipped_sums(
-        self, at: At, batches: Sequence[tuple[Tensor, Tensor]], turns: Sequence[Turn]
+        self, at: At, batches: Sequence[tuple[Examples, Tensor]], turns: Sequence[Turn]
     ) -> Sequence[tuple[Params, int]]:
         """As ``clipped_gradient_sum``."""
         loss = self._loss_fn
@@ -400,7 +400,7 @@ def module_of(loss_fn: LossFn) -> object:
     return getattr(loss_fn, "module", None)
 
 
-def made_batch(batches: Batches, indices: Tensor, draws: Draws, device: torch.device) -> tuple[Tensor, Tensor]:
+def made_batch(batches: Batches, indices: Tensor, draws: Draws, device: torch.device) -> tuple[Examples, Tensor]:
     """``batches(indices)``; example by example, each with generators seeded by ``draws``, if it draws from them.
 
     Raises ``SettingError`` as ``check_rows``.
@@ -420,7 +420,7 @@ def made_batch(batches: Batches, indices: Tensor, draws: Draws, device: torch.de
     return batch
 
 
-def check_rows(batch: tuple[Tensor, Tensor], indices: Tensor) -> None:
+def check_rows(batch: tuple[Examples, Tensor], indices: Tensor) -> None:
     """Raise ``SettingError`` where a batch has more rows, or fewer, than examples were sampled."""
     if count(batch[1]) != len(indices):
         raise SettingError(

@@ -258,6 +258,8 @@ def _batch(member: Member, indices: Tensor, device: torch.device) -> tuple[Tenso
     batch = member.batches(indices)
     if mark.moved():
         raise Unstackable("batches that draw random numbers")
+    if not isinstance(batch[0], Tensor):
+        raise Unstackable("examples of several arrays, whose sizes may differ between clients")
     check_rows(batch, indices)
     return batch
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fed_dpsat import plugins
 from fed_dpsat.client.build import Experiment
@@ -56,8 +58,8 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         "total_steps": config.total_steps,
         "steps_per_round": config.steps_per_round,
         "input_shape": data.input_shape,
-        "num_classes": data.num_classes,
-        "labels": data.train.labels.numpy(),
+        "num_classes": experiment.task.outputs,
+        "labels": data.train.classes,
     }
     yield _checked("dataset", config.dataset, lambda: check_dataset(lambda: _built("dataset", config, settings)))
     yield _checked(
@@ -67,7 +69,7 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
             lambda labels, num_clients, seed: _built(
                 "partition", config, {**settings, "labels": labels, "num_clients": num_clients, "seed": seed}
             ),
-            labels=data.train.labels.numpy(),
+            labels=np.zeros(len(data.train), np.int64) if data.train.classes is None else data.train.classes,
             num_clients=(config.num_clients,),
         ),
         note=unused_warning(experiment),
@@ -75,14 +77,19 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
     yield _checked(
         "model",
         config.model,
-        lambda: check_model(
-            lambda: with_norm(
-                _built("model", config, {**settings, "seed": derive_seed(config.seed, purpose="model")}), config.norm
-            )[0],
-            input_shape=data.input_shape,
-            num_classes=data.num_classes,
-            engine=config.engine,
-            tokens=_tokens(data.test),
+        lambda: (
+            None  # the trial below tries a model of other inputs or outputs
+            if not _of_classes(data.train)
+            else check_model(
+                lambda: with_norm(
+                    _built("model", config, {**settings, "seed": derive_seed(config.seed, purpose="model")}),
+                    config.norm,
+                )[0],
+                input_shape=data.input_shape,
+                num_classes=data.num_classes,
+                engine=config.engine,
+                tokens=_tokens(data.test),
+            )
         ),
     )
     yield _checked(
@@ -106,9 +113,15 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
     yield _checked("trial", "made-up examples", lambda: try_federation(experiment), note=delta_warning(experiment))
 
 
+def _of_classes(split: Examples) -> bool:
+    return isinstance(split.inputs, Tensor) and split.classes is not None
+
+
 def _tokens(split: Examples) -> int:
     """One more than the largest number of a token in a few examples; 0 if they are no texts."""
-    rows = split.batch(torch.arange(min(len(split), ROWS)))[0]
+    rows, _ = split.batch(torch.arange(min(len(split), ROWS)))
+    if not isinstance(rows, Tensor):
+        return 0
     whole = rows.ndim == 2 and rows.numel() > 0 and bool((rows == rows.round()).all()) and float(rows.min()) >= 0
     return int(rows.max()) + 1 if whole else 0
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.data.sequences import Sequences
 from fed_dpsat.testing.conformance import require, run_checks
 
 LOOKED_AT = 1000
@@ -25,7 +28,7 @@ def check_dataset(factory: Make) -> list[str]:
 
 
 def is_a_dataset_of_two_splits(make: Make) -> None:
-    """A ``Dataset`` with training examples, public test examples, and at least two classes."""
+    """A ``Dataset`` with training examples, public test examples, and at least two classes if labels are classes."""
     made = make()
     require(
         isinstance(made, Dataset),
@@ -41,7 +44,7 @@ def is_a_dataset_of_two_splits(make: Make) -> None:
             remedy="clients train on train, and the server measures on test",
         )
     require(
-        made.num_classes >= 2,
+        made.train.classes is None or made.num_classes >= 2,
         expected="two classes or more",
         seen=f"class_names={made.class_names}",
         remedy="name the classes in the order of their numbers",
@@ -49,16 +52,17 @@ def is_a_dataset_of_two_splits(make: Make) -> None:
 
 
 def batches_are_finite(make: Make) -> None:
-    """Normalised inputs have no NaN and no inf."""
+    """Normalised inputs and labels have no NaN and no inf."""
     made = make()
     for split in ("train", "test"):
         examples = getattr(made, split)
         rows = _spread(examples)
-        inputs, _ = examples.batch(rows)
-        bad = rows[~inputs.flatten(1).isfinite().all(1)]
+        found = tree_leaves(examples.batch(rows))
+        finite = torch.stack([t.view(len(rows), -1).isfinite().all(1) for t in found])
+        bad = rows[~finite.all(0)]
         require(
             not len(bad),
-            expected=f"finite {split} inputs",
+            expected=f"finite {split} inputs and labels",
             seen=f"NaN or inf in {len(bad)} of {len(rows)} rows, the first {int(bad[0]) if len(bad) else 0}",
             remedy="replace missing values by a public constant",
         )
@@ -69,10 +73,10 @@ def each_call_gives_the_same_examples(make: Make) -> None:
     first, again = make(), make()
     for split in ("train", "test"):
         one, other = getattr(first, split), getattr(again, split)
-        same = len(one) == len(other) and torch.equal(one.labels, other.labels)
+        same = len(one) == len(other)
         if same:
-            rows = _spread(one)
-            same = torch.equal(one.inputs[rows].nan_to_num(), other.inputs[rows].nan_to_num())
+            pairs = zip(*(tree_leaves(examples.batch(_spread(one))) for examples in (one, other)), strict=True)
+            same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs) and _labels_equal(one, other)
         require(
             same,
             expected=f"the same {split} split from a second call",
@@ -115,5 +119,18 @@ def _spread(examples: Examples) -> Tensor:
     return torch.linspace(0, len(examples) - 1, count, dtype=torch.float64).round().long()
 
 
+def _labels_equal(one: Examples, other: Examples) -> bool:
+    a, b = one.labels, other.labels  # those that are no tensor are in the batch
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+
+
 def _rows(examples: Examples, rows: Tensor) -> list[bytes]:
-    return [row.numpy().tobytes() for row in examples.inputs[rows]]
+    """What each of ``rows`` is, without padding."""
+    parts = examples.rows(rows).leaves.values()
+    each: list[list[bytes]] = [
+        [part.values[a:b].numpy().tobytes() for a, b in pairwise(part.offsets.tolist())]
+        if isinstance(part, Sequences)
+        else [row.numpy().tobytes() for row in part]
+        for part in parts
+    ]
+    return [b"".join(row) for row in zip(*each, strict=True)]

@@ -110,7 +110,7 @@ def forward_changes_nothing(subject: Subject) -> None:
     said = difference(before, {"the input": inputs})
     remedy = "an operation in place on the input changes the data"
     try:
-        check_unchanging(subject.make(), subject.probe)
+        check_unchanging(subject.make(), subject.probe, 1 - subject.probe)
     except ModelError as error:
         said, _, remedy = str(error).partition("; ")
     require(not said, expected="an unchanged input and module after a forward pass", seen=said, remedy=remedy)

@@ -11,7 +11,7 @@ from fed_dpsat.client.evaluation import (
     CALIBRATION_BINS,
     ClassAccuracy,
     client_accuracies,
-    evaluate,
+    evaluation_of,
     gini,
     predict,
     quality_of,
@@ -31,7 +31,7 @@ def model_and_examples():
 @pytest.mark.parametrize("batch_size", [1, 2, 500])
 def test_accuracy_and_loss_of_a_model_whose_answers_are_known(batch_size):
     module, params, examples = model_and_examples()
-    result = evaluate(module, params, examples, batch_size)
+    result = evaluation_of(predict(module, params, examples, batch_size))
     assert result.accuracy == pytest.approx(2 / 3)
     assert result.loss == pytest.approx((2 * math.log(4 / 3) + math.log(4)) / 3)
     assert result.num_examples == 3

@@ -63,7 +63,7 @@ class Checkpointed(Net):
 
 class Wrapped(Net):
     def forward(self, x):
-        return {"logits": super().forward(x)}
+        return {"scores": super().forward(x)}
 
 
 class Squeezing(Net):
@@ -154,10 +154,14 @@ reorders = lambda lr: Reorders(lr=lr)
 reshapes = lambda lr: Reshapes(lr=lr)
 '''
 FAILURES = {
-    "few outputs": ("model=m.py:few", "gives 9 logits, and digits has 10 classes", "make its last layer 10 wide"),
+    "few outputs": (
+        "model=m.py:few",
+        "gives [4, 9] for inputs [4, 1, 8, 8], not [4, 10]",
+        "make its last layer 10 wide",
+    ),
     "wrong inputs": ("model=m.py:wrong_inputs", "layer 1 (Linear): RuntimeError: mat1 and mat2", "[B, 1, 8, 8]"),
-    "output object": ("model=m.py:Wrapped", "gives a dict, not a tensor of logits", "return its logits"),
-    "one example": ("model=m.py:Squeezing", "gives [10] for [1, 1, 8, 8]", "also for one example"),
+    "output object": ("model=m.py:Wrapped", "gives a dict", "return a tensor of logits"),
+    "one example": ("model=m.py:Squeezing", "gives [10] for inputs [1, 1, 8, 8]", "also for one example"),
     "evaluation": ("model=m.py:TrainsOnly", "NotImplementedError: no inference yet", "make it take those"),
     "second step": ("optimizer=o.py:sgd", "update: KeyError: 'velocity'", "check_optimizer"),
     "parameters in another order": ("optimizer=o.py:reorders", "other parameters than the model's", "check_optimizer"),

@@ -59,9 +59,9 @@ def test_an_index_that_is_no_row_is_an_error(index):
     ],
 )
 def test_examples_are_checked_where_they_are_made(change, message):
+    given = {"inputs": torch.zeros(2, 1), "labels": torch.zeros(2, dtype=torch.int64), "mean": (0.5,), "std": (0.25,)}
     with pytest.raises(DataError, match=message):
-        given = {"labels": torch.zeros(2, dtype=torch.int64), "mean": (0.5,), "std": (0.25,)} | change
-        Examples(**({"inputs": torch.zeros(2, 1)} | given))
+        Examples(**(given | change))
 
 
 def test_rows_are_examples_in_the_order_asked_for():

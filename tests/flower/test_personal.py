@@ -12,7 +12,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 
 from fed_dpsat import RunConfig, simulate
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.evaluation import evaluate
+from fed_dpsat.client.evaluation import measured
 from fed_dpsat.client.personal import PERSONAL, summarised
 from fed_dpsat.flower import client_app as client_app_module
 from fed_dpsat.flower.grid import answer
@@ -83,7 +83,10 @@ def test_the_global_model_is_the_shared_part_and_the_initial_head(plain):
     assert list(model_of(folder)) == BODY
     experiment = Experiment.build(CONFIG)
     whole = experiment.whole(model_of(folder), None)
-    assert summary["test_accuracy"] == evaluate(experiment.loss_fn.module, whole, experiment.dataset.test).accuracy
+    assert (
+        summary["test_accuracy"]
+        == measured(experiment.loss_fn.module, whole, experiment.dataset.test, experiment.task)[0].accuracy
+    )
 
 
 def test_personal_accuracy_is_that_of_the_kept_heads_on_their_shares(plain):
@@ -93,10 +96,11 @@ def test_personal_accuracy_is_that_of_the_kept_heads_on_their_shares(plain):
     for client, share in enumerate(experiment.test_shares):
         state = {PERSONAL: heads[client]} if client in heads else None
         whole = experiment.whole(model_of(folder), state)
-        found[client] = evaluate(
-            experiment.loss_fn.module, whole, experiment.dataset.test.rows(torch.from_numpy(share))
-        ).accuracy
-    expected = summarised(found)
+        evaluation, _ = measured(
+            experiment.loss_fn.module, whole, experiment.dataset.test.rows(torch.from_numpy(share)), experiment.task
+        )
+        found[client] = evaluation.accuracy
+    expected = summarised(found, experiment.task.metrics[0])
     assert {key: summary[key] for key in expected} == expected
     assert expected["personal_clients"] == 4
     last = json.loads((folder / "rounds.jsonl").read_text().splitlines()[-1])

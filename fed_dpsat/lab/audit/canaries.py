@@ -47,6 +47,7 @@ from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulation_grid
 from fed_dpsat.step.clipping import ClippingRule
+from fed_dpsat.step.examples import Examples as Batch
 from fed_dpsat.step.gradients.per_example import LossFn, ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.optimizers.chain import split_chain
 from fed_dpsat.step.query import At, spread
@@ -54,6 +55,9 @@ from fed_dpsat.step.query import At, spread
 ATTACKS = ("gradient", "mislabelled")
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)
 """Shares of the canaries with a guess; the confidence is corrected for the number of shares."""
+
+AUDIT = "an audit with canaries"
+"""What needs images with a class, in errors."""
 
 UNREAD = frozenset({"saf", "zeroth-order"})
 """Optimizers without gradient canaries: their loss depends on outputs, or they release one number."""
@@ -216,7 +220,7 @@ class Watch:
     """The statistics that the attacker computes from each private gradient of the client."""
 
     loss: LossFn
-    batch: tuple[Tensor, Tensor]
+    batch: tuple[Batch, Tensor]
     clipping: ClippingRule
     coordinates: Tensor
     sample_rate: float
@@ -281,7 +285,8 @@ def _gradient_scores(
     params = experiment.trained(1)
     coordinates = canary_coordinates(params, experiment.clipping, len(coins), generator)
     included = torch.from_numpy(np.flatnonzero(coins))
-    blank = dataset.train.inputs.new_zeros((len(included), *dataset.input_shape))
+    inputs, _ = dataset.train.of_classes(AUDIT)
+    blank = inputs.new_zeros((len(included), *dataset.input_shape))
     labels = dataset.num_classes + included
     own = experiment.partitions[client]
     plan = make_plans(config)[client]
@@ -325,11 +330,12 @@ def _mislabelled_scores(
         raise SettingError("canaries", count, f"at most {len(dataset.test)}, the number of test images", "lower it")
     rows = torch.from_numpy(generator.permutation(len(dataset.test))[:count])
     wrong = torch.from_numpy(generator.integers(1, dataset.num_classes, count))
-    labels = (dataset.test.labels[rows] + wrong) % dataset.num_classes
+    public, classes = dataset.test.of_classes(AUDIT)
+    labels = (classes[rows] + wrong) % dataset.num_classes
     included = torch.from_numpy(np.flatnonzero(coins))
     audited = dataclasses.replace(
         experiment,
-        dataset=_with_examples(dataset, dataset.test.inputs[rows[included]], labels[included], []),
+        dataset=_with_examples(dataset, public[rows[included]], labels[included], []),
         partitions=_with_rows(experiment.partitions, client, len(dataset.train), len(included)),
         named=False,
     )
@@ -350,9 +356,10 @@ def _mislabelled_scores(
 def _with_examples(dataset: Dataset, inputs: Tensor, labels: Tensor, more_classes: Sequence[str]) -> Dataset:
     """``dataset`` with further examples at the end of its training split."""
     old = dataset.train
+    before, classes = old.of_classes(AUDIT)
     extended = Examples(
-        inputs=torch.cat([old.inputs, inputs]),
-        labels=torch.cat([old.labels, labels]),
+        inputs=torch.cat([before, inputs]),
+        labels=torch.cat([classes, labels]),
         mean=old.mean,
         std=old.std,
     )

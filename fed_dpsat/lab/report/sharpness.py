@@ -44,10 +44,11 @@ def measure_run(
     public = dataclasses.replace(config, device="cpu", gpus_per_worker=0.0, validation_share=0.0)
     experiment = Experiment.build(public)
     test = experiment.dataset.test
+    test.of_classes("sharpness")
     if not 0 <= examples <= len(test):
         raise SettingError("examples", examples, f"in [0, {len(test)}]", "0 uses the whole test split")
     if examples:
-        test = dataclasses.replace(test, inputs=test.inputs[:examples], labels=test.labels[:examples])
+        test = test.rows(torch.arange(examples))
     module = experiment.loss_fn.module
     found = measure(
         module,

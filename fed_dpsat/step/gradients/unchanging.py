@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fed_dpsat.errors import ModelError
+from fed_dpsat.step.examples import Examples
 from fed_dpsat.step.generators import seed, training_on
-from fed_dpsat.step.gradients.call import modules
+from fed_dpsat.step.gradients.call import call, modules
 from fed_dpsat.step.placement import device_of
 
 OWN = vars(nn.Module()).keys()
@@ -36,10 +38,10 @@ Kept = tuple[dict[str, Any], str, Tensor, Tensor]
 """Where a module keeps a tensor, under which name, the tensor, and a copy of it."""
 
 
-def check_unchanging(module: nn.Module, inputs: Tensor) -> None:
+def check_unchanging(module: nn.Module, inputs: Examples, others: Examples) -> None:
     """Raise ``ModelError``, by name, if passes over made-up ``inputs[B, ...]`` change ``module``; it is left as it was.
 
-    In training and in evaluation mode ``inputs``, other ones and ``inputs`` again go through it, with all generators
+    In training and in evaluation mode ``inputs``, ``others`` and ``inputs`` again go through it, with all generators
     seeded alike.
 
     ======================================== =============================================
@@ -58,7 +60,7 @@ def check_unchanging(module: nn.Module, inputs: Tensor) -> None:
         with training_on(device), _generators():
             for mode in (True, False):
                 module.train(mode)
-                _check_mode(module, inputs, values, "training" if mode else "evaluation")
+                _check_mode(module, (inputs, others), values, "training" if mode else "evaluation")
     finally:
         for part, was in training.items():
             part.training = was
@@ -91,17 +93,19 @@ def unchanged(module: nn.Module) -> Iterator[None]:
         raise raised
 
 
-def _check_mode(module: nn.Module, inputs: Tensor, values: Mapping[str, Tensor], mode: str) -> None:
-    def run(x: Tensor) -> Any:
-        seed(x.device, 0)
+def _check_mode(module: nn.Module, batches: tuple[Examples, Examples], values: Mapping[str, Tensor], mode: str) -> None:
+    inputs, others = batches
+
+    def run(x: Examples) -> Any:
+        seed(device_of(module), 0)
         with torch.no_grad():
-            return module(x.clone())
+            return call(module, {}, tree_map(torch.clone, x))
 
     where = f"in a pass in {mode} mode"
     once = run(inputs)
     made = {name: t.detach().clone() for name, t in _tensors(module).items()}
     attributes = _attributes(module)
-    run(1 - inputs)
+    run(others)
     again = run(inputs)
     after, now = _tensors(module), _attributes(module)
     wanted = {**made, **values}
@@ -111,7 +115,8 @@ def _check_mode(module: nn.Module, inputs: Tensor, values: Mapping[str, Tensor],
     if moved:
         prefixes = {part: prefix for prefix, part in module.named_modules()}
         raise _error(module, sorted(f"{prefixes[part]}.{name}".lstrip(".") for part, name in moved), where)
-    if isinstance(once, Tensor) and isinstance(again, Tensor) and not _close(once, again):
+    pairs = zip(tree_leaves(once), tree_leaves(again), strict=False)
+    if not all(_close(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
         raise ModelError(
             f"{type(module).__name__} gives other outputs for the same input once another was in between, in {mode} "
             f"mode: it keeps something from pass to pass; {REMEDY}"

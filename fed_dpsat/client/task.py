@@ -1,0 +1,38 @@
+"""The task that a configuration names, for a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fed_dpsat import plugins
+from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.errors import SettingError
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.tasks.base import Metric, Task
+
+
+def build_task(config: RunConfig, dataset: Dataset, settings: Mapping[str, Any]) -> Task:
+    """The task ``config.task`` of ``dataset``, with ``config.metric`` first among its metrics.
+
+    Raises ``PluginError`` for a name that leads to no task, ``DataError`` if the labels are not those of the task, and
+    ``SettingError`` for a metric that the task does not have.
+    """
+    of_data = {
+        "class_names": dataset.class_names,
+        "num_labels": dataset.num_labels,
+        "label_scale": dataset.label_scale,
+        "vocabulary_size": dataset.vocabulary_size,
+    }
+    task: Task = plugins.build("task", config.task, {**settings, **of_data}, config.task_args)
+    plugins.required("task", config.task, task)
+    task.check(dataset)
+    task.metrics = _with_first(task.metrics, config.metric)
+    return task
+
+
+def _with_first(metrics: tuple[Metric, ...], name: str) -> tuple[Metric, ...]:
+    named = {metric.name: metric for metric in metrics}
+    if name and name not in named:
+        raise SettingError("metric", name, f"one of {', '.join(named)}", "choose one of those of the task")
+    return (named.pop(name), *named.values()) if name else metrics
