@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -22,20 +20,18 @@ from fed_dpsat.client.start import begin, check_passes
 from fed_dpsat.client.task import build_task
 from fed_dpsat.client.train import CLIPPING, Training
 from fed_dpsat.data.dataset import Dataset, check_plain
+from fed_dpsat.data.federated import Federated, seeded
 from fed_dpsat.data.parts import disjoint_parts
-from fed_dpsat.data.validation import hold_out
-from fed_dpsat.errors import SettingError
 from fed_dpsat.models.ties import check_memory, named_tensors
 from fed_dpsat.params import Params, trainable
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.step import generators
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, check_clip_norm
 from fed_dpsat.step.gradients import compiled
 from fed_dpsat.step.gradients.per_example import ModelLoss
-from fed_dpsat.step.noise import Purpose, derive_seed
+from fed_dpsat.step.noise import derive_seed
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, carried_names
 from fed_dpsat.step.optimizers.chain import build_optimizer
-from fed_dpsat.step.placement import CPU, decided, module_on, torch_device
+from fed_dpsat.step.placement import decided, module_on, torch_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,43 +76,12 @@ class Experiment(Training):
         config = renamed(decided(config), dataset=dataset, model=model, optimizer=optimizer, clipping=clipping)
         config = dataclasses.replace(config, kernels=compiled.decided(config.kernels))
         named = dataset is None and model is None and optimizer is None and clipping is None
-        settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
-        settings["steps_per_round"] = config.steps_per_round
-        if dataset is None:
-            with _seeded(config, "partition"):
-                dataset = plugins.build("dataset", config.dataset, settings, config.dataset_args)
-        check_plain(plugins.required("dataset", config.dataset, dataset))
-        if config.validation_share:
-            dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
-        if config.num_clients > len(dataset.train):
-            raise SettingError(
-                "num_clients",
-                config.num_clients,
-                f"at most {len(dataset.train)}, the examples of {dataset.name}",
-                "lower it; a client needs at least one example",
-            )
+        data = Federated.build(config, dataset)
+        dataset, partitions, settings = data.dataset, data.partitions, data.settings
         task = build_task(config, dataset, settings)
-        classes = dataset.train.classes
-        settings |= {
-            "input_shape": dataset.input_shape,
-            "num_classes": task.outputs,
-            "labels": None if classes is None else classes.copy(),  # a plug-in may write into it
-        }
-        partition_settings = {
-            **settings,
-            "seed": derive_seed(config.seed, purpose="partition"),
-            "labels": None if classes is None else classes.copy(),
-        }
-        with _seeded(config, "partition"):
-            parts = plugins.build("partition", config.partition, partition_settings, config.partition_args)
-        partitions = disjoint_parts(
-            parts,
-            num_clients=config.num_clients,
-            num_examples=len(dataset.train),
-            partition=config.partition,
-        )
+        settings["num_classes"] = task.outputs
         if model is None:
-            with _seeded(config, "model"):
+            with seeded(config, "model"):
                 model = plugins.build("model", config.model, settings, config.model_args)
         else:
             check_memory(plugins.required("model", config.model, model))  # a copy would separate shared memory
@@ -182,11 +147,3 @@ class Experiment(Training):
         if labels is None or public is None:  # as if all were of one class
             labels, public = (np.zeros(len(split), np.int64) for split in (self.dataset.train, self.dataset.test))
         return deal_test(labels, public, self.partitions, derive_seed(self.config.seed, purpose="partition"))
-
-
-@contextmanager
-def _seeded(config: RunConfig, purpose: Purpose) -> Iterator[None]:
-    """Seed all generators for a factory, and restore them afterwards."""
-    with generators.kept(CPU):
-        generators.seed(CPU, derive_seed(config.seed, purpose=purpose))
-        yield

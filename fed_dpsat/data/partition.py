@@ -1,11 +1,21 @@
-"""Partitions of the training split among simulated clients.
+"""Partitions of the training split among simulated clients by number and by class.
 
-A partition takes ``labels[N]`` (int64) and returns ``num_clients`` sorted int64 index arrays. They are disjoint, not
-empty, and together cover ``0..N-1``. Equal arguments give equal partitions. All but ``iid`` use the partitioners of
-flwr-datasets on examples in a seeded random order, so that the seed decides which examples a client gets and not only
-how many; ``iid`` gives the same result without a call per client.
+A partition returns ``num_clients`` sorted int64 index arrays. They are disjoint, not empty, and together cover
+``0..N-1``. Equal arguments give equal partitions. All but ``iid`` use the partitioners of flwr-datasets on examples in
+a seeded random order, so that the seed decides which examples a client gets and not only how many; ``iid`` gives the
+same result without a call per client.
 
-Each raises ``DataError`` for ``num_clients`` outside ``[1, N]`` and for a setting out of bounds.
+========= =========================== ===================================================
+name      class of flwr-datasets      own
+========= =========================== ===================================================
+iid       ``IidPartitioner``          sizes differ by at most one
+dirichlet ``DirichletPartitioner``    an empty client gets an example of the largest
+shards    ``ShardPartitioner``        no example is left over
+size-skew ``SizePartitioner``         sizes by a power law
+========= =========================== ===================================================
+
+Those that divide by class take ``labels[N]`` (int64), the others ``num_examples``. Each raises ``DataError`` for
+``num_clients`` outside ``[1, N]``, for a setting out of bounds, and for labels that are not classes.
 """
 
 from __future__ import annotations
@@ -21,16 +31,18 @@ from fed_dpsat.errors import DataError
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner  # type: ignore[import-untyped]
 
+BY = "by"
+"""The column by which a partitioner of flwr-datasets divides."""
 MAX_ALPHA = 1e6  # above it the draw is uniform up to rounding, and far above it overflows
 
 
-def iid(labels: np.ndarray, num_clients: int, seed: int) -> list[np.ndarray]:
+def iid(num_examples: int, num_clients: int, seed: int) -> list[np.ndarray]:
     """Equal shares of the shuffled examples; sizes differ by at most one."""
-    order, _ = _begin(labels, num_clients, seed)
-    return _finish(np.array_split(order, num_clients), len(labels))
+    order, _ = begin(num_examples, num_clients, seed)
+    return _finish(np.array_split(order, num_clients), num_examples)
 
 
-def dirichlet(labels: np.ndarray, num_clients: int, seed: int, dirichlet_alpha: float = 0.3) -> list[np.ndarray]:
+def dirichlet(labels: np.ndarray | None, num_clients: int, seed: int, dirichlet_alpha: float = 0.3) -> list[np.ndarray]:
     """Each class divided by its own Dirichlet(dirichlet_alpha) draw; lower is more uneven.
 
     ``dirichlet_alpha`` is in ``(0, 1e6]``. In the order of clients, an empty client takes one example from the largest
@@ -47,20 +59,21 @@ def dirichlet(labels: np.ndarray, num_clients: int, seed: int, dirichlet_alpha: 
             f"dirichlet_alpha={dirichlet_alpha} is not in (0, {MAX_ALPHA:g}]; 0.1 is very "
             f"uneven, 100 nearly even, and partition=iid is even"
         )
-    order, flwr_seed = _begin(labels, num_clients, seed)
+    labels = classes(labels, "dirichlet")
+    order, flwr_seed = begin(len(labels), num_clients, seed)
     partitioner = DirichletPartitioner(
         num_clients,
-        "label",
+        BY,
         float(dirichlet_alpha),
         min_partition_size=0,
         self_balancing=False,
         shuffle=False,
         seed=flwr_seed,
     )
-    return _finish(_fill_empty(_divide(partitioner, labels, order)), len(labels))
+    return _finish(_fill_empty(divide(partitioner, order, labels)), len(labels))
 
 
-def shards(labels: np.ndarray, num_clients: int, seed: int, classes_per_client: int = 2) -> list[np.ndarray]:
+def shards(labels: np.ndarray | None, num_clients: int, seed: int, classes_per_client: int = 2) -> list[np.ndarray]:
     """Examples sorted by class, cut into equal shards; classes_per_client shards for each client.
 
     A shard has one class, except at the border of two classes. So a client holds about ``classes_per_client`` classes:
@@ -74,7 +87,8 @@ def shards(labels: np.ndarray, num_clients: int, seed: int, classes_per_client: 
     """
     from flwr_datasets.partitioner import ShardPartitioner
 
-    order, flwr_seed = _begin(labels, num_clients, seed)
+    labels = classes(labels, "shards")
+    order, flwr_seed = begin(len(labels), num_clients, seed)
     num_classes = len(np.unique(labels))
     if not 1 <= classes_per_client <= num_classes:
         raise DataError(
@@ -89,12 +103,12 @@ def shards(labels: np.ndarray, num_clients: int, seed: int, classes_per_client: 
         )
     left_over, order = np.split(order, [len(labels) % num_shards])
     partitioner = ShardPartitioner(
-        num_clients, "label", num_shards_per_partition=classes_per_client, shuffle=False, seed=flwr_seed
+        num_clients, BY, num_shards_per_partition=classes_per_client, shuffle=False, seed=flwr_seed
     )
-    return _finish(_deal(left_over, labels, _divide(partitioner, labels, order)), len(labels))
+    return _finish(_deal(left_over, labels, divide(partitioner, order, labels)), len(labels))
 
 
-def size_skew(labels: np.ndarray, num_clients: int, seed: int, size_skew: float = 1.0) -> list[np.ndarray]:
+def size_skew(num_examples: int, num_clients: int, seed: int, size_skew: float = 1.0) -> list[np.ndarray]:
     """Shuffled examples in shares of decreasing size: the share of client i is proportional to (i + 1) ** -size_skew.
 
     ``size_skew`` is in ``[0, inf)``: 0 gives equal sizes, 1 gives client 1 half the examples of client 0 (Zipf's law).
@@ -102,40 +116,51 @@ def size_skew(labels: np.ndarray, num_clients: int, seed: int, size_skew: float 
     """
     from flwr_datasets.partitioner import SizePartitioner
 
-    order, _ = _begin(labels, num_clients, seed)
+    order, _ = begin(num_examples, num_clients, seed)
     if not 0 <= size_skew < math.inf:
         raise DataError(f"size_skew={size_skew} is not in [0, inf); 0 is equal sizes, 1 is Zipf's law")
     weights = np.arange(1, num_clients + 1, dtype=np.float64) ** -float(size_skew)
-    quotas = (len(labels) - num_clients) * weights / weights.sum()
+    quotas = (num_examples - num_clients) * weights / weights.sum()
     sizes = 1 + np.floor(quotas).astype(np.int64)
     by_remainder = np.argsort(-(quotas % 1), kind="stable")
-    sizes[by_remainder[: len(labels) - sizes.sum()]] += 1
-    return _finish(_divide(SizePartitioner(sizes.tolist()), labels, order), len(labels))
+    sizes[by_remainder[: num_examples - sizes.sum()]] += 1
+    return _finish(divide(SizePartitioner(sizes.tolist()), order), num_examples)
 
 
 PARTITIONS = {"iid": iid, "dirichlet": dirichlet, "shards": shards, "size-skew": size_skew}
 
 
-def _begin(labels: np.ndarray, num_clients: int, seed: int) -> tuple[np.ndarray, int]:
+def begin(num_examples: int, num_clients: int, seed: int) -> tuple[np.ndarray, int]:
     """A random order of the examples and a seed for flwr-datasets, both from ``seed``."""
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"labels are {labels.dtype} {list(labels.shape)}, not int64 [N]; give class numbers")
-    if not 1 <= num_clients <= len(labels):
+    if not 1 <= num_clients <= num_examples:
         raise DataError(
-            f"num_clients={num_clients} is not in [1, {len(labels)}], the number of training "
+            f"num_clients={num_clients} is not in [1, {num_examples}], the number of training "
             f"examples; choose one of these or take a larger dataset"
         )
     if seed < 0:
         raise DataError(f"seed={seed} is negative; choose one in [0, inf)")
     for_order, for_flwr = np.random.SeedSequence(seed).spawn(2)
-    return np.random.default_rng(for_order).permutation(len(labels)), int(for_flwr.generate_state(1)[0])
+    return np.random.default_rng(for_order).permutation(num_examples), int(for_flwr.generate_state(1)[0])
 
 
-def _divide(partitioner: Partitioner, labels: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
-    """The parts that a partitioner of flwr-datasets makes from the examples in ``order``."""
+def classes(labels: np.ndarray | None, partition: str) -> np.ndarray:
+    """``labels``, after a check that they are class numbers ``[N]``."""
+    if labels is None:
+        raise DataError(
+            f"partition={partition!r} divides by class, and the labels of this data set are not classes; "
+            "choose natural (by a column), iid or size-skew"
+        )
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"labels are {labels.dtype} {list(labels.shape)}, not int64 [N]; give class numbers")
+    return labels
+
+
+def divide(partitioner: Partitioner, order: np.ndarray, by: np.ndarray | None = None) -> list[np.ndarray]:
+    """The parts that a partitioner of flwr-datasets makes from the examples in ``order``, by their values ``by[N]``."""
     import datasets  # type: ignore[import-untyped]
 
-    partitioner.dataset = datasets.Dataset.from_dict({"label": labels[order], "example": order})
+    columns = {} if by is None else {BY: by[order]}
+    partitioner.dataset = datasets.Dataset.from_dict({**columns, "example": order})
     with warnings.catch_warnings():
         # ShardPartitioner sorts with datasets 4.8, for which pyarrow 26 warns
         warnings.filterwarnings("ignore", "Specifying null_placement", FutureWarning)

@@ -229,6 +229,7 @@ _LOCAL: dict[str, Any] = {
     "num_clients": 1,
     "dataset_args": "",
     "partition": "fed_dpsat.device.data:whole",
+    "partition_by": "",
     "partition_args": "",
     "clients_per_round": 0,
     "max_rounds_per_client": 0,

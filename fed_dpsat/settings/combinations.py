@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fed_dpsat.settings import federation, machine, privacy, training
+from fed_dpsat.settings import data, federation, machine, privacy, training
 from fed_dpsat.settings.data import Data
 from fed_dpsat.settings.federation import Federation
 from fed_dpsat.settings.machine import Machine
@@ -56,6 +56,7 @@ class Settings(Machine, Federation, Privacy, Training, Data):  # fields of the l
 
 def check_combinations(config: Settings) -> None:
     """Raise ``SettingError`` for an impossible combination: the first that is found."""
+    data.check(config)
     training.check(config)
     privacy.check(config)
     federation.check(config)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fed_dpsat.settings.values import setting
+from fed_dpsat.settings.values import refuse, setting
+
+VERTICAL = ("vertical-even", "vertical-size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,27 @@ class Data:
     )
     num_clients: int = setting(10, "number of clients in the federation", least=1)
     partition: str = setting("iid", "way examples are dealt to clients")
-    partition_args: str = setting("", "arguments of the partition that no setting fills: column = 'writer'")
-    dirichlet_alpha: float = setting(0.3, "concentration of the dirichlet partition; small is skewed", above=0)
-    classes_per_client: int = setting(2, "number of classes per client in the shards partition", least=1)
+    partition_by: str = setting(
+        "",
+        "column of the data set: natural gives a client one value of it; others use it in place of the class",
+    )
+    partition_args: str = setting("", "arguments of the partition that no setting fills: group_size = 3")
+    dirichlet_alpha: float = setting(
+        0.3, "concentration of the dirichlet and inner-dirichlet partitions; small is skewed", above=0
+    )
+    classes_per_client: int = setting(
+        2, "number of classes per client in the shards and pathological partitions", least=1
+    )
     size_skew: float = setting(1.0, "inequality of client sizes in the size-skew partition", above=0)
+
+
+def check(config: Data) -> None:
+    """Raise ``SettingError`` for a partition whose clients share rows."""
+    if config.partition in VERTICAL:
+        refuse(
+            config,
+            "partition",
+            "a division of examples",
+            "it gives each client a part of every example, so the epsilons of all clients add up, and a run reports "
+            "their maximum; `fed-dpsat list` has the others",
+        )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,10 +65,10 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         "partition",
         config.partition,
         lambda: check_partition(
-            lambda labels, num_clients, seed: _built(
-                "partition", config, {**settings, "labels": labels, "num_clients": num_clients, "seed": seed}
-            ),
-            labels=np.zeros(len(data.train), np.int64) if data.train.classes is None else data.train.classes,
+            lambda **given: _built("partition", config, {**settings, **given}),
+            labels=data.train.classes,
+            columns=data.train.columns,
+            num_examples=len(data.train),
             num_clients=(config.num_clients,),
         ),
         note=unused_warning(experiment),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,35 +13,65 @@ import torch
 from fed_dpsat.testing.conformance import require, run_checks
 
 NUM_CLIENTS = (1, 2, 7)
-CLASSES, SMALLEST = 10, 8
+CLASSES, SMALLEST, USERS = 10, 8, 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """``deal(labels, num_clients, seed)`` gives the parts of the factory."""
+    """``factory`` and the data that it divides; ``labels`` are None if they are no classes."""
 
-    deal: Callable[[np.ndarray, int, int], Any]
-    labels: np.ndarray
+    factory: Callable[..., Any]
+    labels: np.ndarray | None
+    columns: Mapping[str, np.ndarray]
+    num_examples: int
     num_clients: Sequence[int]
 
-    def dealt(self, seed: int = 0) -> list[tuple[int, list[Any]]]:
+    def given(self, num_clients: int) -> dict[str, Any]:
+        """What a run gives to a factory, as copies."""
+        return {
+            "labels": None if self.labels is None else self.labels.copy(),
+            "columns": {name: values.copy() for name, values in self.columns.items()},
+            "num_examples": self.num_examples,
+            "num_clients": num_clients,
+            "seed": 0,
+        }
+
+    def deal(self, given: Mapping[str, Any]) -> Any:
+        """The parts, from a call with those of ``given`` that the factory names."""
+        taken = inspect.signature(self.factory).parameters
+        anything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        return self.factory(**{name: value for name, value in given.items() if anything or name in taken})
+
+    def dealt(self) -> list[tuple[int, list[Any]]]:
         """The parts for each number of clients."""
-        return [(count, list(self.deal(self.labels.copy(), count, seed))) for count in self.num_clients]
+        return [(count, list(self.deal(self.given(count)))) for count in self.num_clients]
 
 
 def check_partition(
-    factory: Callable[..., Any], *, labels: np.ndarray | None = None, num_clients: Sequence[int] = NUM_CLIENTS
+    factory: Callable[..., Any],
+    *,
+    labels: np.ndarray | None = None,
+    columns: Mapping[str, np.ndarray] | None = None,
+    num_examples: int = 0,
+    num_clients: Sequence[int] = NUM_CLIENTS,
 ) -> list[str]:
-    """Run the suite on a function of ``labels[N]`` (int64), ``num_clients`` and ``seed``, or of some of them.
+    """Run the suite on a function of ``labels``, ``columns``, ``num_examples``, ``num_clients`` and ``seed``.
 
-    The function returns one array of indices of the training split for each client. The default of ``labels`` has ten
-    classes of 8 to 26 examples. Returns the names of the checks; raises ``ConformanceError``.
+    The function can name any of them, and returns one array of indices of the training split for each client. The
+    default of ``labels`` (int64 ``[N]``) has ten classes of 8 to 26 examples; with ``num_examples`` above 0 and without
+    ``labels`` the data has no classes. ``columns`` holds arrays ``[N]`` by name; the default are "user", texts of 20
+    values, and "number", floats. Returns the names of the checks; raises ``ConformanceError``.
     """
-    if labels is None:
+    if labels is not None:
+        labels = labels.astype(np.int64)
+    elif not num_examples:
         labels = np.repeat(np.arange(CLASSES), SMALLEST + 2 * np.arange(CLASSES))
-    return run_checks(
-        "partition", CHECKS, Subject(deal=_by_name(factory), labels=labels.astype(np.int64), num_clients=num_clients)
-    )
+    total = num_examples if labels is None else len(labels)
+    if columns is None:
+        places = np.arange(total)
+        columns = {"user": (7 * places % USERS).astype(str), "number": 1 / (1 + places)}
+    subject = Subject(factory=factory, labels=labels, columns=columns, num_examples=total, num_clients=num_clients)
+    return run_checks("partition", CHECKS, subject)
 
 
 def gives_one_part_per_client(subject: Subject) -> None:
@@ -57,7 +87,7 @@ def gives_one_part_per_client(subject: Subject) -> None:
 
 def parts_are_places_in_the_training_split(subject: Subject) -> None:
     """Integers in ``[0, N)``, in one dimension, and no mask."""
-    total = len(subject.labels)
+    total = subject.num_examples
     for count, parts in subject.dealt():
         for client, part in enumerate(map(np.asarray, parts)):
             kind = f"{part.dtype}{list(part.shape)}"
@@ -72,7 +102,7 @@ def parts_are_places_in_the_training_split(subject: Subject) -> None:
                 low >= 0 and high < total,
                 expected=f"indices in [0, {total})",
                 seen=f"{low if low < 0 else high} for client {client} of {count}",
-                remedy="use the given labels, which validation_share makes fewer than those of the data set",
+                remedy="use num_examples, which validation_share makes smaller than the data set",
             )
 
 
@@ -118,18 +148,20 @@ def the_same_seed_deals_the_same(subject: Subject) -> None:
     )
 
 
-def labels_are_left_alone(subject: Subject) -> None:
-    """The function does not change its labels."""
+def labels_and_columns_are_left_alone(subject: Subject) -> None:
+    """The function does not change its labels and columns."""
     for count in subject.num_clients:
-        labels = subject.labels.copy()
-        subject.deal(labels, count, 0)
-        changed = np.flatnonzero(labels != subject.labels)
-        require(
-            not len(changed),
-            expected="unchanged labels",
-            seen=f"{len(changed)} changed, the first at {changed[:1].tolist()}",
-            remedy="shuffle a permutation of indices, not the labels",
-        )
+        given = subject.given(count)
+        subject.deal(given)
+        now = {"labels": given["labels"], **given["columns"]}
+        for name, before in {"labels": subject.labels, **subject.columns}.items():
+            changed = () if before is None else np.flatnonzero(now[name] != before).tolist()
+            require(
+                not changed,
+                expected=f"unchanged {name}",
+                seen=f"{len(changed)} changed, the first at {changed[:1]}",
+                remedy="shuffle a permutation of indices, not the arrays",
+            )
 
 
 CHECKS = (
@@ -138,18 +170,5 @@ CHECKS = (
     no_client_is_empty,
     no_example_is_dealt_twice,
     the_same_seed_deals_the_same,
-    labels_are_left_alone,
+    labels_and_columns_are_left_alone,
 )
-
-
-def _by_name(factory: Callable[..., Any]) -> Callable[[np.ndarray, int, int], Any]:
-    """``factory``, called like in a run with the arguments that it names."""
-    taken = inspect.signature(factory).parameters.values()
-    anything = any(p.kind is p.VAR_KEYWORD for p in taken)
-
-    def deal(labels: np.ndarray, num_clients: int, seed: int) -> Any:
-        given = {"labels": labels, "num_clients": num_clients, "seed": seed}
-        named = {p.name for p in taken}
-        return factory(**{name: value for name, value in given.items() if anything or name in named})
-
-    return deal

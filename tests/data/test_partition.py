@@ -10,6 +10,11 @@ NAMES = sorted(PARTITIONS)
 BALANCED = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))
 
 
+def dealt(name, labels, num_clients, seed, **own):
+    by_class = name in ("dirichlet", "shards")
+    return PARTITIONS[name](labels if by_class else len(labels), num_clients, seed, **own)
+
+
 def assert_is_partition(parts, num_clients, num_examples):
     assert len(parts) == num_clients
     assert all(len(part) for part in parts)
@@ -31,15 +36,15 @@ def test_parts_are_disjoint_complete_non_empty_and_repeatable(name, data):
     if name == "size-skew":
         own["size_skew"] = data.draw(st.floats(0, 5))
     num_clients, seed = data.draw(st.integers(1, most)), data.draw(st.integers(0, 2**32))
-    parts = PARTITIONS[name](labels, num_clients, seed, **own)
+    parts = dealt(name, labels, num_clients, seed, **own)
     assert_is_partition(parts, num_clients, len(labels))
-    for part, again in zip(parts, PARTITIONS[name](labels, num_clients, seed, **own), strict=True):
+    for part, again in zip(parts, dealt(name, labels, num_clients, seed, **own), strict=True):
         np.testing.assert_array_equal(part, again)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_seed_decides_who_gets_what(name):
-    first, second = (PARTITIONS[name](BALANCED, 10, seed) for seed in (0, 1))
+    first, second = (dealt(name, BALANCED, 10, seed) for seed in (0, 1))
     assert not any(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -48,22 +53,22 @@ def test_the_seed_decides_who_gets_what(name):
 def test_a_thousand_clients_share_fifty_thousand_examples(name):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5_000))
     own = {"dirichlet_alpha": 0.1} if name == "dirichlet" else {}
-    assert_is_partition(PARTITIONS[name](labels, 1_000, 0, **own), 1_000, 50_000)
+    assert_is_partition(dealt(name, labels, 1_000, 0, **own), 1_000, 50_000)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_client_holds_everything_and_one_example_each_is_the_most(name):
     own = {"classes_per_client": 1} if name == "shards" else {}
     labels = np.array([0, 1, 1, 0, 2])
-    assert PARTITIONS[name](labels, 1, 0, **own)[0].tolist() == [0, 1, 2, 3, 4]
-    assert [len(part) for part in PARTITIONS[name](labels, 5, 0, **own)] == [1] * 5
+    assert dealt(name, labels, 1, 0, **own)[0].tolist() == [0, 1, 2, 3, 4]
+    assert [len(part) for part in dealt(name, labels, 5, 0, **own)] == [1] * 5
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_clients", [0, -1, 4])
 def test_more_clients_than_examples_or_none_are_an_error(name, num_clients):
     with pytest.raises(DataError, match=rf"num_clients={num_clients} is not in \[1, 3\]"):
-        PARTITIONS[name](np.array([0, 1, 2]), num_clients, 0)
+        dealt(name, np.array([0, 1, 2]), num_clients, 0)
 
 
 @pytest.mark.parametrize(
@@ -76,16 +81,22 @@ def test_more_clients_than_examples_or_none_are_an_error(name, num_clients):
 )
 def test_labels_that_are_none_are_an_error(labels, message):
     with pytest.raises(DataError, match=message):
-        iid(labels, 1, 0)
+        dirichlet(labels, 1, 0)
+
+
+@pytest.mark.parametrize("divide", [dirichlet, shards])
+def test_labels_that_are_no_classes_are_an_error_with_the_partitions_that_need_none(divide):
+    with pytest.raises(DataError, match=r"not classes; choose natural \(by a column\), iid or size-skew"):
+        divide(None, 2, 0)
 
 
 def test_a_negative_seed_is_an_error():
     with pytest.raises(DataError, match="seed=-1"):
-        iid(BALANCED, 1, -1)
+        iid(3, 1, -1)
 
 
 def test_iid_is_even():
-    assert sorted(len(part) for part in iid(np.arange(7), 3, 0)) == [2, 2, 3]
+    assert sorted(len(part) for part in iid(7, 3, 0)) == [2, 2, 3]
 
 
 def test_dirichlet_is_even_at_a_high_alpha():
@@ -152,11 +163,11 @@ def test_shards_refuse_more_shards_than_examples():
     ],
 )
 def test_size_skew_follows_its_power_law(num_examples, skew, sizes):
-    parts = size_skew(np.zeros(num_examples, dtype=np.int64), 3, 0, size_skew=skew)
+    parts = size_skew(num_examples, 3, 0, size_skew=skew)
     assert [len(part) for part in parts] == sizes
 
 
 @pytest.mark.parametrize("skew", [-0.1, float("nan"), float("inf")])
 def test_size_skew_refuses_an_exponent_that_is_none(skew):
     with pytest.raises(DataError, match=rf"size_skew={skew} is not in \[0, inf\)"):
-        size_skew(BALANCED, 2, 0, size_skew=skew)
+        size_skew(9, 2, 0, size_skew=skew)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fed_dpsat import plugins
-from fed_dpsat.testing import check_partition
+from fed_dpsat.testing import ConformanceError, check_partition
 
 
 def cut(labels, num_clients, seed):
@@ -22,6 +22,11 @@ def beyond(labels, num_clients, seed):
 def shuffling(labels, num_clients, seed):
     np.random.default_rng(seed).shuffle(labels)
     return cut(labels, num_clients, seed)
+
+
+def sorting_a_column(labels, columns, num_clients):
+    columns["number"].sort()
+    return cut(labels, num_clients, 0)
 
 
 def overlapping(labels, num_clients, seed):
@@ -45,13 +50,40 @@ BROKEN = {
     "an empty client": (with_an_empty_client, "no_client_is_empty"),
     "no seed": (lambda labels, num_clients: np.array_split(np.random.permutation(len(labels)), num_clients),
                 "the_same_seed_deals_the_same"),
-    "in place": (shuffling, "labels_are_left_alone"),
+    "a column in place": (sorting_a_column, "labels_and_columns_are_left_alone"),
+    "in place": (shuffling, "labels_and_columns_are_left_alone"),
 }  # fmt: skip
+
+
+ARGUMENTS = {
+    "continuous": {"partition_by": "number", "strictness": 0.5},
+    "distribution": {"distribution_array": np.ones((10, 2)), "preassigned_num_samples_per_label": 1},
+    "grouped-natural-id": {"partition_by": "user", "group_size": 4},
+    "id-to-size-fnc": {"partition_id_to_size_fn": np.sqrt},
+    "natural": {"partition_by": "user"},
+    "natural-id": {"partition_by": "user"},
+    "size": {"partition_sizes": [100, 50]},
+}
+CLIENTS = {
+    "distribution": (10,),
+    "exponential": (1, 2, 4),
+    "grouped-natural-id": (5,),
+    "natural-id": (20,),
+    "size": (2,),
+}
 
 
 @pytest.mark.parametrize("name", plugins.builtin("partition"))
 def test_every_shipped_partition_conforms(name):
-    assert len(check_partition(plugins.builtin("partition")[name])) == 6
+    factory = functools.partial(plugins.builtin("partition")[name], **ARGUMENTS.get(name, {}))
+    assert len(check_partition(factory, num_clients=CLIENTS.get(name, (1, 2, 7)))) == 6
+
+
+def test_data_without_classes_and_with_columns_of_its_own():
+    natural = functools.partial(plugins.load("partition", "natural"), partition_by="ward")
+    check_partition(natural, num_examples=9, columns={"ward": np.arange(9) % 4}, num_clients=(4, 3))
+    with pytest.raises(ConformanceError, match="are not classes"):
+        check_partition(plugins.load("partition", "dirichlet"), num_examples=9)
 
 
 def test_lists_and_what_is_left_over_are_fine():

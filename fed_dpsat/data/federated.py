@@ -1,0 +1,87 @@
+"""The data of a configuration: its data set, and the examples of each client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fed_dpsat import plugins
+from fed_dpsat.data.dataset import Dataset, check_plain
+from fed_dpsat.data.parts import disjoint_parts
+from fed_dpsat.data.validation import hold_out
+from fed_dpsat.errors import SettingError
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step import generators
+from fed_dpsat.step.noise import Purpose, derive_seed
+from fed_dpsat.step.placement import CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federated:
+    """A data set, the ``partitions`` of its training split by client, and the ``settings`` that factories can name."""
+
+    dataset: Dataset
+    partitions: list[np.ndarray]
+    settings: dict[str, Any]
+
+    @classmethod
+    def build(cls, config: RunConfig, dataset: Dataset | None = None) -> Federated:
+        """Build from the names in ``config``; a given ``dataset`` replaces its name.
+
+        Without the validation examples. Raises ``SettingError``, ``PluginError`` or ``DataError``.
+        """
+        settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
+        settings["steps_per_round"] = config.steps_per_round
+        if dataset is None:
+            with seeded(config, "partition"):
+                dataset = plugins.build("dataset", config.dataset, settings, config.dataset_args)
+        check_plain(plugins.required("dataset", config.dataset, dataset))
+        if config.validation_share:
+            dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
+        if config.num_clients > len(dataset.train):
+            raise SettingError(
+                "num_clients",
+                config.num_clients,
+                f"at most {len(dataset.train)}, the examples of {dataset.name}",
+                "lower it; a client needs at least one example",
+            )
+        settings |= {
+            "input_shape": dataset.input_shape,
+            "num_classes": dataset.num_classes,
+            "labels": _copied(dataset.train.classes),
+        }
+        return cls(dataset=dataset, partitions=_dealt(config, dataset, settings), settings=settings)
+
+
+def _dealt(config: RunConfig, dataset: Dataset, settings: dict[str, Any]) -> list[np.ndarray]:
+    train = dataset.train
+    with seeded(config, "partition"):
+        parts = plugins.build(
+            "partition",
+            config.partition,
+            {
+                **settings,
+                "seed": derive_seed(config.seed, purpose="partition"),
+                "labels": _copied(train.classes),
+                "columns": {name: values.copy() for name, values in train.columns.items()},
+                "num_examples": len(train),
+            },
+            config.partition_args,
+        )
+    return disjoint_parts(parts, num_clients=config.num_clients, num_examples=len(train), partition=config.partition)
+
+
+def _copied(labels: np.ndarray | None) -> np.ndarray | None:
+    return None if labels is None else labels.copy()  # a plug-in may write into it
+
+
+@contextmanager
+def seeded(config: RunConfig, purpose: Purpose) -> Iterator[None]:
+    """Seed all generators for a factory, and restore them afterwards."""
+    with generators.kept(CPU):
+        generators.seed(CPU, derive_seed(config.seed, purpose=purpose))
+        yield
