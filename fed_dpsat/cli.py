@@ -313,7 +313,8 @@ def sweep(
     if as_json:
         failed = [{"run": outcome.run.name, "error": outcome.error} for outcome in swept.failed]
         more = {"failed": failed, "left_out": swept.left_out, "privacy": swept.privacy}
-        _print_json({"folder": str(folder), "summary": swept.summary, **more})
+        metric = dataclasses.asdict(swept.metric)
+        _print_json({"folder": str(folder), "metric": metric, "summary": swept.summary, **more})
     else:
         print_sweep(out_console, swept, folder)
     if swept.failed:
@@ -390,7 +391,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Page to write, for one run. Default: report.html in it.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one page per run, with figures as SVG and PNG: the cost of privacy and the accuracy."""
+    """Write one page per run, with figures as SVG and PNG: the cost of privacy and the metric of the task."""
     from fed_dpsat.lab.report.page import write_report
 
     with _clear_errors():
@@ -417,7 +418,7 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare groups of runs: means and intervals over seeds, and the front of accuracy against epsilon."""
+    """Compare groups of runs: means and intervals over seeds, and the front of metric and epsilon."""
     from fed_dpsat.lab.report import comparing, comparing_page, condensed
 
     with _clear_errors():

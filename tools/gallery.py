@@ -57,7 +57,7 @@ def _part(name: str, found: Comparison, made: Sequence[Drawing]) -> str:
         [
             f"## {name.replace('-', ' ').capitalize()}",
             "",
-            f"{sum(group.accuracy.n for group in found.groups)} runs in {len(found.groups)} groups that differ in "
+            f"{sum(len(group.runs) for group in found.groups)} runs in {len(found.groups)} groups that differ in "
             f"{differing}; seeds {_seeds(found)}. All share {', '.join(shared) or 'the defaults'}.",
             "",
             *_markdown(as_table(found)),

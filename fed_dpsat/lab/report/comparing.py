@@ -6,8 +6,10 @@ case                                what happens
 one seed                            no interval; a note
 a seed twice under equal settings   counts once, because equal seeds give equal runs; a note
 not completed                       not in the means; a note
-other delta, accountant, unit or    a front of accuracy against epsilon only within equal groups; the table states
+other delta, accountant, unit or    a front of metric against epsilon only within equal groups; the table states
 adversary, or other test examples   the difference
+other task or metric                ``InputError``: their values have no common scale
+metric undefined in a run           the group has no mean, is last and in no figure; a note
 objects from Python                 grouped by their names; a note, because settings do not describe them
 =================================== ===========================================================================
 """
@@ -23,9 +25,10 @@ from pathlib import Path
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report.numbers import Estimate, estimate
 from fed_dpsat.lab.report.reading import Run
+from fed_dpsat.run.metric import Metric
 from fed_dpsat.settings.config import MACHINE
 
-NOT_THE_METHOD = MACHINE | {"seed", "evaluate_every"}
+NOT_THE_METHOD = MACHINE | {"seed", "evaluate_every", "metric"}
 """Settings that may differ between the runs of one group."""
 
 NAMES = ("optimizer", "base_optimizer", "strategy", "dataset", "model")
@@ -64,9 +67,10 @@ class Promise:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs that differ only in the seed. Accuracy is in percent; ``epsilon`` is the highest of the runs.
+    """Runs that differ only in the seed; ``epsilon`` is the highest of the runs.
 
-    ``calibration`` is the ECE; loss and ECE are None if a run lacks them. Groups of a ``family`` differ only in BUDGET.
+    ``score`` is the main metric in its unit, None if it is undefined in a run. ``calibration`` is the ECE; loss and ECE
+    are None if a run lacks them. Groups of a ``family`` differ only in BUDGET.
     """
 
     label: str
@@ -74,7 +78,7 @@ class Group:
     settings: dict[str, str]
     runs: tuple[Run, ...]
     promise: Promise
-    accuracy: Estimate
+    score: Estimate | None
     loss: Estimate | None
     calibration: Estimate | None
     epsilon: float
@@ -82,7 +86,7 @@ class Group:
 
     @property
     def measured_on(self) -> str:
-        """The examples of the accuracy, if the runs name them."""
+        """The examples of the metric, if the runs name them."""
         return " and ".join(sorted({str(run.quality["measured_on"]) for run in self.runs if run.quality}))
 
     @property
@@ -93,8 +97,10 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Groups by decreasing accuracy, the settings in which they differ, and notes for the reader."""
+    """Groups from the best value of ``metric`` to the worst, the settings in which they differ, and notes."""
 
+    task: str
+    metric: Metric
     groups: tuple[Group, ...]
     differing: tuple[str, ...]
     common: dict[str, str]
@@ -107,14 +113,18 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Group ``runs`` by their differing settings. Raises ``InputError`` without a complete run."""
+    """Group ``runs`` by their differing settings.
+
+    Raises ``InputError`` without a complete run, and for runs of different tasks or metrics.
+    """
     notes: list[str] = []
-    whole = [run for run in runs if run.status == "completed" and run.accuracy is not None]
+    whole = [run for run in runs if run.status == "completed" and run.score is not None]
     notes += [f"{run.name} is {run.status} and not in the means." for run in runs if run not in whole]
     for run in whole:
         notes += [f"{run.name} ended before: {reason}."] if (reason := run.summary.get("ended_early")) else []
     if not whole:
         raise InputError(f"0 of {len(runs)} runs are complete; resume them with `fed-dpsat resume`")
+    task, metric = _common_metric(whole)
     described = [_described(run) for run in whole]
     differing = tuple(name for name in described[0] if len({settings[name] for settings in described}) > 1)
     if any(run.objects for run in whole):
@@ -129,28 +139,51 @@ def compare(runs: Sequence[Run]) -> Comparison:
     shown = [
         _group(dict(zip(differing, key, strict=True)), usual, list(group.values())) for key, group in members.items()
     ]
-    if sizes := [group for group in shown if group.accuracy.n == 1]:
+    if sizes := [group for group in shown if len(group.runs) == 1]:
         notes.append(f"{len(sizes)} of {len(shown)} groups have one seed, so no interval: their results may be chance.")
-    ordered = sorted(_with_front(shown), key=lambda group: -group.accuracy.mean)
+    if lost := [group for group in shown if group.score is None]:
+        notes.append(f"{metric.title} is undefined on the examples of a run in {len(lost)} of {len(shown)} groups.")
+    ordered = sorted(_with_front(shown, metric), key=lambda group: -goodness(group, metric))
     common = {name: described[0][name] for name in described[0] if name not in differing}
-    found = Comparison(groups=tuple(ordered), differing=differing, common=common)
-    notes = _about_promises(found.promises) + _about_examples(ordered) + notes
-    return Comparison(groups=found.groups, differing=differing, common=common, notes=tuple(notes))
+    found = Comparison(task=task, metric=metric, groups=tuple(ordered), differing=differing, common=common)
+    return replace(found, notes=tuple(_about_promises(found.promises) + _about_examples(ordered) + notes))
+
+
+def goodness(group: Group, metric: Metric) -> float:
+    """A number that grows as the mean of ``group`` gets better; the least one without a finite mean."""
+    score = group.score
+    return metric.goodness(score.mean) if score and math.isfinite(score.mean) else -math.inf
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[bool]:
-    """Whether each ``(epsilon, accuracy)`` is on the Pareto front: no other point is better in one and as good in both.
+    """Whether each ``(epsilon, goodness)`` is on the Pareto front: no other point is better in one and as good in both.
 
-    Epsilons within ``ALIKE`` of each other count as equal, because calibration has this tolerance.
+    A point without a finite mean has the goodness -inf and is not on it. Epsilons within ``ALIKE`` of each other count
+    as equal, because calibration has this tolerance.
     """
     known = list(points)
     return [
-        not any(
-            (e <= epsilon * (1 + ALIKE) and a > accuracy) or (e * (1 + ALIKE) < epsilon and a >= accuracy)
-            for e, a in known
+        good > -math.inf
+        and not any(
+            (e <= epsilon * (1 + ALIKE) and g > good) or (e * (1 + ALIKE) < epsilon and g >= good) for e, g in known
         )
-        for epsilon, accuracy in known
+        for epsilon, good in known
     ]
+
+
+def _common_metric(runs: Sequence[Run]) -> tuple[str, Metric]:
+    kinds: dict[tuple[str, Metric], list[Run]] = {}
+    for run in runs:
+        kinds.setdefault((run.task, run.metric), []).append(run)
+    if len(kinds) > 1:
+        shown = [
+            f"{metric.label} of {task} in {len(of)} runs, such as {of[0].name}" for (task, metric), of in kinds.items()
+        ]
+        raise InputError(
+            f"these runs have different metrics, whose values have no common scale: {'; '.join(shown)}; compare the "
+            "runs of each metric by themselves"
+        )
+    return next(iter(kinds))
 
 
 def _described(run: Run) -> dict[str, str]:
@@ -159,16 +192,17 @@ def _described(run: Run) -> dict[str, str]:
 
 
 def _group(settings: dict[str, str], usual: dict[str, str], runs: list[Run]) -> Group:
-    accuracies = [100 * run.accuracy for run in runs if run.accuracy is not None]
+    metric = runs[0].metric
+    scores = [metric.scale * run.score for run in runs if isinstance(run.score, float)]
     losses = [line["test_loss"] for run in runs for line in run.evaluated[-1:]]
-    calibration = [run.quality["ece"] for run in runs if run.quality]
+    calibration = [run.quality["ece"] for run in runs if run.quality and "ece" in run.quality]
     return Group(
         label=_label(settings, usual, runs[0]),
         family=_label({k: v for k, v in settings.items() if k not in BUDGET}, usual, runs[0]),
         settings=settings,
         runs=tuple(runs),
         promise=Promise.of(runs[0]),
-        accuracy=estimate(accuracies),
+        score=estimate(scores) if len(scores) == len(runs) else None,
         loss=estimate(losses) if len(losses) == len(runs) else None,
         calibration=estimate(calibration) if len(calibration) == len(runs) else None,
         epsilon=max(run.epsilon for run in runs),
@@ -196,11 +230,11 @@ def _short(value: str) -> str:
         return Path(value).name
 
 
-def _with_front(groups: list[Group]) -> list[Group]:
+def _with_front(groups: list[Group], metric: Metric) -> list[Group]:
     found = []
     for kind in {(group.promise, group.measured_on): None for group in groups}:
         alike = [group for group in groups if (group.promise, group.measured_on) == kind]
-        on_front = pareto((group.epsilon, group.accuracy.mean) for group in alike)
+        on_front = pareto((group.epsilon, goodness(group, metric)) for group in alike)
         found += [replace(group, on_front=on) for group, on in zip(alike, on_front, strict=True)]
     return found
 

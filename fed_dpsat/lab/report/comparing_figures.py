@@ -1,4 +1,4 @@
-"""Figures of a comparison: curves with bands over seeds, the front of accuracy against epsilon, groups side by side."""
+"""Figures of a comparison: curves with bands over seeds, the front of metric and epsilon, groups side by side."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from fed_dpsat.client import evaluation
 from fed_dpsat.lab.report.canvas import HEIGHT, Drawing, draw
 from fed_dpsat.lab.report.comparing import Comparison, Group
+from fed_dpsat.lab.report.metric_axis import show_metric
 from fed_dpsat.lab.report.numbers import Estimate, estimate, plain, rounded
 from fed_dpsat.lab.report.palette import DASHES, INK, SERIES, Look, looks
 from fed_dpsat.lab.report.training_figures import whole_numbers
+from fed_dpsat.run.metric import UNDEFINED, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,66 +25,73 @@ HALF_WIDTH, FULL_WIDTH = 26, 60
 """Characters of a label that fit into half the width of a figure, and into the whole."""
 
 MOST_CURVES, MOST_ROWS = len(SERIES), 40
+Scored = tuple[Group, Estimate]
+"""A group with a finite mean of the metric."""
+
 BAND = "Bands and bars are 95 % intervals of the mean over seeds (Student's t); a group of one seed has no interval."
 
 
 def drawings(found: Comparison, folder: Path, prefix: str = "") -> Iterator[Drawing]:
     """All figures that the groups allow; their names begin with ``prefix``."""
-    shown = found.groups[:MOST_CURVES]
+    metric = found.metric
+    scored = [(group, group.score) for group in found.groups if group.score and math.isfinite(group.score.mean)]
+    if not scored:
+        return
+    shown = [group for group, _ in scored[:MOST_CURVES]]
     left_out = f" The best {len(shown)} of {len(found.groups)} groups." if len(found.groups) > len(shown) else ""
     styles = _looks(found)
     for kind in ("round", "epsilon"):
-        curves = {group.label: mean_curve(group, kind) for group in shown}
+        curves = {group.label: mean_curve(group, metric, kind) for group in shown}
         curves = {label: curve for label, curve in curves.items() if curve}
         if not curves or (kind == "epsilon" and len(found.promises) > 1):
             continue
         yield draw(
-            f"{prefix}accuracy-against-{kind}",
-            _curves(curves, styles, "round" if kind == "round" else _epsilon_axis(found)),
-            title=f"Test accuracy against {kind}",
+            f"{prefix}{metric.slug}-against-{kind}",
+            _curves(curves, metric, styles, "round" if kind == "round" else _epsilon_axis(found)),
+            title=f"Test {metric.label} against {kind}",
             caption=f"Mean over seeds on {measured_on(found)}; {sizes(found)}; {guarantees(found)}. {BAND}{left_out}",
-            alt=f"Lines with bands: test accuracy against {kind} of {len(curves)} groups; highest at the end: "
-            f"{found.groups[0].label}.",
+            alt=f"Lines with bands: test {metric.label} against {kind} of {len(curves)} groups; "
+            f"{'highest' if metric.higher_is_better else 'lowest'} at the end: {found.groups[0].label}.",
             folder=folder,
             height=HEIGHT + _legend_height(list(curves)),
         )
-    finite = [group for group in found.groups if math.isfinite(group.epsilon)]
+    finite = [group for group, _ in scored if math.isfinite(group.epsilon)]
     if len({group.epsilon for group in finite}) > 1:
         yield draw(
-            f"{prefix}accuracy-and-epsilon",
-            _front(found, finite),
-            title="Accuracy against epsilon",
+            f"{prefix}{metric.slug}-and-epsilon",
+            _front(found, scored),
+            title=f"{metric.title} against epsilon",
             caption=f"Each dot is a group: {sizes(found)}, on {measured_on(found)}. Steps: the Pareto front of means "
             f"among groups with equal promises; it is not a test of significance. {BAND}"
-            + (" Dashed: without privacy." if len(finite) < len(found.groups) else ""),
-            alt=f"Dots: accuracy against epsilon of {len(finite)} groups; on the front: "
+            + (" Dashed: without privacy." if len(finite) < len(scored) else ""),
+            alt=f"Dots: {metric.label} against epsilon of {len(finite)} groups; on the front: "
             + "; ".join(group.label for group in found.groups if group.on_front)
             + ".",
             folder=folder,
             height=HEIGHT + _legend_height(sorted({group.family for group in finite})),
         )
-    rows = found.groups[:MOST_ROWS]
+    rows = scored[:MOST_ROWS]
     yield draw(
         f"{prefix}groups",
-        _rows(rows, styles),
+        _rows(rows, metric, styles),
         title="Groups side by side",
-        caption=f"Test accuracy after the last round on {measured_on(found)}; {sizes(found)}; {guarantees(found)}. "
-        f"Small dots are single runs. {BAND}",
-        alt="Dots with intervals: " + "; ".join(f"{g.label} {mean_text(g.accuracy)}" for g in rows) + ".",
+        caption=f"Test {metric.label} after the last round on {measured_on(found)}; {sizes(found)}; "
+        f"{guarantees(found)}. Small dots are single runs. {BAND}",
+        alt="Dots with intervals: " + "; ".join(f"{g.label} {mean_text(score)}" for g, score in rows) + ".",
         folder=folder,
-        height=max(HEIGHT, 0.8 + sum(0.12 + 0.14 * len(_lines(group.label, 28).splitlines()) for group in rows)),
+        height=max(HEIGHT, 0.8 + sum(0.12 + 0.14 * len(_lines(group.label, 28).splitlines()) for group, _ in rows)),
     )
 
 
-def mean_curve(group: Group, kind: str) -> list[tuple[float, Estimate]]:
-    """``(round or mean epsilon, accuracy)`` at the rounds with an evaluation in all runs of the group."""
-    by_round = [{line["round"]: line for line in run.evaluated} for run in group.runs]
+def mean_curve(group: Group, metric: Metric, kind: str) -> list[tuple[float, Estimate]]:
+    """``(round or mean epsilon, metric in its unit)`` at the rounds that have a value in all runs of the group."""
+    by_round = [{line["round"]: line for line in run.defined} for run in group.runs]
     common = sorted(set.intersection(*(set(lines) for lines in by_round)))
     found = []
     for round in common:
-        accuracy = estimate([100 * lines[round]["test_accuracy"] for lines in by_round])
+        score = estimate([metric.scale * lines[round][metric.key] for lines in by_round])
         at = float(round) if kind == "round" else estimate([lines[round]["epsilon"] for lines in by_round]).mean
-        found.append((at, accuracy))
+        found.append((at, score))
     return found if all(math.isfinite(at) for at, _ in found) else []
 
 
@@ -95,9 +104,14 @@ def mean_text(value: Estimate | None) -> str:
     return f"{rounded(value.mean, value.half_width)} ± {rounded(value.half_width, value.half_width)}"
 
 
+def score_text(group: Group) -> str:
+    """The metric of a group as above; "undefined" if it has no value in a run."""
+    return mean_text(group.score) if group.score else UNDEFINED
+
+
 def sizes(found: Comparison) -> str:
     """The number of seeds, as text."""
-    counts = sorted({group.accuracy.n for group in found.groups})
+    counts = sorted({len(group.runs) for group in found.groups})
     if counts == [1]:
         return "n = 1 seed each"
     return f"n = {counts[0]} seeds each" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]} seeds"
@@ -120,9 +134,8 @@ def guarantees(found: Comparison) -> str:
 def measured_on(found: Comparison) -> str:
     """The test splits with their sizes, as text."""
     splits = {
-        f"the {run.quality['measured_on']} ({run.quality['num_examples']:,} examples)"
-        if run.quality
-        else f"the {evaluation.measured_on(run.config)}"
+        f"the {run.quality['measured_on'] if run.quality else evaluation.measured_on(run.config)}"
+        + ("" if run.num_test is None else f" ({run.num_test:,} examples)")
         for group in found.groups
         for run in group.runs
     }
@@ -169,7 +182,9 @@ def _epsilon_axis(found: Comparison) -> str:
     return f"epsilon at delta = {promise.delta:g} (maximum over clients, {promise.accountant.upper()})"
 
 
-def _curves(curves: dict[str, list[tuple[float, Estimate]]], styles: dict[str, Look], x: str) -> Callable[[Axes], None]:
+def _curves(
+    curves: dict[str, list[tuple[float, Estimate]]], metric: Metric, styles: dict[str, Look], x: str
+) -> Callable[[Axes], None]:
     def paint(axes: Axes) -> None:
         for label, curve in curves.items():
             look, at = styles[label], [a for a, _ in curve]
@@ -179,7 +194,8 @@ def _curves(curves: dict[str, list[tuple[float, Estimate]]], styles: dict[str, L
             if not math.isnan(curve[0][1].half_width):
                 low, high = [e.low for _, e in curve], [e.high for _, e in curve]
                 axes.fill_between(at, low, high, color=look.colour.light, alpha=0.18, lw=0)
-        axes.set(xlabel=x, ylabel="test accuracy (%)", ylim=(0, 100))
+        axes.set(xlabel=x)
+        show_metric(axes, "y", metric, [e.mean for curve in curves.values() for _, e in curve], whole=True)
         if x == "round":
             whole_numbers(axes.xaxis)
         _legend_below(axes)
@@ -187,30 +203,30 @@ def _curves(curves: dict[str, list[tuple[float, Estimate]]], styles: dict[str, L
     return paint
 
 
-def _front(found: Comparison, finite: Sequence[Group]) -> Callable[[Axes], None]:
+def _front(found: Comparison, scored: Sequence[Scored]) -> Callable[[Axes], None]:
+    finite = [(g, score) for g, score in scored if math.isfinite(g.epsilon)]
     styles = _family_looks(found.groups)
-    styles = {family: look for family, look in styles.items() if any(group.family == family for group in finite)}
+    styles = {family: look for family, look in styles.items() if any(g.family == family for g, _ in finite)}
 
     def paint(axes: Axes) -> None:
         for family, look in styles.items():
-            members = sorted((g for g in finite if g.family == family), key=lambda g: g.epsilon)
-            distinct = len({g.epsilon for g in members}) == len(members)
-            bars = [0.0 if math.isnan(g.accuracy.half_width) else g.accuracy.half_width for g in members]
+            members = sorted(((g, s) for g, s in finite if g.family == family), key=lambda pair: pair[0].epsilon)
+            distinct = len({g.epsilon for g, _ in members}) == len(members)
             axes.errorbar(
-                [g.epsilon for g in members], [g.accuracy.mean for g in members], yerr=bars,
+                [g.epsilon for g, _ in members], [s.mean for _, s in members],
+                yerr=[0.0 if math.isnan(s.half_width) else s.half_width for _, s in members],
                 label=_lines(family, FULL_WIDTH),
                 color=look.colour.light, marker=look.marker, ls=look.dash if distinct else "none", lw=1,
                 markersize=5, capsize=2,
             )  # fmt: skip
-        for kind in {(g.promise, g.measured_on) for g in finite}:
-            front = [g for g in finite if g.on_front and (g.promise, g.measured_on) == kind]
-            front.sort(key=lambda g: g.epsilon)
-            steps = [g.epsilon for g in front], [g.accuracy.mean for g in front]
-            axes.step(*steps, where="post", color=INK.light, lw=0.8)
-        for group in found.groups:
+        for kind in {(g.promise, g.measured_on) for g, _ in finite}:
+            front = [(g.epsilon, s.mean) for g, s in finite if g.on_front and (g.promise, g.measured_on) == kind]
+            front.sort()
+            axes.step([e for e, _ in front], [m for _, m in front], where="post", color=INK.light, lw=0.8)
+        for group, score in scored:
             if math.isinf(group.epsilon):
-                axes.axhline(group.accuracy.mean, color=INK.light, lw=1, ls=(0, (4, 3)))
-        epsilons = [g.epsilon for g in finite]
+                axes.axhline(score.mean, color=INK.light, lw=1, ls=(0, (4, 3)))
+        epsilons = [g.epsilon for g, _ in finite]
         if min(epsilons) > 0 and max(epsilons) / min(epsilons) >= 4:
             axes.set_xscale("log")
             ticks = sorted({float(f"{e:.2g}") for e in epsilons})
@@ -218,22 +234,26 @@ def _front(found: Comparison, finite: Sequence[Group]) -> Callable[[Axes], None]
             axes.set_xticklabels([f"{t:g}" for t in (ticks if len(ticks) <= 6 else [ticks[0], ticks[-1]])])
             axes.minorticks_off()
         delta = " or ".join(sorted({f"{promise.delta:g}" for promise in found.promises}))
-        axes.set(xlabel=f"epsilon at delta = {delta}", ylabel="test accuracy (%)")
+        axes.set(xlabel=f"epsilon at delta = {delta}")
+        show_metric(axes, "y", found.metric, [s.mean for _, s in scored], whole=False)
         _legend_below(axes)
 
     return paint
 
 
-def _rows(groups: Sequence[Group], styles: dict[str, Look]) -> Callable[[Axes], None]:
+def _rows(scored: Sequence[Scored], metric: Metric, styles: dict[str, Look]) -> Callable[[Axes], None]:
+    singles = {g.label: [metric.scale * run.score for run in g.runs if isinstance(run.score, float)] for g, _ in scored}
+
     def paint(axes: Axes) -> None:
-        for y, group in enumerate(reversed(groups)):
+        for y, (group, score) in enumerate(reversed(scored)):
             colour = styles[group.label].colour.light
-            if not math.isnan(group.accuracy.half_width):
-                axes.hlines(y, group.accuracy.low, group.accuracy.high, color=colour, lw=2.5, alpha=0.5)
-            single = [100 * run.accuracy for run in group.runs if run.accuracy is not None]
+            if not math.isnan(score.half_width):
+                axes.hlines(y, score.low, score.high, color=colour, lw=2.5, alpha=0.5)
+            single = singles[group.label]
             axes.plot(single, [y] * len(single), ".", color=colour, markersize=2.5, alpha=0.7)
-            axes.plot([group.accuracy.mean], [y], "o", color=colour, markersize=5)
-        axes.set_yticks(range(len(groups)), [_lines(group.label, 28) for group in reversed(groups)], fontsize=8)
-        axes.set(xlabel="test accuracy (%)", ylim=(-0.6, len(groups) - 0.4))
+            axes.plot([score.mean], [y], "o", color=colour, markersize=5)
+        axes.set_yticks(range(len(scored)), [_lines(group.label, 28) for group, _ in reversed(scored)], fontsize=8)
+        axes.set(ylim=(-0.6, len(scored) - 0.4))
+        show_metric(axes, "x", metric, [value for values in singles.values() for value in values], whole=False)
 
     return paint

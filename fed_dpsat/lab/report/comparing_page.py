@@ -14,10 +14,11 @@ from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report import canvas
 from fed_dpsat.lab.report.canvas import Table
 from fed_dpsat.lab.report.comparing import PROMISE_WORDS, Comparison, Group, compare
-from fed_dpsat.lab.report.comparing_figures import drawings, mean_text
+from fed_dpsat.lab.report.comparing_figures import drawings, mean_text, score_text
 from fed_dpsat.lab.report.condensed import read_runs, write_runs
-from fed_dpsat.lab.report.numbers import Estimate, plain, rounded
+from fed_dpsat.lab.report.numbers import Estimate, plain, rounded, with_unit
 from fed_dpsat.lab.report.page import render
+from fed_dpsat.run.metric import CLASSIFICATION, UNDEFINED, loss_unit
 
 SUFFIXES = {".html", ".csv", ".jsonl"}
 
@@ -49,8 +50,11 @@ def as_html(found: Comparison, figures: Path) -> str:
     canvas.matplotlib()
     return render(
         "compare.html.j2",
-        title=f"{sum(g.accuracy.n for g in found.groups)} runs in {len(found.groups)} groups",
+        title=f"{sum(len(g.runs) for g in found.groups)} runs in {len(found.groups)} groups",
         found=found,
+        metric=found.metric,
+        by=f"{'decreasing' if found.metric.higher_is_better else 'increasing'} {found.metric.label}",
+        calibrated=_calibrated(found),
         table=as_table(found),
         drawings=list(drawings(found, figures)),
         promises=[g.promise for g in found.groups if math.isfinite(g.epsilon)][:1],
@@ -61,15 +65,17 @@ def as_html(found: Comparison, figures: Path) -> str:
 def as_table(found: Comparison) -> Table:
     """One row per group, with numbers rounded as their intervals support, and columns for differing promises."""
     parts = ["delta", *(name for name in PROMISE_WORDS if name != "delta" and _differ(found, name))]
-    head = ["group", "n", "accuracy (%)", "sd", "loss (nats)", "ECE", "epsilon", "front"]
+    ece = ["ECE"] if _calibrated(found) else []
+    loss = with_unit("loss", loss_unit(found.task))
+    head = ["group", "n", found.metric.heading, "sd", loss, *ece, "epsilon", "front"]
     rows = [
         (
             group.label,
-            str(group.accuracy.n),
-            mean_text(group.accuracy),
-            _sd(group.accuracy),
+            str(len(group.runs)),
+            score_text(group),
+            _sd(group.score),
             mean_text(group.loss),
-            mean_text(group.calibration),
+            *([mean_text(group.calibration)] if ece else []),
             plain(group.epsilon),
             "yes" if group.on_front else "",
             *(str(getattr(group.promise, name)) for name in parts),
@@ -80,6 +86,10 @@ def as_table(found: Comparison) -> Table:
     return Table(head=(*head, *words), rows=tuple(rows), note=" ".join(found.notes))
 
 
+def _calibrated(found: Comparison) -> bool:
+    return found.task == CLASSIFICATION
+
+
 def _differ(found: Comparison, part: str) -> bool:
     return len({getattr(promise, part) for promise in found.promises}) > 1
 
@@ -87,7 +97,7 @@ def _differ(found: Comparison, part: str) -> bool:
 def as_csv(found: Comparison) -> str:
     """One row per group, without rounding."""
     text = io.StringIO()
-    rows = [_flat(group) for group in found.groups]
+    rows = [_flat(group, found) for group in found.groups]
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -103,7 +113,7 @@ def as_data(found: Comparison) -> dict[str, Any]:
                 "settings": group.settings,
                 "runs": [str(run.path) for run in group.runs],
                 "seeds": group.seeds,
-                "accuracy": dataclasses.asdict(group.accuracy),
+                found.metric.name: dataclasses.asdict(group.score) if group.score else UNDEFINED,
                 "loss": dataclasses.asdict(group.loss) if group.loss else None,
                 "ece": dataclasses.asdict(group.calibration) if group.calibration else None,
                 "epsilon": group.epsilon,
@@ -112,20 +122,25 @@ def as_data(found: Comparison) -> dict[str, Any]:
             }
             for group in found.groups
         ],
+        "task": found.task,
+        "metric": dataclasses.asdict(found.metric),
         "differing": found.differing,
         "comparable": len(found.promises) <= 1,
         "notes": found.notes,
     }
 
 
-def _flat(group: Group) -> dict[str, Any]:
-    row: dict[str, Any] = {"group": group.label, **group.settings, "n": group.accuracy.n}
+def _flat(group: Group, found: Comparison) -> dict[str, Any]:
+    row: dict[str, Any] = {"group": group.label, **group.settings, "n": len(group.runs)}
     row["seeds"] = " ".join(map(str, group.seeds))
-    for name, value in (("accuracy", group.accuracy), ("loss", group.loss), ("ece", group.calibration)):
+    shown = {found.metric.name: group.score, "loss": group.loss}
+    for name, value in (shown | {"ece": group.calibration} if _calibrated(found) else shown).items():
         for part in ("mean", "sd", "low", "high"):
             row[f"{name}_{part}"] = getattr(value, part) if value else ""
+    if group.score is None:
+        row[f"{found.metric.name}_mean"] = UNDEFINED
     return {**row, "epsilon": group.epsilon, "on_front": group.on_front, **dataclasses.asdict(group.promise)}
 
 
-def _sd(value: Estimate) -> str:
-    return plain(None) if math.isnan(value.sd) else rounded(value.sd, value.sd)
+def _sd(value: Estimate | None) -> str:
+    return plain(None) if value is None or math.isnan(value.sd) else rounded(value.sd, value.sd)

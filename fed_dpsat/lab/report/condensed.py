@@ -6,6 +6,7 @@ so a later change of a default has no effect. Curves keep ``MAX_POINTS`` rounds,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -15,13 +16,13 @@ from typing import Any
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report.numbers import spread_out
 from fed_dpsat.lab.report.reading import Run, read_run
+from fed_dpsat.run.metric import LOSS, Metric, metric_of
 from fed_dpsat.settings.config import MACHINE, RunConfig
 
 FORMAT = "fed_dpsat runs 1"
 MAX_POINTS = 11
 KEPT = ("status", "ended_early", "privacy_unit", "threat_model", "noise")
 SCORES = ("round", "measured_on", "num_examples", "num_nonfinite", "accuracy", "nll", "brier", "ece", "mce")
-CURVES = ("round", "test_accuracy", "test_loss", "epsilon")
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -59,9 +60,13 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
                     k: v for k, v in run.environment.get("packages", {}).items() if k in ("fed-dpsat", "torch")
                 },
                 "epsilon": _short(run.epsilon),
-                "summary": {key: run.summary.get(key) for key in KEPT},
-                "quality": {key: _short(run.quality[key]) for key in SCORES} if run.quality else None,
-                "rounds": {key: [_short(line[key]) for line in shown] for key in CURVES},
+                "summary": {
+                    **{key: run.summary.get(key) for key in KEPT},
+                    "task": run.task,
+                    "metric": dataclasses.asdict(run.metric),
+                },
+                "quality": {k: _short(run.quality[k]) for k in SCORES if k in run.quality} if run.quality else None,
+                "rounds": {key: [_short(line[key]) for line in shown] for key in _curves(run.metric)},
             }
         )
     try:
@@ -86,13 +91,13 @@ def _read(path: Path) -> list[Run]:
 
 
 def _run(line: dict[str, Any], common: dict[str, Any]) -> Run:
-    columns = [[_long(value) for value in line["rounds"][key]] for key in CURVES]
-    quality = line["quality"]
+    curves, quality = _curves(metric_of(line["summary"])), line["quality"]
+    columns = [[_long(value) for value in line["rounds"][key]] for key in curves]
     return Run(
         path=Path(line["name"]),
         config=RunConfig.from_mapping({**common, **line["settings"]}),
         environment={"objects": line["objects"], "packages": line["packages"]},
-        rounds=tuple(dict(zip(CURVES, values, strict=True)) for values in zip(*columns, strict=True)),
+        rounds=tuple(dict(zip(curves, values, strict=True)) for values in zip(*columns, strict=True)),
         timing=(),
         summary=line["summary"],
         quality={key: _long(value) for key, value in quality.items()} if quality else None,
@@ -101,6 +106,10 @@ def _run(line: dict[str, Any], common: dict[str, Any]) -> Run:
         epsilon=float(line["epsilon"]),
         missing=(),
     )
+
+
+def _curves(metric: Metric) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("round", metric.key, LOSS.key, "epsilon")))
 
 
 def _short(value: Any) -> Any:

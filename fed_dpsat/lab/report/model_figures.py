@@ -26,9 +26,9 @@ ONLY_HERE = "Private information: only a simulation has it; a deployment does no
 
 
 def reliability_diagram(run: Run, folder: Path) -> Drawing | None:
-    """Accuracy against confidence, in bins, with four scores."""
+    """Accuracy against confidence, in bins, with four scores; None without bins."""
     quality = run.quality
-    if quality is None:
+    if quality is None or "bins" not in quality:
         return None
     bins = [b for b in quality["bins"] if b["count"]]
     scores = {"ECE": quality["ece"], "MCE": quality["mce"], "Brier": quality["brier"], "NLL": quality["nll"]}
@@ -69,9 +69,9 @@ def reliability_diagram(run: Run, folder: Path) -> Drawing | None:
 
 
 def class_accuracy(run: Run, folder: Path) -> Drawing | None:
-    """Accuracy by class with its interval, sorted; without names for many classes."""
+    """Accuracy by class with its interval, sorted; without names for many classes. None without predicted classes."""
     quality = run.quality
-    if quality is None:
+    if quality is None or "per_class" not in quality:
         return None
     names = quality["class_names"]
     classes = [(name, c) for name, c in zip(names, quality["per_class"], strict=True) if c["count"]]
@@ -150,7 +150,7 @@ def client_accuracy(run: Run, folder: Path) -> Drawing | None:
 def accuracy_by_client(run: Run) -> NDArray[np.float64] | None:
     """``[clients]``, or None without label counts or accuracies by class."""
     counts = (run.simulation or {}).get("label_counts")
-    if run.quality is None or counts is None:
+    if run.quality is None or "per_class" not in run.quality or counts is None:
         return None
     return client_accuracies(np.array(counts), [ClassAccuracy(**c) for c in run.quality["per_class"]])
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from fed_dpsat.run.metric import PERCENT, Metric, Value
+
 MISSING = "\u2013"
 NORMAL_QUANTILE = 1.959964
 """The 97.5 % quantile of the standard normal."""
@@ -93,6 +95,34 @@ def percent(share: float | None, n: int | None = None) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def in_unit(value: Value, metric: Metric, n: int | None = None) -> str:
+    """``value`` of ``metric`` with its unit, on a page; ``n`` is the number of draws if it is a share of draws.
+
+    =================== ======================================================
+    value               text
+    =================== ======================================================
+    None                a dash: no model was evaluated
+    "undefined"         undefined: the metric has no value on this split
+    a share in percent  with the digits that ``n`` draws support
+    another number      with four significant digits
+    =================== ======================================================
+    """
+    if isinstance(value, str):
+        return value
+    return percent(value, n) if metric.unit == PERCENT else _and_unit(plain(value, 4), metric)
+
+
+def on_terminal(value: Value, metric: Metric, decimals: int = 1) -> str:
+    """``value`` of ``metric`` with its unit, on a terminal; a share in percent has ``decimals`` after the point."""
+    if value is None:
+        return "not evaluated"
+    if isinstance(value, str):
+        return value
+    if metric.unit == PERCENT:
+        return f"{value:.{decimals}%}"
+    return _and_unit(plain(value, 4) if math.isfinite(value) else str(value), metric)
+
+
 def size(bytes: float) -> str:
     """``bytes`` as text, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -107,6 +137,15 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{plain(seconds)} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def with_unit(what: str, unit: str) -> str:
+    """``what`` with its ``unit``, if it has one, for the head of a column and an axis."""
+    return f"{what} ({unit})" if unit else what
+
+
+def _and_unit(text: str, metric: Metric) -> str:
+    return f"{text} {metric.unit}" if metric.unit and text != MISSING else text
 
 
 def spread_out(indices: int, most: int) -> list[int]:

@@ -11,10 +11,11 @@ from fed_dpsat.client.evaluation import measured_on
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report import canvas, model_figures, palette, training_figures, words
 from fed_dpsat.lab.report.canvas import Drawing
-from fed_dpsat.lab.report.numbers import duration, percent, plain, wilson
+from fed_dpsat.lab.report.numbers import duration, in_unit, plain, wilson
 from fed_dpsat.lab.report.reading import Run, read_run
 from fed_dpsat.lab.report.sharpness import sharpness_words
 from fed_dpsat.lab.report.spending import Spending, read_spending
+from fed_dpsat.run.metric import CLASSIFICATION, Metric, metric_named
 
 SECTIONS = ("Quality", "Spending and noise", "The model", "The clients", "The machine")
 
@@ -91,23 +92,43 @@ def _drawings(run: Run, spending: Spending | None, section: str, folder: Path) -
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:
     """``(label, number, its basis)``."""
-    n, accuracy = run.num_test, run.accuracy
-    rests = measured_on(run.config)
-    if n and accuracy is not None:
-        low, high = wilson(accuracy, n)
-        of = "validation" if run.config.validation_share else "public test"
-        rests = f"{n:,} {of} examples, 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+    metric, score = run.metric, run.score
     quality: Mapping[str, Any] = run.quality or {}
+    calibration = [
+        ("calibration error", plain(quality.get("ece")), f"ECE; MCE {plain(quality.get('mce'))}"),
+        ("Brier score", plain(quality.get("brier")), f"NLL {plain(quality.get('nll'))} nats"),
+    ]
+    others = [(metric_named(name), value) for name, value in run.others.items()]
     seconds = sum(line["seconds"] for line in run.timing)
     delta = f"at delta = {run.config.delta:g}, {run.config.accountant.upper()}" if run.config.private else "no noise"
     return [
-        (f"{'validation' if run.config.validation_share else 'test'} accuracy", percent(accuracy, n), rests),
+        (f"{_split(run)} {metric.label}", in_unit(score, metric, run.num_draws), _basis(run)),
         ("epsilon", plain(run.epsilon), delta),
-        ("calibration error", plain(quality.get("ece")), f"ECE; MCE {plain(quality.get('mce'))}"),
-        ("Brier score", plain(quality.get("brier")), f"NLL {plain(quality.get('nll'))} nats"),
+        *(calibration if run.task == CLASSIFICATION else []),
+        *((f"{_split(run)} {other.label}", in_unit(value, other), _direction(other)) for other, value in others),
         ("clients", f"{run.config.num_clients:,}", f"{run.config.cohort_size:,} a round, {run.config.partition}"),
         ("time", duration(seconds) if seconds else "unknown", f"{run.rounds[-1]['round'] if run.rounds else 0} rounds"),
     ]
+
+
+def _split(run: Run) -> str:
+    return "validation" if run.config.validation_share else "test"
+
+
+def _basis(run: Run) -> str:
+    """The examples of the main metric, with its direction, or its interval if it is a share of them."""
+    score, n = run.score, run.num_test
+    if not n or score is None:
+        return ", ".join(filter(None, (measured_on(run.config), _direction(run.metric))))
+    examples = f"{n:,} {'validation' if run.config.validation_share else 'public test'} examples"
+    if run.num_draws and isinstance(score, float):
+        low, high = wilson(score, n)
+        return f"{examples}, 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+    return ", ".join(filter(None, (examples, _direction(run.metric))))
+
+
+def _direction(metric: Metric) -> str:
+    return "" if metric.higher_is_better else "lower is better"
 
 
 def _versions(run: Run) -> list[tuple[str, str]]:

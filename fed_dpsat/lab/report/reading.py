@@ -23,6 +23,18 @@ from typing import Any
 from fed_dpsat.client.given import FROM_PYTHON
 from fed_dpsat.errors import InputError, RunError
 from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.run.metric import (
+    CLASSIFICATION,
+    LOSS,
+    METRICS,
+    UNDEFINED,
+    Metric,
+    Value,
+    metric_of,
+    metric_of_settings,
+    task_of,
+    value_of,
+)
 from fed_dpsat.run.statement import trusted_ledger
 from fed_dpsat.settings.config import RunConfig
 
@@ -61,9 +73,19 @@ class Run:
         return str(self.summary.get("status", UNFINISHED))
 
     @property
+    def task(self) -> str:
+        """The task, such as classification."""
+        return task_of(self.summary or self.config.settings())
+
+    @property
+    def metric(self) -> Metric:
+        """The main metric; without a summary, that of the settings."""
+        return _metric(self.config, self.summary)
+
+    @property
     def evaluated(self) -> list[Line]:
         """The rounds with an evaluation."""
-        return [line for line in self.rounds if line["test_accuracy"] is not None]
+        return [line for line in self.rounds if line[self.metric.key] is not None]
 
     @property
     def objects(self) -> list[str]:
@@ -71,14 +93,30 @@ class Run:
         return list(self.environment.get("objects", []))
 
     @property
-    def accuracy(self) -> float | None:
-        """The accuracy of the last evaluated model."""
-        return float(self.evaluated[-1]["test_accuracy"]) if self.evaluated else None
+    def score(self) -> Value:
+        """The main metric of the last evaluated model."""
+        return value_of(self.evaluated[-1][self.metric.key]) if self.evaluated else None
+
+    @property
+    def defined(self) -> list[Line]:
+        """The rounds with an evaluation on which the main metric has a value."""
+        return [line for line in self.evaluated if line[self.metric.key] != UNDEFINED]
+
+    @property
+    def others(self) -> dict[str, Value]:
+        """The values of the other metrics of the last evaluated model by name, if the run states them."""
+        stated = (self.quality or {}).get("metrics", {})
+        return {name: value_of(value) for name, value in stated.items() if name != self.metric.name}
 
     @property
     def num_test(self) -> int | None:
         """The number of test examples, if the run states it."""
-        return int(self.quality["num_examples"]) if self.quality else None
+        return (self.quality or {}).get("num_examples")
+
+    @property
+    def num_draws(self) -> int | None:
+        """The number of test examples if the main metric is a share of them, so that intervals by Wilson hold."""
+        return self.num_test if self.task == CLASSIFICATION and self.metric == METRICS["accuracy"] else None
 
     @property
     def method(self) -> str:
@@ -100,9 +138,10 @@ def read_run(path: Path) -> Run:
     except InputError as error:
         raise InputError(f"{path / 'config.toml'} cannot be read: {error}") from None
     missing: list[str] = []
-    rounds = _lines(path / "rounds.jsonl", {"round", "test_accuracy", "test_loss", "epsilon"}, missing)
-    timing = _lines(path / "timing.jsonl", {"round", "seconds", "phases"}, missing)
     summary = _object(path / "summary.json")
+    keys = {"round", _metric(config, summary or {}).key, LOSS.key, "epsilon"}
+    rounds = _lines(path / "rounds.jsonl", keys, missing)
+    timing = _lines(path / "timing.jsonl", {"round", "seconds", "phases"}, missing)
     if summary is None:
         missing.append("There is no summary.json: the run is still active, or was killed. Resume it to its end.")
     quality = _object(path / "quality.json")
@@ -124,6 +163,10 @@ def read_run(path: Path) -> Run:
         epsilon=_epsilon(path, config, summary),
         missing=tuple(missing),
     )
+
+
+def _metric(config: RunConfig, summary: Line) -> Metric:
+    return metric_of(summary) if summary else metric_of_settings(config.settings())
 
 
 def _epsilon(path: Path, config: RunConfig, summary: Line | None) -> float:

@@ -12,10 +12,12 @@ import numpy as np
 
 from fed_dpsat.client.evaluation import measured_on
 from fed_dpsat.lab.report.canvas import Drawing, Table, draw, thinned
-from fed_dpsat.lab.report.numbers import duration, percent, plain, size
+from fed_dpsat.lab.report.metric_axis import show_metric
+from fed_dpsat.lab.report.numbers import duration, in_unit, plain, size, with_unit
 from fed_dpsat.lab.report.palette import BLUE, GREEN, INK, VERMILLION, Colour, looks
 from fed_dpsat.lab.report.reading import Run
 from fed_dpsat.lab.report.spending import Spending
+from fed_dpsat.run.metric import LOSS, Metric, loss_unit, number_of, other_metrics, value_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,46 +28,55 @@ ROUNDS_FILE = "rounds.jsonl"
 
 
 def quality_curves(run: Run, folder: Path) -> Iterator[Drawing]:
-    """Accuracy and loss of the global model, against rounds and, if finite, against epsilon."""
+    """The main metric and the loss of the global model, against rounds and, if finite, against epsilon."""
     lines = run.evaluated
     if not lines:
         return
+    metric, of_loss = run.metric, loss_unit(run.task)
+    others = other_metrics(lines[0], metric)
     rows = [
         (
             str(line["round"]),
             plain(line["epsilon"]),
-            percent(line["test_accuracy"], run.num_test),
+            in_unit(value_of(line[metric.key]), metric, run.num_draws),
+            *(in_unit(value_of(line[other.key]), other) for other in others),
             plain(line["test_loss"]),
         )
         for line in lines
     ]
-    table = thinned(("round", "epsilon", "accuracy", "loss (nats)"), rows, ROUNDS_FILE)
+    head = ("round", "epsilon", *(shown.directed for shown in (metric, *others)), with_unit("loss", of_loss))
+    table = thinned(head, rows, ROUNDS_FILE)
     against = {"round": [float(line["round"]) for line in lines]}
     if all(math.isfinite(line["epsilon"]) for line in lines):
         against["epsilon"] = [line["epsilon"] for line in lines]
     colour = looks([run.method])[run.method].colour
-    for what, key, unit, factor in (("accuracy", "test_accuracy", "%", 100), ("loss", "test_loss", "nats", 1)):
-        values = [factor * line[key] for line in lines]
+    for shown, unit in {metric: metric.unit, LOSS: of_loss}.items():
+        values = [shown.scale * number_of(line[shown.key]) for line in lines]
         if not any(map(math.isfinite, values)):
             continue
+        ends = f"from {plain(values[0])} to {plain(values[-1])} {unit}".strip()
         for kind, at in against.items():
             yield draw(
-                f"{what}-against-{kind}",
-                _curve(at, values, colour, axis(run, kind), f"test {what} ({unit})", 100 if unit == "%" else None),
-                title=f"Test {what} against {kind}",
-                caption=f"{what.capitalize()} of the global model on {test_split(run)}; {guarantee(run)}; n = 1 run.",
-                alt=f"Line: test {what} against {kind}, from {plain(values[0])} to {plain(values[-1])} {unit}.",
+                f"{shown.slug}-against-{kind}",
+                _curve(at, values, colour, axis(run, kind), shown, unit),
+                title=f"Test {shown.label} against {kind}",
+                caption=f"{shown.title} of the global model on {test_split(run)}; {guarantee(run)}; n = 1 run.",
+                alt=f"Line: test {shown.label} against {kind}, {ends}.",
                 folder=folder,
-                table=table if kind == "round" and what == "accuracy" else None,
+                table=table if kind == "round" and shown == metric else None,
             )
 
 
 def _curve(
-    at: list[float], values: list[float], colour: Colour, x: str, y: str, highest: float | None
+    at: list[float], values: list[float], colour: Colour, x: str, shown: Metric, unit: str
 ) -> Callable[[Axes], None]:
     def paint(axes: Axes) -> None:
         axes.plot(at, values, color=colour.light, marker="o" if len(at) <= 15 else "")
-        axes.set(xlabel=x, ylabel=y, ylim=(0, highest))
+        axes.set(xlabel=x)
+        if shown == LOSS and unit:
+            axes.set(ylabel=f"test {with_unit('loss', unit)}", ylim=(0, None))
+        else:
+            show_metric(axes, "y", shown, values, whole=True)
         if x == "round":
             whole_numbers(axes.xaxis)
 
@@ -280,9 +291,8 @@ def guarantee(run: Run) -> str:
 
 def test_split(run: Run) -> str:
     """The examples of the evaluation, as text."""
-    if run.quality:
-        return f"the {run.quality['measured_on']}, {run.quality['num_examples']:,} examples"
-    return f"the {measured_on(run.config)}"
+    where = run.quality["measured_on"] if run.quality else measured_on(run.config)
+    return f"the {where}" if run.num_test is None else f"the {where}, {run.num_test:,} examples"
 
 
 def _clients(n: int) -> str:

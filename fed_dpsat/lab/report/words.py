@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fed_dpsat.client.evaluation import measured_on
 from fed_dpsat.lab.report.numbers import plain
 from fed_dpsat.lab.report.reading import Run
+from fed_dpsat.run.metric import CLASSIFICATION, UNDEFINED
 from fed_dpsat.settings.config import RunConfig
 
 STATUS = {
@@ -61,16 +63,21 @@ def statement(run: Run) -> list[tuple[str, str]]:
 def not_shown(run: Run, drawn: set[str]) -> list[str]:
     """A sentence for each missing figure."""
     reasons = list(run.missing)
+    metric = run.metric
     if not run.evaluated:
-        reasons.append("Accuracy and loss: no model was evaluated.")
-    elif "accuracy-against-epsilon" not in drawn:
-        reasons.append("Accuracy and loss against epsilon: it is infinite.")
+        reasons.append(f"{metric.title} and loss: no model was evaluated.")
+    elif f"{metric.slug}-against-round" not in drawn:
+        reasons.append(f"{metric.title}: it is {_valueless(run)} in all rounds on the {measured_on(run.config)}.")
+    elif f"{metric.slug}-against-epsilon" not in drawn:
+        reasons.append(f"{metric.title} and loss against epsilon: it is infinite.")
     if "epsilon-per-client" not in drawn:
         why = "it is infinite" if math.isinf(run.epsilon) else "there is no ledger, or nothing in it"
         reasons.append(f"Epsilon of each client: {why}.")
     if "signal-and-noise" not in drawn and run.rounds:
         reasons.append("Update against noise: an older version wrote rounds.jsonl, or no round was completed.")
-    if "client-accuracy" not in drawn:
+    if run.task != CLASSIFICATION:
+        reasons.append("Calibration, accuracy by class and by client: they are of a classification.")
+    elif "client-accuracy" not in drawn:
         reasons.append("Accuracy by client: it needs the clients' label counts, which only a simulation has.")
     if run.simulation is None:
         reasons.append("Partition: there is no simulation.json. A deployment does not know its clients' labels.")
@@ -95,6 +102,10 @@ def all_settings(config: RunConfig) -> list[tuple[str, str, str]]:
     import dataclasses
 
     return [(f.name, str(getattr(config, f.name)), f.metadata["doc"]) for f in dataclasses.fields(config)]
+
+
+def _valueless(run: Run) -> str:
+    return "not finite" if run.defined else UNDEFINED
 
 
 def _to_outsiders(summary: Mapping[str, Any]) -> str:

@@ -1,33 +1,37 @@
 """A Markdown table from ``results.csv``: ``python -m fed_dpsat.lab.sweep.pivot RESULTS --rows method --columns seed``.
 
-Test accuracy in percent, mean (sd) over the completed seeds. ``--against`` adds the mean difference to that row on the
-same seeds with its 95 % interval (Student's t), in bold if the interval excludes 0.
+The metric that ``sweep.json`` beside RESULTS names, else test accuracy: mean (sd) over the completed seeds, shares in
+percent. ``--against`` adds the mean difference to that row on the same seeds with its 95 % interval (Student's t), in
+bold if the interval excludes 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.sweep.statistics import difference, spread
 from fed_dpsat.lab.sweep.tables import COMPLETED
+from fed_dpsat.run.metric import PERCENT, Metric, metric_of
 
 Cells = Mapping[tuple[str, str], Mapping[int, float]]
-"""Accuracy in percent by seed, by (row, column)."""
+"""The metric in its unit by seed, by (row, column)."""
 
 
 def read(path: Path, rows: str, columns: str, where: Sequence[str] = ()) -> Cells:
     """The completed final runs in ``path`` by the columns ``rows`` and ``columns``; ``where`` is ``key=value`` each.
 
-    Raises ``InputError`` for a missing column, and for two runs of one seed in a cell.
+    Raises ``InputError`` for a missing column, for two runs of one seed in a cell, and for a run without a value.
     """
+    metric = metric_beside(path)
     with path.open(newline="") as file:
         found = list(csv.DictReader(file))
     filters = dict(condition.partition("=")[::2] for condition in where)
-    for name in (rows, columns, *filters):
+    for name in (rows, columns, metric.name, *filters):
         if found and name not in found[0]:
             raise InputError(f"{path} has no column {name!r}, only {', '.join(found[0])}")
     cells: dict[tuple[str, str], dict[int, float]] = {}
@@ -42,8 +46,19 @@ def read(path: Path, rows: str, columns: str, where: Sequence[str] = ()) -> Cell
                 f"{path} has several runs of seed {run['seed']} for {rows}={run[rows]}, {columns}={run[columns]}; "
                 "tell them apart with --where KEY=VALUE"
             )
-        cell[int(run["seed"])] = 100 * float(run["accuracy"])
+        if not run[metric.name]:
+            raise InputError(
+                f"{path}: {metric.label} is undefined in the run of seed {run['seed']} of {rows}={run[rows]}, "
+                f"{columns}={run[columns]}; choose other runs with --where KEY=VALUE"
+            )
+        cell[int(run["seed"])] = metric.scale * float(run[metric.name])
     return cells
+
+
+def metric_beside(results: Path) -> Metric:
+    """The metric of a sweep by ``sweep.json`` beside its ``results``; accuracy without one."""
+    path = results.with_name("sweep.json")
+    return metric_of(json.loads(path.read_text()) if path.exists() else {})
 
 
 def markdown(cells: Cells, corner: str, against: str = "", digits: int = 1) -> str:
@@ -74,11 +89,13 @@ def main() -> None:
     parser.add_argument("--columns", required=True, help="column whose values become columns")
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="only these runs")
     parser.add_argument("--against", default="", help="row to which the others are compared, seed by seed")
-    parser.add_argument("--digits", type=int, default=1)
+    parser.add_argument("--digits", type=int, help="after the point; default: 1 in percent, else 3")
     chosen = parser.parse_args()
     try:
         cells = read(chosen.results, chosen.rows, chosen.columns, chosen.where)
-        print(markdown(cells, chosen.rows, chosen.against, chosen.digits), end="")
+        usual = 1 if metric_beside(chosen.results).unit == PERCENT else 3
+        digits = usual if chosen.digits is None else chosen.digits
+        print(markdown(cells, chosen.rows, chosen.against, digits), end="")
     except (InputError, OSError) as error:
         parser.error(str(error))
 

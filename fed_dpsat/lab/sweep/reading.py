@@ -2,7 +2,8 @@
 
 ::
 
-    base = "digits_dpsat.toml"         # a configuration, relative to this file; or a [base] table of settings
+    base = "digits_dpsat.toml"         # a configuration, relative to this file; or a [base] table of settings; its
+                                       # task and metric are those of the sweep
 
     [grid]                             # every combination is a cell
     target_epsilon = [1, 3, 8]         # an axis: a setting and its values
@@ -31,6 +32,7 @@ from typing import Any
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.sweep.spec import DEFAULTS, KNOWN, Axis, Spec, SweepError
+from fed_dpsat.run.metric import METRICS
 from fed_dpsat.settings.flat import parse_overrides
 from fed_dpsat.settings.values import Scalar
 
@@ -41,9 +43,10 @@ NOT_IN_BASE = {
 }
 NOT_IN_GRID = {**NOT_IN_BASE, "workers": "use --workers"}
 NOT_IN_GRID |= dict.fromkeys(("ray_address", "device", "gpus_per_worker"), "set it in the base")
+NOT_IN_GRID |= dict.fromkeys(("task", "metric"), "set it in the base, because a table has one metric")
 TUNE_OWN = ("validation_share", "seeds")
 COLUMNS = (
-    *("stage", "split", "n", "failed", "chosen", "at_edge", "accuracy", "loss", "epsilon", "rounds", "seconds"),
+    *("stage", "split", "n", "failed", "chosen", "at_edge", *METRICS, "loss", "epsilon", "rounds", "seconds"),
     *("status", "error", "folder"),
 )
 """Columns of the tables, which cannot be names of axes."""

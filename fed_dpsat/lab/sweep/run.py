@@ -3,7 +3,7 @@
 ================= ========================================================================
 file              content
 ================= ========================================================================
-sweep.json        the sweep, versions, the reduction to a budget, and the chosen settings
+sweep.json        the sweep, its metric, versions, the reduction to a budget, and the chosen settings
 results.csv       a row per run, rewritten after each run; ``results.parquet`` has the same content
 summary.csv       a row per cell and candidate: n, mean, standard deviation, 95 % half width
 runs/             a folder per run; ``<run>.log`` holds its warnings
@@ -29,14 +29,15 @@ from fed_dpsat.lab.sweep.budget import Cost, Kind, kind, minutes, shrink
 from fed_dpsat.lab.sweep.execute import Attempt, completed, execute, locked
 from fed_dpsat.lab.sweep.reading import read_spec
 from fed_dpsat.lab.sweep.spec import Cell, Run, Settings, Spec
-from fed_dpsat.lab.sweep.tables import Outcome, Row, row, summarise, write
+from fed_dpsat.lab.sweep.tables import Outcome, Row, metric_of_sweep, row, summarise, write
 from fed_dpsat.run.folder import jsonable, surroundings
+from fed_dpsat.run.metric import LOSS, Metric
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation.jobs import Jobs, open_jobs
 
 NOT_COUNTED = (
     "the search for hyper-parameters used validation examples of the private training data, and these tables show "
-    "accuracies on them without noise; epsilon does not cover that"
+    "results on them without noise; epsilon does not cover that"
 )
 
 Shown = Callable[["Event"], None]
@@ -56,6 +57,7 @@ class Event:
 class Swept:
     """The result of a sweep: rows of ``summary.csv``, the ``columns`` in which they differ, failures, omitted parts."""
 
+    metric: Metric
     columns: list[str]
     summary: list[Row]
     failed: list[Outcome]
@@ -109,6 +111,7 @@ class _Sweep:
             **surroundings(),
             "workers": workers,
             "privacy": NOT_COUNTED if spec.tune_seeds else "no hyper-parameters were searched",
+            "metric": dataclasses.asdict(self._metric()),
             "asked": dataclasses.asdict(spec),
         }
 
@@ -131,7 +134,15 @@ class _Sweep:
         summary = self._write()
         failed = [outcome for outcome in self.outcomes.values() if outcome.error]
         columns = [*self.spec.axes, *(key for key in self.spec.tuned if key not in self.spec.axes)]
-        return Swept(columns=columns, summary=summary, failed=failed, left_out=left_out, privacy=self.about["privacy"])
+        self._note(metric=dataclasses.asdict(self._metric()))
+        return Swept(
+            metric=self._metric(),
+            columns=columns,
+            summary=summary,
+            failed=failed,
+            left_out=left_out,
+            privacy=self.about["privacy"],
+        )
 
     def _run(self, runs: Sequence[Run]) -> None:
         """Execute the incomplete ``runs``, each at most twice."""
@@ -156,10 +167,12 @@ class _Sweep:
             self._write()
 
     def _choose(self, cell: Cell) -> Settings | None:
-        """The candidate with the best mean validation accuracy, then the smallest mean loss, then the first.
+        """The candidate with the best mean metric on validation examples, then the smallest mean loss, then the first.
 
-        A candidate with a failed run does not count; None without a candidate.
+        A candidate does not count if a run failed, or if its metric is undefined; None if all failed. Raises
+        ``RunError`` if the metric is undefined for all others.
         """
+        metric, undefined = self._metric(), False
         best: tuple[tuple[float, float], Settings] | None = None
         if not cell.tune:
             return {}
@@ -170,13 +183,24 @@ class _Sweep:
             if any(outcome.error for outcome in found):
                 continue
             tuned = found[0].run.tuned
-            accuracy, loss = (
-                fmean(outcome.number(k) or 0.0 for outcome in found) for k in ("test_accuracy", "test_loss")
+            scores = [score for outcome in found if (score := outcome.number(metric.key)) is not None]
+            if len(scores) < len(found):
+                undefined = True
+                continue
+            loss = fmean(outcome.number(LOSS.key) or 0.0 for outcome in found)
+            rank = _finite(metric.goodness(fmean(scores))), _finite(LOSS.goodness(loss))
+            if best is None or rank > best[0]:
+                best = rank, tuned
+        if undefined and best is None:
+            raise RunError(
+                f"{cell.name or 'the only cell'}: {metric.label} is undefined on the validation examples for each "
+                "candidate, so none can be chosen; give values for which training does not diverge, raise "
+                "tune.validation_share if the examples lack a class, or name another metric in the base"
             )
-            score = accuracy, -loss if math.isfinite(loss) else -math.inf
-            if best is None or score > best[0]:
-                best = score, tuned
         return best[1] if best else None
+
+    def _metric(self) -> Metric:
+        return metric_of_sweep(self.spec, self.outcomes.values())
 
     def _reduce(self, budget: float) -> list[str]:
         """Reduce the sweep to ``budget``, by an earlier decision or a run of each kind; returns the omitted parts."""
@@ -239,8 +263,9 @@ class _Sweep:
 
     def _write(self) -> list[Row]:
         outcomes = sorted(self.outcomes.values(), key=self._place)
-        summary = summarise(self.spec, outcomes, self.chosen)
-        write(self.out, [row(self.spec, outcome) for outcome in outcomes], summary)
+        metric = self._metric()
+        summary = summarise(self.spec, outcomes, self.chosen, metric)
+        write(self.out, [row(self.spec, outcome, metric) for outcome in outcomes], summary)
         return summary
 
     def _place(self, outcome: Outcome) -> tuple[Any, ...]:
@@ -260,6 +285,10 @@ class _Sweep:
         temporary = self.out / "sweep.json.tmp"
         temporary.write_text(json.dumps(jsonable(self.about), indent=2) + "\n")
         os.replace(temporary, self.out / "sweep.json")
+
+
+def _finite(goodness: float) -> float:
+    return goodness if math.isfinite(goodness) else -math.inf
 
 
 def _gpus_per_worker(spec: Spec, workers: int) -> float:

@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fed_dpsat.lab.report.numbers import on_terminal, plain
 from fed_dpsat.lab.sweep.run import Event, Shown, Swept
 from fed_dpsat.lab.sweep.tables import Row
+from fed_dpsat.run.metric import PERCENT, UNDEFINED, Metric, metric_of, value_of
 
 
 @contextmanager
@@ -38,7 +40,7 @@ def print_sweep(console: Console, swept: Swept, folder: Path) -> None:
     """Print the final cells, values at the edge of a search, failures, and omitted parts."""
     final = [row for row in swept.summary if row["stage"] == "final"]
     if final:
-        console.print(_table(swept.columns, final))
+        console.print(_table(swept.columns, final, swept.metric))
     for row in final:
         if row["at_edge"]:
             where = ", ".join(_cell(row[key]) for key in swept.columns)
@@ -51,13 +53,18 @@ def print_sweep(console: Console, swept: Swept, folder: Path) -> None:
     console.print(f"Tables: {folder}/results.csv, results.parquet, summary.csv", soft_wrap=True, highlight=False)
 
 
-def _table(keys: list[str], rows: list[Row]) -> Table:
-    table = Table(*keys, "n", "test accuracy %", "sd", "95 % ±", "epsilon", "delta", box=None, pad_edge=False)
+def _table(keys: list[str], rows: list[Row], metric: Metric) -> Table:
+    head = f"test {metric.label} %" if metric.unit == PERCENT else f"test {metric.heading}"
+    table = Table(*keys, "n", head, "sd", "95 % ±", "epsilon", "delta", box=None, pad_edge=False)
     for row in rows:
-        percents = [_percent(row[key]) for key in ("accuracy_mean", "accuracy_sd", "accuracy_ci95")]
+        mean, *spread = (row[f"{metric.name}_{part}"] for part in ("mean", "sd", "ci95"))
+        numbers = [
+            UNDEFINED if mean is None and row["n"] else _number(mean, metric),
+            *(_number(v, metric) for v in spread),
+        ]
         count = f"{row['n']}" + (f" ({row['failed']} failed)" if row["failed"] else "")
         epsilon = "" if row["epsilon_max"] is None else f"{row['epsilon_max']:.3g}"
-        table.add_row(*(_cell(row[key]) for key in keys), count, *percents, epsilon, f"{row['delta']:g}")
+        table.add_row(*(_cell(row[key]) for key in keys), count, *numbers, epsilon, f"{row['delta']:g}")
     return table
 
 
@@ -65,12 +72,16 @@ def _result(event: Event) -> str:
     outcome = event.outcome
     if outcome.error:
         return f"{'failed, runs again' if event.retried else 'failed twice'}: {outcome.error}"
-    return f"accuracy {outcome.number('test_accuracy'):.1%}  {outcome.number('seconds'):.1f} s"
+    metric = metric_of(outcome.summary)
+    score = on_terminal(value_of(outcome.summary[metric.key]), metric)
+    return f"{metric.label} {score}  {outcome.number('seconds'):.1f} s"
 
 
 def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f}"
+def _number(value: float | None, metric: Metric) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if metric.unit == PERCENT else plain(value, 4)

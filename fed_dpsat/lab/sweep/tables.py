@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +13,7 @@ from typing import Any
 
 from fed_dpsat.lab.sweep.spec import Run, Settings, Spec
 from fed_dpsat.lab.sweep.statistics import deviation, half_width
+from fed_dpsat.run.metric import LOSS, Metric, metric_of, metric_of_settings, value_of
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.values import Scalar
 
@@ -33,12 +34,19 @@ class Outcome:
     error: str = ""
 
     def number(self, key: str) -> float | None:
-        """A number of the summary, in which inf and NaN are text; None if it is missing."""
-        return float(self.summary[key]) if self.summary.get(key) is not None else None
+        """A number of the summary, in which inf and NaN are text; None if it is missing or undefined."""
+        value = value_of(self.summary.get(key))
+        return None if isinstance(value, str) else value
 
 
-def row(spec: Spec, outcome: Outcome) -> Row:
-    """One run: its place in the grid, its settings and its result; None for an unknown value."""
+def metric_of_sweep(spec: Spec, outcomes: Iterable[Outcome]) -> Metric:
+    """The main metric of all runs: as the first complete one states it, else that of the settings."""
+    stated = (metric_of(outcome.summary) for outcome in outcomes if outcome.summary)
+    return next(stated, metric_of_settings(spec.base))
+
+
+def row(spec: Spec, outcome: Outcome, metric: Metric) -> Row:
+    """One run: its place in the grid, its settings and its result; None for an unknown or undefined value."""
     run, config, number = outcome.run, outcome.run.config, outcome.number
     return {
         **_place(spec, run),
@@ -47,8 +55,8 @@ def row(spec: Spec, outcome: Outcome) -> Row:
         "delta": config.delta,
         "noise_multiplier": number("noise_multiplier"),
         "epsilon": number("epsilon"),
-        "accuracy": number("test_accuracy"),
-        "loss": number("test_loss"),
+        metric.name: number(metric.key),
+        LOSS.name: number(LOSS.key),
         "rounds": outcome.summary.get("rounds_completed"),
         "seconds": number("seconds"),
         "status": FAILED if outcome.error else COMPLETED,
@@ -57,34 +65,36 @@ def row(spec: Spec, outcome: Outcome) -> Row:
     }
 
 
-def summarise(spec: Spec, outcomes: Sequence[Outcome], chosen: Chosen) -> list[Row]:
+def summarise(spec: Spec, outcomes: Sequence[Outcome], chosen: Chosen, metric: Metric) -> list[Row]:
     """A row per stage, cell and tuned settings: n, mean, sample standard deviation, 95 % half width, failures.
 
-    ``at_edge`` names settings whose chosen value is at the end of its list: a better value may be outside.
+    The statistics of ``metric`` are None if it is undefined in a run of the row. ``at_edge`` names settings whose
+    chosen value is at the end of its list: a better value may be outside.
     """
     groups: dict[object, list[Outcome]] = {}
     for outcome in outcomes:
         run = outcome.run
         groups.setdefault((run.stage, run.cell.key, tuple(run.tuned.items())), []).append(outcome)
-    return [_summary(spec, group, chosen) for group in groups.values()]
+    return [_summary(spec, group, chosen, metric) for group in groups.values()]
 
 
-def _summary(spec: Spec, group: Sequence[Outcome], chosen: Chosen) -> Row:
+def _summary(spec: Spec, group: Sequence[Outcome], chosen: Chosen, metric: Metric) -> Row:
     run, done = group[0].run, [outcome for outcome in group if not outcome.error]
 
     def numbers(key: str) -> list[float]:
         return [value for outcome in done if (value := outcome.number(key)) is not None]
 
-    accuracies = numbers("test_accuracy")
+    scores = numbers(metric.key)
+    scores = scores if len(scores) == len(done) else []
     is_chosen = bool(run.tuned) and chosen.get(run.cell.key) == run.tuned
     return {
         **_place(spec, run),
         "split": "validation" if run.config.validation_share else "test",
         "n": len(done),
         "failed": len(group) - len(done),
-        "accuracy_mean": fmean(accuracies) if accuracies else None,
-        "accuracy_sd": deviation(accuracies),
-        "accuracy_ci95": half_width(accuracies),
+        f"{metric.name}_mean": fmean(scores) if scores else None,
+        f"{metric.name}_sd": deviation(scores),
+        f"{metric.name}_ci95": half_width(scores),
         "loss_mean": fmean(numbers("test_loss")) if done else None,
         "epsilon_max": max(numbers("epsilon"), default=None),
         "delta": run.config.delta,

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from fed_dpsat.accounting.plans import read_table
+from fed_dpsat.run.metric import UNDEFINED, Metric, Value, metric_of_settings, value_of
 from fed_dpsat.settings.config import RunConfig
 
 Record = Mapping[str, Any]
@@ -22,6 +23,7 @@ class Progress:
     budget: float
     delta: float
     accountant: str
+    metric: Metric
     rounds: list[Record] = field(default_factory=list)
 
     @classmethod
@@ -33,6 +35,7 @@ class Progress:
             budget=max(budgets),
             delta=config.delta,
             accountant=config.accountant.upper(),
+            metric=metric_of_settings(config.settings()),
             rounds=list(earlier),
         )
 
@@ -54,8 +57,13 @@ class Progress:
         return int(self.last["round"]) if self.last else 0
 
     def measured(self, name: str) -> list[float]:
-        """``name`` of the evaluated rounds, in order, as numbers."""
-        return [float(record[name]) for record in self.rounds if record[name] is not None]
+        """``name`` of the evaluated rounds, in order, as numbers; NaN if it is undefined."""
+        found = [record[name] for record in self.rounds if record[name] is not None]
+        return [math.nan if value == UNDEFINED else float(value) for value in found]
+
+    def latest(self, name: str) -> Value:
+        """``name`` of the last evaluated round; None before it."""
+        return next((value_of(record[name]) for record in reversed(self.rounds) if record[name] is not None), None)
 
     def total(self, name: str) -> int:
         """The number of clients under ``name`` over all rounds."""

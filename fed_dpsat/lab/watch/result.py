@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from fed_dpsat.lab.report.numbers import on_terminal
+from fed_dpsat.run.metric import loss_unit, metric_of, other_metrics, task_of, value_of
 from fed_dpsat.step.optimizers.chain import described
 
 
@@ -16,14 +18,18 @@ def result_table(result: Mapping[str, Any]) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
     split = result.get("evaluated_on", "test")
-    table.add_row(f"{split} accuracy", f"{result['test_accuracy']:.2%}")
-    if "personal_accuracy" in result:
+    main = metric_of(result)
+    for metric in (main, *other_metrics(result, main)):
+        direction = "" if metric.higher_is_better else ", lower is better"
+        table.add_row(f"{split} {metric.label}", on_terminal(value_of(result[metric.key]), metric, 2) + direction)
+    if f"personal_{main.name}" in result:
+        mean, worst = (on_terminal(value_of(result[f"personal_{of}"]), main, 2) for of in (main.name, "worst_decile"))
         table.add_row(
             "personal models",
-            f"{result['personal_accuracy']:.2%} mean of {result['personal_clients']} clients on their shares of the "
-            f"{split} split, worst decile {result['personal_worst_decile']:.2%}",
+            f"{mean} mean of {result['personal_clients']} clients on their shares of the "
+            f"{split} split, worst decile {worst}",
         )
-    table.add_row(f"{split} loss", f"{result['test_loss']:.4f} nats")
+    table.add_row(f"{split} loss", f"{result['test_loss']:.4f} {loss_unit(task_of(result))}".rstrip())
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])

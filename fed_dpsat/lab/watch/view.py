@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -12,15 +12,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fed_dpsat.lab.report.numbers import on_terminal
 from fed_dpsat.lab.watch.held import HeldWarnings
 from fed_dpsat.lab.watch.progress import Progress
 from fed_dpsat.lab.watch.sparkline import ASCII, BLOCKS, sparkline
+from fed_dpsat.run.metric import LOSS, Metric, Value
 
 NARROW = 70
 """With fewer columns, a bar goes below its numbers and not beside them."""
 
 LABEL, LEAST_NUMBER, NOTE = 10, 8, 27
-"""Columns of the parts of a row; the bar gets the rest."""
+"""Least columns of the parts of a row; the bar gets the rest."""
 
 PHASES = ("send", "train", "aggregate", "evaluate")
 
@@ -41,8 +43,11 @@ class View:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         narrow = options.max_width < NARROW
-        number_width = max(LEAST_NUMBER, 2 * len(str(self.progress.num_rounds)) + 1)
-        wide = options.max_width - LABEL - (0 if narrow else number_width + NOTE + 2)
+        metric = self.progress.metric
+        label_width = max(LABEL, 1 + max(map(len, metric.label.split() if narrow else [metric.label])))
+        shown = on_terminal(self.progress.latest(metric.key), metric) if self.progress.measured(metric.key) else ""
+        number_width = max(LEAST_NUMBER, 2 * len(str(self.progress.num_rounds)) + 1, len(shown))
+        wide = options.max_width - label_width - (0 if narrow else number_width + NOTE + 2)
         yield Text(self.title, style="bold", overflow="ellipsis", no_wrap=True)
         grid = Table.grid(padding=(0, 1, 0, 0))
         for label, number, bar, note in self._rows(max(8, wide), ASCII if options.ascii_only else BLOCKS):
@@ -56,7 +61,7 @@ class View:
                 beside.add_column(width=max(8, wide))
                 beside.add_row(Text(number), bar, Text(note, style="dim"))
                 grid.add_row(Text(label, style="dim"), beside)
-        grid.columns[0].width = LABEL - 1
+        grid.columns[0].width = label_width - 1
         yield grid
         yield from self._warnings()
 
@@ -64,12 +69,10 @@ class View:
         progress = self.progress
         bar = _bar(progress.done, progress.num_rounds, width, "green")
         yield "round", f"{progress.done}/{progress.num_rounds}", bar, self._times()
-        for label, name, form in (("accuracy", "test_accuracy", "{:.1%}"), ("loss", "test_loss", "{:.3f}")):
-            if values := progress.measured(name):
+        for metric in _shown(progress.metric):
+            if values := progress.measured(metric.key):
                 curve = Text(sparkline(values, width, ramp), style="cyan")
-                finite = [value for value in values if math.isfinite(value)] or [math.nan]
-                extremes = f"{form.format(min(finite))} to {form.format(max(finite))}"
-                yield label, form.format(values[-1]), curve, extremes
+                yield metric.label, _text(progress.latest(metric.key), metric), curve, _extremes(values, metric)
         if progress.last is None:
             yield "preparing", "", None, ""
             return
@@ -120,8 +123,8 @@ def round_line(progress: Progress) -> str:
     """The last round in one line, with the last evaluation and the expected time of the remaining rounds."""
     record: Mapping[str, Any] | None = progress.last
     assert record is not None
-    accuracy, loss = progress.measured("test_accuracy"), progress.measured("test_loss")
-    quality = f"accuracy {accuracy[-1]:.1%}  loss {loss[-1]:.3f}  " if accuracy else ""
+    last = [(metric, progress.latest(metric.key)) for metric in _shown(progress.metric)]
+    quality = "".join(f"{metric.label} {_text(value, metric)}  " for metric, value in last if value is not None)
     rate = f"  {record['timing']['clients_per_second']:.3g} clients/s" if record["round"] else ""
     if (left := progress.seconds_left(0.0)) and progress.done < progress.num_rounds:
         rate += f"  {duration(left)} left"
@@ -136,6 +139,23 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _shown(main: Metric) -> list[Metric]:
+    return [main] if main == LOSS else [main, LOSS]
+
+
+def _text(value: Value, metric: Metric) -> str:
+    if metric == LOSS and isinstance(value, float) and not 1e3 <= abs(value) < math.inf:
+        return f"{value:.3f}"
+    return on_terminal(value, metric)
+
+
+def _extremes(values: Sequence[float], metric: Metric) -> str:
+    """The lowest and the highest of ``values``; the lowest is marked if it is the best of a metric."""
+    finite = [value for value in values if math.isfinite(value)] or [math.nan]
+    best = "" if metric.higher_is_better or metric == LOSS else " (best)"
+    return f"{_text(min(finite), metric)}{best} to {_text(max(finite), metric)}"
 
 
 def _bar(completed: float, total: float, width: int, style: str) -> ProgressBar:

@@ -20,6 +20,7 @@ from fed_dpsat.lab.report.comparing_figures import mean_curve, mean_text
 from fed_dpsat.lab.report.comparing_page import as_csv, as_data, as_table, write_comparison
 from fed_dpsat.lab.report.condensed import read_runs, write_runs
 from fed_dpsat.lab.report.reading import Run, read_run
+from fed_dpsat.run.metric import METRICS
 from fed_dpsat.settings.config import RunConfig
 
 
@@ -60,7 +61,7 @@ def test_groups_are_what_differs_with_mean_interval_and_n():
         "dp-sat, noise_multiplier 2",
         "dp-sgd, noise_multiplier 2",
     ]
-    sat = found.groups[2].accuracy
+    sat = found.groups[2].score
     assert (sat.n, sat.mean, sat.sd) == (3, pytest.approx(92.0), pytest.approx(2.0))
     assert sat.half_width == pytest.approx(4.302653 * 2 / math.sqrt(3))
     assert found.groups[2].seeds == (0, 1, 2)
@@ -75,13 +76,13 @@ def test_workers_and_places_are_not_what_differs():
 
 def test_a_seed_that_is_there_twice_counts_once():
     found = compare([made(0.9), made(0.9), made(0.8, seed=1)])
-    assert found.groups[0].accuracy.n == 2
+    assert found.groups[0].score.n == 2
     assert "counted once" in " ".join(found.notes)
 
 
 def test_runs_that_did_not_end_are_not_in_the_means():
     found = compare([made(0.9), made(0.1, seed=1, status="interrupted")])
-    assert found.groups[0].accuracy.mean == pytest.approx(90.0)
+    assert found.groups[0].score.mean == pytest.approx(90.0)
     assert "is interrupted and not in the means" in " ".join(found.notes)
     with pytest.raises(InputError, match="0 of 1 runs are complete"):
         compare([made(0.9, status="failed")])
@@ -139,10 +140,10 @@ def test_one_promise_is_comparable():
 def test_curves_are_over_the_rounds_that_all_seeds_have():
     long = dataclasses.replace(made(0.8, seed=1), rounds=(*made(0.8).rounds, {**made(0.9).rounds[1], "round": 2}))
     group = compare([made(0.9), long]).groups[0]
-    assert [at for at, _ in mean_curve(group, "round")] == [0.0, 1.0]
-    assert mean_curve(group, "round")[1][1].mean == pytest.approx(85.0)
-    assert [at for at, _ in mean_curve(group, "epsilon")] == [0.0, 3.0]
-    assert mean_curve(compare([made(0.9, private=False)]).groups[0], "epsilon") == []
+    assert [at for at, _ in mean_curve(group, METRICS["accuracy"], "round")] == [0.0, 1.0]
+    assert mean_curve(group, METRICS["accuracy"], "round")[1][1].mean == pytest.approx(85.0)
+    assert [at for at, _ in mean_curve(group, METRICS["accuracy"], "epsilon")] == [0.0, 3.0]
+    assert mean_curve(compare([made(0.9, private=False)]).groups[0], METRICS["accuracy"], "epsilon") == []
 
 
 def test_rows_are_csv_and_json_too():
@@ -159,7 +160,7 @@ def test_condensed_runs_compare_as_they_did(tmp_path, run_folder):
     write_runs([*sweep(), real], tmp_path / "runs.jsonl")
     back = read_runs([tmp_path / "runs.jsonl"])
     assert back[-1].config == dataclasses.replace(real.config, cache_dir=back[-1].config.cache_dir)
-    assert back[-1].accuracy == pytest.approx(real.accuracy, rel=1e-4)
+    assert back[-1].score == pytest.approx(real.score, rel=1e-4)
     text = as_csv(compare(back[:-1]))
     assert text == as_csv(compare(sweep()))
     assert "/" not in (tmp_path / "runs.jsonl").read_text().replace("1/", ""), "no path of a machine"

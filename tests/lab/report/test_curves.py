@@ -9,4 +9,4 @@ def test_the_figure_says_what_was_measured(run_folder, tmp_path):
     text = (tmp_path / "curves.svg").read_text()
     for words in ("digits, dp-sat, 4 clients, seed 0", "epsilon spent (maximum over clients, PLD)", "at (3, 0.0001)"):
         assert words in text
-    assert f"{100 * read_run(run_folder).accuracy:.1f} %" in text
+    assert f"{100 * read_run(run_folder).score:.1f} %" in text
