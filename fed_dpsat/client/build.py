@@ -79,7 +79,7 @@ class Experiment(Training):
         data = Federated.build(config, dataset)
         dataset, partitions, settings = data.dataset, data.partitions, data.settings
         task = build_task(config, dataset, settings)
-        settings["num_classes"] = task.outputs
+        settings |= {"num_classes": task.outputs, **dataset.of_texts}
         if model is None:
             with seeded(config, "model"):
                 model = plugins.build("model", config.model, settings, config.model_args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from fed_dpsat.step.gradients.call import call
 from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.placement import device_of, moved
-from fed_dpsat.tasks.base import UNDEFINED, Task, Value
+from fed_dpsat.tasks.base import UNDEFINED, Measure, Task, Value
 from fed_dpsat.tasks.classification import NAME as CLASSIFICATION
 
 Predictions = list[tuple[Tensor, Tensor]]
@@ -111,8 +112,9 @@ def passed(
     with torch.inference_mode(), training_on(device), in_mode(module, training=False):
         seed(device, 0)
         for indices in torch.split(torch.arange(len(examples)), batch_size):
-            inputs, targets = examples.batch(indices, device)
-            see(call(module, params, inputs), targets)
+            for places in examples.alike(indices):
+                inputs, targets = examples.batch(indices[places], device)
+                see(call(module, params, inputs), targets)
 
 
 def predict(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Predictions:
@@ -137,9 +139,9 @@ def evaluate(module: nn.Module, params: Params, examples: Examples, task: Task) 
             measure.update(outputs, targets)
 
     passed(module, params, examples, task.batch_size, see)
-    values = measure.compute() if whole and losses else {metric.name: UNDEFINED for metric in task.metrics}
+    values = _computed(measure, task) if whole and losses else dict.fromkeys((m.name for m in task.metrics), UNDEFINED)
     loss = math.fsum(losses) / len(examples) if whole and losses else math.nan
-    return Evaluation(values={m.name: values[m.name] for m in task.metrics}, loss=loss, num_examples=len(examples))
+    return Evaluation(values=values, loss=loss, num_examples=len(examples))
 
 
 def shown(task: Task) -> list[str]:
@@ -170,7 +172,16 @@ def metrics_of(predictions: Predictions, task: Task) -> Mapping[str, Value]:
     measure, whole = task.measure(), all(bool(outputs.isfinite().all()) for outputs, _ in predictions)
     for outputs, targets in predictions if whole else []:
         measure.update(outputs, targets)
-    found = measure.compute() if whole and predictions else dict.fromkeys((m.name for m in task.metrics), UNDEFINED)
+    return (
+        _computed(measure, task) if whole and predictions else dict.fromkeys((m.name for m in task.metrics), UNDEFINED)
+    )
+
+
+def _computed(measure: Measure, task: Task) -> dict[str, Value]:
+    """The metrics in the order of the task; torchmetrics warns of classes that ``measure`` leaves out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = measure.compute()
     return {metric.name: found[metric.name] for metric in task.metrics}
 
 

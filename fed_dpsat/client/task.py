@@ -22,7 +22,7 @@ def build_task(config: RunConfig, dataset: Dataset, settings: Mapping[str, Any])
         "class_names": dataset.class_names,
         "num_labels": dataset.num_labels,
         "label_scale": dataset.label_scale,
-        "vocabulary_size": dataset.vocabulary_size,
+        **dataset.of_texts,
     }
     task: Task = plugins.build("task", config.task, {**settings, **of_data}, config.task_args)
     plugins.required("task", config.task, task)

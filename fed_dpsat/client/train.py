@@ -287,6 +287,7 @@ class Training:
             sampler=sampler,
             mechanism=mechanism,
             own=only(whole, self.personal),
+            groups=lambda batch: self.dataset.train.alike(indices[batch]),
             streams=Streams(
                 seed=config.seed,
                 client=request.client,

@@ -35,7 +35,7 @@ class Examples:
     \\        several by name, also ``Sequences`` (tokens: "input_ids")         a dictionary: arguments of the model
     labels   int64 ``[N]``: a class; float32 ``[N]`` or ``[N, K]``: numbers    as they are
     \\        uint8 ``[N, K]``: for each class, whether it is one (0 or 1)      float32
-    \\        ``Sequences``: a class for each position                          int64 ``[B, longest]``, padding -100
+    \\        ``Sequences``: a class for each position                          int64 ``[B, T]``, padding -100
     \\        None: the label is the text itself                                its tokens, padding -100
     columns  by name, one value for each example ``[N]``                       not in it
     ======== ================================================================= ======================================
@@ -132,12 +132,25 @@ class Examples:
             columns={name: values[indices.numpy()] for name, values in self.columns.items()},
         )
 
+    def alike(self, indices: Tensor) -> list[Tensor]:
+        """Places ``[b]`` in ``indices[B]``, group by group, of examples whose sequences are padded to equal lengths.
+
+        A batch of one group has no padding that depends on other examples, as clipping needs it. One group if there
+        are no sequences.
+        """
+        texts = self.texts
+        if not texts or not len(indices):
+            return [torch.arange(len(indices))]
+        lengths = torch.stack([text.padded_lengths(indices) for text in texts.values()], 1)
+        _, group = torch.unique(lengths, dim=0, return_inverse=True)
+        return [torch.nonzero(group == k)[:, 0] for k in range(int(group.max()) + 1)]
+
     def batch(self, indices: Tensor, device: torch.device | None = None) -> tuple[Tensor | dict[str, Tensor], Tensor]:
         """``(inputs, targets)`` of ``indices[B]`` (int64), on ``device`` or as stored; both are copies.
 
         ``(x / 255 - mean) / std`` per channel for uint8, ``(x - mean) / std`` for float32. Sequences are padded to the
-        longest of the batch, at least 1, and have a mask of 1 and 0 (int64) under the name that they give it. Empty
-        ``indices`` give an empty batch; an index outside [0, N) raises ``IndexError``.
+        longest of the batch (see ``alike``), and have a mask of 1 and 0 (int64). Empty ``indices`` give an empty batch;
+        an index outside [0, N) raises ``IndexError``.
         """
         if isinstance(self.inputs, Tensor):  # the way of an image, which a step of a small model notices
             return self._scaled(self.inputs, indices, device), self._targets(indices, device)
@@ -168,7 +181,8 @@ class Examples:
     def _targets(self, indices: Tensor, device: torch.device | None) -> Tensor:
         labels = next(iter(self.texts.values())) if self.labels is None else self.labels
         if isinstance(labels, Sequences):
-            return labels.targets(indices, device)
+            text = next(iter(self.texts.values()), labels)
+            return labels.targets(indices, text.longest(indices), device)
         rows = labels.index_select(0, indices).to(device or labels.device)
         return rows.to(torch.float32) if labels.dtype == torch.uint8 else rows
 
@@ -250,9 +264,15 @@ class Dataset:
         return (leaf.max_length,) if isinstance(leaf, Sequences) else tuple(leaf.shape[1:])
 
     @property
-    def vocabulary_size(self) -> int:
-        """How many numbers a token may be, the largest of all texts; 0 without a text."""
-        return max((text.vocabulary_size for text in self.train.texts.values()), default=0)
+    def of_texts(self) -> dict[str, int]:
+        """What a model of texts is made for: ``vocabulary_size``, ``padding`` and ``mask_token`` of the first text.
+
+        Without a text 0, -1 and -1.
+        """
+        text = next(iter(self.train.texts.values()), None)
+        if text is None:
+            return {"vocabulary_size": 0, "padding": -1, "mask_token": -1}
+        return {"vocabulary_size": text.vocabulary_size, "padding": text.padding, "mask_token": text.mask_token}
 
 
 def _forms(split: Examples) -> dict[str, str]:

@@ -1,8 +1,14 @@
-"""Sequences of different length, end to end in one array: tokens of texts, or a class for each of their positions."""
+"""Sequences of different length, end to end in one array: tokens of texts, or a class for each of their positions.
+
+An example is padded to a length that follows from its own (``padded_length``), and never from those beside it. A model
+may read its padding, such as the last state of a recurrent layer. If a batch were padded to its longest example, that
+one would change the gradients of all others, and their sum by more than one clip norm.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +16,8 @@ from torch import Tensor
 
 from fed_dpsat.errors import DataError
 
+SHORTEST = 8
+"""No sequence is padded to less, if ``max_length`` allows it."""
 IGNORED = -100
 """The target of a position that has no loss, as in torch and transformers."""
 
@@ -77,20 +85,34 @@ class Sequences:
         torch.cumsum(lengths, 0, out=offsets[1:])
         return dataclasses.replace(self, values=self.values[at], offsets=offsets)
 
+    def padded_lengths(self, indices: Tensor) -> Tensor:
+        """``[K]``: the length that each sequence of ``indices[K]`` has with padding, from its own length alone.
+
+        The next of 8, 12, 16, 24, 32, 48, ..., at most ``max_length``.
+        """
+        self._check(indices)
+        lengths = self.offsets[indices + 1] - self.offsets[indices]
+        steps = torch.tensor(_steps(self.max_length))
+        return steps[torch.searchsorted(steps, lengths)]
+
     def padded(self, name: str, indices: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
-        """``{name: [B, longest], mask: [B, longest]}``, int64; the mask is 1 for a value and 0 for padding.
+        """``{name: [B, T], mask: [B, T]}``, int64; T is the largest padded length, the mask 1 for a value and else 0.
 
         The mask of "input_ids" is called "attention_mask", as transformers has it, and that of another name
         ``name_mask``.
         """
-        values, mask = self._filled(indices, self.padding)
+        values, mask = self._filled(indices, self.padding, self.longest(indices))
         mask_name = "attention_mask" if name == "input_ids" else f"{name}_mask"
         device = device or self.values.device
         return {name: values.to(device), mask_name: mask.to(device)}
 
-    def targets(self, indices: Tensor, device: torch.device | None = None) -> Tensor:
-        """``[B, longest]`` int64, -100 after the end of a sequence."""
-        values, _ = self._filled(indices, IGNORED)
+    def longest(self, indices: Tensor) -> int:
+        """The largest padded length of ``indices``, which may be empty."""
+        return int(self.padded_lengths(indices).max()) if len(indices) else _steps(self.max_length)[0]
+
+    def targets(self, indices: Tensor, length: int, device: torch.device | None = None) -> Tensor:
+        """``[B, length]`` int64, -100 after the end of a sequence."""
+        values, _ = self._filled(indices, IGNORED, length)
         return values.to(device or self.values.device)
 
     def check_within(self, bound: int, what: str) -> None:
@@ -106,18 +128,29 @@ class Sequences:
 
     def _places(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Where the values of the sequences of ``indices`` are, one after the other, and the lengths ``[K]``."""
-        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= len(self)):
-            raise IndexError(f"an index outside [0, {len(self)})")
+        self._check(indices)
         starts, ends = self.offsets[indices], self.offsets[indices + 1]
         lengths = ends - starts
         before = torch.cumsum(lengths, 0) - lengths
         at = torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)
         return at, lengths
 
-    def _filled(self, indices: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    def _check(self, indices: Tensor) -> None:
+        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= len(self)):
+            raise IndexError(f"an index outside [0, {len(self)})")
+
+    def _filled(self, indices: Tensor, padding: int, length: int) -> tuple[Tensor, Tensor]:
         at, lengths = self._places(indices)
-        longest = max(1, int(lengths.max())) if len(indices) else 1
-        mask = torch.arange(longest)[None] < lengths[:, None]
-        values = torch.full((len(indices), longest), padding, dtype=torch.int64)
+        mask = torch.arange(length)[None] < lengths[:, None]
+        values = torch.full((len(indices), length), padding, dtype=torch.int64)
         values[mask] = self.values[at].to(torch.int64)
         return values, mask.to(torch.int64)
+
+
+@functools.cache
+def _steps(max_length: int) -> tuple[int, ...]:
+    found, step = [], SHORTEST
+    while step < max_length:
+        found += [step, step + step // 2]
+        step *= 2
+    return (*(length for length in found if length < max_length), max(1, max_length))

@@ -62,7 +62,7 @@ class Draws:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def some(self, part: slice) -> Draws:
+    def some(self, part: slice | NDArray[np.int64]) -> Draws:
         """Those of the examples of ``part``."""
         found = Draws(key=self.key, ids=self.ids[part])
         found.__dict__["_encrypt"] = self._encrypt

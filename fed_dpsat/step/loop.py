@@ -34,6 +34,13 @@ from fed_dpsat.step.unchecked import checking
 
 Batches = Callable[[Tensor], tuple[Examples, Tensor]]
 """Indices ``[B]`` to ``(inputs[B, ...], targets[B])``."""
+Groups = Callable[[Tensor], Sequence[Tensor]]
+"""Indices ``[B]`` to the places of examples that can be in one batch, group by group; each place once."""
+
+
+def one_group(indices: Tensor) -> list[Tensor]:
+    """All in one batch: examples of one shape."""
+    return [torch.arange(len(indices))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,7 @@ class LocalResult:
 class Member:
     """What is a client's own of a round; ``own`` are parameters of its own in place of the common ones.
 
+    ``groups`` divides a batch, so that no example has a shape that follows from others (``Examples.alike``).
     ``first_step`` is the index of the first step among those of the federation, ``clip_norm`` where adaptive clipping
     begins, by default at its first bound.
     """
@@ -105,6 +113,7 @@ class Member:
     first_step: int = 0
     clip_norm: float | None = None
     own: Params = field(default_factory=dict)
+    groups: Groups = one_group
 
 
 Watch = Callable[[int, At, Params], None]
@@ -114,15 +123,13 @@ Watch = Callable[[int, At, Params], None]
 class Executor(Protocol):
     """How the members of ``train`` compute: parameters, states, and all that is no coin and no noise."""
 
-    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Examples, Tensor]]:
+    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[Any]:
         """The batch of each member."""
 
     def query_point(self, infos: Sequence[StepInfo]) -> At:
         """Where the gradients of this step are taken."""
 
-    def clipped_sums(
-        self, at: At, batches: Sequence[tuple[Examples, Tensor]], turns: Sequence[Turn]
-    ) -> Sequence[tuple[Params, int]]:
+    def clipped_sums(self, at: At, batches: Sequence[Any], turns: Sequence[Turn]) -> Sequence[tuple[Params, int]]:
         """The clipped sum of each member, and how many of its examples were not finite."""
 
     def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
@@ -257,6 +264,10 @@ class Turn:
         )
 
 
+Part = tuple[tuple[Examples, Tensor], Draws]
+"""A batch of examples of one shape, and what they draw."""
+
+
 class Alone:
     """One member, by an engine for per-example gradients; the seed is that of its streams."""
 
@@ -285,23 +296,38 @@ class Alone:
         self._how: dict[str, Any] = {"engine": engine, "physical_batch_size": physical_batch_size}
         seed(device, self._member.streams.torch_seed())
 
-    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Examples, Tensor]]:
-        """As ``made_batch``."""
-        self._draws = self._member.streams.draws(step, indices[0])
-        return [made_batch(self._member.batches, indices[0], self._draws, self._device)]
+    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[list[Part]]:
+        """As ``made_batch``, group by group."""
+        member, (drawn,) = self._member, indices
+        draws = member.streams.draws(step, drawn)
+        return [
+            [
+                (made_batch(member.batches, drawn[places], mine, self._device), mine)
+                for places in checked_groups(member.groups(drawn), len(drawn))
+                for mine in [draws.some(places.numpy())]
+            ]
+        ]
 
     def query_point(self, infos: Sequence[StepInfo]) -> At:
         """What the optimizer asks."""
         return self._query_point(self._params, self._state, infos[0])
 
     def clipped_sums(
-        self, at: At, batches: Sequence[tuple[Examples, Tensor]], turns: Sequence[Turn]
+        self, at: At, batches: Sequence[list[Part]], turns: Sequence[Turn]
     ) -> Sequence[tuple[Params, int]]:
-        """As ``clipped_gradient_sum``."""
+        """The sum of ``clipped_gradient_sum`` over the groups."""
         loss = self._loss_fn
         if self._ordinary:
             loss, turns[0].of_gradient = self._ordinary.pair(at)
-        return [clipped_gradient_sum(loss, at, batches[0], turns[0].rule, draws=self._draws, **self._how)]
+        found = [
+            clipped_gradient_sum(loss, at, batch, turns[0].rule, draws=draws, **self._how)
+            for batch, draws in batches[0]
+        ]
+        total, nonfinite = found[0]
+        for more, skipped in found[1:]:
+            total = {name: part + more[name] for name, part in total.items()}
+            nonfinite += skipped
+        return [(total, nonfinite)]
 
     def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
         """What the optimizer makes of it."""
@@ -418,6 +444,13 @@ def made_batch(batches: Batches, indices: Tensor, draws: Draws, device: torch.de
         batch = joined(list(inputs)), joined(list(targets))
     check_rows(batch, indices)
     return batch
+
+
+def checked_groups(groups: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    """``groups``; raises ``SettingError`` unless they have each of ``count`` places once."""
+    if not torch.equal(torch.cat(list(groups)).sort().values, torch.arange(count)):
+        raise SettingError("groups", [len(g) for g in groups], f"each of {count} examples once", "see Examples.alike")
+    return groups
 
 
 def check_rows(batch: tuple[Examples, Tensor], indices: Tensor) -> None:

@@ -58,6 +58,7 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         "steps_per_round": config.steps_per_round,
         "input_shape": data.input_shape,
         "num_classes": experiment.task.outputs,
+        **data.of_texts,
         "labels": data.train.classes,
     }
     yield _checked("dataset", config.dataset, lambda: check_dataset(lambda: _built("dataset", config, settings)))

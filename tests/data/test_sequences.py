@@ -19,16 +19,16 @@ def sequences(texts=TEXTS, **change):
     return Sequences(**given)
 
 
-def test_a_batch_is_padded_to_its_longest_with_a_mask():
-    found = sequences().padded("input_ids", torch.tensor([3, 1, 2]))
-    assert found["input_ids"].tolist() == [[2, 3], [4, 4], [1, 4]]
-    assert found["attention_mask"].tolist() == [[1, 1], [0, 0], [1, 0]]
+def test_a_batch_is_padded_with_a_mask():
+    found = sequences(max_length=3).padded("input_ids", torch.tensor([3, 1, 2]))
+    assert found["input_ids"].tolist() == [[2, 3, 4], [4, 4, 4], [1, 4, 4]]
+    assert found["attention_mask"].tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 0]]
     assert {t.dtype for t in found.values()} == {torch.int64}
 
 
-@pytest.mark.parametrize(("rows", "shape"), [([], [0, 1]), ([1], [1, 1]), ([0, 0], [2, 3])])
-def test_a_batch_is_at_least_one_long(rows, shape):
-    found = sequences().padded("note", torch.tensor(rows, dtype=torch.int64))
+@pytest.mark.parametrize(("rows", "shape"), [([], [0, 8]), ([1], [1, 8]), ([0, 0], [2, 8])])
+def test_a_batch_is_never_shorter_than_the_first_step(rows, shape):
+    found = sequences(max_length=100).padded("note", torch.tensor(rows, dtype=torch.int64))
     assert [list(t.shape) for t in found.values()] == [shape, shape]
     assert list(found) == ["note", "note_mask"]
 
@@ -74,6 +74,23 @@ def test_the_text_itself_is_a_label_without_a_loss_on_padding():
     inputs, targets = texts(labels=None).batch(torch.tensor([2, 0]))
     assert inputs["input_ids"].tolist() == [[1, 4, 4], [5, 6, 7]]
     assert targets.tolist() == [[1, -100, -100], [5, 6, 7]]
+
+
+@pytest.mark.parametrize(("max_length", "steps"), [(1, [1]), (8, [8]), (9, [8, 9]), (33, [8, 12, 16, 24, 32, 33])])
+def test_a_sequence_has_a_padded_length_of_its_own(max_length, steps):
+    lengths = list(range(max_length + 1))
+    made = sequences([[1] * n for n in lengths], max_length=max_length)
+    expected = [next(step for step in steps if step >= n) for n in lengths]
+    assert made.padded_lengths(torch.arange(len(lengths))).tolist() == expected
+
+
+def test_examples_of_one_padded_length_are_a_group():
+    made = texts(inputs={"input_ids": sequences([[1] * n for n in (9, 2, 12, 0)], max_length=20)})
+    indices = torch.tensor([3, 0, 1, 2])
+    groups = made.alike(indices)
+    assert [indices[group].tolist() for group in groups] == [[3, 1], [0, 2]]
+    assert [made.batch(indices[group])[0]["input_ids"].shape[1] for group in groups] == [8, 12]
+    assert [group.tolist() for group in made.alike(torch.arange(0))] == [[]]
 
 
 def test_several_inputs_are_a_dictionary():

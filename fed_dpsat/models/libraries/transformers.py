@@ -1,4 +1,8 @@
-"""``transformers:FOLDER``: the classifier that the ``config.json`` of a folder describes, without weights.
+"""``transformers:FOLDER``: the network for a task that the ``config.json`` of a folder describes, without weights.
+
+Texts have the network of their task: ``AutoModelForTokenClassification`` for a class for each position,
+``AutoModelForCausalLM`` for the next token, ``AutoModelForMaskedLM`` for hidden ones. All other tasks, several classes
+and numbers among them, have that of classification:
 
 =============== ======================================= ==========================================================
 one example     the network                             its input
@@ -90,15 +94,52 @@ class Classifier(nn.Module):
         return [name for name, _ in self.named_parameters() if f".{self.network.base_model_prefix}.pooler." in name]
 
 
+class Masked(Classifier):
+    """As ``Classifier``, but it hides tokens from the network and gives ``(logits[B, T, V], hidden[B, T])``.
+
+    Each token is chosen with a chance of 15 %; 80 % of those become ``mask_token``, 10 % a token drawn from
+    ``vocabulary_size``, and 10 % stay. Source: Devlin et al. 2019, arXiv 1810.04805, section 3.1.
+    """
+
+    CHOSEN, REPLACED, RANDOM = 0.15, 0.8, 0.1
+
+    def __init__(self, network: nn.Module, *, mask_token: int, vocabulary_size: int) -> None:
+        super().__init__(network)
+        self.mask_token, self.vocabulary_size = mask_token, vocabulary_size
+
+    def forward(  # type: ignore[override]  # two tensors
+        self, inputs: Tensor | Mapping[str, Tensor] | None = None, **named: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        named = {**inputs, **named} if isinstance(inputs, Mapping) else named
+        tokens, there = named["input_ids"], named["attention_mask"]
+        chance, kind = (torch.rand(tokens.shape, device=tokens.device) for _ in range(2))
+        other = (torch.rand(tokens.shape, device=tokens.device) * self.vocabulary_size).long()
+        hidden = (chance < self.CHOSEN) & there.bool()
+        seen = tokens.where(~(hidden & (kind < self.REPLACED)), self.mask_token)
+        seen = seen.where(~(hidden & (kind >= 1 - self.RANDOM)), other)
+        return super().forward(None, **{**named, "input_ids": seen}), hidden
+
+
 def factory(folder: str) -> Callable[..., nn.Module]:
-    """``(input_shape, num_classes, **arguments) -> Classifier``; ``ModelError`` without a ``config.json``."""
+    """``(input_shape, num_classes, task, ...) -> Classifier``; ``ModelError`` without a ``config.json``."""
     model = f"transformers:{folder}"
     transformers = imported("transformers", model, "text")
     if not (Path(folder) / "config.json").is_file():
         raise _no_folder(model, folder)
 
-    def make(input_shape: tuple[int, ...], num_classes: int, **arguments: Any) -> nn.Module:
-        """A classifier in the initial weights of transformers."""
+    def make(
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        task: str = "classification",
+        vocabulary_size: int = 0,
+        padding: int = NO_PADDING,
+        mask_token: int = -1,
+        **arguments: Any,
+    ) -> nn.Module:
+        """A network for ``task`` in the initial weights of transformers.
+
+        ``vocabulary_size``, ``padding`` and ``mask_token`` are those of texts in a data set; 0 and -1 without one.
+        """
         check_arguments(model, arguments)
         attention = arguments.pop("attn_implementation", None)
         config, unused = transformers.AutoConfig.from_pretrained(
@@ -108,12 +149,24 @@ def factory(folder: str) -> Callable[..., nn.Module]:
             wrong, known = min(unused), config.to_dict()
             near = difflib.get_close_matches(wrong, known, n=3) or sorted(known)
             raise ModelError(f"model={model!r} takes no {wrong!r}; did you mean {', '.join(near)}?")
-        config.num_labels, config.use_cache = num_classes, False
-        auto = _auto(transformers, model, config, input_shape)
+        config.use_cache = False
+        if task not in LANGUAGE:
+            config.num_labels = num_classes
+        if vocabulary_size:
+            _check_vocabulary(model, config.get_text_config(), vocabulary_size, folder)
+            config.get_text_config().pad_token_id = padding  # networks that read the last token look for it
+        auto = _auto(transformers, model, config, input_shape, task)
         with _quiet():
             network = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
-        if len(input_shape) != 1:
-            return Classifier(network)
+        if len(input_shape) != 1 or vocabulary_size:
+            if task != "masked-lm":
+                return Classifier(network)
+            if mask_token < 0:
+                raise ModelError(
+                    f"model={model!r}: task='masked-lm' needs a token that hides others, and the tokenizer of the "
+                    "data set has none; set tokenizer to one with a mask token, or task='causal-lm'"
+                )
+            return Masked(network, mask_token=mask_token, vocabulary_size=vocabulary_size)
         text = network.config.get_text_config()
         if text.pad_token_id is None:  # after the embedding is made, which would take the last row for padding
             text.pad_token_id = NO_PADDING
@@ -122,7 +175,20 @@ def factory(folder: str) -> Callable[..., nn.Module]:
     return make
 
 
-def _auto(transformers: Any, model: str, config: Any, input_shape: tuple[int, ...]) -> Any:
+LANGUAGE = {"causal-lm": "AutoModelForCausalLM", "masked-lm": "AutoModelForMaskedLM"}
+OF_TEXT = {**LANGUAGE, "token-classification": "AutoModelForTokenClassification"}
+"""The classes that make the network of a task; those of other tasks make classifiers."""
+
+
+def _check_vocabulary(model: str, config: Any, vocabulary_size: int, folder: str) -> None:
+    if vocabulary_size > (known := getattr(config, "vocab_size", vocabulary_size)):
+        raise ModelError(
+            f"model={model!r}: the tokenizer of the data set has {vocabulary_size} tokens, more than the {known} of "
+            f"the network; set tokenizer={folder!r}, or model_args='vocab_size = {vocabulary_size}' for new weights"
+        )
+
+
+def _auto(transformers: Any, model: str, config: Any, input_shape: tuple[int, ...], task: str) -> Any:
     """The class that makes the network; sizes of ``config`` are those of the data."""
     if len(input_shape) == 3:
         channels, height, width = input_shape
@@ -138,15 +204,16 @@ def _auto(transformers: Any, model: str, config: Any, input_shape: tuple[int, ..
                 f"model={model!r}: texts of {length} tokens are longer than its {most} positions; shorten them, or set "
                 f"model_args='max_position_embeddings = {length}'"
             )
-        auto, what = transformers.AutoModelForSequenceClassification, "texts"
+        name = OF_TEXT.get(task, "AutoModelForSequenceClassification")
+        auto, what = getattr(transformers, name), "texts"
     else:
         raise ModelError(
             f"model={model!r}: input_shape={input_shape} is neither (T,), numbers of tokens, nor (C, H, W), an image"
         )
     if type(config) not in auto._model_mapping:
         raise ModelError(
-            f"model={model!r}: transformers has no classifier of {what} for model_type={config.model_type!r}, and "
-            f"input_shape={input_shape} is that of {what}; name a folder of another network"
+            f"model={model!r}: transformers has no network for task={task!r} of {what} for "
+            f"model_type={config.model_type!r}, and input_shape={input_shape} is that of {what}; name another folder"
         )
     return auto
 
