@@ -139,9 +139,9 @@ def evaluate(module: nn.Module, params: Params, examples: Examples, task: Task) 
             measure.update(outputs, targets)
 
     passed(module, params, examples, task.batch_size, see)
-    values = _computed(measure, task) if whole and losses else dict.fromkeys((m.name for m in task.metrics), UNDEFINED)
-    loss = math.fsum(losses) / len(examples) if whole and losses else math.nan
-    return Evaluation(values=values, loss=loss, num_examples=len(examples))
+    whole = whole and bool(losses)
+    loss = math.fsum(losses) / len(examples) if whole else math.nan
+    return Evaluation(values=_values(task, measure if whole else None), loss=loss, num_examples=len(examples))
 
 
 def shown(task: Task) -> list[str]:
@@ -172,15 +172,15 @@ def metrics_of(predictions: Predictions, task: Task) -> Mapping[str, Value]:
     measure, whole = task.measure(), all(bool(outputs.isfinite().all()) for outputs, _ in predictions)
     for outputs, targets in predictions if whole else []:
         measure.update(outputs, targets)
-    return (
-        _computed(measure, task) if whole and predictions else dict.fromkeys((m.name for m in task.metrics), UNDEFINED)
-    )
+    return _values(task, measure if whole and predictions else None)
 
 
-def _computed(measure: Measure, task: Task) -> dict[str, Value]:
-    """The metrics in the order of the task; torchmetrics warns of classes that ``measure`` leaves out."""
+def _values(task: Task, measure: Measure | None) -> dict[str, Value]:
+    """The metrics in the order of the task, ``UNDEFINED`` without a ``measure``."""
+    if measure is None:
+        return {metric.name: UNDEFINED for metric in task.metrics}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", UserWarning)  # of torchmetrics, about classes that a measure leaves out
         found = measure.compute()
     return {metric.name: found[metric.name] for metric in task.metrics}
 
