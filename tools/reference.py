@@ -33,6 +33,7 @@ SECTIONS = (
         (
             "recipes.md",
             "models.md",
+            "tasks.md",
             "optimizers.md",
             "strategies.md",
             "sweeps.md",

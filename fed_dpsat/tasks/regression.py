@@ -37,8 +37,13 @@ class Regression(Task):
         self._mean, self._std = torch.tensor(scale, dtype=torch.float32).T
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        found, wanted = self.compared(outputs, targets)
+        return (found - wanted).square().mean(1)
+
+    def compared(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, K]`` each: the numbers that a model gives, and scaled targets."""
         found = self._numbers(wide_logits(outputs))
-        return (found - self._scaled(targets.to(found.dtype))).square().mean(1)
+        return found, self._scaled(targets.to(found.dtype))
 
     def fits(self, outputs: Tensor, count: int) -> bool:
         return super().fits(outputs, count) or (self.outputs == 1 and tuple(outputs.shape) == (count,))
