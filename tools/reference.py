@@ -54,6 +54,8 @@ EXTENSION_POINTS = (
     "fed_dpsat.step.clipping:ClippingRule",
     "fed_dpsat.data.dataset:Examples",
     "fed_dpsat.data.dataset:Dataset",
+    "fed_dpsat.data.sequences:Sequences",
+    "fed_dpsat.tasks.base:Task",
     "fed_dpsat.flower.updates:UpdateStrategy",
     "fed_dpsat.flower.updates:Updates",
     "fed_dpsat.lab.attacks:Attack",
