@@ -35,7 +35,8 @@ def show_metric(axes: Axes, which: Literal["x", "y"], metric: Metric, values: Se
     if metric.unit != PERCENT and is_wide(metric, finite):
         _logarithmic(axes, which, max(finite) / min(finite))
     elif whole and finite and min(finite) >= 0:
-        axes.set(**{f"{which}lim": (0, 100 if metric.unit == PERCENT else None)})
+        top = axes.get_xlim()[1] if which == "x" else axes.get_ylim()[1]
+        axes.set(**{f"{which}lim": (0, 100 if metric.unit == PERCENT else max(top, 1.05 * max(finite)))})
 
 
 def is_wide(metric: Metric, finite: Sequence[float]) -> bool:

@@ -38,7 +38,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
                 "report.html.j2",
                 run=run,
                 title=f"{run.name}: {run.method} on {run.config.dataset}",
-                cards=_cards(run),
+                cards=cards(run),
                 state=words.state_of(run),
                 statement=words.statement(run),
                 sections={name: drawings for name, drawings in sections.items() if drawings},
@@ -90,8 +90,8 @@ def _drawings(run: Run, spending: Spending | None, section: str, folder: Path) -
     yield from (drawing for drawing in made if drawing is not None)
 
 
-def _cards(run: Run) -> list[tuple[str, str, str]]:
-    """``(label, number, its basis)``."""
+def cards(run: Run) -> list[tuple[str, str, str]]:
+    """``(label, number, its basis)`` of the numbers at the head of the page."""
     metric, score = run.metric, run.score
     quality: Mapping[str, Any] = run.quality or {}
     calibration = [

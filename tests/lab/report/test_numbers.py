@@ -5,7 +5,19 @@ import math
 import pytest
 from scipy.stats import binomtest
 
-from fed_dpsat.lab.report.numbers import duration, estimate, percent, plain, rounded, size, spread_out, wilson
+from fed_dpsat.lab.report.numbers import (
+    duration,
+    estimate,
+    in_unit,
+    on_terminal,
+    percent,
+    plain,
+    rounded,
+    size,
+    spread_out,
+    wilson,
+)
+from fed_dpsat.run.metric import METRICS, UNDEFINED, Metric
 
 
 def test_mean_and_interval_by_hand():
@@ -70,3 +82,25 @@ def test_units():
 def test_rows_are_spread_and_hold_both_ends():
     assert spread_out(3, 12) == [0, 1, 2]
     assert (spread_out(101, 3), len(spread_out(1000, 12))) == ([0, 50, 100], 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "page", "terminal"),
+    [
+        ("accuracy", 0.9111, "91.1 %", "91.1%"),
+        ("rmse", 54.16234, "54.16", "54.16"),
+        ("rmse", 12345.0, "12,340", "12,340"),
+        ("perplexity", math.inf, "∞", "inf"),
+        ("r2", -0.25, "-0.2500", "-0.2500"),
+        ("auroc", UNDEFINED, "undefined", "undefined"),
+        ("auroc", None, "\u2013", "not evaluated"),
+    ],
+)
+def test_values_are_in_the_unit_of_their_metric(name, value, page, terminal):
+    assert in_unit(value, METRICS[name]) == page
+    assert on_terminal(value, METRICS[name]) == terminal
+
+
+def test_a_unit_of_your_own_is_behind_the_number():
+    own = Metric(name="error", label="error", higher_is_better=False, unit="mg")
+    assert (in_unit(2.5, own), in_unit(math.nan, own), on_terminal(2.5, own)) == ("2.500 mg", "\u2013", "2.500 mg")
