@@ -22,6 +22,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     in the record     in the result
     ================= ====================================================
     null, inf, NaN    left out, as epsilon without noise
+    "undefined"       left out, a metric without a value
     lists of clients  their number
     ``released``      left out: exact counts, which epsilon does not cover
     ================= ====================================================

@@ -51,7 +51,8 @@ def test_what_the_built_in_ones_send_of_a_round_is_in_its_lines(run, spy):
 
 def test_scalars_are_finite_numbers_and_counts():
     record = {
-        "round": 3, "test_accuracy": None, "test_loss": "nan", "epsilon": "inf", "asked": [4, 5, 6], "accepted": 2,
+        "round": 3, "test_accuracy": None, "test_auroc": "undefined", "test_loss": "nan", "epsilon": "inf",
+        "asked": [4, 5, 6], "accepted": 2,
         "dropped": {"5": "failed: secret words"}, "unexpected": ["x"], "retired": {}, "released": {"4": {"n": 7}},
         "kept_model": False, "timing": {"round": 3, "seconds": 1.5, "phases": {"train": 1.0}},
     }  # fmt: skip

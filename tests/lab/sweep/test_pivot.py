@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fed_dpsat.errors import InputError
@@ -50,3 +52,16 @@ def test_what_cannot_be_shown_is_an_error(file):
         read(file, "method", "stage")
     with pytest.raises(InputError, match="'dp-sam' is not a row; choose one of dp-sgd, dp-sat"):
         markdown(read(file, "method", "target_epsilon"), "method", "dp-sam")
+
+
+def test_the_metric_is_that_of_the_sweep_beside_it(file):
+    """RMSE of 50 and 60 against 51.2 and 61: 51.2 - 50 and 61 - 60 as above, but in its own unit."""
+    metric = {"name": "rmse", "label": "RMSE", "higher_is_better": False, "unit": ""}
+    file.with_name("sweep.json").write_text(json.dumps({"metric": metric}))
+    with pytest.raises(InputError, match="no column 'rmse'"):
+        read(file, "method", "target_epsilon")
+    file.write_text(LINES.replace("accuracy", "rmse"))
+    assert read(file, "method", "target_epsilon")["dp-sgd", "1.0"] == {0: 0.5, 1: 0.6}
+    file.write_text(LINES.replace("accuracy", "rmse").replace("0.512", ""))
+    with pytest.raises(InputError, match="RMSE is undefined in the run of seed 0 of method=dp-sat"):
+        read(file, "method", "target_epsilon")

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from fed_dpsat.lab.watch.progress import Progress
+from fed_dpsat.run.metric import METRICS
 from fed_dpsat.settings.config import RunConfig
 
 
@@ -55,3 +56,15 @@ def test_the_budget_is_the_largest_of_a_client():
     config = RunConfig.load(Path("simulations/budgets.toml"), [f"client_table={table}"])
     largest = max(float(line.split(",")[1] or 0) for line in table.read_text().splitlines()[1:])
     assert Progress.of(config).budget == max(largest, config.target_epsilon)
+
+
+def test_the_metric_is_that_of_the_settings(progress):
+    assert progress.metric == METRICS["accuracy"]
+
+
+def test_an_undefined_value_is_a_gap_of_the_curve_and_undefined_as_the_last_one(progress):
+    for round, value in ((1, 0.5), (2, None), (3, "undefined"), (4, None)):
+        progress.add(record(round, test_accuracy=value))
+    assert [str(value) for value in progress.measured("test_accuracy")] == ["0.5", "nan"]
+    assert progress.latest("test_accuracy") == "undefined"
+    assert progress.latest("test_loss") == 1.0

@@ -45,3 +45,23 @@ def test_what_a_run_does_not_have_is_no_row():
     assert any("1.500; coins" in line for line in lines({**RESULT, **more}))
     missing = {"epsilon_released": None, "epsilon_released_missing": "clients were away"}
     assert any("unknown: clients were away" in line for line in lines({**RESULT, **missing}))
+
+
+def test_every_metric_of_the_task_is_a_row_with_its_direction():
+    metric = {"name": "rmse", "label": "RMSE", "higher_is_better": False, "unit": ""}
+    more = {"task": "regression", "metric": metric, "test_mae": 40.5, "test_rmse": 54.125, "test_r2": "undefined"}
+    personal = {"personal_rmse": 50.0, "personal_clients": 4, "personal_worst_decile": 90.0}
+    result = {key: value for key, value in RESULT.items() if key != "test_accuracy"} | more | personal
+    shown = [" ".join(line.replace("│", " ").split()) for line in lines(result)]
+    for row in (
+        "test RMSE 54.12, lower is better", "test MAE 40.50, lower is better", "test R2 undefined", "test loss 0.3000",
+    ):  # fmt: skip
+        assert row in shown
+    assert any("personal models 50.00 mean of 4 clients" in line for line in shown)
+    assert any("worst decile 90.00" in line for line in shown)
+    assert not any("accuracy" in line for line in shown if "released" not in line)
+
+
+def test_a_classification_is_as_it_was():
+    shown = [" ".join(line.replace("│", " ").split()) for line in lines(RESULT)]
+    assert {"test accuracy 91.00%", "test loss 0.3000 nats"} <= set(shown)
