@@ -23,8 +23,9 @@ from fed_dpsat.step.gradients.call import call
 from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.placement import device_of, moved
-from fed_dpsat.tasks.base import UNDEFINED, Measure, Task, Value
+from fed_dpsat.tasks.base import Measure, Task
 from fed_dpsat.tasks.classification import NAME as CLASSIFICATION
+from fed_dpsat.tasks.metric import UNDEFINED, Value
 
 Predictions = list[tuple[Tensor, Tensor]]
 """``(logits[B, K], labels[B])``, batch by batch."""

@@ -18,7 +18,7 @@ from fed_dpsat.client.evaluation import worst_decile
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.ties import layer_of
 from fed_dpsat.params import Params
-from fed_dpsat.tasks.base import Metric
+from fed_dpsat.tasks.metric import Metric
 
 PERSONAL = "personal"
 """The key of a client's own parameters in its state."""

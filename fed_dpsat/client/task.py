@@ -9,7 +9,8 @@ from fed_dpsat import plugins
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.tasks.base import Metric, Task
+from fed_dpsat.tasks.base import Task
+from fed_dpsat.tasks.metric import Metric
 
 
 def build_task(config: RunConfig, dataset: Dataset, settings: Mapping[str, Any]) -> Task:

@@ -39,7 +39,7 @@ from fed_dpsat.run.outsider import epsilon_of_outsider
 from fed_dpsat.run.promise import also_released, declared_public, delta_warning, threat_model
 from fed_dpsat.run.throughput import Throughput
 from fed_dpsat.step.noise import NOISE_SOURCES
-from fed_dpsat.tasks.base import Value
+from fed_dpsat.tasks.metric import Value
 
 log = getLogger("fed_dpsat")
 

@@ -1,102 +1,33 @@
-"""The main metric of a run as its readers see it: name, direction and unit, from ``summary.json`` or the settings."""
+"""The main metric of a run for its readers, from ``summary.json`` or the settings, and the values of metrics there."""
 
 from __future__ import annotations
 
+import functools
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fed_dpsat import plugins
 from fed_dpsat.errors import InputError
+from fed_dpsat.tasks.metric import UNDEFINED, Metric, Value
 
-UNDEFINED = "undefined"
-"""The value of a metric on a split on which it has none, such as AUROC on examples of one class."""
-
-PERCENT = "%"
 CLASSIFICATION = "classification"
+IN_NATS = (CLASSIFICATION, "multilabel", "token-classification", "causal-lm", "masked-lm")
+"""The tasks whose loss is a cross-entropy."""
 
-Value = float | str | None
-"""A number, ``UNDEFINED``, or None without an evaluation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One metric of a task; with the unit "%", values are shares in [0, 1] that readers see in percent."""
-
-    name: str
-    label: str
-    higher_is_better: bool
-    unit: str
-
-    @property
-    def key(self) -> str:
-        """Its key in ``summary.json`` and in the lines of ``rounds.jsonl``."""
-        return f"test_{self.name}"
-
-    @property
-    def slug(self) -> str:
-        """Its name in names of files and in ids of a page."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-
-    @property
-    def title(self) -> str:
-        """The label with a capital letter, for the start of a sentence."""
-        return self.label[:1].upper() + self.label[1:]
-
-    @property
-    def directed(self) -> str:
-        """The label and, if a smaller value is better, the direction: for a column whose cells have the unit."""
-        return self.label if self.higher_is_better else f"{self.label} (lower is better)"
-
-    @property
-    def heading(self) -> str:
-        """Label, unit and, if a smaller value is better, the direction: for a column without units and an axis."""
-        remarks = [self.unit] if self.unit else []
-        remarks += [] if self.higher_is_better else ["lower is better"]
-        return self.label + (f" ({', '.join(remarks)})" if remarks else "")
-
-    @property
-    def scale(self) -> int:
-        """The factor from a stored value to a value in ``unit``."""
-        return 100 if self.unit == PERCENT else 1
-
-    def goodness(self, value: float) -> float:
-        """A number that grows as ``value`` gets better; the same function ranks means."""
-        return value if self.higher_is_better else -value
+LOSS = Metric(name="loss", label="loss", higher_is_better=False)
 
 
-def _metrics(*rows: tuple[str, str, bool, str]) -> dict[str, Metric]:
-    return {
-        name: Metric(name=name, label=label, higher_is_better=higher, unit=unit) for name, label, higher, unit in rows
-    }
+@functools.cache
+def metrics_of(task: str) -> tuple[Metric, ...]:
+    """The metrics of a built-in ``task``, the main one first; none of your own task, whose code no reader runs."""
+    return tuple(getattr(plugins.builtin("task").get(task), "metrics", ()))
 
 
-METRICS = _metrics(
-    ("accuracy", "accuracy", True, PERCENT),
-    ("balanced_accuracy", "balanced accuracy", True, PERCENT),
-    ("macro_f1", "macro F1", True, PERCENT),
-    ("auroc", "AUROC", True, PERCENT),
-    ("average_precision", "average precision", True, PERCENT),
-    ("rmse", "RMSE", False, ""),
-    ("mae", "MAE", False, ""),
-    ("r2", "R2", True, ""),
-    ("perplexity", "perplexity", False, ""),
-    ("token_accuracy", "token accuracy", True, PERCENT),
-)
-"""The metrics of the built-in tasks by name."""
-
-MAIN = {
-    CLASSIFICATION: "accuracy",
-    "multilabel": "macro_f1",
-    "regression": "rmse",
-    "token-classification": "macro_f1",
-    "causal-lm": "perplexity",
-    "masked-lm": "perplexity",
-}
-"""The main metric of each built-in task, unless the setting ``metric`` names another one."""
-
-LOSS = Metric(name="loss", label="loss", higher_is_better=False, unit="")
+def metric_named(name: str, task: str) -> Metric:
+    """The metric ``name`` of ``task``; the label of one of your own task is its name."""
+    known = {metric.name: metric for metric in metrics_of(task)}
+    return known.get(name) or Metric(name=name, label=name.replace("_", " "))
 
 
 def task_of(settings: Mapping[str, Any]) -> str:
@@ -111,39 +42,35 @@ def metric_of(summary: Mapping[str, Any]) -> Metric:
     """
     stated = summary.get("metric")
     if stated is None:
-        return METRICS[MAIN[CLASSIFICATION]]
+        return metrics_of(CLASSIFICATION)[0]
     kinds = {"name": str, "label": str, "higher_is_better": bool, "unit": str}
     if not isinstance(stated, dict) or any(not isinstance(stated.get(key), kind) for key, kind in kinds.items()):
         raise InputError(f"metric={stated!r} of a summary is not {', '.join(kinds)}; restore summary.json")
     return Metric(**{key: stated[key] for key in kinds})
 
 
-def metric_of_settings(settings: Mapping[str, Any]) -> Metric:
-    """The main metric of a run before its end: the setting ``metric``, else that of the task.
+def metric_of_settings(settings: Mapping[str, Any], metrics: Sequence[Metric] | None = None) -> Metric:
+    """The main metric of a run before its end: of ``metrics``, the setting ``metric``, else the first one.
 
-    Only a summary describes a metric of your own task, so before the end of such a run it is the loss.
+    ``metrics`` are by default those of a built-in task. The loss if the metric is not among them, as for your own task.
     """
-    name = str(settings.get("metric") or MAIN.get(task_of(settings), LOSS.name))
-    return METRICS.get(name, LOSS)
+    found = metrics_of(task_of(settings)) if metrics is None else metrics
+    name = settings.get("metric") or (found[0].name if found else "")
+    return next((metric for metric in found if metric.name == name), LOSS)
 
 
-def other_metrics(values: Mapping[str, Any], main: Metric) -> list[Metric]:
-    """The metrics in a summary or a line of ``rounds.jsonl`` beside ``main`` and the loss, in its order."""
+def other_metrics(values: Mapping[str, Any], main: Metric, task: str) -> list[Metric]:
+    """The metrics in a summary or a line of ``rounds.jsonl`` of ``task`` beside ``main`` and the loss, in its order."""
     names = [key.removeprefix("test_") for key in values if key.startswith("test_")]
-    return [metric_named(name) for name in names if name not in (main.name, LOSS.name)]
-
-
-def metric_named(name: str) -> Metric:
-    """The metric ``name``; one of your own task has its name as label, and its direction is not known here."""
-    return METRICS.get(name) or Metric(name=name, label=name.replace("_", " "), higher_is_better=True, unit="")
+    return [metric_named(name, task) for name in names if name not in (main.name, LOSS.name)]
 
 
 def loss_unit(task: str) -> str:
     """The unit of the loss of ``task``: nats for a cross-entropy, else none."""
-    return "nats" if task in MAIN and task != "regression" else ""
+    return "nats" if task in IN_NATS else ""
 
 
-def value_of(stored: Any) -> Value:
+def value_of(stored: Any) -> Value | None:
     """A value of ``summary.json`` or ``rounds.jsonl``, in which inf and NaN are text, as a number if it is one."""
     return stored if stored is None or stored == UNDEFINED else float(stored)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,20 +14,7 @@ from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.sequences import Sequences
 from fed_dpsat.errors import DataError
 from fed_dpsat.step.gradients.loss import logits_of
-
-UNDEFINED = "undefined"
-"""The value of a metric that has none on a split: of one class, of one example, or of outputs that are not finite."""
-Value = float | str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One number that says how good a model is; ``unit`` "%" is for a share in [0, 1]."""
-
-    name: str
-    label: str
-    higher_is_better: bool = True
-    unit: str = ""
+from fed_dpsat.tasks.metric import UNDEFINED, Metric, Value
 
 
 class Measure(ABC):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fed_dpsat.step.gradients.loss import cross_entropy
-from fed_dpsat.tasks.base import CLASS, Measure, Metric, Task, Value, finite, mean_of, wide_logits
+from fed_dpsat.tasks.base import CLASS, Measure, Task, finite, mean_of, wide_logits
+from fed_dpsat.tasks.metric import Metric, Value
 
 NAME = "classification"
 METRICS = (

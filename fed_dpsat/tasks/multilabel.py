@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fed_dpsat.tasks.base import CLASSES, Measure, Metric, Task, Value, finite, mean_of, wide_logits
+from fed_dpsat.tasks.base import CLASSES, Measure, Task, finite, mean_of, wide_logits
+from fed_dpsat.tasks.metric import Metric, Value
 
 
 class Multilabel(Task):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import warn_once
-from fed_dpsat.tasks.base import NUMBERS, UNDEFINED, Measure, Metric, Task, Value, finite, wide_logits
+from fed_dpsat.tasks.base import NUMBERS, Measure, Task, finite, wide_logits
+from fed_dpsat.tasks.metric import UNDEFINED, Metric, Value
 
 LARGE = 100
 """A scaled target beyond it has a gradient that any usual clip norm cuts to its sign."""

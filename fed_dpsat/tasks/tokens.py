@@ -12,18 +12,8 @@ from torch.nn import functional
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.data.sequences import IGNORED
 from fed_dpsat.errors import DataError, ModelError
-from fed_dpsat.tasks.base import (
-    POSITIONS,
-    TEXT,
-    UNDEFINED,
-    Measure,
-    Metric,
-    Task,
-    Value,
-    each_mean,
-    finite,
-    wide_logits,
-)
+from fed_dpsat.tasks.base import POSITIONS, TEXT, Measure, Task, each_mean, finite, wide_logits
+from fed_dpsat.tasks.metric import UNDEFINED, Metric, Value
 
 
 class OfPositions(Task):

@@ -10,25 +10,23 @@ import pytest
 from fed_dpsat.errors import InputError
 from fed_dpsat.run.metric import (
     LOSS,
-    MAIN,
-    METRICS,
-    UNDEFINED,
-    Metric,
     loss_unit,
     metric_named,
     metric_of,
     metric_of_settings,
+    metrics_of,
     number_of,
     other_metrics,
     task_of,
     value_of,
 )
+from fed_dpsat.tasks.metric import UNDEFINED, Metric
 
-RMSE = METRICS["rmse"]
+ACCURACY, RMSE, R2 = metric_of({}), metric_named("rmse", "regression"), metric_named("r2", "regression")
 
 
 def test_a_summary_without_a_metric_is_of_a_classification():
-    assert (task_of({}), metric_of({"test_accuracy": 0.9})) == ("classification", METRICS["accuracy"])
+    assert (task_of({}), metric_of({"test_accuracy": 0.9})) == ("classification", ACCURACY)
 
 
 def test_the_summary_describes_a_metric_of_your_own():
@@ -61,21 +59,29 @@ def test_before_the_end_the_settings_say_it(settings, name):
     assert metric_of_settings(settings).name == name
 
 
-def test_every_task_has_a_main_metric():
-    assert set(MAIN.values()) <= METRICS.keys()
+def test_your_own_metrics_are_those_that_are_given():
+    own = (Metric(name="error", label="error"), Metric(name="hits", label="hits"))
+    assert metric_of_settings({"task": "mine:dose"}, own).name == "error"
+    assert metric_of_settings({"task": "mine:dose", "metric": "hits"}, own).name == "hits"
+
+
+def test_a_label_is_that_of_the_task():
+    assert metric_named("accuracy", "multilabel").label == "accuracy of a label"
+    assert {metric.name for metric in metrics_of("regression")} == {"rmse", "mae", "r2"}
+    assert metrics_of("mine:dose") == ()
 
 
 def test_headings_say_unit_and_direction():
-    assert METRICS["accuracy"].heading == "accuracy (%)"
-    assert (METRICS["accuracy"].directed, RMSE.directed) == ("accuracy", "RMSE (lower is better)")
-    assert (RMSE.heading, METRICS["r2"].heading) == ("RMSE (lower is better)", "R2")
-    assert (RMSE.title, METRICS["accuracy"].title) == ("RMSE", "Accuracy")
-    assert METRICS["token_accuracy"].slug == "token-accuracy"
+    assert ACCURACY.heading == "accuracy (%)"
+    assert (ACCURACY.directed, RMSE.directed) == ("accuracy", "RMSE (lower is better)")
+    assert (RMSE.heading, R2.heading) == ("RMSE (lower is better)", "R2")
+    assert (RMSE.title, ACCURACY.title) == ("RMSE", "Accuracy")
+    assert metric_named("token_accuracy", "masked-lm").slug == "token-accuracy"
 
 
 def test_lower_is_better_turns_the_order_around():
     assert RMSE.goodness(1.0) > RMSE.goodness(2.0)
-    assert METRICS["r2"].goodness(0.5) > METRICS["r2"].goodness(0.1)
+    assert R2.goodness(0.5) > R2.goodness(0.1)
 
 
 def test_stored_values_are_numbers_undefined_or_none():
@@ -87,8 +93,8 @@ def test_stored_values_are_numbers_undefined_or_none():
 
 def test_other_metrics_are_those_beside_the_main_one_and_the_loss():
     line = {"round": 1, "test_mae": 1.0, "test_rmse": 2.0, "test_loss": 4.0, "test_own_thing": 1.0, "epsilon": 1.0}
-    assert [metric.label for metric in other_metrics(line, RMSE)] == ["MAE", "own thing"]
-    assert metric_named("own_thing").heading == "own thing", "nothing is said of its direction"
+    assert [metric.label for metric in other_metrics(line, RMSE, "regression")] == ["MAE", "own thing"]
+    assert metric_named("own_thing", "regression").heading == "own thing", "nothing is said of its direction"
 
 
 def test_only_a_cross_entropy_is_in_nats():

@@ -25,8 +25,8 @@ from pathlib import Path
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report.numbers import Estimate, estimate
 from fed_dpsat.lab.report.reading import Run
-from fed_dpsat.run.metric import Metric
 from fed_dpsat.settings.config import MACHINE
+from fed_dpsat.tasks.metric import Metric
 
 NOT_THE_METHOD = MACHINE | {"seed", "evaluate_every", "metric"}
 """Settings that may differ between the runs of one group."""

@@ -16,8 +16,9 @@ from typing import Any
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report.numbers import spread_out
 from fed_dpsat.lab.report.reading import Run, read_run
-from fed_dpsat.run.metric import LOSS, Metric, metric_of
+from fed_dpsat.run.metric import LOSS, metric_of
 from fed_dpsat.settings.config import MACHINE, RunConfig
+from fed_dpsat.tasks.metric import Metric
 
 FORMAT = "fed_dpsat runs 1"
 MAX_POINTS = 11

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from fed_dpsat.lab.report.numbers import plain
-from fed_dpsat.run.metric import PERCENT, Metric
+from fed_dpsat.tasks.metric import PERCENT, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

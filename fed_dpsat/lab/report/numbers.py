@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from fed_dpsat.run.metric import PERCENT, Metric, Value
+from fed_dpsat.tasks.metric import PERCENT, Metric, Value
 
 MISSING = "\u2013"
 NORMAL_QUANTILE = 1.959964
@@ -95,7 +95,7 @@ def percent(share: float | None, n: int | None = None) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def in_unit(value: Value, metric: Metric, n: int | None = None) -> str:
+def in_unit(value: Value | None, metric: Metric, n: int | None = None) -> str:
     """``value`` of ``metric`` with its unit, on a page; ``n`` is the number of draws if it is a share of draws.
 
     =================== ======================================================
@@ -112,7 +112,7 @@ def in_unit(value: Value, metric: Metric, n: int | None = None) -> str:
     return percent(value, n) if metric.unit == PERCENT else _and_unit(plain(value, 4), metric)
 
 
-def on_terminal(value: Value, metric: Metric, decimals: int = 1) -> str:
+def on_terminal(value: Value | None, metric: Metric, decimals: int = 1) -> str:
     """``value`` of ``metric`` with its unit, on a terminal; a share in percent has ``decimals`` after the point."""
     if value is None:
         return "not evaluated"

@@ -15,7 +15,8 @@ from fed_dpsat.lab.report.numbers import duration, in_unit, plain, wilson
 from fed_dpsat.lab.report.reading import Run, read_run
 from fed_dpsat.lab.report.sharpness import sharpness_words
 from fed_dpsat.lab.report.spending import Spending, read_spending
-from fed_dpsat.run.metric import CLASSIFICATION, Metric, metric_named
+from fed_dpsat.run.metric import CLASSIFICATION, metric_named
+from fed_dpsat.tasks.metric import Metric
 
 SECTIONS = ("Quality", "Spending and noise", "The model", "The clients", "The machine")
 
@@ -98,7 +99,7 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
         ("calibration error", plain(quality.get("ece")), f"ECE; MCE {plain(quality.get('mce'))}"),
         ("Brier score", plain(quality.get("brier")), f"NLL {plain(quality.get('nll'))} nats"),
     ]
-    others = [(metric_named(name), value) for name, value in run.others.items()]
+    others = [(metric_named(name, run.task), value) for name, value in run.others.items()]
     seconds = sum(line["seconds"] for line in run.timing)
     delta = f"at delta = {run.config.delta:g}, {run.config.accountant.upper()}" if run.config.private else "no noise"
     return [

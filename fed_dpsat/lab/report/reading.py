@@ -23,20 +23,10 @@ from typing import Any
 from fed_dpsat.client.given import FROM_PYTHON
 from fed_dpsat.errors import InputError, RunError
 from fed_dpsat.run.folder import RunFolder
-from fed_dpsat.run.metric import (
-    CLASSIFICATION,
-    LOSS,
-    METRICS,
-    UNDEFINED,
-    Metric,
-    Value,
-    metric_of,
-    metric_of_settings,
-    task_of,
-    value_of,
-)
+from fed_dpsat.run.metric import CLASSIFICATION, LOSS, metric_of, metric_of_settings, task_of, value_of
 from fed_dpsat.run.statement import trusted_ledger
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.tasks.metric import UNDEFINED, Metric, Value
 
 Line = dict[str, Any]
 UNFINISHED = "unfinished"
@@ -93,7 +83,7 @@ class Run:
         return list(self.environment.get("objects", []))
 
     @property
-    def score(self) -> Value:
+    def score(self) -> Value | None:
         """The main metric of the last evaluated model."""
         return value_of(self.evaluated[-1][self.metric.key]) if self.evaluated else None
 
@@ -103,7 +93,7 @@ class Run:
         return [line for line in self.evaluated if line[self.metric.key] != UNDEFINED]
 
     @property
-    def others(self) -> dict[str, Value]:
+    def others(self) -> dict[str, Value | None]:
         """The values of the other metrics of the last evaluated model by name, if the run states them."""
         stated = (self.quality or {}).get("metrics", {})
         return {name: value_of(value) for name, value in stated.items() if name != self.metric.name}
@@ -116,7 +106,7 @@ class Run:
     @property
     def num_draws(self) -> int | None:
         """The number of test examples if the main metric is a share of them, so that intervals by Wilson hold."""
-        return self.num_test if self.task == CLASSIFICATION and self.metric == METRICS["accuracy"] else None
+        return self.num_test if self.task == CLASSIFICATION and self.metric.name == "accuracy" else None
 
     @property
     def method(self) -> str:

@@ -17,7 +17,8 @@ from fed_dpsat.lab.report.numbers import duration, in_unit, plain, size, with_un
 from fed_dpsat.lab.report.palette import BLUE, GREEN, INK, VERMILLION, Colour, looks
 from fed_dpsat.lab.report.reading import Run
 from fed_dpsat.lab.report.spending import Spending
-from fed_dpsat.run.metric import LOSS, Metric, loss_unit, number_of, other_metrics, value_of
+from fed_dpsat.run.metric import LOSS, loss_unit, number_of, other_metrics, value_of
+from fed_dpsat.tasks.metric import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ def quality_curves(run: Run, folder: Path) -> Iterator[Drawing]:
     if not lines:
         return
     metric, of_loss = run.metric, loss_unit(run.task)
-    others = other_metrics(lines[0], metric)
+    others = other_metrics(lines[0], metric, run.task)
     rows = [
         (
             str(line["round"]),

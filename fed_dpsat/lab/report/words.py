@@ -9,8 +9,9 @@ from typing import Any
 from fed_dpsat.client.evaluation import measured_on
 from fed_dpsat.lab.report.numbers import plain
 from fed_dpsat.lab.report.reading import Run
-from fed_dpsat.run.metric import CLASSIFICATION, UNDEFINED
+from fed_dpsat.run.metric import CLASSIFICATION
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.tasks.metric import UNDEFINED
 
 STATUS = {
     "completed": "The run is complete.",

@@ -16,7 +16,8 @@ from pathlib import Path
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.sweep.statistics import difference, spread
 from fed_dpsat.lab.sweep.tables import COMPLETED
-from fed_dpsat.run.metric import PERCENT, Metric, metric_of
+from fed_dpsat.run.metric import metric_of
+from fed_dpsat.tasks.metric import PERCENT, Metric
 
 Cells = Mapping[tuple[str, str], Mapping[int, float]]
 """The metric in its unit by seed, by (row, column)."""

@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.sweep.spec import DEFAULTS, KNOWN, Axis, Spec, SweepError
-from fed_dpsat.run.metric import METRICS
+from fed_dpsat.run.metric import metrics_of, task_of
 from fed_dpsat.settings.flat import parse_overrides
 from fed_dpsat.settings.values import Scalar
 
@@ -46,10 +46,10 @@ NOT_IN_GRID |= dict.fromkeys(("ray_address", "device", "gpus_per_worker"), "set 
 NOT_IN_GRID |= dict.fromkeys(("task", "metric"), "set it in the base, because a table has one metric")
 TUNE_OWN = ("validation_share", "seeds")
 COLUMNS = (
-    *("stage", "split", "n", "failed", "chosen", "at_edge", *METRICS, "loss", "epsilon", "rounds", "seconds"),
+    *("stage", "split", "n", "failed", "chosen", "at_edge", "accuracy", "loss", "epsilon", "rounds", "seconds"),
     *("status", "error", "folder"),
 )
-"""Columns of the tables, which cannot be names of axes."""
+"""Columns of the tables, which cannot be names of axes; nor can the metrics of the task."""
 
 
 def read_spec(path: Path, overrides: Iterable[str] = (), only: Iterable[str] = ()) -> Spec:
@@ -66,7 +66,8 @@ def read_spec(path: Path, overrides: Iterable[str] = (), only: Iterable[str] = (
     grid = raw.get("grid", {})
     if not isinstance(grid, dict) or not grid:
         raise SweepError(f"{path}: [grid] is empty; give at least one axis, for instance seed = [0, 1, 2]")
-    axes = {name: _axis(name, values) for name, values in grid.items() if name != "seed"}
+    columns = {*COLUMNS, *(metric.name for metric in metrics_of(task_of(base)))}
+    axes = {name: _axis(name, values, columns) for name, values in grid.items() if name != "seed"}
     seeds = _seeds("grid.seed", grid.get("seed", [base.get("seed", DEFAULTS["seed"])]))
     tune = _tune(raw.get("tune", {}), axes)
     spec = Spec(base=base, axes=_only(axes, only), seeds=seeds, **tune)
@@ -94,10 +95,10 @@ def _base(base: object, path: Path) -> dict[str, Any]:
     return base
 
 
-def _axis(name: str, values: object) -> Axis:
+def _axis(name: str, values: object, columns: Collection[str]) -> Axis:
     where = f"grid.{name}"
     if isinstance(values, dict):
-        if name in COLUMNS:
+        if name in columns:
             raise SweepError(f"{where}: {name!r} is a column of the tables of results; give the axis another name")
         if name in KNOWN:
             raise SweepError(f"{where} is a table of bundles, but {name} is a setting; give the axis another name")

@@ -31,9 +31,10 @@ from fed_dpsat.lab.sweep.reading import read_spec
 from fed_dpsat.lab.sweep.spec import Cell, Run, Settings, Spec
 from fed_dpsat.lab.sweep.tables import Outcome, Row, metric_of_sweep, row, summarise, write
 from fed_dpsat.run.folder import jsonable, surroundings
-from fed_dpsat.run.metric import LOSS, Metric
+from fed_dpsat.run.metric import LOSS
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation.jobs import Jobs, open_jobs
+from fed_dpsat.tasks.metric import Metric
 
 NOT_COUNTED = (
     "the search for hyper-parameters used validation examples of the private training data, and these tables show "

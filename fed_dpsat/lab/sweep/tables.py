@@ -13,9 +13,10 @@ from typing import Any
 
 from fed_dpsat.lab.sweep.spec import Run, Settings, Spec
 from fed_dpsat.lab.sweep.statistics import deviation, half_width
-from fed_dpsat.run.metric import LOSS, Metric, metric_of, metric_of_settings, value_of
+from fed_dpsat.run.metric import LOSS, metric_of, metric_of_settings, value_of
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.values import Scalar
+from fed_dpsat.tasks.metric import Metric
 
 Row = dict[str, Any]
 Chosen = Mapping[tuple[str, ...], Settings]

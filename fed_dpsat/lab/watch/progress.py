@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from fed_dpsat import plugins
 from fed_dpsat.accounting.plans import read_table
-from fed_dpsat.run.metric import UNDEFINED, Metric, Value, metric_of_settings, value_of
+from fed_dpsat.run.metric import metric_of_settings, value_of
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.tasks.metric import UNDEFINED, Metric, Value
 
 Record = Mapping[str, Any]
 
@@ -35,7 +37,7 @@ class Progress:
             budget=max(budgets),
             delta=config.delta,
             accountant=config.accountant.upper(),
-            metric=metric_of_settings(config.settings()),
+            metric=metric_of_settings(config.settings(), getattr(plugins.load("task", config.task), "metrics", ())),
             rounds=list(earlier),
         )
 
@@ -61,7 +63,7 @@ class Progress:
         found = [record[name] for record in self.rounds if record[name] is not None]
         return [math.nan if value == UNDEFINED else float(value) for value in found]
 
-    def latest(self, name: str) -> Value:
+    def latest(self, name: str) -> Value | None:
         """``name`` of the last evaluated round; None before it."""
         return next((value_of(record[name]) for record in reversed(self.rounds) if record[name] is not None), None)
 

@@ -19,7 +19,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
     table.add_column()
     split = result.get("evaluated_on", "test")
     main = metric_of(result)
-    for metric in (main, *other_metrics(result, main)):
+    for metric in (main, *other_metrics(result, main, task_of(result))):
         direction = "" if metric.higher_is_better else ", lower is better"
         table.add_row(f"{split} {metric.label}", on_terminal(value_of(result[metric.key]), metric, 2) + direction)
     if f"personal_{main.name}" in result:

@@ -16,7 +16,8 @@ from fed_dpsat.lab.report.numbers import on_terminal
 from fed_dpsat.lab.watch.held import HeldWarnings
 from fed_dpsat.lab.watch.progress import Progress
 from fed_dpsat.lab.watch.sparkline import ASCII, BLOCKS, sparkline
-from fed_dpsat.run.metric import LOSS, Metric, Value
+from fed_dpsat.run.metric import LOSS
+from fed_dpsat.tasks.metric import Metric, Value
 
 NARROW = 70
 """With fewer columns, a bar goes below its numbers and not beside them."""
@@ -145,7 +146,7 @@ def _shown(main: Metric) -> list[Metric]:
     return [main] if main == LOSS else [main, LOSS]
 
 
-def _text(value: Value, metric: Metric) -> str:
+def _text(value: Value | None, metric: Metric) -> str:
     if metric == LOSS and isinstance(value, float) and not 1e3 <= abs(value) < math.inf:
         return f"{value:.3f}"
     return on_terminal(value, metric)

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from fed_dpsat.run.metric import METRICS
+from fed_dpsat.run.metric import metric_named
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 
@@ -39,7 +39,7 @@ def made_up(run_folder, tmp_path):
         (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         summary = json.loads((folder / "summary.json").read_text())
         del summary["test_accuracy"]
-        stated = {"task": task, "metric": dataclasses.asdict(METRICS[metric])}
+        stated = {"task": task, "metric": dataclasses.asdict(metric_named(metric, task))}
         last = {f"test_{key}": of[-1] for key, of in measured.items()}
         (folder / "summary.json").write_text(json.dumps({**summary, **stated, **last}))
         quality = {

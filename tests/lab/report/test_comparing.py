@@ -20,7 +20,7 @@ from fed_dpsat.lab.report.comparing_figures import mean_curve, mean_text
 from fed_dpsat.lab.report.comparing_page import as_csv, as_data, as_table, write_comparison
 from fed_dpsat.lab.report.condensed import read_runs, write_runs
 from fed_dpsat.lab.report.reading import Run, read_run
-from fed_dpsat.run.metric import METRICS
+from fed_dpsat.run.metric import metric_of
 from fed_dpsat.settings.config import RunConfig
 
 
@@ -140,10 +140,10 @@ def test_one_promise_is_comparable():
 def test_curves_are_over_the_rounds_that_all_seeds_have():
     long = dataclasses.replace(made(0.8, seed=1), rounds=(*made(0.8).rounds, {**made(0.9).rounds[1], "round": 2}))
     group = compare([made(0.9), long]).groups[0]
-    assert [at for at, _ in mean_curve(group, METRICS["accuracy"], "round")] == [0.0, 1.0]
-    assert mean_curve(group, METRICS["accuracy"], "round")[1][1].mean == pytest.approx(85.0)
-    assert [at for at, _ in mean_curve(group, METRICS["accuracy"], "epsilon")] == [0.0, 3.0]
-    assert mean_curve(compare([made(0.9, private=False)]).groups[0], METRICS["accuracy"], "epsilon") == []
+    assert [at for at, _ in mean_curve(group, metric_of({}), "round")] == [0.0, 1.0]
+    assert mean_curve(group, metric_of({}), "round")[1][1].mean == pytest.approx(85.0)
+    assert [at for at, _ in mean_curve(group, metric_of({}), "epsilon")] == [0.0, 3.0]
+    assert mean_curve(compare([made(0.9, private=False)]).groups[0], metric_of({}), "epsilon") == []
 
 
 def test_rows_are_csv_and_json_too():

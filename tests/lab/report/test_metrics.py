@@ -17,7 +17,7 @@ from fed_dpsat.lab.report.page import cards, write_report
 from fed_dpsat.lab.report.reading import read_run
 from fed_dpsat.lab.report.training_figures import quality_curves
 from fed_dpsat.lab.report.words import not_shown
-from fed_dpsat.run.metric import METRICS
+from fed_dpsat.run.metric import metric_named
 
 RMSE = (80.0, 62.0, 58.0, 54.25)
 
@@ -109,7 +109,7 @@ def test_the_smallest_error_is_first_and_on_the_front(made_up, tmp_path):
     )  # fmt: skip
     write_runs([read_run(path) for path in paths], tmp_path / "runs.jsonl")
     again = compare(read_runs([tmp_path / "runs.jsonl"]))
-    assert (again.task, again.metric) == ("regression", METRICS["rmse"])
+    assert (again.task, again.metric) == ("regression", metric_named("rmse", "regression"))
     assert [group.score for group in again.groups] == [group.score for group in found.groups]
     assert len(mean_curve(again.groups[0], again.metric, "round")) == 4
 

@@ -17,7 +17,8 @@ from fed_dpsat.lab.report.numbers import (
     spread_out,
     wilson,
 )
-from fed_dpsat.run.metric import METRICS, UNDEFINED, Metric
+from fed_dpsat.run.metric import metric_named
+from fed_dpsat.tasks.metric import UNDEFINED, Metric
 
 
 def test_mean_and_interval_by_hand():
@@ -85,20 +86,20 @@ def test_rows_are_spread_and_hold_both_ends():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "page", "terminal"),
+    ("task", "name", "value", "page", "terminal"),
     [
-        ("accuracy", 0.9111, "91.1 %", "91.1%"),
-        ("rmse", 54.16234, "54.16", "54.16"),
-        ("rmse", 12345.0, "12,340", "12,340"),
-        ("perplexity", math.inf, "∞", "inf"),
-        ("r2", -0.25, "-0.2500", "-0.2500"),
-        ("auroc", UNDEFINED, "undefined", "undefined"),
-        ("auroc", None, "\u2013", "not evaluated"),
+        ("classification", "accuracy", 0.9111, "91.1 %", "91.1%"),
+        ("regression", "rmse", 54.16234, "54.16", "54.16"),
+        ("regression", "rmse", 12345.0, "12,340", "12,340"),
+        ("causal-lm", "perplexity", math.inf, "∞", "inf"),
+        ("regression", "r2", -0.25, "-0.2500", "-0.2500"),
+        ("multilabel", "auroc", UNDEFINED, "undefined", "undefined"),
+        ("multilabel", "auroc", None, "\u2013", "not evaluated"),
     ],
 )
-def test_values_are_in_the_unit_of_their_metric(name, value, page, terminal):
-    assert in_unit(value, METRICS[name]) == page
-    assert on_terminal(value, METRICS[name]) == terminal
+def test_values_are_in_the_unit_of_their_metric(task, name, value, page, terminal):
+    assert in_unit(value, metric_named(name, task)) == page
+    assert on_terminal(value, metric_named(name, task)) == terminal
 
 
 def test_a_unit_of_your_own_is_behind_the_number():

@@ -24,7 +24,7 @@ from fed_dpsat.lab.sweep import run_sweep
 from fed_dpsat.lab.sweep.budget import Cost
 from fed_dpsat.lab.sweep.execute import Result
 from fed_dpsat.lab.sweep.reading import read_spec
-from fed_dpsat.run.metric import METRICS
+from fed_dpsat.run.metric import metric_named
 
 SMALL = """
 base = { num_rounds = 2, delta = 1e-4, num_clients = 2, sample_rate = 0.2, noise_multiplier = 1.0 }
@@ -296,12 +296,12 @@ def test_killed_with_workers_it_goes_on_to_the_same_table(file, whole, tmp_path)
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Runs without training: ``measured(metric, {lr: value})`` is what each run with this lr reports."""
+    """Runs without training: ``measured(task, metric, {lr: value})`` is what each run with this lr reports."""
 
-    def of(metric, values, task="regression"):
+    def of(task, metric, values):
         def execute(attempt):
             value = values[attempt.run.config.lr]
-            stated = {"task": task, "metric": dataclasses.asdict(METRICS[metric])}
+            stated = {"task": task, "metric": dataclasses.asdict(metric_named(metric, task))}
             more = {"epsilon": 1.0, "noise_multiplier": 1.0, "rounds_completed": 2, "seconds": 1.0}
             summary = {"status": "completed", **stated, f"test_{metric}": value, "test_loss": 1.0, **more}
             return Result(summary=summary, wall_seconds=1.0)
@@ -315,18 +315,18 @@ THREE = SMALL.replace("lr = [0.0, 4.0]", "lr = [1.0, 2.0, 4.0]")
 
 
 @pytest.mark.parametrize(
-    ("metric", "values", "chosen"),
+    ("task", "metric", "values", "chosen"),
     [
-        ("rmse", {1.0: 80.0, 2.0: 50.0, 4.0: 60.0}, 2.0),
-        ("rmse", {1.0: 80.0, 2.0: "inf", 4.0: 90.0}, 1.0),
-        ("rmse", {1.0: 80.0, 2.0: "undefined", 4.0: 60.0}, 4.0),
-        ("r2", {1.0: -0.5, 2.0: 0.5, 4.0: 0.25}, 2.0),
-        ("perplexity", {1.0: 30.0, 2.0: 9.0, 4.0: 9.0}, 2.0),
+        ("regression", "rmse", {1.0: 80.0, 2.0: 50.0, 4.0: 60.0}, 2.0),
+        ("regression", "rmse", {1.0: 80.0, 2.0: "inf", 4.0: 90.0}, 1.0),
+        ("regression", "rmse", {1.0: 80.0, 2.0: "undefined", 4.0: 60.0}, 4.0),
+        ("regression", "r2", {1.0: -0.5, 2.0: 0.5, 4.0: 0.25}, 2.0),
+        ("causal-lm", "perplexity", {1.0: 30.0, 2.0: 9.0, 4.0: 9.0}, 2.0),
     ],
 )
-def test_a_sweep_chooses_by_the_metric_and_its_direction(tmp_path, measured, metric, values, chosen):
+def test_a_sweep_chooses_by_the_metric_and_its_direction(tmp_path, measured, task, metric, values, chosen):
     (tmp_path / "sweep.toml").write_text(THREE)
-    measured(metric, values)
+    measured(task, metric, values)
     swept = run_sweep(tmp_path / "sweep.toml", tmp_path / "out")
     said = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [row["lr"] for row in said["chosen"]] == [chosen, chosen]
@@ -340,7 +340,7 @@ def test_a_sweep_chooses_by_the_metric_and_its_direction(tmp_path, measured, met
 
 def test_the_terminal_shows_the_metric_of_the_sweep(tmp_path, measured):
     (tmp_path / "sweep.toml").write_text(SMALL.replace("lr = [0.0, 4.0]", "lr = [4.0]"))
-    measured("rmse", {4.0: 54.125})
+    measured("regression", "rmse", {4.0: 54.125})
     shown = " ".join(invoke(tmp_path / "sweep.toml", "--out", tmp_path / "out").output.split())
     assert "test RMSE (lower is better)" in shown
     assert "RMSE 54.12 1.0 s" in shown
@@ -351,10 +351,10 @@ def test_the_terminal_shows_the_metric_of_the_sweep(tmp_path, measured):
 
 def test_nothing_is_chosen_by_a_metric_without_a_value(tmp_path, measured):
     (tmp_path / "sweep.toml").write_text(THREE)
-    measured("auroc", dict.fromkeys((1.0, 2.0, 4.0), "undefined"), task="classification")
+    measured("classification", "auroc", dict.fromkeys((1.0, 2.0, 4.0), "undefined"))
     with pytest.raises(RunError, match=r"dp-sgd: AUROC is undefined .* raise tune\.validation_share"):
         run_sweep(tmp_path / "sweep.toml", tmp_path / "out")
     (tmp_path / "sweep.toml").write_text(SMALL[: SMALL.index("[tune]")])
-    measured("auroc", {2.0: "undefined"}, task="classification")
+    measured("classification", "auroc", {2.0: "undefined"})
     shown = " ".join(invoke(tmp_path / "sweep.toml", "--out", tmp_path / "out").output.split())
     assert shown.count(" undefined ") >= 2

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fed_dpsat.lab.watch.progress import Progress
-from fed_dpsat.run.metric import METRICS
+from fed_dpsat.run.metric import metric_named
 from fed_dpsat.settings.config import RunConfig
 
 
@@ -59,7 +59,7 @@ def test_the_budget_is_the_largest_of_a_client():
 
 
 def test_the_metric_is_that_of_the_settings(progress):
-    assert progress.metric == METRICS["accuracy"]
+    assert progress.metric == metric_named("accuracy", "classification")
 
 
 def test_an_undefined_value_is_a_gap_of_the_curve_and_undefined_as_the_last_one(progress):

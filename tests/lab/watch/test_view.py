@@ -10,7 +10,7 @@ from rich.console import Console
 from fed_dpsat.lab.watch.held import HeldWarnings
 from fed_dpsat.lab.watch.progress import Progress
 from fed_dpsat.lab.watch.view import View, duration, round_line
-from fed_dpsat.run.metric import LOSS, METRICS
+from fed_dpsat.run.metric import LOSS, metric_named
 from fed_dpsat.settings.config import RunConfig
 
 
@@ -33,11 +33,11 @@ class Clock:
         return self.now
 
 
-def shown(config, records, *, width, warnings=(), encoding="utf-8", metric=METRICS["accuracy"]):
+def shown(config, records, *, width, warnings=(), encoding="utf-8", metric=None):
     """The text of the view 1 s after the last record, each of which came after 2 s."""
     clock, held = Clock(), HeldWarnings()
     progress = Progress.of(config)
-    progress.metric = metric
+    progress.metric = metric or progress.metric
     view = View(title="mine: dp-sat", progress=progress, held=held, clock=clock)
     for line in records:
         clock.now += 2.0
@@ -147,17 +147,17 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def of_metric(name, values, *, width=80):
-    """The lines of the view of a run with the metric ``name``."""
+def of_metric(task, name, values, *, width=80):
+    """The lines of the view of a run with the metric ``name`` of ``task``."""
     records = [record(i) | {f"test_{name}": value} for i, value in enumerate(values)]
-    return shown(CONFIG, records, width=width, metric=METRICS[name])
+    return shown(CONFIG, records, width=width, metric=metric_named(name, task))
 
 
 def test_a_metric_has_its_name_its_unit_and_says_what_is_best():
-    (_, _, error, loss, *_) = of_metric("rmse", (80.0, 60.0, 54.1234))
+    (_, _, error, loss, *_) = of_metric("regression", "rmse", (80.0, 60.0, 54.1234))
     assert error == "RMSE      54.12    █▂▁                               54.12 (best) to 80.00"
     assert loss.startswith("loss      2.000")
-    (_, _, share, *_) = of_metric("token_accuracy", (0.0, 0.25))
+    (_, _, share, *_) = of_metric("causal-lm", "token_accuracy", (0.0, 0.25))
     assert share.startswith("token accuracy 25.0%")
     assert share.endswith("0.0% to 25.0%")
 
@@ -165,18 +165,18 @@ def test_a_metric_has_its_name_its_unit_and_says_what_is_best():
 @pytest.mark.parametrize("width", [20, 40, 69, 70, 120])
 @pytest.mark.parametrize("value", [1.234567e9, "undefined", float("inf")])
 def test_long_names_and_values_fit(width, value):
-    lines = of_metric("average_precision", (0.5, value), width=width)
+    lines = of_metric("multilabel", "average_precision", (0.5, value), width=width)
     assert max(len(line) for line in lines) <= width
-    lines = of_metric("perplexity", (0.5, value), width=width)
+    lines = of_metric("causal-lm", "perplexity", (0.5, value), width=width)
     assert max(len(line) for line in lines) <= width
     assert "perplexity" in " ".join(lines)
 
 
 def test_a_metric_that_is_undefined_is_not_0():
-    lines = of_metric("auroc", ("undefined", "undefined"))
+    lines = of_metric("multilabel", "auroc", ("undefined", "undefined"))
     assert lines[2].split()[:2] == ["AUROC", "undefined"]
     progress = Progress.of(CONFIG)
-    progress.metric = METRICS["auroc"]
+    progress.metric = metric_named("auroc", "multilabel")
     progress.add(record(1, test_auroc="undefined"))
     assert "AUROC undefined  loss 2.250" in round_line(progress)
     progress.add(record(2, test_auroc=0.75))
