@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -28,9 +30,5 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:
         )
     order = np.random.default_rng(seed).permutation(total)
     held, kept = np.sort(order[:size]), np.sort(order[size:])
-    return Dataset(
-        name=dataset.name,
-        train=dataset.train.rows(torch.from_numpy(kept)),
-        test=dataset.train.rows(torch.from_numpy(held)),
-        class_names=dataset.class_names,
-    )
+    train, test = (dataset.train.rows(torch.from_numpy(rows)) for rows in (kept, held))
+    return dataclasses.replace(dataset, train=train, test=test)

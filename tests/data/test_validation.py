@@ -49,3 +49,9 @@ def test_normalisation_and_order_stay():
     assert (held.train.mean, held.test.std) == (whole.train.mean, whole.train.std)
     rows = [int((whole.train.inputs == x).flatten(1).all(1).nonzero()[0]) for x in held.train.inputs[:50]]
     assert rows == sorted(rows)
+
+
+def test_the_scale_of_numbers_stays():
+    numbers = Examples(inputs=torch.zeros(8, 1), labels=torch.arange(8.0), mean=(0.0,), std=(1.0,))
+    whole = Dataset(name="numbers", train=numbers, test=numbers, label_scale=((3.5, 2.0),))
+    assert hold_out(whole, 0.25, 0).label_scale == ((3.5, 2.0),)

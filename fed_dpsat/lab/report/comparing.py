@@ -177,7 +177,8 @@ def _common_metric(runs: Sequence[Run]) -> tuple[str, Metric]:
         kinds.setdefault((run.task, run.metric), []).append(run)
     if len(kinds) > 1:
         shown = [
-            f"{metric.label} of {task} in {len(of)} runs, such as {of[0].name}" for (task, metric), of in kinds.items()
+            f"{metric.label} of {task} in {of[0].name}" + (f" and {len(of) - 1} more" if of[1:] else "")
+            for (task, metric), of in kinds.items()
         ]
         raise InputError(
             f"these runs have different metrics, whose values have no common scale: {'; '.join(shown)}; compare the "

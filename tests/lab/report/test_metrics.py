@@ -116,9 +116,9 @@ def test_the_smallest_error_is_first_and_on_the_front(made_up, tmp_path):
 
 def test_runs_of_different_metrics_are_refused(run_folder, made_up):
     other = made_up("other", "regression", "rmse", RMSE)
-    words = r"accuracy of classification in 1 runs, such as run; RMSE of regression in 1 runs, such as other"
+    words = "accuracy of classification in run; RMSE of regression in other and 1 more"
     with pytest.raises(InputError, match=words):
-        compare([read_run(run_folder), read_run(other)])
+        compare([read_run(run_folder), read_run(other), read_run(other)])
 
 
 def test_a_group_with_an_undefined_run_has_no_mean(made_up, tmp_path):

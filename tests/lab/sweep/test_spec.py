@@ -12,6 +12,7 @@ import pytest
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.sweep.reading import read_spec
 from fed_dpsat.lab.sweep.spec import digest
+from fed_dpsat.lab.sweep.tables import metric_of_sweep
 
 ROOT = Path(__file__).parents[3]
 BASE = 'base = { num_rounds = 2, target_epsilon = 2.0, delta = 1e-4, num_clients = 3, model = "linear" }\n'
@@ -118,6 +119,9 @@ ALL = BASE + GRID + METHODS + TUNE
         (BASE + "[grid]\nseed = [-1]\n", "not all integers of at least 0"),
         (BASE + "[grid]\nepsilon = [1]\n", "grid: 'epsilon' is not a setting; did you mean target_epsilon"),
         (BASE + "[grid.accuracy]\na = { lr = 1 }\n", "'accuracy' is a column of the tables"),
+        (BASE + "[grid.auroc]\na = { lr = 1 }\n", "'auroc' is a column of the tables"),
+        (BASE + "[grid]\nmetric = ['accuracy', 'auroc']\n", "grid sets metric; set it in the base, because a table has"),
+        (BASE + "[grid.on]\na = { task = 'regression' }\n", "grid.on.a sets task; set it in the base"),
         (BASE + "[grid]\nlrr = [1]\n", "grid: 'lrr' is not a setting; did you mean lr"),
         (BASE + "[grid]\nmethods = ['dp-sgd']\n", "an axis of named bundles is a table, [grid.NAME]"),
         (BASE + "[grid.method]\na = { optimiser = 'dp-sgd' }\n", "grid.method.a: 'optimiser' is not a setting"),
@@ -159,3 +163,10 @@ def test_the_example_of_the_documentation_is_valid(tmp_path):
     (tmp_path / "sweep.toml").write_text(example)
     spec = read_spec(tmp_path / "sweep.toml")
     assert [len(spec.tune_runs(cell)) for cell in spec.cells()] == [6, 18] * 3
+
+
+def test_the_base_names_the_metric(load):
+    of = 'task = "regression", metric = "mae", num_rounds'
+    assert metric_of_sweep(load(BASE + GRID), []).name == "accuracy"
+    assert metric_of_sweep(load(BASE.replace("num_rounds", of) + GRID), []).name == "mae"
+    assert metric_of_sweep(load(BASE + GRID, ["metric=auroc"]), []).label == "AUROC"

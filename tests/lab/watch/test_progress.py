@@ -68,3 +68,15 @@ def test_an_undefined_value_is_a_gap_of_the_curve_and_undefined_as_the_last_one(
     assert [str(value) for value in progress.measured("test_accuracy")] == ["0.5", "nan"]
     assert progress.latest("test_accuracy") == "undefined"
     assert progress.latest("test_loss") == 1.0
+
+
+def test_the_metric_of_your_own_task_is_that_of_its_class(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from fed_dpsat.tasks.metric import Metric\n"
+        "class Dose:\n    metrics = (Metric(name='error', label='error of dose', higher_is_better=False, unit='mg'),)\n"
+        "def made():\n    return Dose()\n"
+    )
+    named, made = (
+        Progress.of(RunConfig(noise_multiplier=1.0, task=f"{tmp_path}/mine.py:{of}")).metric for of in ("Dose", "made")
+    )
+    assert (named.heading, made.name) == ("error of dose (mg, lower is better)", "loss")
