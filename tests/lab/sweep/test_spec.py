@@ -120,7 +120,7 @@ ALL = BASE + GRID + METHODS + TUNE
         (BASE + "[grid]\nepsilon = [1]\n", "grid: 'epsilon' is not a setting; did you mean target_epsilon"),
         (BASE + "[grid.accuracy]\na = { lr = 1 }\n", "'accuracy' is a column of the tables"),
         (BASE + "[grid.auroc]\na = { lr = 1 }\n", "'auroc' is a column of the tables"),
-        (BASE + "[grid]\nmetric = ['accuracy', 'auroc']\n", "grid sets metric; set it in the base, because a table has"),
+        (BASE + "[grid]\nmetric = ['accuracy', 'auroc']\n", "grid sets metric; set it in the base, because a"),
         (BASE + "[grid.on]\na = { task = 'regression' }\n", "grid.on.a sets task; set it in the base"),
         (BASE + "[grid]\nlrr = [1]\n", "grid: 'lrr' is not a setting; did you mean lr"),
         (BASE + "[grid]\nmethods = ['dp-sgd']\n", "an axis of named bundles is a table, [grid.NAME]"),
