@@ -9,7 +9,7 @@ import torch
 from sklearn import metrics as sk
 
 from fed_dpsat.data.sequences import IGNORED
-from fed_dpsat.tasks.base import UNDEFINED
+from fed_dpsat.tasks.metric import UNDEFINED
 from fed_dpsat.tasks.classification import Classification
 from fed_dpsat.tasks.multilabel import Multilabel
 from fed_dpsat.tasks.regression import Regression
