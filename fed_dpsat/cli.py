@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, resume, check, sweep, list, calibrate, plan, ledger, audit, sharpness, report, compare."""
+"""``fed-dpsat``: run, resume, check, data, sweep, list, calibrate, plan, ledger, audit, sharpness, report, compare."""
 
 from __future__ import annotations
 
@@ -131,6 +131,36 @@ def _check_line(checked: Checked) -> str:
     of_part = "" if checked.part == "trial" else f", {checked.checks} checks"
     said = f"NOT FINE: {checked.problem}" if checked.problem else f"fine{of_part}"
     return f"{checked.part:10} {checked.name}: {said}" + (f" ({checked.note})" if checked.note else "")
+
+
+@app.command()
+def data(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the clients' examples: .png, .svg or .pdf.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the data set of CONFIG and its division among clients, before any training and without a model."""
+    from fed_dpsat.client.evaluation import measured_on
+    from fed_dpsat.data.describe import describe
+    from fed_dpsat.data.federated import Federated
+    from fed_dpsat.lab import data_view
+
+    with _clear_errors():
+        settings = data_view.settings_of(config, overrides or ())
+        found = Federated.build(settings)
+        described = describe(found.dataset, found.partitions, settings.partition, settings.partition_by)
+        if picture is not None:
+            data_view.draw_partition(described, picture)
+    if as_json:
+        return _print_json(dataclasses.asdict(described))
+    for part in data_view.view(described, measured_on(settings), out_console.width):
+        out_console.print(part, highlight=False, markup=False)
+    if picture is not None:
+        out_console.print(str(picture), soft_wrap=True, highlight=False)
+    return None
 
 
 @app.command(name="list")

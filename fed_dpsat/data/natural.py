@@ -66,12 +66,18 @@ def column(columns: Mapping[str, np.ndarray], name: str, partition: str) -> np.n
     values = columns[name]
     if values.ndim != 1:
         raise DataError(f"column {name!r} is {values.dtype} {list(values.shape)}, not one value for each example [N]")
-    if len(missing := np.flatnonzero((values != values) | (values == None) | (values == ""))):  # noqa: E711
+    if len(missing := np.flatnonzero(without_value(values))):
         raise DataError(
             f"column {name!r} has no value for {len(missing)} of {len(values)} training examples, the first is "
             f"{missing[0]}; give each a value, or remove the example"
         )
     return values
+
+
+def without_value(values: np.ndarray) -> np.ndarray:
+    """``[N]`` bool: None, NaN, a time that is none, or empty text."""
+    none: np.ndarray = (values != values) | (values == None) | (values == "")  # noqa: E711
+    return none
 
 
 def coded(columns: Mapping[str, np.ndarray], name: str, partition: str) -> tuple[np.ndarray, np.ndarray]:

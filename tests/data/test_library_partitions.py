@@ -14,9 +14,9 @@ from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.data import VERTICAL
 
-LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))
-USERS = np.random.default_rng(1).permutation(np.repeat(np.arange(20).astype(str), 50))
-COLUMNS = {"user": USERS, "age": np.random.default_rng(2).normal(50, 10, 1000)}
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 30))
+USERS = np.random.default_rng(1).permutation(np.repeat(np.arange(20).astype(str), 15))
+COLUMNS = {"user": USERS, "age": np.random.default_rng(2).normal(50, 10, 300)}
 OWN = {"IidPartitioner", "DirichletPartitioner", "ShardPartitioner"}
 RESHAPED = {"VerticalEvenPartitioner", "VerticalSizePartitioner"}
 
@@ -31,14 +31,14 @@ ROWS = {
     "linear": ("", "", 10),
     "natural-id": ("user", "", 20),
     "pathological": ("", "", 10),
-    "size": ("", "partition_sizes = [700, 200, 100]", 3),
-    "square": ("", "", 10),
+    "size": ("", "partition_sizes = [210, 60, 30]", 3),
+    "square": ("", "", 5),
 }
 
 
 def dealt(name, by="", arguments="", num_clients=10, seed=0, labels=LABELS, columns=COLUMNS, **more):
     settings = {"dirichlet_alpha": 0.3, "classes_per_client": 2, **more, "partition_by": by, "seed": seed}
-    settings |= {"labels": labels, "columns": columns, "num_examples": 1000, "num_clients": num_clients}
+    settings |= {"labels": labels, "columns": columns, "num_examples": 300, "num_clients": num_clients}
     return plugins.build("partition", name, settings, arguments)
 
 
@@ -58,16 +58,16 @@ def test_equal_arguments_give_equal_parts_and_the_seed_decides_who_is_in_them(na
     by, arguments, num_clients = ROWS[name]
     first, again, other = (dealt(name, by, arguments, num_clients, seed) for seed in (0, 0, 1))
     assert all(part.dtype == np.int64 and np.array_equal(part, np.sort(part)) for part in first)
-    assert len(np.unique(np.concatenate(first))) == sum(map(len, first)) <= 1000
+    assert len(np.unique(np.concatenate(first))) == sum(map(len, first)) <= 300
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     same = all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
     assert same == (name == "natural-id")
 
 
 def test_sizes_are_those_of_the_class():
-    assert [len(part) for part in dealt("linear", num_clients=4)] == [100, 200, 300, 400]
-    assert [len(part) for part in dealt("square", num_clients=2)] == [200, 800]
-    assert [len(part) for part in dealt("size", arguments="partition_sizes = [700, 300]", num_clients=2)] == [700, 300]
+    assert [len(part) for part in dealt("linear", num_clients=4)] == [30, 60, 90, 120]
+    assert [len(part) for part in dealt("square", num_clients=2)] == [60, 240]
+    assert [len(part) for part in dealt("size", arguments="partition_sizes = [210, 90]", num_clients=2)] == [210, 90]
 
 
 def test_settings_fill_arguments_and_partition_args_win():
@@ -76,7 +76,7 @@ def test_settings_fill_arguments_and_partition_args_win():
     fewer = dealt("pathological", arguments="num_classes_per_partition = 1", classes_per_client=3)
     assert all(len(set(LABELS[part])) == 1 for part in fewer)
     even, skewed = (dealt("inner-dirichlet", dirichlet_alpha=alpha) for alpha in (100.0, 0.05))
-    assert [len(part) for part in even] == [len(part) for part in skewed] == [100] * 10
+    assert [len(part) for part in even] == [len(part) for part in skewed] == [30] * 10
     assert np.mean([len(set(LABELS[part])) for part in even]) > np.mean([len(set(LABELS[part])) for part in skewed])
 
 
@@ -101,7 +101,7 @@ def test_nothing_is_printed():
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         dealt("natural-id", "user", num_clients=20)
-        assert sum(map(len, dealt("pathological", num_clients=3))) < 1000
+        assert sum(map(len, dealt("pathological", num_clients=3))) < 300
     assert not said.getvalue()
 
 
@@ -128,7 +128,7 @@ def test_nothing_is_printed():
             "refuses: All partition sizes must be greater",
         ),
         ("id-to-size-fnc", {"arguments": "partition_id_to_size_fn = 'numpy:sqrtt'"}, "did you mean sqrt"),
-        ("linear", {"num_clients": 1001}, r"num_clients=1001 is not in \[1, 1000\]"),
+        ("linear", {"num_clients": 301}, r"num_clients=301 is not in \[1, 300\]"),
     ],
 )
 def test_what_cannot_be_divided_is_one_clear_line(name, options, words):
