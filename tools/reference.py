@@ -31,6 +31,7 @@ SECTIONS = (
     (
         "Guides",
         (
+            "partitions.md",
             "recipes.md",
             "models.md",
             "tasks.md",
