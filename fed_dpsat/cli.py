@@ -259,8 +259,7 @@ def plan(
         experiment = Experiment.build(settings)
         rows, reason = plan_table(
             experiment.loss_fn.module,
-            experiment.dataset.input_shape,
-            settings.physical_batch_size,
+            experiment.made_up_inputs(settings.physical_batch_size),
             kernels=settings.kernels,
             timed=timed,
         )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fed_dpsat import plugins
 from fed_dpsat.accounting.plans import read_table
@@ -21,6 +22,7 @@ from fed_dpsat.client.task import build_task
 from fed_dpsat.client.train import CLIPPING, Training
 from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.federated import Federated, seeded
+from fed_dpsat.data.made_up import made_up_examples
 from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.models.ties import check_memory, named_tensors
 from fed_dpsat.params import Params, trainable
@@ -139,6 +141,11 @@ class Experiment(Training):
     def shared(self, round: int = 1) -> Params:
         """The initial values of the parameters that ``round`` sends and averages: all but the ``personal`` ones."""
         return without(self.trained(round), self.personal)
+
+    def made_up_inputs(self, count: int) -> Tensor | dict[str, Tensor]:
+        """``count`` made-up inputs of the model, as one batch on its device."""
+        examples = made_up_examples(self.dataset.train, None, count, self.dataset.num_classes)
+        return examples.batch(torch.arange(count), self.device)[0]
 
     @functools.cached_property
     def test_shares(self) -> list[np.ndarray]:

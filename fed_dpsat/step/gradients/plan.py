@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpsat.params import trainable
+from fed_dpsat.step.examples import Examples, count
 from fed_dpsat.step.generators import training_on
 from fed_dpsat.step.gradients import conv, linear, planned
 from fed_dpsat.step.gradients.capture import Call, Tape
 from fed_dpsat.step.gradients.contribution import Contribution, Parts, Rows, Unplanned
 from fed_dpsat.step.gradients.derived import leaves_of
 from fed_dpsat.step.gradients.formats import is_channels_last, laid_out
-from fed_dpsat.step.gradients.loss import ModelLoss
+from fed_dpsat.step.gradients.loss import ModelLoss, logits_of
 from fed_dpsat.step.gradients.product import Product
 from fed_dpsat.step.gradients.routes import routes_of
 from fed_dpsat.step.placement import device_of, finish
@@ -46,22 +47,21 @@ class Row:
 
 def plan_table(
     module: nn.Module,
-    input_shape: tuple[int, ...],
-    batch: int,
+    inputs: Examples,
     *,
     kernels: str = "auto",
     timed: bool = False,
     repeats: int = 5,
 ) -> tuple[list[Row], str]:
-    """Rows in the order of the forward pass on made-up images of ``input_shape``; or why each example has its own pass.
+    """Rows in the order of the forward pass on made-up ``inputs``; or why each example has its own pass.
 
     ``timed`` runs every strategy that fits a layer ``repeats`` times and keeps the median: norms and weighted sum.
     """
-    loss, params = ModelLoss(module, _any_loss, kernels=kernels), trainable(module)
+    loss, params, batch = ModelLoss(module, _any_loss, kernels=kernels), trainable(module), count(inputs)
     device = device_of(module)
-    inputs = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0)).to(device)
     targets = torch.zeros(batch, device=device)
-    inputs = laid_out(inputs, planned.channels_last(loss, params, inputs, targets))
+    if isinstance(inputs, Tensor):
+        inputs = laid_out(inputs, planned.channels_last(loss, params, inputs, targets))
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     tape = Tape(keep_calls=True)
     try:
@@ -105,8 +105,8 @@ def plan_text(rows: list[Row], reason: str) -> str:
     return "\n".join(lines)
 
 
-def _any_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    return outputs.flatten(1).square().sum(1)
+def _any_loss(outputs: Any, targets: Tensor) -> Tensor:
+    return logits_of(outputs).flatten(1).square().sum(1)
 
 
 def _held(call: Call) -> list[Tensor]:

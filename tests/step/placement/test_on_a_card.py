@@ -199,11 +199,13 @@ def test_the_proximal_term_pulls_there(there, drawn):
 
 def test_the_plan_of_a_card_is_of_what_runs_there(there):
     torch.manual_seed(0)
-    rows, reason = plan_table(cnn().to(there), (1, 8, 8), 4, timed=True, repeats=1)
+    rows, reason = plan_table(cnn().to(there), torch.zeros(4, 1, 8, 8, device=there), timed=True, repeats=1)
     assert not reason
     assert [row.strategy for row in rows if row.layer == "conv2d"] == ["rows", "rows", "rows"]
     assert not any(row.channels_last for row in rows)
-    deep, _ = plan_table(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).to(there), (64, 2, 2), 4)
+    deep, _ = plan_table(
+        nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)).to(there), torch.zeros(4, 64, 2, 2, device=there)
+    )
     assert [row.strategy for row in deep] == ["product"]
 
 
