@@ -1,4 +1,4 @@
-"""``fed-dpsat``: run, resume, check, data, sweep, list, calibrate, plan, ledger, audit, sharpness, report, compare."""
+"""``fed-dpsat``: its commands, from run to compare, each a few lines over the module that does its work."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def plan(
     timed: Annotated[bool, typer.Option("--timed", help="Also time every strategy that fits a layer.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the way in which the planned engine computes the per-example gradients of each layer."""
+    """Show how the planned engine computes the per-example gradients of each layer, and the size of a message."""
     from fed_dpsat.client.build import Experiment
     from fed_dpsat.step.gradients.plan import plan_table, plan_text
 
@@ -263,9 +263,22 @@ def plan(
             kernels=settings.kernels,
             timed=timed,
         )
+        shared = experiment.shared(settings.num_rounds).values()
+        sizes = {
+            "parameters": sum(p.numel() for p in experiment.loss_fn.module.parameters()),
+            "sent_parameters": sum(p.numel() for p in shared),
+            "sent_bytes": sum(p.nbytes for p in shared),
+        }
     if as_json:
-        return _print_json({"layers": [dataclasses.asdict(row) for row in rows], "one_by_one_because": reason})
+        layers = [dataclasses.asdict(row) for row in rows]
+        return _print_json({"layers": layers, "one_by_one_because": reason, **sizes})
     out_console.print(plan_text(rows, reason), markup=False, highlight=False, soft_wrap=True)
+    out_console.print(
+        f"A client receives {sizes['sent_parameters']:,} of {sizes['parameters']:,} parameters in a round, "
+        f"{sizes['sent_bytes']:,} bytes in float32; update_codec says in which form they return.",
+        highlight=False,
+        soft_wrap=True,
+    )
     return None
 
 

@@ -175,6 +175,14 @@ def test_plan_names_a_strategy_per_layer():
     assert "13.weight" in invoke("plan", *arguments).output
 
 
+def test_plan_says_what_a_client_receives():
+    arguments = ["--set", "target_epsilon=3", "--set", "model=mlp", "--set", "train_layers=head"]
+    found = json.loads(invoke("plan", "--json", *arguments).stdout)
+    assert (found["parameters"], found["sent_parameters"], found["sent_bytes"]) == (9610, 1290, 5160)
+    said = "A client receives 1,290 of 9,610 parameters in a round, 5,160 bytes in float32"
+    assert said in invoke("plan", *arguments).output
+
+
 def test_help_names_every_setting():
     result = subprocess.run(
         [sys.executable, "-m", "fed_dpsat.cli", "run", "--help"],

@@ -88,7 +88,8 @@ class Experiment(Training):
         else:
             check_memory(plugins.required("model", config.model, model))  # a copy would separate shared memory
             model = copied("model", model)
-        model, start = begin(plugins.required("model", config.model, model), config)
+        with seeded(config, "adapter"):
+            model, start = begin(plugins.required("model", config.model, model), config)
         if optimizer is None:
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         else:

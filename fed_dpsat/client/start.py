@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.data.made_up import made_up_examples
 from fed_dpsat.errors import ModelError, SettingError
+from fed_dpsat.models.libraries.adapters import add_adapter
 from fed_dpsat.models.norms import with_norm
 from fed_dpsat.models.pretrained import load_weights, read_weights, trained_names
 from fed_dpsat.models.ties import check_memory
@@ -28,7 +29,7 @@ log = logging.getLogger("fed_dpsat")
 class Start:
     """Names of the trained parameters, and of those from ``unfreeze_round`` on; the SHA-256 of ``start_from``.
 
-    ``notes`` say what of the model was replaced, and what of the file was left out.
+    ``notes`` say what of the model was replaced, what of the file was left out, and if an adapter has no file.
     """
 
     names: tuple[str, ...]
@@ -38,13 +39,13 @@ class Start:
 
 
 def begin(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
-    """``model`` with the ``norm`` and the weights of ``start_from``, and without what ``train_layers`` leaves out.
+    """``model`` with the ``norm``, the weights of ``start_from`` and the ``adapter``; what is not trained is frozen.
 
-    Raises ``SettingError`` for a trained parameter that is not float32: in float16, noise and sums are rounded away,
-    and float64 meets inputs of float32.
+    An adapter is drawn from torch's generator. Raises ``SettingError`` for a trained parameter that is not float32: in
+    float16, noise and sums are rounded away, and float64 meets inputs of float32.
     """
     check_memory(model)
-    sha256, left_out = "", ""
+    sha256, left_out, without_file = "", "", ""
     model, replaced = with_norm(model, config.norm)
     if config.start_from:
         weights, sha256 = read_weights(config.start_from)
@@ -52,6 +53,11 @@ def begin(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
         if missing:
             shown = ", ".join([*missing[:3], *(["..."] if len(missing) > 3 else [])])
             left_out = f"start_from={config.start_from!r}: {len(missing)} tensors are left out ({shown})"
+    if config.adapter:
+        rank, alpha, targets = config.adapter_rank, config.adapter_alpha, config.adapter_targets
+        add_adapter(model, config.adapter, rank=rank, alpha=alpha, targets=targets)
+        if not config.start_from:
+            without_file = f"adapter={config.adapter!r} without start_from: initial weights are frozen"
     everything = trained_names(model, "all", 0)
     names = trained_names(model, config.train_layers, config.last_layers)
     later = everything if config.train_layers == "head-then-all" else []
@@ -65,7 +71,7 @@ def begin(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
                 f"of float32 parameters ({name} is {str(p.dtype).removeprefix('torch.')})",
                 "build it in float32, or call .float() on it; precision=bfloat16 computes its layers in bfloat16",
             )
-    notes = tuple(note for note in (replaced, left_out) if note)
+    notes = tuple(note for note in (replaced, left_out, without_file) if note)
     return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256, notes=notes)
 
 

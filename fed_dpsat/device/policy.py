@@ -177,12 +177,14 @@ class Policy:
 
     def _start(self, config: RunConfig) -> dict[str, Any]:
         """Weights of frozen layers come from a file of the device; trained weights come in each message."""
-        if not config.start_from or config.train_layers == "all":
+        if not config.start_from or (config.train_layers == "all" and not config.adapter):
             return {"start_from": "", "start_head": "loaded"}
         if not self.start_from:
+            name = "adapter" if config.adapter else "train_layers"
+            remedy = "leave it empty" if config.adapter else "set train_layers=all"
             raise Refusal(
-                f"train_layers={config.train_layers!r} needs the weights of frozen layers, and the policy of this "
-                "device has no start_from; set train_layers=all"
+                f"{name}={getattr(config, name)!r} needs the weights of frozen layers, and the policy of this device "
+                f"has no start_from; {remedy}"
             )
         return {"start_from": self.start_from}
 

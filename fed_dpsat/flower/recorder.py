@@ -108,7 +108,7 @@ class Recorder:
                 **self._movement(round, params),
             }
             self.rounds_completed = round
-            timing = self.throughput.of_round(round, report.accepted, report.bytes_down, report.bytes_up)
+            timing = self.throughput.of_round(round, report.asked, report.accepted, report.bytes_down, report.bytes_up)
             self.folder.append_round(record, timing)
             if self.loggers:  # before the checkpoint: to log a round twice is better than to miss it
                 with self.strategy.phases("log"):
@@ -250,6 +250,7 @@ class Recorder:
             "start_from": config.start_from,
             "start_sha256": self.experiment.start.sha256,
             "train_layers": config.train_layers,
+            "adapter": config.adapter,
             "trained_parameters": sum(p.numel() for p in self.experiment.trained(config.num_rounds).values()),
             "seed": config.seed,
             **self.throughput.of_run(),

@@ -11,7 +11,8 @@ starts from them knows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +28,8 @@ CHECKPOINT = Path("checkpoint") / "model.pt"
 IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 """Where a folder of transformers or timm keeps its weights."""
 
+BIAS = re.compile(r"(.*\.)?(\w+_)?bias(_\w+)?")
+"""The name of a bias if it is a vector: ``bias``, ``q_bias``, ``in_proj_bias``, ``bias_hh_l0``."""
 SHOWN = 8
 
 
@@ -40,6 +43,10 @@ class Renaming(Protocol):
 
     def head_names(self) -> list[str]:
         """Names of the parameters that a file of the body alone does not have."""
+        ...
+
+    def keeps_head(self) -> bool:
+        """Whether the head gives tokens, so that it is that of the file and not one for a new task."""
         ...
 
     def optional_names(self) -> list[str]:
@@ -142,6 +149,14 @@ def head_names(module: nn.Module) -> list[str]:
     return list(dict.fromkeys([*ties.last_layers(module, 1), *further]))
 
 
+def tuned_head(module: nn.Module) -> list[str]:
+    """The ``head_names`` that are trained beside an adapter or biases: none of a network that gives tokens.
+
+    That has a pre-trained head, as large as its vocabulary and often the embedding itself.
+    """
+    return [] if isinstance(module, Renaming) and module.keeps_head() else head_names(module)
+
+
 def _of_head_alone(module: nn.Module, names: set[str]) -> bool:
     head = {*head_names(module), *(module.optional_names() if isinstance(module, Renaming) else [])}
     return names <= head and ties.shared_head(module) is None
@@ -150,11 +165,14 @@ def _of_head_alone(module: nn.Module, names: set[str]) -> bool:
 def trained_names(module: nn.Module, train_layers: str, last_layers: int) -> list[str]:
     """What is trained in the first round, of what requires a gradient; see the setting ``train_layers``.
 
-    Raises ``SettingError`` for more layers than there are, or none that can be trained.
+    "bias" is all biases, of every layer, and the head: Ben Zaken et al. 2022, "BitFit" (arXiv 2106.10199). Raises
+    ``SettingError`` for more layers than there are, or none that can be trained.
     """
     learns = [name for name, p in module.named_parameters() if p.requires_grad]
     if train_layers == "all":
         return learns
+    if train_layers == "bias":
+        return _biases_and_head(module, learns)
     found = ties.layers(module)
     count = last_layers if train_layers == "last" else 1
     if count > len(found):
@@ -168,6 +186,19 @@ def trained_names(module: nn.Module, train_layers: str, last_layers: int) -> lis
             "train_layers", train_layers, f"a choice that trains anything: {_few(chosen)} are frozen", "unfreeze them"
         )
     return names
+
+
+def _biases_and_head(module: nn.Module, learns: Sequence[str]) -> list[str]:
+    head, params = set(tuned_head(module)), dict(module.named_parameters())
+    biases = {name for name in learns if name not in head and params[name].ndim == 1 and BIAS.fullmatch(name)}
+    if not biases:
+        raise SettingError(
+            "train_layers",
+            "bias",
+            "possible for a model whose body has no bias",
+            "set train_layers=head, or an adapter",
+        )
+    return [name for name in learns if name in head or name in biases]
 
 
 def _read(path: Path) -> Any:

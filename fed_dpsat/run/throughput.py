@@ -6,7 +6,6 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 from fed_dpsat.accounting.plans import ClientPlan
@@ -22,9 +21,12 @@ class Throughput:
         self._phases: Counter[str] = Counter()
         self._clients = self._examples = 0.0
         self._bytes: list[tuple[int, int]] = []
+        self._messages, self._replies = 0, 0
         self._started = self._round_started = time.perf_counter()
 
-    def of_round(self, round: int, accepted: list[int], bytes_down: int, bytes_up: int) -> dict[str, Any]:
+    def of_round(
+        self, round: int, asked: list[int], accepted: list[int], bytes_down: int, bytes_up: int
+    ) -> dict[str, Any]:
         """Seconds by phase since the last round, and throughput; the next line holds the checkpoint of this round.
 
         The number of examples is the expected one: the number of sampled examples is not public.
@@ -36,6 +38,7 @@ class Throughput:
         self._phases.update(phases)
         self._clients, self._examples = self._clients + len(accepted), self._examples + examples
         self._bytes += [(bytes_down, bytes_up)] if round else []
+        self._messages, self._replies = self._messages + len(asked), self._replies + len(accepted)
         return {
             "round": round,
             "seconds": seconds,
@@ -48,13 +51,18 @@ class Throughput:
         }
 
     def of_run(self) -> dict[str, Any]:
-        """The totals of all rounds; bytes are means per round over all clients, as sent."""
+        """The totals of all rounds.
+
+        Bytes are those of parameters as sent: means per round over all clients, and per message to or from one client.
+        """
         seconds = time.perf_counter() - self._started
-        sent = {way: fmean(b[at] for b in self._bytes) for at, way in enumerate(("down", "up")) if self._bytes}
+        totals = {way: sum(b[at] for b in self._bytes) for at, way in enumerate(("down", "up")) if self._bytes}
+        messages = {"down": self._messages, "up": self._replies}
         return {
             "seconds": seconds,
             "phases": dict(self._phases),
-            "bytes_per_round": sent,
+            "bytes_per_round": {way: total / len(self._bytes) for way, total in totals.items()},
+            "bytes_per_client": {way: total / messages[way] for way, total in totals.items() if messages[way]},
             "clients_per_second": self._clients / seconds,
             "examples_per_second": self._examples / seconds,
             "peak_memory_mb": _peak_memory_mb(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from fed_dpsat.settings.values import refuse, setting
@@ -40,11 +41,25 @@ class Training:
     )
     train_layers: str = setting(
         "all",
-        "layers that are trained, sent and noised: all, the last few, the head alone, or the head until unfreeze_round",
-        choices=("all", "last", "head", "head-then-all"),
+        "layers that are trained, sent and noised: all, the last few, the head alone, the head until unfreeze_round, "
+        "or all biases and the head",
+        choices=("all", "last", "head", "head-then-all", "bias"),
     )
     last_layers: int = setting(1, "number of layers that train_layers=last trains", least=1)
     unfreeze_round: int = setting(0, "first round in which train_layers=head-then-all trains all", least=0)
+    adapter: str = setting(
+        "",
+        "adapter that is trained beside the head while all else is frozen: lora, or ffa-lora, whose first matrix is "
+        "frozen too; empty is none",
+        choices=("", "lora", "ffa-lora"),
+    )
+    adapter_rank: int = setting(8, "rank of the adapter", least=1)
+    adapter_alpha: int = setting(16, "scale of the adapter: its output times adapter_alpha / adapter_rank", least=1)
+    adapter_targets: str = setting(
+        "",
+        "layers with an adapter, by the ends of their names, with commas: query, value; empty takes those that peft "
+        "has for the network",
+    )
     personal_layers: str = setting(
         "",
         "layers that stay on the client, are never sent and never averaged: head (the last one) or names, with commas; "
@@ -111,3 +126,14 @@ def check(config: Training) -> None:
         refuse(
             config, "unfreeze_round", f"possible with train_layers={config.train_layers!r}", "use head-then-all, or 0"
         )
+    _adapter(config)
+
+
+def _adapter(config: Training) -> None:
+    """An adapter says by itself what is trained; without one its other settings have no meaning."""
+    if config.adapter and config.train_layers != "all":
+        bound = f"'all' with adapter={config.adapter!r}, which trains the adapter and the head"
+        refuse(config, "train_layers", bound, "keep one of the two")
+    for spec in dataclasses.fields(Training):
+        if spec.name.startswith("adapter_") and not config.adapter and getattr(config, spec.name) != spec.default:
+            refuse(config, spec.name, "possible without an adapter", "set adapter=lora")

@@ -33,13 +33,14 @@ Purpose = Literal[
     "direction",
     "validation",
     "trial",
+    "adapter",
 ]
 
 SECRET: frozenset[Purpose] = frozenset({"sampling", "noise", "draws"})
 """What the guarantee needs nobody to know. The other draws are public, and seeded whatever the source.
 
-"draws" are those of single examples inside a model, such as dropout; "model" are initial weights, and what an optimizer
-draws, which never sees an example.
+"draws" are those of single examples inside a model, such as dropout; "model" and "adapter" are initial weights, "model"
+also what an optimizer draws, which never sees an example.
 """
 
 SERVER = -1

@@ -71,3 +71,13 @@ def test_a_module_that_changes_its_own_buffers_is_refused_before_the_start():
     """Its test loss was 1.7149 in one process and 1.6791 on two workers."""
     with pytest.raises(ModelError, match=r"changes 1\.parametrizations\.weight\.0\._u.*weight_norm"):
         Experiment.build(dataclasses.replace(CONFIG, model=f"{__name__}:spectral"))
+
+
+def test_an_adapter_over_new_weights_is_told(tmp_path):
+    """A network that never learnt is frozen: it trains, and is of no use."""
+    pytest.importorskip("peft")
+    config = dataclasses.replace(CONFIG, model="mlp", adapter="lora", adapter_targets="1")
+    (note,) = Experiment.build(config).start.notes
+    assert note == "adapter='lora' without start_from: initial weights are frozen"
+    torch.save(Experiment.build(dataclasses.replace(CONFIG, model="mlp")).trained(1), tmp_path / "mlp.pt")
+    assert Experiment.build(dataclasses.replace(config, start_from=str(tmp_path / "mlp.pt"))).start.notes == ()

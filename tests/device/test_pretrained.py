@@ -48,6 +48,17 @@ def test_without_a_file_of_its_own_it_refuses(device, weights):
     assert "train_layers='last' needs the weights of frozen layers" in reply.error.reason
 
 
+def test_an_adapter_needs_its_file_too_and_finds_it(device, weights, settings):
+    pytest.importorskip("peft")
+    changes = {**FROM, "train_layers": "all", "adapter": "ffa-lora", "adapter_targets": "1"}
+    policy = Policy.load(device.policy_path)
+    module = _experiment(policy, policy.admit(7, {**settings, **changes})).loss_fn.module
+    assert torch.equal(module.state_dict()["1.base_layer.weight"], weights["1.weight"])
+    device.write(models='["mlp"]')
+    reply = device.ask(params=head(weights), changes=changes)
+    assert "adapter='ffa-lora' needs the weights of frozen layers" in reply.error.reason
+
+
 def test_where_all_is_trained_no_file_is_opened(device, weights):
     """The server's path would lead nowhere; what it names came with the message."""
     device.write(models='["mlp"]')

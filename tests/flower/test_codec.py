@@ -107,6 +107,7 @@ def test_a_run_says_what_its_rounds_sent(tmp_path, name, up):
     config = RunConfig(noise_multiplier=2.0, num_clients=3, num_rounds=2, update_codec=name, delta=1e-4)
     summary = simulate(config, tmp_path / "run")
     assert summary["bytes_per_round"] == {"down": 3 * 2600, "up": 3 * up}
+    assert summary["bytes_per_client"] == {"down": 2600, "up": up}
     assert summary["update_codec"] == name
     again = simulate(dataclasses.replace(config), tmp_path / "again")
     assert again["test_loss"] == summary["test_loss"]

@@ -172,6 +172,7 @@ def test_a_buffer_may_be_missing_from_the_file():
         ("all", 1, ["scale", "first.weight", "first.bias", "head.weight"]),
         ("head", 1, ["head.weight"]),
         ("head-then-all", 1, ["head.weight"]),
+        ("bias", 1, ["first.bias", "head.weight"]),
         ("last", 1, ["head.weight"]),
         ("last", 2, ["first.weight", "first.bias", "head.weight"]),
         ("last", 3, ["scale", "first.weight", "first.bias", "head.weight"]),
@@ -192,3 +193,28 @@ def test_a_frozen_head_cannot_be_trained_alone():
     assert trained_names(body, "all", 1) == ["scale", "first.weight", "first.bias"]
     with pytest.raises(SettingError, match="train_layers='head' is not a choice that trains anything"):
         trained_names(body, "head", 1)
+
+
+class Biases(nn.Module):
+    """Biases of every kind, and what only has the name of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_bias = nn.Parameter(torch.zeros(2))
+        self.position_bias_table = nn.Parameter(torch.zeros(3, 2))
+        self.norm, self.conv = nn.LayerNorm(2), nn.Conv2d(1, 2, 3)
+        self.attention, self.rnn = nn.MultiheadAttention(2, 1), nn.RNN(2, 2)
+        self.head = nn.Linear(2, 3)
+
+
+def test_biases_of_every_layer_and_the_head():
+    assert trained_names(Biases(), "bias", 1) == [
+        "q_bias", "norm.bias", "conv.bias", "attention.in_proj_bias", "attention.out_proj.bias", "rnn.bias_ih_l0",
+        "rnn.bias_hh_l0", "head.weight", "head.bias",
+    ]  # fmt: skip
+
+
+def test_a_body_without_biases_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2))
+    with pytest.raises(SettingError, match=r"train_layers='bias' is not possible .* no bias; set train_layers=head"):
+        trained_names(model, "bias", 1)

@@ -72,6 +72,13 @@ def test_the_refusal_names_key_value_bound_and_remedy(override, words):
         (LATE, {"train_layers": "head"}, "unfreeze_round"),
         ({"start_from": "x.pt", "start_head": "new"}, {"start_from": ""}, "start_head"),
         ({"train_layers": "last", "last_layers": 2}, {"train_layers": "all"}, "last_layers"),
+        ({"adapter": "lora"}, {"train_layers": "head"}, "train_layers"),
+        ({"adapter": "ffa-lora"}, LATE, "train_layers"),
+        ({"train_layers": "bias"}, {"adapter": "lora"}, "train_layers"),
+        ({"adapter": "lora", "adapter_rank": 4}, {"adapter": ""}, "adapter_rank"),
+        ({"adapter": "lora", "adapter_rank": 4}, {"adapter_rank": 0}, "adapter_rank"),
+        ({"adapter": "lora", "adapter_alpha": 4}, {"adapter": ""}, "adapter_alpha"),
+        ({"adapter": "lora", "adapter_targets": "query"}, {"adapter": ""}, "adapter_targets"),
         ({"private": False, "target_epsilon": 0.0, "clip_norm": math.inf}, {"private": True}, "target_epsilon"),
     ],
 )

@@ -64,7 +64,7 @@ class Classifier(nn.Module):
         if any(name.startswith("network.") for name in weights):  # of a run of this project
             return dict(weights), []
         network: Any = self.network
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), quiet():
             loaded, found = type(network).from_pretrained(
                 None,
                 config=copy.deepcopy(network.config),
@@ -88,6 +88,11 @@ class Classifier(nn.Module):
         if not hasattr(self.network, str(body)):
             return []
         return [name for name, _ in self.named_parameters() if not name.startswith(f"network.{body}.")]
+
+    def keeps_head(self) -> bool:
+        """Whether the network gives tokens."""
+        network: Any = self.network
+        return network.get_output_embeddings() is not None
 
     def optional_names(self) -> list[str]:
         """The pooler, which networks with another head do not have."""
@@ -156,7 +161,7 @@ def factory(folder: str) -> Callable[..., nn.Module]:
             _check_vocabulary(model, config.get_text_config(), vocabulary_size, folder)
             config.get_text_config().pad_token_id = padding  # networks that read the last token look for it
         auto = _auto(transformers, model, config, input_shape, task)
-        with _quiet():
+        with quiet():
             network = auto.from_config(config, dtype=torch.float32, attn_implementation=attention)
         if len(input_shape) != 1 or vocabulary_size:
             if task != "masked-lm":
@@ -230,7 +235,7 @@ def _no_folder(model: str, folder: str) -> ModelError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the reports of transformers on what it loads and misses: the errors of this project say that."""
     reports = importlib.import_module("transformers.utils.logging")
     level, bar = reports.get_verbosity(), reports.is_progress_bar_enabled()
