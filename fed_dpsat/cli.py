@@ -428,6 +428,25 @@ def sharpness(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Add an adapter to the weights that it changes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the model of a run as files of transformers or peft; any other model as model.safetensors."""
+    from fed_dpsat.run.export import export_run
+
+    with _clear_errors():
+        files = [str(folder / name) for name in export_run(run, folder, merge=merge)]
+    if as_json:
+        return _print_json({"files": files})
+    for file in files:
+        out_console.print(file, soft_wrap=True, highlight=False)
+    return None
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[Path | None, typer.Option(help="Page to write, for one run. Default: report.html in it.")] = None,

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from fed_dpsat.client.build import Experiment
-from fed_dpsat.errors import RunError, SettingError
+from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.sharpness import ASCENT_STEPS, draw_landscape, mean_loss, measure
 from fed_dpsat.lab.sharpness import landscape as landscape_of
-from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.run.finished import read_run
 
 
 def measure_run(
@@ -33,16 +32,7 @@ def measure_run(
     Raises ``SettingError`` for a folder without a run and for a run with objects from Python, ``RunError`` without a
     checkpoint.
     """
-    folder = RunFolder(run, resume=True)
-    if objects := folder.objects():
-        raise SettingError("run", str(run), "described by its settings alone", f"it was given {', '.join(objects)}")
-    folder.check_files(setting="run", value=str(run), again="measure with the version that has it")
-    checkpoint = folder.load_checkpoint()
-    if checkpoint is None:
-        raise RunError(f"{run} has no checkpoint; resume it to the end of a round")
-    config = folder.config()
-    public = dataclasses.replace(config, device="cpu", gpus_per_worker=0.0, validation_share=0.0)
-    experiment = Experiment.build(public)
+    experiment, checkpoint = read_run(run, again="measure with the version that has it")
     test = experiment.dataset.test
     test.of_classes("sharpness")
     if not 0 <= examples <= len(test):
@@ -58,11 +48,12 @@ def measure_run(
         m=min(m, len(test)),
         top=top,
         probes=probes,
-        seed=config.seed,
+        seed=experiment.config.seed,
     )
     record = {"split": "test", "round": checkpoint.round, **dataclasses.asdict(found)}
     record |= {name: list(value) for name, value in record.items() if isinstance(value, tuple)}
     if landscape:
+        config = experiment.config
         params = {name: p.double() for name, p in checkpoint.params.items()}
         with torch.no_grad():
             steps, losses = landscape_of(mean_loss(module, test), params, points=points, seed=config.seed)
