@@ -184,7 +184,9 @@ class Recorder:
             return None
         dataset, task = self.experiment.dataset, self.experiment.task
         round, found, predictions = self.quality_at
-        of_classes = {} if predictions is None else dataclasses.asdict(quality_of(predictions, dataset.num_classes))
+        of_classes: dict[str, Any] = {"num_examples": found.num_examples}
+        if predictions is not None:
+            of_classes = dataclasses.asdict(quality_of(predictions, dataset.num_classes))
         return {
             "round": round,
             "measured_on": f"{measured_on(self.experiment.config)} of {dataset.name}",

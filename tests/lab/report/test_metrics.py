@@ -13,11 +13,14 @@ from fed_dpsat.lab.report.comparing import compare
 from fed_dpsat.lab.report.comparing_figures import mean_curve
 from fed_dpsat.lab.report.comparing_page import as_data, as_table, write_comparison
 from fed_dpsat.lab.report.condensed import read_runs, write_runs
+from fed_dpsat.lab.report.numbers import in_unit
 from fed_dpsat.lab.report.page import cards, write_report
 from fed_dpsat.lab.report.reading import read_run
 from fed_dpsat.lab.report.training_figures import quality_curves
 from fed_dpsat.lab.report.words import not_shown
 from fed_dpsat.run.metric import metric_named
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.simulation import simulate
 
 RMSE = (80.0, 62.0, 58.0, 54.25)
 
@@ -31,6 +34,31 @@ def text_of(page):
     """What a reader sees, without style and markup."""
     found = re.sub(r"<style>.*?</style>|<metadata>.*?</metadata>", " ", page.read_text(), flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", found).split())
+
+
+NUMBERS = """
+import torch
+from fed_dpsat.data.dataset import Dataset, Examples
+
+def numbers():
+    x = torch.linspace(-1, 1, 64).view(-1, 1)
+    one = Examples(inputs=x, labels=100 + 50 * x[:, 0], mean=(0.0,), std=(1.0,))
+    return Dataset(name="numbers", train=one, test=one, label_scale=((100.0, 50.0),))
+"""
+
+
+def test_what_a_run_writes_is_what_its_readers_read(tmp_path):
+    (tmp_path / "made.py").write_text(NUMBERS)
+    data, folder = f"{tmp_path}/made.py:numbers", tmp_path / "run"
+    given = {"dataset": data, "task": "regression", "num_clients": 2, "num_rounds": 1, "evaluate_every": 2}
+    simulate(RunConfig(**given, metric="mae", noise_multiplier=1.0, delta=1e-2), folder)
+    run = read_run(folder)
+    assert (run.task, run.metric) == ("regression", metric_named("mae", "regression"))
+    assert (run.num_test, run.num_draws, set(run.others)) == (64, None, {"rmse", "r2"})
+    assert cards(run)[0] == ("test MAE", in_unit(run.score, run.metric), "64 public test examples, lower is better")
+    assert 0 < run.score < 100
+    (folder / "summary.json").unlink()
+    assert read_run(folder).metric == run.metric, "of the settings"
 
 
 def test_the_page_of_a_regression_has_its_metrics_and_no_figure_of_classes(made_up):
