@@ -57,6 +57,7 @@ EXTENSION_POINTS = (
     "fed_dpsat.data.dataset:Dataset",
     "fed_dpsat.data.sequences:Sequences",
     "fed_dpsat.tasks.base:Task",
+    "fed_dpsat.tasks.metric:Metric",
     "fed_dpsat.flower.updates:UpdateStrategy",
     "fed_dpsat.flower.updates:Updates",
     "fed_dpsat.lab.attacks:Attack",

@@ -9,8 +9,8 @@ import torch
 from sklearn import metrics as sk
 
 from fed_dpsat.data.sequences import IGNORED
-from fed_dpsat.tasks.metric import UNDEFINED
 from fed_dpsat.tasks.classification import Classification
+from fed_dpsat.tasks.metric import UNDEFINED
 from fed_dpsat.tasks.multilabel import Multilabel
 from fed_dpsat.tasks.regression import Regression
 from fed_dpsat.tasks.tokens import CausalLM, MaskedLM, TokenClassification
