@@ -115,8 +115,8 @@ def test_a_wrong_folder_leads_to_near_ones(folder):
     ("kind", "shape", "message"),
     [
         ("bert", (40,), "texts of 40 tokens are longer than its 32 positions; shorten them"),
-        ("bert", (3, 8, 8), "no classifier of images for model_type='bert'"),
-        ("vit", (8,), "no classifier of texts for model_type='vit'"),
+        ("bert", (3, 8, 8), "of images for model_type='bert'"),
+        ("vit", (8,), "of texts for model_type='vit'"),
         ("bert", (3, 8), r"input_shape=\(3, 8\) is neither"),
     ],
 )
