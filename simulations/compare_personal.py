@@ -20,7 +20,7 @@ import torch
 
 from fed_dpsat import RunConfig, simulate
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.evaluation import evaluate
+from fed_dpsat.client.evaluation import evaluation_of, predict
 from fed_dpsat.client.personal import summarised
 from fed_dpsat.tasks.classification import METRICS
 from simulations.repeat import difference, kept, spread
@@ -103,7 +103,7 @@ def client_accuracies(experiment: Experiment, params: dict[str, torch.Tensor]) -
     test, module = experiment.dataset.test, experiment.loss_fn.module
     shares = enumerate(experiment.test_shares)
     return {
-        client: evaluate(module, params, test.rows(torch.from_numpy(share))).accuracy
+        client: evaluation_of(predict(module, params, test.rows(torch.from_numpy(share)))).accuracy
         for client, share in shares
         if len(share)
     }

@@ -48,9 +48,9 @@ class Evaluation:
     num_examples: int
 
     @property
-    def accuracy(self) -> Value:
-        """In [0, 1], of a task that has it."""
-        return self.values["accuracy"]
+    def accuracy(self) -> float:
+        """In [0, 1], of a task of classes."""
+        return float(self.values["accuracy"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.cli import app
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.evaluation import evaluate
+from fed_dpsat.client.evaluation import measured
 from fed_dpsat.errors import SettingError
 from fed_dpsat.models.mlp import mlp
 from fed_dpsat.settings.config import RunConfig
@@ -104,7 +104,7 @@ def test_head_only_works_and_only_the_head_travels(config, tmp_path):
     assert head["bytes_per_round"]["up"] < 0.25 * whole["bytes_per_round"]["up"]
     params, experiment = saved(tmp_path / "head"), Experiment.build(config)
     assert params.keys() == HEAD
-    again = evaluate(experiment.loss_fn.module, params, experiment.dataset.test)
+    again, _ = measured(experiment.loss_fn.module, params, experiment.dataset.test, experiment.task)
     assert again.accuracy == head["test_accuracy"]
 
 
