@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,19 +42,32 @@ def cached(folder: Path, decode: Callable[[], Arrays]) -> dict[str, Tensor]:
 
     Raises ``DataError`` if ``folder`` cannot be written, and the errors of ``decode``, without leaving a folder.
     """
+    return cached_parts(folder, lambda: [decode()])
+
+
+def cached_parts(folder: Path, parts: Callable[[], Iterable[Arrays]]) -> dict[str, Tensor]:
+    """``cached`` for arrays that come in parts: those of one name are joined along their first axis.
+
+    A part is on disk before the next one is asked for, so memory holds one part. The parts of a name have one dtype and
+    the same shape but for the first axis.
+    """
     arrays = _open(folder)
     if arrays is None:
-        decoded = decode()
-        try:
-            _store(folder, decoded)
-        except OSError as error:
-            raise DataError(
-                f"cache_dir={str(folder.parent)!r} cannot be written ({error}); --set cache_dir=DIR with another folder"
-            ) from error
+        _store(folder, parts)
         arrays = _open(folder)
     if arrays is None:
         raise DataError(f"{folder} changed during the write; delete it and start again")
     return arrays
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cache_dir={str(folder.parent)!r} cannot be written ({error}); --set cache_dir=DIR with another folder"
+        ) from error
 
 
 def _open(folder: Path) -> dict[str, Tensor] | None:
@@ -69,22 +83,62 @@ def _open(folder: Path) -> dict[str, Tensor] | None:
         return None
 
 
-def _store(folder: Path, arrays: Arrays) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        whole = Path(temporary) / "whole"
-        whole.mkdir()
-        sizes = {}
-        for name, array in arrays.items():
-            file = whole / f"{name}.npy"
-            np.save(file, np.ascontiguousarray(array))
-            sizes[file.name] = file.stat().st_size
-        (whole / "meta.json").write_text(json.dumps({"sizes": sizes}))
+def _store(folder: Path, parts: Callable[[], Iterable[Arrays]]) -> None:
+    with contextlib.ExitStack() as stack:
+        with _writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-"))
+            whole = Path(temporary) / "whole"
+            whole.mkdir()
+        files: dict[str, _Growing] = {}
+        for part in parts():
+            with _writing(folder):
+                for name, array in part.items():
+                    if name not in files:
+                        files[name] = stack.enter_context(_Growing(whole / f"{name}.npy", array))
+                    files[name].append(array)
+        with _writing(folder):
+            _finish(folder, whole, [file.finish() for file in files.values()])
+
+
+def _finish(folder: Path, whole: Path, files: Sequence[Path]) -> None:
+    (whole / "meta.json").write_text(json.dumps({"sizes": {file.name: file.stat().st_size for file in files}}))
+    if _open(folder) is None:
+        with contextlib.suppress(FileNotFoundError):  # usually no folder is there
+            folder.rename(whole.parent / "broken")
+    try:
+        whole.rename(folder)
+    except OSError:
         if _open(folder) is None:
-            with contextlib.suppress(FileNotFoundError):  # usually no folder is there
-                folder.rename(Path(temporary) / "broken")
-        try:
-            whole.rename(folder)
-        except OSError:
-            if _open(folder) is None:
-                raise  # not a lost race: the folder is still missing or incomplete
+            raise  # not a lost race: the folder is still missing or incomplete
+
+
+class _Growing(contextlib.AbstractContextManager["_Growing"]):
+    """One ``.npy`` file that grows along its first axis; NumPy leaves room for that in the header."""
+
+    def __init__(self, path: Path, first: np.ndarray) -> None:
+        self.path, self.rows, self.form = path, 0, (first.dtype, first.shape[1:])
+        self.file = path.open("wb")
+        self._header()
+
+    def append(self, array: np.ndarray) -> None:
+        if (array.dtype, array.shape[1:]) != self.form:
+            raise ValueError(f"{self.path.name}: a part of {array.dtype} {array.shape} follows {self.form}")
+        self.file.write(np.ascontiguousarray(array).data)
+        self.rows += len(array)
+
+    def finish(self) -> Path:
+        """Write the number of rows, and close the file."""
+        self.file.seek(0)
+        self._header()
+        self.file.close()
+        return self.path
+
+    def _header(self) -> None:
+        dtype, rest = self.form
+        descr = np.lib.format.dtype_to_descr(dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self.rows, *rest)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
