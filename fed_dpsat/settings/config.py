@@ -15,12 +15,13 @@ from typing import Any
 
 from fed_dpsat.settings import flat
 from fed_dpsat.settings.combinations import Settings, check_combinations
+from fed_dpsat.settings.data import BYTES
 from fed_dpsat.settings.values import Scalar, check_value
 
 MACHINE = frozenset(name for name, spec in flat.SPECS.items() if spec.metadata["may_change"])
 """Settings that may change when a run is resumed: they decide place and time, and not the result."""
 
-PATHS = ("data_path", "cache_dir", "out", "client_table", "start_from")
+PATHS = ("data_path", "test_path", "columns_file", "tokenizer", "cache_dir", "out", "client_table", "start_from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class RunConfig(Settings):
     def with_absolute_paths(self) -> RunConfig:
         """Paths resolved against the working directory, for code that runs elsewhere."""
         paths: dict[str, Any] = {name: _absolute(getattr(self, name)) for name in PATHS}
+        if self.tokenizer == BYTES:
+            paths["tokenizer"] = BYTES
         return dataclasses.replace(self, **paths)
 
     @classmethod

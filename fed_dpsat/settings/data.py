@@ -8,6 +8,9 @@ from fed_dpsat.settings.values import refuse, setting
 
 VERTICAL = ("vertical-even", "vertical-size")
 
+BYTES = "bytes"
+"""The ``tokenizer`` that is no path."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -15,8 +18,25 @@ class Data:
 
     dataset: str = setting("digits", "data set, a short name or package.module:attribute")
     dataset_args: str = setting("", "arguments of the data set that no setting fills: site = 'north'")
-    data_source: str = setting("embedded", "place it comes from: embedded, parquet, torchvision, download, hub")
-    data_path: str = setting("", "folder of the data set, for the sources that have one")
+    data_source: str = setting(
+        "embedded", "place it comes from: embedded, parquet, torchvision, download, hub, csv, jsonl, folder, disk"
+    )
+    data_path: str = setting("", "folder or file of the data set, for the sources that have one")
+    test_path: str = setting("", "folder or file of the public test split, if it is not in data_path")
+    test_share: float = setting(
+        0.0,
+        "share of the rows of your own files that is the test split, drawn from the seed; the test split is evaluated "
+        "without noise, so these rows are not private",
+        least=0,
+        most=0.99,
+    )
+    input_columns: str = setting("", "columns of your own files that a model sees, by commas")
+    label_column: str = setting("", "column of the labels in your own files; several by commas for several labels")
+    user_column: str = setting("", "columns of your own files that a natural partition can use, by commas")
+    class_names: str = setting("", "all classes in your own files, by commas")
+    columns_file: str = setting("", "TOML file that declares the columns of a table")
+    tokenizer: str = setting(BYTES, "tokenizer of your own texts: bytes, a folder of transformers, or tokenizer.json")
+    max_length: int = setting(256, "largest number of tokens of a text; the rest is cut off", least=1)
     cache_dir: str = setting(
         "~/.cache/fed_dpsat", "folder for decoded data, shared by runs and workers", may_change=True
     )

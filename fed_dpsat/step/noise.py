@@ -32,6 +32,7 @@ Purpose = Literal[
     "freeze",
     "direction",
     "validation",
+    "test split",
     "trial",
     "adapter",
 ]

@@ -1,0 +1,65 @@
+"""Tables of numbers and categories, from CSV, JSON lines, Parquet and ``datasets``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fed_dpsat.data.dataset import Dataset
+
+
+def table(
+    data_source: str,
+    data_path: str,
+    cache_dir: str,
+    test_path: str = "",
+    test_share: float = 0.0,
+    input_columns: str = "",
+    label_column: str = "",
+    user_column: str = "",
+    class_names: str = "",
+    columns_file: str = "",
+    seed: int = 0,
+    task: str = "classification",
+    columns: dict[str, Any] | None = None,
+    encoding: str = "one-hot",
+    label_separator: str = ";",
+    **where: Any,
+) -> Dataset:
+    """Your own table of numbers and categories, from CSV, JSON lines, Parquet or datasets.
+
+    ``columns`` declares each column (``fed_dpsat.data.described.columns``), and ``where`` are arguments of ``Place``.
+    The inputs are ``input_columns``, or all declared columns but the labels: float32 ``[N, F]`` with
+    ``encoding="one-hot"``, and with ``"codes"`` "numbers", float32 ``[N, F]``, and "categories", int64 ``[N, G]``.
+
+    Raises ``SettingError`` for a declaration, and ``DataError`` with file and row for what is not as declared.
+    """
+    from fed_dpsat.data.described.columns import declared
+    from fed_dpsat.data.described.encode_table import TableEncoder
+    from fed_dpsat.data.described.labels import Labels
+    from fed_dpsat.data.described.load import examples, load
+    from fed_dpsat.data.described.place import Place
+
+    settings = {"data_source": data_source, "data_path": data_path, "test_path": test_path, "content": "table"}
+    place = Place.of(where, test_share=test_share, seed=seed, **settings)
+    known = declared(columns, columns_file)
+    labels = Labels.of(task, label_column, class_names, known, label_separator)
+    encoder = TableEncoder.of(input_columns, known, labels, encoding)
+    arrays = load(
+        "table",
+        place,
+        wanted=encoder.wanted,
+        encoder=encoder,
+        decided=dataclasses.asdict(encoder),
+        user_column=user_column,
+        cache_dir=cache_dir,
+    )
+    width = arrays["train_inputs"].shape[1] if "train_inputs" in arrays else 0
+    scale = {"mean": (0.0,) * width, "std": (1.0,) * width}  # columns are scaled one by one
+    splits = {}
+    for split in ("train", "test"):
+        several = {name: arrays[f"{split}_{name}"] for name in ("numbers", "categories") if f"{split}_{name}" in arrays}
+        inputs: Any = several or arrays[f"{split}_inputs"]
+        of = {"inputs": inputs, "labels": arrays[f"{split}_labels"], **scale}
+        splits[split] = examples(arrays, split, user_column, **of)
+    return Dataset(name="table", class_names=labels.class_names, **splits)
