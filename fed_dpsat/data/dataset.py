@@ -231,7 +231,7 @@ class Dataset:
 
     def _check_labels(self, split: str, labels: Leaf | None) -> None:
         if isinstance(labels, Sequences):
-            labels.check_within(self.num_classes, f"{self.name}: {split} label")
+            labels.check_within(self.num_classes, f"{self.name}: {split} label", ignored=True)
         elif labels is not None and labels.dtype == torch.int64:
             _check_each(labels, self.num_classes, f"{self.name}: {split} label", "or name more classes")
         elif labels is not None and labels.dtype == torch.uint8:

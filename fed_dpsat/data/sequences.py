@@ -32,7 +32,7 @@ class Sequences:
     values          ``[total]``: uint8, int16, int32 or int64; may be memory-mapped
     offsets         ``[N + 1]`` int64, from 0 up to at most ``total``
     max_length      the longest that a sequence may be; declared, not measured
-    vocabulary_size a value is in ``[0, vocabulary_size)``
+    vocabulary_size a value is in ``[0, vocabulary_size)``; a label may be -100 too, which has no loss
     padding         the value after the end of a sequence in a batch; a mask tells it apart
     mask_token      the value that hides a token in masked-lm; -1 if there is none
     =============== ========================================================================
@@ -115,12 +115,13 @@ class Sequences:
         values, _ = self._filled(indices, IGNORED, length)
         return values.to(device or self.values.device)
 
-    def check_within(self, bound: int, what: str) -> None:
-        """Raise ``DataError`` for a value outside ``[0, bound)``."""
+    def check_within(self, bound: int, what: str, *, ignored: bool = False) -> None:
+        """Raise ``DataError`` for a value outside ``[0, bound)``; with ``ignored`` -100 may be there too."""
         step = 2**24
         for start in range(0, len(self.values), step):
             part = self.values[start : start + step]
-            wrong = torch.nonzero((part < 0) | (part >= bound))
+            outside = (part < 0) | (part >= bound)
+            wrong = torch.nonzero(outside & (part != IGNORED) if ignored else outside)
             if len(wrong):
                 at = start + int(wrong[0])
                 row = int(torch.searchsorted(self.offsets, at, right=True)) - 1

@@ -17,5 +17,6 @@ Nothing is computed from private rows: constants, categories, classes and length
 """
 
 from fed_dpsat.data.described.table import table
+from fed_dpsat.data.described.text import text
 
-DATASETS = {"table": table}
+DATASETS = {"table": table, "text": text}

@@ -28,6 +28,7 @@ from fed_dpsat.data.described.columns import Column, Number
 from fed_dpsat.errors import DataError, SettingError
 
 OF_EXAMPLES = ("classification", "multilabel", "regression")
+OF_WORDS = "token-classification"
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -47,16 +48,23 @@ class Labels:
 
     @classmethod
     def of(
-        cls, task: str, label_column: str, class_names: str, declared: Mapping[str, Column], separator: str = ";"
+        cls,
+        task: str,
+        label_column: str,
+        class_names: str,
+        declared: Mapping[str, Column],
+        separator: str = ";",
+        *,
+        of_words: bool = False,
     ) -> Labels:
-        """From the settings."""
+        """From the settings; ``of_words`` if each word of a text can have a label."""
         columns, names = split_names(label_column), split_names(class_names)
-        if task not in OF_EXAMPLES:
+        if task not in (tasks := (*OF_EXAMPLES, OF_WORDS) if of_words else OF_EXAMPLES):
             remedy = "use dataset='text', or return a Dataset from a function of your own"
-            raise SettingError("task", task, f"one of {', '.join(OF_EXAMPLES)} for these data", remedy)
+            raise SettingError("task", task, f"one of {', '.join(tasks)} for these data", remedy)
         if not columns:
             raise SettingError("label_column", label_column, "the name of a column", f"task={task!r} has labels")
-        if len(columns) > 1 and task == "classification":
+        if len(columns) > 1 and task in ("classification", OF_WORDS):
             raise SettingError("label_column", label_column, "one column", "task='multilabel' takes several")
         if task == "regression":
             scales = {name: declared.get(name, Number(name=name)) for name in columns}

@@ -43,15 +43,16 @@ def load(
     decided: Mapping[str, Any],
     user_column: str,
     cache_dir: str,
+    libraries: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """The arrays of ``encoder`` and of ``user_column`` with "train_" and "test_" before their names.
 
     ``wanted`` are the columns that ``encoder`` reads, and ``decided`` (JSON types) is what its result depends on beside
-    the files. Raises ``DataError``.
+    the files; so are ``libraries``, by their version. Raises ``DataError``.
     """
     users, parts = split_names(user_column), parts_of(place)
     rule = {key: value for key, value in dataclasses.asdict(place).items() if key not in ("data_path", "test_path")}
-    versions = {library: version(library) for library in ("pyarrow", "datasets")}
+    versions = {library: version(library) for library in ("pyarrow", *libraries)}
     files = [file for _, files, _ in parts for file in files]
     splits = [of for of, _, _ in parts]
     key = fingerprint({**decided, **rule, **versions, "users": users, "splits": splits}, files)
