@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fed_dpsat.errors import DataError
 
@@ -44,7 +44,7 @@ def decode_images(
         row = 0
         for batch in table.select([image_column]).to_batches(max_chunksize=ROWS_AT_A_TIME):
             for image in pc.struct_field(batch.column(0), "bytes").to_pylist():
-                inputs[start + row] = _pixels(f"{where}, row {row}", image, shape)
+                inputs[start + row] = decode_image(f"{where}, row {row}", image, shape)
                 row += 1
         start = end
     return inputs, labels
@@ -78,13 +78,21 @@ def _labels(where: str, column: Any, num_classes: int) -> np.ndarray:
     return np.asarray(labels, dtype=np.int64)
 
 
-def _pixels(where: str, encoded: bytes | None, shape: tuple[int, int, int]) -> np.ndarray:
+def decode_image(where: str, encoded: bytes | None, shape: tuple[int, int, int], *, fit: bool = False) -> np.ndarray:
+    """uint8 ``[C, H, W]`` of a PNG or JPEG file in memory; raises ``DataError`` with ``where``.
+
+    With ``fit`` an image of another size or another number of channels becomes one of ``shape = (C, H, W)``: turned as
+    its EXIF tag says, then made grey or colour (without transparency), then resized by Pillow's bilinear filter.
+    """
     channels, height, width = shape
     if encoded is None:
         raise DataError(f"{where}: no image bytes; embed the files, a path alone is not read")
     try:
-        image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG"))
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG"))
         image.load()
+        if fit:
+            image = ImageOps.exif_transpose(image).convert(MODES[channels])
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for broken files
         raise DataError(f"{where}: not a readable image ({error}); fetch the file again") from error
     if image.size != (width, height) or image.mode != MODES[channels]:

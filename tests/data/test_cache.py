@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fed_dpsat.data import cache
-from fed_dpsat.data.cache import cached, fingerprint
+from fed_dpsat.data.cache import cached, cached_parts, fingerprint
 from fed_dpsat.errors import DataError
 
 ARRAYS = {"inputs": np.arange(24, dtype=np.uint8).reshape(2, 3, 4), "labels": np.array([5, 6])}
@@ -120,3 +120,37 @@ def test_fingerprint_feels_the_decoder(tmp_path, monkeypatch):
     first = fingerprint({}, [])
     monkeypatch.setattr(cache, "version", lambda name: "0")
     assert fingerprint({}, []) != first
+
+
+def test_parts_are_joined_and_each_is_on_disk_before_the_next(tmp_path):
+    whole = np.arange(3000, dtype=np.int16).reshape(1000, 3)
+
+    def parts():
+        for start in range(0, 1000, 10):
+            yield {"a": whole[start : start + 10], "one": whole[start : start + 1, 0]}
+        (file,) = tmp_path.rglob("a.npy")
+        assert file.stat().st_size > 900 * 3 * 2 - 2**17, "only the file's own buffer is in memory"
+        yield {"late": whole[:0]}
+
+    found = cached_parts(tmp_path / "c", parts)
+    np.testing.assert_array_equal(found["a"], whole)
+    np.testing.assert_array_equal(found["one"], whole[::10, 0])
+    assert found["late"].shape == (0, 3)
+    np.testing.assert_array_equal(cached_parts(tmp_path / "c", forbidden)["a"], whole)
+
+
+def test_parts_of_another_form_are_refused_and_leave_nothing(tmp_path):
+    for other in (np.zeros((1, 4), np.uint8), np.zeros((1, 3), np.int64)):
+        with pytest.raises(ValueError, match=r"a.npy: a part of"):
+            cached_parts(tmp_path / "c", lambda other=other: [{"a": np.zeros((1, 3), np.uint8)}, {"a": other}])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failure_after_some_parts_leaves_nothing(tmp_path):
+    def fails():
+        yield ARRAYS
+        raise DataError("row 1003")
+
+    with pytest.raises(DataError, match="row 1003"):
+        cached_parts(tmp_path / "c", fails)
+    assert os.listdir(tmp_path) == []

@@ -2,7 +2,17 @@ def test_built_ins_are_found_by_name_and_summarised():
     from fed_dpsat import plugins
 
     datasets, partitions = plugins.builtin("dataset"), plugins.builtin("partition")
-    assert set(datasets) == {"cifar10", "cifar100", "digits", "fashion_mnist", "mnist", "svhn"}
+    assert set(datasets) == {
+        "cifar10",
+        "cifar100",
+        "digits",
+        "fashion_mnist",
+        "images",
+        "mnist",
+        "svhn",
+        "table",
+        "text",
+    }
     assert {"dirichlet", "iid", "natural", "pathological", "shards", "size-skew"} <= set(partitions)
     assert all(plugins.summary(factory) for factory in (datasets | partitions).values())
 

@@ -16,7 +16,8 @@ load     one pass over all chunks into the cache
 Nothing is computed from private rows: constants, categories, classes and lengths are declared.
 """
 
+from fed_dpsat.data.described.images import images
 from fed_dpsat.data.described.table import table
 from fed_dpsat.data.described.text import text
 
-DATASETS = {"table": table, "text": text}
+DATASETS = {"images": images, "table": table, "text": text}

@@ -30,8 +30,9 @@ def parts_of(place: Place) -> list[Part]:
         if file in seen:
             raise DataError(f"{file} is in data_path and in test_path; name apart what is private and what is public")
         seen.add(file)
-    for name in {"train", "test"} - {split for split, _, _ in found} if place.by_name else ():
-        begin = place.train_split if name == "train" else place.test_split
+    for name, begin in (("train", place.train_split), ("test", place.test_split)):
+        if not place.by_name or any(split == name for split, _, _ in found):
+            continue
         raise DataError(f"data_path={place.data_path!r}: the name of no file or folder begins with {begin!r}; {REMEDY}")
     return found
 
@@ -90,12 +91,14 @@ def _folder(place: Place, split: str | None, root: Path) -> list[Part]:
         if place.content == "image" and file.suffix.lower() not in IMAGES:
             raise DataError(f"{file} is not one of {', '.join(IMAGES)}; convert it, or remove it from the folder")
         of = _named(place, split, root, file)
-        if file.name.endswith(place.suffix) and (of or not place.by_name):
+        counts = place.content == "image" or file.name.endswith(place.suffix)
+        if counts and (of or not place.by_name):
             in_split = place.by_name and file.parent != root
             base = root / file.relative_to(root).parts[0] if in_split else root
             bases.setdefault((of, base), []).append(file)
     if not bases:
-        raise DataError(f"{root}: no name of a file ends with {place.suffix!r}; set suffix in dataset_args")
+        ends = ", ".join(IMAGES) if place.content == "image" else f"{place.suffix} (suffix in dataset_args)"
+        raise DataError(f"{root}: no name of a file of the splits ends with {ends}; {REMEDY}")
     return [(of, files, partial(_read_folder, place, base, files)) for (of, base), files in bases.items()]
 
 

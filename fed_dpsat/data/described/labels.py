@@ -1,4 +1,4 @@
-"""The labels of a task, from one or more columns: always of a declared set, or scaled by declared constants.
+"""The labels of a task, from one or more columns: always of a declared set, or with declared constants.
 
 ==================== =================================================== ==========================================
 ``task``             ``label_column``                                    labels
@@ -6,7 +6,8 @@
 classification       one column of class names                           int64 ``[n]``
 multilabel           one column of lists, or of names with a separator   uint8 ``[n, K]``
 \\                    a column of 0 and 1 for each class                  uint8 ``[n, K]``
-regression           one number, or several                              float32 ``[n]``, or ``[n, K]``
+regression           one number, or several                              float32 ``[n]``, or ``[n, K]``, as in the file
+token-classification one column of lists of class names                  by ``encode_text``
 ==================== =================================================== ==========================================
 
 A value stands for the class of its name. If no class has a whole number for its name, a whole number stands for the
@@ -16,8 +17,10 @@ class at that place in ``class_names``, from 0.
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -60,7 +63,7 @@ class Labels:
         """From the settings; ``of_words`` if each word of a text can have a label."""
         columns, names = split_names(label_column), split_names(class_names)
         if task not in (tasks := (*OF_EXAMPLES, OF_WORDS) if of_words else OF_EXAMPLES):
-            remedy = "use dataset='text', or return a Dataset from a function of your own"
+            remedy = "choose one, or say with labels_like in dataset_args whose labels a task of your own takes"
             raise SettingError("task", task, f"one of {', '.join(tasks)} for these data", remedy)
         if not columns:
             raise SettingError("label_column", label_column, "the name of a column", f"task={task!r} has labels")
@@ -87,6 +90,12 @@ class Labels:
         return cls(task=task, columns=columns, class_names=names, separator=separator, numbers={})
 
     @property
+    def of_dataset(self) -> dict[str, Any]:
+        """The fields of a ``Dataset`` that say what its labels are."""
+        scale = tuple((number.shift, number.scale) for number in self.numbers.values())
+        return {"class_names": self.class_names, "label_scale": scale}
+
+    @property
     def wanted(self) -> dict[str, Kind]:
         """The columns, and what they are read as."""
         return dict.fromkeys(self.columns, "number" if self.task == "regression" else "any")
@@ -94,12 +103,17 @@ class Labels:
     def encoded(self, chunk: Chunk) -> np.ndarray:
         """The labels of ``chunk``. Raises ``DataError`` with file and row for one that is missing or undeclared."""
         if self.task == "regression":
-            values = np.concatenate([number.encoded(chunk) for number in self.numbers.values()], axis=1)
+            values = np.concatenate([self._number(chunk, number) for number in self.numbers.values()], axis=1)
             return values if len(self.columns) > 1 else values[:, 0]
         (first, *more) = self.columns
         if self.task == "classification":
             return self._codes(chunk, first)
         return self._flags(chunk) if more else self._several(chunk, first)
+
+    @staticmethod
+    def _number(chunk: Chunk, number: Number) -> np.ndarray:
+        """In the units of the file, which metrics have: the loss scales it."""
+        return dataclasses.replace(number, shift=0.0, scale=1.0).encoded(chunk)
 
     def _codes(self, chunk: Chunk, column: str) -> np.ndarray:
         names = chunk_names(chunk, column)

@@ -85,7 +85,7 @@ def _users(chunk: Chunk, column: str) -> np.ndarray:
     chunk.refuse(np.asarray(values.is_null()), column, lambda _: "names no user; correct it")
     if pa.types.is_integer(values.type):
         return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.int64)
-    return np.array([name or " " for name in chunk_names(chunk, column).to_pylist()], dtype=np.str_)
+    return np.array(chunk_names(chunk, column).to_pylist(), dtype=np.str_)
 
 
 def examples(arrays: Mapping[str, Tensor], split: str, user_column: str, **fields: Any) -> Examples:

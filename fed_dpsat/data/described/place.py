@@ -76,9 +76,7 @@ class Place:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "leave it out"
                 raise SettingError(name, value, "an argument of this data set", RENAMED.get(name, hint))
-            if type(value) is not type(known[name].default):
-                kind = type(known[name].default).__name__
-                raise SettingError(name, value, f"of type {kind}", "correct it in dataset_args")
+            check_types(type(known[name].default), **{name: value})
         # without a share the seed decides nothing, and each seed would have a cache of its own
         rest: dict[str, Any] = {**settings, **arguments}
         return cls(test_share=test_share, seed=seed if test_share else 0, **rest)
@@ -94,3 +92,10 @@ class Place:
         if len(found) > 1:
             raise DataError(f"{name!r} begins with train_split and test_split; choose names that tell them apart")
         return found[0] if found else None
+
+
+def check_types(kind: type, **arguments: object) -> None:
+    """Raise ``SettingError`` for an argument of ``dataset_args`` of another type."""
+    for name, value in arguments.items():
+        if type(value) is not kind:
+            raise SettingError(name, value, f"of type {kind.__name__}", "correct it in dataset_args")

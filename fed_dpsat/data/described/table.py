@@ -24,11 +24,13 @@ def table(
     columns: dict[str, Any] | None = None,
     encoding: str = "one-hot",
     label_separator: str = ";",
+    labels_like: str = "",
     **where: Any,
 ) -> Dataset:
     """Your own table of numbers and categories, from CSV, JSON lines, Parquet or datasets.
 
-    ``columns`` declares each column (``fed_dpsat.data.described.columns``), and ``where`` are arguments of ``Place``.
+    ``columns`` declares each column (``fed_dpsat.data.described.columns``), ``where`` are arguments of ``Place``, and
+    ``labels_like`` is the task whose labels a task of your own takes.
     The inputs are ``input_columns``, or all declared columns but the labels: float32 ``[N, F]`` with
     ``encoding="one-hot"``, and with ``"codes"`` "numbers", float32 ``[N, F]``, and "categories", int64 ``[N, G]``.
 
@@ -38,12 +40,13 @@ def table(
     from fed_dpsat.data.described.encode_table import TableEncoder
     from fed_dpsat.data.described.labels import Labels
     from fed_dpsat.data.described.load import examples, load
-    from fed_dpsat.data.described.place import Place
+    from fed_dpsat.data.described.place import Place, check_types
 
     settings = {"data_source": data_source, "data_path": data_path, "test_path": test_path, "content": "table"}
     place = Place.of(where, test_share=test_share, seed=seed, **settings)
+    check_types(str, label_separator=label_separator, labels_like=labels_like)
     known = declared(columns, columns_file)
-    labels = Labels.of(task, label_column, class_names, known, label_separator)
+    labels = Labels.of(labels_like or task, label_column, class_names, known, label_separator)
     encoder = TableEncoder.of(input_columns, known, labels, encoding)
     arrays = load(
         "table",
@@ -56,10 +59,10 @@ def table(
     )
     width = arrays["train_inputs"].shape[1] if "train_inputs" in arrays else 0
     scale = {"mean": (0.0,) * width, "std": (1.0,) * width}  # columns are scaled one by one
-    splits = {}
+    splits: dict[str, Any] = {}
     for split in ("train", "test"):
         several = {name: arrays[f"{split}_{name}"] for name in ("numbers", "categories") if f"{split}_{name}" in arrays}
         inputs: Any = several or arrays[f"{split}_inputs"]
         of = {"inputs": inputs, "labels": arrays[f"{split}_labels"], **scale}
         splits[split] = examples(arrays, split, user_column, **of)
-    return Dataset(name="table", class_names=labels.class_names, **splits)
+    return Dataset(name="table", **labels.of_dataset, **splits)

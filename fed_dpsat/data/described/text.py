@@ -37,6 +37,7 @@ def text(
     text_separator: str = "\n",
     errors: str = "strict",
     label_separator: str = ";",
+    labels_like: str = "",
     **where: Any,
 ) -> Dataset:
     """Your own texts, from CSV, JSON lines, Parquet, a folder or datasets, as tokens.
@@ -44,7 +45,8 @@ def text(
     ``input_columns`` is "text" if it is empty, and the labels of a folder are its folders. The inputs are "input_ids";
     the labels those of ``task``, a class for each first token of a word, or None if the label is the text. Special
     tokens are those that the tokenizer adds; the byte tokenizer adds them only if ``add_special_tokens`` is true.
-    ``where`` are arguments of ``Place``.
+    ``where`` are arguments of ``Place``, and ``labels_like`` is the task whose
+    labels a task of your own takes.
 
     Raises ``SettingError`` for a declaration, and ``DataError`` with file and row for what is not as declared.
     """
@@ -52,10 +54,13 @@ def text(
     from fed_dpsat.data.described.encode_text import TextEncoder
     from fed_dpsat.data.described.labels import OF_WORDS, Labels, split_names
     from fed_dpsat.data.described.load import examples, load
-    from fed_dpsat.data.described.place import Place
+    from fed_dpsat.data.described.place import Place, check_types
     from fed_dpsat.data.described.tokenizer import digest, library_tokens
     from fed_dpsat.data.described.tokens import ByteTokens
 
+    check_types(str, pad_token=pad_token, mask_token=mask_token, text_separator=text_separator)
+    check_types(str, label_separator=label_separator, labels_like=labels_like)
+    check_types(bool, add_special_tokens=add_special_tokens or False)
     if errors not in ("strict", "replace"):
         raise SettingError("errors", errors, "strict or replace", "set it in dataset_args")
     settings = {"data_source": data_source, "data_path": data_path, "test_path": test_path, "content": "text"}
@@ -68,9 +73,12 @@ def text(
         asked: Any = {"pad_token": pad_token, "mask_token": mask_token, "pairs": len(names) > 1}
         make = partial(library_tokens, tokenizer, add_special_tokens=special, **asked)
     labels = None
-    if task not in OF_THE_TEXT:
+    of_task = labels_like or task
+    if of_task not in OF_THE_TEXT:
         column = label_column or ("label" if data_source == "folder" else "")
-        labels = Labels.of(task, column, class_names, declared(columns, columns_file), label_separator, of_words=True)
+        labels = Labels.of(
+            of_task, column, class_names, declared(columns, columns_file), label_separator, of_words=True
+        )
         if labels.task == OF_WORDS and len(names) > 1:
             raise SettingError("input_columns", input_columns, "one column of words", f"task={task!r} has one")
         if both := set(names) & set(labels.columns):
@@ -98,7 +106,7 @@ def text(
     if task == "masked-lm" and mask < 0:
         remedy = "set mask_token = '[MASK]', or the one of this tokenizer, in dataset_args"
         raise SettingError("tokenizer", tokenizer, "one with a mask token, which task='masked-lm' needs", remedy)
-    splits = {}
+    splits: dict[str, Any] = {}
     for split in ("train", "test"):
         offsets = arrays[f"{split}_offsets"]
         tokens = Sequences(
@@ -113,4 +121,4 @@ def text(
         if labels and labels.task == OF_WORDS:
             of = Sequences(values=of, offsets=offsets, max_length=max_length, vocabulary_size=len(labels.class_names))
         splits[split] = examples(arrays, split, user_column, inputs={"input_ids": tokens}, labels=of)
-    return Dataset(name="text", class_names=labels.class_names if labels else (), **splits)
+    return Dataset(name="text", **(labels.of_dataset if labels else {}), **splits)
