@@ -19,6 +19,7 @@ from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.data import BYTES
 from fed_dpsat.step.optimizers.chain import split_chain
 
 SANE_NOISE = 1e6
@@ -223,6 +224,14 @@ class Policy:
 _LOCAL: dict[str, Any] = {
     "data_source": "embedded",
     "data_path": "",
+    "test_path": "",
+    "test_share": 0.0,
+    "input_columns": "",
+    "label_column": "",
+    "user_column": "",
+    "class_names": "",
+    "columns_file": "",
+    "tokenizer": BYTES,
     "cache_dir": "",
     "validation_share": 0.0,
     "client_table": "",

@@ -5,6 +5,8 @@ input                       identified by                                       
 =========================== ==================================================================== =========
 a plug-in                   its file and the user's files that it imports (``sources``)          copies
 ``client_table``            the file                                                             a copy
+``columns_file``            the file                                                             a copy
+``tokenizer``               its files
 ``start_from``              the file
 data set                    classes, labels and examples; above 256 MiB, evenly spaced rows
 partition                   the examples of each client
@@ -31,6 +33,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.models.pretrained import weights_file
 from fed_dpsat.run.sources import plugin_sources
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.data import BYTES
 from fed_dpsat.step.optimizers.chain import split_chain
 
 PLUGINS = ("dataset", "partition", "model", "optimizer", "base_optimizer", "clipping", "strategy", "attack")
@@ -102,10 +105,16 @@ def _files(experiment: Experiment) -> Iterator[Input]:
                     digest = file_digest(path)
                     copy = f"inputs/{digest[:8]}-{name.replace('/', '.')}"
                     yield Input(setting=setting, name=name, sha256=digest, path=str(path), copy=copy)
-    if config.client_table:
-        digest = file_digest(config.client_table)
-        copy = f"inputs/{digest[:8]}-{Path(config.client_table).name}"
-        yield Input(setting="client_table", name="client_table", sha256=digest, path=config.client_table, copy=copy)
+    for setting in ("client_table", "columns_file"):
+        if table := str(getattr(config, setting)):
+            digest = file_digest(table)
+            copy = f"inputs/{digest[:8]}-{Path(table).name}"
+            yield Input(setting=setting, name=setting, sha256=digest, path=table, copy=copy)
+    if config.tokenizer != BYTES:
+        from fed_dpsat.data.described.tokenizer import tokenizer_files
+
+        for file in tokenizer_files(config.tokenizer):
+            yield Input(setting="tokenizer", name=file.name, sha256=file_digest(file), path=str(file))
     if config.start_from:
         weights = str(weights_file(config.start_from))
         yield Input(setting="start_from", name="start_from", sha256=experiment.start.sha256, path=weights)

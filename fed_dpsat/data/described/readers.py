@@ -1,6 +1,7 @@
 """Files of CSV, JSON lines and Parquet, folders of texts and images, and data sets of ``datasets``, as chunks of rows.
 
-Each reader holds a block of the file at a time: for CSV and JSON lines ``BLOCK`` bytes, which is the longest row too.
+Each reader holds a block of the file at a time: for CSV ``BLOCK`` bytes and for JSON lines ``BLOCK_JSON``, which is the
+longest row too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fed_dpsat.data.described.chunks import ROWS, Chunk, Kind, check_columns
 from fed_dpsat.errors import DataError
 
 BLOCK = 2**26
+BLOCK_JSON = 2**25  # the parser holds a block many times
 IMAGES = (".png", ".jpg", ".jpeg")
 Wanted = Mapping[str, Kind]
 
@@ -39,13 +41,14 @@ def read_jsonl(file: Path, wanted: Wanted) -> Iterator[Chunk]:
     """Numbers as float64, texts as bytes, other columns in the type that the first block of the file shows."""
     from pyarrow import json
 
+    read = json.ReadOptions(block_size=BLOCK_JSON, use_threads=False)
     with _readable(file, "JSON lines"):
-        with json.open_json(file, json.ReadOptions(block_size=BLOCK, use_threads=False)) as head:
+        with json.open_json(file, read) as head:
             types = {field.name: field.type for field in head.schema}
         check_columns(file, types, wanted)
         fields = [(name, _json_type(kind, types[name])) for name, kind in wanted.items()]
         parse = json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
-        yield from _numbered(str(file), json.open_json(file, json.ReadOptions(block_size=BLOCK), parse))
+        yield from _numbered(str(file), json.open_json(file, read, parse))
 
 
 def _json_type(kind: Kind, found: Any) -> Any:
@@ -142,7 +145,11 @@ def _readable(file: Path, kind: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         said = str(error).partition("\n")[0]
-        raise DataError(f"{file}: not a readable {kind} ({said}); correct it") from error
+        if "straddling" in said:
+            said, remedy = "a row is too long", "store the rows as Parquet"
+        else:
+            remedy = "correct it"
+        raise DataError(f"{file}: not a readable {kind} ({said}); {remedy}") from error
 
 
 def _numbered(where: str, batches: Any) -> Iterator[Chunk]:

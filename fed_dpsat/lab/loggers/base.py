@@ -12,7 +12,7 @@ from fed_dpsat.plugins import PluginError
 from fed_dpsat.settings.config import MACHINE, RunConfig
 from fed_dpsat.settings.values import Scalar
 
-PRIVATE_PATHS = frozenset({"data_path", "client_table"})
+PRIVATE_PATHS = frozenset({"data_path", "test_path", "columns_file", "client_table"})
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
