@@ -63,6 +63,11 @@ def test_sequences_are_checked_where_they_are_made(change, message):
 def test_the_first_value_outside_is_named_with_its_row():
     with pytest.raises(DataError, match=r"token 6 in row 0 is not in \[0, 6\)"):
         sequences().check_within(6, "token")
+    held = sequences(values=torch.tensor([5, -100, 0, 1, 2, 3]))
+    held.check_within(6, "label", ignored=True)
+    for values, ignored in (([5, -100, 0, 1, 2, 3], False), ([5, -1, 0, 1, 2, 3], True)):
+        with pytest.raises(DataError, match=r"label -1(00)? in row 0 is not in \[0, 6\)"):
+            sequences(values=torch.tensor(values)).check_within(6, "label", ignored=ignored)
 
 
 def texts(**change):

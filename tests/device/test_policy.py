@@ -69,7 +69,8 @@ def test_an_admitted_run_keeps_no_path_or_cohort_of_the_servers(device, settings
         **settings, "data_path": "/etc", "cache_dir": "/etc", "client_table": "/etc/passwd", "out": "/etc",
         "num_clients": 1000, "clients_per_round": 7, "partition": "evil:partition", "workers": 9,
         "physical_batch_size": 10**9, "threads_per_client": 10**6, "resume": True,
-        "device": "cuda", "gpus_per_worker": 0.5,
+        "device": "cuda", "gpus_per_worker": 0.5, "tokenizer": "/etc", "columns_file": "/etc", "test_path": "/etc",
+        "input_columns": "secret", "label_column": "secret", "user_column": "secret", "class_names": "secret",
     }  # fmt: skip
     config = device.policy.admit(7, theirs)
     assert "/etc" not in "".join(str(value) for value in config.settings().values())
@@ -78,6 +79,7 @@ def test_an_admitted_run_keeps_no_path_or_cohort_of_the_servers(device, settings
     assert (config.device, config.gpus_per_worker) == ("cpu", 0.0)
     assert config.noise_source == "system"
     assert "evil" not in config.partition
+    assert "secret" not in "".join(str(value) for value in config.settings().values())
 
 
 def test_a_server_does_not_choose_another_librarys_engine(device, settings):

@@ -191,6 +191,21 @@ def test_an_edited_table_of_clients_is_refused(tmp_path):
         resume(folder)
 
 
+def test_edited_columns_of_a_table_and_another_tokenizer_are_refused(tmp_path):
+    columns, tokenizer = tmp_path / "columns.toml", tmp_path / "tokenizer.json"
+    columns.write_text("[age]\nmean = 40\n")
+    tokenizer.write_text("{}")
+    config = dataclasses.replace(CONFIG, columns_file=str(columns), tokenizer=str(tokenizer))
+    folder = begun(config, tmp_path / "run")
+    edit(columns, "40", "41")
+    with pytest.raises(SettingError, match=rf"{columns} \(columns_file\) has changed .*; restore .*-columns.toml"):
+        resume(folder)
+    edit(columns, "41", "40")
+    tokenizer.write_text("{ }")
+    with pytest.raises(SettingError, match=rf"{tokenizer} \(tokenizer\) has changed .*; restore it"):
+        resume(folder)
+
+
 def test_objects_have_to_be_the_same(tmp_path):
     given = {"dataset": digits(), "optimizer": DPSGD(lr=0.5), "model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}
     folder = begun(CONFIG, tmp_path / "run", **given)

@@ -85,3 +85,8 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
     config = RunConfig(**GOOD, data_path="data").with_absolute_paths()
     assert config.data_path == str(tmp_path / "data")
     assert config.cache_dir.startswith("/")
+    assert config.tokenizer == "bytes", "the one tokenizer that is no path"
+    config = RunConfig(**GOOD, tokenizer="bert", columns_file="c.toml", test_path="t").with_absolute_paths()
+    assert (config.tokenizer, config.columns_file, config.test_path) == tuple(
+        str(tmp_path / name) for name in ("bert", "c.toml", "t")
+    )

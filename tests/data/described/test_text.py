@@ -66,10 +66,10 @@ def test_each_format_gives_the_same_bytes(build, write, tmp_path, source):
     assert tokens(data.train) == [list(b"ab c"), list("é".encode())]
     assert data.train.inputs["input_ids"].values.dtype == torch.uint8, "a byte costs a byte"
     assert data.train.labels.tolist() == [1, 0]
-    assert data.vocabulary_size == 260
+    assert data.train.inputs["input_ids"].vocabulary_size == 260
     inputs, _ = data.test.batch(torch.arange(2))
-    assert inputs["input_ids"].tolist() == [list(b"ab c"), [*"é".encode(), 256, 256]]
-    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert inputs["input_ids"][:, :5].tolist() == [[*b"ab c", 256], [*"é".encode(), 256, 256, 256]]
+    assert inputs["attention_mask"][:, :5].tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
 
 
 def test_special_bytes_are_inside_the_length(texts):
@@ -182,9 +182,9 @@ def test_a_row_without_a_text_and_a_column_of_numbers_are_refused(texts):
 @pytest.mark.parametrize(
     ("given", "expected", "labels"),
     [
-        ("bytes", [list(b"hello world")], [[1, *[-100] * 5, 0, *[-100] * 4]]),
-        ("special", [[258, *b"hello world", 259]], [[-100, 1, *[-100] * 5, 0, *[-100] * 5]]),
-        ("library", [[2, 5, 6, 7, 3]], [[-100, 1, 0, -100, -100]]),
+        ("bytes", [list(b"hello world")], [1, *[-100] * 5, 0, *[-100] * 4]),
+        ("special", [[258, *b"hello world", 259]], [-100, 1, *[-100] * 5, 0, *[-100] * 5]),
+        ("library", [[2, 5, 6, 7, 3]], [-100, 1, 0, -100, -100]),
     ],
 )
 def test_the_first_token_of_a_word_has_its_label(texts, tokenizer, given, expected, labels):
@@ -195,9 +195,10 @@ def test_the_first_token_of_a_word_has_its_label(texts, tokenizer, given, expect
     split = texts(rows, arguments, task="token-classification", **columns, **settings)
     assert tokens(split)[:1] == expected
     _, targets = split.batch(torch.tensor([0]))
-    assert targets.tolist() == labels
+    assert targets[0, : len(labels)].tolist() == labels
+    assert targets[0, len(labels) :].eq(-100).all()
     short = texts(rows, arguments, task="token-classification", max_length=4, **columns, **settings)
-    assert short.batch(torch.tensor([0]))[1].tolist() == [labels[0][:3] + [labels[0][3] if given == "bytes" else -100]]
+    assert short.batch(torch.tensor([0]))[1].tolist() == [[*labels[:3], -100]]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_words_and_labels_that_do_not_fit_are_refused_by_file_and_row(texts, row
 
 def test_the_label_of_a_language_model_is_the_text(texts):
     assert texts(["abc"]).labels is None
-    assert texts(["abc"]).batch(torch.tensor([0]))[1].tolist() == [[97, 98, 99]]
+    assert texts(["abc"]).batch(torch.tensor([0]))[1][0, :4].tolist() == [97, 98, 99, -100]
 
 
 def test_a_folder_of_files_or_lines(build, write):
