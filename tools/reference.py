@@ -33,6 +33,7 @@ SECTIONS = (
         (
             "partitions.md",
             "recipes.md",
+            "data.md",
             "models.md",
             "tasks.md",
             "optimizers.md",
