@@ -15,6 +15,7 @@ from fed_dpsat.settings.values import Scalar
 
 SPECS = {spec.name: spec for spec in dataclasses.fields(Settings)}
 """Every setting by its name, in order."""
+RENAMED = {"image_column": "input_columns"}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def check_names(values: Mapping[str, Any]) -> None:
         if key not in SPECS:
             near = difflib.get_close_matches(key, SPECS, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else "`fed-dpsat run --help` lists them"
+            hint = f"it is {RENAMED[key]} now" if key in RENAMED else hint
             raise SettingError(key, values[key], "a setting", hint)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.settings.flat import parse_overrides
+from fed_dpsat.settings.flat import check_names, parse_overrides
 
 
 def test_a_broken_or_missing_file_is_named(tmp_path):
@@ -23,3 +23,8 @@ def test_a_broken_or_missing_file_is_named(tmp_path):
 )
 def test_an_override_loses_a_pair_of_quotes_around_it_and_no_other(text, value):
     assert parse_overrides([f"model={text}"]) == {"model": value}
+
+
+def test_a_setting_that_was_renamed_is_refused_with_its_name():
+    with pytest.raises(SettingError, match="it is input_columns now"):
+        check_names({"image_column": "image"})

@@ -34,8 +34,10 @@ class Chunk:
         return int(self.table.num_rows)
 
     def column(self, name: str) -> Any:
-        """The values, without a dictionary around them."""
+        """The values, in a plain form of their type."""
         column = self.table.column(name)
+        if pa.types.is_string_view(column.type):
+            return column.cast(pa.string())
         return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
     def picked(self, chosen: np.ndarray) -> Chunk:
@@ -52,6 +54,8 @@ class Chunk:
 def check_columns(where: object, there: Collection[str], wanted: Collection[str]) -> None:
     """Raise ``DataError`` for a wanted column that is not there."""
     for name in wanted:
+        if list(there).count(name) > 1:
+            raise DataError(f"{where}: column {name!r} is there twice; rename one")
         if name not in there:
             raise DataError(f"{where}: no column {name!r}; there are {', '.join(map(repr, there))}: name one of them")
 

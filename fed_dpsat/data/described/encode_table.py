@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from fed_dpsat.data.described.labels import Labels, split_names
 from fed_dpsat.data.described.load import Encoder
 from fed_dpsat.errors import SettingError
 
+log = logging.getLogger("fed_dpsat")
 ENCODINGS = ("one-hot", "codes")
 
 
@@ -24,6 +27,7 @@ class TableEncoder(Encoder):
     columns: tuple[Column, ...]
     labels: Labels
     encoding: str
+    others: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
@@ -52,6 +56,7 @@ class TableEncoder(Encoder):
 
     def encode(self, split: str, chunk: Chunk) -> Arrays:
         found = {"labels": self.labels.encoded(chunk)}
+        self._count(chunk)
         if self.encoding == "one-hot":
             return found | {"inputs": np.concatenate([column.encoded(chunk) for column in self.columns], axis=1)}
         if numbers := [column.encoded(chunk) for column in self.columns if isinstance(column, Number)]:
@@ -59,3 +64,13 @@ class TableEncoder(Encoder):
         if categories := [column.codes(chunk) for column in self.columns if isinstance(column, Category)]:
             found["categories"] = np.stack(categories, axis=1)
         return found
+
+    def report(self) -> None:
+        """Log which columns have values that are not declared; nothing if the cache was there."""
+        for name, count in self.others.items():
+            log.warning("column %r has %d values that are not declared, which are other", name, count)
+
+    def _count(self, chunk: Chunk) -> None:
+        for column in self.columns:
+            if isinstance(column, Category) and (count := int((column.codes(chunk) == len(column.values)).sum())):
+                self.others[column.name] += count

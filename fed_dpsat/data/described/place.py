@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fed_dpsat.errors import DataError, SettingError
+from fed_dpsat.settings.flat import RENAMED
 
 RULES = ("test_path", "split_column", "test_share")
 REMEDY = "name the public test split: test_path, test_share, or split_column in dataset_args"
@@ -19,7 +20,6 @@ SOURCES = {
     "image": ("parquet", "folder", "disk", "hub"),
 }
 """By the content of a data set, the values of ``data_source``."""
-RENAMED = {"image_column": "the column of images is input_columns"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,12 @@ class Place:
             if name not in known or name in settings:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "leave it out"
-                raise SettingError(name, value, "an argument of this data set", RENAMED.get(name, hint))
+                raise SettingError(
+                    name,
+                    value,
+                    "an argument of this data set",
+                    f"it is the setting {RENAMED[name]}" if name in RENAMED else hint,
+                )
             check_types(type(known[name].default), **{name: value})
         # without a share the seed decides nothing, and each seed would have a cache of its own
         rest: dict[str, Any] = {**settings, **arguments}

@@ -30,7 +30,7 @@ def read_csv(file: Path, wanted: Wanted, delimiter: str = ",") -> Iterator[Chunk
     read = csv.ReadOptions(block_size=BLOCK, use_threads=False)
     parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     with _readable(file, "CSV"):
-        with csv.open_csv(file, csv.ReadOptions(use_threads=False), parse) as head:
+        with csv.open_csv(file, read, parse) as head:
             check_columns(file, head.schema.names, wanted)
         types = dict.fromkeys(wanted, pa.binary())
         convert = csv.ConvertOptions(include_columns=list(wanted), column_types=types)
@@ -52,7 +52,7 @@ def read_jsonl(file: Path, wanted: Wanted) -> Iterator[Chunk]:
 
 
 def _json_type(kind: Kind, found: Any) -> Any:
-    if kind == "number":
+    if kind == "number" and (pa.types.is_integer(found) or pa.types.is_null(found)):
         return pa.float64()
     return pa.binary() if kind == "text" or pa.types.is_timestamp(found) or pa.types.is_null(found) else found
 

@@ -53,10 +53,15 @@ def table(
         place,
         wanted=encoder.wanted,
         encoder=encoder,
-        decided=dataclasses.asdict(encoder),
+        decided={
+            "columns": [dataclasses.asdict(column) for column in encoder.columns],
+            "labels": dataclasses.asdict(labels),
+            "encoding": encoding,
+        },
         user_column=user_column,
         cache_dir=cache_dir,
     )
+    encoder.report()
     width = arrays["train_inputs"].shape[1] if "train_inputs" in arrays else 0
     scale = {"mean": (0.0,) * width, "std": (1.0,) * width}  # columns are scaled one by one
     splits: dict[str, Any] = {}

@@ -54,6 +54,19 @@ def test_each_format_gives_the_same_scaled_numbers_and_coded_categories(build, w
     assert data.class_names == ("no", "yes")
 
 
+def test_values_that_are_not_declared_are_counted_once(build, write, caplog):
+    for split in ("train", "test"):
+        write(f"{split}.csv", CSV)
+    for _ in range(2):
+        build(
+            "table",
+            "columns = {sex = {values = ['f', 'm']}, site = {values = ['n', 's']}}",
+            data_source="csv",
+            **LABELS,
+        )
+    assert caplog.messages == ["column 'sex' has 2 values that are not declared, which are other"]
+
+
 def test_codes_keep_numbers_and_categories_apart(build, write):
     for split in ("train", "test"):
         write(f"{split}.csv", CSV)
@@ -195,7 +208,7 @@ def test_a_label_outside_its_declared_set_is_refused_by_file_and_row(build, writ
         ("columns = {age = {}}", {"columns_file": "no.toml"}, "possible with columns"),
         ("", {"columns_file": "no.toml"}, "a readable TOML file"),
         ("columns = {age = {}}, encoding = 'hot'", {}, "one of one-hot, codes"),
-        ("columns = {age = {}}, image_column = 'x'", {}, "the column of images is input_columns"),
+        ("columns = {age = {}}, image_column = 'x'", {}, "it is the setting input_columns"),
         ("columns = {age = {}}, delimitr = 'x'", {}, "did you mean delimiter"),
         ("columns = {age = {}}, delimiter = 3", {}, "of type str"),
     ],
@@ -220,6 +233,30 @@ def test_classes_that_datasets_has_named_have_their_names(build, tmp_path):
     datasets.DatasetDict({"train": hub, "test": hub}).save_to_disk(tmp_path / "d" / "unlabelled")
     with pytest.raises(DataError, match="has the label None"):
         build("table", "columns = {x = {}}", data_source="disk", data_path=str(tmp_path / "d" / "unlabelled"), **LABELS)
+
+
+@pytest.mark.parametrize("values", [["1", "2.5"], [True, False], [1, 2.5], [1, None]])
+def test_numbers_of_json_may_be_texts_or_true(build, write, values):
+    rows = [{"x": value, "y": "no"} for value in values]
+    write("train.jsonl", rows)
+    write("test.jsonl", rows)
+    data = build("table", "columns = {x = {missing = 9}}", data_source="jsonl", **LABELS)
+    assert data.train.inputs[:, 0].tolist() == [9 if value is None else float(value) for value in values]
+
+
+def test_marks_and_line_ends_of_other_systems_are_no_part_of_a_value(build, write):
+    write("train.csv", '\ufeffx,y\r\n1,no\r\n2,"ye\ns"\r\n')
+    write("test.csv", 'x,y\n1,"no"\n')
+    labels = {**LABELS, "class_names": '"ye\ns",no'}
+    data = build("table", "columns = {x = {}}", data_source="csv", **labels)
+    assert (data.train.inputs.tolist(), data.train.labels.tolist()) == ([[1], [2]], [1, 0])
+
+
+def test_a_column_that_is_there_twice_is_refused(build, write):
+    write("train.csv", "x,x,y\n1,2,no\n")
+    write("test.csv", "x,y\n1,no\n")
+    with pytest.raises(DataError, match=r"train.csv: column 'x' is there twice"):
+        build("table", "columns = {x = {}}", data_source="csv", **LABELS)
 
 
 def test_whole_numbers_with_gaps_are_the_same_categories(build, tmp_path):

@@ -98,6 +98,7 @@ def test_a_tokenizer_of_the_library_and_its_numbers(texts, tokenizer):
     assert tokens(texts(["hello world"], PAD + ", add_special_tokens = false", tokenizer=tokenizer)) == [[5, 6, 7]]
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers_says_its_own_tokens(texts, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
     made = transformers.PreTrainedTokenizerFast(tokenizer_file=tokenizer, pad_token="[PAD]", mask_token="[MASK]")
@@ -170,6 +171,18 @@ def test_invalid_utf8_is_refused_by_file_and_row_or_replaced(build, write):
     write("test.jsonl", '{"text": "ok"}\n')
     with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'text' is not UTF-8"):
         build("text", **{**ask, "data_source": "jsonl"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["csv", "jsonl", "parquet"])
+def test_a_text_may_have_ten_million_characters_in_each_format(build, write, tmp_path, source):
+    long = "é" * 10_000_000
+    for split in ("train", "test"):
+        write(f"{split}.csv", f"text\n{long}\nb\n" if split == "train" else "text\nb\n")
+        write(f"{split}.jsonl", [{"text": long if split == "train" else ""}, {"text": "b"}])
+        pq.write_table(pa.table({"text": [long, "b"]}), tmp_path / "d" / f"{split}.parquet")
+    train = build("text", data_source=source, task="causal-lm", max_length=4).train
+    assert tokens(train) == [list("éé".encode()), [98]]
 
 
 def test_a_row_without_a_text_and_a_column_of_numbers_are_refused(texts):
