@@ -30,13 +30,11 @@ class Number:
     log: bool = False
     missing: float | None = None
 
-    @property
-    def width(self) -> int:
-        """The number of features: with ``missing`` one more, 1 if there is no value and 0 otherwise."""
-        return 1 if self.missing is None else 2
-
     def encoded(self, chunk: Chunk) -> np.ndarray:
-        """float32 ``[n, width]``. Raises ``DataError`` with file and row for NaN, infinity or no value."""
+        """float32 ``[n, 1]``, or ``[n, 2]`` with ``missing``: the second is 1 if there is no value, and 0 otherwise.
+
+        Raises ``DataError`` with file and row for NaN, infinity or no value that is not declared as ``missing``.
+        """
         raw = chunk_numbers(chunk, self.name)
         none = ~np.isfinite(raw)
         if self.missing is None:

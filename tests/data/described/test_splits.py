@@ -41,6 +41,13 @@ def test_another_path_is_the_test_split(build, write, tmp_path):
         build("table", X, test_path="nowhere", **ASK)
 
 
+def test_the_same_files_in_other_splits_are_another_cache(build, write):
+    test, train = write("a/test.csv", rows(2)), write("train.csv", rows(1))
+    assert values(build("table", X, **ASK)) == ([1], [2])
+    swapped = {**ASK, "data_path": str(test), "test_path": str(train)}
+    assert values(build("table", X, **swapped)) == ([2], [1])
+
+
 def test_a_column_says_the_split_of_each_row(build, write):
     write("a.csv", "x,y,split\n1,a,train\n2,a,test\n3,a,train\n4,a,validation\n")
     assert values(build("table", f"{X}, split_column = 'split'", **ASK)) == ([1, 3], [2])

@@ -173,6 +173,16 @@ def test_a_value_that_is_no_number_is_refused_by_file_and_row(build, write, valu
         build("table", f"columns = {{x = {column}}}", data_source="csv", **LABELS)
 
 
+def test_a_whole_number_is_no_place_if_a_class_has_such_a_name(build, write):
+    write("train.csv", "x,y\n1,0\n1,10\n")
+    write("test.csv", "x,y\n1,0\n1,1\n")
+    with pytest.raises(DataError, match=r"test.csv, row 1: column 'y' has the label '1'"):
+        build("table", "columns = {x = {}}", data_source="csv", label_column="y", class_names="10,0")
+    write("test.csv", "x,y\n1,0\n")
+    data = build("table", "columns = {x = {}}", data_source="csv", label_column="y", class_names="10,0")
+    assert data.train.labels.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("label", ["maybe", "", "2", "-1"])
 def test_a_label_outside_its_declared_set_is_refused_by_file_and_row(build, write, label):
     write("train.csv", f"x,y\n1,no\n1,{label}\n")

@@ -201,7 +201,11 @@ def test_a_row_without_a_text_and_a_column_of_numbers_are_refused(texts):
     ],
 )
 def test_the_first_token_of_a_word_has_its_label(texts, tokenizer, given, expected, labels):
-    rows = [{"words": ["hello", "world"], "tags": ["b", "a"]}, {"words": [], "tags": []}]
+    rows = [
+        {"words": ["hello", "world"], "tags": ["b", "a"]},
+        {"words": [], "tags": []},
+        {"words": ["world"], "tags": ["b"]},
+    ]
     settings = {"tokenizer": tokenizer} if given == "library" else {}
     arguments = {"bytes": "", "special": "add_special_tokens = true", "library": PAD}[given]
     columns = {"input_columns": "words", "label_column": "tags", "class_names": "a,b"}
@@ -210,6 +214,8 @@ def test_the_first_token_of_a_word_has_its_label(texts, tokenizer, given, expect
     _, targets = split.batch(torch.tensor([0]))
     assert targets[0, : len(labels)].tolist() == labels
     assert targets[0, len(labels) :].eq(-100).all()
+    _, last = split.batch(torch.tensor([2]))
+    assert last[last >= 0].tolist() == [1]
     short = texts(rows, arguments, task="token-classification", max_length=4, **columns, **settings)
     assert short.batch(torch.tensor([0]))[1].tolist() == [[*labels[:3], -100]]
 
