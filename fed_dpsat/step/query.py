@@ -7,14 +7,15 @@ one point of weight 1, no mask  as for plain ``Params``, to the bit
 a name with a mask              a vector of its active coordinates: clipping and noise see no other
 a mask that is True everywhere  no mask: the name keeps its shape
 a mask that is False everywhere an empty vector; ``spread`` gives zeros
+names with a ``Slope``          one number for each, of losses: no pass backward
 =============================== =================================================================
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -44,6 +45,17 @@ class OfOutputs(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slope:
+    """The weighted sum of an example's losses at ``points()``, over ``width``: a finite difference.
+
+    ``points`` makes pairs of a weight and parameters, one after the other, so that one model is held at a time.
+    """
+
+    points: Callable[[], Iterable[tuple[float, Params]]]
+    width: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Query:
     """The weighted sum of an example's gradients at public ``points``, on the ``active`` coordinates of its ``loss``.
 
@@ -52,12 +64,16 @@ class Query:
     of public state alone; a wrapped loss sees examples, and keeps nothing of them. Engines combine, drop what is
     inactive, and only then clip, example by example: whatever is asked, an example adds no more than ``clip_norm``.
 
-    Raises ``ValueError`` for no point, points or masks that do not fit together, or a weight that is not finite.
+    With ``slopes`` the one point holds a number for each of their names, and an example's gradient in it is the slope:
+    engines take forward passes alone, and keep no graph.
+
+    Raises ``ValueError`` for no point, for points, masks or slopes that do not fit, or a weight that is not finite.
     """
 
     points: tuple[tuple[float, Params], ...]
     active: Params | None = None
     loss: Callable[[LossFn], LossFn] | None = None
+    slopes: Mapping[str, Slope] | None = None
 
     def __post_init__(self) -> None:
         if not self.points:
@@ -71,6 +87,8 @@ class Query:
                 raise ValueError(
                     f"a mask {mask.dtype}{list(mask.shape)} of {name!r}; it is bool, of the shape in {shapes}"
                 )
+        if self.slopes and (len(self.points) > 1 or self.active or shapes != dict.fromkeys(self.slopes, ())):
+            raise ValueError(f"slopes {sorted(self.slopes)} at {shapes}; they need one point, of one number for each")
         partial = {name: mask for name, mask in (self.active or {}).items() if not bool(mask.all())}
         object.__setattr__(self, "active", partial or None)
 
@@ -78,7 +96,7 @@ class Query:
     def plain(self) -> Params | None:
         """The one point, if nothing more than its gradient is asked for."""
         (weight, point), *more = self.points
-        return None if more or weight != 1 or self.active or self.loss else point
+        return None if more or weight != 1 or self.active or self.loss or self.slopes else point
 
 
 At: TypeAlias = Params | Query
@@ -96,17 +114,17 @@ def simplified(at: At) -> At:
 
 
 def map_points(at: At, move: Callable[[Params], Params]) -> At:
-    """``move`` at every point; weights, mask and loss stay."""
+    """``move`` at every point; all else stays."""
     if not isinstance(at, Query):
         return move(at)
-    return Query(points=tuple((weight, move(point)) for weight, point in at.points), active=at.active, loss=at.loss)
+    return replace(at, points=tuple((weight, move(point)) for weight, point in at.points))
 
 
 def mixture(parts: Sequence[tuple[float, At]]) -> At:
     """Weighted queries of the same mask and loss as one; those of weight 0 are not asked."""
     first = as_query(parts[0][1])
     points = tuple((w * weight, point) for w, at in parts if w for weight, point in as_query(at).points)
-    return simplified(Query(points=points, active=first.active, loss=first.loss))
+    return simplified(replace(first, points=points))
 
 
 def first_point(at: At) -> Params:

@@ -7,7 +7,7 @@ of them is not believed.
 subspace         the numbers                    they say
 ================ ============================== =======================================
 ``Coordinates``  values of active coordinates   the model to the bit
-``Span``         one per step                   the model up to rounding
+``Span``         one per step and direction     the model up to rounding
 ================ ============================== =======================================
 """
 
@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fed_dpsat.step.noise import derive_generator
+
+CHUNK = 1 << 20
+"""Numbers in float64 that are held at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +64,28 @@ class Coordinates:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """``start`` plus any combination of the directions of steps ``first`` to ``first + steps - 1``."""
+    """``start`` plus any combination of the ``directions`` of each of the steps ``first`` to ``first + steps - 1``."""
 
     seed: int
     first: int
     steps: int
+    directions: int = 1
     kind: ClassVar[str] = "span"
 
     def size(self, d: int) -> int:
-        """One number per step."""
-        return self.steps
+        """One number per step and direction."""
+        return self.steps * self.directions
 
     def numbers(self, start: Tensor, end: Tensor) -> Tensor:
-        """Least squares in float64: how far along each direction."""
-        directions = torch.stack([self._direction(i, len(end)) for i in range(self.steps)]).double()
-        gram, along = directions @ directions.T, directions @ (end.double() - start.double())
+        """Least squares in float64: how far along each direction; of some coordinates at a time, to save memory."""
+        d, count = len(end), self.size(len(end))
+        width = max(1, CHUNK // count)
+        parts = [_parts(self.seed, self.first * self.directions + i, d, width) for i in range(count)]
+        gram, along = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        for low in range(0, d, width):
+            directions = torch.stack([torch.from_numpy(next(part)) for part in parts]).double()
+            moved = end[low : low + width].double() - start[low : low + width].double()
+            gram, along = gram + directions @ directions.T, along + directions @ moved
         found: Tensor = torch.linalg.lstsq(gram, along[:, None]).solution[:, 0]
         return found.float()
 
@@ -85,8 +96,10 @@ class Span:
         return start
 
     def _direction(self, i: int, d: int) -> Tensor:
-        return direction(self.seed, self.first + i, d)
+        return direction(self.seed, self.first * self.directions + i, d)
 
+
+Vector = NDArray[np.float32]
 
 KINDS: Mapping[str, type[Coordinates] | type[Span]] = {kind.kind: kind for kind in (Coordinates, Span)}
 
@@ -108,10 +121,22 @@ def read_subspace(said: Mapping[str, Any]) -> Coordinates | Span:
 
 
 @functools.lru_cache(maxsize=2)
-def direction(seed: int, step: int, d: int) -> Tensor:
-    """Uniform on the sphere of radius sqrt(d), ``[d]``; of the run's ``step``, the same for every client."""
-    drawn = derive_generator(seed, purpose="direction", round=step).standard_normal(d)
-    return torch.from_numpy((drawn * (d**0.5 / np.linalg.norm(drawn))).astype(np.float32))
+def direction(seed: int, number: int, d: int) -> Tensor:
+    """Uniform on the sphere of radius sqrt(d), ``[d]``: the run's direction ``number``, the same for every client."""
+    return torch.from_numpy(np.concatenate(list(_parts(seed, number, d, CHUNK))))
+
+
+def _parts(seed: int, number: int, d: int, width: int) -> Iterator[Vector]:
+    """The ``direction``, ``width`` coordinates at a time; drawn twice, so that no whole one is held in float64."""
+    scale = d**0.5 / np.sqrt(sum(part.dot(part) for part in _normals(seed, number, d, CHUNK)))
+    for part in _normals(seed, number, d, width):
+        yield (part * scale).astype(np.float32)
+
+
+def _normals(seed: int, number: int, d: int, width: int) -> Iterator[NDArray[np.float64]]:
+    generator = derive_generator(seed, purpose="direction", round=number)
+    for low in range(0, d, width):
+        yield generator.standard_normal(min(width, d - low))
 
 
 @functools.lru_cache(maxsize=2)

@@ -116,7 +116,7 @@ def state_of_a_base_has_its_own_place(subject: Subject) -> None:
 def points_are_like_params(subject: Subject) -> None:
     """Query points and new parameters have the names, shapes and types of ``params``: plain detached tensors.
 
-    A query that wraps the loss may choose other shapes, equal for all its points.
+    A query that wraps the loss, or asks for slopes, may choose other shapes, equal for all its points.
     """
     optimizer = subject.make()
     like = {name: kind(p) for name, p in start().items()}
@@ -125,8 +125,9 @@ def points_are_like_params(subject: Subject) -> None:
         query = as_query(optimizer.query_point(params, state, step_info()))
         params, _ = optimizer.update(params, made_up_gradient(query, 0), state, step_info())
         points = [("query_point", point) for _, point in query.points]
+        points += [("a slope", point) for slope in (query.slopes or {}).values() for _, point in slope.points()]
         for what, point in (*points, ("update", params)):
-            own = what == "query_point" and query.loss is not None
+            own = what == "query_point" and bool(query.loss or query.slopes)
             expected = {name: kind(p) for name, p in first_point(query).items()} if own else like
             plain = all(type(p) is Tensor and not p.requires_grad for p in point.values())
             seen = {name: kind(p) for name, p in point.items()}
@@ -287,6 +288,8 @@ def asked(at: At) -> dict[str, Params]:
     """All tensors of a query, with a name for each of its points and masks."""
     query = as_query(at)
     points = {f"query_point {i} of weight {w}": point for i, (w, point) in enumerate(query.points)}
+    for name, slope in (query.slopes or {}).items():
+        points |= {f"slope {name}, point {i} of weight {w}": point for i, (w, point) in enumerate(slope.points())}
     return {**points, "active": query.active or {}}
 
 

@@ -250,11 +250,13 @@ def test_a_run_is_the_same_to_the_bit_whether_frozen_coordinates_travel_or_not(
     assert torch.equal(flat(one), flat(other))
 
 
-def test_zeroth_order_rounds_send_one_number_a_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize("directions", [1, 3])
+def test_zeroth_order_rounds_send_one_number_a_step_and_direction(tmp_path, monkeypatch, directions):
     """8 bytes for two steps, of 2600 for the model; the model is that of whole messages, up to rounding."""
-    config = dataclasses.replace(FREEZE, optimizer="zeroth-order", momentum=0.0, lr=0.01)
+    arguments = f"directions = {directions}"
+    config = dataclasses.replace(FREEZE, optimizer="zeroth-order", optimizer_args=arguments, momentum=0.0, lr=0.01)
     sparse = simulate(config, tmp_path / "sparse")
-    assert sparse["bytes_per_round"]["up"] == 3 * 8
+    assert sparse["bytes_per_round"]["up"] == 3 * 8 * directions
     monkeypatch.setattr(Experiment, "subspace", lambda self, round: None)
     assert simulate(config, tmp_path / "whole")["bytes_per_round"]["up"] == 3 * 2600
     one, other = (RunFolder(tmp_path / name, resume=True).load_checkpoint().params for name in ("sparse", "whole"))

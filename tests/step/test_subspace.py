@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fed_dpsat.params import cut, laid_end_to_end
+from fed_dpsat.step import subspace
 from fed_dpsat.step.subspace import Coordinates, Span, described, direction, read_subspace
 
 
@@ -50,6 +51,20 @@ def test_a_span_is_found_again():
     numbers = subspace.numbers(start, end)
     torch.testing.assert_close(numbers, torch.tensor([0.5, -2, 1e-3]), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(subspace.end(start, numbers), end, rtol=1e-5, atol=1e-5)
+
+
+def test_a_span_of_several_directions_is_found_again_in_parts(monkeypatch):
+    """Blocks of 7 coordinates, whose sums are those of the whole."""
+    span, start = Span(seed=2, first=5, steps=2, directions=3), torch.randn(500)
+    said = torch.tensor([0.5, -2.0, 1e-3, 3.0, 0.0, -1.0])
+    end = span.end(start, said)
+    torch.testing.assert_close(end, sum((a * direction(2, 15 + i, 500) for i, a in enumerate(said)), start))
+    whole = span.numbers(start, end)
+    torch.testing.assert_close(whole, said, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(subspace, "CHUNK", 42)
+    torch.testing.assert_close(span.numbers(start, end), whole, rtol=1e-6, atol=1e-8)
+    monkeypatch.undo()
+    assert read_subspace(described(span)) == span
 
 
 def test_directions_are_of_length_sqrt_d_and_nearly_orthogonal():

@@ -108,16 +108,20 @@ class Tape:
 class Capture(InPass):
     """One pass over ``batch`` examples on ``tape``, or, without one, with parameters in the graph of the loss.
 
+    If nothing ``learns``, layers compute as they do for a backward pass, and leave none.
+
     Raises ``Unplanned``, or ``RuntimeError`` where ``vmap`` refuses something.
     """
 
-    def __init__(self, batch: int, plan: Mapping[Callable[..., Any], Route], tape: Tape | None = None) -> None:
+    def __init__(
+        self, batch: int, plan: Mapping[Callable[..., Any], Route], tape: Tape | None = None, learns: bool = True
+    ) -> None:
         super().__init__()
         self._level = Level(batch)
         self.drawn = Pass(of_batch(batch), self._level)
         self._tape, self._plan = tape, plan
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=learns)
         self.functions: set[object] = set()
 
     def losses(self, loss_fn: LossFn, params: Params, inputs: Examples, targets: Examples) -> Tensor:

@@ -70,32 +70,50 @@ class Begun:
 def gradients(
     loss: LossFn, begun: Begun, draws: Draws, inputs: Examples, targets: Examples
 ) -> Callable[[Params], Params]:
-    """At a point, the gradients ``[B, *shape]`` of ``loss``, which was made of ``begun``.
+    """At a point, the gradients ``[B, *shape]`` of ``loss``, which was made of ``begun``; raises as ``_each`` does."""
+
+    def of_all(point: Params) -> Params:
+        leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
+        rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
+        with torch.enable_grad():
+            for found in _each(loss, begun, draws, inputs, targets, leaves):
+                for name, g in _gradient(found.sum(), leaves, begun).items():
+                    rows[name].append(g)
+        return {name: torch.stack(each) for name, each in rows.items()}
+
+    return of_all
+
+
+def losses(loss: LossFn, begun: Begun, draws: Draws, inputs: Examples, targets: Examples) -> Callable[[Params], Tensor]:
+    """At a point, the losses ``[B]``, of which no graph is kept; raises as ``_each`` does."""
+
+    def of_all(point: Params) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([found.view(1) for found in _each(loss, begun, draws, inputs, targets, point)])
+
+    return of_all
+
+
+def _each(
+    loss: LossFn, begun: Begun, draws: Draws, inputs: Examples, targets: Examples, point: Params
+) -> Iterator[Tensor]:
+    """The loss ``[1]`` of one example after the other at ``point``, each within its pass.
 
     Raises ``ModelError`` for a loss that keeps something: a tensor of another example, or anything at all that shows in
     the first example's loss after the others.
     """
-
-    def of_all(point: Params) -> Params:
-        check_repeats(loss, begun, point, inputs, targets, draws)
-        leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
-        rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
-        losses: list[Tensor] = []
-        size = len(draws)
-        with kept(device_of(inputs)), exact(device_of(inputs)), torch.enable_grad():
-            for i in [*range(size), 0]:
-                one = slice(i, i + 1)
-                with _copied(begun), _alone(begun, device_of(inputs), draws.some(one)):
-                    found = loss(leaves, some(inputs, one), some(targets, one))
-                    losses.append(found.detach())
-                    if len(losses) > size:
-                        break
-                    for name, g in _gradient(found.sum(), leaves, begun).items():
-                        rows[name].append(g)
-        _check_same(begun, losses[0], losses[-1])
-        return {name: torch.stack(each) for name, each in rows.items()}
-
-    return of_all
+    check_repeats(loss, begun, point, inputs, targets, draws)
+    losses: list[Tensor] = []
+    size = len(draws)
+    with kept(device_of(inputs)), exact(device_of(inputs)):
+        for i in [*range(size), 0]:
+            one = slice(i, i + 1)
+            with _copied(begun), _alone(begun, device_of(inputs), draws.some(one)):
+                found = loss(point, some(inputs, one), some(targets, one))
+                losses.append(found.detach())
+                if len(losses) <= size:
+                    yield found
+    _check_same(begun, losses[0], losses[-1])
 
 
 def check_repeats(loss: LossFn, begun: Begun, point: Params, inputs: Examples, targets: Examples, draws: Draws) -> None:

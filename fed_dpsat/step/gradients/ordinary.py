@@ -52,5 +52,5 @@ class Ordinary:
         return cls(given=(loss_fn, mechanism), averaged=(loss, dataclasses.replace(mechanism, expected_batch_size=1.0)))
 
     def pair(self, at: At) -> Pair:
-        """For what ``at`` asks; where it wraps the loss, which need not be linear in it, the mechanism divides."""
-        return self.given if isinstance(at, Query) and at.loss else self.averaged
+        """For what ``at`` asks; if that is not linear in the loss, or one number of it, the mechanism divides."""
+        return self.given if isinstance(at, Query) and (at.loss or at.slopes) else self.averaged

@@ -33,7 +33,7 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples
     Weights whose absolute values add up to more than 1 could make an example's finite gradients overflow.
     """
     query = as_query(at)
-    if query.loss or math.fsum(abs(weight) for weight, _ in query.points) > 1 + 1e-9:
+    if query.loss or query.slopes or math.fsum(abs(weight) for weight, _ in query.points) > 1 + 1e-9:
         return None
     total: Params = {}
     for weight, point in query.points:

@@ -12,13 +12,14 @@ tensors, an operation that ``vmap`` has not
 a norm that cancels, or values above 1e8           rows of that example
 a rule that bounds nothing                         an ordinary pass (``plain``)
 weighted points, a name with a mask                rows of those parameters, combined, without what is masked
+slopes                                             numbers of forward passes, of which no graph is kept
 ================================================== ==================================================
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,7 +35,7 @@ from fed_dpsat.step.examples import Examples, count, device_of, some
 from fed_dpsat.step.generators import Mark
 from fed_dpsat.step.gradients import loop
 from fed_dpsat.step.gradients.capture import Capture, Tape, check_routed
-from fed_dpsat.step.gradients.contribution import Contribution, Rows, Unplanned
+from fed_dpsat.step.gradients.contribution import Contribution, Rows, Unplanned, wide
 from fed_dpsat.step.gradients.drawing import check_drawn
 from fed_dpsat.step.gradients.finite import clipped_names, finite_factors
 from fed_dpsat.step.gradients.formats import FORMATS, laid_out, suits_channels_last, turn_gradients
@@ -43,7 +44,7 @@ from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.plain import plain_query_sum, plain_sum, unbounded
 from fed_dpsat.step.gradients.routes import TABLES, Routes, routes_of
 from fed_dpsat.step.gradients.state import afresh
-from fed_dpsat.step.query import At, LossFn, Query, as_query, compacted, first_point, simplified, zero_sum
+from fed_dpsat.step.query import At, LossFn, Query, Slope, as_query, compacted, first_point, simplified, zero_sum
 
 
 class NoMemory(Exception):
@@ -89,6 +90,8 @@ def _held(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, plan: Ro
     if not loop.needed(loss_fn):
         mark = Mark.here(device_of(targets))
         try:
+            if query.slopes:
+                return _of_slopes(query.slopes, lambda point: losses_at(loss, point, inputs, targets, plan, begun))
             loop.check_repeats(loss, begun, query.points[0][1], inputs, targets, draws)
             return _asked(at, lambda point: per_example(loss, point, inputs, targets, plan, begun))
         except Unplanned as unplanned:
@@ -104,8 +107,23 @@ def _held(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, plan: Ro
             reason = f"vmap refuses it: {said[0] if said else type(error).__name__}"
         mark.moved()  # whatever was drawn, it is as if nothing was
         loop.remember(loss_fn, reason)
+    if query.slopes:
+        return _of_slopes(query.slopes, loop.losses(loss, begun, draws, inputs, targets))
     rows = combined(query, loop.gradients(loss, begun, draws, inputs, targets))
     return {name: Rows(data=g) for name, g in rows.items()}
+
+
+def _of_slopes(slopes: Mapping[str, Slope], losses: Callable[[Params], Tensor]) -> dict[str, Contribution]:
+    """A number for each example and slope, of the ``losses[B]`` at its points."""
+    found: dict[str, Contribution] = {}
+    for name, slope in slopes.items():
+        each = []
+        for weight, point in slope.points():
+            each.append(weight * wide(losses(point)))
+            del point  # or the next one is made beside it
+        total = torch.stack(each).sum(0)
+        found[name] = Rows(data=total * (total.new_ones(()) / slope.width))
+    return found
 
 
 def _is_of_memory(error: Exception) -> bool:
@@ -194,6 +212,19 @@ def run(
         direct = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=False)
     check_drawn(mark)
     check_routed(leaves, direct[1:])
+
+
+def losses_at(
+    loss_fn: LossFn, params: Params, inputs: Examples, targets: Examples, plan: Routes, begun: loop.Begun
+) -> Tensor:
+    """Losses ``[B]`` of one forward pass, as ``run`` computes them, without a graph."""
+    loop.check_repeats(loss_fn, begun, params, inputs, targets, of_batch(count(targets)))
+    capture, mark = Capture(count(targets), plan, Tape(), learns=False), Mark.here(device_of(targets))
+    begun.begin = capture.drawn.begin
+    with begun_afresh(loss_fn, begun) as own:
+        losses = capture.losses(own, {name: p.detach() for name, p in params.items()}, inputs, targets).detach()
+    check_drawn(mark)
+    return losses
 
 
 @contextmanager

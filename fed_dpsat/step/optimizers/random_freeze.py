@@ -17,7 +17,7 @@ momentum and decay  of a frozen coordinate: it does not move, to the bit
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -25,7 +25,7 @@ import torch
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, cut
 from fed_dpsat.step.optimizers.base import Over, State, StepInfo, check_space
-from fed_dpsat.step.query import At, Query, as_query, first_point
+from fed_dpsat.step.query import At, as_query, first_point
 from fed_dpsat.step.subspace import Coordinates
 
 
@@ -74,7 +74,7 @@ class RandomFreeze(Over):
         query = as_query(at)
         inner = query.active or {}
         both = {name: mask & inner[name] if name in inner else mask for name, mask in active.items()}
-        return Query(points=query.points, active=both, loss=query.loss)
+        return replace(query, active=both)
 
     def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base``, of active coordinates alone."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -33,7 +33,7 @@ from torch.nn import functional
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
 from fed_dpsat.step.optimizers.base import Over, State, StepInfo
-from fed_dpsat.step.query import At, LossFn, OfOutputs, Query, as_query
+from fed_dpsat.step.query import At, LossFn, OfOutputs, as_query
 
 MODELS, EPOCHS = "models", "epochs"
 """Old weights by place, and of which epoch those of a place are."""
@@ -75,9 +75,7 @@ class SAF(Over):
         query = as_query(at)
         wrap = trajectory_loss(old, self.saf_weight, self.saf_temperature)
         inner = query.loss
-        return Query(
-            points=query.points, active=query.active, loss=wrap if inner is None else lambda loss: inner(wrap(loss))
-        )
+        return replace(query, loss=wrap if inner is None else lambda loss: inner(wrap(loss)))
 
     def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base``; in the first of an epoch, ``params`` take the place of the oldest model."""

@@ -35,6 +35,7 @@ CHAINS = {
         "base_optimizer": "random-freeze",
         "optimizer_args": "freeze_ramp = 0",
     },
+    "zeroth-order along 3": {"optimizer": "zeroth-order", "optimizer_args": "directions = 3"},
 }
 
 
@@ -60,6 +61,6 @@ def test_one_event_and_one_release_a_step(name, monkeypatch):
     if name == "random-freeze":
         assert released == [650] * 3 + [650 - 227] * 3  # at rates 0 and 0.35
     elif "zeroth-order" in name:
-        assert released == [1] * 6
+        assert released == [3 if "3" in name else 1] * 6
     else:
         assert released == [650 - 455 if "random-freeze" in name else 650] * 6

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import SettingError
+from fed_dpsat.params import trainable
 from fed_dpsat.step.clipping import FlatClipping
-from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
+from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.loop import Streams, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.noise import standard_normals
@@ -20,9 +25,28 @@ from fed_dpsat.step.optimizers.dplis import DPlis
 from fed_dpsat.step.optimizers.random_freeze import RandomFreeze
 from fed_dpsat.step.optimizers.saf import EPOCHS, MODELS, SAF
 from fed_dpsat.step.optimizers.zeroth_order import SCALAR, ZerothOrder
+from fed_dpsat.step.query import first_point
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.subspace import Span, direction
 from fed_dpsat.testing.problems import step_info
+
+
+def norms():
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.LayerNorm(200), nn.Linear(200, 3)
+    )
+
+
+class Recurrent(nn.Module):
+    """An LSTM over rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(20, 7, batch_first=True), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.transpose(1, 2).flatten(2))[0][:, -1])
+
 
 W = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
 
@@ -193,7 +217,151 @@ def test_a_method_that_climbs_in_parameter_space_is_refused_around_it():
             outer.query_point(W, outer.init(W), step_info())
 
 
-@pytest.mark.parametrize(("name", "value"), [("smoothing", 0), ("smoothing", math.nan), ("steps_per_round", 0)])
+def slope_of(x, at):
+    """The numbers of one example whose loss is ``<x, w>``, clipped to 1."""
+    total, nonfinite = clipped_gradient_sum(
+        lambda p, inputs, targets: inputs @ p["w"], at, (x[None], torch.zeros(1)), FlatClipping(clip_norm=1.0)
+    )
+    return torch.stack(list(total.values())), nonfinite
+
+
+def test_several_directions_by_hand():
+    """Numbers <x, u_k> of a linear loss, clipped as one vector; the step is along the mean of s_k u_k."""
+    optimizer, params = zeroth(DPSGD(lr=0.5), directions=3), {"w": torch.zeros(4)}
+    state, info = optimizer.init(params), step_info(7)
+    at = optimizer.query_point(params, state, info)
+    u = torch.stack([direction(0, 3 * 7 + k, 4) for k in range(3)])
+    assert first_point(at).keys() == {"along.0", "along.1", "along.2"}
+    x = torch.tensor([0.1, -0.2, 0.05, 0.1])
+    found, _ = slope_of(x, at)
+    torch.testing.assert_close(found, u @ x / max(1, float((u @ x).norm())), rtol=1e-4, atol=1e-5)
+    private = {f"along.{k}": torch.tensor(s) for k, s in enumerate((1.0, -2.0, 0.5))}
+    moved, _ = optimizer.update(params, private, state, info)
+    torch.testing.assert_close(moved["w"], -0.5 * (u[0] - 2 * u[1] + 0.5 * u[2]) / 3)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e8, math.inf])
+def test_no_example_adds_more_than_the_clip_norm_along_all_directions_together(size):
+    """A bound of each number alone would leave sqrt(5)."""
+    optimizer, params = zeroth(directions=5), {"w": torch.zeros(20)}
+    at = optimizer.query_point(params, optimizer.init(params), step_info())
+    for worst in (*(direction(0, k, 20) for k in range(5)), sum(direction(0, k, 20) for k in range(5))):
+        found, nonfinite = slope_of(size * worst, at)
+        assert float(found.norm()) <= 1 + 1e-6
+        assert float(found.norm()) == pytest.approx(0 if nonfinite else min(1, float(found.norm())))
+        assert nonfinite == math.isinf(size)
+
+
+def test_several_directions_cost_one_event_and_one_noise_each():
+    optimizer, params = zeroth(directions=4), {"w": torch.zeros(50)}
+    released = []
+
+    class Watched(ZerothOrder):
+        def update(self, params, private_gradient, state, info):
+            released.append(private_gradient)
+            return super().update(params, private_gradient, state, info)
+
+    result = train_locally(
+        params,
+        lambda indices: (torch.zeros(len(indices), 50), torch.zeros(len(indices))),
+        loss_fn=lambda p, x, y: x @ p["w"],
+        optimizer=Watched(**vars(optimizer)),
+        state=optimizer.init(params),
+        sampler=PoissonSampler(num_examples=4, sample_rate=0.5),
+        clipping=FlatClipping(clip_norm=1.0),
+        mechanism=GaussianMechanism(noise_multiplier=1.0, clip_norm=1.0, expected_batch_size=2),
+        local_steps=3,
+        streams=Streams(seed=0, client=0, round=1),
+    )
+    assert result.event == PrivacyEvent(noise_multiplier=1.0, sample_rate=0.5, steps=3)
+    noise = torch.stack([torch.stack(list(private.values())) for private in released])
+    assert noise.shape == (3, 4)
+    assert len(noise.unique()) == 12
+
+
+def test_noise_does_not_follow_from_the_directions():
+    """The published code of DPZero seeds its noise with the seed of the direction, which is public."""
+    streams = [Streams(seed=0, client=client, round=1) for client in (0, 1)]
+    params, optimizer, moved = {"w": torch.zeros(50)}, zeroth(), []
+    for stream in streams:
+        result = train_locally(
+            params,
+            lambda indices: (torch.zeros(len(indices), 50), torch.zeros(len(indices))),
+            loss_fn=lambda p, x, y: x @ p["w"],
+            optimizer=optimizer,
+            state=optimizer.init(params),
+            sampler=PoissonSampler(num_examples=4, sample_rate=0.5),
+            clipping=FlatClipping(clip_norm=1.0),
+            mechanism=GaussianMechanism(noise_multiplier=1.0, clip_norm=1.0, expected_batch_size=2),
+            local_steps=1,
+            streams=stream,
+        )
+        moved.append(Span(seed=0, first=0, steps=1).numbers(params["w"], result.params["w"]))
+    assert not torch.equal(*moved)
+    torch.testing.assert_close(result.params["w"], moved[1] * direction(0, 0, 50))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+@pytest.mark.parametrize("make", [norms, Recurrent])
+def test_no_graph_is_kept(make, kernels):
+    """Outputs that need no gradient have none behind them; a graph would hold the activations of all layers."""
+    seen, module = [], make()
+
+    def criterion(outputs, targets):
+        seen.append(outputs.requires_grad)
+        return functional.cross_entropy(outputs, targets, reduction="none")
+
+    loss, params, optimizer = ModelLoss(module, criterion, kernels=kernels), trainable(module), zeroth(directions=2)
+    at = optimizer.query_point(params, optimizer.init(params), step_info())
+    batch = torch.randn(6, 4, 5, 5), torch.zeros(6, dtype=torch.long)
+    clipped_gradient_sum(loss, at, batch, FlatClipping(clip_norm=1.0))  # also probes what one example repeats
+    seen.clear()
+    clipped_gradient_sum(loss, at, batch, FlatClipping(clip_norm=1.0))
+    assert seen == [False] * 4
+    clipped_gradient_sum(loss, params, batch, FlatClipping(clip_norm=1.0))
+    assert set(seen[4:]) == {True}
+
+
+def test_one_moved_model_is_held_at_a_time(monkeypatch):
+    """None is left when the next one is made."""
+    alive, left, add = weakref.WeakSet(), [], torch.add
+
+    def counted(*args, **kwargs):
+        left.append(len(alive))
+        return add(*args, **kwargs)
+
+    def loss(p, x, y):
+        alive.add(p["w"].untyped_storage())
+        return x @ p["w"]
+
+    params, optimizer = {"w": torch.zeros(8)}, zeroth(directions=4)
+    at = optimizer.query_point(params, optimizer.init(params), step_info())
+    monkeypatch.setattr(torch, "add", counted)
+    clipped_gradient_sum(loss, at, (torch.ones(2, 8), torch.zeros(2)), FlatClipping(clip_norm=1.0))
+    assert left == [0] * 8
+
+
+def test_a_model_with_a_pass_per_example_gives_the_same_numbers():
+    """A branch on data, which no pass over a batch can take."""
+
+    def branching(p, x, y):
+        return (x @ p["w"]) ** 2 if float(x.sum()) > 0 else 3 * (x @ p["w"])
+
+    def plain(p, x, y):
+        return torch.where(x.sum(1) > 0, (x @ p["w"]) ** 2, 3 * (x @ p["w"]))
+
+    params, optimizer = {"w": torch.ones(8)}, zeroth(directions=2)
+    at = optimizer.query_point(params, optimizer.init(params), step_info())
+    batch = torch.randn(5, 8), torch.zeros(5)
+    one, other = (clipped_gradient_sum(loss, at, batch, FlatClipping(clip_norm=3.0))[0] for loss in (branching, plain))
+    for name, number in one.items():
+        torch.testing.assert_close(number, other[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("smoothing", 0), ("smoothing", math.nan), ("steps_per_round", 0), ("directions", 0), ("directions", 1.5)],
+)
 def test_what_is_out_of_bounds_is_refused(name, value):
     with pytest.raises(SettingError, match=f"^{name}="):
         zeroth(**{name: value})
