@@ -20,6 +20,8 @@ from fed_dpsat.step.gradients import drawing, level
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
+from fed_dpsat.step.optimizers.base import PrivateOptimizer
+from fed_dpsat.step.optimizers.zeroth_order import ZerothOrder
 from fed_dpsat.step.placement import CPU, finish
 from fed_dpsat.testing.problems import step_info
 
@@ -116,7 +118,9 @@ def contestants(against: list[str], made: Problem, physical: int, device: torch.
             steps["planned torch-kernels"] = _engine("planned", made, physical, kernels="torch")
         elif name == "torch-draws":
             steps["planned torch-draws"] = _drawn_by_torch(_engine("planned", made, physical))
-        elif name in ("dp-sgd", "dp-sat"):
+        elif name == "inference":
+            steps[name] = _inference(made)
+        elif name in ("dp-sgd", "dp-sat", "zeroth-order"):
             steps[name] = _optimizer_step(name, made, physical)
         else:
             steps[name] = _engine(name, made, physical)
@@ -158,6 +162,17 @@ def _nonprivate(made: Problem, memory_format: torch.memory_format, narrow: bool 
     return step
 
 
+def _inference(made: Problem) -> Step:
+    """A forward pass that nothing is learned from, with its losses."""
+    module = copy.deepcopy(made.module)
+
+    def step() -> object:
+        with torch.inference_mode():
+            return made.criterion(module(made.inputs), made.targets)
+
+    return step
+
+
 def _engine(engine: str, made: Problem, physical: int, precision: str = "float32", kernels: str = "auto") -> Step:
     module, data = copy.deepcopy(made.module), (made.inputs, made.targets)
     loss = ModelLoss(module, made.criterion, precision=precision, kernels=kernels)
@@ -176,8 +191,11 @@ def _optimizer_step(name: str, made: Problem, physical: int) -> Step:
     """A whole private step, including noise and update."""
     module, data = copy.deepcopy(made.module), (made.inputs, made.targets)
     loss, params, clipping = ModelLoss(module, made.criterion), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
-    base = DPSGD(lr=0.1, momentum=0.9)
-    optimizer = DPSAT(base=base, rho=0.03) if name == "dp-sat" else base
+    optimizer: PrivateOptimizer = DPSGD(lr=0.1, momentum=0.9)
+    if name == "dp-sat":
+        optimizer = DPSAT(base=optimizer, rho=0.03)
+    elif name == "zeroth-order":
+        optimizer = ZerothOrder(base=DPSGD(lr=1e-4), seed=0, steps_per_round=1)
     mechanism = GaussianMechanism(noise_multiplier=1.0, clip_norm=CLIP_NORM, expected_batch_size=len(data[0]))
     generator, memory = np.random.default_rng(0), {"params": params, "state": optimizer.init(params)}
 

@@ -179,7 +179,8 @@ def _arguments() -> argparse.Namespace:
         type=lambda t: t.split(","),
         default=["nonprivate", "vmap"],
         help="nonprivate, vmap, opacus (all modes), bfloat16 (nonprivate and planned), torch-kernels (planned without "
-        "compiled ones), torch-draws (planned with torch's own dropout), dp-sgd, dp-sat (whole steps)",
+        "compiled ones), torch-draws (planned with torch's own dropout), dp-sgd, dp-sat, zeroth-order (whole steps), "
+        "inference",
     )
     parser.add_argument("--length", type=int, default=64, help="tokens of a text")
     parser.add_argument("--physical", type=int, default=128, help="physical_batch_size")
