@@ -196,13 +196,16 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
         rounds = sorted({max(1, round(most * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
         schedules: list[dict[str, Any]] = [
             {
+                "noise_distribution": settings.noise_distribution,
                 "noise_multiplier": event.noise_multiplier,
                 "sample_rate": event.sample_rate,
                 "local_steps": event.steps,
                 "delta": settings.delta,
                 "delta_is_for": _who_delta_is_for(settings),
                 "privacy_unit": UNITS[settings.privacy_unit],
-                "table": epsilon_table(event.noise_multiplier, event.sample_rate, event.steps, rounds, settings.delta),
+                "table": epsilon_table(
+                    event.noise_multiplier, event.sample_rate, event.steps, rounds, settings.delta, event.kind
+                ),
             }
             for event in events
         ]
@@ -215,15 +218,25 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
             "rounds",
             "epsilon (PLD)",
             "epsilon (RDP)",
-            title=f"noise_multiplier = {schedule['noise_multiplier']:.4f} at {_schedule(settings, schedule)}, "
-            f"delta {schedule['delta']:g}",
+            title=f"{_laplace(settings.noise_distribution)}noise_multiplier = {schedule['noise_multiplier']:.4f} at "
+            f"{_schedule(settings, schedule)}, delta {schedule['delta']:g}",
             caption=f"Protects {schedule['privacy_unit']}.\nAgainst {threat_model(settings)}.\n"
             f"The {schedule['delta_is_for']}.",
         )
         for row in schedule["table"]:
-            table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", f"{row.epsilon_rdp:.3f}")
+            table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", _or_none(row.epsilon_rdp, 3))
         out_console.print(table)
     return None
+
+
+def _laplace(noise_distribution: str) -> str:
+    """The word before a noise multiplier that is not of Gaussian noise."""
+    return "Laplace " if noise_distribution == "laplace" else ""
+
+
+def _or_none(epsilon: float | None, digits: int) -> str:
+    """Epsilon as text; "none" if the accountant has no bound."""
+    return "none" if epsilon is None else f"{epsilon:.{digits}f}"
 
 
 def _who_delta_is_for(settings: RunConfig) -> str:
@@ -299,7 +312,17 @@ def ledger(
     out_console.print(f"Epsilon at delta {statement.delta:g}; protects {statement.unit}", highlight=False)
     out_console.print(f"Against {threat_model(RunConfig.load(run / 'config.toml'))}", highlight=False)
     table = Table(
-        "client", "rounds", "steps", "noise", "PLD", "RDP", "budget", "left", "state", box=None, pad_edge=False
+        "client",
+        "rounds",
+        "steps",
+        f"{_laplace(statement.noise_distribution)}noise",
+        "PLD",
+        "RDP",
+        "budget",
+        "left",
+        "state",
+        box=None,
+        pad_edge=False,
     )
     for row in statement.clients:
         table.add_row(
@@ -308,7 +331,7 @@ def ledger(
             str(row.steps),
             ", ".join(f"{noise:.4g}" for noise in row.noise_multipliers),
             f"{row.epsilon:.4f}",
-            f"{row.epsilon_rdp:.4f}",
+            _or_none(row.epsilon_rdp, 4),
             "none" if math.isinf(row.budget) else f"{row.budget:g}",
             "" if math.isinf(row.budget) else f"{row.budget - row.epsilon:.4f}",
             row.state,
@@ -317,7 +340,7 @@ def ledger(
     if statement.delta_warning:
         out_console.print(f"Warning: {statement.delta_warning}.", highlight=False)
     out_console.print(
-        f"Federation: epsilon {statement.epsilon:.4f} (PLD), {statement.epsilon_rdp:.4f} (RDP) at delta "
+        f"Federation: epsilon {statement.epsilon:.4f} (PLD), {_or_none(statement.epsilon_rdp, 4)} (RDP) at delta "
         f"{statement.delta:g}, the maximum over clients.\nIntegrity: {statement.charges} charges, chain unbroken, "
         f"head {statement.sha256[:16]}.",
         highlight=False,

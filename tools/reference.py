@@ -228,9 +228,16 @@ def _object(name: str, value: Any, level: int = 2) -> list[str]:
 
 
 def _methods(cls: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties with a docstring, in the order of the source; of settings, also of the groups."""
+    """Public methods and properties with a docstring, in the order of the source.
+
+    Also those of bases in the same module that have no entry of their own and, of settings, of the groups.
+    """
     owners = [
-        base for base in reversed(cls.__mro__) if base is cls or base.__module__.startswith("fed_dpsat.settings.")
+        base
+        for base in reversed(cls.__mro__)
+        if base is cls
+        or (base.__module__ == cls.__module__ and base.__name__ not in fed_dpsat.__all__)
+        or base.__module__.startswith("fed_dpsat.settings.")
     ]
     for member, value in [item for owner in owners for item in vars(owner).items()]:
         function = getattr(value, "__func__", value)

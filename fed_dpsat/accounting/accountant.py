@@ -10,7 +10,8 @@ no events            0
 noise_multiplier = 0 inf
 delta not in (0, 1)  ``PrivacyError``
 events of two units  ``PrivacyError``
-delta below 1e-13    ``PrivacyError`` under PLD if a step is sampled, not under RDP
+delta below 1e-13    ``PrivacyError`` under PLD if a Gaussian step is sampled, not under RDP
+a sampled Laplace    ``PrivacyError`` under RDP: dp_accounting has no bound for it
 ==================== ==========================================================
 """
 
@@ -93,8 +94,37 @@ def epsilon_rdp(history: History, delta: float) -> float:
         return 0.0
     if unprotected(history):
         return math.inf
-    divergence = sum(event.steps * one_step_rdp(event.noise_multiplier, event.sample_rate) for event in history)
+    divergence = sum(event.steps * step_rdp(event) for event in history)
     return float(compute_epsilon(RdpAccountant().orders, divergence, delta)[0])
+
+
+def has_rdp(events: Iterable[PrivacyEvent]) -> bool:
+    """Whether RDP bounds the events: dp_accounting takes a Laplace mechanism, but not with Poisson sampling."""
+    return not any(event.is_laplace and event.sample_rate < 1 for event in events)
+
+
+def step_rdp(event: PrivacyEvent) -> NDArray[np.float64]:
+    """Renyi divergences of one step of ``event`` at the default orders of dp_accounting; ``PrivacyError`` for none."""
+    if not has_rdp([event]):
+        raise PrivacyError(
+            f"accountant='rdp' has no bound for Laplace noise with sample_rate={event.sample_rate}; set "
+            "accountant='pld', or sample_rate=1"
+        )
+    if event.is_laplace:
+        return _laplace_rdp(event.noise_multiplier)
+    return one_step_rdp(event.noise_multiplier, event.sample_rate)
+
+
+@lru_cache(maxsize=4096)
+def _laplace_rdp(noise_multiplier: float) -> NDArray[np.float64]:
+    """Of one Laplace mechanism (Mironov 2017, Proposition 6)."""
+    from dp_accounting import LaplaceDpEvent  # type: ignore[import-untyped]
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant()
+    accountant.compose(LaplaceDpEvent(noise_multiplier))
+    divergence: NDArray[np.float64] = accountant.rdp
+    return divergence
 
 
 @lru_cache(maxsize=4096)

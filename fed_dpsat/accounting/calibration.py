@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fed_dpsat.accounting.accountant import epsilon
+from fed_dpsat.accounting.accountant import epsilon, has_rdp
 from fed_dpsat.accounting.event import PrivacyError, PrivacyEvent
 
 LEAST, MOST = 0.01, 1e4  # range of noise multipliers in the search
@@ -16,17 +16,22 @@ FIRST_DISTANCE = 0.05  # in the logarithm of the noise multiplier; the search do
 
 @dataclass(frozen=True, kw_only=True)
 class EpsilonRow:
-    """Epsilon of a schedule after ``rounds`` rounds, at one delta."""
+    """Epsilon of a schedule after ``rounds`` rounds, at one delta; ``epsilon_rdp`` is None if RDP has no bound."""
 
     rounds: int
     epsilon_pld: float
-    epsilon_rdp: float
+    epsilon_rdp: float | None
 
 
 def noise_multiplier_for(
-    target_epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str = "pld"
+    target_epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: str = "pld",
+    kind: str = "poisson_gaussian",
 ) -> float:
-    """Smallest noise multiplier at which ``steps`` steps cost at most ``target_epsilon``.
+    """Smallest noise multiplier at which ``steps`` steps of an event of ``kind`` cost at most ``target_epsilon``.
 
     By dp_accounting's calibration. The result is at most 0.1 % too large and never too small: its epsilon is at most
     the target. Raises ``PrivacyError`` for a result above 10,000 or below 0.01, and for a target that is not positive
@@ -41,7 +46,7 @@ def noise_multiplier_for(
 
     def event(noise_multiplier: float) -> PrivacyEvent:
         within = min(max(noise_multiplier, LEAST), MOST)
-        return PrivacyEvent(noise_multiplier=within, sample_rate=sample_rate, steps=steps)
+        return PrivacyEvent(noise_multiplier=within, sample_rate=sample_rate, steps=steps, kind=kind)
 
     epsilon([event(MOST)], delta, accountant)  # raises for an invalid argument before the search starts
     guess = _guess(target_epsilon, delta, sample_rate, steps)
@@ -86,20 +91,28 @@ class _Accountant:
 
 
 def epsilon_table(
-    noise_multiplier: float, sample_rate: float, local_steps: int, rounds: Sequence[int], delta: float
+    noise_multiplier: float,
+    sample_rate: float,
+    local_steps: int,
+    rounds: Sequence[int],
+    delta: float,
+    kind: str = "poisson_gaussian",
 ) -> list[EpsilonRow]:
     """One row for each entry of ``rounds``: epsilon of a client with ``local_steps`` steps in each round."""
     rows = []
     for count in rounds:
-        events = [PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=local_steps * count)]
-        rows.append(
-            EpsilonRow(rounds=count, epsilon_pld=epsilon(events, delta), epsilon_rdp=epsilon(events, delta, "rdp"))
-        )
+        steps = local_steps * count
+        event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, kind=kind)
+        rdp = epsilon([event], delta, "rdp") if has_rdp([event]) else None
+        rows.append(EpsilonRow(rounds=count, epsilon_pld=epsilon([event], delta), epsilon_rdp=rdp))
     return rows
 
 
 def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """By the central limit theorem, many steps are close to one Gaussian mechanism (Bu et al. 2020, mu of GDP)."""
+    """By the central limit theorem, many steps are close to one Gaussian mechanism (Bu et al. 2020, mu of GDP).
+
+    The variance of the loss of a Laplace step with much noise is that of a Gaussian one, so the guess is the same.
+    """
     from dp_accounting.gaussian_mechanism import get_sigma_gaussian  # type: ignore[import-untyped]
 
     mu = 1 / get_sigma_gaussian(min(target_epsilon, 1e6), delta)

@@ -17,8 +17,12 @@ from fed_dpsat.errors import InputError
 if TYPE_CHECKING:
     from dp_accounting import DpEvent  # type: ignore[import-untyped]
 
-KINDS = {"poisson_gaussian": "example", "poisson_gaussian_clients": "client"}
+CLIENTS, LAPLACE = "poisson_gaussian_clients", "poisson_laplace"
+KINDS = {"poisson_gaussian": "example", LAPLACE: "example", CLIENTS: "client"}
 """The privacy unit of each kind of event."""
+
+DISTRIBUTIONS = {"gaussian": "poisson_gaussian", "laplace": LAPLACE}
+"""The kind of event of each choice of ``noise_distribution``, under the unit "example"."""
 
 UNITS = {
     "example": "one example of one client, add-or-remove; maximum over clients",
@@ -26,7 +30,6 @@ UNITS = {
 }
 """What each privacy unit protects, as printed text."""
 
-CLIENTS = "poisson_gaussian_clients"
 MAX_STEPS = 2**40
 
 
@@ -36,12 +39,15 @@ class PrivacyError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyEvent:
-    """``steps`` Gaussian mechanisms, each on a fresh Poisson sample of the examples of one client, or of the clients.
+    """``steps`` mechanisms, each on a fresh Poisson sample of the examples of one client, or of the clients.
+
+    A mechanism is Gaussian with a sum clipped in L2 norm, or Laplace with a sum clipped in L1 norm.
 
     ================ ============ =====================================================================
     field            unit, bound  meaning
     ================ ============ =====================================================================
-    noise_multiplier >= 0, finite std of the noise on the clipped SUM over clip_norm; 0 costs epsilon = inf
+    noise_multiplier >= 0, finite std (Gaussian) or scale (Laplace) of the noise on the clipped SUM over
+                                  clip_norm; 0 costs epsilon = inf
     sample_rate      (0, 1]       probability that an example (client) joins a sum; 1 is no sampling
     steps            >= 1         mechanisms; an empty batch (round) counts too
     kind             ``KINDS``    the mechanism and its privacy unit
@@ -80,13 +86,19 @@ class PrivacyEvent:
         """What the event protects: "example" or "client"."""
         return KINDS[self.kind]
 
+    @property
+    def is_laplace(self) -> bool:
+        """Whether the noise is Laplace; otherwise it is Gaussian."""
+        return self.kind == LAPLACE
+
     def to_dp_event(self) -> DpEvent:
         """The same event as a ``DpEvent`` of dp_accounting."""
         import dp_accounting
 
         if self.noise_multiplier == 0:
             return dp_accounting.NonPrivateDpEvent()
-        step = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        mechanism = dp_accounting.LaplaceDpEvent if self.is_laplace else dp_accounting.GaussianDpEvent
+        step = mechanism(self.noise_multiplier)
         if self.sample_rate < 1:
             step = dp_accounting.PoissonSampledDpEvent(self.sample_rate, step)
         return dp_accounting.SelfComposedDpEvent(step, self.steps)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.accounting import PrivacyEvent, epsilon, merge, noise_multiplier_for
-from fed_dpsat.accounting.event import CLIENTS, History
+from fed_dpsat.accounting.event import CLIENTS, DISTRIBUTIONS, History
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.settings.config import RunConfig
 
@@ -155,8 +155,9 @@ def _noise_multiplier(config: RunConfig, row: _Row) -> float:
         return config.noise_multiplier
     rounds = min(config.rounds_per_client, config.num_rounds - row.first_round + 1)
     of_round = _plan(config, row, 1.0).event
+    steps = rounds * of_round.steps
     return noise_multiplier_for(
-        row.target_epsilon, config.delta, of_round.sample_rate, rounds * of_round.steps, config.accountant
+        row.target_epsilon, config.delta, of_round.sample_rate, steps, config.accountant, of_round.kind
     )
 
 
@@ -167,7 +168,8 @@ def _plan(config: RunConfig, row: _Row, noise_multiplier: float) -> ClientPlan:
     """
     rate, steps = row.sample_rate, config.steps_per_round
     if config.privacy_unit == "example":
-        event, training = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=rate, steps=steps), None
+        kind, training = DISTRIBUTIONS[config.noise_distribution], None
+        event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=rate, steps=steps, kind=kind)
     else:
         of_round, kind = config.amplifying_rate, CLIENTS
         event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=of_round, steps=1, kind=kind)

@@ -19,7 +19,12 @@ double precision           FFT rounding can hide ``steps * 2**-52`` of delta; de
                            and an amount over 1 % of delta raises ``PrivacyError``
 sample_rate = 1 throughout none: closed form (Balle and Wang 2018, Eq. 6), solved to 1e-12
 noise_multiplier < 0.01    the bound ignores sampling; it is in the thousands
+Laplace events             grid, as above; without Gaussian ones never above the pure epsilon, which holds at any
+                           delta
 ========================== ===================================================================================
+
+A Laplace mechanism adds noise of scale b to numbers that one example moves by at most C in L1 norm. Whatever their
+count, the pair (Lap(0, b), Lap(C, b)) dominates it (``docs/privacy.md`` has the proof).
 
 The two directions, adding an example and removing one, are composed; epsilon is the larger.
 """
@@ -32,7 +37,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fed_dpsat.accounting.event import History, PrivacyError
+from fed_dpsat.accounting.event import History, PrivacyError, PrivacyEvent
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import (  # type: ignore[import-untyped]
@@ -51,28 +56,45 @@ _TAIL = 1e-15  # dp_accounting moves this mass of the tail of each composition t
 def epsilon_pld(history: History, delta: float) -> float:
     """Upper bound of epsilon at ``delta`` for a merged history; 0 without events, inf for an event without noise.
 
-    Raises ``PrivacyError`` if delta is too small for double precision.
+    Raises ``PrivacyError`` if delta is too small for double precision, unless all events are Laplace.
     """
     if not history:
         return 0.0
     if unprotected(history):
         return math.inf
-    plain, sampled = _split(history)
-    if not sampled:
-        return _epsilon_gaussian(plain, delta)
-    steps = sum(event.steps for event in sampled)
+    plain, parts = _split(history)
+    laplace = tuple(event for event in history if event.is_laplace)
+    pure = math.fsum(event.steps * _pure_epsilon(event) for event in laplace)
+    bound = pure + (_epsilon_gaussian(plain, delta) if plain else 0.0)  # without a Gaussian it holds at any delta
+    if not parts:
+        return bound
+    only_laplace = len(laplace) == len(history)
+    steps = sum(event.steps for event in parts)
+    if only_laplace and (steps > MAX_SAMPLED_STEPS or _lost(steps) > delta / 100):
+        return pure
     if steps > MAX_SAMPLED_STEPS:
         raise PrivacyError(
             f"steps={steps} with sampling is over {MAX_SAMPLED_STEPS}, the most that "
             "PLD composes in memory; set accountant='rdp'"
         )
-    lost = _TAIL + 2.0**-52 * steps
+    lost = _lost(steps)
     if lost > delta / 100:
         raise PrivacyError(
             f"delta={delta} is below {100 * lost:.1e}, the smallest that double precision "
             f"resolves over {steps} steps; raise delta or set accountant='rdp'"
         )
-    return _epsilon_of(composed(history), delta - lost)
+    found = _epsilon_of(composed(history), delta - lost)
+    return min(found, pure) if only_laplace else found
+
+
+def _lost(steps: int) -> float:
+    return _TAIL + 2.0**-52 * steps
+
+
+def _pure_epsilon(event: PrivacyEvent) -> float:
+    """Epsilon at delta 0 of one Laplace step: log(1 + q (e^epsilon - 1)), the larger of both directions."""
+    q, whole = event.sample_rate, 1 / event.noise_multiplier
+    return whole if q == 1 or whole > 500 else math.log1p(q * math.expm1(whole))
 
 
 def unprotected(history: History) -> bool:
@@ -86,8 +108,8 @@ def discretization(history: History) -> float:
     For equal events the step does not depend on their number, so epsilon grows with the number of steps. An
     independent check is ``PLDAccountant(value_discretization_interval=discretization(history))``.
     """
-    plain, sampled = _split(history)
-    moments = [(event.steps, *_loss_spread(event.noise_multiplier, event.sample_rate)) for event in sampled]
+    plain, parts = _split(history)
+    moments = [(event.steps, *_loss_spread(event.noise_multiplier, _rate(event), event.is_laplace)) for event in parts]
     if plain:
         moments.append((1, plain, 20 * math.sqrt(plain) + plain))
     variance = sum(steps * spread for steps, spread, _ in moments) / sum(steps for steps, _, _ in moments)
@@ -97,12 +119,24 @@ def discretization(history: History) -> float:
 
 
 def _split(history: History) -> tuple[float, History]:
-    """Gaussians without sampling compose into one: their precisions, steps / noise_multiplier**2, add up."""
-    sampled = tuple(event for event in history if event.sample_rate < 1 - 1e-9)
-    plain = sum(event.steps / event.noise_multiplier**2 for event in history if event not in sampled)
-    if any(event.noise_multiplier < SMALLEST_NOISE for event in sampled) or plain > _LARGEST_PRECISION:
-        return sum(event.steps / event.noise_multiplier**2 for event in history), ()
-    return plain, sampled
+    """The precision of Gaussians without sampling, which compose into one, and the events with a grid of their own.
+
+    A precision is steps / noise_multiplier**2, and precisions add up. Without a grid for any of the events, the bound
+    ignores sampling, and Laplace events add their pure epsilon.
+    """
+    parts = tuple(event for event in history if event.is_laplace or _rate(event) < 1)
+    plain = sum(_precision(event) for event in history if event not in parts)
+    if any(event.noise_multiplier < SMALLEST_NOISE for event in parts) or plain > _LARGEST_PRECISION:
+        return sum(_precision(event) for event in history if not event.is_laplace), ()
+    return plain, parts
+
+
+def _rate(event: PrivacyEvent) -> float:
+    return event.sample_rate if event.sample_rate < 1 - 1e-9 else 1.0
+
+
+def _precision(event: PrivacyEvent) -> float:
+    return event.steps / event.noise_multiplier**2
 
 
 def _epsilon_gaussian(precision: float, delta: float) -> float:
@@ -114,8 +148,11 @@ def _epsilon_gaussian(precision: float, delta: float) -> float:
 
 def composed(history: History) -> PrivacyLossDistribution:
     """The privacy loss distribution of a merged history with noise in each event, on its own grid."""
-    (plain, sampled), grid = _split(history), discretization(history)
-    parts = [_one_step(event.noise_multiplier, event.sample_rate, grid).self_compose(event.steps) for event in sampled]
+    (plain, events), grid = _split(history), discretization(history)
+    parts = [
+        _one_step(event.noise_multiplier, _rate(event), grid, event.is_laplace).self_compose(event.steps)
+        for event in events
+    ]
     if plain:
         parts.append(_one_step(1 / math.sqrt(plain), 1.0, grid))
     total = parts[0]
@@ -145,24 +182,30 @@ def _epsilon_of(total: PrivacyLossDistribution, delta: float) -> float:
 
 
 @lru_cache(maxsize=32)
-def _one_step(noise_multiplier: float, sample_rate: float, grid: float) -> PrivacyLossDistribution:
+def _one_step(
+    noise_multiplier: float, sample_rate: float, grid: float, is_laplace: bool = False
+) -> PrivacyLossDistribution:
     """The distribution of one step; at most 4 MB, and expensive for a run that computes epsilon in every round."""
     from dp_accounting.pld import privacy_loss_distribution  # type: ignore[import-untyped]
 
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=grid
+    mechanism = (
+        privacy_loss_distribution.from_laplace_mechanism
+        if is_laplace
+        else privacy_loss_distribution.from_gaussian_mechanism
     )
+    return mechanism(noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=grid)
 
 
 @lru_cache(maxsize=4096)
-def _loss_spread(noise_multiplier: float, sample_rate: float) -> tuple[float, float]:
+def _loss_spread(noise_multiplier: float, sample_rate: float, is_laplace: bool = False) -> tuple[float, float]:
     """Variance and width of the support of the loss of one step, for the removal of an example."""
     sigma, rate = noise_multiplier, sample_rate
     z = np.linspace(-10.0, 10.0, 4001)
-    weight = np.exp(-z * z / 2)
+    weight = np.exp(-np.abs(z)) if is_laplace else np.exp(-z * z / 2)
     weight /= weight.sum()
     x = np.stack([sigma * z, 1 + sigma * z])  # without and with the example
-    loss = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * x - 1) / (2 * sigma**2))
+    ratio = (np.abs(x) - np.abs(x - 1)) / sigma if is_laplace else (2 * x - 1) / (2 * sigma**2)
+    loss = np.logaddexp(math.log1p(-rate) if rate < 1 else -math.inf, math.log(rate) + ratio)
     mass = np.array([[1 - rate], [rate]]) * weight
     mean = (mass * loss).sum()
     return float((mass * (loss - mean) ** 2).sum()), float(loss.max() - loss.min())

@@ -57,7 +57,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fed_dpsat.accounting import pld
-from fed_dpsat.accounting.accountant import epsilon, one_step_rdp
+from fed_dpsat.accounting.accountant import epsilon, has_rdp, one_step_rdp, step_rdp
 from fed_dpsat.accounting.event import PrivacyError, PrivacyEvent, merge
 
 if TYPE_CHECKING:
@@ -132,9 +132,9 @@ def chance_given(client_rate: float, asked: int, tossed: int) -> float:
 def epsilon_released(event: PrivacyEvent, chances: Chances, delta: float, accountant: str = "pld") -> float:
     """Epsilon at ``delta`` of rounds in which ``event`` happens with the chance of the round, by a secret coin.
 
-    It is at most the epsilon against a server that sees every update. RDP is exact if ``event`` is not sampled; else it
-    is the bound of Zhu and Wang 2019 for any mechanism, at integer orders. Raises ``PrivacyError`` for a chance outside
-    (0, 1], and without rounds.
+    It is at most the epsilon against a server that sees every update. RDP is exact if ``event`` is Gaussian and not
+    sampled; else it is the bound of Zhu and Wang 2019 for any mechanism, at integer orders. Raises ``PrivacyError`` for
+    a chance outside (0, 1], and without rounds.
     """
     for chance, rounds in chances.items():
         if not 0 < chance <= 1:
@@ -167,7 +167,7 @@ def _epsilon_pld(event: PrivacyEvent, chances: Chances, delta: float) -> float:
     compositions = rounds * (event.steps + 1) + len(chances) - 1
     lost = 2.0**-52 * compositions  # FFT rounding can hide this part of delta, as in ``pld``
     if lost > delta / 100:
-        return _epsilon_rdp(event, chances, delta)
+        return _epsilon_rdp(event, chances, delta) if has_rdp([event]) else math.inf
     one_round = pld.composed(merge([event]))
     pair = _pair(one_round)
     grid = _grid(pair, chances)
@@ -248,11 +248,11 @@ def _epsilon_rdp(event: PrivacyEvent, chances: Chances, delta: float) -> float:
     from dp_accounting.rdp import RdpAccountant, compute_epsilon  # type: ignore[import-untyped]
 
     all_orders = RdpAccountant().orders
-    if event.sample_rate == 1:  # a composed round is one Gaussian; with the coin it is a Poisson-sampled Gaussian
+    if event.sample_rate == 1 and not event.is_laplace:  # one Gaussian a round, Poisson-sampled by the coin
         together = event.noise_multiplier / math.sqrt(event.steps)
         total = sum(count * one_step_rdp(together, chance) for chance, count in chances.items())
         return float(compute_epsilon(all_orders, total, delta)[0])
-    of_step = dict(zip(all_orders, one_step_rdp(event.noise_multiplier, event.sample_rate), strict=True))
+    of_step = dict(zip(all_orders, step_rdp(event), strict=True))
     orders = [order for order in range(2, 64) if order in of_step]
     whole = {order: event.steps * float(of_step[order]) for order in orders}
     divergence = [sum(count * _sampled_rdp(o, chance, whole) for chance, count in chances.items()) for o in orders]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fed_dpsat.accounting.event import PrivacyError
+from fed_dpsat.accounting.event import DISTRIBUTIONS, PrivacyError
 from fed_dpsat.client import unit as client_level
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.attackers import Attackers
@@ -26,7 +26,7 @@ from fed_dpsat.step.clipping import ClippingRule, FlatClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss
 from fed_dpsat.step.gradients.unchanging import unchanged
 from fed_dpsat.step.loop import Executor, LocalResult, Member, Streams, Watch, train
-from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.mechanism import MECHANISMS
 from fed_dpsat.step.noise import derive_generator
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round, subspace_of
 from fed_dpsat.step.optimizers.proximal import Proximal
@@ -267,6 +267,11 @@ class Training:
                 f"the assignment has the unit {assignment.event.privacy_unit!r}, the run "
                 f"privacy_unit={config.privacy_unit!r}"
             )
+        if config.privacy_unit == "example" and assignment.event.kind != DISTRIBUTIONS[config.noise_distribution]:
+            raise PrivacyError(
+                f"the assignment has kind={assignment.event.kind!r}, the run "
+                f"noise_distribution={config.noise_distribution!r}"
+            )
         indices = torch.from_numpy(self.partitions[request.client])
         sampler = PoissonSampler(num_examples=len(indices), sample_rate=assignment.sample_rate)
         whole = self.whole(request.params, request.state)
@@ -274,7 +279,7 @@ class Training:
         last = (request.state or {}) if known else {}
         if known and OPTIMIZER not in last:
             raise RunError("a client's state is of another version of fed_dpsat; go on with that, or start a new run")
-        mechanism = GaussianMechanism(
+        mechanism = MECHANISMS[config.noise_distribution](
             noise_multiplier=assignment.local_noise_multiplier,
             clip_norm=self.local_clipping.clip_norm,
             expected_batch_size=sampler.expected_batch_size,

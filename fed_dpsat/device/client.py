@@ -25,9 +25,10 @@ from fed_dpsat.params import Params, flatten, unflatten
 from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.settings.config import MACHINE, RunConfig
 from fed_dpsat.step.loop import LocalResult
+from fed_dpsat.step.subspace import Coordinates, Span
 
-ReadParams = Callable[[Params], Params]
-"""Reads the parameters of a message; raises ``Refusal`` unless they match the given ones."""
+ReadParams = Callable[[Params, Coordinates | Span | None], Params]
+"""Reads the parameters of a message; raises ``Refusal`` unless they match those of the device, and its subspace."""
 
 
 def num_examples(policy: Policy, run: int, settings: Mapping[str, Any]) -> int:
@@ -49,10 +50,9 @@ def train_round(
     Raises ``Refusal``, whose text may leave the device. The text of another error may contain data and must not leave.
     """
     config = policy.admit(run, settings)
-    assignment = policy.admit_assignment(record)
+    assignment = policy.admit_assignment(record, config)
     experiment = _experiment(policy, config, run)
-    own = experiment.shared(assignment.round)
-    params = read_params(own)
+    params = read_params(experiment.shared(assignment.round), experiment.subspace(assignment.round))
     request = Request(
         run=str(run),
         round=assignment.round,

@@ -69,7 +69,7 @@ def train(message: Message, context: Context) -> RecordDict:
             context.run_id,
             context.run_config,
             dict(assignment),
-            lambda like: _fitting(within, read_arrays(content.array_records.get(records.ARRAYS), like)),
+            lambda like, own: _fitting(within, own, read_arrays(content.array_records.get(records.ARRAYS), like)),
             _read(records.read_proximal_mu, content),
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts
@@ -88,8 +88,10 @@ def _read(reader: Callable[[RecordDict], Value], content: RecordDict) -> Value:
         raise Refusal(str(error)) from None
 
 
-def _fitting(within: Coordinates | Span | None, params: Params) -> Params:
-    """``params``; raises ``Refusal`` if ``within`` freezes more coordinates than they have."""
+def _fitting(within: Coordinates | Span | None, own: Coordinates | Span | None, params: Params) -> Params:
+    """``params``; raises ``Refusal`` if ``within`` freezes more coordinates, or has more directions, than there are."""
+    if isinstance(within, Span) and within != own:
+        raise Refusal(f"{records.SUBSPACE}: {within}, and the round of this device has {own}; send that")
     d = sum(p.numel() for p in params.values())
     if isinstance(within, Coordinates) and within.frozen > d:
         raise Refusal(f"{records.SUBSPACE}: {within.frozen} frozen coordinates, above the {d} of the model; send fewer")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from fed_dpsat.accounting.event import DISTRIBUTIONS
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.errors import InputError, SettingError
@@ -65,6 +66,7 @@ class Policy:
     largest_epsilon: float = _key("budget for all releases of the device, over all runs, at largest_delta")
     largest_delta: float = _key("delta of the budget, and the largest delta of a run")
     least_noise_multiplier: float = _key("smallest noise on the sum, in units of clip_norm")
+    noise_distributions: tuple[str, ...] = _key("permitted distributions of noise: gaussian, laplace", ("gaussian",))
     largest_clip_norm: float = _key("largest norm of one example's gradient", 10.0)
     largest_local_steps: int = _key("largest number of private steps in one round", 100)
     least_sample_rate: float = _key("smallest probability of an example to be in a batch", 1e-6)
@@ -92,6 +94,8 @@ class Policy:
         check("largest_delta", 0 < self.largest_delta < 1, "in (0, 1)", "below 1 / examples of the device is usual")
         noise = self.least_noise_multiplier
         check("least_noise_multiplier", 0 < noise <= SANE_NOISE, f"in (0, {SANE_NOISE:g}]", "without noise no privacy")
+        known = bool(self.noise_distributions) and set(self.noise_distributions) <= set(DISTRIBUTIONS)
+        check("noise_distributions", known, f"a list of {', '.join(DISTRIBUTIONS)}", "name those that are permitted")
         check("largest_clip_norm", 0 < self.largest_clip_norm < math.inf, positive, "0.1 to 10 is usual")
         check("largest_local_steps", self.largest_local_steps >= 1, "at least 1", "100 is plenty")
         check("largest_sample_rate", 0 < self.largest_sample_rate <= 1, "in (0, 1]", "1 is no sampling")
@@ -161,6 +165,7 @@ class Policy:
         for name in split_chain(config.base_optimizer):
             self._listed("base_optimizer", name, self.optimizers)
         self._listed("clipping", config.clipping, self.clippings)
+        self._listed("noise_distribution", config.noise_distribution, self.noise_distributions)
         for name in ARGUMENTS:
             if given := getattr(config, name):
                 self._listed(name, given, getattr(self, name) or ("none",))
@@ -189,8 +194,8 @@ class Policy:
             )
         return {"start_from": self.start_from}
 
-    def admit_assignment(self, record: Mapping[str, Any]) -> Assignment:
-        """The assignment in a message; raises ``Refusal`` for a missing key, a wrong type or a value out of bounds."""
+    def admit_assignment(self, record: Mapping[str, Any], config: RunConfig) -> Assignment:
+        """The assignment in a message of a run; raises ``Refusal`` for a missing key, a wrong type or value."""
         numbers = {"round": int, "attempt": int, "noise_multiplier": float, "sample_rate": float, "steps": int}
         kinds: dict[str, type] = {**numbers, "kind": str}
         if record.keys() != kinds.keys():
@@ -206,9 +211,11 @@ class Policy:
         self._bounded("sample_rate", record["sample_rate"], self.least_sample_rate, self.largest_sample_rate)
         self._bounded("steps", record["steps"], 1, self.largest_local_steps)
         try:
-            return Assignment.from_dict(record)
+            assignment = Assignment.from_dict(record)
         except ValueError as error:  # also for an event of the unit "client"
             raise Refusal(str(error)) from None
+        self._listed("kind", assignment.event.kind, (DISTRIBUTIONS[config.noise_distribution],))
+        return assignment
 
     def _listed(self, name: str, value: str, allowed: tuple[str, ...]) -> None:
         if value not in allowed:

@@ -53,6 +53,7 @@ class KnownNoise:
             for name, good, bound, remedy in (
                 ("momentum", config.momentum == 0, "0", "set it to 0, or use strategy='fedavg'"),
                 ("clipping", config.clipping != "adaptive", "of a fixed bound", "use flat clipping"),
+                ("noise_distribution", config.noise_distribution == "gaussian", "gaussian", "use strategy='fedavg'"),
                 ("optimizer", config.optimizer in SGD_STEPS, f"one of {', '.join(SGD_STEPS)}", "choose one of those"),
                 ("buffer_size", config.buffer_size == 0, "0", "updates that set out earlier are scaled; use fedavg"),
                 ("update_codec", config.update_codec in ("fp32", "bf16"), "fp32 or bf16", "send whole updates"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.accounting import LedgerError, PrivacyLedger, large_delta
+from fed_dpsat.accounting.accountant import has_rdp
 from fed_dpsat.accounting.event import UNITS
 from fed_dpsat.accounting.ledger import Head
 from fed_dpsat.accounting.plans import affordable, make_plans
@@ -20,14 +21,17 @@ from fed_dpsat.settings.config import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ClientLine:
-    """One client: ``epsilon`` is by PLD; ``state`` is "active", "retired" or "not asked"."""
+    """One client: ``epsilon`` is by PLD; ``state`` is "active", "retired" or "not asked".
+
+    ``epsilon_rdp`` is None if RDP has no bound: for Laplace noise with sampling.
+    """
 
     client: int
     rounds: int
     steps: int
     noise_multipliers: tuple[float, ...]
     epsilon: float
-    epsilon_rdp: float
+    epsilon_rdp: float | None
     delta: float
     budget: float
     state: str
@@ -35,12 +39,13 @@ class ClientLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """All lines, the maxima over clients, the privacy unit, and the head of the hash chain."""
+    """All lines, the maxima over clients, the privacy unit, the noise, and the head of the hash chain."""
 
     unit: str
+    noise_distribution: str
     clients: tuple[ClientLine, ...]
     epsilon: float
-    epsilon_rdp: float
+    epsilon_rdp: float | None
     delta: float
     charges: int
     sha256: str
@@ -69,7 +74,8 @@ def read_statement(run: Path, delta: float | None = None) -> Statement:
                 f"{run / 'ledger.sqlite'} protects {UNITS.get(str(found), found)}, but the run has "
                 f"privacy_unit={config.privacy_unit!r}; it is the ledger of another run: restore the right one"
             )
-        spent = {name: ledger.epsilon_by_client(delta, name) for name in ("pld", "rdp")}
+        bounded = all(has_rdp(history) for history in ledger.histories().values())
+        spent = {name: ledger.epsilon_by_client(delta, name) for name in ("pld", "rdp")[: 1 + bounded]}
         rounds = ledger.rounds_by_client()
         lines = []
         for client, plan in enumerate(plans):
@@ -82,7 +88,7 @@ def read_statement(run: Path, delta: float | None = None) -> Statement:
                     steps=sum(event.steps for event in history),
                     noise_multipliers=tuple(sorted({event.noise_multiplier for event in history})),
                     epsilon=spent["pld"].get(client, 0.0),
-                    epsilon_rdp=spent["rdp"].get(client, 0.0),
+                    epsilon_rdp=spent["rdp"].get(client, 0.0) if bounded else None,
                     delta=delta,
                     budget=plan.budget,
                     state="retired" if retired else "active" if history else "not asked",
@@ -90,9 +96,10 @@ def read_statement(run: Path, delta: float | None = None) -> Statement:
             )
         return Statement(
             unit=UNITS[config.privacy_unit],
+            noise_distribution=config.noise_distribution,
             clients=tuple(lines),
             epsilon=ledger.epsilon(delta, "pld"),
-            epsilon_rdp=ledger.epsilon(delta, "rdp"),
+            epsilon_rdp=ledger.epsilon(delta, "rdp") if bounded else None,
             delta=delta,
             charges=ledger.head.charges,
             sha256=ledger.head.sha256,

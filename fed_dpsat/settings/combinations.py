@@ -61,7 +61,7 @@ def check_combinations(config: Settings) -> None:
     privacy.check(config)
     federation.check(config)
     machine.check(config)
-    for check in (_secure, _buffer, _attack, _unit, _layers, _cohort):
+    for check in (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort):
         check(config)
 
 
@@ -110,6 +110,17 @@ def _unit(config: Settings) -> None:
     if config.client_sampling == "poisson" and config.rounds_per_client < config.num_rounds:
         bound = f"0 {unit}, client_sampling='poisson'"
         refuse(config, "max_rounds_per_client", bound, "each round costs every client")
+
+
+def _laplace(config: Settings) -> None:
+    if config.noise_distribution != "laplace":
+        return
+    if config.privacy_unit == "client":
+        bound = "gaussian with privacy_unit='client'"
+        refuse(config, "noise_distribution", bound, "the noise is on a whole model, whose L1 norm no clipping bounds")
+    if config.private and config.accountant == "rdp" and config.sample_rate < 1:
+        bound = f"able to bound Laplace noise at sample_rate={config.sample_rate:g}"
+        refuse(config, "accountant", bound, "set accountant=pld: dp_accounting's RDP takes no sampled Laplace")
 
 
 def _layers(config: Settings) -> None:

@@ -30,7 +30,16 @@ class Privacy:
     clip_quantile: float = setting(0.5, "share of examples that adaptive clipping leaves unclipped", above=0, most=1)
     clip_lr: float = setting(0.2, "speed at which adaptive clipping follows the quantile", least=0)
     global_threshold: float = setting(10.0, "gradient norm beyond which global clipping drops an example", above=0)
-    noise_multiplier: float = setting(0.0, "noise on the sum, in clip norms; 0 is for target_epsilon", least=0)
+    noise_distribution: str = setting(
+        "gaussian",
+        "distribution of the noise: gaussian, or laplace for the numbers of zeroth-order steps, with clipping=l1",
+        choices=("gaussian", "laplace"),
+    )
+    noise_multiplier: float = setting(
+        0.0,
+        "noise on the sum, in clip norms (laplace: its scale); 0 is for target_epsilon",
+        least=0,
+    )
     target_epsilon: float = setting(
         0.0, "epsilon of the whole run, noise is calibrated to it; 0 is for noise_multiplier", least=0
     )
@@ -51,6 +60,9 @@ class Privacy:
 def check(config: Privacy) -> None:
     """Raise ``SettingError`` for settings of this group that exclude each other."""
     noise, target = config.noise_multiplier, config.target_epsilon
+    if config.noise_distribution == "laplace" and config.clipping != "l1" and ":" not in config.clipping:
+        bound = "a bound of the L1 norm, to which noise_distribution='laplace' is scaled"
+        refuse(config, "clipping", bound, "set clipping=l1, or noise_distribution=gaussian")
     if config.delta >= 1:
         refuse(config, "delta", "in (0, 1)", "below 1 / examples per client is usual")
     if not config.private:

@@ -15,14 +15,14 @@ from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, Tally, check_clip_norm
-from fed_dpsat.step.clipping.bound import Held
+from fed_dpsat.step.clipping.bound import Held, bounds_l1
 from fed_dpsat.step.draws import Draws, fresh_key, step_key
 from fed_dpsat.step.examples import Examples, count, joined
 from fed_dpsat.step.generators import Mark, kept, seed, training_on
 from fed_dpsat.step.gradients.ordinary import Ordinary
 from fed_dpsat.step.gradients.per_example import LossFn, clipped_gradient_sum
 from fed_dpsat.step.gradients.plain import unbounded
-from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.mechanism import MECHANISMS, GaussianMechanism, LaplaceMechanism, Mechanism
 from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_key, derive_seed
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo, Update, owned_update
@@ -108,7 +108,7 @@ class Member:
     batches: Batches
     state: State
     sampler: PoissonSampler
-    mechanism: GaussianMechanism
+    mechanism: Mechanism
     streams: Streams
     first_step: int = 0
     clip_norm: float | None = None
@@ -229,7 +229,7 @@ class Turn:
         self._noise = member.streams.generator("noise")
         self.rule: ClippingRule = clipping
         if not unbounded(clipping):
-            self.rule = Held(rule=clipping, clip_norm=member.mechanism.clip_norm)
+            self.rule = Held(rule=clipping, clip_norm=member.mechanism.clip_norm, norm=member.mechanism.norm)
         self.of_gradient = self._of_count = member.mechanism
 
     def begin(self, step: int) -> StepInfo:
@@ -290,7 +290,7 @@ class Alone:
         self._query_point = optimizer.query_point
         self._update: Update = optimizer.update
         mechanism = self._member.mechanism
-        if type(mechanism) is GaussianMechanism and not watched:  # else somebody may keep what was released
+        if type(mechanism) in MECHANISMS.values() and not watched:  # else somebody may keep what was released
             self._update = owned_update(optimizer)
         self._ordinary = Ordinary.of(loss_fn, clipping, mechanism)
         self._how: dict[str, Any] = {"engine": engine, "physical_batch_size": physical_batch_size}
@@ -364,14 +364,14 @@ def train_locally(
     return result
 
 
-def step_info(index: int, mechanism: GaussianMechanism, streams: Streams) -> StepInfo:
+def step_info(index: int, mechanism: Mechanism, streams: Streams) -> StepInfo:
     """What an optimizer is told of a step whose private gradient is that of ``mechanism``."""
     std = torch.tensor(mechanism.noise_std, dtype=torch.float64)
     return StepInfo(index=index, noise_std=std, round=streams.round)
 
 
 def _joint(
-    adaptive: AdaptiveClipping, mechanism: GaussianMechanism, clip_norm: float
+    adaptive: AdaptiveClipping, mechanism: Mechanism, clip_norm: float
 ) -> tuple[GaussianMechanism, GaussianMechanism]:
     """The mechanisms of gradient and count, which together cost the event of ``mechanism``."""
     batch_size = mechanism.expected_batch_size
@@ -393,24 +393,25 @@ def _cost(noise_multiplier: float) -> float:
     return noise_multiplier**-2 if noise_multiplier else math.inf
 
 
-def check_known(mechanism: GaussianMechanism, sampler: PoissonSampler, streams: Streams) -> None:
+def check_known(mechanism: Mechanism, sampler: PoissonSampler, streams: Streams) -> None:
     """Raise ``SettingError`` for a class that may add, draw or repeat something else than the event says."""
+    known: tuple[type, ...]
     for name, part, known in (
-        ("mechanism", mechanism, GaussianMechanism),
-        ("sampler", sampler, PoissonSampler),
-        ("streams", streams, Streams),
+        ("mechanism", mechanism, tuple(MECHANISMS.values())),
+        ("sampler", sampler, (PoissonSampler,)),
+        ("streams", streams, (Streams,)),
     ):
-        if type(part) is not known and checking():
+        if type(part) not in known and checking():
             raise SettingError(
                 name,
                 type(part).__name__,
-                f"a {known.__name__} itself, of which is known that it does what is charged",
+                f"a {' or a '.join(c.__name__ for c in known)} itself, of which is known that it does what is charged",
                 "pass one, or vouch for yours: `with fed_dpsat.step.unchecked.unchecked():`",
             )
 
 
-def check_bound(mechanism: GaussianMechanism, clipping: ClippingRule) -> None:
-    """Raise ``SettingError`` where noise is scaled to another bound than examples keep."""
+def check_bound(mechanism: Mechanism, clipping: ClippingRule) -> None:
+    """Raise ``SettingError`` if noise is scaled to another bound than examples keep."""
     declared = check_clip_norm(clipping.clip_norm)
     if mechanism.clip_norm != declared:
         raise SettingError(
@@ -418,6 +419,10 @@ def check_bound(mechanism: GaussianMechanism, clipping: ClippingRule) -> None:
             mechanism.clip_norm,
             f"that of the clipping rule, {declared}",
             "noise is scaled to what clipping bounds; give both the same",
+        )
+    if isinstance(mechanism, LaplaceMechanism) and not bounds_l1(clipping):
+        raise SettingError(
+            "clipping", type(clipping).__name__, "a bound of the L1 norm, to which Laplace noise is scaled", "use l1"
         )
 
 

@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.accounting.event import DISTRIBUTIONS, PrivacyEvent
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
 from fed_dpsat.step.clipping.base import check_clip_norm, plain_number
-from fed_dpsat.step.noise import standard_normals
+from fed_dpsat.step.noise import standard_laplaces, standard_normals
+from fed_dpsat.step.secure_laplace import add_laplace_on_grid
 from fed_dpsat.step.secure_noise import SystemGenerator, add_noise_on_grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussianMechanism:
-    """Noise on the SUM with standard deviation ``noise_multiplier * clip_norm``; then the mean.
-
-    =========================== ==================================================
-    case                        result
-    =========================== ==================================================
-    empty batch, zero sum       noise / expected_batch_size: a step like any other
-    noise_multiplier 0          the sum / expected_batch_size; its event is infinite
-    clip_norm inf               only with noise_multiplier 0
-    =========================== ==================================================
-
-    Raises ``SettingError`` for NaN or negative noise, no bound on the sum, no batch to divide by, or what is no number.
-    """
+class Mechanism:
+    """Noise on the SUM, scaled to ``noise_multiplier * clip_norm``; then the mean. A subclass has its distribution."""
 
     noise_multiplier: float
     clip_norm: float
     expected_batch_size: float
+    norm: ClassVar[str]
+    deviation: ClassVar[float]
+    kind: ClassVar[str]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip_norm", check_clip_norm(self.clip_norm))
@@ -61,22 +56,19 @@ class GaussianMechanism:
 
         That of a ``SystemGenerator`` is wider, by 0.02 % at a million parameters.
         """
-        return self.noise_multiplier * self.clip_norm / self.expected_batch_size if self.noise_multiplier else 0.0
+        if not self.noise_multiplier:
+            return 0.0
+        return self.deviation * self.noise_multiplier * self.clip_norm / self.expected_batch_size
 
     def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
-        """``(clipped_sum + N(0, (noise_multiplier * clip_norm)^2)) / expected_batch_size``, shapes as given.
+        """``(clipped_sum + noise) / expected_batch_size``, shapes as given; Abadi et al. 2016, Algorithm 1.
 
-        Draws one normal per coordinate, as ``normals_like`` says; Abadi et al. 2016, Algorithm 1. A
-        ``SystemGenerator`` has its noise added on a grid, and slightly wider (``fed_dpsat.step.secure_noise``).
+        A ``SystemGenerator`` has its noise added on a grid, and slightly wider (``fed_dpsat.step.secure_noise``).
         Without noise and at a size of 1 the tensors are those of the sum.
         """
+        self._check(clipped_sum)
         if self.noise_multiplier and isinstance(generator, SystemGenerator):
-            noisy_sum = add_noise_on_grid(
-                clipped_sum,
-                noise_multiplier=self.noise_multiplier,
-                clip_norm=self.clip_norm,
-                generator=generator,
-            )
+            noisy_sum = self._add_on_grid(clipped_sum, generator)
         elif self.noise_multiplier:
             noisy_sum = self._add_noise(clipped_sum, generator)
         elif self.expected_batch_size == 1:
@@ -85,17 +77,89 @@ class GaussianMechanism:
             return {name: total / self.expected_batch_size for name, total in clipped_sum.items()}
         return {name: total.div_(self.expected_batch_size) for name, total in noisy_sum.items()}
 
+    def event(self, *, sample_rate: float, steps: int) -> PrivacyEvent:
+        """What ``steps`` calls on Poisson batches at ``sample_rate`` cost one example."""
+        return PrivacyEvent(
+            noise_multiplier=self.noise_multiplier, sample_rate=sample_rate, steps=steps, kind=self.kind
+        )
+
+    def _check(self, clipped_sum: Params) -> None:
+        """Raise ``SettingError`` for a sum whose clipping does not bound what the noise is scaled to."""
+
     def _add_noise(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         scale, noisy_sum = self.noise_multiplier * self.clip_norm, {}
-        for name, normals in normals_like(clipped_sum, generator).items():
+        for name, drawn in self._drawn(clipped_sum, generator).items():
             total = clipped_sum[name]
-            noise = normals.to(total)
+            noise = drawn.to(total)
             noisy_sum[name] = torch.add(total, noise, alpha=scale, out=noise)
         return noisy_sum
 
-    def event(self, *, sample_rate: float, steps: int) -> PrivacyEvent:
-        """What ``steps`` calls on Poisson batches at ``sample_rate`` cost one example."""
-        return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=sample_rate, steps=steps)
+    def _drawn(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
+        raise NotImplementedError
+
+    def _add_on_grid(self, clipped_sum: Params, generator: SystemGenerator) -> Params:
+        raise NotImplementedError
+
+
+class GaussianMechanism(Mechanism):
+    """Noise on the SUM, clipped in L2 norm, with standard deviation ``noise_multiplier * clip_norm``; then the mean.
+
+    =========================== ==================================================
+    case                        result
+    =========================== ==================================================
+    empty batch, zero sum       noise / expected_batch_size: a step like any other
+    noise_multiplier 0          the sum / expected_batch_size; its event is infinite
+    clip_norm inf               only with noise_multiplier 0
+    =========================== ==================================================
+
+    One normal is drawn per coordinate, as ``normals_like`` says. Raises ``SettingError`` for NaN or negative noise, no
+    bound on the sum, no batch to divide by, or what is no number.
+    """
+
+    norm, deviation, kind = "L2", 1.0, DISTRIBUTIONS["gaussian"]
+
+    def _drawn(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
+        return normals_like(clipped_sum, generator)
+
+    def _add_on_grid(self, clipped_sum: Params, generator: SystemGenerator) -> Params:
+        return add_noise_on_grid(
+            clipped_sum, noise_multiplier=self.noise_multiplier, clip_norm=self.clip_norm, generator=generator
+        )
+
+
+class LaplaceMechanism(Mechanism):
+    """Laplace noise of scale ``noise_multiplier * clip_norm`` on each number of the SUM, clipped in L1 norm.
+
+    For private numbers alone, each with a name (``zeroth-order``): of a tensor, clipping sees one norm, which is no
+    bound of the L1 norm of its coordinates. DP-ZO, Tang et al. 2024 (arXiv 2401.04343). Also raises ``SettingError``
+    for the sum of a tensor.
+    """
+
+    norm, deviation, kind = "L1", math.sqrt(2), DISTRIBUTIONS["laplace"]
+
+    def _check(self, clipped_sum: Params) -> None:
+        tensors = [f"{name}{list(total.shape)}" for name, total in clipped_sum.items() if total.numel() != 1]
+        if tensors:
+            raise SettingError(
+                "noise_distribution",
+                "laplace",
+                f"possible for an optimizer that releases gradients of parameters ({tensors[0]}), whose L1 norm no "
+                "clipping bounds",
+                "use optimizer=zeroth-order, or noise_distribution=gaussian",
+            )
+
+    def _drawn(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
+        drawn = standard_laplaces(generator, len(clipped_sum))
+        return {name: one.view(clipped_sum[name].shape) for name, one in zip(clipped_sum, drawn, strict=True)}
+
+    def _add_on_grid(self, clipped_sum: Params, generator: SystemGenerator) -> Params:
+        return add_laplace_on_grid(
+            clipped_sum, noise_multiplier=self.noise_multiplier, clip_norm=self.clip_norm, generator=generator
+        )
+
+
+MECHANISMS: Mapping[str, type[Mechanism]] = {"gaussian": GaussianMechanism, "laplace": LaplaceMechanism}
+"""The mechanism of each choice of ``noise_distribution``."""
 
 
 def normals_like(tensors: Params, generator: np.random.Generator) -> Params:

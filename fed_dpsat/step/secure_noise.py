@@ -85,8 +85,13 @@ def std_and_grid(noise_multiplier: float, clip_norm: float, size: int) -> tuple[
     Two sums at most C apart are at most C + grid * sqrt(size) apart once each is rounded, by half a grid per
     coordinate.
     """
-    grid = 2.0 ** (math.frexp(noise_multiplier * clip_norm)[1] - 1 - GRID_BITS)
+    grid = grid_of(noise_multiplier * clip_norm)
     return noise_multiplier * (clip_norm + grid * math.sqrt(size)), grid
+
+
+def grid_of(scale: float) -> float:
+    """The power of two that sums and noise of this ``scale`` are multiples of."""
+    return 2.0 ** (math.frexp(scale)[1] - 1 - GRID_BITS)
 
 
 def _noisy(total: Tensor, std: float, grid: float, generator: SystemGenerator) -> Tensor:

@@ -88,7 +88,8 @@ class Stacked:
             name: own[name] if name in own else p.expand(len(members), *p.shape) for name, p in params.items()
         }
         self._state = _stacked([member.state for member in members])
-        self._clipping = Held(rule=clipping, clip_norm=members[0].mechanism.clip_norm)
+        mechanism = members[0].mechanism
+        self._clipping = Held(rule=clipping, clip_norm=mechanism.clip_norm, norm=mechanism.norm)
         self._members, self._loss_fn, self._device, self._size = members, loss_fn, device, physical_batch_size
         self._optimizer = _Optimizer(optimizer, _Draws(members))
 

@@ -53,6 +53,7 @@ def refused(device, reply, says):
         ({"steps": 0}, "steps=0 is not in"),
         ({"steps": True}, "steps is a bool, not a int"),
         ({"kind": "poisson_gaussian_clients"}, "LocalTraining only under the unit 'client'"),
+        ({"kind": "poisson_laplace"}, "kind='poisson_laplace' is not allowed on this device; choose one of poisson_ga"),
         ({"round": 0}, "round=0 is not in"),
         ({"round": 2**62}, "is not in [1, 2.14748e+09]"),
         ({"attempt": -1}, "attempt=-1 is not in"),
@@ -233,7 +234,9 @@ def test_unknown_or_missing_records_are_refused(device, extra, says):
         ({"kind": "line"}, "describes no subspace"),
         ({"kind": "coordinates", "seed": 0, "round": 1, "frozen": 7}, "7 frozen coordinates, above the 6 of the model"),
         ({"kind": "coordinates", "seed": 0, "round": 1, "frozen": -1}, "describes no subspace"),
-        ({"kind": "span", "seed": 0, "first": 0, "steps": 1_000_000_000}, "1000000000 steps, and 2 in"),
+        ({"kind": "span", "seed": 0, "first": 0, "steps": 10**9, "directions": 1}, "1000000000 steps, and 2 in"),
+        ({"kind": "span", "seed": 0, "first": 0, "steps": 2, "directions": 10**9}, "the round of this device has None"),
+        ({"kind": "span", "seed": 0, "first": 0, "steps": 2}, "describes no subspace"),
     ],
 )
 def test_a_subspace_that_is_none_is_refused_before_anything_is_charged(device, said, says):

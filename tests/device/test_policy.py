@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.settings.config import RunConfig
@@ -45,6 +47,11 @@ def test_bounds_are_named_after_settings():
         ({"release_counts": "1"}, "release_counts=1 is not of type bool"),
         ({"largest_epsilonn": "1.0"}, "largest_epsilonn is not a key of a policy; did you mean largest_epsilon?"),
         ({"client": "-1"}, "client=-1 is not at least 0"),
+        (
+            {"noise_distributions": '["cauchy"]'},
+            r"noise_distributions=\('cauchy',\) is not a list of gaussian, laplace",
+        ),
+        ({"noise_distributions": "[]"}, r"noise_distributions=\(\) is not a list of"),
     ],
 )
 def test_what_makes_no_sense_is_told_with_its_key(device, changes, says):
@@ -89,3 +96,25 @@ def test_a_server_does_not_choose_another_librarys_engine(device, settings):
         Refusal, match=r"engine='opacus' is not allowed on this device; choose one of auto, planned, vmap"
     ):
         device.policy.admit(7, {**settings, "engine": "opacus"})
+
+
+LAPLACE = {"noise_distribution": "laplace", "clipping": "l1", "optimizer": "zeroth-order"}
+
+
+def test_laplace_noise_is_for_devices_that_permit_it(device):
+    settings = {**RunConfig(**LAPLACE, dataset="pixels", noise_source="system", noise_multiplier=2.0, delta=1e-4,
+                            sample_rate=0.5).settings()}  # fmt: skip
+    device.write(clippings='["l1"]', optimizers='["zeroth-order", "dp-sgd"]')
+    with pytest.raises(Refusal, match="noise_distribution='laplace' is not allowed on this device; choose one of gau"):
+        Policy.load(device.policy_path).admit(7, settings)
+    device.write(
+        clippings='["l1"]', optimizers='["zeroth-order", "dp-sgd"]', noise_distributions='["gaussian", "laplace"]'
+    )
+    assert Policy.load(device.policy_path).admit(7, settings).noise_distribution == "laplace"
+    gaussian, laplace = (
+        Assignment(round=1, event=PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=1, kind=kind))
+        for kind in ("poisson_gaussian", "poisson_laplace")
+    )
+    reason = device.ask(gaussian, changes=LAPLACE).error.reason
+    assert "kind='poisson_gaussian' is not allowed on this device; choose one of poisson_laplace" in reason
+    assert device.ask(laplace, changes=LAPLACE).has_content()

@@ -14,6 +14,7 @@ BUFFER = {"buffer_size": 2, "delay": "lognormal"}
 CLIENT = {"privacy_unit": "client"}
 COINS = {"client_sampling": "poisson", "clients_per_round": 2}
 SECURE = {"secure_aggregation": True}
+LAPLACE = {"noise_distribution": "laplace", "clipping": "l1"}
 LATE = {"train_layers": "head-then-all", "unfreeze_round": 2}
 
 
@@ -61,6 +62,11 @@ def test_the_refusal_names_key_value_bound_and_remedy(override, words):
         ({**CLIENT, "keep_share": 0.5}, {"privacy_unit": "example"}, "keep_share"),
         (CLIENT, {"clipping": "per-layer"}, "clipping"),
         (CLIENT, SECURE, "secure_aggregation"),
+        (LAPLACE, {"clipping": "flat"}, "clipping"),
+        (LAPLACE, {"clipping": "adaptive"}, "clipping"),
+        (LAPLACE, {"accountant": "rdp"}, "accountant"),
+        ({**LAPLACE, "accountant": "rdp", "sample_rate": 1.0}, {"sample_rate": 0.5}, "accountant"),
+        ({"clipping": "l1"}, {"noise_distribution": "laplace", "accountant": "rdp"}, "accountant"),
         (CLIENT, {"update_codec": "bf16"}, "update_codec"),
         (CLIENT, {"client_table": "clients.csv"}, "client_table"),
         (CLIENT, {"release_counts": True}, "release_counts"),

@@ -48,6 +48,7 @@ def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
         optimizer=build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args),
         clipping=plugins.build("clipping", config.clipping, settings, config.clipping_args),
         noise_multiplier=event.noise_multiplier,
+        noise_distribution=config.noise_distribution,
         sample_rate=event.sample_rate,
         rounds=min(config.rounds_per_client, GAME_STEPS // local_steps),
         local_steps=local_steps,

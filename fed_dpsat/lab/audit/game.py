@@ -28,7 +28,7 @@ from fed_dpsat.params import Params, laid_end_to_end, trainable
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.loop import LocalResult, Member, Streams, step_info, train
-from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.mechanism import MECHANISMS, Mechanism
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round
 from fed_dpsat.step.query import At
 from fed_dpsat.step.sampling import PoissonSampler
@@ -68,6 +68,7 @@ class AnyGame:
     delta: float = 1e-5
     confidence: float = 0.95
     seed: int = 0
+    noise_distribution: str = "gaussian"
 
     def __post_init__(self) -> None:
         check_confidence(self.confidence)
@@ -137,7 +138,7 @@ def result_of(game: AnyGame, without: Seen, with_it: Seen, *, steps: int, epsilo
     seen = false_positives, false_negatives, trials, game.delta, game.confidence
     return GameResult(
         epsilon_lower=two_world_epsilon(*seen),
-        epsilon_if_gaussian=gaussian_epsilon(*seen) if game.sample_rate == 1 else None,
+        epsilon_if_gaussian=gaussian_epsilon(*seen) if _is_gaussian(game) else None,
         epsilon_ledger=epsilon_ledger,
         delta=game.delta,
         confidence=game.confidence,
@@ -149,12 +150,17 @@ def result_of(game: AnyGame, without: Seen, with_it: Seen, *, steps: int, epsilo
     )
 
 
+def _is_gaussian(game: AnyGame) -> bool:
+    """Whether the declared mechanism is a Gaussian without sampling."""
+    return game.sample_rate == 1 and game.noise_distribution == "gaussian"
+
+
 def judged(game: AnyGame, without: Seen, with_it: Seen) -> tuple[Guess, int, int, tuple[int, int]]:
     """The attack with the best bound on the first half, and its errors and trials on the second half."""
     half = len(without.along) // 2
 
     def scored(world: Seen, rows: slice) -> dict[str, Values]:
-        return scores(world.part(rows), game.noise_multiplier, game.sample_rate)
+        return scores(world.part(rows), game.noise_multiplier, game.sample_rate, game.noise_distribution)
 
     first, second = slice(None, half), slice(half, None)
     guess = choose(scored(without, first), scored(with_it, first), game.delta, game.confidence)
@@ -201,7 +207,10 @@ def _start() -> Params:
 
 def _rows(game: Game) -> Tensor:
     """``[others + 1, SIZE + 1]``; the example of the second world is the last row."""
-    norm = strongest_norm(game.clipping, _start())
+    if game.noise_distribution == "laplace":  # numbers, which l1 clips to the bound along nearly every direction
+        norm = 10 * game.clipping.clip_norm
+    else:
+        norm = strongest_norm(game.clipping, _start())
     along = torch.full((SIZE,), norm / math.sqrt(SIZE))
     across = along * torch.tensor([1.0, -1.0]).repeat(SIZE // 2)
     rows = torch.zeros(game.others + 1, SIZE + 1)
@@ -218,7 +227,7 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
     rows = _rows(game)
     count = game.others + included  # the divisor uses the declared size, which is public and equal in both worlds
     sampler = PoissonSampler(num_examples=count, sample_rate=game.sample_rate)
-    mechanism = GaussianMechanism(
+    mechanism = MECHANISMS[game.noise_distribution](
         noise_multiplier=game.noise_multiplier,
         clip_norm=game.clipping.clip_norm,
         expected_batch_size=game.sample_rate * (game.others + 1),
@@ -255,8 +264,11 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
     return Seen(**{n: torch.cat(t).numpy() for n, t in (("along", along), ("norms", norms), ("moves", moves))}), events
 
 
-def _signs(game: Game, start: Params, row: Tensor, seen: Tensor, mechanism: GaussianMechanism) -> Tensor:
-    """``[T, 1]``: 1; for a method that releases one number, the sign of the effect of the example in each step."""
+def _signs(game: Game, start: Params, row: Tensor, seen: Tensor, mechanism: Mechanism) -> Tensor:
+    """``[T, 1]``: 1; for a method that releases numbers, ``[T, K]``: the effect of the example in each step.
+
+    Its size is sqrt(K), so that it is a sign if K is 1.
+    """
     steps, state = seen.shape[1], game.optimizer.init(start)
     if seen.shape[2] == SIZE:
         return torch.ones(steps, 1)
@@ -264,7 +276,8 @@ def _signs(game: Game, start: Params, row: Tensor, seen: Tensor, mechanism: Gaus
     for step in range(steps):  # the loss is linear without ``follow``, so the point does not matter
         at = game.optimizer.query_point(start, state, step_info(step, mechanism, Streams(seed=0, client=0, round=1)))
         total, _ = clipped_gradient_sum(crafted_loss(), at, (row, torch.zeros(1)), game.clipping, engine="vmap")
-        signs.append(_flat(total).sign())
+        effect = _flat(total)
+        signs.append(effect * (math.sqrt(len(effect)) / effect.norm().clamp(min=1e-300)))
     return torch.stack(signs)
 
 

@@ -2,8 +2,8 @@
 
 ``Seen`` holds the releases of n repetitions. ``along[n, T]`` is the component of each private gradient along the
 clipped gradient of the example, in units of the clip norm: 0 without the example, 1 with it, with noise of standard
-deviation ``noise_multiplier``. ``norms[n, T]`` is its squared norm; ``moves[n, R]`` is the move of each round along
-that direction.
+deviation ``noise_multiplier``, or of that scale if it is Laplace. ``norms[n, T]`` is its squared norm; ``moves[n, R]``
+is the move of each round along that direction.
 """
 
 from __future__ import annotations
@@ -40,22 +40,32 @@ class Guess:
     threshold: float
 
 
-def log_likelihood_ratio(along: Values, noise_multiplier: float, sample_rate: float) -> Values:
-    """The log-likelihood ratio of each row of steps under the declared mechanism: the optimal test if it is correct."""
+def log_likelihood_ratio(
+    along: Values, noise_multiplier: float, sample_rate: float, noise_distribution: str = "gaussian"
+) -> Values:
+    """The log-likelihood ratio of each row of steps under the declared mechanism: the optimal test if it is correct.
+
+    For Laplace noise it is that of one number a step.
+    """
     if noise_multiplier == 0:
         total: Values = along.sum(1)
         return total
-    exponent = (along - 0.5) / noise_multiplier**2
+    if noise_distribution == "laplace":
+        exponent = (np.abs(along) - np.abs(along - 1)) / noise_multiplier
+    else:
+        exponent = (along - 0.5) / noise_multiplier**2
     mixture = np.logaddexp(np.log(sample_rate) + exponent, np.log1p(-sample_rate) if sample_rate < 1 else -np.inf)
     summed: Values = mixture.sum(1)
     return summed
 
 
-def scores(seen: Seen, noise_multiplier: float, sample_rate: float) -> dict[str, Values]:
+def scores(
+    seen: Seen, noise_multiplier: float, sample_rate: float, noise_distribution: str = "gaussian"
+) -> dict[str, Values]:
     """The scores ``[n]`` of every attack."""
     gap = np.sort(seen.along, 1)
     return {
-        "likelihood ratio": log_likelihood_ratio(seen.along, noise_multiplier, sample_rate),
+        "likelihood ratio": log_likelihood_ratio(seen.along, noise_multiplier, sample_rate, noise_distribution),
         "sum of steps": seen.along.sum(1),
         "largest difference of two steps": gap[:, -1] - gap[:, 0],
         "steps released as exact zeros": (seen.norms == 0).sum(1).astype(np.float64),

@@ -119,6 +119,8 @@ def _noise(run: Run) -> str:
     multiplier = run.summary.get("noise_multiplier", run.config.noise_multiplier)
     clip = run.summary.get("clip_norm", run.config.clip_norm)
     at = f"noise multiplier {plain(multiplier, 4)}" if multiplier else "a noise multiplier calibrated to the budget"
+    if run.config.noise_distribution == "laplace":
+        at = f"Laplace noise, {at}"
     if run.config.privacy_unit == "client":
         return f"{at}, at clip norm {clip:g} of a client's whole change, on the sum of a cohort, by the server."
     steps = "1 local step" if run.config.steps_per_round == 1 else f"{run.config.steps_per_round} local steps"

@@ -39,7 +39,8 @@ def result_table(result: Mapping[str, Any]) -> Table:
         table.add_row("of models alone", f"{result['epsilon_released']:.3f}; {result['epsilon_released_assumptions']}")
     table.add_row(
         "noise",
-        f"multiplier {result['noise_multiplier']:.4f}, clip norm {result['clip_norm']:g}",
+        f"{result['noise_distribution']}, multiplier {result['noise_multiplier']:.4f}, "
+        f"clip norm {result['clip_norm']:g}",
     )
     table.add_row("noise source", result["noise"])
     for release in result["also_released"]:

@@ -4,6 +4,7 @@
 an example's factors                         what happens
 ============================================ =====================================================
 factor^2 * squared norm, summed, <= C^2      used; 1e-6 of C is left to the rounding of a float32
+factor * norm, summed, > C, if C is of L1    ``SettingError``, before anything is added up
 more; negative; NaN; C inf and a factor inf  ``SettingError``, before anything is added up
 a norm of 0 and a factor of 1e12 C or more   the same: a norm that small may be one that vanished
 a name or an example too many or too few     the same
@@ -35,6 +36,7 @@ from fed_dpsat.step.clipping.automatic import AutomaticClipping
 from fed_dpsat.step.clipping.base import ClippingRule, check_clip_norm
 from fed_dpsat.step.clipping.flat import FlatClipping
 from fed_dpsat.step.clipping.global_ import GlobalClipping
+from fed_dpsat.step.clipping.l1 import L1Clipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
 from fed_dpsat.step.unchecked import checking
 
@@ -45,7 +47,7 @@ LEAST = 1e-24
 """The least squared norm that counts: squares of float32 vanish below 1e-45, also beside factors of 1e16."""
 
 
-OWN = (AdaptiveClipping, AutomaticClipping, FlatClipping, GlobalClipping, PerLayerClipping, Tally)
+OWN = (AdaptiveClipping, AutomaticClipping, FlatClipping, GlobalClipping, L1Clipping, PerLayerClipping, Tally)
 """Of these, and of no class derived from them, it is known that no example has a part in the factors of another."""
 
 PUBLIC = (1e-4, 1.0, 1e4)
@@ -58,11 +60,13 @@ Squares = dict[str, Tensor]
 class Held:
     """``rule`` held to ``clip_norm``, the bound of the mechanism, whatever the rule says of its own later.
 
+    ``norm`` is "L2", or "L1" for a mechanism whose noise is scaled to that of an example's numbers, one for each name.
     Raises ``SettingError`` for a ``clip_norm`` that is not a real number above 0.
     """
 
     rule: ClippingRule
     clip_norm: float
+    norm: str = "L2"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip_norm", check_clip_norm(self.clip_norm))
@@ -75,6 +79,12 @@ class Held:
 def held(rule: ClippingRule) -> ClippingRule:
     """``rule`` with a bound that stays: as it is for one of this library's own, and for one that is held."""
     return rule if type(rule) is Held or is_own(rule) else Held(rule=rule, clip_norm=rule.clip_norm)
+
+
+def bounds_l1(rule: ClippingRule) -> bool:
+    """Whether ``rule`` is one whose factors may bound the L1 norm of numbers: ``l1``, or a rule of somebody else."""
+    inner = rule.rule if type(rule) is Held else rule
+    return not isinstance(inner, AdaptiveClipping) and (type(inner) is L1Clipping or not is_own(inner))
 
 
 def is_own(rule: ClippingRule) -> bool:
@@ -147,7 +157,10 @@ def check_factors(rule: ClippingRule, factors: Mapping[str, Tensor], names: list
     distinct = _check_form(rule, factors, names, rows)
     least = min(LEAST, 1e-7 * rule.clip_norm**2 / len(names))
     bound = min(rule.clip_norm**2 * (1 + SLACK), sys.float_info.max)
-    if len(distinct) == 1:
+    if type(rule) is Held and rule.norm == "L1":
+        lowest = torch.stack([factors[name].double() for name in names])
+        kept = (lowest * rows.clamp(min=least).sqrt()).sum(0).square()
+    elif len(distinct) == 1:
         (one,) = distinct
         kept, lowest = one.double().square() * rows.sum(0).clamp(min=least), one
     else:

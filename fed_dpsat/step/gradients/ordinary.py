@@ -14,7 +14,7 @@ from torch import Tensor
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.plain import unbounded
-from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.mechanism import GaussianMechanism, Mechanism
 from fed_dpsat.step.query import At, LossFn, Query
 
 
@@ -30,7 +30,7 @@ class Averaged:
         return self.criterion(outputs, targets) / self.batch_size
 
 
-Pair = tuple[LossFn, GaussianMechanism]
+Pair = tuple[LossFn, Mechanism]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Ordinary:
     averaged: Pair
 
     @classmethod
-    def of(cls, loss_fn: LossFn, clipping: ClippingRule, mechanism: GaussianMechanism) -> Ordinary | None:
+    def of(cls, loss_fn: LossFn, clipping: ClippingRule, mechanism: Mechanism) -> Ordinary | None:
         """None where something is bounded or noised, or for a loss or mechanism that is not this library's own."""
         if type(mechanism) is not GaussianMechanism or mechanism.noise_multiplier or not unbounded(clipping):
             return None
