@@ -377,8 +377,8 @@ def test_a_model_that_cannot_be_trained_privately_is_refused_before_a_charge(dev
     device.write(models=f'["linear", "{source}:Short"]')
     changes = {"model": f"{source}:Short"}
     asked = device.send(RecordDict(), MessageType.QUERY, settings={**device_settings(), **changes})
-    assert "Short gives 1 logits" in asked.error.reason
-    refused(device, device.ask(changes=changes), "Short gives 1 logits")
+    assert "Short gives [4, 1] for inputs" in asked.error.reason
+    refused(device, device.ask(changes=changes), "Short gives [4, 1] for inputs")
 
 
 def test_an_error_that_tells_of_data_stays_on_the_device(device):
