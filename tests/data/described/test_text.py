@@ -2,6 +2,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -160,7 +161,7 @@ def test_a_text_of_ten_million_characters_is_cut_before_it_is_tokenized(texts, t
     assert "2 have more than max_length=8" in caplog.text
 
 
-def test_invalid_utf8_is_refused_by_file_and_row_or_replaced(build, write):
+def test_invalid_utf8_is_refused_by_file_and_row_or_replaced(build, write, tmp_path):
     write("train.csv", b"text\nok\n\xff\xfe!\n")
     write("test.csv", "text\nok\n")
     ask = {"data_source": "csv", "task": "causal-lm"}
@@ -171,6 +172,11 @@ def test_invalid_utf8_is_refused_by_file_and_row_or_replaced(build, write):
     write("test.jsonl", '{"text": "ok"}\n')
     with pytest.raises(DataError, match=r"train.jsonl, row 1: column 'text' is not UTF-8"):
         build("text", **{**ask, "data_source": "jsonl"})
+    claimed = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"text": claimed}), tmp_path / "d" / f"{split}.parquet")
+    with pytest.raises(DataError, match=r"test.parquet, row 1: column 'text' is not UTF-8"):
+        build("text", **{**ask, "data_source": "parquet"})
 
 
 @pytest.mark.slow
@@ -204,7 +210,7 @@ def test_the_first_token_of_a_word_has_its_label(texts, tokenizer, given, expect
     rows = [
         {"words": ["hello", "world"], "tags": ["b", "a"]},
         {"words": [], "tags": []},
-        {"words": ["world"], "tags": ["b"]},
+        {"words": ["world"], "tags": ["a"]},
     ]
     settings = {"tokenizer": tokenizer} if given == "library" else {}
     arguments = {"bytes": "", "special": "add_special_tokens = true", "library": PAD}[given]
@@ -215,7 +221,7 @@ def test_the_first_token_of_a_word_has_its_label(texts, tokenizer, given, expect
     assert targets[0, : len(labels)].tolist() == labels
     assert targets[0, len(labels) :].eq(-100).all()
     _, last = split.batch(torch.tensor([2]))
-    assert last[last >= 0].tolist() == [1]
+    assert last[last >= 0].tolist() == [0]
     short = texts(rows, arguments, task="token-classification", max_length=4, **columns, **settings)
     assert short.batch(torch.tensor([0]))[1].tolist() == [[*labels[:3], -100]]
 
