@@ -60,6 +60,7 @@ class LibraryTokens(Tokens):
         return self._joined(self._encoded(rows), lambda encoding: [])
 
     def words(self, rows: Sequence[Sequence[str]]) -> Tokenized:
+        _set_spaces(self.backend)
         kept = [list(row[: self.max_length + 1]) for row in rows]  # a word has a token or more
         found = self.backend.encode_batch(kept, is_pretokenized=True, add_special_tokens=self.add_special_tokens)
         return self._joined(found, lambda encoding: _begins(encoding.word_ids))
@@ -158,6 +159,14 @@ def _begin(row: str | tuple[str, str], size: int) -> tuple[str | tuple[str, str]
     if len(row) <= size:
         return row, True
     return row[: row.rfind(" ", 0, size) + 1] or row[:size], False
+
+
+def _set_spaces(backend: Any) -> None:
+    """Let a tokenizer of bytes see a word of a list as a word after a space, as transformers demands of it."""
+    steps = backend.pre_tokenizer
+    for step in steps if type(steps).__name__ == "Sequence" else [steps]:
+        if getattr(step, "add_prefix_space", None) is False:
+            step.add_prefix_space = True
 
 
 def _begins(word_ids: Sequence[int | None]) -> list[int]:

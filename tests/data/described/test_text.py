@@ -226,6 +226,22 @@ def test_the_first_token_of_a_word_has_its_label(texts, tokenizer, given, expect
     assert short.batch(torch.tensor([0]))[1].tolist() == [[*labels[:3], -100]]
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_words_of_a_list_are_words_to_a_tokenizer_of_bytes(texts, tmp_path, alone):
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = ["[PAD]", *"\u0120ab", "\u0120a", "\u0120b"]
+    vocabulary = {token: i for i, token in enumerate(letters)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("\u0120", "a"), ("\u0120", "b")]))
+    of_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    steps = [tokenizers.pre_tokenizers.Digits(), of_bytes]
+    made.pre_tokenizer = of_bytes if alone else tokenizers.pre_tokenizers.Sequence(steps)
+    made.save(str(tmp_path / "bytes.json"))
+    columns = {"input_columns": "words", "label_column": "tags", "class_names": "x,y"}
+    ask = {"task": "token-classification", "tokenizer": str(tmp_path / "bytes.json"), **columns}
+    rows = [{"words": ["a", "b"], "tags": ["x", "y"]}]
+    assert tokens(texts(rows, "pad_token = '[PAD]'", **ask)) == [[4, 5]], "and not a and b of one word"
+
+
 @pytest.mark.parametrize(
     ("row", "error"),
     [
