@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from fed_dpsat.step.noise import derive_seed
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, carried_names
 from fed_dpsat.step.optimizers.chain import build_optimizer
 from fed_dpsat.step.placement import decided, module_on, torch_device
+from fed_dpsat.tasks.base import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +68,27 @@ class Experiment(Training):
         config: RunConfig,
         *,
         dataset: Dataset | None = None,
+        partition: Sequence[Any] | None = None,
+        task: Task | None = None,
         model: nn.Module | None = None,
         optimizer: PrivateOptimizer | None = None,
         clipping: ClippingRule | None = None,
     ) -> Experiment:
         """Build from the names in ``config``; a copy of a given object replaces its name.
 
+        ``partition`` has the indices of the training examples of each client, without those for validation.
         The model is moved to ``config.device``. Raises ``SettingError``, ``PluginError`` or ``DataError`` before any
         client is asked.
         """
-        config = renamed(decided(config), dataset=dataset, model=model, optimizer=optimizer, clipping=clipping)
+        given: dict[str, Any] = {"dataset": dataset, "partition": partition, "task": task, "model": model}
+        given |= {"optimizer": optimizer, "clipping": clipping}
+        config = renamed(decided(config), **given)
         config = dataclasses.replace(config, kernels=compiled.decided(config.kernels))
-        named = dataset is None and model is None and optimizer is None and clipping is None
-        data = Federated.build(config, dataset)
+        named = all(value is None for value in given.values())
+        data = Federated.build(config, dataset, partition)
         dataset, partitions, settings = data.dataset, data.partitions, data.settings
-        task = build_task(config, dataset, settings)
-        settings |= {"num_classes": task.outputs, **dataset.of_texts}
+        task = build_task(config, dataset, settings, task)
+        settings |= {"task": task.name, "num_classes": task.outputs, **dataset.of_texts}
         if model is None:
             with seeded(config, "model"):
                 model = plugins.build("model", config.model, settings, config.model_args)

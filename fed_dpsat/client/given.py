@@ -22,6 +22,8 @@ FROM_PYTHON = "(from Python)"
 """Ends the name of an object in a configuration."""
 
 UNUSED: dict[str, dict[str, Scalar]] = {
+    "partition": {"partition_args": "", "partition_by": ""},
+    "task": {"task_args": ""},
     "optimizer": {"base_optimizer": "dp-sgd", "optimizer_args": ""},
     "strategy": {"strategy_args": ""},
 }

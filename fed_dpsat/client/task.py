@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fed_dpsat import plugins
+from fed_dpsat.client.given import copied
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.config import RunConfig
@@ -13,8 +14,8 @@ from fed_dpsat.tasks.base import Task
 from fed_dpsat.tasks.metric import Metric
 
 
-def build_task(config: RunConfig, dataset: Dataset, settings: Mapping[str, Any]) -> Task:
-    """The task ``config.task`` of ``dataset``, with ``config.metric`` first among its metrics.
+def build_task(config: RunConfig, dataset: Dataset, settings: Mapping[str, Any], given: Task | None = None) -> Task:
+    """A copy of ``given``, or the task ``config.task`` of ``dataset``, with ``config.metric`` first among its metrics.
 
     Raises ``PluginError`` for a name that leads to no task, ``DataError`` if the labels are not those of the task, and
     ``SettingError`` for a metric that the task does not have.
@@ -25,8 +26,8 @@ def build_task(config: RunConfig, dataset: Dataset, settings: Mapping[str, Any])
         "label_scale": dataset.label_scale,
         **dataset.of_texts,
     }
-    task: Task = plugins.build("task", config.task, {**settings, **of_data}, config.task_args)
-    plugins.required("task", config.task, task)
+    task: Task = given or plugins.build("task", config.task, {**settings, **of_data}, config.task_args)
+    task = copied("task", plugins.required("task", config.task, task))
     task.check(dataset)
     task.metrics = _with_first(task.metrics, config.metric)
     return task

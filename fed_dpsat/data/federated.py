@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fed_dpsat import plugins
-from fed_dpsat.data.dataset import Dataset, check_plain
+from fed_dpsat.data.dataset import Dataset, Examples, check_plain
 from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
 from fed_dpsat.errors import SettingError
@@ -29,8 +29,10 @@ class Federated:
     settings: dict[str, Any]
 
     @classmethod
-    def build(cls, config: RunConfig, dataset: Dataset | None = None) -> Federated:
-        """Build from the names in ``config``; a given ``dataset`` replaces its name.
+    def build(
+        cls, config: RunConfig, dataset: Dataset | None = None, partition: Sequence[Any] | None = None
+    ) -> Federated:
+        """Build from the names in ``config``; a given ``dataset`` or ``partition`` replaces its name.
 
         Without the validation examples. Raises ``SettingError``, ``PluginError`` or ``DataError``.
         """
@@ -54,13 +56,16 @@ class Federated:
             "num_classes": dataset.num_classes,
             "labels": _copied(dataset.train.classes),
         }
-        return cls(dataset=dataset, partitions=_dealt(config, dataset, settings), settings=settings)
+        parts = _dealt(config, dataset.train, settings) if partition is None else partition
+        partitions = disjoint_parts(
+            parts, num_clients=config.num_clients, num_examples=len(dataset.train), partition=config.partition
+        )
+        return cls(dataset=dataset, partitions=partitions, settings=settings)
 
 
-def _dealt(config: RunConfig, dataset: Dataset, settings: dict[str, Any]) -> list[np.ndarray]:
-    train = dataset.train
+def _dealt(config: RunConfig, train: Examples, settings: dict[str, Any]) -> Any:
     with seeded(config, "partition"):
-        parts = plugins.build(
+        return plugins.build(
             "partition",
             config.partition,
             {
@@ -72,7 +77,6 @@ def _dealt(config: RunConfig, dataset: Dataset, settings: dict[str, Any]) -> lis
             },
             config.partition_args,
         )
-    return disjoint_parts(parts, num_clients=config.num_clients, num_examples=len(train), partition=config.partition)
 
 
 def _copied(labels: np.ndarray | None) -> np.ndarray | None:

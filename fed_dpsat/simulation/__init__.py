@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
@@ -26,7 +27,9 @@ from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.in_process import InProcessBackend
 from fed_dpsat.simulation.state import kept_rounds
 from fed_dpsat.step import generators
+from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.optimizers.base import PrivateOptimizer
+from fed_dpsat.tasks.base import Task
 
 
 def simulate(
@@ -34,8 +37,11 @@ def simulate(
     out: str | Path,
     *,
     dataset: Dataset | None = None,
+    partition: Sequence[Any] | None = None,
+    task: Task | None = None,
     model: nn.Module | None = None,
     optimizer: PrivateOptimizer | None = None,
+    clipping: ClippingRule | None = None,
     strategy: Strategy | None = None,
     client_app: ClientApp | None = None,
     on_round: OnRound | None = None,
@@ -44,7 +50,8 @@ def simulate(
 
     With ``config.resume`` the run at ``out`` continues from its last checkpoint; give its objects again.
 
-    An object replaces the one that ``config`` names, and ``client_app`` replaces the code of the clients. The run calls
+    An object replaces the one that ``config`` names, and ``client_app`` replaces the code of the clients. A
+    ``partition`` is a list of indices of training examples for each client. The run calls
     ``on_round`` with each line of ``rounds.jsonl``. Raises the errors of ``Experiment.build`` and ``run_federation``.
     """
     folder = RunFolder(Path(out), resume=config.resume)
@@ -53,8 +60,10 @@ def simulate(
     if config.tune_malloc:
         tune_allocator()
     config = config.with_absolute_paths()
-    given = {"dataset": dataset, "model": model, "optimizer": optimizer, "strategy": strategy, "client_app": client_app}
-    experiment = Experiment.build(config, dataset=dataset, model=model, optimizer=optimizer)
+    given: dict[str, Any] = {"dataset": dataset, "partition": partition, "task": task, "model": model}
+    given |= {"optimizer": optimizer, "clipping": clipping}
+    experiment = Experiment.build(config, **given)
+    given |= {"strategy": strategy, "client_app": client_app}
     objects = [name for name, value in given.items() if value is not None]
     try_federation(experiment, strategy, objects)
     with generators.returned(), simulation_grid(experiment, client_app, folder) as grid:  # Flower draws from random

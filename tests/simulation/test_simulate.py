@@ -15,8 +15,9 @@ from torch import nn
 
 from fed_dpsat.accounting import LedgerError, PrivacyEvent, PrivacyLedger, epsilon
 from fed_dpsat.accounting.released import Cohort, epsilon_of_models
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.data.digits import digits
-from fed_dpsat.errors import InputError, SettingError
+from fed_dpsat.errors import DataError, InputError, SettingError
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.lab.report.reading import read_run
@@ -24,6 +25,7 @@ from fed_dpsat.run.statement import read_statement
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
 from fed_dpsat.step.optimizers import DPSGD
+from fed_dpsat.tasks.classification import Classification
 
 CONFIG = RunConfig(
     noise_multiplier=2.0, delta=1e-4, seed=1, num_clients=5, clients_per_round=2, num_rounds=4, local_steps=2
@@ -376,3 +378,24 @@ def test_each_round_ends_in_aggregate_train_once(kind, tmp_path, untried, monkey
 
 def test_each_round_whose_sums_workers_make_ends_in_aggregate_train_once(on_ray):
     assert on_ray[1] == [(round, {"Part"}) for round in range(1, CONFIG.num_rounds + 1)]
+
+
+def test_objects_are_those_that_names_would_make(tmp_path):
+    config = dataclasses.replace(CONFIG, clients_per_round=0, num_rounds=1)
+    named = simulate(dataclasses.replace(config, clipping="per-layer"), tmp_path / "named")
+    built = Experiment.build(dataclasses.replace(config, clipping="per-layer"))
+    given = simulate(
+        config,
+        tmp_path / "given",
+        partition=built.partitions,
+        task=Classification(tuple("0123456789")),
+        clipping=built.clipping,
+    )
+    assert same(model_of(tmp_path / "named"), model_of(tmp_path / "given"))
+    assert given["test_accuracy"] == named["test_accuracy"]
+
+
+def test_parts_of_a_given_partition_that_overlap_are_refused(tmp_path):
+    parts = [[client, 7] for client in range(CONFIG.num_clients)]
+    with pytest.raises(DataError, match="example 7 is in parts 0 and 1"):
+        simulate(CONFIG, tmp_path / "run", partition=parts)
