@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fed_dpsat.data.sequences import Sequences
+from fed_dpsat.data.sequences import Sequences, mask_name
 from fed_dpsat.errors import DataError
 
 Leaf: TypeAlias = Tensor | Sequences
@@ -62,7 +62,8 @@ class Examples:
                     f"{name} are {leaf.dtype} {list(leaf.shape)}, not uint8, float32 or whole numbers [N, ...]; "
                     "convert them"
                 )
-        self._check_labels()
+        if clash := sorted(self.leaves.keys() & {mask_name(name) for name in self.texts}):
+            raise DataError(f"{clash[0]!r} is the mask that a batch has for its text; give that input another name")
         self._check_scale()
         lengths = {name: len(leaf) for name, leaf in self.leaves.items()}
         lengths |= {f"column {name!r}": len(values) for name, values in self.columns.items()}
@@ -70,18 +71,38 @@ class Examples:
             lengths["labels"] = len(self.labels)
         if len(set(lengths.values())) > 1:
             raise DataError(f"{lengths}: these numbers of examples differ; give one row of each for each example")
+        self._check_labels()
 
     def _check_labels(self) -> None:
-        labels = self.labels
+        labels, text = self.labels, next(iter(self.texts.values()), None)
         if labels is None:
             if len(self.texts) != 1:
                 raise DataError(f"labels=None with inputs {list(self.leaves)}: the label is the one text; give labels")
-        elif not isinstance(labels, Sequences):
+        elif isinstance(labels, Sequences):
+            if text is None:
+                raise DataError(
+                    f"labels are sequences, and no input of {list(self.leaves)} is: a class for each position needs a "
+                    "text; make the input Sequences"
+                )
+            if len(other := torch.nonzero(text.lengths != labels.lengths)):
+                row = int(other[0])
+                raise DataError(
+                    f"the text of row {row} has {int(text.lengths[row])} positions, and its labels have "
+                    f"{int(labels.lengths[row])}; give each position one"
+                )
+        else:
             kinds = {torch.int64: (1,), torch.float32: (1, 2), torch.uint8: (2,)}
             if labels.ndim not in kinds.get(labels.dtype, ()):
                 raise DataError(
                     f"labels are {labels.dtype} {list(labels.shape)}, not int64 [N] (a class), float32 [N] or [N, K] "
                     "(numbers) or uint8 [N, K] (several classes); convert them"
+                )
+            if labels.ndim == 2 and not labels.shape[1]:
+                raise DataError(f"labels are {labels.dtype} {list(labels.shape)}, which is none for each example")
+            if labels.dtype == torch.float32 and not bool((finite := labels.isfinite()).all()):
+                raise DataError(
+                    f"the label of row {int(torch.nonzero(~finite)[0, 0])} is NaN or infinite; correct it, or remove "
+                    "the example"
                 )
 
     def _check_scale(self) -> None:
@@ -219,11 +240,11 @@ class Dataset:
                     f"test {name} {test.get(name, 'missing')}; make them one shape"
                 )
         for split, examples in (("train", self.train), ("test", self.test)):
+            for name, text in examples.texts.items():
+                text.check_within(text.vocabulary_size, f"{self.name}: {split} {name}")
             self._check_labels(split, examples.labels)
         scale = self.label_scale
-        if scale and (
-            len(scale) != self.num_labels or not all(math.isfinite(m) and 0 < s < math.inf for m, s in scale)
-        ):
+        if scale and not _is_scale(scale, self.num_labels):
             raise DataError(
                 f"{self.name}: label_scale={scale} is not one finite mean and one std in (0, inf) for each of "
                 f"{self.num_labels} numbers; correct it"
@@ -289,6 +310,17 @@ def _forms(split: Examples) -> dict[str, str]:
     else:
         forms["labels"] = "the text" if labels is None else "a class for each position"
     return forms
+
+
+def _is_scale(scale: object, count: int) -> bool:
+    """Whether it is ``count`` pairs of a finite number and a positive one."""
+    if not isinstance(scale, tuple | list) or len(scale) != count:
+        return False
+    pairs = (tuple(pair) if isinstance(pair, tuple | list) else () for pair in scale)
+    return all(
+        len(pair) == 2 and all(isinstance(n, int | float) and math.isfinite(n) for n in pair) and pair[1] > 0
+        for pair in pairs
+    )
 
 
 def _check_each(labels: Tensor, bound: int, what: str, remedy: str) -> None:

@@ -37,7 +37,8 @@ class Sequences:
     mask_token      the value that hides a token in masked-lm; -1 if there is none
     =============== ========================================================================
 
-    Raises ``DataError`` for another type, offsets that fall, or a sequence longer than ``max_length``.
+    Raises ``DataError`` for another type, offsets that fall, or a sequence longer than ``max_length``; a ``Dataset``
+    checks the values.
     """
 
     values: Tensor
@@ -57,6 +58,8 @@ class Sequences:
             raise DataError(
                 f"offsets are {self.offsets.dtype} {list(self.offsets.shape)}, not int64 [N + 1]; convert them"
             )
+        if self.max_length < 1:
+            raise DataError(f"max_length={self.max_length} is not at least 1; declare the longest that a text may be")
         lengths = self.lengths
         if int(self.offsets[0]) < 0 or int(self.offsets[-1]) > len(self.values) or bool((lengths < 0).any()):
             raise DataError(f"offsets do not rise from 0 to {len(self.values)}; sequence i ends where i + 1 begins")
@@ -68,6 +71,11 @@ class Sequences:
         if not 0 <= self.padding < self.vocabulary_size:
             raise DataError(
                 f"padding={self.padding} is not in [0, vocabulary_size={self.vocabulary_size}); choose one of these"
+            )
+        if not -1 <= self.mask_token < self.vocabulary_size:
+            raise DataError(
+                f"mask_token={self.mask_token} is not in [0, vocabulary_size={self.vocabulary_size}); choose one of "
+                "these, or -1 for none"
             )
 
     def __len__(self) -> int:
@@ -98,13 +106,11 @@ class Sequences:
     def padded(self, name: str, indices: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
         """``{name: [B, T], mask: [B, T]}``, int64; T is the largest padded length, the mask 1 for a value and else 0.
 
-        The mask of "input_ids" is called "attention_mask", as transformers has it, and that of another name
-        ``name_mask``.
+        The mask is called as ``mask_name`` says.
         """
         values, mask = self._filled(indices, self.padding, self.longest(indices))
-        mask_name = "attention_mask" if name == "input_ids" else f"{name}_mask"
         device = device or self.values.device
-        return {name: values.to(device), mask_name: mask.to(device)}
+        return {name: values.to(device), mask_name(name): mask.to(device)}
 
     def longest(self, indices: Tensor) -> int:
         """The largest padded length of ``indices``, which may be empty."""
@@ -120,6 +126,10 @@ class Sequences:
         step = 2**24
         for start in range(0, len(self.values), step):
             part = self.values[start : start + step]
+            low, high = part.aminmax()
+            if int(low) >= 0 and int(high) < bound:
+                continue
+            part = part.to(torch.int64)  # a bound above 255 is another number in uint8
             outside = (part < 0) | (part >= bound)
             wrong = torch.nonzero(outside & (part != IGNORED) if ignored else outside)
             if len(wrong):
@@ -146,6 +156,11 @@ class Sequences:
         values = torch.full((len(indices), length), padding, dtype=torch.int64)
         values[mask] = self.values[at].to(torch.int64)
         return values, mask.to(torch.int64)
+
+
+def mask_name(name: str) -> str:
+    """What the mask of the sequences ``name`` is called: "attention_mask" for "input_ids", as transformers has it."""
+    return "attention_mask" if name == "input_ids" else f"{name}_mask"
 
 
 @functools.cache

@@ -53,6 +53,9 @@ def test_an_index_outside_raises(index):
         ({"offsets": torch.tensor([0, 3, 3, 4, 7])}, "do not rise from 0 to 6"),
         ({"max_length": 2}, "sequence 0 has 3 values, more than max_length=2"),
         ({"padding": 8}, r"padding=8 is not in \[0, vocabulary_size=8\)"),
+        ({"mask_token": 8}, r"mask_token=8 is not in \[0, vocabulary_size=8\); .* -1 for none"),
+        ({"mask_token": -2}, "mask_token=-2"),
+        ({"max_length": 0, "offsets": torch.zeros(3, dtype=torch.int64)}, "max_length=0 is not at least 1"),
     ],
 )
 def test_sequences_are_checked_where_they_are_made(change, message):
@@ -68,6 +71,14 @@ def test_the_first_value_outside_is_named_with_its_row():
     for values, ignored in (([5, -100, 0, 1, 2, 3], False), ([5, -1, 0, 1, 2, 3], True)):
         with pytest.raises(DataError, match=r"label -1(00)? in row 0 is not in \[0, 6\)"):
             sequences(values=torch.tensor(values)).check_within(6, "label", ignored=ignored)
+
+
+def test_a_bound_above_the_largest_of_a_type_is_no_other_number():
+    held = sequences(values=torch.tensor([0, 255, 7, 1, 2, 3], dtype=torch.uint8))
+    for bound in (256, 300, 70_000):
+        held.check_within(bound, "token")
+    with pytest.raises(DataError, match=r"token 255 in row 0 is not in \[0, 255\)"):
+        held.check_within(255, "token")
 
 
 def texts(**change):
@@ -139,12 +150,47 @@ def test_several_labels_are_numbers_in_a_batch():
         (torch.full((4, 2), 2, dtype=torch.uint8), ("a", "b"), r"label 2 of row 0 is not in \[0, 2\)"),
         (torch.zeros(4, 2), ("a",), "2 columns for 1 class_names"),
         (sequences(), ("a", "b"), r"train label 5 in row 0 is not in \[0, 2\)"),
+        (torch.zeros(4, 0), (), r"labels are torch.float32 \[4, 0\], which is none"),
+        (torch.tensor([0.0, 1.0, float("nan"), 2.0]), (), "label of row 2 is NaN or infinite"),
+        (torch.tensor([[0.0, 1.0], [0.0, float("inf")]] * 2), ("a", "b"), "label of row 1 is NaN or infinite"),
     ],
 )
 def test_a_label_outside_the_names_is_refused(labels, names, message):
-    examples = texts(labels=labels)
+    def made():
+        return Dataset(name="made", train=texts(labels=labels), test=texts(labels=labels), class_names=names)
+
     with pytest.raises(DataError, match=message):
-        Dataset(name="made", train=examples, test=examples, class_names=names)
+        made()
+
+
+def test_a_token_outside_the_vocabulary_is_refused_before_a_client_meets_it():
+    wrong = texts(inputs={"input_ids": sequences([[5, 6, 7], [], [1], [2, 8]])})
+    for train, test, split in ((wrong, texts(), "train"), (texts(), wrong, "test")):
+        with pytest.raises(DataError, match=rf"made: {split} input_ids 8 in row 3 is not in \[0, 8\)"):
+            Dataset(name="made", train=train, test=test, class_names=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": sequences([[1, 1, 1], [], [1], [1]])}, "text of row 3 has 2 positions, and its labels have 1"),
+        ({"labels": sequences([[1, 1, 1], [], [1], [1, 1, 1]])}, "text of row 3 has 2 positions.*have 3"),
+        ({"inputs": torch.zeros(4, 3, dtype=torch.int64), "labels": sequences()}, "needs a text; make the input Seq"),
+        ({"inputs": {"input_ids": sequences(), "attention_mask": torch.ones(4, 3)}}, "'attention_mask' is the mask"),
+        ({"inputs": {"note": sequences(), "note_mask": torch.ones(4, 3)}}, "'note_mask' is the mask"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        texts(**change)
+
+
+@pytest.mark.parametrize("scale", [((0.0, 0.0),), ((0.0,),), (0.0, 1.0), ((0.0, "a"),), ((float("nan"), 1.0),), 5])
+def test_a_scale_is_a_mean_and_a_std_for_each_number(scale):
+    examples = texts(labels=torch.zeros(4))
+    with pytest.raises(DataError, match=r"label_scale=.* is not one finite mean and one std"):
+        Dataset(name="made", train=examples, test=examples, label_scale=scale)
+    assert Dataset(name="made", train=examples, test=examples, label_scale=((1, 2.0),)).label_scale == ((1, 2.0),)
 
 
 def test_splits_of_another_form_are_refused():

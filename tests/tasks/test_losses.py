@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fed_dpsat.data.sequences import IGNORED
-from fed_dpsat.errors import ModelError
+from fed_dpsat.data import Dataset, Examples
+from fed_dpsat.data.sequences import IGNORED, Sequences
+from fed_dpsat.errors import DataError, ModelError
 from fed_dpsat.params import trainable
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
@@ -148,3 +149,11 @@ def test_outputs_in_half_precision_have_a_loss_in_float32():
 )
 def test_outputs_are_checked_by_their_shape(task, outputs, fits):
     assert task.fits(torch.zeros(outputs), 4) is fits
+
+
+def test_texts_of_one_token_have_nothing_to_predict():
+    text = Sequences(values=torch.ones(2).long(), offsets=torch.arange(3), max_length=1, vocabulary_size=V)
+    examples = Examples(inputs={"input_ids": text}, labels=None)
+    with pytest.raises(DataError, match="made: texts of max_length=1 have no next token; raise it to 2 or more"):
+        CausalLM(V).check(Dataset(name="made", train=examples, test=examples))
+    MaskedLM(V).check(Dataset(name="made", train=examples, test=examples))
