@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.data.made_up import made_up_examples
+from fed_dpsat.data.sequences import Sequences
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.models.libraries.adapters import add_adapter
 from fed_dpsat.models.norms import with_norm
@@ -97,5 +98,8 @@ def _passed(like: Examples, device: torch.device) -> tuple[Tree, Tree]:
         return first, 1 - first
     named, _ = made_up_examples(like, None, 2, 1).batch(torch.arange(2), device)
     assert isinstance(named, dict)
-    texts = set(like.leaves)
-    return named, {name: 1 - value if name in texts else value for name, value in named.items()}  # masks stay
+    # masks stay, and so does padding, whose number is any of the vocabulary
+    swapped = {
+        name for name, leaf in like.leaves.items() if not isinstance(leaf, Sequences) or leaf.vocabulary_size > 1
+    }
+    return named, {n: value.where(value > 1, 1 - value) if n in swapped else value for n, value in named.items()}

@@ -11,7 +11,9 @@ from torch import nn
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.start import check_passes
 from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.data.sequences import Sequences
 from fed_dpsat.errors import ModelError, SettingError
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
@@ -81,3 +83,25 @@ def test_an_adapter_over_new_weights_is_told(tmp_path):
     assert note == "adapter='lora' without start_from: initial weights are frozen"
     torch.save(Experiment.build(dataclasses.replace(CONFIG, model="mlp")).trained(1), tmp_path / "mlp.pt")
     assert Experiment.build(dataclasses.replace(config, start_from=str(tmp_path / "mlp.pt"))).start.notes == ()
+
+
+class LastPass(nn.Module):
+    """Keeps what it made of its last inputs, and adds it to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer, self.last = nn.Embedding(12, 4), nn.Linear(4, 2), 0.0
+
+    def forward(self, input_ids, attention_mask):
+        outputs = self.layer(self.embedding(input_ids)).mean(1)
+        outputs, self.last = outputs + self.last, outputs.mean().detach()
+        return outputs
+
+
+@pytest.mark.parametrize("padding", [0, 1, 7])
+def test_a_module_that_keeps_something_of_texts_is_refused_whatever_their_padding(padding):
+    text = Sequences(
+        values=torch.arange(6), offsets=torch.tensor([0, 4, 6]), max_length=5, vocabulary_size=12, padding=padding
+    )
+    with pytest.raises(ModelError, match=r"LastPass changes last in a pass|keeps something from pass to pass"):
+        check_passes(LastPass(), Examples(inputs={"input_ids": text}, labels=torch.tensor([0, 1])))
