@@ -32,6 +32,8 @@ def contents(
     ``sent`` names the parameters that a server sends, so that their values in this process do not matter.
     """
     data = hashlib.sha256(json.dumps(dataset.class_names).encode())
+    if dataset.label_scale:
+        data.update(json.dumps(dataset.label_scale).encode())
     for split in (dataset.train, dataset.test):
         _add_examples(data, split)
     parts, rest = hashlib.sha256(), hashlib.sha256()
@@ -57,7 +59,8 @@ def _add_examples(digest: Any, split: Examples) -> None:
         if not isinstance(split.inputs, Tensor):
             digest.update(name.encode())
         if isinstance(leaf, Sequences):
-            digest.update(json.dumps([leaf.max_length, leaf.vocabulary_size, leaf.padding]).encode())
+            form = [leaf.max_length, leaf.vocabulary_size, leaf.padding, leaf.mask_token]
+            digest.update(json.dumps(form).encode())
             _add(digest, leaf.offsets)
             _add_rows(digest, leaf.values)
         elif name == "labels":

@@ -13,6 +13,7 @@ from fed_dpsat.client import fingerprint as module_under_test
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.fingerprint import contents, fingerprint
 from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.data.sequences import Sequences
 from fed_dpsat.settings.config import RunConfig
 
 PARTS = [np.array([0, 2]), np.array([1, 3])]
@@ -61,6 +62,21 @@ def test_it_feels_every_pixel_label_place_and_weight_that_is_not_sent(change):
 
     assert of() == of(module=module(weight=5.0))
     assert of(**change) != of()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"padding": 1}, {"mask_token": 2}, {"vocabulary_size": 4}, {"max_length": 4}, {"label_scale": ((0.0, 2.0),)}],
+)
+def test_it_feels_what_is_declared_of_texts_and_numbers(change):
+    def of(label_scale=(), **text):
+        given = {"max_length": 3, "vocabulary_size": 3} | text
+        sequences = Sequences(values=torch.arange(3), offsets=torch.tensor([0, 2, 3]), **given)
+        split = Examples(inputs={"input_ids": sequences}, labels=torch.tensor([0.5, 1.0]))
+        data = Dataset(name="notes", train=split, test=split, label_scale=label_scale)
+        return contents(data, [np.arange(2)], nn.Linear(1, 1), {"weight", "bias"})
+
+    assert of(**change)["dataset"] != of()["dataset"]
 
 
 def test_of_a_large_split_it_takes_rows_at_equal_distances(monkeypatch):
