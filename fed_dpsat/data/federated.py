@@ -51,11 +51,7 @@ class Federated:
                 f"at most {len(dataset.train)}, the examples of {dataset.name}",
                 "lower it; a client needs at least one example",
             )
-        settings |= {
-            "input_shape": dataset.input_shape,
-            "num_classes": dataset.num_classes,
-            "labels": _copied(dataset.train.classes),
-        }
+        settings |= {"input_shape": dataset.input_shape, "num_classes": dataset.num_classes}
         parts = _dealt(config, dataset.train, settings) if partition is None else partition
         partitions = disjoint_parts(
             parts, num_clients=config.num_clients, num_examples=len(dataset.train), partition=config.partition
@@ -64,6 +60,8 @@ class Federated:
 
 
 def _dealt(config: RunConfig, train: Examples, settings: dict[str, Any]) -> Any:
+    """The examples of each client. Only a partition is given labels and columns, which are private, as copies."""
+    classes = train.classes
     with seeded(config, "partition"):
         return plugins.build(
             "partition",
@@ -71,16 +69,12 @@ def _dealt(config: RunConfig, train: Examples, settings: dict[str, Any]) -> Any:
             {
                 **settings,
                 "seed": derive_seed(config.seed, purpose="partition"),
-                "labels": _copied(train.classes),
+                "labels": None if classes is None else classes.copy(),
                 "columns": {name: values.copy() for name, values in train.columns.items()},
                 "num_examples": len(train),
             },
             config.partition_args,
         )
-
-
-def _copied(labels: np.ndarray | None) -> np.ndarray | None:
-    return None if labels is None else labels.copy()  # a plug-in may write into it
 
 
 @contextmanager

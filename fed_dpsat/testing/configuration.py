@@ -59,7 +59,6 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         "input_shape": data.input_shape,
         "num_classes": experiment.task.outputs,
         **data.of_texts,
-        "labels": data.train.classes,
     }
     yield _checked("dataset", config.dataset, lambda: check_dataset(lambda: _built("dataset", config, settings)))
     yield _checked(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fed_dpsat.client.build import Experiment
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.federated import Federated
 from fed_dpsat.data.sequences import Sequences
@@ -60,8 +61,16 @@ def test_a_partition_of_ones_own_gets_copies_of_labels_and_columns(tmp_path, lab
     assert sum(map(len, found.partitions)) == 30
     assert (given.train.labels == labels).all()
     assert found.dataset.train.columns["ward"].tolist().count("x") == 0
-    settings_labels = found.settings["labels"]
-    assert settings_labels is None if labels.is_floating_point() else settings_labels.sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["task", "model", "optimizer", "clipping"])
+@pytest.mark.parametrize("private", ["labels", "columns"])
+def test_only_a_partition_is_given_private_labels(tmp_path, kind, private):
+    """A task could weight classes by them, which no epsilon covers."""
+    (tmp_path / "weighted.py").write_text(f"def weighted({private}):\n    raise RuntimeError\n")
+    config = dataclasses.replace(CONFIG, **({"model": "linear"} | {kind: f"{tmp_path}/weighted.py:weighted"}))
+    with pytest.raises(PluginError, match=f"{kind}='.*' needs '{private}', which is not a setting"):
+        Experiment.build(config, dataset=hospital(CLASSES))
 
 
 def test_partitions_by_class_are_refused_for_labels_that_are_no_classes():
