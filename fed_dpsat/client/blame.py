@@ -19,6 +19,7 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import passed
 from fed_dpsat.errors import InputError, ModelError, RunError, SettingError
 from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
+from fed_dpsat.step.optimizers.base import links
 from fed_dpsat.step.optimizers.chain import described
 from fed_dpsat.step.stacked import stacked_sum
 
@@ -101,7 +102,7 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
     """The kind of object that ``error`` is blamed on, the place in it, and the remedy, by the innermost such frame."""
     kinds: dict[str, set[type]] = {
         "clipping": {type(experiment.clipping)},
-        "optimizer": {type(link) for link in _chain(experiment.optimizer)},
+        "optimizer": {type(link) for link in links(experiment.optimizer)},
         "strategy": set(type(strategy).__mro__) - {object} if strategy is not None else set(),
         "attack": {type(experiment.attackers.attack)} if experiment.attackers else set(),
         "task": {type(experiment.task)},
@@ -149,12 +150,3 @@ def _inputs_of(experiment: Experiment) -> str:
 def _layer(root: nn.Module, layer: nn.Module) -> str:
     name = next((name for name, part in root.named_modules() if part is layer), "")
     return f"layer {name} ({type(layer).__name__}): " if name else f"{type(layer).__name__}: "
-
-
-def _chain(optimizer: object) -> list[object]:
-    """``optimizer`` and its bases."""
-    found: list[object] = []
-    while optimizer is not None and optimizer not in found:
-        found.append(optimizer)
-        optimizer = getattr(optimizer, "base", None)
-    return found

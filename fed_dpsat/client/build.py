@@ -19,7 +19,7 @@ from fed_dpsat.client.fingerprint import contents, fingerprint
 from fed_dpsat.client.given import copied, renamed
 from fed_dpsat.client.personal import PERSONAL, deal_test, personal_names, without
 from fed_dpsat.client.start import begin, check_passes
-from fed_dpsat.client.task import build_task
+from fed_dpsat.client.task import build_task, check_optimizer
 from fed_dpsat.client.train import CLIPPING, Training
 from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.federated import Federated, seeded
@@ -33,7 +33,7 @@ from fed_dpsat.step.gradients import compiled
 from fed_dpsat.step.gradients.per_example import ModelLoss
 from fed_dpsat.step.noise import derive_seed
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, carried_names
-from fed_dpsat.step.optimizers.chain import build_optimizer
+from fed_dpsat.step.optimizers.chain import build_optimizer, described
 from fed_dpsat.step.placement import decided, module_on, torch_device
 from fed_dpsat.tasks.base import Task
 
@@ -101,6 +101,7 @@ class Experiment(Training):
             optimizer = build_optimizer(config.optimizer, config.base_optimizer, settings, config.optimizer_args)
         else:
             optimizer = copied("optimizer", plugins.required("optimizer", config.optimizer, optimizer))
+        check_optimizer(task, optimizer, described(config.optimizer, config.base_optimizer))
         if clipping is None:
             clipping = plugins.build("clipping", config.clipping, settings, config.clipping_args)
         else:

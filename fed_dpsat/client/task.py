@@ -10,7 +10,8 @@ from fed_dpsat.client.given import copied
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.tasks.base import Task
+from fed_dpsat.step.optimizers.base import links
+from fed_dpsat.tasks.base import CLASS, Task
 from fed_dpsat.tasks.metric import Metric
 
 
@@ -31,6 +32,20 @@ def build_task(config: RunConfig, dataset: Dataset, settings: Mapping[str, Any],
     task.check(dataset)
     task.metrics = _with_first(task.metrics, config.metric)
     return task
+
+
+def check_optimizer(task: Task, optimizer: object, name: str) -> None:
+    """Raise ``SettingError`` for an optimizer ``of_classes`` in a task whose examples have no class each."""
+    if task.labels == CLASS:
+        return
+    for link in links(optimizer):
+        if getattr(link, "of_classes", False):
+            raise SettingError(
+                "optimizer",
+                name,
+                f"possible with task={task.name!r}: {type(link).__name__} compares shares of classes",
+                "choose another optimizer",
+            )
 
 
 def _with_first(metrics: tuple[Metric, ...], name: str) -> tuple[Metric, ...]:

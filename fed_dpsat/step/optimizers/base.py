@@ -87,6 +87,15 @@ class Over:
         return moved, {**state, BASE: after}
 
 
+def links(optimizer: object) -> list[object]:
+    """``optimizer`` and its bases."""
+    found: list[object] = []
+    while optimizer is not None and optimizer not in found:
+        found.append(optimizer)
+        optimizer = getattr(optimizer, "base", None)
+    return found
+
+
 def next_round(optimizer: PrivateOptimizer, params: Params, last: State) -> State:
     """The state that a round begins with, after one that ended with ``last``: what is carried, and else ``init``."""
     return _kept(optimizer, optimizer.init(params), last)

@@ -13,6 +13,7 @@ saf_weight = 0                    ``base``, bit for bit
 the first E epochs                ``base``, bit for bit: there are no old weights
 a client that was away            the newest weights that are at least E epochs old
 a loss that has no outputs        ``SettingError``
+a task other than classification  ``SettingError`` before the run
 ================================= =================================================================
 
 An epoch is 1 / sample_rate steps, of the federation. A client keeps E + 1 models, one of each epoch's first
@@ -32,6 +33,7 @@ from torch.nn import functional
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
+from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.optimizers.base import Over, State, StepInfo
 from fed_dpsat.step.query import At, LossFn, OfOutputs, as_query
 
@@ -51,6 +53,7 @@ class SAF(Over):
     saf_temperature: float = 5.0
     saf_epochs: int = 3
     moves_like_base: ClassVar[bool] = True
+    of_classes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value, bound, good in (
@@ -112,8 +115,8 @@ def trajectory_loss(old: Params, weight: float, temperature: float) -> Callable[
 
         def loss(params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
             now = made.outputs(params, inputs)
-            then = made.outputs(old, inputs).detach()
-            return made.criterion(now, targets) + weight * divergence(then, now, temperature)
+            then = logits_of(made.outputs(old, inputs)).detach()
+            return made.criterion(now, targets) + weight * divergence(then, logits_of(now), temperature)
 
         return loss
 

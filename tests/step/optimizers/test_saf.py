@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fed_dpsat.errors import SettingError
+from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
 from fed_dpsat.step.optimizers.base import ASCENT, BASE
 from fed_dpsat.step.optimizers.saf import EPOCHS, MODELS, SAF, divergence, trajectory_loss
@@ -30,7 +31,10 @@ def test_the_divergence_by_hand():
     assert float(divergence(now, now, 1.0)) == 0
 
 
-def test_by_hand():
+@pytest.mark.parametrize(
+    "packed", [lambda logits: logits, lambda logits: (logits, None), lambda logits: {"logits": logits}]
+)
+def test_by_hand(packed):
     """Two parameters are the logits; w = (ln 3, 0), w_old = 0, tau = 1, lambda = 2, class 0.
 
     The slope of the loss is p - (1, 0) = (-1/4, 1/4), and of the term p - p_old = (1/4, -1/4), twice.
@@ -41,10 +45,10 @@ def test_by_hand():
             return self.criterion(self.outputs(params, inputs), targets)
 
         def outputs(self, params, inputs):
-            return params["w"].expand(len(inputs), 2)
+            return packed(params["w"].expand(len(inputs), 2))
 
         def criterion(self, outputs, targets):
-            return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+            return torch.nn.functional.cross_entropy(logits_of(outputs), targets, reduction="none")
 
     w = torch.tensor([math.log(3.0), 0.0], requires_grad=True)
     loss = trajectory_loss({"w": torch.zeros(2)}, 2.0, 1.0)(Logits())

@@ -1,0 +1,36 @@
+"""The task of a configuration, and what a run refuses with it before anything is charged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.data.dataset import Dataset, Examples
+from fed_dpsat.errors import SettingError
+from fed_dpsat.settings.config import RunConfig
+
+LABELS = {
+    "classification": torch.arange(8) % 2,
+    "multilabel": torch.ones(8, 2, dtype=torch.uint8),
+    "regression": torch.arange(8, dtype=torch.float32),
+}
+
+
+def build(task, **change):
+    examples = Examples(inputs=torch.rand(8, 3), labels=LABELS[task], mean=(0.0,) * 3, std=(1.0,) * 3)
+    names = () if task == "regression" else ("a", "b")
+    config = RunConfig(noise_multiplier=1.0, num_clients=2, model="linear", task=task, **change)
+    return Experiment.build(config, dataset=Dataset(name="made", train=examples, test=examples, class_names=names))
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+@pytest.mark.parametrize(
+    ("chain", "name"),
+    [({"optimizer": "saf"}, "saf"), ({"optimizer": "dp-sat", "base_optimizer": "saf"}, "dp-sat over saf")],
+)
+def test_an_optimizer_that_compares_classes_is_refused_in_another_task(task, chain, name):
+    """Its divergence of one number is 0: SAF was DP-SGD, in silence."""
+    with pytest.raises(SettingError, match=rf"optimizer='{name}' is not possible with task='{task}': SAF.*; choose"):
+        build(task, **chain)
+    assert build("classification", **chain).task.outputs == 2
