@@ -29,20 +29,21 @@ def call(module: nn.Module, params: Params, inputs: Any) -> Any:
     """
     slots = _slots(module)
     if not params.keys() <= slots.keys() or len({id(slots[name]) for name in params}) < len(params):
-        return functional_call(module, params, *_arguments(inputs))
+        return functional_call(module, params, *arguments(inputs))
     before = [(where, key, where[key]) for name in params for where, key in slots[name]]
     try:
         for name, tensor in params.items():
             for where, key in slots[name]:
                 where[key] = tensor
-        args, named = _arguments(inputs)
+        args, named = arguments(inputs)
         return module(*args, **named)
     finally:
         for where, key, tensor in before:
             where[key] = tensor
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``inputs`` as the arguments of a module, in order and by name."""
     if isinstance(inputs, dict):
         return (), inputs
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}

@@ -17,8 +17,10 @@ from torch import Tensor
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
 from fed_dpsat.step.clipping import ClippingRule
+from fed_dpsat.step.examples import Examples, count, device_of
 from fed_dpsat.step.generators import Mark
 from fed_dpsat.step.gradients import planned
+from fed_dpsat.step.gradients.call import arguments
 from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.drawing import check_drawn
 from fed_dpsat.step.gradients.loss import ModelLoss
@@ -30,7 +32,7 @@ TOLERANCE, SMALL = {"float32": 1e-3, "bfloat16": 5e-2}, 0.05
 
 
 def opacus_sum(
-    loss_fn: LossFn, at: At, inputs: Tensor, targets: Tensor, clipping: ClippingRule, mode: str = "hooks"
+    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule, mode: str = "hooks"
 ) -> tuple[Params, int]:
     """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite.
 
@@ -53,7 +55,7 @@ def _refused(why: str) -> SettingError:
     return SettingError("engine", "opacus", why, "use 'auto' or 'vmap'")
 
 
-def _compare(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, mode: str) -> None:
+def _compare(loss_fn: ModelLoss, params: Params, inputs: Examples, targets: Examples, mode: str) -> None:
     """Raise ``SettingError``, naming the layer, for gradients that differ."""
     name = type(loss_fn.module).__name__
     try:
@@ -86,7 +88,7 @@ def _finite(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), -1).nan_to_num(0, 0, 0)
 
 
-def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Tensor, mode: str) -> Params:
+def per_example(loss_fn: ModelLoss, params: Params, inputs: Examples, targets: Examples, mode: str) -> Params:
     """Per-example gradients ``[B, *shape]`` by parameter; zeros where Opacus found none. Raises ``Undrawn``."""
     from opacus.grad_sample.utils import wrap_model  # type: ignore[import-untyped]  # seconds: imported when needed
 
@@ -98,13 +100,14 @@ def per_example(loss_fn: ModelLoss, params: Params, inputs: Tensor, targets: Ten
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         wrapped = wrap_model(module, grad_sample_mode=mode, loss_reduction="sum")
-        mark = Mark.here(inputs.device)
-        total = loss_fn.criterion(wrapped(inputs), targets).sum()
+        mark = Mark.here(device_of(targets))
+        args, by_name = arguments(inputs)
+        total = loss_fn.criterion(wrapped(*args, **by_name), targets).sum()
         torch.autograd.backward(total)
         check_drawn(mark)
     named = dict(module.named_parameters())
     rows = {}
     for name, value in params.items():
         sample = getattr(named[name], "grad_sample", None)
-        rows[name] = value.new_zeros(len(inputs), *value.shape) if sample is None else sample.detach()
+        rows[name] = value.new_zeros(count(targets), *value.shape) if sample is None else sample.detach()
     return rows

@@ -70,6 +70,7 @@ RIGHT = {
         NUMBERS,
     ),
 }
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]])
 WRONG = {
     "circular": (lambda: padded("circular"), IMAGES, r"0 \(Conv2d\): its gradients of 0\.weight"),
     "reflect": (lambda: padded("reflect"), IMAGES, r"0 \(Conv2d\)"),
@@ -90,6 +91,17 @@ def total(module, inputs, engine):
 def test_what_opacus_does_as_autograd_does_is_trained_with_it(case):
     make, inputs = RIGHT[case]
     module = make()
+    found = total(module, inputs, "opacus")
+    assert float(global_norm(subtract(found, total(module, inputs, "vmap")))) < 1e-5
+
+
+@pytest.mark.parametrize("inputs", [{"words": TOKENS, "mask": MASK}, (TOKENS, MASK), [TOKENS, MASK]])
+def test_several_inputs_are_the_arguments_of_a_module(inputs):
+    class Masked(Words):
+        def forward(self, words, mask):
+            return super().forward(words) * mask.sum(1, keepdim=True)
+
+    module = Masked()
     found = total(module, inputs, "opacus")
     assert float(global_norm(subtract(found, total(module, inputs, "vmap")))) < 1e-5
 
