@@ -17,13 +17,14 @@ from torch.nn import functional
 
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.params import Params
+from fed_dpsat.plugins import PluginError
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.generators import seed, training_on
 from fed_dpsat.step.gradients.call import call
 from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.placement import device_of, moved
-from fed_dpsat.tasks.base import Measure, Task
+from fed_dpsat.tasks.base import Measure, Task, finite
 from fed_dpsat.tasks.classification import NAME as CLASSIFICATION
 from fed_dpsat.tasks.metric import UNDEFINED, Value
 
@@ -183,7 +184,10 @@ def _values(task: Task, measure: Measure | None) -> dict[str, Value]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of torchmetrics, about classes that a measure leaves out
         found = measure.compute()
-    return {metric.name: found[metric.name] for metric in task.metrics}
+    names = [metric.name for metric in task.metrics]
+    if lacking := [name for name in names if name not in found]:
+        raise PluginError(f"task={task.name!r}: its measure has no {lacking[0]!r}; return a value of each metric")
+    return {name: value if isinstance(value := found[name], str) else finite(value) for name in names}
 
 
 def evaluation_of(predictions: Predictions) -> Evaluation:

@@ -45,6 +45,7 @@ from fed_dpsat.step.generators import seed, training_on
 from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.noise import derive_seed
 from fed_dpsat.step.placement import moved
+from fed_dpsat.tasks.base import Task
 
 ROWS = 4
 FLOWER_LOGGER = "flwr"
@@ -152,10 +153,18 @@ def check_outputs(tried: Experiment) -> None:
             remedy = f"make its last layer {task.outputs} wide" if narrow else "the batch first, also for one example"
             seen = f"{name} gives {list(logits.shape)} for {given}, not {task.expected(count)}"
             raise Unfit("model", seen, remedy)
+        kept = _parts(task)
         losses = tried.loss_fn.criterion(outputs, targets)
         if not isinstance(losses, Tensor) or tuple(losses.shape) != (count,):
             found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise Unfit("task", f"its loss of {count} examples is {found}", f"return losses [{count}]")
+        if changed := [part for part, value in _parts(task).items() if kept.get(part) != value]:
+            remedy = "keep nothing from call to call: the loss of an example depends on its own row alone"
+            raise Unfit("task", f"its loss changes its {changed[0]!r}", remedy)
+
+
+def _parts(task: Task) -> dict[str, str]:
+    return {name: repr(value) for name, value in vars(task).items()}
 
 
 def named_leaves(inputs: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from fed_dpsat.client.evaluation import (
     CALIBRATION_BINS,
     ClassAccuracy,
     client_accuracies,
+    evaluate,
     evaluation_of,
     gini,
     predict,
@@ -19,6 +20,10 @@ from fed_dpsat.client.evaluation import (
     worst_decile,
 )
 from fed_dpsat.data.dataset import Examples
+from fed_dpsat.plugins import PluginError
+from fed_dpsat.tasks.base import Measure
+from fed_dpsat.tasks.metric import UNDEFINED, Metric
+from fed_dpsat.tasks.regression import Regression
 
 
 def model_and_examples():
@@ -70,6 +75,41 @@ def test_a_uniform_guess_has_the_brier_score_and_the_nll_of_one():
     assert quality.brier == pytest.approx(3 / 16 + 9 / 16)
     assert quality.nll == pytest.approx(math.log(4))
     assert quality.ece == pytest.approx(0.0, abs=1e-12)  # right one time in four, and a quarter sure
+
+
+class Given(Measure):
+    def __init__(self, values):
+        self._values = values
+
+    def update(self, outputs, targets):
+        pass
+
+    def compute(self):
+        return self._values
+
+
+class Ranking(Regression):
+    name = "ranking"
+    metrics = (Metric(name="rank", label="rank"),)
+
+    def __init__(self, found):
+        super().__init__(1, ())
+        self.found = found
+
+    def measure(self):
+        return Given(self.found)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(torch.tensor(0.5), 0.5), (float("nan"), UNDEFINED), (UNDEFINED, UNDEFINED), (np.float32(2), 2.0)],
+)
+def test_a_value_of_a_task_of_ones_own_is_a_number_or_undefined(value, shown):
+    module, params, examples = model_and_examples()
+    numbers = Examples(inputs=examples.inputs, labels=torch.zeros(3), mean=(0.0,), std=(1.0,))
+    assert evaluate(module, params, numbers, Ranking({"rank": value})).values == {"rank": shown}
+    with pytest.raises(PluginError, match="task='ranking': its measure has no 'rank'; return a value of each metric"):
+        evaluate(module, params, numbers, Ranking({}))
 
 
 def test_outputs_that_are_not_finite_have_no_calibration():

@@ -153,6 +153,57 @@ sgd = lambda lr: SecondStep()
 reorders = lambda lr: Reorders(lr=lr)
 reshapes = lambda lr: Reshapes(lr=lr)
 '''
+TASKS = '''
+from fed_dpsat.tasks.base import Measure
+from fed_dpsat.tasks.classification import Classification
+
+
+class OneLoss(Classification):
+    """A mean over the batch, as training without privacy takes it."""
+
+    def loss(self, outputs, targets):
+        return super().loss(outputs, targets).mean()
+
+
+class Annealed(Classification):
+    """Its loss grows from call to call, and so an example more changes those of the others."""
+
+    calls = 0
+
+    def loss(self, outputs, targets):
+        self.calls += 1
+        return super().loss(outputs, targets) * min(2, 1 + self.calls / 1e5)
+
+
+class Collects(Classification):
+    def __init__(self, class_names):
+        super().__init__(class_names)
+        self.sizes = []
+
+    def loss(self, outputs, targets):
+        self.sizes.append(len(targets))
+        return super().loss(outputs, targets)
+
+
+class Nothing(Measure):
+    def update(self, outputs, targets):
+        pass
+
+    def compute(self):
+        return {}
+
+
+class Unmeasured(Classification):
+    name = "ranking"
+
+    def measure(self):
+        return Nothing()
+
+
+class Broken(Unmeasured):
+    def measure(self):
+        raise ValueError("no ranks")
+'''
 FAILURES = {
     "few outputs": (
         "model=m.py:few",
@@ -170,9 +221,22 @@ FAILURES = {
     "arrays in another order": ("strategy=o.py:OtherOrder", "returned other parameters", "check_strategy"),
     "second round": ("strategy=o.py:SecondRound", "configure_train: ZeroDivisionError", "check_strategy"),
     "huge lr": ("lr=1e20", "numbers beyond 1e+14", "lower lr"),
+    "one loss": ("task=t.py:OneLoss", "its loss of 4 examples is []", "return losses [4]"),
+    "loss by calls": (
+        "task=t.py:Annealed",
+        "its loss changes its 'calls'",
+        "the loss of an example depends on its own",
+    ),
+    "loss that keeps": (
+        "task=t.py:Collects",
+        "its loss changes its 'sizes'",
+        "the loss of an example depends on its own",
+    ),
+    "metric missing": ("task=t.py:Unmeasured", "its measure has no 'accuracy'", "return a value of each metric"),
+    "measure": ("task=t.py:Broken", "measure: ValueError: no ranks", "fed_dpsat.tasks.base.Task"),
     "attack": ("attack=o.py:NoForgery", "forge: ValueError: nothing to forge", "fed_dpsat.lab.attacks.Attack"),
 }
-FIRST_EVALUATION = {"few outputs", "wrong inputs", "output object", "evaluation"}
+FIRST_EVALUATION = {"few outputs", "wrong inputs", "output object", "evaluation", "metric missing", "measure"}
 """What failed without a trial before anybody was charged, with a traceback and a run folder left behind."""
 
 
@@ -180,6 +244,7 @@ FIRST_EVALUATION = {"few outputs", "wrong inputs", "output object", "evaluation"
 def plugins(tmp_path, monkeypatch):
     (tmp_path / "m.py").write_text(MODELS)
     (tmp_path / "o.py").write_text(OTHERS)
+    (tmp_path / "t.py").write_text(TASKS)
     monkeypatch.chdir(tmp_path)
 
 
@@ -198,7 +263,7 @@ def test_what_cannot_run_is_one_line_and_charges_nobody(name, plugins, tmp_path,
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert all(words in line for words in (setting.partition("=")[0], seen, remedy)), line
-    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("m.py", "o.py", "__pycache__")]
+    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("m.py", "o.py", "t.py", "__pycache__")]
 
     monkeypatch.setattr(simulation, "try_federation", lambda *args: None)
     CliRunner().invoke(app, [*command, "untried"])
