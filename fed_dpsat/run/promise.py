@@ -8,7 +8,7 @@ from fed_dpsat.client.evaluation import measured_on
 from fed_dpsat.settings.config import RunConfig
 
 VALIDATION_RELEASED = (
-    "accuracy and loss on the examples that validation_share holds out of the private training data, by round, and of "
+    "metrics and loss on the examples that validation_share holds out of the private training data, by round, and of "
     "the last model by class: exact, not covered by epsilon, which is about clients' examples"
 )
 COHORTS_LOGGED = "how many clients were drawn in each round, to loggers: exact, not covered by epsilon"
@@ -43,7 +43,7 @@ def also_released(config: RunConfig, *, personal: bool) -> list[str]:
         found.append(VALIDATION_RELEASED)
     if personal:
         found.append(
-            f"accuracy of clients' own models on shares of the {measured_on(config)} that follow their label counts: "
+            f"the metric of clients' own models on shares of the {measured_on(config)} that follow their label counts: "
             "exact, not covered by epsilon, and a figure of simulations alone"
         )
     if config.loggers and config.privacy_unit == "client" and config.client_sampling == "poisson":

@@ -110,5 +110,5 @@ def finite(value: Tensor | float) -> Value:
 
 def mean_of(values: Tensor, defined: Tensor) -> Value:
     """The mean of ``values[K]`` over those that are ``defined[K]``; ``UNDEFINED`` without one."""
-    kept = values[defined]
+    kept = values.reshape(-1)[defined]  # torchmetrics gives a number for one class
     return finite(kept.mean()) if len(kept) else UNDEFINED

@@ -132,27 +132,26 @@ class OfTokenClasses(Measure):
 
 
 class OfText(Measure):
-    """Metrics over all tokens that have a target."""
+    """Metrics over all tokens that have a target.
+
+    Perplexity is not that of torchmetrics, for which a token of probability below 1e-38 has an infinite cross-entropy.
+    """
 
     def __init__(self, task: Language) -> None:
-        from torchmetrics.text import Perplexity
-
-        self._task, self._count, self._right = task, 0, 0
-        self._perplexity = Perplexity(ignore_index=IGNORED)
+        self._task, self._count, self._right, self._nats = task, 0, 0, 0.0
 
     def update(self, outputs: Any, targets: Tensor) -> None:
         logits, wanted = self._task.aligned(outputs, targets)
         counted = wanted != IGNORED
-        if not bool(counted.any()):
-            return
         self._count += int(counted.sum())
         self._right += int((logits.argmax(-1) == wanted)[counted].sum())
-        self._perplexity.update(logits.cpu(), wanted.cpu())
+        self._nats += float(functional.cross_entropy(logits[counted], wanted[counted], reduction="none").double().sum())
 
     def compute(self) -> Mapping[str, Value]:
         if not self._count:
             return dict.fromkeys(("perplexity", "token_accuracy"), UNDEFINED)
-        return {"perplexity": finite(self._perplexity.compute()), "token_accuracy": self._right / self._count}
+        mean = torch.tensor(self._nats / self._count, dtype=torch.float64)
+        return {"perplexity": finite(mean.exp()), "token_accuracy": self._right / self._count}
 
 
 TASKS = {"token-classification": TokenClassification, "causal-lm": CausalLM, "masked-lm": MaskedLM}

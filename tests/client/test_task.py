@@ -9,6 +9,7 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.tasks.regression import Regression
 
 LABELS = {
     "classification": torch.arange(8) % 2,
@@ -34,3 +35,14 @@ def test_an_optimizer_that_compares_classes_is_refused_in_another_task(task, cha
     with pytest.raises(SettingError, match=rf"optimizer='{name}' is not possible with task='{task}': SAF.*; choose"):
         build(task, **chain)
     assert build("classification", **chain).task.outputs == 2
+
+
+@pytest.mark.parametrize(("largest", "warned"), [(99.0, False), (1234.5, True)])
+def test_large_targets_are_told_without_their_number(largest, warned, caplog):
+    """With validation_share they are of private examples."""
+    task, test = Regression(1, ((0.0, 1.0),)), torch.tensor([0.0, -largest])
+    examples = [Examples(inputs=torch.zeros(2, 1), labels=y, mean=(0.0,), std=(1.0,)) for y in (torch.ones(2), test)]
+    task.check(Dataset(name=f"targets warned={warned}", train=examples[0], test=examples[1]))
+    assert ("above 100 after scaling" in caplog.text) == warned
+    assert "1234" not in caplog.text
+    assert "1.23e" not in caplog.text

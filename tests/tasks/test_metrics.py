@@ -115,6 +115,26 @@ def test_perplexity_counts_tokens_and_not_texts():
     assert found["token_accuracy"] == pytest.approx(np.mean(right))
 
 
+def test_a_token_that_a_model_rules_out_leaves_a_perplexity():
+    """In float32 its probability is 0."""
+    logits = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [200.0, 0.0]]])
+    found = computed(CausalLM(2), logits[:, [2, 1, 0]], torch.tensor([[0, 1, 1]]))
+    assert found["perplexity"] == pytest.approx(math.exp((200 + math.log(2)) / 2))
+
+
+def test_a_single_class_has_metrics():
+    ones = computed(Classification(("a",)), random(5, 1), torch.zeros(5).long())
+    assert ones == {
+        "accuracy": 1.0,
+        "balanced_accuracy": 1.0,
+        "macro_f1": 1.0,
+        "auroc": UNDEFINED,
+        "average_precision": 1.0,
+    }
+    found = computed(Multilabel(("a",)), torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([[1.0], [0.0], [1.0]]))
+    assert found == {"macro_f1": 1.0, "auroc": 1.0, "average_precision": 1.0, "accuracy": 1.0}
+
+
 def test_hidden_tokens_alone_count():
     logits, y, hidden = random(6, 4, 11), torch.ones(6, 4, dtype=torch.int64), torch.arange(24).view(6, 4) % 5 == 0
     found = computed(MaskedLM(11), (logits, hidden), y, size=2)
