@@ -22,7 +22,7 @@ class Data:
         "embedded", "place it comes from: embedded, parquet, torchvision, download, hub, csv, jsonl, folder, disk"
     )
     data_path: str = setting("", "folder or file of the data set, for the sources that have one")
-    test_path: str = setting("", "folder or file of the public test split, if it is not in data_path")
+    test_path: str = setting("", "folder or file of the test split, if it is not in data_path")
     test_share: float = setting(
         0.0,
         "share of the rows of your own files that is the test split, drawn from the seed; the test split is evaluated "
