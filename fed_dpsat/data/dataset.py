@@ -222,6 +222,9 @@ class Dataset:
 
     ``class_names`` are those of classes or, for labels that are numbers, those of the numbers; empty if there are none.
     ``label_scale`` has the declared ``(mean, std)`` of each number that is a label; empty leaves them as they are.
+    ``declared`` is a SHA-256 of what else was declared of columns and texts, and ``tokenizer`` that of the files of the
+    tokenizer, or "bytes"; both are empty if nothing was declared.
+
     Raises ``DataError`` if the splits differ in form or a label is not one of ``class_names``.
     """
 
@@ -230,6 +233,8 @@ class Dataset:
     test: Examples
     class_names: tuple[str, ...] = ()
     label_scale: tuple[tuple[float, float], ...] = ()
+    declared: str = ""
+    tokenizer: str = ""
 
     def __post_init__(self) -> None:
         train, test = (_forms(split) for split in (self.train, self.test))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.errors import SettingError
 
 
@@ -45,7 +45,7 @@ def images(
     from fed_dpsat.data.described.columns import declared
     from fed_dpsat.data.described.encode_images import ImageEncoder, shape_of
     from fed_dpsat.data.described.labels import Labels, split_names
-    from fed_dpsat.data.described.load import examples, load
+    from fed_dpsat.data.described.load import both_splits, examples, load
     from fed_dpsat.data.described.place import Place, check_types
 
     check_types(bool, fit=fit)
@@ -68,10 +68,9 @@ def images(
         cache_dir=cache_dir,
     )
     scale = {"mean": tuple(mean) or (0.5,) * channels, "std": tuple(std) or (0.5,) * channels}
-    splits: dict[str, Any] = {
-        split: examples(
-            arrays, split, user_column, inputs=arrays[f"{split}_inputs"], labels=arrays[f"{split}_labels"], **scale
-        )
-        for split in ("train", "test")
-    }
-    return Dataset(name="images", **labels.of_dataset, **splits)
+
+    def split(name: str) -> Examples:
+        of = {"inputs": arrays[f"{name}_inputs"], "labels": arrays[f"{name}_labels"]}
+        return examples(arrays, name, user_column, **of, **scale)
+
+    return Dataset(name="images", **labels.of_dataset, **both_splits(place, split))

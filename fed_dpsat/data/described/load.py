@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import torch
 from torch import Tensor
 
 from fed_dpsat.data.cache import Arrays, cached_parts, fingerprint
@@ -66,9 +69,7 @@ def load(
 def _arrays(
     parts: Sequence[Part], place: Place, columns: Mapping[str, Kind], users: Sequence[str], encoder: Encoder
 ) -> Iterator[Arrays]:
-    found: dict[str, list[np.ndarray]] = {
-        f"{split}_user{i}": [] for split in ("train", "test") for i in range(len(users))
-    }
+    found: dict[str, list[np.ndarray]] = {f"{split}_user{i}": [] for split in place.splits for i in range(len(users))}
     yield encoder.begin()
     for split, chunk in divided(parts, place, columns):
         yield {f"{split}_{name}": array for name, array in encoder.encode(split, chunk).items()}
@@ -95,3 +96,14 @@ def examples(arrays: Mapping[str, Tensor], split: str, user_column: str, **field
         stored = arrays[f"{split}_user{i}"].numpy()
         columns[user] = stored if stored.ndim == 1 else stored.view(f"<U{stored.shape[1]}")[:, 0]
     return Examples(columns=columns, **fields)
+
+
+def both_splits(place: Place, split: Callable[[str], Examples]) -> dict[str, Any]:
+    """The splits "train" and "test", each from its name; the test split is empty if all rows are private."""
+    train = split("train")
+    return {"train": train, "test": train.rows(torch.arange(0)) if place.all_private else split("test")}
+
+
+def sha256_of(*declared: object) -> str:
+    """SHA-256 in hex of declarations (JSON types)."""
+    return hashlib.sha256(json.dumps(declared, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 from fed_dpsat.errors import DataError, SettingError
 from fed_dpsat.settings.flat import RENAMED
 
-RULES = ("test_path", "split_column", "test_share")
+RULES = ("test_path", "split_column", "test_share", "all_private")
 REMEDY = "name the public test split: test_path, test_share, or split_column in dataset_args"
 
 SOURCES = {
@@ -37,6 +37,7 @@ class Place:
     hub_config    the name of its configuration, if it has several
     suffix        how names of files of texts end
     per_line      whether each line of a file of texts is an example
+    all_private   whether all rows are of the training split, and there is no test split, as on a device
     ============= =====================================================================================
     """
 
@@ -54,6 +55,7 @@ class Place:
     hub_config: str = ""
     suffix: str = ".txt"
     per_line: bool = False
+    all_private: bool = False
 
     def __post_init__(self) -> None:
         if self.data_source not in SOURCES[self.content]:
@@ -90,6 +92,11 @@ class Place:
     def by_name(self) -> bool:
         """Whether names of files say the split."""
         return not any(getattr(self, rule) for rule in RULES)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have rows."""
+        return ("train",) if self.all_private else ("train", "test")
 
     def split_of(self, name: str) -> str | None:
         """The split that a name says: "train", "test" or None."""

@@ -7,6 +7,7 @@ none of these                  files (or folders, or splits of ``datasets``) who
 ``test_path``                  all of another file or folder
 ``split_column``               rows with ``test_split`` in that column
 ``test_share``                 each row with that chance, drawn from the seed
+``all_private``                nothing
 ============================== =================================================================================
 
 The training split has ``train_split`` in these places, and rows of a third split are not read.
@@ -51,5 +52,7 @@ def divided(parts: Sequence[Part], place: Place, wanted: Wanted) -> Iterator[tup
                 rows[one] += len(rest)
                 if len(rest):
                     yield one, rest
-    if not all(rows.values()):
+    if place.all_private and not rows["train"]:
+        raise DataError(f"{place.data_path}: there is no row; name files with examples")
+    if not all(rows[split] for split in place.splits):
         raise DataError(f"{place.data_path}: {rows['train']} train and {rows['test']} test rows; {REMEDY}")

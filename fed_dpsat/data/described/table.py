@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.dataset import Dataset, Examples
 
 
 def table(
@@ -39,7 +39,7 @@ def table(
     from fed_dpsat.data.described.columns import declared
     from fed_dpsat.data.described.encode_table import TableEncoder
     from fed_dpsat.data.described.labels import Labels
-    from fed_dpsat.data.described.load import examples, load
+    from fed_dpsat.data.described.load import both_splits, examples, load, sha256_of
     from fed_dpsat.data.described.place import Place, check_types
 
     settings = {"data_source": data_source, "data_path": data_path, "test_path": test_path, "content": "table"}
@@ -48,13 +48,14 @@ def table(
     known = declared(columns, columns_file)
     labels = Labels.of(labels_like or task, label_column, class_names, known, label_separator)
     encoder = TableEncoder.of(input_columns, known, labels, encoding)
+    inputs = [dataclasses.asdict(column) for column in encoder.columns]
     arrays = load(
         "table",
         place,
         wanted=encoder.wanted,
         encoder=encoder,
         decided={
-            "columns": [dataclasses.asdict(column) for column in encoder.columns],
+            "columns": inputs,
             "labels": dataclasses.asdict(labels),
             "encoding": encoding,
         },
@@ -64,10 +65,11 @@ def table(
     encoder.report()
     width = arrays["train_inputs"].shape[1] if "train_inputs" in arrays else 0
     scale = {"mean": (0.0,) * width, "std": (1.0,) * width}  # columns are scaled one by one
-    splits: dict[str, Any] = {}
-    for split in ("train", "test"):
-        several = {name: arrays[f"{split}_{name}"] for name in ("numbers", "categories") if f"{split}_{name}" in arrays}
-        inputs: Any = several or arrays[f"{split}_inputs"]
-        of = {"inputs": inputs, "labels": arrays[f"{split}_labels"], **scale}
-        splits[split] = examples(arrays, split, user_column, **of)
-    return Dataset(name="table", **labels.of_dataset, **splits)
+
+    def split(name: str) -> Examples:
+        several = {n: arrays[f"{name}_{n}"] for n in ("numbers", "categories") if f"{name}_{n}" in arrays}
+        of: Any = {"inputs": several or arrays[f"{name}_inputs"], "labels": arrays[f"{name}_labels"], **scale}
+        return examples(arrays, name, user_column, **of)
+
+    constants = sha256_of(inputs, encoding, dataclasses.asdict(labels)["numbers"])
+    return Dataset(name="table", declared=constants, **labels.of_dataset, **both_splits(place, split))

@@ -6,7 +6,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.sequences import Sequences
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.data import BYTES
@@ -53,7 +53,7 @@ def text(
     from fed_dpsat.data.described.columns import declared
     from fed_dpsat.data.described.encode_text import TextEncoder
     from fed_dpsat.data.described.labels import OF_WORDS, Labels, split_names
-    from fed_dpsat.data.described.load import examples, load
+    from fed_dpsat.data.described.load import both_splits, examples, load, sha256_of
     from fed_dpsat.data.described.place import Place, check_types
     from fed_dpsat.data.described.tokenizer import digest, library_tokens
     from fed_dpsat.data.described.tokens import ByteTokens
@@ -84,10 +84,11 @@ def text(
         if both := set(names) & set(labels.columns):
             raise SettingError("input_columns", input_columns, f"without the label {min(both)!r}", "name only inputs")
     encoder = TextEncoder(columns=names, labels=labels, tokens=partial(make, max_length=max_length), errors=errors)
+    made_by = tokenizer if tokenizer == BYTES else digest(tokenizer)
     decided = {
         "columns": names,
         "labels": dataclasses.asdict(labels) if labels else None,
-        "tokenizer": tokenizer if tokenizer == BYTES else digest(tokenizer),
+        "tokenizer": made_by,
         "max_length": max_length,
         "tokens": [special, pad_token, mask_token, text_separator, errors],
     }
@@ -106,19 +107,27 @@ def text(
     if task == "masked-lm" and mask < 0:
         remedy = "set mask_token = '[MASK]', or the one of this tokenizer, in dataset_args"
         raise SettingError("tokenizer", tokenizer, "one with a mask token, which task='masked-lm' needs", remedy)
-    splits: dict[str, Any] = {}
-    for split in ("train", "test"):
-        offsets = arrays[f"{split}_offsets"]
+
+    def split(name: str) -> Examples:
+        offsets = arrays[f"{name}_offsets"]
         tokens = Sequences(
-            values=arrays[f"{split}_values"],
+            values=arrays[f"{name}_values"],
             offsets=offsets,
             max_length=max_length,
             vocabulary_size=vocabulary_size,
             padding=padding,
             mask_token=mask,
         )
-        of: Any = arrays.get(f"{split}_labels")
+        of: Any = arrays.get(f"{name}_labels")
         if labels and labels.task == OF_WORDS:
             of = Sequences(values=of, offsets=offsets, max_length=max_length, vocabulary_size=len(labels.class_names))
-        splits[split] = examples(arrays, split, user_column, inputs={"input_ids": tokens}, labels=of)
-    return Dataset(name="text", **(labels.of_dataset if labels else {}), **splits)
+        return examples(arrays, name, user_column, inputs={"input_ids": tokens}, labels=of)
+
+    numbers = dataclasses.asdict(labels)["numbers"] if labels else {}
+    return Dataset(
+        name="text",
+        declared=sha256_of(len(names), special, pad_token, mask_token, text_separator, numbers),
+        tokenizer=made_by,
+        **(labels.of_dataset if labels else {}),
+        **both_splits(place, split),
+    )

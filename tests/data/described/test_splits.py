@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from fed_dpsat.errors import DataError, SettingError
 
@@ -166,3 +167,21 @@ def test_the_hub_gives_the_same_rows(build, write, tmp_path, monkeypatch):
     assert values(build("table", asked, **{**ASK, "data_source": "hub"})) == ([1, 2], [3])
     with pytest.raises(SettingError, match=r"test_path='x' is not empty with data_source='hub'"):
         build("table", asked, test_path="x", **{**ASK, "data_source": "hub"})
+
+
+@pytest.mark.parametrize("dataset", ["table", "text"])
+def test_all_rows_can_be_private(build, write, dataset):
+    for name in ("train.csv", "test.csv", "other.csv"):
+        write(name, "x,y,site\n1,a,n\n2,b,s\n")
+    arguments = {"table": X, "text": ""}[dataset]
+    private = ", ".join(filter(None, [arguments, "all_private = true"]))
+    data = build(dataset, private, **ASK, input_columns="x", user_column="site")
+    assert (len(data.train), len(data.test)) == (6, 0)
+    assert data.train.columns["site"].tolist() == ["n", "s"] * 3
+    assert len(data.test.batch(torch.arange(0))[1]) == 0
+    with pytest.raises(SettingError, match="all_private=True is not possible with test_share"):
+        build(dataset, private, **ASK, input_columns="x", test_share=0.5)
+    for name in ("train.csv", "test.csv", "other.csv"):
+        write(name, "x,y,site\n")
+    with pytest.raises(DataError, match="there is no row; name files with examples"):
+        build(dataset, private, **ASK, input_columns="x")
