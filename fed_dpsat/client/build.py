@@ -16,6 +16,7 @@ from fed_dpsat import plugins
 from fed_dpsat.accounting.plans import read_table
 from fed_dpsat.client.attackers import Attackers
 from fed_dpsat.client.fingerprint import contents, fingerprint
+from fed_dpsat.client.form import form_of
 from fed_dpsat.client.given import copied, renamed
 from fed_dpsat.client.personal import PERSONAL, deal_test, personal_names, without
 from fed_dpsat.client.start import begin, check_passes
@@ -140,6 +141,11 @@ class Experiment(Training):
     def fingerprint(self) -> str:
         """One digest of the ``contents``."""
         return fingerprint(self.contents)
+
+    @property
+    def same(self) -> dict[str, str]:
+        """What a server says of its experiment: the fingerprint as "sha256", and the form of its data."""
+        return {"sha256": self.fingerprint, **form_of(self.dataset)}
 
     def carried_state(self) -> set[str]:
         """Names of the state that a client keeps from one round to the next."""

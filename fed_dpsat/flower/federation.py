@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from logging import getLogger
 
@@ -22,7 +22,7 @@ from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import check_inner, say_overruled
-from fed_dpsat.flower.nodes import FederationOver
+from fed_dpsat.flower.nodes import NOTHING, FederationOver
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round import RoundKind
@@ -90,8 +90,8 @@ def run_federation(
         )
     with PrivacyLedger(folder.ledger_path, must_exist=checkpoint is not None) as ledger:
         # a simulation asked its workers at their start
-        fingerprint = "" if isinstance(grid, SimulationGrid) else experiment.fingerprint
-        private = private_strategy(experiment, inner, ledger, plans, phases, fingerprint)
+        same = NOTHING if isinstance(grid, SimulationGrid) else experiment.same
+        private = private_strategy(experiment, inner, ledger, plans, phases, same)
         recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
         arrays = records.to_arrays(experiment.shared(1))
         if checkpoint is not None:
@@ -140,7 +140,7 @@ def private_strategy(
     ledger: PrivacyLedger,
     plans: Sequence[ClientPlan],
     phases: Phases | None = None,
-    fingerprint: str = "",
+    same: Mapping[str, str] = NOTHING,
 ) -> PrivateStrategy:
     """``inner`` in the wrapper that the configuration of ``experiment`` describes."""
     config = experiment.config
@@ -165,7 +165,7 @@ def private_strategy(
         kind=_kind(config),
         phases=phases,
         within=experiment.subspace,
-        fingerprint=fingerprint,
+        same=same,
     )
 
 

@@ -18,6 +18,7 @@ log = getLogger("fed_dpsat")
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 10.0
+NOTHING: Mapping[str, str] = {}
 
 
 class FederationError(RunError):
@@ -28,10 +29,10 @@ class FederationOver(Exception):
     """Too few clients have budget left: the run is complete."""
 
 
-def identify_nodes(grid: Grid, num_clients: int, timeout: float, fingerprint: str = "") -> dict[int, int]:
+def identify_nodes(grid: Grid, num_clients: int, timeout: float, same: Mapping[str, str] = NOTHING) -> dict[int, int]:
     """Client to node id, for clients 0 to ``num_clients - 1``, once all have joined.
 
-    If a ``fingerprint`` is given, a node without a policy joins only if its experiment has it. Raises
+    A node without a policy joins only if its experiment is the ``same`` (``Experiment.same``). Raises
     ``FederationError`` if a client is missing after ``timeout`` seconds, or if two nodes claim one partition.
     """
     deadline = time.monotonic() + timeout
@@ -39,7 +40,7 @@ def identify_nodes(grid: Grid, num_clients: int, timeout: float, fingerprint: st
     problems: dict[int, str] = {}
     while True:
         strangers = sorted(set(grid.get_node_ids()) - set(nodes.values()))
-        for node, client in _identities(grid, strangers, fingerprint, max(timeout, POLL_SECONDS)):
+        for node, client in _identities(grid, strangers, same, max(timeout, POLL_SECONDS)):
             if isinstance(client, RecordError):
                 problems[node] = str(client)
             elif not 0 <= client < num_clients:
@@ -63,11 +64,13 @@ def identify_nodes(grid: Grid, num_clients: int, timeout: float, fingerprint: st
     return nodes
 
 
-def who_is_there(grid: Grid, known: Mapping[int, int], num_clients: int, fingerprint: str = "") -> dict[int, int]:
+def who_is_there(
+    grid: Grid, known: Mapping[int, int], num_clients: int, same: Mapping[str, str] = NOTHING
+) -> dict[int, int]:
     """Client to node id of the connected clients; a client may come back with another node id."""
     connected = set(grid.get_node_ids())
     nodes = {client: node for client, node in known.items() if node in connected}
-    for node, client in _identities(grid, sorted(connected - set(nodes.values())), fingerprint, ASK_SECONDS):
+    for node, client in _identities(grid, sorted(connected - set(nodes.values())), same, ASK_SECONDS):
         if not isinstance(client, RecordError) and 0 <= client < num_clients and client not in nodes:
             nodes[client] = node
             log.info("client %d is now node %d", client, node)
@@ -75,10 +78,10 @@ def who_is_there(grid: Grid, known: Mapping[int, int], num_clients: int, fingerp
 
 
 def _identities(
-    grid: Grid, nodes: Iterable[int], fingerprint: str, timeout: float
+    grid: Grid, nodes: Iterable[int], same: Mapping[str, str], timeout: float
 ) -> Iterator[tuple[int, int | RecordError]]:
     """Each of ``nodes`` that replies, with its client, or with the reason why it has none."""
-    questions = [Message(records.same_content(fingerprint), node, MessageType.QUERY) for node in nodes]
+    questions = [Message(records.same_content(same), node, MessageType.QUERY) for node in nodes]
     for reply in grid.send_and_receive(questions, timeout=timeout) if questions else ():
         try:
             yield reply.metadata.src_node_id, records.read_identity(reply)
@@ -89,8 +92,8 @@ def _identities(
 class Directory:
     """The node of each client; on a network, clients leave and come back with other nodes."""
 
-    def __init__(self, num_clients: int, join_timeout: float, fingerprint: str = "") -> None:
-        self.num_clients, self.join_timeout, self._fingerprint = num_clients, join_timeout, fingerprint
+    def __init__(self, num_clients: int, join_timeout: float, same: Mapping[str, str] = NOTHING) -> None:
+        self.num_clients, self.join_timeout, self._same = num_clients, join_timeout, same
         self.nodes: dict[int, int] = {}
         self._clients: dict[int, int] = {}
 
@@ -99,14 +102,14 @@ class Directory:
         if isinstance(grid, SimulationGrid):
             self._set(grid.nodes_by_client(self.num_clients))
         else:
-            self._set(identify_nodes(grid, self.num_clients, self.join_timeout, self._fingerprint))
+            self._set(identify_nodes(grid, self.num_clients, self.join_timeout, self._same))
 
     def look_again(self, grid: Grid, least: int) -> None:
         """Find the connected clients; raise ``FederationError`` if fewer than ``least`` join in ``join_timeout``."""
         if isinstance(grid, SimulationGrid):
             return
         deadline = time.monotonic() + self.join_timeout
-        while len(nodes := who_is_there(grid, self.nodes, self.num_clients, self._fingerprint)) < least:
+        while len(nodes := who_is_there(grid, self.nodes, self.num_clients, self._same)) < least:
             if time.monotonic() > deadline:
                 raise FederationError(
                     f"{len(nodes)} clients are connected, fewer than min_clients={least}, after "

@@ -198,14 +198,14 @@ class Round:
             self.roster.ledger.charge_many(self.number, attempt, events)
         self.roster.charged(costs)
 
-    def assign(self, within: Coordinates | Span | None, fingerprint: str) -> None:
+    def assign(self, within: Coordinates | Span | None, same: Mapping[str, str]) -> None:
         """Add its assignment to each message. Messages with a common content and equal assignments keep one content."""
         contents: dict[tuple[int, Assignment], tuple[RecordDict, RecordDict]] = {}
         for client, message in self.messages.items():
             given, assignment = message.content, self.assignments[client]
             if (id(given), assignment) not in contents:
                 content = RecordDict({**given, records.ASSIGNMENT: records.assignment_record(assignment)})
-                content.update(records.same_content(fingerprint))
+                content.update(records.same_content(same))
                 if within is not None:
                     content[records.SUBSPACE] = records.subspace_record(within)
                 contents[id(given), assignment] = given, content

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.inner import Plain, capture_state, check_inner, restore_state, take_over
-from fed_dpsat.flower.nodes import Directory
+from fed_dpsat.flower.nodes import NOTHING, Directory
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round import Round, RoundKind, RoundReport, seconds_of
 from fed_dpsat.flower.sums import ClientRelease, Part
@@ -54,7 +54,7 @@ class PrivateStrategy(Strategy):
         kind: RoundKind | None = None,
         phases: Phases | None = None,
         within: Within = lambda round: None,
-        fingerprint: str = "",
+        same: Mapping[str, str] = NOTHING,
     ) -> None:
         check_inner(inner)
         self.inner = inner
@@ -66,10 +66,10 @@ class PrivateStrategy(Strategy):
         if hides and not sums.only_mean(inner):
             raise SettingError("strategy", type(inner).__name__, "one that uses only the mean of replies", hides)
         self.phases = phases or Phases()
-        self._within, self._fingerprint = within, fingerprint
+        self._within, self._same = within, same
         self.report = RoundReport(round=0)
         self._attempts: dict[int, int] = {}
-        self._directory = Directory(len(self.plans), join_timeout, fingerprint)
+        self._directory = Directory(len(self.plans), join_timeout, same)
         take_over(inner)
 
     @property
@@ -144,7 +144,7 @@ class PrivateStrategy(Strategy):
         self._round.draw(self.kind, config, grid)
         self._round.charge(self._attempts)
         self._attempts = {}
-        self._round.assign(self._within(server_round), self._fingerprint)
+        self._round.assign(self._within(server_round), self._same)
         return list(self._round.messages.values())
 
     def aggregate_train(

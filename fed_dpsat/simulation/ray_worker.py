@@ -105,7 +105,11 @@ class Worker:
             compiled.decided(self._kernels)
         except SettingError as error:  # another process cannot unpickle it
             raise RunError(f"on {socket.gethostname()}: {error}") from None
-        query = Message(records.same_content(self._fingerprint), FIRST_NODE_ID, MessageType.QUERY)
+        query = Message(
+            records.same_content({"sha256": self._fingerprint} if self._fingerprint else {}),
+            FIRST_NODE_ID,
+            MessageType.QUERY,
+        )
         (reply,) = self._host.answers([query], {}, release_counts=None).replies
         if self._fingerprint and reply.has_error():
             raise RunError(f"a worker on {socket.gethostname()}: {reply.error.reason}")

@@ -67,7 +67,7 @@ def test_workers_that_build_another_run_end_it_before_anything_is_charged(tmp_pa
 
 
 def test_a_client_of_another_run_than_the_servers_says_so_and_computes_nothing(config):
-    server, asked = Experiment.build(config), {**records.same_content(Experiment.build(config).fingerprint)}
+    server, asked = Experiment.build(config), {**records.same_content(Experiment.build(config).same)}
     compat.identify_process()
     context = node_context(FIRST_NODE_ID, config.settings(), 3)
     assignment = records.assignment_record(
@@ -79,7 +79,7 @@ def test_a_client_of_another_run_than_the_servers_says_so_and_computes_nothing(c
         reply = answer(own, Message(content, context.node_id, kind), context)
         assert "made other data, another partition or other frozen weights" in reply.error.reason
     assert not context.state
-    same = RecordDict({**trained, **records.same_content(server.fingerprint)})
+    same = RecordDict({**trained, **records.same_content(server.same)})
     assert answer(own, Message(same, context.node_id, MessageType.TRAIN), context).has_content()
 
 
@@ -87,7 +87,7 @@ def test_a_server_leaves_out_nodes_with_another_run(config):
     """Of ``flwr run``: each process builds its own."""
     grid = SimulationGrid(InProcessBackend(app, config.settings(), 3), 3)
     with pytest.raises(FederationError, match=r"0 of 3 clients joined.*made other data, another partition"):
-        identify_nodes(grid, 3, 0.0, Experiment.build(config).fingerprint)
+        identify_nodes(grid, 3, 0.0, Experiment.build(config).same)
     assert len(identify_nodes(grid, 3, 0.0)) == 3
 
 

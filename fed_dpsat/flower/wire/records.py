@@ -11,7 +11,7 @@ record                   type         content                                   
 ``metrics``              MetricRecord ``num-examples``, declared public            to the server
 ``fed_dpsat.secure``     ConfigRecord a phase of secure aggregation, if asked for  both
 ``fed_dpsat.identity``   ConfigRecord client and num_examples of a node            to the server
-``fed_dpsat.same``       ConfigRecord the fingerprint of the server's experiment   to the client
+``fed_dpsat.same``       ConfigRecord fingerprint of the server's experiment; form to the client
 ======================== ============ ============================================ =============
 
 Nothing that was computed on private data leaves a client but ``arrays``, which are noised; and, only if the setting
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -239,9 +240,9 @@ def read_metrics(content: RecordDict, *, release_counts: bool = False) -> dict[s
     return dict(metrics)
 
 
-def same_content(fingerprint: str) -> RecordDict:
-    """The fingerprint of the server's experiment, for a message; empty for an empty ``fingerprint``."""
-    return RecordDict({SAME: ConfigRecord({"sha256": fingerprint})} if fingerprint else {})
+def same_content(same: Mapping[str, str]) -> RecordDict:
+    """What the server's experiment has to have in common with a client's, for a message; empty for nothing."""
+    return RecordDict({SAME: ConfigRecord(dict(same))} if same else {})
 
 
 def check_same(content: RecordDict, fingerprint: str) -> None:
