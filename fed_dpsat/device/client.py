@@ -15,12 +15,13 @@ import torch
 
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.form import difference, form_of
 from fed_dpsat.client.trial import try_client
 from fed_dpsat.device.data import own_data
 from fed_dpsat.device.journal import Refusal, Request
 from fed_dpsat.device.policy import Policy
 from fed_dpsat.device.release import release
-from fed_dpsat.errors import InputError
+from fed_dpsat.errors import DataError, InputError
 from fed_dpsat.params import Params, flatten, unflatten
 from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.settings.config import MACHINE, RunConfig
@@ -31,10 +32,23 @@ ReadParams = Callable[[Params, Coordinates | Span | None], Params]
 """Reads the parameters of a message; raises ``Refusal`` unless they match those of the device, and its subspace."""
 
 
-def num_examples(policy: Policy, run: int, settings: Mapping[str, Any]) -> int:
-    """The declared number of examples, for a run that the policy admits and that passes a trial on this device."""
-    _experiment(policy, policy.admit(run, settings), run)
-    return len(own_data(policy, run).train)
+def num_examples(
+    policy: Policy, run: int, settings: Mapping[str, Any], form: Mapping[str, object] | None = None
+) -> int:
+    """The declared number of examples, for a run that the policy admits and that passes a trial on this device.
+
+    ``form`` is what the server declares of its data, if it says so; raises ``Refusal`` if the device declares another.
+    """
+    config = policy.admit(run, settings)
+    check_form(policy, config, run, form)
+    _experiment(policy, config, run)
+    return len(own_data(policy, run, config.task).train)
+
+
+def check_form(policy: Policy, config: RunConfig, run: int, form: Mapping[str, object] | None) -> None:
+    """Raise ``Refusal`` if ``form`` is not what the device declares of its own data."""
+    if form is not None and (said := difference(form, form_of(own_data(policy, run, config.task)))):
+        raise Refusal(said)
 
 
 def train_round(
@@ -44,13 +58,17 @@ def train_round(
     record: Mapping[str, Any],
     read_params: ReadParams,
     proximal_mu: float = 0.0,
+    form: Mapping[str, object] | None = None,
 ) -> tuple[Assignment, LocalResult]:
     """The assignment in ``record`` and its result; the parameters and the event may leave the device.
+
+    ``form`` is that of ``num_examples``.
 
     Raises ``Refusal``, whose text may leave the device. The text of another error may contain data and must not leave.
     """
     config = policy.admit(run, settings)
     assignment = policy.admit_assignment(record, config)
+    check_form(policy, config, run, form)
     experiment = _experiment(policy, config, run)
     params = read_params(experiment.shared(assignment.round), experiment.subspace(assignment.round))
     request = Request(
@@ -87,11 +105,13 @@ def train_round(
 @lru_cache(maxsize=1)
 def _experiment(policy: Policy, config: RunConfig, run: int = 0) -> Experiment:
     """The experiment of the run after a trial on made-up examples; it loads only names on the lists of the policy."""
-    data = own_data(policy, run)
+    data = own_data(policy, run, config.task)
     try:
         experiment = Experiment.build(config, dataset=data)
         _check_size(policy, experiment)
         try_client(experiment)
+    except DataError:  # it may tell of an example, so it stays in the log
+        raise
     except InputError as error:
         raise Refusal(str(error).replace(policy.start_from or "\0", "of the device")) from None
     return experiment

@@ -78,11 +78,11 @@ def status(policy: PolicyFile, as_json: AsJson = False) -> None:
 
 
 def _text(policy: Policy, found: DeviceStatus) -> str:
-    from fed_dpsat.device.policy import ARGUMENTS
+    from fed_dpsat.device.policy import LISTS
 
     runs = ", ".join(f"{run}: {rounds}" for run, rounds in found.rounds_by_run.items()) or "none"
     lines = {
-        "device": f"{found.client}, data for {policy.dataset}",
+        "device": f"{found.client}, {policy.content} for {policy.dataset}",
         "server": policy.server or "none in the policy",
         "epsilon spent": f"{found.epsilon_spent:.4f} of {found.epsilon_budget:g} at delta {found.delta:g} (PLD)",
         "epsilon left": f"{found.epsilon_left:.4f}",
@@ -93,7 +93,7 @@ def _text(policy: Policy, found: DeviceStatus) -> str:
     }
     bounds = {spec.name: getattr(policy, spec.name) for spec in dataclasses.fields(policy)}
     lines |= {name: str(value) for name, value in bounds.items() if name.startswith(("largest_", "least_"))}
-    lines |= {name: ", ".join(bounds[name]) for name in ("models", "optimizers", "clippings", *ARGUMENTS)}
+    lines |= {name: ", ".join(bounds[name]) for name in LISTS}
     lines["release_counts"] = str(policy.release_counts).lower()
     return "\n".join(f"{name:28}{value}" for name, value in lines.items())
 

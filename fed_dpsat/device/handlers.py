@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 
 KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SAME, "config"}
 """Records that a message may hold. ``config`` comes from the strategy; a device reads ``proximal-mu`` of FedProx in it.
-A device ignores ``SAME``, which identifies the data of the server.
+Of ``SAME`` a device compares what the server declares of its data, and ignores the fingerprint.
 
 For a subspace a device sends only its coordinates, which are a function of the noised model.
 """
@@ -45,7 +45,7 @@ def identify(message: Message, context: Context) -> RecordDict:
     """The number of the device and its declared number of examples, for a run that its policy admits."""
 
     def reply(policy: Policy) -> RecordDict:
-        size = client.num_examples(policy, context.run_id, context.run_config)
+        size = client.num_examples(policy, context.run_id, context.run_config, _form(message.content))
         return records.identity_content(policy.client, size)
 
     return _logged(context, "identity", reply)
@@ -71,9 +71,10 @@ def train(message: Message, context: Context) -> RecordDict:
             dict(assignment),
             lambda like, own: _fitting(within, own, read_arrays(content.array_records.get(records.ARRAYS), like)),
             _read(records.read_proximal_mu, content),
+            _form(content),
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts
-        size = len(own_data(policy, context.run_id).train)
+        size = len(own_data(policy, context.run_id, config.task).train)
         found = records.reply_content(policy.client, done, result, size, release_counts=counts)
         start = read_arrays(content.array_records.get(records.ARRAYS), result.params)
         return codec.encode(found, start, config.update_codec, config.update_share, within)
@@ -86,6 +87,11 @@ def _read(reader: Callable[[RecordDict], Value], content: RecordDict) -> Value:
         return reader(content)
     except records.RecordError as error:
         raise Refusal(str(error)) from None
+
+
+def _form(content: RecordDict) -> dict[str, object] | None:
+    found = content.config_records.get(records.SAME)
+    return None if found is None else dict(found)
 
 
 def _fitting(within: Coordinates | Span | None, own: Coordinates | Span | None, params: Params) -> Params:

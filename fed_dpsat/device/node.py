@@ -25,6 +25,7 @@ from types import FrameType
 
 from flwr.app import Context, Error, Message
 
+from fed_dpsat.device.data import check_tokenizer
 from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import RunError
@@ -54,6 +55,7 @@ def run_device(policy_path: Path, port: int = 0) -> int:
     policy = Policy.load(policy_path)
     if not (policy.server and policy.root_certificates and policy.private_key):
         raise PolicyError(f"policy {policy_path}: set server, root_certificates and private_key to run")
+    check_tokenizer(policy)
     compat.say_untested()
     compat.identify_process()
     check_server(policy.server, policy.root_certificates)

@@ -26,8 +26,10 @@ from fed_dpsat.step.optimizers.chain import split_chain
 SANE_NOISE = 1e6
 """Above this noise, float32 cannot resolve a gradient."""
 SANE_NUMBER = 2**31
-ARGUMENTS = ("model_args", "optimizer_args", "clipping_args")
+ARGUMENTS = ("model_args", "task_args", "optimizer_args", "clipping_args")
 """Settings whose text must be in the lists of the policy."""
+LISTS = ("models", "tasks", "adapters", "optimizers", "clippings", "noise_distributions", *ARGUMENTS)
+CONTENTS = ("images", "table", "text")
 EXACT_ENGINES = ("auto", "planned", "vmap")
 """Engines of this project; an engine of another library is checked only on made-up examples."""
 DEFAULT_OPTIMIZERS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
@@ -54,14 +56,23 @@ class Policy:
     runs: tuple[int, ...] = _key("run ids that the device serves; an empty list means any run", ())
 
     dataset: str = _key("name that a run must give as its dataset: the permitted use of this data")
-    data_source: str = _key("images (a folder per class), parquet, or function")
-    data_path: str = _key("folder of the data, or module:function that returns Examples or a Dataset")
+    content: str = _key("what the data are: images, table or text", "images")
+    data_source: str = _key("images (a folder per class), csv, jsonl, parquet, folder (of texts), or function")
+    data_path: str = _key("file or folder of the data, or module:function that returns Examples or a Dataset")
+    dataset_args: str = _key("arguments of a table or of texts that no key fills: delimiter = ';'", "")
     class_names: tuple[str, ...] = _key("all classes of the federation in order, also classes without examples", ())
     shape: tuple[int, ...] = _key("channels, height and width of an image", ())
     mean: tuple[float, ...] = _key("per channel, of pixels scaled to 0..1; a public constant", ())
     std: tuple[float, ...] = _key("per channel, of pixels scaled to 0..1; a public constant", ())
-    image_column: str = _key("column of a Parquet file with struct<bytes, path>", "image")
-    label_column: str = _key("column of a Parquet file with class numbers", "label")
+    image_column: str = _key("older name of input_columns, of Parquet files with images", "image")
+    input_columns: tuple[str, ...] = _key("columns that a model sees; empty is all declared ones, or text or image", ())
+    label_column: str = _key("column of the labels; several by commas for several labels", "label")
+    columns_file: str = _key("TOML file that declares the columns of a table, relative to this file", "")
+    tokenizer: str = _key(
+        "tokenizer of texts: bytes, a folder of transformers, or tokenizer.json, on the device", BYTES
+    )
+    tokenizer_sha256: str = _key("SHA-256 of the files of the tokenizer; without the right one it is not used", "")
+    max_length: int = _key("largest number of tokens of a text; the rest is cut off", 256)
 
     largest_epsilon: float = _key("budget for all releases of the device, over all runs, at largest_delta")
     largest_delta: float = _key("delta of the budget, and the largest delta of a run")
@@ -73,6 +84,9 @@ class Policy:
     largest_sample_rate: float = _key("largest probability of an example to be in a batch", 1.0)
     models: tuple[str, ...] = _key("models that a run may train, as the run names them")
     model_args: tuple[str, ...] = _key("permitted model_args, as written; an empty list permits none", ())
+    tasks: tuple[str, ...] = _key("tasks that a run may train for, as the run names them", ("classification",))
+    task_args: tuple[str, ...] = _key("permitted task_args, as written; an empty list permits none", ())
+    adapters: tuple[str, ...] = _key("permitted adapters beside none at all: lora, ffa-lora", ())
     start_from: str = _key("weights of frozen layers: a file on the device, relative to this file", "")
     optimizers: tuple[str, ...] = _key("permitted optimizers, including base optimizers", DEFAULT_OPTIMIZERS)
     optimizer_args: tuple[str, ...] = _key("permitted optimizer_args, as written; an empty list permits none", ())
@@ -101,6 +115,9 @@ class Policy:
         check("largest_sample_rate", 0 < self.largest_sample_rate <= 1, "in (0, 1]", "1 is no sampling")
         low = 0 < self.least_sample_rate <= self.largest_sample_rate
         check("least_sample_rate", low, "in (0, largest_sample_rate]", "lower it")
+        check("content", self.content in CONTENTS, f"one of {', '.join(CONTENTS)}", "say what the data are")
+        check("max_length", self.max_length >= 1, "at least 1", "256 is the default")
+        check("tasks", bool(self.tasks), "a list with a name", "classification is the default")
         check("models", bool(self.models), "a list with a name", "list the networks that this device trains")
         check("largest_parameters", self.largest_parameters >= 1, "at least 1", "50000000 is the default")
         check("largest_physical_batch_size", self.largest_physical_batch_size >= 1, "at least 1", "128 suits most CPUs")
@@ -123,6 +140,8 @@ class Policy:
             root_certificates=_beside(path, policy.root_certificates),
             private_key=_beside(path, policy.private_key),
             start_from=_beside(path, policy.start_from),
+            columns_file=_beside(path, policy.columns_file),
+            tokenizer=BYTES if policy.tokenizer == BYTES else _beside(path, policy.tokenizer),
             data_path=policy.data_path if policy.data_source == "function" else _beside(path, policy.data_path),
         )
 
@@ -161,14 +180,15 @@ class Policy:
             raise Refusal("secure_aggregation=True is not possible on a device with a policy yet; set it to false")
         self._listed("dataset", config.dataset, (self.dataset,))
         self._listed("model", config.model, self.models)
+        self._listed("task", config.task, self.tasks)
         self._listed("optimizer", config.optimizer, self.optimizers)
         for name in split_chain(config.base_optimizer):
             self._listed("base_optimizer", name, self.optimizers)
         self._listed("clipping", config.clipping, self.clippings)
         self._listed("noise_distribution", config.noise_distribution, self.noise_distributions)
-        for name in ARGUMENTS:
+        for name, allowed in [("adapter", self.adapters), *((name, getattr(self, name)) for name in ARGUMENTS)]:
             if given := getattr(config, name):
-                self._listed(name, given, getattr(self, name) or ("none",))
+                self._listed(name, given, allowed or ("none",))
         self._listed("engine", config.engine, EXACT_ENGINES)
         self._bounded("clip_norm", config.clip_norm, 0, self.largest_clip_norm)
         self._bounded("delta", config.delta, 0, self.largest_delta)

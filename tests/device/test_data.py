@@ -65,6 +65,16 @@ def test_parquet(policy, tmp_path):
     assert labels.tolist() == [0, 0, 1]
 
 
+def test_the_column_of_images_has_the_name_of_the_setting_or_the_older_one(policy, tmp_path):
+    images = [{"bytes": png(value), "path": None} for value in (10, 20, 30)]
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table({"scan": images, "label": [0, 0, 1]}), tmp_path / "parquet" / "a.parquet")
+    parquet = dataclasses.replace(policy, data_source="parquet", data_path=str(tmp_path / "parquet"))
+    for name in ({"input_columns": ("scan",)}, {"image_column": "scan"}):
+        inputs, _ = seen(dataclasses.replace(parquet, **name))
+        torch.testing.assert_close(inputs, EXPECTED)
+
+
 def test_a_corrected_column_is_decoded_anew(policy, tmp_path):
     """Not the old labels, or the old images, out of the cache."""
     (tmp_path / "parquet").mkdir()
@@ -101,6 +111,30 @@ def identity(device, run):
 def test_a_function(device):
     data = own_data(device.policy)
     assert (len(data.train), data.input_shape, data.class_names) == (20, (1, 2), ("dark", "light"))
+
+
+NUMBERS = """
+import torch
+from fed_dpsat.data import Dataset, Examples
+
+def numbers():
+    train = Examples(inputs=torch.zeros(20, 1, 2), labels=torch.arange(20.0), mean=(0.0,), std=(1.0,))
+    return Dataset(name="numbers", train=train, test=train, label_scale=((10.0, 5.0),), declared="a", tokenizer="b")
+
+def classes():
+    return Examples(inputs=torch.zeros(20, 1, 2), labels=torch.arange(20) % 2, mean=(0.0,), std=(1.0,))
+"""
+
+
+def test_a_function_keeps_what_it_declares_and_only_classes_need_names(device):
+    (device.path / "numbers.py").write_text(NUMBERS)
+    source = device.path / "numbers.py"
+    policy = dataclasses.replace(device.policy, data_path=f"{source}:numbers", class_names=())
+    data = own_data(policy)
+    assert (data.label_scale, data.declared, data.tokenizer) == (((10.0, 5.0),), "a", "b")
+    assert (data.name, len(data.train), len(data.test)) == ("pixels", 20, 0)
+    with pytest.raises(DataError, match="20 examples of 0 classes; a device needs at least one each"):
+        own_data(dataclasses.replace(policy, data_path=f"{source}:classes"))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,10 @@ def test_an_unknown_key_in_the_assignment_is_refused(device, assignment, key):
         ({"optimizer_args": "draws = 1000000"}, "optimizer_args='draws = 1000000' is not allowed on this device"),
         ({"model_args": "width = 1000000"}, "model_args='width = 1000000' is not allowed on this device"),
         ({"clipping_args": "groups = 4"}, "clipping_args='groups = 4' is not allowed on this device"),
+        ({"task_args": "knee = 0.5"}, "task_args='knee = 0.5' is not allowed on this device; choose one of none"),
+        ({"task": "regression"}, "task='regression' is not allowed on this device; choose one of classification"),
+        ({"task": "evil:task"}, "task='evil:task' is not allowed on this device"),
+        ({"adapter": "lora"}, "adapter='lora' is not allowed on this device; choose one of none"),
         ({"clipping": "evil:clipping"}, "clipping='evil:clipping' is not allowed"),
         ({"clipping": "adaptive"}, "clipping='adaptive' is not allowed"),
         ({"engine": "evil:engine"}, "engine='evil:engine' is not one of"),
@@ -131,7 +135,7 @@ raise SystemExit("code of the server's ran")
 
 
 @pytest.mark.parametrize(
-    "kind", ["dataset", "model", "optimizer", "base_optimizer", "clipping", "partition", "strategy"]
+    "kind", ["dataset", "model", "task", "optimizer", "base_optimizer", "clipping", "partition", "strategy"]
 )
 def test_no_name_of_the_servers_loads_code(device, tmp_path, monkeypatch, kind):
     (tmp_path / "evil_plugin.py").write_text(EVIL)
@@ -142,7 +146,10 @@ def test_no_name_of_the_servers_loads_code(device, tmp_path, monkeypatch, kind):
     assert "evil_plugin" not in sys.modules
 
 
-@pytest.mark.parametrize("setting", ["client_table", "data_path", "cache_dir", "out", "start_from"])
+PATHS = ["client_table", "data_path", "cache_dir", "out", "start_from", "tokenizer", "columns_file", "test_path"]
+
+
+@pytest.mark.parametrize("setting", PATHS)
 def test_no_path_of_the_servers_is_opened(device, tmp_path, setting):
     secret = tmp_path / "secret"
     secret.write_text("password\nhunter2\n")
@@ -379,6 +386,17 @@ def test_a_model_that_cannot_be_trained_privately_is_refused_before_a_charge(dev
     asked = device.send(RecordDict(), MessageType.QUERY, settings={**device_settings(), **changes})
     assert "Short gives [4, 1] for inputs" in asked.error.reason
     refused(device, device.ask(changes=changes), "Short gives [4, 1] for inputs")
+
+
+def test_a_task_of_code_on_the_device_is_loaded_if_the_policy_names_it(device, tmp_path):
+    source = tmp_path / "own.py"
+    source.write_text(
+        "from fed_dpsat.tasks.classification import Classification\nclass Own(Classification):\n    name = 'own'\n"
+    )
+    changes = {"task": f"{source}:Own"}
+    refused(device, device.ask(changes=changes), "is not allowed on this device; choose one of classification")
+    device.write(tasks=f'["{source}:Own"]')
+    assert device.ask(changes=changes, run=11).has_content()
 
 
 def test_an_error_that_tells_of_data_stays_on_the_device(device):

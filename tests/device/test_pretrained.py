@@ -19,7 +19,7 @@ def weights(device):
     torch.manual_seed(3)
     state = mlp((1, 1, 2), 2).state_dict()
     torch.save(state, device.path / "own.pt")
-    device.write(models='["mlp", "linear"]', start_from='"own.pt"')
+    device.write(models='["mlp", "linear"]', start_from='"own.pt"', adapters='["ffa-lora"]')
     return state
 
 
@@ -54,7 +54,7 @@ def test_an_adapter_needs_its_file_too_and_finds_it(device, weights, settings):
     policy = Policy.load(device.policy_path)
     module = _experiment(policy, policy.admit(7, {**settings, **changes})).loss_fn.module
     assert torch.equal(module.state_dict()["1.base_layer.weight"], weights["1.weight"])
-    device.write(models='["mlp"]')
+    device.write(models='["mlp"]', adapters='["ffa-lora"]')
     reply = device.ask(params=head(weights), changes=changes)
     assert "adapter='ffa-lora' needs the weights of frozen layers" in reply.error.reason
 

@@ -94,6 +94,24 @@ def test_init_counts_the_examples_and_begins_once(device):
     assert "run init once" in text
 
 
+def test_init_and_status_of_a_table(device):
+    (device.path / "own.csv").write_text("age,outcome\n40,ill\n50,well\n60,well\n")
+    (device.path / "columns.toml").write_text("age = {mean = 50, std = 10}\n")
+    device.write(
+        folder='"another"', content='"table"', data_source='"csv"', data_path='"own.csv"', label_column='"outcome"',
+        columns_file='"columns.toml"', class_names='["well", "ill"]', tasks='["classification", "own.py:Own"]',
+        adapters='["lora"]',
+    )  # fmt: skip
+    assert "device 2: 3 examples, ledger created" in call("init", device.policy_path)[1]
+    code, text = call("status", device.policy_path)
+    assert code == 0
+    assert "2, table for pixels" in text
+    assert "tasks                       classification, own.py:Own" in text
+    assert "adapters                    lora" in text
+    told = json.loads(call("status", device.policy_path, "--json")[1])["policy"]
+    assert (told["columns_file"], told["tokenizer"]) == (str(device.path / "columns.toml"), "bytes")
+
+
 def test_errors_are_one_line(device):
     assert call("status", device.path / "none.toml")[0] == 2
     ledger_path(device.folder).unlink()
