@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fed_dpsat.data.dataset import Dataset, Examples, Leaf
 from fed_dpsat.data.natural import without_value
-from fed_dpsat.data.sequences import Sequences
+from fed_dpsat.data.sequences import IGNORED, Sequences
 
 Number: TypeAlias = float | int
 
@@ -170,7 +170,9 @@ def _counts(labels: Leaf | None, num_classes: int) -> np.ndarray:
 
 def _whole(labels: Leaf | None) -> np.ndarray:
     if isinstance(labels, Sequences):
-        return labels.values[int(labels.offsets[0]) : int(labels.offsets[-1])].numpy()
+        values = labels.values[int(labels.offsets[0]) : int(labels.offsets[-1])].numpy()
+        counted: np.ndarray = values[values != IGNORED]
+        return counted
     return np.empty(0) if labels is None else labels.numpy()
 
 

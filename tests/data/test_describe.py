@@ -9,7 +9,7 @@ import torch
 
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.describe import Spread, describe
-from fed_dpsat.data.sequences import Sequences
+from fed_dpsat.data.sequences import IGNORED, Sequences
 
 PARTS = [np.array([0, 1, 2]), np.array([3])]
 
@@ -60,6 +60,9 @@ def test_labels_that_are_no_classes():
     assert (two.ranges["days"]["train"].least, two.ranges["days"]["test"].most) == (1, 9)
     spoken = dataclasses.replace(texts([0, 1, 2, 3, 9]), values=torch.tensor([0, 1, 1] + 12 * [0]))
     assert describe(given(spoken, ("a", "b")), PARTS, "iid").labels.counts["b"] == {"train": 2, "test": 0}
+    spoken = dataclasses.replace(spoken, values=torch.tensor([0, 1, IGNORED] + 12 * [IGNORED]))
+    counts = describe(given(spoken, ("a", "b")), PARTS, "iid").labels.counts
+    assert counts == {"a": {"train": 1, "test": 0}, "b": {"train": 1, "test": 0}}
 
 
 def test_a_text_can_be_its_own_label_and_a_split_empty():
