@@ -52,6 +52,13 @@ def copied(setting: str, given: Given, memo: dict[int, Any] | None = None) -> Gi
         ) from error
 
 
+def refuse_names(**given: Any) -> None:
+    """Raise ``SettingError`` for a name among the ``given`` objects, by setting: it belongs in the configuration."""
+    for setting, value in given.items():
+        if isinstance(value, str):
+            raise SettingError(setting, value, "an object", f"give a name to RunConfig({setting}={value!r})")
+
+
 def called(given: Any) -> str:
     """``"module.Class (from Python)"`` with the classes of its bases; for a data set its own name."""
     if isinstance(name := getattr(given, "name", None), str) and hasattr(given, "class_names"):

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.given import refuse_names
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import client_app as client_app_module
@@ -62,6 +63,7 @@ def simulate(
     config = config.with_absolute_paths()
     given: dict[str, Any] = {"dataset": dataset, "partition": partition, "task": task, "model": model}
     given |= {"optimizer": optimizer, "clipping": clipping}
+    refuse_names(**given, strategy=strategy)
     experiment = Experiment.build(config, **given)
     given |= {"strategy": strategy, "client_app": client_app}
     objects = [name for name, value in given.items() if value is not None]

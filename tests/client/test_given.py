@@ -115,6 +115,15 @@ def test_what_cannot_be_copied_is_refused_in_one_line_before_anything(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["dataset", "partition", "task", "model", "optimizer", "clipping", "strategy"])
+def test_a_name_in_place_of_an_object_is_refused_with_its_place(tmp_path, kind):
+    with pytest.raises(
+        SettingError, match=rf"{kind}='mine' is not an object; give a name to RunConfig\({kind}='mine'\)"
+    ):
+        simulate(CONFIG, tmp_path / "run", **{kind: "mine"})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_copy_is_another_object():
     given = [1, [2]]
     assert copied("model", given) == given
