@@ -29,7 +29,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
             f"{mean} mean of {result['personal_clients']} clients on their shares of the "
             f"{split} split, worst decile {worst}",
         )
-    table.add_row(f"{split} loss", f"{result['test_loss']:.4f} {loss_unit(task_of(result))}".rstrip())
+    table.add_row(f"{split} loss", f"{_loss(result['test_loss'])} {loss_unit(task_of(result))}".rstrip())
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])
@@ -64,3 +64,8 @@ def result_table(result: Mapping[str, Any]) -> Table:
         f"memory {result['peak_memory_mb']:.0f} MB without workers",
     )
     return table
+
+
+def _loss(loss: float) -> str:
+    """Four digits after the point, or in all if the loss is large, as that of targets in the thousands."""
+    return f"{loss:.4f}" if loss < 1e4 else f"{loss:.4g}"

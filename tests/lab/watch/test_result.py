@@ -9,6 +9,7 @@ from fed_dpsat.lab.watch.result import result_table
 RESULT = {
     **{"test_accuracy": 0.91, "test_loss": 0.3, "epsilon": 2.5, "delta": 1e-4, "accountant": "pld"},
     **{"privacy_unit": "one example", "threat_model": "a server", "noise_multiplier": 1.25, "clip_norm": 0.5},
+    "noise_distribution": "gaussian",
     **{"noise": "seeded", "also_released": ["counts", "personal accuracy"], "optimizer": "dp-sgd"},
     **{"base_optimizer": "dp-sgd", "model": "linear", "dataset": "digits", "strategy": "fedavg"},
     **{"rounds_completed": 3, "local_steps": 2, "num_clients": 10, "sample_rate": 0.5, "seed": 7, "seconds": 4.0},
@@ -57,6 +58,8 @@ def test_every_metric_of_the_task_is_a_row_with_its_direction():
         "test RMSE 54.12, lower is better", "test MAE 40.50, lower is better", "test R2 undefined", "test loss 0.3000",
     ):  # fmt: skip
         assert row in shown
+    large = [" ".join(line.replace("│", " ").split()) for line in lines(result | {"test_loss": 114695651.5062})]
+    assert "test loss 1.147e+08" in large
     assert any("personal models 50.00 mean of 4 clients" in line for line in shown)
     assert any("worst decile 90.00" in line for line in shown)
     assert not any("accuracy" in line for line in shown if "released" not in line)
