@@ -59,8 +59,9 @@ class Regression(Task):
         if isinstance(labels, Tensor) and bool((self._scaled(labels).abs() > LARGE).any()):
             warn_once(
                 f"targets of {dataset.name} are above {LARGE} after scaling: the gradient of almost each example is "
-                "longer than clip_norm, so clipping leaves its direction alone and training is slow; declare the mean "
-                "and the std of the label, so that scaled targets are about 1"
+                "longer than clip_norm, so clipping keeps its direction but not its length, and training is slow; "
+                "declare mean and std of the label (in columns_file, or label_scale of a Dataset), so that scaled "
+                "targets are about 1"
             )
 
     def unscaled(self, outputs: Tensor) -> Tensor:

@@ -130,7 +130,8 @@ def chunk_numbers(chunk: Chunk, column: str) -> np.ndarray:
             values = pc.cast(texts, pa.float64())
         except pa.ArrowInvalid:
             wrong = np.array([not _is_number(text) for text in texts.to_pylist()])
-            chunk.refuse(wrong, column, lambda i: f"is {shown(texts[i].as_py())}, which is no number; correct it")
+            remedy = "correct it, or declare its column as categories (values) or classes (task)"
+            chunk.refuse(wrong, column, lambda i: f"is {shown(texts[i].as_py())}, which is no number; {remedy}")
             raise
     elif pa.types.is_decimal(values.type) or pa.types.is_boolean(values.type):
         values = pc.cast(values, pa.float64())

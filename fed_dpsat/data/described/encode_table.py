@@ -68,7 +68,7 @@ class TableEncoder(Encoder):
     def report(self) -> None:
         """Log which columns have values that are not declared; nothing if the cache was there."""
         for name, count in self.others.items():
-            log.warning("column %r has %d values that are not declared, which are other", name, count)
+            log.warning('column %r has %d values that are missing or not declared: they are "other"', name, count)
 
     def _count(self, chunk: Chunk) -> None:
         for column in self.columns:

@@ -18,6 +18,9 @@ FILES = (
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "config.json",
 )  # fmt: skip
 """What a folder of transformers may have; config.json names the kind of an old one."""
+USUAL_PADDING = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
+"""Tokens of vocabularies that can fill the ends of texts, for an error to name."""
+
 CHARACTERS = 16
 """Of a long text, this many for each of ``max_length`` tokens are tokenized first: a text is cut at a space there."""
 
@@ -108,11 +111,12 @@ def library_tokens(
     backend.enable_truncation(max_length)
     padding = _number(backend, "pad_token", pad_token or own_pad)
     if padding < 0:
+        usual = next((token for token in USUAL_PADDING if backend.token_to_id(token) is not None), "TOKEN")
         raise SettingError(
             "tokenizer",
             tokenizer,
             "one with a pad token",
-            "name a token of it for the ends of texts, which a mask hides: pad_token = '<|endoftext|>' in dataset_args",
+            f"name a token of it for the ends of texts, which a mask hides: pad_token = '{usual}' in dataset_args",
         )
     return LibraryTokens(
         backend=backend,

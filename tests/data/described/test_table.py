@@ -64,7 +64,7 @@ def test_values_that_are_not_declared_are_counted_once(build, write, caplog):
             data_source="csv",
             **LABELS,
         )
-    assert caplog.messages == ["column 'sex' has 2 values that are not declared, which are other"]
+    assert caplog.messages == ["column 'sex' has 2 values that are missing or not declared: they are \"other\""]
 
 
 def test_codes_keep_numbers_and_categories_apart(build, write):
@@ -161,7 +161,7 @@ def test_no_value_in_a_number_is_refused_by_file_and_row(build, write_rows, sour
         ("inf", "{}", "is inf, not a finite number"),
         ("1e300", "{}", r"is 1e\+300 after scaling"),
         ("-1", "{log = true}", r"is -1, which has no log\(1 \+ x\)"),
-        ("old", "{}", "is 'old', which is no number; correct it"),
+        ("old", "{}", "is 'old', which is no number; correct it, or declare its column as categories"),
         ("old", "{missing = 0}", "is 'old', which is no number; correct it"),
         ("\xff", "{}", "is not UTF-8"),
     ],

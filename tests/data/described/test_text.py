@@ -120,7 +120,7 @@ def test_another_tokenizer_file_is_another_cache_and_the_same_one_is_not_loaded_
 @pytest.mark.parametrize(
     ("arguments", "settings", "error"),
     [
-        ("", {}, "one with a pad token; name a token of it"),
+        ("", {}, r"one with a pad token; name a token of it .*: pad_token = '\[PAD\]' in dataset_args"),
         ("pad_token = '[NAD]'", {}, "a token of the tokenizer"),
         ("pad_token = '[PAD]'", {"task": "masked-lm"}, "one with a mask token"),
         (PAD, {"max_length": 2}, "above the 2 special tokens"),
