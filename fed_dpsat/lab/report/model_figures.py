@@ -166,6 +166,7 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
     def paint_sizes(axes: Axes) -> None:
         if len(sizes) <= FEW_CLIENTS:
             axes.bar(np.arange(len(sizes)), sizes, color=BLUE.light)
+            whole_numbers(axes.xaxis)
             axes.set(xlabel="client", ylabel="examples")
         else:
             spread = int(sizes.max() - sizes.min()) + 1
@@ -206,6 +207,7 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
                     axes.add_patch(_square(client, label, float(share / shares.max())))
             axes.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.5, len(names) - 0.5), xlabel="client", ylabel="class")
             axes.set_yticks(range(len(names)), names)
+            whole_numbers(axes.xaxis)
             axes.grid(visible=False)
         else:
             axes.hist(100 * shares.max(1), bins=np.linspace(0, 100, 26).tolist(), color=ORANGE.light)

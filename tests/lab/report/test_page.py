@@ -101,6 +101,9 @@ def test_each_figure_has_title_axes_words_and_what_it_rests_on(page):
     for title in ("Accuracy by client", "Labels of each client"):
         assert "simulation only" in titles[title]
         assert "deployment does not" in titles[title]
+    shown = {figure["title"]: figure["svg"] for figure in figures}
+    for title in ("Labels of each client", "Examples of each client"):
+        assert shown[title][:4] == ["0", "1", "2", "3"], "a client has a whole number"
 
 
 def test_colours_follow_the_paper_and_no_method_loses_its_own(page):
