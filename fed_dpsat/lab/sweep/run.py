@@ -41,6 +41,8 @@ NOT_COUNTED = (
     "results on them without noise; epsilon does not cover that"
 )
 
+NOT_SEARCHED = "no hyper-parameters were searched; epsilon of a row does not cover a choice among the rows"
+
 Shown = Callable[["Event"], None]
 
 
@@ -111,7 +113,7 @@ class _Sweep:
             "file": str(path),
             **surroundings(),
             "workers": workers,
-            "privacy": NOT_COUNTED if spec.tune_seeds else "no hyper-parameters were searched",
+            "privacy": NOT_COUNTED if spec.tune_seeds else NOT_SEARCHED,
             "metric": dataclasses.asdict(self._metric()),
             "asked": dataclasses.asdict(spec),
         }
