@@ -130,7 +130,7 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
         )
         return kind, where, remedy
     if kind == "model":
-        return kind, where, f"its inputs are {_inputs_of(experiment)}: make it take those"
+        return kind, where, f"its inputs are {_inputs_of(experiment)}: make it take those, or choose a model that does"
     return kind, where, REMEDIES.get(kind, "")
 
 
