@@ -136,4 +136,4 @@ def test_devices_know_the_record_of_the_unit_example():
         largest_delta=1e-5, least_noise_multiplier=0.5, models=("linear",),
     )  # fmt: skip
     assignment = Assignment(round=2, attempt=1, event=OF_EXAMPLES)
-    assert policy.admit_assignment(assignment.to_dict()) == assignment
+    assert policy.admit_assignment(assignment.to_dict(), RunConfig(target_epsilon=1.0)) == assignment

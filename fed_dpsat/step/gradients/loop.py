@@ -75,10 +75,13 @@ def gradients(
     def of_all(point: Params) -> Params:
         leaves = {name: p.detach().requires_grad_() for name, p in point.items()}
         rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
+
+        def see(found: Tensor) -> None:
+            for name, g in _gradient(found.sum(), leaves, begun).items():
+                rows[name].append(g)
+
         with torch.enable_grad():
-            for found in _each(loss, begun, draws, inputs, targets, leaves):
-                for name, g in _gradient(found.sum(), leaves, begun).items():
-                    rows[name].append(g)
+            _each(loss, begun, draws, inputs, targets, leaves, see)
         return {name: torch.stack(each) for name, each in rows.items()}
 
     return of_all
@@ -88,16 +91,24 @@ def losses(loss: LossFn, begun: Begun, draws: Draws, inputs: Examples, targets: 
     """At a point, the losses ``[B]``, of which no graph is kept; raises as ``_each`` does."""
 
     def of_all(point: Params) -> Tensor:
+        found: list[Tensor] = []
         with torch.no_grad():
-            return torch.cat([found.view(1) for found in _each(loss, begun, draws, inputs, targets, point)])
+            _each(loss, begun, draws, inputs, targets, point, lambda one: found.append(one.view(1)))
+        return torch.cat(found)
 
     return of_all
 
 
 def _each(
-    loss: LossFn, begun: Begun, draws: Draws, inputs: Examples, targets: Examples, point: Params
-) -> Iterator[Tensor]:
-    """The loss ``[1]`` of one example after the other at ``point``, each within its pass.
+    loss: LossFn,
+    begun: Begun,
+    draws: Draws,
+    inputs: Examples,
+    targets: Examples,
+    point: Params,
+    see: Callable[[Tensor], None],
+) -> None:
+    """Call ``see`` with the loss ``[1]`` of one example after the other at ``point``, each within its pass.
 
     Raises ``ModelError`` for a loss that keeps something: a tensor of another example, or anything at all that shows in
     the first example's loss after the others.
@@ -112,7 +123,7 @@ def _each(
                 found = loss(point, some(inputs, one), some(targets, one))
                 losses.append(found.detach())
                 if len(losses) <= size:
-                    yield found
+                    see(found)
     _check_same(begun, losses[0], losses[-1])
 
 

@@ -92,7 +92,9 @@ class Card(TorchDispatchMode):
         def wrapped(t):
             if not isinstance(t, torch.Tensor):
                 return t
-            return raws[id(t)] if id(t) in raws else Elsewhere(t) if wanted else t
+            if not wanted:  # also where what is moved to the CPU is there, as an inference tensor is
+                return t
+            return raws[id(t)] if id(t) in raws else Elsewhere(t)
 
         return tree_map(wrapped, out)
 
