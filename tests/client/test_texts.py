@@ -1,13 +1,18 @@
 """Texts in a client's round: padding that follows from other examples would move the sum by more than a clip norm."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fed_dpsat.data.dataset import Examples
+from fed_dpsat.accounting.plans import plan_of
+from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.client.build import Experiment
+from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.sequences import Sequences
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import trainable
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss
 from fed_dpsat.step.loop import Streams, one_group, train_locally
@@ -80,3 +85,27 @@ def test_groups_change_no_gradient_of_an_example():
 def test_groups_that_leave_out_or_repeat_an_example_are_refused(groups):
     with pytest.raises(SettingError, match="each of 3 examples once"):
         clipped_sum(texts([3, 5, 2]), lambda _: [torch.tensor(group) for group in groups])
+
+
+def round_of(lengths):
+    """The sum that client 0 of a run releases in a round of noise 0, of all its texts."""
+    train, test = texts([*lengths, 3]), texts([3, 5])
+    few = np.arange(len(lengths))
+    config = RunConfig(
+        num_clients=2, num_rounds=1, optimizer="dp-sgd", lr=float(len(lengths)), sample_rate=1.0, clip_norm=CLIP_NORM,
+        private=False, target_epsilon=0.0,
+    )  # fmt: skip
+    experiment = Experiment.build(
+        config,
+        dataset=Dataset(name="made", train=train, test=test, class_names=("a", "b")),
+        partition=[few, [len(lengths)]],
+        model=LastState(),
+    )
+    before = experiment.shared(1)
+    result = experiment.client_round(0, Assignment.of(plan_of(experiment.config), round=1), before, None)
+    return torch.cat([(result.params[name] - p).flatten() for name, p in before.items()])
+
+
+def test_the_round_of_a_client_pads_each_text_by_its_own_length():
+    moved = round_of([3, 5, 2, 7, 4, 60]) - round_of([3, 5, 2, 7, 4])
+    assert float(moved.norm()) / CLIP_NORM <= 1 + 1e-5
