@@ -25,7 +25,7 @@ from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.placement import device_of, moved
 from fed_dpsat.tasks.base import Measure, Task, finite
-from fed_dpsat.tasks.classification import NAME as CLASSIFICATION
+from fed_dpsat.tasks.classification import Classification
 from fed_dpsat.tasks.metric import UNDEFINED, Value
 
 Predictions = list[tuple[Tensor, Tensor]]
@@ -149,7 +149,7 @@ def evaluate(module: nn.Module, params: Params, examples: Examples, task: Task) 
 def shown(task: Task) -> list[str]:
     """The names of the metrics that each round shows."""
     names = [metric.name for metric in task.metrics]
-    return list(dict.fromkeys([names[0], "accuracy"])) if task.name == CLASSIFICATION else names
+    return list(dict.fromkeys([names[0], "accuracy"])) if type(task) is Classification else names
 
 
 def measured(
@@ -159,7 +159,7 @@ def measured(
 
     The metrics of classes beside accuracy are for the end of a run (``quality_of``), unless ``metric`` names one.
     """
-    if task.name != CLASSIFICATION:
+    if type(task) is not Classification:  # a subclass may have another loss
         return evaluate(module, params, examples, task), None
     predictions = predict(module, params, examples)
     found, first = evaluation_of(predictions), task.metrics[0].name

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.evaluation import measured
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.tasks.classification import Classification
 from fed_dpsat.tasks.regression import Regression
 
 LABELS = {
@@ -46,3 +48,17 @@ def test_large_targets_are_told_without_their_number(largest, warned, caplog):
     assert ("above 100 after scaling" in caplog.text) == warned
     assert "1234" not in caplog.text
     assert "1.23e" not in caplog.text
+
+
+class Doubled(Classification):
+    def loss(self, outputs, targets):
+        return 2 * super().loss(outputs, targets)
+
+
+def test_a_task_made_from_that_of_classes_shows_its_own_loss():
+    experiment = build("classification")
+    module, test = experiment.loss_fn.module, experiment.dataset.test
+    plain, _ = measured(module, experiment.shared(1), test, experiment.task)
+    other, _ = measured(module, experiment.shared(1), test, Doubled(("a", "b")))
+    assert other.loss == pytest.approx(2 * plain.loss)
+    assert other.accuracy == pytest.approx(plain.accuracy)
