@@ -98,7 +98,7 @@ class Examples:
                     "(numbers) or uint8 [N, K] (several classes); convert them"
                 )
             if labels.ndim == 2 and not labels.shape[1]:
-                raise DataError(f"labels are {labels.dtype} {list(labels.shape)}, which is none for each example")
+                raise DataError(f"labels are {labels.dtype} {list(labels.shape)}, without a number for each example")
             if labels.dtype == torch.float32 and not bool((finite := labels.isfinite()).all()):
                 raise DataError(
                     f"the label of row {int(torch.nonzero(~finite)[0, 0])} is NaN or infinite; correct it, or remove "

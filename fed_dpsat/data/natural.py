@@ -75,7 +75,7 @@ def column(columns: Mapping[str, np.ndarray], name: str, partition: str) -> np.n
 
 
 def without_value(values: np.ndarray) -> np.ndarray:
-    """``[N]`` bool: None, NaN, a time that is none, or empty text."""
+    """``[N]`` bool: whether a value is missing, which is None, NaN, NaT or an empty text."""
     none: np.ndarray = (values != values) | (values == None) | (values == "")  # noqa: E711
     return none
 

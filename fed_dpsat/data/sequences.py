@@ -34,7 +34,7 @@ class Sequences:
     max_length      the longest that a sequence may be; declared, not measured
     vocabulary_size a value is in ``[0, vocabulary_size)``; a label may be -100 too, which has no loss
     padding         the value after the end of a sequence in a batch; a mask tells it apart
-    mask_token      the value that hides a token in masked-lm; -1 if there is none
+    mask_token      the value that hides a token in masked-lm; -1 without one
     =============== ========================================================================
 
     Raises ``DataError`` for another type, offsets that fall, or a sequence longer than ``max_length``; a ``Dataset``

@@ -50,7 +50,7 @@ class Training:
     adapter: str = setting(
         "",
         "adapter that is trained beside the head while all else is frozen: lora, or ffa-lora, whose first matrix is "
-        "frozen too; empty is none",
+        "frozen too; empty trains the model without an adapter",
         choices=("", "lora", "ffa-lora"),
     )
     adapter_rank: int = setting(8, "rank of the adapter", least=1)

@@ -150,7 +150,7 @@ def test_several_labels_are_numbers_in_a_batch():
         (torch.full((4, 2), 2, dtype=torch.uint8), ("a", "b"), r"label 2 of row 0 is not in \[0, 2\)"),
         (torch.zeros(4, 2), ("a",), "2 columns for 1 class_names"),
         (sequences(), ("a", "b"), r"train label 5 in row 0 is not in \[0, 2\)"),
-        (torch.zeros(4, 0), (), r"labels are torch.float32 \[4, 0\], which is none"),
+        (torch.zeros(4, 0), (), r"labels are torch.float32 \[4, 0\], without a number"),
         (torch.tensor([0.0, 1.0, float("nan"), 2.0]), (), "label of row 2 is NaN or infinite"),
         (torch.tensor([[0.0, 1.0], [0.0, float("inf")]] * 2), ("a", "b"), "label of row 1 is NaN or infinite"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -25,16 +26,16 @@ from fed_dpsat.data.described.place import Place
 from fed_dpsat.data.described.splits import divided
 
 
-class Encoder:
+class Encoder(ABC):
     """What makes arrays of chunks, in one pass."""
 
     def begin(self) -> Arrays:
         """Arrays that belong to no split, by name; nothing if all are of a split."""
         return {}
 
+    @abstractmethod
     def encode(self, split: str, chunk: Chunk) -> Arrays:
         """The arrays of the rows of ``chunk``, by name."""
-        raise NotImplementedError
 
 
 def load(

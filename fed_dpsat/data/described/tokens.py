@@ -13,6 +13,7 @@ token   of the byte tokenizer
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,20 +36,20 @@ class Tokenized:
     words: np.ndarray  # [total] int64: the word that begins at a token, or -1
 
 
-class Tokens:
-    """A tokenizer with the numbers that ``Sequences`` needs; ``mask_token`` is -1 if there is none."""
+class Tokens(ABC):
+    """A tokenizer with the numbers that ``Sequences`` needs; ``mask_token`` is -1 for a tokenizer without one."""
 
     vocabulary_size: int
     padding: int
     mask_token: int
 
+    @abstractmethod
     def texts(self, columns: Sequence[Any]) -> Tokenized:
         """Tokens of ``pyarrow`` strings ``[n]``, of one column or of several that are joined; ``words`` is empty."""
-        raise NotImplementedError
 
+    @abstractmethod
     def words(self, rows: Sequence[Sequence[str]]) -> Tokenized:
         """Tokens of texts that are lists of words."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

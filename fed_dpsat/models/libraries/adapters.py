@@ -125,7 +125,7 @@ def _settings(peft: Any, network: nn.Module, head: Sequence[Tensor], *, rank: in
 
 
 def _reason(network: nn.Module, name: str, head: Sequence[Tensor]) -> str:
-    """The reason against an adapter around the layer ``name``; empty if there is none."""
+    """The reason against an adapter around the layer ``name``; empty for a layer that can have one."""
     layer, parent = network.get_submodule(name), network.get_submodule(name.rpartition(".")[0])
     own = {id(p) for p in layer.parameters()}
     if own & {id(p) for p in head}:
