@@ -10,8 +10,11 @@ batches of different sizes                     padded with examples of zeros, wh
                                                also where their gradient is NaN
 an empty batch                                 a zero sum, noised like any other
 an example with NaN or inf                     contributes zero, and is counted for its client
+a module that keeps something                  each pass begins with what was there before the first
 an optimizer that cannot be mapped             its two functions are called client by client
-a loss or rule that cannot be mapped           ``Unstackable``
+a loss or rule that cannot be mapped, or that  ``Unstackable``
+carries something from example to example
+(a caught error, a hook, a function of its own)
 dropout, or another draw of loss or batches    ``Unstackable``
 an optimizer that asks a ``Query``             ``Unstackable``, unless it is one plain point
 ============================================== ==========================================================
@@ -33,13 +36,19 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.utils.rnn import pad_sequence
 
+from fed_dpsat.errors import InputError
 from fed_dpsat.params import Params, flatten, map_tree
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.step.clipping.bound import Held, bounded_factors
-from fed_dpsat.step.generators import Mark, others_moved
+from fed_dpsat.step.draws import Draws
+from fed_dpsat.step.generators import Mark, borrowed, others_moved
+from fed_dpsat.step.gradients import loop
+from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.finite import squared_norm_rows
 from fed_dpsat.step.gradients.loss import check_types
+from fed_dpsat.step.gradients.passes import InPass, check_backward
 from fed_dpsat.step.gradients.skipped import ask_no_batch
+from fed_dpsat.step.gradients.state import afresh
 from fed_dpsat.step.loop import Member, Turn, check_rows
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo
 from fed_dpsat.step.query import At, LossFn, Query, simplified
@@ -105,10 +114,7 @@ class Stacked:
         self, at: At, batches: Sequence[tuple[Tensor, Tensor]], turns: Sequence[Turn]
     ) -> Sequence[tuple[Params, int]]:
         """As ``stacked_sum``, member by member."""
-        mark = Mark.here(self._device)
         sums, nonfinite = stacked_sum(self._loss_fn, _point(at), *_padded(batches), self._clipping, self._size)
-        if mark.moved():
-            raise Unstackable("the loss, which draws random numbers")
         return [(_at(sums, k), skipped) for k, skipped in enumerate(nonfinite.cpu().tolist())]
 
     def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
@@ -133,30 +139,33 @@ def stacked_sum(
 ) -> tuple[Params, Tensor]:
     """Clipped sums ``[K, *shape]`` at ``params[K, *shape]`` over ``inputs[K, B, ...]``, and nonfinite counts ``[K]``.
 
-    Only the examples that are ``real[K, B]`` are in the sums and counts. Raises ``Unstackable``.
+    Only the examples that are ``real[K, B]`` are in the sums and counts. Raises ``Unstackable``, and ``ModelError`` for
+    a loss that answers the same example differently a second time.
     """
     ask_no_batch()
+    if loop.needed(loss_fn):
+        raise Unstackable("the loss, which has a pass for each example")
+    if real.numel():
+        one = {name: p[0] for name, p in params.items()}
+        loop.check_repeats(loss_fn, loop.Begun(loss_fn), one, inputs[0, :1], targets[0, :1], Draws.fresh(1))
     count = len(real)
     width = max(1, physical_batch_size // count)
     total = {name: torch.zeros_like(p, memory_format=torch.contiguous_format) for name, p in params.items()}
     nonfinite = torch.zeros(count, dtype=torch.int64, device=real.device)
     chunks = (torch.split(t, width, dim=1) for t in (inputs, targets, real))
-    for x, y, r in zip(*chunks, strict=True):
-        if r.shape[1]:
-            chunk, skipped = _chunk_sum(loss_fn, params, x, y, r, clipping)
-            total = {name: total[name] + c for name, c in chunk.items()}
-            nonfinite += skipped
+    with borrowed(real.device):
+        for x, y, r in zip(*chunks, strict=True):
+            if r.shape[1]:
+                chunk, skipped = _chunk_sum(loss_fn, params, x, y, r, clipping)
+                total = {name: total[name] + c for name, c in chunk.items()}
+                nonfinite += skipped
     return total, nonfinite
 
 
 def _chunk_sum(
     loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor, real: Tensor, clipping: ClippingRule
 ) -> tuple[Params, Tensor]:
-    def loss_of_one(p: Params, x: Tensor, y: Tensor) -> Tensor:
-        return loss_fn(p, x[None], y[None]).squeeze(0)
-
-    of_client = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
-    gradients = _mapped(of_client, "the loss", params, inputs, targets)
+    gradients = _gradients(loss_fn, params, inputs, targets)
     rows = {name: g.reshape(*real.shape, -1) for name, g in gradients.items()}
     norms = {name: squared_norm_rows(g.flatten(0, 1)).view(real.shape) for name, g in rows.items()}
     finite = torch.stack(list(norms.values())).sum(0).isfinite()
@@ -173,12 +182,50 @@ def _chunk_sum(
     return sums, (real & ~finite).sum(1)
 
 
+def _gradients(loss_fn: LossFn, params: Params, inputs: Tensor, targets: Tensor) -> Params:
+    """Per-example gradients ``[K, B, *shape]`` of one pass over all examples of all clients."""
+    mark = Mark.here(inputs.device)
+    with afresh(loss_fn) as own:
+        seen = _Pass()
+
+        def loss_of_one(p: Params, x: Tensor, y: Tensor) -> Tensor:
+            given = seen.made((p, x[None], y[None]))
+            with seen:
+                loss = own(*given)
+            seen.check_own(loss, own)
+            return loss.squeeze(0)
+
+        of_client = vmap(grad(loss_of_one), in_dims=(None, 0, 0))
+        gradients: Params = _mapped(of_client, "the loss", params, inputs, targets)
+    if seen.raised:
+        raise Unstackable(f"the loss, which catches an error of {seen.raised}")
+    if mark.moved():
+        raise Unstackable("the loss, which draws random numbers")
+    return gradients
+
+
+class _Pass(InPass):
+    """Refuses what ``vmap`` does not: code of a module's own that sees all examples, now or in the backward pass."""
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
+    ) -> Any:
+        """Torch's answer."""
+        check_backward(func, args)
+        return func(*args, **kwargs)
+
+
 def _mapped(function: Callable[..., Any], what: str, *arguments: Any) -> Any:
-    """``function`` for each client, who sees its own row alone; ``Unstackable`` where it cannot be mapped."""
+    """``function`` of each client's own row; ``Unstackable`` if it cannot be mapped, or fails for a single client."""
     try:
         return vmap(function)(*arguments)
-    except RuntimeError as error:
-        raise Unstackable(f"{what}, which vmap refuses: {str(error).strip().splitlines()[0]}") from error
+    except InputError:
+        raise
+    except Unplanned as unplanned:
+        raise Unstackable(f"{what}, which has {unplanned}") from None
+    except Exception as error:  # a fault of its own is raised again by the client alone
+        said = str(error).strip().splitlines()
+        raise Unstackable(f"{what}, which vmap refuses: {said[0] if said else type(error).__name__}") from error
 
 
 class _Draws:

@@ -7,6 +7,7 @@ import threading
 from collections import Counter as Counts
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.draws import KEY_BYTES, Draws
 from fed_dpsat.step.gradients import loop
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum, cross_entropy
+from fed_dpsat.step.stacked import Unstackable, stacked_sum
 
 BOUND = 0.1
 
@@ -60,15 +62,7 @@ def moved(make, criterion=lambda: cross_entropy, *, drop, physical=128, steps=1,
         loss, found = ModelLoss(module, criterion()), []
         for _ in range(steps):
             try:
-                total, _ = clipped_gradient_sum(
-                    loss,
-                    trainable(module),
-                    (inputs[ids], targets[ids]),
-                    FlatClipping(clip_norm=BOUND),
-                    engine=engine,
-                    physical_batch_size=physical,
-                    draws=Draws(key=bytes(KEY_BYTES), ids=ids),
-                )
+                total = sum_of(loss, trainable(module), (inputs[ids], targets[ids]), ids, physical, engine)
             except ModelError:
                 break  # refused, and so it stays
             found.append(total)
@@ -76,9 +70,33 @@ def moved(make, criterion=lambda: cross_entropy, *, drop, physical=128, steps=1,
     return max((float(global_norm(subtract(a, b))) for a, b in zip(*sums, strict=False)), default=0.0) / BOUND
 
 
+def sum_of(loss, params, batch, ids, physical, engine):
+    if engine == "stacked":
+        try:
+            return of_two_clients(loss, params, batch, physical)
+        except Unstackable:
+            engine = "auto"
+    how = {"engine": engine, "physical_batch_size": physical, "draws": Draws(key=bytes(KEY_BYTES), ids=ids)}
+    return clipped_gradient_sum(loss, params, batch, FlatClipping(clip_norm=BOUND), **how)[0]
+
+
+def of_two_clients(loss, params, batch, physical):
+    """The sums of a client of ``batch`` and of one that has all examples, together."""
+    clients = [batch, examples()]
+    width = max(len(y) for _, y in clients)
+    stack = {name: torch.stack([p, p]) for name, p in params.items()}
+    padded = (
+        torch.stack([torch.cat([t, t.new_zeros(width - len(t), *t.shape[1:])]) for t in of])
+        for of in zip(*clients, strict=True)
+    )
+    real = torch.stack([torch.arange(width) < len(y) for _, y in clients])
+    return stacked_sum(loss, stack, *padded, real, FlatClipping(clip_norm=BOUND), 2 * physical)[0]
+
+
 def check_bounded(make, criterion=lambda: cross_entropy, plans=((3, 128, 1), (0, 2, 1)), **more):
     """In each engine; a module may be refused."""
-    for engine, drop, physical, steps in [*(("auto", *plan) for plan in plans), ("vmap", *plans[0])]:
+    ways = [("auto", *plan) for plan in plans], [("vmap", *plans[0])], [("stacked", *plan) for plan in plans]
+    for engine, drop, physical, steps in chain.from_iterable(ways):
         found = moved(make, criterion, drop=drop, physical=physical, steps=steps, engine=engine, **more)
         assert found <= 1 + 1e-6, (engine, drop, physical)
 
