@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from fed_dpsat import RunConfig
 from tools import blocks, links, reference
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +97,15 @@ def test_the_site_builds_without_a_broken_link(tmp_path):
     assert (tmp_path / "site" / "reference" / "cli.html").exists()
     (tmp_path / "docs" / "index.md").write_text("# Home\n\n[nowhere](privacy.md#nowhere)\n")
     assert subprocess.run(build, cwd=tmp_path, capture_output=True, check=False).returncode != 0
+
+
+def test_settings_in_the_tables_for_newcomers_exist():
+    """A span such as `clip_norm` or `noise_source=system` in the last column."""
+    rows = [line for line in (ROOT / "docs" / "coming_from.md").read_text().splitlines() if line.startswith("| ")]
+    spans = [span for row in rows for span in re.findall(r"`([^`]+)`", row.rstrip(" |").rpartition(" | ")[2])]
+    named = [found[1] for span in spans if (found := re.fullmatch(r"([a-z]\w*_\w+|\w+(?==))(=\S+)?", span))]
+    assert len(named) > 30
+    assert set(named) - {f.name for f in dataclasses.fields(RunConfig)} == set()
 
 
 def write(path, text):

@@ -27,7 +27,7 @@ from fed_dpsat.settings.config import MACHINE
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "# nav: begin", "# nav: end"
 SECTIONS = (
-    ("", ("index.md", "quickstart.md", "concepts.md")),
+    ("", ("index.md", "quickstart.md", "concepts.md", "coming_from.md")),
     (
         "Guides",
         (
