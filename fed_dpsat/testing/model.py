@@ -8,12 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fed_dpsat.errors import ModelError
 from fed_dpsat.params import Params, global_norm, subtract, trainable, zeros_like
 from fed_dpsat.step.clipping import FlatClipping
+from fed_dpsat.step.examples import Examples, count, some
+from fed_dpsat.step.gradients.call import call
+from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.gradients.per_example import Engine, ModelLoss, check_module, clipped_gradient_sum
 from fed_dpsat.step.gradients.unchanging import check_unchanging
+from fed_dpsat.tasks.base import Task
+from fed_dpsat.tasks.classification import Classification
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.problems import copied, difference
 
@@ -25,42 +31,61 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """``make()`` gives the module for ``x[B, *input_shape]``; ``engine`` computes per-example gradients.
+    """``make()`` gives the module for ``inputs[B, ...]``; ``engine`` computes per-example gradients.
 
-    ``inputs`` are ``BATCH`` examples, and ``others`` replace all but the first of them. ``probe`` and 1 - ``probe`` are
-    valid inputs too.
+    ``others[B, ...]`` have the same first example, beside other ones.
     """
 
     make: Callable[[], nn.Module]
-    num_classes: int
+    task: Task
     engine: str | Engine
-    inputs: Tensor
-    others: Tensor
-    probe: Tensor
+    inputs: Examples
+    others: Examples
+    targets: Examples
+
+    @property
+    def batch(self) -> int:
+        """Its number of examples."""
+        return count(self.inputs)
 
 
 def check_model(
     factory: Callable[[], nn.Module],
     *,
-    input_shape: tuple[int, ...],
+    input_shape: tuple[int, ...] = (),
+    inputs: Examples = None,
+    targets: Examples = None,
+    task: Task | None = None,
     num_classes: int = 10,
     engine: str | Engine = "auto",
-    tokens: int = 0,
 ) -> list[str]:
-    """Run the suite on ``() -> module`` from ``x[B, *input_shape]`` to ``[B, num_classes]``; returns the check names.
+    """Run the suite on ``() -> module``; returns the check names.
 
-    ``engine`` is a name in ``ENGINES``, or your own engine. Inputs are normal numbers; for a model of texts they are
-    token numbers below ``tokens``. Raises ``ConformanceError``.
+    The module maps ``x[B, *input_shape]``, normal numbers, to ``[B, num_classes]``. Or give a batch of your own as
+    ``inputs``: a tensor or a tree of tensors ``[B, ...]`` of two examples or more that differ, such as tokens and their
+    mask. ``task`` gives the loss and the shape of the outputs of another task than classes, for ``targets[B, ...]``.
+    ``engine`` is a name in ``ENGINES``, or your own engine. Raises ``ConformanceError``, and ``ValueError`` for a batch
+    of fewer than two examples, and for a task without targets.
     """
-    generator = torch.Generator().manual_seed(0)
-    shape = (BATCH, *input_shape)
-    if tokens:
-        inputs, others = (torch.randint(0, tokens, shape, generator=generator).float() for _ in range(2))
-        others, probe = others[1:], inputs % 2
+    if inputs is None:
+        inputs = torch.randn((BATCH, *input_shape), generator=torch.Generator().manual_seed(0))
+        others: Examples = torch.cat([inputs[:1], 10 * inputs[1:].flip(0) + 3])
+    elif (size := count(inputs)) < 2:
+        raise ValueError(f"inputs of {size} examples: give at least two that differ, or no other example could mix in")
     else:
-        inputs = probe = torch.randn(shape, generator=generator)
-        others = 10 * inputs[1:].flip(0) + 3
-    subject = Subject(make=factory, num_classes=num_classes, engine=engine, inputs=inputs, others=others, probe=probe)
+        others = tree_map(lambda t: t[:1].expand_as(t).clone(), inputs)
+    if targets is None:
+        if task is not None:
+            raise ValueError(f"task {task.name} without targets: give targets[B, ...] as the task has them")
+        targets = torch.arange(count(inputs)) % num_classes
+    subject = Subject(
+        make=factory,
+        task=task or _Classes(num_classes),
+        engine=engine,
+        inputs=inputs,
+        others=others,
+        targets=targets,
+    )
     return run_checks("model", CHECKS, subject)
 
 
@@ -75,14 +100,14 @@ def layers_share_no_statistics(subject: Subject) -> None:
 
 
 def logits_are_one_row_per_example(subject: Subject) -> None:
-    """``x[B, *input_shape] -> logits[B, num_classes]``, for B = 1 too."""
-    for batch in (1, BATCH):
-        logits = subject.make()(subject.inputs[:batch].clone())
+    """``x[B, ...]`` has outputs of the shape that the task takes, for B = 1 too."""
+    for batch in (1, subject.batch):
+        logits = _logits(subject.make(), some(subject.inputs, slice(batch)))
         require(
-            tuple(logits.shape) == (batch, subject.num_classes),
-            expected=f"logits of shape ({batch}, {subject.num_classes})",
-            seen=str(tuple(logits.shape)),
-            remedy="keep the batch dimension first, and one logit per class",
+            subject.task.fits(logits, batch),
+            expected=f"outputs of shape {subject.task.expected(batch)}",
+            seen=str(list(logits.shape)),
+            remedy="keep the batch dimension first, and the outputs that the task has, such as one logit per class",
         )
 
 
@@ -90,9 +115,9 @@ def logits_ignore_the_other_examples(subject: Subject) -> None:
     """The logits of an example do not change with the other examples of the batch, in training mode."""
     module = subject.make().train()
     rows = []
-    for batch in (subject.inputs, torch.cat([subject.inputs[:1], subject.others])):
+    for batch in (subject.inputs, subject.others):
         torch.manual_seed(0)  # equal dropout masks
-        rows.append(module(batch.clone())[0].detach())
+        rows.append(_logits(module, batch)[0].detach())
     away = float((rows[0] - rows[1]).abs().max())
     require(
         away <= TOLERANCE * (1 + float(rows[0].abs().max())),
@@ -104,13 +129,14 @@ def logits_ignore_the_other_examples(subject: Subject) -> None:
 
 def forward_changes_nothing(subject: Subject) -> None:
     """A forward pass changes neither its input nor the module: parameters, buffers and other state."""
-    module, inputs = subject.make().train(), subject.inputs.clone()
-    before = copied({"the input": inputs})
-    module(inputs)
-    said = difference(before, {"the input": inputs})
+    module, inputs = subject.make().train(), tree_map(torch.clone, subject.inputs)
+    leaves = dict(zip(_names(inputs), tree_leaves(inputs), strict=True))
+    before = copied(leaves)
+    call(module, {}, inputs)
+    said = difference(before, leaves)
     remedy = "an operation in place on the input changes the data"
     try:
-        check_unchanging(subject.make(), subject.probe, 1 - subject.probe)
+        check_unchanging(subject.make(), subject.inputs, subject.others)
     except ModelError as error:
         said, _, remedy = str(error).partition("; ")
     require(not said, expected="an unchanged input and module after a forward pass", seen=said, remedy=remedy)
@@ -122,24 +148,26 @@ def gradients_are_those_of_single_examples(subject: Subject) -> None:
     for layer in module.modules():
         if isinstance(layer, DROPOUT):
             layer.eval()
-    loss, params, rule = ModelLoss(module), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
-    if _draws(module, subject.inputs.double()):  # in a function, without a layer
+    inputs, targets = tree_map(lambda t: t.double() if t.is_floating_point() else t, subject.inputs), subject.targets
+    loss, params, rule = ModelLoss(module, subject.task.loss), trainable(module), FlatClipping(clip_norm=CLIP_NORM)
+    if _draws(module, inputs):  # in a function, without a layer
         module.eval()
-    inputs, targets = subject.inputs.double(), torch.arange(BATCH) % subject.num_classes
     one_by_one = zeros_like(params)
-    for x, y in zip(torch.split(inputs, 1), torch.split(targets, 1), strict=True):
-        gradient = _gradient(loss, params, x.clone(), y)
+    for i in range(subject.batch):
+        one = slice(i, i + 1)
+        gradient = _gradient(loss, params, tree_map(torch.clone, some(inputs, one)), some(targets, one))
         scale = min(1.0, CLIP_NORM / max(float(global_norm(gradient)), 1e-30))
         one_by_one = {name: total + scale * gradient[name] for name, total in one_by_one.items()}
     if callable(subject.engine):
-        found, _ = subject.engine(loss, params, inputs.clone(), targets, rule)
+        found, _ = subject.engine(loss, params, tree_map(torch.clone, inputs), targets, rule)
     else:
-        found, _ = clipped_gradient_sum(loss, params, (inputs.clone(), targets), rule, engine=subject.engine)
+        batch = tree_map(torch.clone, inputs), targets
+        found, _ = clipped_gradient_sum(loss, params, batch, rule, engine=subject.engine)
     away = float(global_norm(subtract(found, one_by_one)))
     require(
-        away <= TOLERANCE * BATCH * CLIP_NORM,
-        expected=f"the sum over {BATCH} single examples, each clipped to {CLIP_NORM}",
-        seen=f"a sum {away / (BATCH * CLIP_NORM):.3g} of its bound away with engine {_name(subject.engine)}",
+        away <= TOLERANCE * subject.batch * CLIP_NORM,
+        expected=f"the sum over {subject.batch} single examples, each clipped to {CLIP_NORM}",
+        seen=f"a sum {away / (subject.batch * CLIP_NORM):.3g} of its bound away with engine {_name(subject.engine)}",
         remedy="an in-place activation (inplace=True) overwrites tensors of hooks, a layer used twice counts twice: "
         "try engine='vmap'",
     )
@@ -154,16 +182,38 @@ CHECKS = (
 )
 
 
-def _draws(module: nn.Module, inputs: Tensor) -> bool:
+class _Classes(Classification):
+    """No more outputs than classes."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(tuple(map(str, range(num_classes))))
+
+    def fits(self, outputs: Tensor, count: int) -> bool:
+        return outputs.shape == (count, self.outputs)
+
+
+def _logits(module: nn.Module, inputs: Examples) -> Tensor:
+    """Of copies of ``inputs[B, ...]``."""
+    return logits_of(call(module, {}, tree_map(torch.clone, inputs)))
+
+
+def _names(inputs: Examples) -> list[str]:
+    """Of the leaves, in an error."""
+    if isinstance(inputs, dict) and all(isinstance(value, Tensor) for value in inputs.values()):
+        return [f"the input {name!r}" for name in inputs]
+    return [f"the input {i}" if i else "the input" for i, _ in enumerate(tree_leaves(inputs))]
+
+
+def _draws(module: nn.Module, inputs: Examples) -> bool:
     """Whether outputs depend on the generator."""
     rows = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        rows.append(module(inputs.clone()).detach())
-    return not torch.allclose(*rows)
+        rows.append(_logits(module, inputs).detach())
+    return not torch.allclose(rows[0], rows[1])
 
 
-def _gradient(loss: ModelLoss, params: Params, inputs: Tensor, targets: Tensor) -> Params:
+def _gradient(loss: ModelLoss, params: Params, inputs: Examples, targets: Examples) -> Params:
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     total = loss(leaves, inputs, targets).sum()
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)

@@ -54,6 +54,39 @@ def test_what_is_not_fine_is_said_of_its_part_and_by_the_trial(quick, tmp_path, 
     assert "NOT FINE" in CliRunner().invoke(app, command[:-1]).stdout
 
 
+LINES = "\n".join(json.dumps({"text": f"{i} lines", "label": "ab"[i % 2]}) for i in range(40))
+TEXTS = ["dataset=text", "max_length=8", "model=gpt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "mixes"),
+    [
+        ([*TEXTS, "task=causal-lm"], False),
+        ([*TEXTS, "label_column=label", "class_names=a, b"], False),
+        ([*TEXTS, "label_column=label", "class_names=a, b", "model=m.py:Mixes"], True),
+    ],
+)
+def test_texts_of_each_task_are_tried_as_they_are(quick, tmp_path, monkeypatch, settings, mixes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines.jsonl").write_text(LINES)
+    (tmp_path / "m.py").write_text(
+        "from torch import nn\n"
+        "class Mixes(nn.Module):\n"
+        "    def __init__(self, vocabulary_size, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.embedding, self.head = nn.Embedding(vocabulary_size, 4), nn.Linear(4, num_classes)\n"
+        "    def forward(self, input_ids, attention_mask):\n"
+        "        x = self.embedding(input_ids).mean(1)\n"
+        "        return self.head(x - x.mean(0))\n"
+    )
+    data = ["data_source=jsonl", "data_path=lines.jsonl", "test_share=0.5", f"cache_dir={tmp_path}"]
+    command = ["check", *FAST, *(word for one in (*data, *settings) for word in ("--set", one)), "--json"]
+    found = json.loads(CliRunner().invoke(app, command).stdout)
+    problems = {part["part"]: part["problem"] for part in found["parts"] if part["problem"]}
+    assert list(problems) == ["model"] * mixes, problems
+    assert not mixes or "logits_ignore_the_other_examples" in problems["model"]
+
+
 @pytest.mark.parametrize(
     ("setting", "words"), [("modle=linear", "did you mean model"), ("model=liner", "did you mean linear")]
 )

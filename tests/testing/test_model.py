@@ -8,7 +8,8 @@ from torch import nn
 
 from fed_dpsat import plugins
 from fed_dpsat.step.gradients.per_example import ENGINES
-from fed_dpsat.testing import check_model
+from fed_dpsat.tasks.tokens import TokenClassification
+from fed_dpsat.testing import ConformanceError, check_model
 
 SHAPES = {"dpnasnet-fashion-mnist": (1, 28, 28)}
 GRADIENTS = "gradients_are_those_of_single_examples"
@@ -124,3 +125,73 @@ def test_activations_in_place_that_break_hooks_are_caught(engine, caught):
 
 def test_dropout_is_no_mixing():
     check_model(lambda: mlp(nn.Dropout(0.5)), input_shape=(6,))
+
+
+# A batch of the author's own: tokens with their mask, several tensors, an output for each position.
+
+
+def texts(size=4):
+    lengths = torch.arange(3, 3 + size)[:, None]
+    mask = (torch.arange(8) < lengths).long()
+    return {"input_ids": torch.randint(1, 20, (size, 8), generator=torch.Generator().manual_seed(0)) * mask} | {
+        "attention_mask": mask
+    }
+
+
+class Tokens(nn.Module):
+    """The class of a text, or of each position; ``mix`` is what it does to states ``[B, T, 6]``."""
+
+    def __init__(self, mix=lambda states, mask: states, each=False):
+        super().__init__()
+        self.embedding, self.head, self.mix, self.each = nn.Embedding(20, 6), nn.Linear(6, 5), mix, each
+
+    def forward(self, input_ids, attention_mask):
+        states = self.mix(self.embedding(input_ids), attention_mask[..., None].float())
+        return self.head(states if self.each else (states * attention_mask[..., None]).sum(1))
+
+
+def test_a_model_of_tokens_conforms():
+    assert len(check_model(Tokens, inputs=texts(), num_classes=5)) == 5
+
+
+def test_a_class_for_each_position_conforms():
+    task, targets = TokenClassification(tuple("abcde")), torch.arange(32).view(4, 8) % 5
+    assert len(check_model(lambda: Tokens(each=True), inputs=texts(), targets=targets, task=task)) == 5
+    with pytest.raises(ConformanceError, match=r"outputs of shape \[1, length, 5\]"):
+        check_model(Tokens, inputs=texts(), targets=targets, task=task)
+    with pytest.raises(ValueError, match="without targets"):
+        check_model(Tokens, inputs=texts(), task=task)
+
+
+def test_several_tensors_conform():
+    check_model(lambda: nn.Bilinear(3, 4, 10), inputs=(torch.randn(4, 3), torch.randn(4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("mix", "check"),
+    [
+        (lambda states, mask: states - states.mean(0), "logits_ignore_the_other_examples"),
+        (lambda states, mask: states * mask.mean(), "logits_ignore_the_other_examples"),
+        (lambda states, mask: states + mask.detach().mul_(2), None),
+    ],
+)
+def test_tokens_that_mix_are_caught(mix, check):
+    if check is None:
+        check_model(lambda: Tokens(mix), inputs=texts(), num_classes=5)
+        return
+    with pytest.raises(ConformanceError, match=check):
+        check_model(lambda: Tokens(mix), inputs=texts(), num_classes=5)
+
+
+def test_tokens_that_are_written_into_are_caught_by_name():
+    class Writes(Tokens):
+        def forward(self, input_ids, attention_mask):
+            return super().forward(input_ids.clamp_(max=3), attention_mask)
+
+    with pytest.raises(ConformanceError, match="input_ids"):
+        check_model(Writes, inputs=texts(), num_classes=5)
+
+
+def test_one_example_is_too_few():
+    with pytest.raises(ValueError, match="inputs of 1 examples"):
+        check_model(Tokens, inputs=texts(1), num_classes=5)

@@ -82,7 +82,7 @@ def test_without_the_repair_the_mask_of_transformers_reads_the_batch(folder, tex
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_texts_conform(kind, folder):
     path = folder(kind)
-    check_model(lambda: make(path, classes=10), input_shape=(LENGTH,), tokens=50)
+    check_model(lambda: make(path, classes=10), inputs=torch.randint(50, (4, LENGTH)).float())
 
 
 def test_images_have_the_channels_and_size_of_the_data(folder):
