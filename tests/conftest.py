@@ -3,6 +3,7 @@
 import random
 import resource
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import numpy as np
 import pytest
@@ -18,8 +19,23 @@ settings.load_profile("repeatable")
 LONGEST = ("tests/simulation/", "tests/test_placement_apart.py", "tests/step/gradients/")
 
 
-def pytest_collection_modifyitems(items):
-    """The longest files come first, so that several processes end at the same time."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Members of a family that ``by_default`` does not name are slow; a pattern that no case has is an error.
+
+    The longest files come first, so that several processes end at the same time.
+    """
+    unmet = {}
+    for item in items:
+        for mark in item.iter_markers("by_default"):
+            case, family = item.callspec.id, item.nodeid.partition("[")[0]
+            found = {pattern for pattern in mark.args if fnmatchcase(case, pattern)}
+            unmet[family] = unmet.get(family, set(mark.args)) - found
+            if not found:
+                item.add_marker(pytest.mark.slow)
+    wrong = {family: patterns for family, patterns in unmet.items() if patterns}
+    if wrong and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"by_default names cases that are not there: {wrong}")
     items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST)))
 
 

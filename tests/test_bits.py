@@ -103,6 +103,20 @@ def bits(folder) -> str:
     return found.hexdigest()[:12]
 
 
+@pytest.mark.by_default(
+    "digits",
+    "convolutions",
+    "stacked",
+    "client-level",
+    "secure-aggregation",
+    "buffered",
+    "adaptive-clipping",
+    "personal-layers",
+    "budgets",
+    "kalman",
+    "zeroth-order",
+    "freeze-over-momentum",
+)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_seed_gives_the_bits_of_before(name, tmp_path, untried):
     if arithmetic() != ARITHMETIC:

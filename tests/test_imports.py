@@ -54,6 +54,7 @@ def run(code):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_libraries_that_import_torchvision_are_imported_after_this_project():
     """In one fresh interpreter: the imports take seconds."""
     found = [name for name in ("torchvision", "timm", "peft") if importlib.util.find_spec(name) is not None]
@@ -75,6 +76,7 @@ for name in ("nms", "qnms"):
 """
 
 
+@pytest.mark.by_default("an extension that does not load")
 @pytest.mark.parametrize(
     ("extension", "prints"),
     [(WHOLE, ["torch.Size([3])", "[2.0, 2.0, 2.0]"]), ("", ["torch.Size([3])", "nms has no implementation"])],
@@ -100,6 +102,7 @@ except NotImplementedError:
     assert run(code.format(folder=str(tmp_path))) == prints
 
 
+@pytest.mark.slow
 def test_without_the_repair_the_import_fails():
     """The wrong version: shape functions of operators that nobody declared."""
     with pytest.raises(AssertionError, match="operator torchvision::nms does not exist"):

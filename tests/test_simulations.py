@@ -109,12 +109,14 @@ def test_cifar10_learns_privately_in_a_few_rounds(tmp_path):
     assert summary["epsilon"] <= 8.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "least", "most"), [("trimmed", 0.8, 1.0), ("fedavg", 0.0, 0.5)])
 def test_attacks_keeps_its_claim(strategy, least, most, tmp_path):
     """Means 87 % and 15 % over seeds, so neither hangs on this one."""
     assert least <= accuracy("attacks", tmp_path, f"strategy={strategy}") <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "least", "most"), [("noise-aware", 0.8, 1.0), ("fedavg", 0.0, 0.65)])
 def test_budgets_keeps_its_claim(strategy, least, most, tmp_path):
     """Means 88 % (sd 2) and 47 % (sd 7) over ten seeds."""

@@ -119,8 +119,8 @@ CHECKS = (
     no_events_cost_nothing,
     no_noise_costs_infinity,
     rounds_add_up,
-    epsilon_grows_with_what_is_released,
     gaussian_is_not_below_its_closed_form,
+    epsilon_grows_with_what_is_released,
     sampled_gaussian_is_not_below_pld,
     epsilon_says_something,
 )

@@ -199,11 +199,14 @@ def _adversarial(shapes: Shapes, clip_norm: float) -> Iterator[tuple[str, Tensor
     last = torch.cat([torch.zeros(sum(sizes) - sizes[-1], dtype=torch.float64), parts[-1]])
     directions = {
         "in random directions": spread,
-        "the same in every tensor": torch.cat([p / p.norm() for p in parts]),
-        "all in one tensor": last,
         "all in one coordinate": torch.nn.functional.one_hot(torch.tensor(0), sum(sizes)).double(),
-        "ever smaller by tensor": torch.cat([p / p.norm() * 10.0**-i for i, p in enumerate(parts)]),
     }
+    if len(parts) > 1:  # of one tensor, these are the random direction
+        directions |= {
+            "the same in every tensor": torch.cat([p / p.norm() for p in parts]),
+            "all in one tensor": last,
+            "ever smaller by tensor": torch.cat([p / p.norm() * 10.0**-i for i, p in enumerate(parts)]),
+        }
     for how, direction in directions.items():
         for ratio in RATIOS:
             yield f"a gradient of norm {ratio:.8g} clip_norm, {how}", direction / direction.norm() * ratio * clip_norm

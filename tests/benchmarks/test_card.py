@@ -17,6 +17,7 @@ from fed_dpsat.step.placement import CPU
 NO_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card on this machine")
 
 
+@pytest.mark.slow
 @NO_CARD
 def test_without_a_card_it_ends_with_the_reason():
     done = subprocess.run([sys.executable, "-m", "benchmarks.card"], cwd=card.ROOT, capture_output=True, text=True)

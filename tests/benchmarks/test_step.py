@@ -25,6 +25,7 @@ def measured(monkeypatch, *arguments):
     return step._measure(args := step._arguments(), args.model[0], 2)
 
 
+@pytest.mark.by_default("vit", "gpt", "gru", "lstm")
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_every_network_has_a_loss_for_each_example(name):
     if name in LIBRARY:

@@ -253,6 +253,7 @@ def arguments(*overrides):
     return [word for setting in (*(f"{n}={v}" for n, v in settings.items()), *overrides) for word in ("--set", setting)]
 
 
+@pytest.mark.by_default("wrong inputs", "output object", "few outputs", "one loss", "second round", "evaluation")
 @pytest.mark.parametrize("name", FAILURES)
 def test_what_cannot_run_is_one_line_and_charges_nobody(name, plugins, tmp_path, monkeypatch):
     setting, seen, remedy = FAILURES[name]
@@ -292,6 +293,7 @@ MODES = {
 }
 
 
+@pytest.mark.by_default("plain", "secure", "client level")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_has_the_bits_of_one_without_a_trial(mode, tmp_path, monkeypatch):
     config = RunConfig(**{**FAST, **MODES[mode]})

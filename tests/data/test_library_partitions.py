@@ -53,6 +53,7 @@ def test_each_partitioner_of_the_installed_version_has_a_name_or_is_refused():
     assert kebab == LIBRARY.keys() == PARTITIONS.keys() == ROWS.keys()
 
 
+@pytest.mark.by_default("distribution", "linear", "grouped-natural-id", "exponential")
 @pytest.mark.parametrize("name", LIBRARY)
 def test_equal_arguments_give_equal_parts_and_the_seed_decides_who_is_in_them(name):
     by, arguments, num_clients = ROWS[name]

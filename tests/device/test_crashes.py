@@ -170,9 +170,8 @@ def test_200_random_kills(folder):
     assert answered > rounds // 2
 
 
-@pytest.mark.parametrize(
-    "mode", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["at the write", "in the middle of it"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [1, 2], ids=["at the write", "in the middle of it"])
 def test_a_kill_at_each_write(folder, fault, mode):
     found = run(WRITES, folder, 1e6, mode, preload=fault)
     assert len(found) > 20

@@ -120,6 +120,7 @@ def test_what_has_another_name_is_named_before_a_run_begins(touched, instead, na
         SimulationGrid(InProcessBackend(ClientApp(), {}, 1), 1)
 
 
+@pytest.mark.slow
 def test_a_command_says_in_one_line_what_is_missing(tmp_path):
     code = (
         "import sys, flwr.app, flwr.supercore.task_identity as module; del module.TaskIdentity; "

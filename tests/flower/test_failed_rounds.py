@@ -38,6 +38,7 @@ def charged(folder):
         return max(ledger.rounds_by_client().values()), sum(ledger.rounds_by_client().values())
 
 
+@pytest.mark.by_default("ordinary", "buffered", "coins, and rounds with nobody")
 @pytest.mark.parametrize("kind", KINDS)
 def test_replies_of_a_model_that_diverged_end_the_run_at_the_third_round(tmp_path, kind):
     with pytest.raises(FederationError, match=r"no reply was valid, 3 round.*beyond 1e\+14.*lower lr") as raised:

@@ -51,6 +51,7 @@ def test_the_mean_is_the_one_of_float64(count):
     np.testing.assert_allclose(sums.merge(parts).mean()["w"], exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.by_default("cuts[034]-*")
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("cuts", [[64, 128, 192], [8, 12, 14], [3, 6, 9, 199], list(range(1, 200)), [50]])
 def test_runs_of_clients_may_be_cut_anywhere_and_the_bits_stay(cuts, alike, same_bits):

@@ -34,6 +34,7 @@ def measured(config: RunConfig, round: int) -> np.ndarray:
     return np.concatenate([(noisy[n] - clean[n]).double().numpy().ravel() for n in params])
 
 
+@pytest.mark.by_default("dp-sgd-4-cosine", "dp-sat-1-cosine", "extrapolated-4-constant")
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("local_steps", [1, 4])
 @pytest.mark.parametrize("optimizer", ["dp-sgd", "dp-sat", "extrapolated"])

@@ -157,6 +157,7 @@ def tokens():
     return Dataset(name="tokens", train=split(60, 0), test=split(20, 1), class_names=())
 
 
+@pytest.mark.by_default("gpt2-*", "bert-changes0")
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [

@@ -80,6 +80,7 @@ def test_who_tosses_before_others_join_is_known_to_take_part(tmp_path):
     assert summary["epsilon_released"] > epsilon_released(event, {1.0: alone}, 1e-4)
 
 
+@pytest.mark.by_default("settings0-*", "settings3-*", "settings4-*", "settings9-*")
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

@@ -46,6 +46,7 @@ print(faults(), tune_allocator(), faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_blocks_are_kept():
     """Page faults of five blocks of 64 MiB after twenty; in a process of its own, for it cannot be undone."""

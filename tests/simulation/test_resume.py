@@ -95,6 +95,13 @@ POINTS = {
 }
 
 
+@pytest.mark.by_default(
+    "while a checkpoint is written",
+    "before it is settled",
+    "after the line, before the checkpoint",
+    "after a charge",
+    "in the middle of training",
+)
 @pytest.mark.parametrize("point", POINTS)
 def test_a_driver_killed_anywhere_and_resumed_ends_as_if_it_had_not_been(uninterrupted, tmp_path, point):
     owner, name, call, after = POINTS[point]

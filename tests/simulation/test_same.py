@@ -58,6 +58,7 @@ def config(request, tmp_path):
     return dataclasses.replace(CONFIG, **{request.param: f"{tmp_path / 'mine.py'}:{name}"}, **frozen)
 
 
+@pytest.mark.slow
 def test_workers_that_build_another_run_end_it_before_anything_is_charged(tmp_path, ray_cluster):
     (tmp_path / "mine.py").write_text(PLUGINS)
     config = dataclasses.replace(CONFIG, partition=f"{tmp_path / 'mine.py'}:partition", workers=1)

@@ -119,6 +119,7 @@ def rounds(train, data, name, optimizer, clipping, count=3, **settings):
     return results
 
 
+@pytest.mark.by_default("dp-sgd-cnn-0.0", "dp-sat-mlp-*", "dp-sat-momentum-affine-0.0", "dp-sgd-linear-0.0")
 @pytest.mark.parametrize(
     ("model", "sigma"),
     [
@@ -153,6 +154,7 @@ def test_every_rule_that_looks_at_one_example_is_stacked(clipping):
     assert_same(rounds(together, *arguments, sigma=0.0), rounds(alone, *arguments, sigma=0.0))
 
 
+@pytest.mark.by_default("9", "128")
 @pytest.mark.parametrize("physical", [1, pytest.param(4, marks=pytest.mark.slow), 9, 128])
 def test_the_split_into_physical_batches_changes_nothing(physical):
     loss, data = loss_of("cnn"), examples()
@@ -234,6 +236,7 @@ def test_the_sum_of_each_client_is_bounded_example_by_example(rule):
             assert float(global_norm({n: t[k] for n, t in moved.items()})) <= clip_norm * (1 + 1e-6)
 
 
+@pytest.mark.by_default("mlp-*", "cnn-values-0.0")
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
 @pytest.mark.parametrize("change", ["values", "huge", "nan", "more"])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])

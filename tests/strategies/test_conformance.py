@@ -27,6 +27,7 @@ def factory(name, private):
     return lambda: build_strategy(config)
 
 
+@pytest.mark.by_default("fedavg-True", "kalman-True")
 @pytest.mark.parametrize("private", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", plugins.builtin("strategy"))
 def test_every_shipped_strategy_conforms(name, private):
@@ -34,6 +35,7 @@ def test_every_shipped_strategy_conforms(name, private):
     assert len(made) == 10 + (name in AVERAGING)
 
 
+@pytest.mark.by_default("noise-aware")
 @pytest.mark.parametrize("name", plugins.builtin("strategy"))
 def test_without_noise_too(name, monkeypatch):
     monkeypatch.setattr(strategy, "CHECKS", OF_VALUES)

@@ -91,6 +91,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.by_default("flat", "adaptive")
 @pytest.mark.parametrize("name", plugins.builtin("clipping"))
 def test_every_shipped_rule_conforms(name):
     assert len(check_clipping(plugins.builtin("clipping")[name])) == 8

@@ -86,6 +86,7 @@ def naive_hooks(loss_fn, params, inputs, targets, clipping):
     return {n: torch.einsum("b,b...->...", factors[n], g) for n, g in rows.items()}, 0
 
 
+@pytest.mark.by_default("linear", "mlp*", "tanh-cnn-small", "selu-cnn-small")
 @pytest.mark.parametrize(
     "name",
     [

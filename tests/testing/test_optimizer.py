@@ -314,6 +314,7 @@ REPLAY = "training_is_replayed_from_private_gradients_alone"
 LOOPS = {"reset": REPLAY, "raw": REPLAY, "restore on the last": "physical_batches_change_nothing"}
 
 
+@pytest.mark.by_default("dp-sat", "random-freeze")
 @pytest.mark.parametrize("name", plugins.builtin("optimizer"))
 def test_every_shipped_optimizer_conforms(name):
     assert len(check_optimizer(lambda: shipped(name), zero_lr=lambda: shipped(name, lr=0.0))) == 13

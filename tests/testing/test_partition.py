@@ -73,6 +73,7 @@ CLIENTS = {
 }
 
 
+@pytest.mark.by_default("iid", "natural", "dirichlet", "size-skew")
 @pytest.mark.parametrize("name", plugins.builtin("partition"))
 def test_every_shipped_partition_conforms(name):
     factory = functools.partial(plugins.builtin("partition")[name], **ARGUMENTS.get(name, {}))

@@ -217,11 +217,13 @@ STOCK = {
 }
 
 
+@pytest.mark.by_default("FedAvg", "FedMedian")
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_strategies_conform(name):
     check_strategy(STOCK[name], averaging=name in ("FedAvg", "FedProx"))
 
 
+@pytest.mark.by_default("Combining", "MomentumIsStored")
 @pytest.mark.parametrize("factory", [Combining, Momentum, MomentumIsStored, NeedsTheMean])
 def test_what_the_broken_ones_are_made_of_conforms(factory):
     check_strategy(factory, averaging=factory in (Combining, NeedsTheMean))

@@ -61,6 +61,7 @@ class BoundsTwice(ClientRelease):
 BROKEN = [NoNoise, NothingForNobody, SameNoiseEachRound, ByThoseWhoReplied, BoundsTwice]
 
 
+@pytest.mark.by_default("NoNoise", "NothingForNobody")
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_release_shows_more_than_its_ledger_says(kind):
     result = play_clients(game(kind=kind))

@@ -178,6 +178,7 @@ SLOW = (
 )
 
 
+@pytest.mark.by_default("no noise", "each tensor clipped to C", "noise reused between steps")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in BROKEN])
 def test_a_broken_mechanism_shows_more_than_its_ledger_says(name):
     result = play(BROKEN[name])

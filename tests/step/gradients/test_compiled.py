@@ -216,6 +216,7 @@ def another_source(tmp_path, monkeypatch):
     forget()
 
 
+@pytest.mark.by_default("one block only", "the sums", "beyond the border")
 @here
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_kernel_is_not_used(name, another_source):

@@ -329,6 +329,7 @@ FORKED = {
 }
 
 
+@pytest.mark.by_default("dropout-*", "rand-*", "poisson-*")
 @pytest.mark.parametrize("engine", ["auto", "vmap"])
 @pytest.mark.parametrize("name", FORKED)
 def test_a_seed_of_a_models_own_gives_no_example_the_numbers_of_its_place(name, engine):

@@ -408,6 +408,7 @@ def together(found):
     return torch.cat([g.flatten() for g in found.values()])
 
 
+@pytest.mark.by_default("*-sdpa")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", ZOO)
 def test_clipped_sums_are_those_of_single_examples(name, attention, one_pass):
@@ -421,6 +422,16 @@ def test_clipped_sums_are_those_of_single_examples(name, attention, one_pass):
     assert float((together(found) - expected).norm() / expected.norm()) < 1e-8
 
 
+@pytest.mark.by_default(
+    "torchvision_vit-eager",
+    "timm_vit-sdpa",
+    "gpt2-sdpa",
+    "bert-*",
+    "lora-sdpa",
+    "T5-eager",
+    "encoder-sdpa",
+    "decoder-eager",
+)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", ZOO)
 def test_with_dropout_a_sum_is_that_of_its_examples_one_by_one(name, attention, one_pass):
