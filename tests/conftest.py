@@ -16,7 +16,7 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-LONGEST = ("tests/simulation/", "tests/test_placement_apart.py", "tests/step/gradients/")
+LONGEST = ("tests/simulation/", "tests/test_", "tests/testing/", "tests/step/gradients/")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -32,6 +32,7 @@ def test_every_method_has_a_row_and_a_line():
     assert [config_of(command).optimizer for command in ON_DIGITS][: len(TABLE)] == TABLE
 
 
+@pytest.mark.by_default("*optimizer=dp-sat --set rho*", "*optimizer=zeroth-order --set lr*", "*base_optimizer=disk")
 @pytest.mark.parametrize("command", ON_DIGITS)
 def test_its_line_trains(command, tmp_path):
     """As it stands, but for the number of rounds and clients and, where there is a budget, the search for the noise."""

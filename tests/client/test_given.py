@@ -79,6 +79,7 @@ def model_of(folder):
     return torch.load(folder / "checkpoint" / "model.pt", weights_only=True)["params"]
 
 
+@pytest.mark.by_default("all", "a strategy with a memory")
 @pytest.mark.parametrize("case", OBJECTS)
 def test_two_runs_with_one_object_give_the_same_bits(tmp_path, same_bits, case):
     objects = OBJECTS[case]()
@@ -157,6 +158,7 @@ def test_the_folder_says_what_the_objects_were(tmp_path):
     assert called(objects["strategy"]) == names["strategy"]
 
 
+@pytest.mark.by_default("model", "strategy")
 @pytest.mark.parametrize("lost", ["strategy", "optimizer", "model", "dataset"])
 def test_a_resumed_run_wants_the_objects_again(tmp_path, lost):
     """It went on with what the settings happened to name."""

@@ -94,6 +94,7 @@ ENDS = {
 }
 
 
+@pytest.mark.by_default("invalid", "crashed or gone", "a valid reply is", "a round with nobody is no end of the row")
 @pytest.mark.parametrize("case", ENDS)
 def test_a_row_of_rounds_without_a_valid_reply_ends_the_run(tmp_path, case):
     config, script, last = ENDS[case]

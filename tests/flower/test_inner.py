@@ -86,6 +86,7 @@ NOT_SAID = {
 }
 
 
+@pytest.mark.by_default("a minimum", "evaluation", "another fraction")
 @pytest.mark.parametrize("case", SAID)
 def test_what_is_overruled_is_said_once_in_one_line(tmp_path, caplog, case):
     strategy, changes, said = SAID[case]

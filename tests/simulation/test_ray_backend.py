@@ -164,6 +164,7 @@ def test_a_client_that_kills_every_worker_is_an_error_and_the_rest_goes_on(start
     assert seen(ask(backend, NODES, ARRAYS))[1] == 1
 
 
+@pytest.mark.slow
 def test_one_worker_is_enough(start):
     assert list(seen(ask(start(deaths=1, workers=1), NODES, ARRAYS))) == GOOD
 

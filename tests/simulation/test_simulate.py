@@ -333,6 +333,7 @@ def test_adaptive_clipping_and_several_passes_are_accounted(tmp_path):
     assert summary["local_steps"] == 5  # 2 passes at 0.4
 
 
+@pytest.mark.slow
 def test_replies_that_workers_find_invalid_end_the_run_at_the_third_round_too(tmp_path, untried, ray_cluster):
     with pytest.raises(FederationError, match="no reply was valid, 3 round"):
         simulate(dataclasses.replace(CONFIG, workers=1, lr=1e20, num_rounds=8), tmp_path / "run")

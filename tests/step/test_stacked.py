@@ -138,6 +138,7 @@ def test_together_is_as_alone(model, optimizer, sigma):
     assert_same(rounds(together, *arguments, sigma=sigma), rounds(alone, *arguments, sigma=sigma))
 
 
+@pytest.mark.by_default("FlatClipping-0.01", "PerLayerClipping-1.0")
 @pytest.mark.parametrize(
     "clipping",
     [

@@ -138,6 +138,7 @@ def both(experiment, there, drawn, **how):
     return found, here
 
 
+@pytest.mark.by_default("*dp-sat-mlp-planned", "*dp-sat-cnn-vmap", "*dp-sgd-cnn-planned")
 @pytest.mark.parametrize(
     ("optimizer", "model", "engine"),
     [
@@ -167,6 +168,7 @@ def test_every_optimizer_trains_there_on_the_same_draws(optimizer, there, drawn)
 RULES = ("automatic", "global", "per-layer", "adaptive")
 
 
+@pytest.mark.by_default("*per-layer", "*adaptive")
 @pytest.mark.parametrize("clipping", RULES)
 def test_every_clipping_rule_clips_there(clipping, there, drawn):
     assert_close(*both(experiment_of(clipping=clipping, sample_rate=0.9), there, drawn), there)
@@ -229,6 +231,7 @@ def test_noise_of_the_operating_system_is_rounded_to_its_grid_and_goes_there(the
     assert torch.equal(steps, steps.round())
 
 
+@pytest.mark.by_default("*dp-sat")
 @pytest.mark.parametrize("optimizer", ["dp-sat", "adam", "modelmix"])
 def test_stacked_clients_train_there_together(optimizer, there, drawn, monkeypatch):
     monkeypatch.setattr("fed_dpsat.client.train.warn_once", lambda reason: pytest.fail(reason))
@@ -257,6 +260,7 @@ def test_the_server_evaluates_there(there):
     torch.testing.assert_close(quality_of(found, 10).nll, quality_of(predict(module, params, test), 10).nll)
 
 
+@pytest.mark.slow
 def test_a_run_there_leaves_the_ledger_and_nearly_the_model_of_one_here(there, tmp_path):
     config = experiment_of("cnn", num_rounds=2, clients_per_round=2).config
     found = {}
