@@ -31,6 +31,7 @@ def test_it_is_valid_and_says_what_it_claims(path):
     assert f"fed-dpsat run simulations/{path.name}" in text
 
 
+@pytest.mark.by_default("methods_quick", "*_table", "dp_sat_longer", "table_*", "texts_*")
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_is_valid_and_says_what_it_claims(path):
     spec = read_spec(path)
@@ -43,6 +44,7 @@ def test_a_sweep_is_valid_and_says_what_it_claims(path):
         assert all(spec.tune_runs(cell) for cell in spec.cells()), "each with its own tuned settings"
 
 
+@pytest.mark.by_default("methods_quick")
 @pytest.mark.parametrize("name", ["dp_sat_fashion_mnist", "methods_quick", "methods_fashion_mnist", "methods_cifar10"])
 def test_a_whole_study_is_at_three_epsilons(name):
     cells = read_spec(ROOT / "simulations" / f"{name}.toml").cells()

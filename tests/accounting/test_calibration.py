@@ -9,6 +9,7 @@ from fed_dpsat.accounting.calibration import epsilon_table, noise_multiplier_for
 from fed_dpsat.accounting.event import PrivacyError
 
 
+@pytest.mark.by_default("*-pld", "1.0-*", "3.0-1e-05-*")
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 @pytest.mark.parametrize(
     ("target", "delta", "sample_rate", "steps"),

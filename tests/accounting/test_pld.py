@@ -18,6 +18,7 @@ def outside(history, delta, grid):
     return accountant.get_epsilon(delta)
 
 
+@pytest.mark.slow
 def test_agrees_with_dp_accounting_on_a_random_grid(event):
     draw = random.Random(1)
     for _ in range(6):

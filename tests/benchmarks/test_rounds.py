@@ -55,6 +55,7 @@ def test_idle_clients_leave_the_model_as_it_is() -> None:
         torch.testing.assert_close(once[name], twice[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_cohort_of_a_population_trains() -> None:
     turns = Turns()
     params = ours_population(Setting(clients=20, cohort=4, rounds=2), turns)

@@ -228,6 +228,7 @@ def test_an_optimizer_that_moves_what_it_says_is_frozen_is_told(freezing):
         dataclasses.replace(experiment, optimizer=drifting).client_round(0, assignment, params, None)
 
 
+@pytest.mark.by_default("fedavg-random-freeze")
 @pytest.mark.parametrize("optimizer", ["random-freeze", "dp-sat"])
 @pytest.mark.parametrize("strategy", ["fedavg", "flwr.serverapp.strategy:FedMedian"])
 def test_a_run_is_the_same_to_the_bit_whether_frozen_coordinates_travel_or_not(
@@ -250,6 +251,7 @@ def test_a_run_is_the_same_to_the_bit_whether_frozen_coordinates_travel_or_not(
     assert torch.equal(flat(one), flat(other))
 
 
+@pytest.mark.by_default("1")
 @pytest.mark.parametrize("directions", [1, 3])
 def test_zeroth_order_rounds_send_one_number_a_step_and_direction(tmp_path, monkeypatch, directions):
     """8 bytes for two steps, of 2600 for the model; the model is that of whole messages, up to rounding."""

@@ -93,6 +93,7 @@ def test_json_has_every_count(natural):
     assert found["labels"]["counts"]["kind 0"] == {"train": 30, "test": 30}
 
 
+@pytest.mark.by_default("2")
 @pytest.mark.parametrize("num_classes", [2, 15, 60])
 def test_a_picture_has_the_colours_of_its_classes(natural, tmp_path, num_classes):
     path = tmp_path / "new" / "clients.png"

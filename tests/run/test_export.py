@@ -111,6 +111,7 @@ CASES = [
 ]
 
 
+@pytest.mark.by_default("gpt2-*")
 @pytest.mark.parametrize(("kind", "changes"), CASES)
 def test_peft_loads_an_adapter_over_the_weights_that_it_began_from(kind, changes, trained, tmp_path):
     import transformers
@@ -181,6 +182,7 @@ def test_transformers_loads_a_whole_network(kind, changes, trained, tmp_path):
     assert network.config.architectures == [type(network).__name__]
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_an_export(trained, tmp_path):
     run = trained("bert", adapter="lora")
     export_run(run, tmp_path / "out", merge=True)

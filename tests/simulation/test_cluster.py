@@ -95,6 +95,7 @@ def test_without_an_address_nobody_elses_cluster_is_joined(no_ray, monkeypatch):
     assert seen == ["local"]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_there_is_found_reachable(ray_cluster):
     cluster._check_reachable(ray.get_runtime_context().gcs_address)
 

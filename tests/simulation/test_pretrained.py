@@ -144,6 +144,7 @@ def test_a_client_begins_anew_with_all_layers(config):
     )
 
 
+@pytest.mark.by_default("fedavg-3")
 @pytest.mark.parametrize(
     ("strategy", "stop"),
     [

@@ -402,6 +402,7 @@ def trained(layer, **changes):
     return train(trainable(module), ModelLoss(module), **settings).params
 
 
+@pytest.mark.by_default("dropout", "numpy")
 @pytest.mark.parametrize("kind", DRAWING)
 def test_a_seed_repeats_what_a_model_draws(kind, same_bits):
     random.seed(1)

@@ -144,6 +144,7 @@ def test_texts_that_are_cut_or_empty_are_counted_once(texts, caplog):
     assert caplog.messages == ["of 8 texts, 4 have more than max_length=256 tokens and are cut there, and 2 have none"]
 
 
+@pytest.mark.slow
 def test_a_text_of_ten_million_characters_is_cut_before_it_is_tokenized(texts, tokenizer, caplog):
     with caplog.at_level(logging.WARNING, "fed_dpsat"):
         long, spaces, word, short = tokens(

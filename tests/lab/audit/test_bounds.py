@@ -81,6 +81,7 @@ def test_randomised_response_is_covered_and_shown(epsilon):
     assert np.median(bounds) > 0.7 * epsilon
 
 
+@pytest.mark.slow
 def test_a_gaussian_is_covered_with_the_best_of_several_numbers_of_guesses():
     """mu = 1, delta 1e-5: epsilon 4.377; scores of included canaries are N(1, 1), of others N(0, 1)."""
     generator, bounds = np.random.default_rng(0), []

@@ -19,6 +19,7 @@ def made(tmp_path_factory):
     return write_gallery(DOCS / "runs", tmp_path_factory.mktemp("docs"))
 
 
+@pytest.mark.slow
 def test_the_page_in_docs_is_what_its_command_makes_of_the_committed_runs(made):
     assert made.read_text() == (DOCS / "gallery.md").read_text(), "run `python -m tools.gallery`"
 

@@ -61,6 +61,7 @@ def test_what_a_run_writes_is_what_its_readers_read(tmp_path):
     assert read_run(folder).metric == run.metric, "of the settings"
 
 
+@pytest.mark.slow
 def test_the_page_of_a_regression_has_its_metrics_and_no_figure_of_classes(made_up):
     page = write_report(made_up("run", "regression", "rmse", RMSE, mae=(60.0, 50.0, 45.0, 42.5), r2=(0, 0.2, 0.3, 0.4)))
     text = text_of(page)

@@ -139,6 +139,7 @@ def test_the_statement_says_why_a_figure_is_missing_and_that_delta_is_large(run_
     assert "Delta" not in said
 
 
+@pytest.mark.slow
 def test_of_a_run_on_validation_examples_no_page_says_public_and_sharpness_is_on_the_test_split(tmp_path):
     config = RunConfig(num_clients=4, num_rounds=1, noise_multiplier=1.0, delta=1e-4, validation_share=0.5)
     simulate(config, tmp_path / "run")

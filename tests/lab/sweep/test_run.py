@@ -69,6 +69,7 @@ def whole(file):
     return out
 
 
+@pytest.mark.slow
 def test_the_better_candidate_runs_on_the_test_split(whole):
     results = table(whole, "results")
     assert [(r["stage"], r["method"], r["lr"], r["seed"], r["split"]) for r in results] == [

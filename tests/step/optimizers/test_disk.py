@@ -48,6 +48,7 @@ def test_one_pass_by_hand():
         assert at["w"].tolist() == [-3, -6]
 
 
+@pytest.mark.by_default("0.7-0.0", "0.9-0.01")
 @pytest.mark.parametrize(("kappa", "gamma"), [(0.7, 0.5), (0.7, 0.0), (0.3, 4.0), (0.9, 0.01)])
 def test_fifty_steps_of_the_paper(problem, kappa, gamma):
     w, before, m = problem.start, problem.start, np.zeros_like(problem.start)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fed_dpsat import DPSAT, DPSGD, RunConfig, simulate
@@ -25,6 +26,7 @@ def test_at_the_anchor_it_is_the_base():
     assert torch.equal(found["w"], expected["w"])
 
 
+@pytest.mark.slow
 def test_stock_fedprox_reaches_the_clients(tmp_path):
     """With one local step it is FedAvg; with more it is not."""
 
