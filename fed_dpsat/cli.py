@@ -68,6 +68,9 @@ def run(
     config: ConfigFile = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; new or empty. Default: runs/NAME-TIME.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in it, and its ledger; not after system noise.")
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Write trace.json: the times of all clients.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -80,7 +83,7 @@ def run(
         name = config.stem if config else "run"
         folder = Path(settings.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         with watched(settings, name=name, console=err_console, quiet=as_json) as show:
-            result = simulate(settings, folder, on_round=show)
+            result = simulate(settings, folder, on_round=show, overwrite=overwrite)
     _print_result(result, folder, as_json)
 
 

@@ -31,23 +31,39 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fed_dpsat.accounting import storage
+from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.errors import RunError, SettingError, written
 from fed_dpsat.params import Params
 from fed_dpsat.run.inputs import Input, changed, difference, refused
 from fed_dpsat.settings.config import MACHINE, RunConfig
+from fed_dpsat.settings.flat import read_toml
+from fed_dpsat.step.noise import NOISE_SOURCES
 from fed_dpsat.step.placement import described
+
+log = getLogger("fed_dpsat")
 
 BEGINNING = frozenset({"environment.json", "environment.json.tmp", "inputs.json", "inputs.json.tmp", "config.toml.tmp"})
 """Files of a run that was killed before it wrote ``config.toml``: it sent no message, and starts again."""
+LEDGER = "ledger.sqlite"
+OWN = (
+    *("rounds.jsonl", "timing.jsonl", "summary.json", "quality.json", "simulation.json", "trace.json"),
+    *("checkpoint", "state", "report.html", "figures", "sharpness.json", "loggers", "tensorboard", "wandb"),
+    *(LEDGER, f"{LEDGER}-journal", f"{LEDGER}.new", f"{LEDGER}.lock", "inputs", "inputs.json"),
+    *("inputs.json.tmp", "config.toml.tmp", "config.toml", "environment.json.tmp", "environment.json"),
+)
+"""What a run, its loggers and the commands that read it write, in the order in which ``prepare`` has it deleted: a
+deletion that is interrupted leaves a folder that can be prepared again."""
 PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
 EXTRAS = ("timm", "transformers", "peft")
 """Packages whose networks a run may train, if they are installed."""
@@ -72,13 +88,51 @@ def versions() -> dict[str, str]:
     return found
 
 
+def prepare(path: Path, overwrite: bool = False) -> list[Path]:
+    """The files of an earlier run that a new run in ``path`` replaces; empty for a new or empty folder.
+
+    A run in which nothing was trained (no round, no charge) is always replaced. With ``overwrite`` so is a run with
+    seeded noise, and the charges in its ledger go with it: seeded noise protects nobody, so its account bounds no
+    real release. Other files in the folder stay.
+
+    Raises ``SettingError`` for a folder that holds anything else, for a run with secret noise, whose charges must be
+    kept, and for a ledger that is a link to a file elsewhere; ``LedgerError`` if another process writes to the ledger.
+    """
+    found = [path / name for name in OWN if (path / name).is_symlink() or (path / name).exists()]
+    others = path.exists() and any(one not in found and _holds_files(one) for one in _content(path))
+    if not found and not others:
+        return []
+    ledger = path / LEDGER
+    if _is_run(path) and ledger.exists():
+        if ledger.is_symlink() or ledger.stat().st_nlink > 1:
+            remedy = "other runs may use it: name another folder with --out"
+            raise SettingError("out", str(path), f"a folder with a ledger of its own ({ledger} is a link)", remedy)
+        with storage.lock(ledger):  # refuses while another process trains here
+            pass
+    if not others and (_only_begun(path) or (_is_run(path) and not _trained(path))):
+        return found
+    if not _is_run(path):
+        raise SettingError("out", str(path), "new or empty", "name another folder with --out")
+    if not overwrite:
+        remedy = (
+            f"name another folder with --out, continue that run: `fed-dpsat resume {path}`, or replace it: --overwrite"
+        )
+        raise SettingError("out", str(path), "new or empty", remedy)
+    source = read_toml(path / "config.toml").get("noise_source")
+    if source not in NOISE_SOURCES or not NOISE_SOURCES[source].reproducible:
+        remedy = "its charges must be kept; name another folder with --out, or delete it if nobody saw its models"
+        raise SettingError("overwrite", True, f"possible for a run with noise_source={source!r} ({path})", remedy)
+    return found
+
+
 class RunFolder:
     """The files of one run under ``path``; with ``resume``, of an existing run.
 
-    Raises ``SettingError`` if ``path`` holds other files, holds no run to ``resume``, or is not writable.
+    ``overwrite`` lets ``open`` replace an earlier run (``prepare``). Raises the errors of ``prepare``, and
+    ``SettingError`` if ``path`` holds no run to ``resume`` or is not writable.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
+    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
         if resume and not (path / "config.toml").is_file():
             raise SettingError(
                 "out",
@@ -87,14 +141,12 @@ class RunFolder:
                 "name a folder with config.toml; a run that was killed before it wrote that starts again: "
                 "fed-dpsat run",
             )
-        if not resume and path.exists() and (not path.is_dir() or _is_precious(path)):
-            raise SettingError(
-                "out", str(path), "new or empty", "name another folder with --out, or `fed-dpsat resume` that run"
-            )
         if not resume and not _may_be_written(path):
             raise SettingError("out", str(path), "a writable folder", "name another folder with --out")
-        self.path, self.resumes = path, resume
-        self.ledger_path, self.state_path, self.trace_path = path / "ledger.sqlite", path / "state", path / "trace.json"
+        if not resume:
+            prepare(path, overwrite)
+        self.path, self.resumes, self._overwrite = path, resume, overwrite
+        self.ledger_path, self.state_path, self.trace_path = path / LEDGER, path / "state", path / "trace.json"
         self.checkpoint_path = path / "checkpoint" / "model.pt"  # torch.load(..., weights_only=True) reads it
 
     def open(self, config: RunConfig, *, objects: Sequence[str] = (), inputs: Sequence[Input] = ()) -> None:
@@ -112,6 +164,7 @@ class RunFolder:
             if one := difference(self.inputs(), inputs):
                 raise refused(one, self.path, setting="resume", value=True, again="start a new run")
             return
+        self._replace()
         with written(self.checkpoint_path.parent):
             self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
         environment = {**surroundings(), "device": described(config.device), "objects": list(objects)}
@@ -124,6 +177,15 @@ class RunFolder:
                     shutil.copyfile(one.path, copy)
         settings = dataclasses.replace(config, out="", resume=False)
         _write_atomically(self.path / "config.toml", settings.to_toml())
+
+    def _replace(self) -> None:
+        """Delete the earlier run that this one replaces."""
+        earlier = prepare(self.path, self._overwrite)
+        if self.ledger_path in earlier and (charges := _charges(self.ledger_path)):
+            log.warning("%s held another run, which is deleted with the %d charges in its ledger", self.path, charges)
+        for one in earlier:
+            with written(one):
+                shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink(missing_ok=True)
 
     def config(self) -> RunConfig:
         """The settings of the run in this folder."""
@@ -243,10 +305,41 @@ def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(jsonable(value), indent=indent, allow_nan=False)
 
 
-def _is_precious(path: Path) -> bool:
-    """Whether ``path`` contains a file other than those of ``BEGINNING``."""
+def _content(path: Path) -> Iterable[Path]:
+    return path.iterdir() if path.is_dir() else [path]
+
+
+def _holds_files(path: Path) -> bool:
+    return not path.is_dir() or any(not one.is_dir() for one in path.rglob("*"))
+
+
+def _is_run(path: Path) -> bool:
+    """Whether ``path`` contains the settings and the environment of a run, and not only files with such names."""
+    try:
+        environment = json.loads((path / "environment.json").read_text())
+    except (OSError, ValueError):
+        return False
+    of_run = isinstance(environment, dict) and "fed-dpsat" in environment.get("packages", ())
+    return of_run and (path / "config.toml").is_file()
+
+
+def _only_begun(path: Path) -> bool:
+    """Whether ``path`` contains at most ``BEGINNING`` and empty folders."""
     copies = path / "inputs" if (path / "inputs.json").is_file() else None
-    return any(f.is_file() and f.name not in BEGINNING and f.parent != copies for f in path.rglob("*"))
+    return all(f.name in BEGINNING or f.parent == copies for f in path.rglob("*") if f.is_file())
+
+
+def _trained(path: Path) -> bool:
+    """Whether the run in ``path`` has charged a client or recorded a round after the evaluation before the first."""
+    lines = RunFolder(path, resume=True).rounds()
+    if any(line["round"] > 0 for line in lines):
+        return True
+    return _charges(path / LEDGER) > 0 if (path / LEDGER).exists() else bool(lines)
+
+
+def _charges(ledger: Path) -> int:
+    with PrivacyLedger(ledger, readonly=True) as opened:
+        return opened.head.charges
 
 
 def _may_be_written(path: Path) -> bool:

@@ -46,16 +46,18 @@ def simulate(
     strategy: Strategy | None = None,
     client_app: ClientApp | None = None,
     on_round: OnRound | None = None,
+    overwrite: bool = False,
 ) -> Summary:
     """Train the federation of ``config`` and write a run folder at ``out``; returns the content of ``summary.json``.
 
-    With ``config.resume`` the run at ``out`` continues from its last checkpoint; give its objects again.
+    With ``config.resume`` the run at ``out`` continues from its last checkpoint; give its objects again. With
+    ``overwrite`` an earlier run at ``out`` is deleted, with its ledger, when this one begins (``run.folder.prepare``).
 
     An object replaces the one that ``config`` names, and ``client_app`` replaces the code of the clients. A
     ``partition`` is a list of indices of training examples for each client. The run calls
     ``on_round`` with each line of ``rounds.jsonl``. Raises the errors of ``Experiment.build`` and ``run_federation``.
     """
-    folder = RunFolder(Path(out), resume=config.resume)
+    folder = RunFolder(Path(out), resume=config.resume, overwrite=overwrite)
     if config.resume:
         folder.check_files(setting="resume", value=True, again="start a new run")
     if config.tune_malloc:

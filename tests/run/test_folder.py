@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
 
+from fed_dpsat.accounting.event import PrivacyEvent
+from fed_dpsat.accounting.ledger import LedgerError, PrivacyLedger
 from fed_dpsat.errors import RunError, SettingError
-from fed_dpsat.run.folder import PACKAGES, Checkpoint, RunFolder, jsonable, versions
+from fed_dpsat.run.folder import PACKAGES, Checkpoint, RunFolder, jsonable, prepare, versions
 from fed_dpsat.settings.config import RunConfig
 
 
@@ -33,8 +36,89 @@ def test_what_a_run_leaves_that_was_killed_before_it_began_is_in_nobodys_way(tmp
     with pytest.raises(SettingError, match=r"killed before it wrote that starts again: fed-dpsat run"):
         RunFolder(tmp_path, resume=True)
     RunFolder(tmp_path).open(RunConfig(target_epsilon=3.0))
+    assert RunFolder(tmp_path, resume=True).config().target_epsilon == 3.0
+
+
+EVENT = PrivacyEvent(kind="poisson_gaussian", noise_multiplier=2.0, sample_rate=0.5, steps=1)
+
+
+def begun(path, *, charged=False, rounds=(0,), **settings):
+    """The folder of a run that wrote ``rounds`` and, if ``charged``, charged a client."""
+    folder = RunFolder(path)
+    folder.open(RunConfig(target_epsilon=3.0, **settings))
+    with PrivacyLedger(folder.ledger_path) as ledger:
+        if charged:
+            ledger.charge(0, 1, 0, EVENT)
+    for number in rounds:
+        folder.append_round({"round": number}, {"round": number})
+    return folder
+
+
+def test_a_folder_in_which_nothing_was_trained_is_used_again(tmp_path):
+    begun(tmp_path / "run").save_checkpoint(Checkpoint(round=0, params={}, server={}))
+    folder = RunFolder(tmp_path / "run")
+    assert folder.rounds() == [{"round": 0}]  # nothing is deleted before the new run begins
+    folder.open(RunConfig(target_epsilon=4.0))
+    assert folder.config().target_epsilon == 4.0
+    assert folder.rounds() == []
+    assert not folder.checkpoint_path.exists()
+    assert not folder.ledger_path.exists()
+
+
+@pytest.mark.parametrize("trained", [{"charged": True}, {"rounds": (0, 1)}])
+def test_a_folder_in_which_something_was_trained_is_overwritten_only_if_asked(tmp_path, trained, caplog):
+    begun(tmp_path / "run", **trained)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(
+        SettingError, match=r"not new or empty; .*`fed-dpsat resume .*/run`, or replace it: --overwrite"
+    ):
+        RunFolder(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run", overwrite=True)
+    before = sorted((tmp_path / "run").rglob("*"))
+    folder.open(RunConfig(target_epsilon=4.0))
+    assert folder.config().target_epsilon == 4.0
+    assert not folder.ledger_path.exists()
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert ("deleted with the 1 charges in its ledger" in caplog.text) == ("charged" in trained)
+    assert before != sorted((tmp_path / "run").rglob("*"))
+
+
+def test_a_lost_ledger_is_not_taken_for_one_without_a_charge(tmp_path):
+    begun(tmp_path / "run").ledger_path.unlink()
     with pytest.raises(SettingError, match="not new or empty"):
-        RunFolder(tmp_path)
+        prepare(tmp_path / "run")
+
+
+def test_what_must_stay_is_not_overwritten(tmp_path):
+    begun(tmp_path / "secret", charged=True, noise_source="system")
+    with pytest.raises(SettingError, match=r"overwrite=True is not possible .*'system'.*its charges must be kept"):
+        RunFolder(tmp_path / "secret", overwrite=True)
+    linked = begun(tmp_path / "linked", charged=True).ledger_path
+    os.link(linked, tmp_path / "shared.sqlite")
+    with pytest.raises(SettingError, match=r"a ledger of its own \(.*ledger.sqlite is a link\)"):
+        prepare(tmp_path / "linked", overwrite=True)
+    (tmp_path / "mine").mkdir()
+    for name in ("config.toml", "environment.json"):
+        (tmp_path / "mine" / name).write_text("{}")
+    with pytest.raises(SettingError, match="not new or empty; name another"):
+        prepare(tmp_path / "mine", overwrite=True)
+
+
+def test_a_folder_in_which_a_run_trains_is_not_taken_away_from_it(tmp_path):
+    path = begun(tmp_path / "run").ledger_path
+    with PrivacyLedger(path), pytest.raises(LedgerError, match="another process writes to it"):
+        prepare(tmp_path / "run", overwrite=True)
+
+
+def test_a_deletion_that_was_interrupted_leaves_a_folder_that_can_be_prepared_again(tmp_path):
+    folder = begun(tmp_path / "run", charged=True)
+    files = prepare(tmp_path / "run", overwrite=True)
+    assert [file.name for file in files][-2:] == ["config.toml", "environment.json"]
+    for file in files:
+        assert file in prepare(tmp_path / "run", overwrite=True)
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    assert prepare(folder.path) == []
 
 
 def test_a_full_disk_is_an_error_that_says_what_to_do_and_leaves_what_was_there(tmp_path, full_disk):
