@@ -95,17 +95,17 @@ def resume(
 ) -> None:
     """Continue a run that was interrupted or killed; it ends with the bits and the account of an uninterrupted run.
 
-    --set takes only settings that may change: workers, ray_address, reply_timeout and others of the machine.
+    --set takes settings that may change: workers, ray_address, reply_timeout and others of the machine, and a larger
+    num_rounds, which extends a run, also a complete one, unless its noise or its rates were made for its end.
     """
     from fed_dpsat import simulation
     from fed_dpsat.run.folder import RunFolder
 
     with _clear_errors():
-        folder = RunFolder(run, resume=True)
-        with watched(
-            folder.config(), name=run.name, console=err_console, quiet=as_json, earlier=folder.rounds()
-        ) as show:
-            result = simulation.resume(run, overrides=parse_overrides(overrides or ()), on_round=show)
+        folder, changes = RunFolder(run, resume=True), parse_overrides(overrides or ())
+        settings = RunConfig.from_mapping({**folder.config().settings(), **changes})
+        with watched(settings, name=run.name, console=err_console, quiet=as_json, earlier=folder.rounds()) as show:
+            result = simulation.resume(run, overrides=changes, on_round=show)
     _print_result(result, run, as_json)
 
 
@@ -305,6 +305,7 @@ def ledger(
     as_json: AsJson = False,
 ) -> None:
     """Show the epsilon of each client, its noise, and the rest of its budget; verifies the file first."""
+    from fed_dpsat.run.folder import RunFolder
     from fed_dpsat.run.promise import threat_model
     from fed_dpsat.run.statement import read_statement
 
@@ -313,7 +314,7 @@ def ledger(
     if as_json:
         return _print_json(statement.as_dict())
     out_console.print(f"Epsilon at delta {statement.delta:g}; protects {statement.unit}", highlight=False)
-    out_console.print(f"Against {threat_model(RunConfig.load(run / 'config.toml'))}", highlight=False)
+    out_console.print(f"Against {threat_model(RunFolder(run, resume=True).config())}", highlight=False)
     table = Table(
         "client",
         "rounds",

@@ -18,8 +18,9 @@ attack     ``fed_dpsat.lab.attacks``       ``ATTACKS``
 logger     ``fed_dpsat.lab.loggers``       ``LOGGERS``
 ========== =========================== ==============
 
-A model of another library is named ``PREFIX:NAME`` with a prefix of ``LIBRARIES`` in ``fed_dpsat.models.libraries``,
-such as ``timm:vit_tiny_patch16_224``. These prefixes win over a module of the same name.
+A strategy of Flower is also named by its class (``STOCK``), such as ``FedAdam``. A model of another library is named
+``PREFIX:NAME`` with a prefix of ``LIBRARIES`` in ``fed_dpsat.models.libraries``, such as ``timm:vit_tiny_patch16_224``.
+These prefixes win over a module of the same name.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ TABLES = {
     "attack": "ATTACKS",
     "logger": "LOGGERS",
 }
+STOCK = {"strategy": ("flwr.serverapp.strategy", "Strategy")}
+"""By kind, a module and a base class of it: its other subclasses have the name of the class."""
+NOT_STOCK = ("DifferentialPrivacy", "FedXgb")
+"""Beginnings of the names of wrappers whose noise no ledger counts, and of strategies of trees."""
 LIBRARIES = {"model": "fed_dpsat.models.libraries"}
 """By kind, the module with a table ``LIBRARIES`` from a prefix to what makes a factory of the rest of the name."""
 
@@ -101,15 +106,25 @@ def builtin(kind: str) -> dict[str, Factory]:
     return dict(sorted(found.items()))
 
 
+def stock(kind: str) -> dict[str, Factory]:
+    """Name to class of another library, for one ``kind``: ``FedAdam`` and other strategies of Flower."""
+    if kind not in STOCK:
+        return {}
+    name, base = STOCK[kind]
+    module = importlib.import_module(name)
+    classes = {n: c for n, c in inspect.getmembers(module, inspect.isclass) if not n.startswith(NOT_STOCK)}
+    return {n: c for n, c in classes.items() if issubclass(c, getattr(module, base)) and not inspect.isabstract(c)}
+
+
 def libraries(kind: str) -> dict[str, Callable[[str], Factory]]:
     """Prefix to what makes a factory of the name after it, for one ``kind``."""
     return dict(importlib.import_module(LIBRARIES[kind]).LIBRARIES) if kind in LIBRARIES else {}
 
 
 def listed(kind: str) -> dict[str, str]:
-    """Built-in names, and ``PREFIX:...`` of each library, with a line that says what they are."""
+    """Built-in names, classes of Flower, and ``PREFIX:...`` of each library, with a line that says what they are."""
     of_libraries = {f"{prefix}:...": factory for prefix, factory in libraries(kind).items()}
-    return {name: summary(factory) for name, factory in (builtin(kind) | of_libraries).items()}
+    return {name: summary(factory) for name, factory in (builtin(kind) | stock(kind) | of_libraries).items()}
 
 
 def load(kind: str, name: str) -> Factory:
@@ -119,7 +134,7 @@ def load(kind: str, name: str) -> Factory:
         return of_library(rest)
     if separator:
         return _load_dotted(kind, name)
-    table = builtin(kind)
+    table = builtin(kind) | stock(kind)
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.4) or list(table)
@@ -156,9 +171,10 @@ def call(kind: str, name: str, factory: Factory, settings: Mapping[str, Any], gi
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in settings
     ]
     if missing:
-        raise PluginError(
-            f"{kind}={name!r} needs {missing[0]!r}, which is not a setting; give it by {kind}_args, or a default"
-        )
+        remedy = "give it a default"
+        if kind != "logger":  # it has no setting for arguments
+            remedy = f'give it: {kind}_args = "{missing[0]} = VALUE" (--set "{kind}_args=..."), or a default'
+        raise PluginError(f"{kind}={name!r} needs {missing[0]!r}, which is not a setting; {remedy}")
     named = {p.name for p in parameters}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters) and (unknown := given.keys() - named):
         near = difflib.get_close_matches(wrong := min(unknown), named, n=3) or sorted(named)

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from fed_dpsat import plugins
-from fed_dpsat.plugins import PluginError, build, builtin, load, required, summary
+from fed_dpsat.plugins import PluginError, build, builtin, listed, load, required, summary
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.optimizers.dpsgd import DPSGD
 
@@ -126,7 +126,7 @@ def test_a_factory_gets_the_settings_that_it_names():
 def test_a_setting_that_is_missing_is_named():
     with pytest.raises(
         PluginError,
-        match=r"optimizer='dp-sgd' needs 'lr', .* give it by optimizer_args, or a default",
+        match=r"optimizer='dp-sgd' needs 'lr', .* give it: optimizer_args = \"lr = VALUE\" .*, or a default",
     ):
         build("optimizer", "dp-sgd", {"rho": 1})
 
@@ -174,12 +174,20 @@ def test_arguments_that_lead_nowhere_say_where_they_might(arguments, message):
     "name", ["FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedProx", "FedMedian", "FedTrimmedAvg", "Krum", "Bulyan"]
 )
 def test_a_stock_strategy_is_named_as_it_is(name):
-    made = build("strategy", f"flwr.serverapp.strategy:{name}", {"num_rounds": 3})
-    assert type(made).__name__ == name
+    for written in (f"flwr.serverapp.strategy:{name}", name):
+        assert type(build("strategy", written, {"num_rounds": 3})).__name__ == name
+    assert listed("strategy")[name]
 
 
 def test_arguments_reach_a_stock_strategy():
-    assert build("strategy", "flwr.serverapp.strategy:FedTrimmedAvg", {}, "beta = 0.3").beta == 0.3
+    assert build("strategy", "FedTrimmedAvg", {}, "beta = 0.3").beta == 0.3
+    with pytest.raises(PluginError, match="'FedAdm' is not a built-in strategy; did you mean FedAdam"):
+        load("strategy", "FedAdm")
+    with pytest.raises(PluginError, match="not a built-in strategy"):
+        load("strategy", "DifferentialPrivacyServerSideFixedClipping")
+    words = r"""needs 'client_learning_rate', .*give it: strategy_args = "client_learning_rate = VALUE" \(--set """
+    with pytest.raises(PluginError, match=words):
+        build("strategy", "QFedAvg", {})
     with pytest.raises(PluginError, match="has no 'FedTrimedAvg'; did you mean FedTrimmedAvg"):
         load("strategy", "flwr.serverapp.strategy:FedTrimedAvg")
 

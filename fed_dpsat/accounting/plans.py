@@ -20,7 +20,7 @@ from typing import Any
 
 from fed_dpsat.accounting import PrivacyEvent, epsilon, merge, noise_multiplier_for
 from fed_dpsat.accounting.event import CLIENTS, DISTRIBUTIONS, History
-from fed_dpsat.errors import InputError, SettingError
+from fed_dpsat.errors import InputError, SettingError, warn_once
 from fed_dpsat.settings.config import RunConfig
 
 
@@ -122,6 +122,8 @@ def read_table(config: RunConfig) -> list[_Row]:
         if not 0 <= client < config.num_clients or client in seen:
             raise InputError(f"{where}: client {client} occurs twice or is not in 0 to {config.num_clients - 1}")
         seen.add(client)
+        if not config.private and values.pop("target_epsilon", 0.0):
+            warn_once(f"private=false: the budgets in client_table={config.client_table!r} have no effect")
         rows[client] = row = dataclasses.replace(default, **values)
         if not (0 <= row.target_epsilon < math.inf and 0 < row.sample_rate <= 1):
             raise InputError(f"{where}: target_epsilon must be in [0, inf) and sample_rate in (0, 1]")

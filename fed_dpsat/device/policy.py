@@ -21,6 +21,7 @@ from fed_dpsat.device.journal import Refusal
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.data import BYTES
+from fed_dpsat.settings.paths import in_folder, of_plugin
 from fed_dpsat.step.optimizers.chain import split_chain
 
 SANE_NOISE = 1e6
@@ -142,7 +143,9 @@ class Policy:
             start_from=_beside(path, policy.start_from),
             columns_file=_beside(path, policy.columns_file),
             tokenizer=BYTES if policy.tokenizer == BYTES else _beside(path, policy.tokenizer),
-            data_path=policy.data_path if policy.data_source == "function" else _beside(path, policy.data_path),
+            data_path=of_plugin(policy.data_path, in_folder(path.parent))
+            if policy.data_source == "function"
+            else _beside(path, policy.data_path),
         )
 
     def admit(self, run: int, settings: Mapping[str, Any]) -> RunConfig:

@@ -18,7 +18,7 @@ from fed_dpsat.lab.report.numbers import plain, spread_out
 from fed_dpsat.lab.report.palette import BLUE, SERIES
 from fed_dpsat.lab.report.training_figures import whole_numbers
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.settings.flat import parse_overrides, read_toml
+from fed_dpsat.settings.flat import parse_overrides, read_settings
 
 SYMBOLS = "0123456789abcdefghijklmnopqrstuvwxyz"
 """A class in a bar of text; with more classes a bar shows its length alone."""
@@ -38,7 +38,7 @@ PRIVATE = (
 
 def settings_of(path: Path | None, overrides: Iterable[str]) -> RunConfig:
     """The settings of a TOML file, if any, and ``key=value`` strings; without privacy if they do not choose a noise."""
-    values = {**({} if path is None else read_toml(path)), **parse_overrides(overrides)}
+    values = {**({} if path is None else read_settings(path)), **parse_overrides(overrides)}
     chosen = values.keys() & {"private", "noise_multiplier", "target_epsilon"}
     return RunConfig.from_mapping(values if chosen else {**values, "private": False})
 

@@ -45,8 +45,9 @@ from fed_dpsat.accounting import storage
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.errors import RunError, SettingError, written
 from fed_dpsat.params import Params
+from fed_dpsat.run.extension import changed_settings, check_resumed, stored
 from fed_dpsat.run.inputs import Input, changed, difference, refused
-from fed_dpsat.settings.config import MACHINE, RunConfig
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.flat import read_toml
 from fed_dpsat.step.noise import NOISE_SOURCES
 from fed_dpsat.step.placement import described
@@ -155,14 +156,14 @@ class RunFolder:
         Raises ``SettingError`` if a resumed run has other settings or other ``inputs`` than before.
         """
         if self.resumes:
-            begun = self.config()
-            now = config.settings()
-            if differ := [k for k, v in begun.settings().items() if v != now[k] and k not in MACHINE]:
-                raise SettingError(
-                    "resume", True, f"possible with other settings ({', '.join(differ)})", "start a new run"
-                )
+            begun = self.config().with_absolute_paths()  # an older version left names of plug-ins as they were
+            self.check_settings(config)
             if one := difference(self.inputs(), inputs):
                 raise refused(one, self.path, setting="resume", value=True, again="start a new run")
+            if changed_settings(begun, config):  # without a summary, a resume does not take the run for complete
+                (self.path / "summary.json").unlink(missing_ok=True)
+            if (now := stored(begun, config)) != begun:
+                _write_atomically(self.path / "config.toml", now.to_toml())
             return
         self._replace()
         with written(self.checkpoint_path.parent):
@@ -187,9 +188,23 @@ class RunFolder:
             with written(one):
                 shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink(missing_ok=True)
 
+    def check_settings(self, now: RunConfig) -> None:
+        """Raise ``SettingError`` unless the run in this folder can go on with the settings ``now``."""
+        begun = self.config().with_absolute_paths()
+        check_resumed(begun, now, str(self.path))
+        if now.num_rounds == begun.num_rounds:
+            return
+        bound = f"possible for {self.path}, which began with num_rounds={begun.num_rounds}"
+        if reason := self.summary().get("ended_early"):
+            raise SettingError("num_rounds", now.num_rounds, bound, f"the run ended early: {reason}")
+        of_simulation = self.sizes() and "client_app" not in self.objects() and self.load_checkpoint() is not None
+        if of_simulation and not self.state_path.is_dir():
+            why = "the states of its clients were deleted, as in a complete run of a sweep; start a new run"
+            raise SettingError("num_rounds", now.num_rounds, bound, why)
+
     def config(self) -> RunConfig:
         """The settings of the run in this folder."""
-        return RunConfig.load(self.path / "config.toml")
+        return RunConfig.from_mapping(read_toml(self.path / "config.toml"))
 
     def objects(self) -> list[str]:
         """Names of the arguments of the run that are Python objects, which its settings do not describe."""

@@ -36,7 +36,7 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.data import BYTES
 from fed_dpsat.step.optimizers.chain import split_chain
 
-PLUGINS = ("dataset", "partition", "model", "optimizer", "base_optimizer", "clipping", "strategy", "attack")
+PLUGINS = ("dataset", "partition", "model", "task", "optimizer", "base_optimizer", "clipping", "strategy", "attack")
 CONTENTS = {
     "dataset": "the examples",
     "partition": "the clients' examples",
@@ -98,7 +98,7 @@ def refused(one: Input, where: Path, *, setting: str, value: object, again: str)
 def _files(experiment: Experiment) -> Iterator[Input]:
     config, seen = experiment.config, set[Path]()
     for setting in PLUGINS:
-        for plugin in _names(config, setting):
+        for plugin in plugin_names(config, setting):
             for name, path in plugin_sources(plugin).items():
                 if path not in seen:
                     seen.add(path)
@@ -120,11 +120,11 @@ def _files(experiment: Experiment) -> Iterator[Input]:
         yield Input(setting="start_from", name="start_from", sha256=experiment.start.sha256, path=weights)
 
 
-def _names(config: RunConfig, setting: str) -> list[str]:
-    """The plug-ins that ``setting`` names; empty for an object from Python."""
+def plugin_names(config: RunConfig, setting: str) -> list[str]:
+    """The plug-ins that ``setting`` names; empty without one, and for an object from Python."""
     value = str(getattr(config, setting))
     names = split_chain(value) if setting == "base_optimizer" else [value]
-    return [] if value.endswith(FROM_PYTHON) else names
+    return [] if not value or value.endswith(FROM_PYTHON) else names
 
 
 def _contents(experiment: Experiment) -> Iterator[Input]:

@@ -7,21 +7,20 @@ Each group of settings is a module beside this one. A name (``optimizer``, ``mod
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fed_dpsat.errors import warn_once
 from fed_dpsat.settings import flat
 from fed_dpsat.settings.combinations import Settings, check_combinations
-from fed_dpsat.settings.data import BYTES
+from fed_dpsat.settings.paths import beside
+from fed_dpsat.settings.privacy import noise_unused
 from fed_dpsat.settings.values import Scalar, check_value
 
 MACHINE = frozenset(name for name, spec in flat.SPECS.items() if spec.metadata["may_change"])
 """Settings that may change when a run is resumed: they decide place and time, and not the result."""
-
-PATHS = ("data_path", "test_path", "columns_file", "tokenizer", "cache_dir", "out", "client_table", "start_from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,11 @@ class RunConfig(Settings):
             if spec.type == "float":
                 object.__setattr__(self, name, float(value))
         check_combinations(self)
+        if unused := noise_unused(self):
+            off = ", ".join(f"{name}={getattr(self, name):g}" for name in unused)
+            warn_once(f"private=false: this run adds no noise, and its epsilon is inf; {off} has no effect")
+            for name in unused:
+                object.__setattr__(self, name, 0.0)
 
     def settings(self) -> dict[str, Scalar]:
         """Every setting as it stands, in order: a Flower run config, or the body of a TOML file."""
@@ -46,10 +50,7 @@ class RunConfig(Settings):
 
     def with_absolute_paths(self) -> RunConfig:
         """Paths resolved against the working directory, for code that runs elsewhere."""
-        paths: dict[str, Any] = {name: _absolute(getattr(self, name)) for name in PATHS}
-        if self.tokenizer == BYTES:
-            paths["tokenizer"] = BYTES
-        return dataclasses.replace(self, **paths)
+        return dataclasses.replace(self, **beside(self.settings(), Path(), flat.SPECS.values()))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -59,10 +60,9 @@ class RunConfig(Settings):
 
     @classmethod
     def load(cls, path: Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
-        """From a TOML file, if any, and ``key=value`` strings that win over it."""
-        values = {} if path is None else flat.read_toml(path)
+        """From a TOML file, if any, and ``key=value`` strings that win over it.
+
+        Relative paths in the file are relative to it, others to the working directory.
+        """
+        values = {} if path is None else flat.read_settings(path)
         return cls.from_mapping({**values, **flat.parse_overrides(overrides)})
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path)) if path else path

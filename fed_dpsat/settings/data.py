@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fed_dpsat.settings.paths import of_arguments, of_file, of_file_unless, of_plugin
 from fed_dpsat.settings.values import refuse, setting
 
 VERTICAL = ("vertical-even", "vertical-size")
@@ -16,13 +17,13 @@ BYTES = "bytes"
 class Data:
     """Data: the place that examples come from, and their division among clients."""
 
-    dataset: str = setting("digits", "data set, a short name or package.module:attribute")
+    dataset: str = setting("digits", "data set, a short name or package.module:attribute", path=of_plugin)
     dataset_args: str = setting("", "arguments of the data set that no setting fills: site = 'north'")
     data_source: str = setting(
         "embedded", "place it comes from: embedded, parquet, torchvision, download, hub, csv, jsonl, folder, disk"
     )
-    data_path: str = setting("", "folder or file of the data set, for the sources that have one")
-    test_path: str = setting("", "folder or file of the test split, if it is not in data_path")
+    data_path: str = setting("", "folder or file of the data set, for the sources that have one", path=of_file)
+    test_path: str = setting("", "folder or file of the test split, if it is not in data_path", path=of_file)
     test_share: float = setting(
         0.0,
         "share of the rows of your own files that is the test split, drawn from the seed; the test split is evaluated "
@@ -34,11 +35,18 @@ class Data:
     label_column: str = setting("", "column of the labels in your own files; several by commas for several labels")
     user_column: str = setting("", "columns of your own files that a natural partition can use, by commas")
     class_names: str = setting("", "all classes in your own files, by commas")
-    columns_file: str = setting("", "TOML file that declares the columns of a table")
-    tokenizer: str = setting(BYTES, "tokenizer of your own texts: bytes, a folder of transformers, or tokenizer.json")
+    columns_file: str = setting("", "TOML file that declares the columns of a table", path=of_file)
+    tokenizer: str = setting(
+        BYTES,
+        "tokenizer of your own texts: bytes, a folder of transformers, or tokenizer.json",
+        path=of_file_unless(BYTES),
+    )
     max_length: int = setting(256, "largest number of tokens of a text; the rest is cut off", least=1)
     cache_dir: str = setting(
-        "~/.cache/fed_dpsat", "folder for decoded data, shared by runs and workers", may_change=True
+        "~/.cache/fed_dpsat",
+        "folder for decoded data, shared by runs and workers",
+        may_change=True,
+        path=of_file,
     )
     validation_share: float = setting(
         0.0,
@@ -48,12 +56,14 @@ class Data:
         most=1,
     )
     num_clients: int = setting(10, "number of clients in the federation", least=1)
-    partition: str = setting("iid", "way examples are dealt to clients")
+    partition: str = setting("iid", "way examples are dealt to clients", path=of_plugin)
     partition_by: str = setting(
         "",
         "column of the data set: natural gives a client one value of it; others use it in place of the class",
     )
-    partition_args: str = setting("", "arguments of the partition that no setting fills: group_size = 3")
+    partition_args: str = setting(
+        "", "arguments of the partition that no setting fills: group_size = 3", path=of_arguments
+    )
     dirichlet_alpha: float = setting(
         0.3, "concentration of the dirichlet and inner-dirichlet partitions; small is skewed", above=0
     )

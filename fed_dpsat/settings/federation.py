@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fed_dpsat.settings.paths import of_plugin
 from fed_dpsat.settings.values import refuse, setting
 
 
@@ -12,7 +13,12 @@ from fed_dpsat.settings.values import refuse, setting
 class Federation:
     """Federation: the strategy, cohorts, messages, attackers and absent clients."""
 
-    strategy: str = setting("fedavg", "server strategy, any Flower strategy")
+    strategy: str = setting(
+        "fedavg",
+        "server strategy, any Flower strategy: a short name, a class of Flower such as FedAdam, or "
+        "package.module:attribute",
+        path=of_plugin,
+    )
     strategy_args: str = setting("", "arguments of the strategy that no setting fills: eta = 0.02, tau = 1e-3")
     keep_share: float = setting(
         1.0,
@@ -53,7 +59,7 @@ class Federation:
         above=0.5,
         most=1,
     )
-    attack: str = setting("", "attack that attackers simulate; empty is for no attackers")
+    attack: str = setting("", "attack that attackers simulate; empty is for no attackers", path=of_plugin)
     attack_args: str = setting("", "arguments of the attack: factor = 10")
     attackers: float = setting(0.0, "share of clients that attack, drawn from the seed", least=0, most=1)
     dropout_rate: float = setting(

@@ -11,6 +11,7 @@ from typing import Any
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.combinations import Settings
+from fed_dpsat.settings.paths import beside
 from fed_dpsat.settings.values import Scalar
 
 SPECS = {spec.name: spec for spec in dataclasses.fields(Settings)}
@@ -26,6 +27,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SettingError("config", str(path), "a readable file", error.strerror or "check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError("config", str(path), "valid TOML", str(error)) from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """``read_toml`` of a file of settings, whose relative paths are relative to the file."""
+    return beside(read_toml(path), path.parent, SPECS.values())
 
 
 def to_toml(settings: Mapping[str, Scalar]) -> str:

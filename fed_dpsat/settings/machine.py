@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fed_dpsat.settings.paths import of_file, of_plugins
 from fed_dpsat.settings.values import refuse, setting
 
 
@@ -46,14 +47,20 @@ class Machine:
         True, "switch: on glibc, let the allocator keep freed blocks: steps are up to twice as fast", may_change=True
     )
     out: str = setting(
-        "", "run folder, new or empty; by default one in runs/ that is named after config and time", may_change=True
+        "",
+        "run folder, new or empty; by default one in runs/ that is named after config and time",
+        may_change=True,
+        path=of_file,
     )
     resume: bool = setting(False, "switch: continue the run in out from its last checkpoint", may_change=True)
     profile: bool = setting(
         False, "switch: write trace.json, the times of all clients, for ui.perfetto.dev", may_change=True
     )
     loggers: str = setting(
-        "", "loggers besides the run folder, comma-separated: tensorboard, mlflow, wandb, your own", may_change=True
+        "",
+        "loggers besides the run folder, comma-separated: tensorboard, mlflow, wandb, your own",
+        may_change=True,
+        path=of_plugins(","),
     )
     evaluate_every: int = setting(1, "number of rounds between evaluations; the last round always is", least=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fed_dpsat.settings.paths import of_file, of_plugin
 from fed_dpsat.settings.values import refuse, setting
 
 
@@ -18,8 +19,12 @@ class Privacy:
         "by a trusted server)",
         choices=("example", "client"),
     )
-    private: bool = setting(True, "switch: false trains without noise and reports epsilon = inf")
-    clipping: str = setting("flat", "clipping rule")
+    private: bool = setting(
+        True,
+        "switch: false trains without noise, whatever noise_multiplier and target_epsilon are, and reports epsilon = "
+        "inf",
+    )
+    clipping: str = setting("flat", "clipping rule", path=of_plugin)
     clipping_args: str = setting("", "arguments of the clipping rule that no setting fills: groups = 4")
     clip_norm: float = setting(
         0.5,
@@ -49,12 +54,19 @@ class Privacy:
         "asking a client whose next round would exceed it",
         choices=("calibrate", "retire"),
     )
-    client_table: str = setting("", "CSV file of clients that differ: client, target_epsilon, sample_rate, first_round")
+    client_table: str = setting(
+        "", "CSV file of clients that differ: client, target_epsilon, sample_rate, first_round", path=of_file
+    )
     delta: float = setting(1e-5, "delta of the guarantee", above=0, most=1)
     accountant: str = setting("pld", "accountant of the epsilon that is reported: pld, rdp", choices=("pld", "rdp"))
     release_counts: bool = setting(
         False, "switch: clients send how many examples had no finite gradient; exact, and not covered by epsilon"
     )
+
+
+def noise_unused(config: Privacy) -> list[str]:
+    """Names of the settings of noise and budget that ``private=false`` turns off."""
+    return [] if config.private else [name for name in ("noise_multiplier", "target_epsilon") if getattr(config, name)]
 
 
 def check(config: Privacy) -> None:
@@ -66,9 +78,6 @@ def check(config: Privacy) -> None:
     if config.delta >= 1:
         refuse(config, "delta", "in (0, 1)", "below 1 / examples per client is usual")
     if not config.private:
-        if noise > 0 or target > 0:
-            bound = f"possible with noise_multiplier={noise}, target_epsilon={target}"
-            refuse(config, "private", bound, "set both to 0, or private=true")
         return
     if config.budget_mode == "retire" and noise == 0:
         remedy = "that mode spends budgets at a noise you set"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from fed_dpsat.settings.paths import of_file, of_plugin, of_plugins
 from fed_dpsat.settings.values import refuse, setting
 
 
@@ -15,12 +16,14 @@ class Training:
     model: str = setting(
         "linear",
         "network, a short name, timm:NAME, torchvision:NAME, transformers:FOLDER, or package.module:attribute",
+        path=of_plugin,
     )
     model_args: str = setting("", "arguments of the network that no setting fills: depth = 6, patch_size = 4")
     task: str = setting(
         "classification",
         "thing that the model learns, a short name or package.module:attribute: classification, multilabel, "
         "regression, token-classification, causal-lm, masked-lm",
+        path=of_plugin,
     )
     task_args: str = setting("", "arguments of the task that no setting fills: beta = 0.5")
     metric: str = setting(
@@ -33,6 +36,7 @@ class Training:
         "",
         "weights to start from, public: safetensors, a state dict of torch, a run folder, or a folder with "
         "model.safetensors; empty starts anew",
+        path=of_file,
     )
     start_head: str = setting(
         "loaded",
@@ -65,9 +69,11 @@ class Training:
         "layers that stay on the client, are never sent and never averaged: head (the last one) or names, with commas; "
         "empty shares all",
     )
-    optimizer: str = setting("dp-sat", "private optimizer")
+    optimizer: str = setting("dp-sat", "private optimizer", path=of_plugin)
     base_optimizer: str = setting(
-        "dp-sgd", "optimizer that dp-sat and other wrappers make their step with; disk+adam is disk over adam"
+        "dp-sgd",
+        "optimizer that dp-sat and other wrappers make their step with; disk+adam is disk over adam",
+        path=of_plugins("+"),
     )
     optimizer_args: str = setting("", "arguments of the optimizers that no setting fills: beta2 = 0.99, floor = 0.1")
     lr: float = setting(2.0, "learning rate", least=0)

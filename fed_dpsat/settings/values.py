@@ -8,6 +8,7 @@ import math
 from typing import Any, NoReturn
 
 from fed_dpsat.errors import SettingError
+from fed_dpsat.settings.paths import Placed
 
 Scalar = bool | int | float | str
 
@@ -23,10 +24,11 @@ def setting(
     most: float = math.inf,
     choices: tuple[str, ...] = (),
     may_change: bool = False,
+    path: Placed | None = None,
 ) -> Any:
-    """A field of a group. With ``may_change`` a resumed run can have another value."""
+    """A field of a group. With ``may_change`` a resumed run can have another value; ``path`` finds paths in it."""
     bounds = {"above": above, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(default=default, metadata={"doc": doc, **bounds, "may_change": may_change})
+    return dataclasses.field(default=default, metadata={"doc": doc, **bounds, "may_change": may_change, "path": path})
 
 
 def check_value(spec: dataclasses.Field[Any], value: object) -> None:

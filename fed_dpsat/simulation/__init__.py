@@ -77,10 +77,10 @@ def simulate(
 def resume(
     run: str | Path, *, overrides: Mapping[str, Scalar] | None = None, on_round: OnRound | None = None
 ) -> Summary:
-    """Continue the run in the folder ``run``; ``overrides`` may change only settings that do not change the result.
+    """Continue the run in the folder ``run``; ``overrides`` may change settings of the machine, or extend the run.
 
-    For a complete run it returns the summary. Raises ``SettingError`` for a folder without a run, and for a run with
-    objects from Python.
+    For a complete run without changed settings it returns the summary. Raises ``SettingError`` for a folder without a
+    run, for a run with objects from Python, and for settings that cannot change (``run.extension``).
     """
     folder = RunFolder(Path(run), resume=True)
     if objects := folder.objects():
@@ -90,10 +90,17 @@ def resume(
             "described by its settings alone",
             f"{', '.join(objects)} came from Python; give them again, to simulate(RunConfig(..., resume=True), ...)",
         )
-    if (summary := folder.summary()).get("status") == "completed":
+    begun = folder.config()
+    config = RunConfig.from_mapping({**begun.settings(), "resume": True, **(overrides or {})})
+    folder.check_settings(config.with_absolute_paths())
+    summary, extended = folder.summary(), config.num_rounds > begun.num_rounds
+    if summary.get("status") == "completed" and not extended:
+        for name, value in (overrides or {}).items():
+            if getattr(begun, name) != value:
+                remedy = f"a larger num_rounds extends it: --set num_rounds={begun.num_rounds + 1}"
+                raise SettingError(name, value, f"of any effect in {run}, which is complete", remedy)
         return summary
-    settings = {**folder.config().settings(), "resume": True, **(overrides or {})}
-    return simulate(RunConfig.from_mapping(settings), run, on_round=on_round)
+    return simulate(config, run, on_round=on_round)
 
 
 @contextmanager

@@ -80,6 +80,12 @@ def test_a_table_that_makes_no_sense_is_named_by_line(tmp_path, table, words):
         read_table(with_table(tmp_path, table))
 
 
+def test_without_noise_budgets_in_a_table_have_no_effect(tmp_path):
+    (tmp_path / "clients.csv").write_text("client,target_epsilon\n1,2.0\n")
+    plans = make_plans(RunConfig(private=False, client_table=str(tmp_path / "clients.csv"), num_clients=2))
+    assert [(plan.event.noise_multiplier, plan.budget) for plan in plans] == [(0.0, math.inf)] * 2
+
+
 def test_a_missing_table_is_named():
     with pytest.raises(SettingError, match=r"client_table='nowhere\.csv'"):
         read_table(dataclasses.replace(CONFIG, client_table="nowhere.csv"))

@@ -20,6 +20,14 @@ def test_paths_are_beside_the_file(device):
     assert policy.optimizers == ("dp-sgd", "dp-sat", "dp-sat-momentum")
 
 
+@pytest.mark.parametrize(("name", "placed"), [("own.py:data", "{}/own.py:data"), ("data:examples", "data:examples")])
+def test_a_function_in_a_file_is_beside_the_policy_too(device, name, placed):
+    text = device.policy_path.read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("data_path")]
+    device.policy_path.write_text(text.replace(line, f'data_path = "{name}"'))
+    assert Policy.load(device.policy_path).data_path == placed.format(device.path)
+
+
 def test_bounds_are_named_after_settings():
     settings = {spec.name for spec in dataclasses.fields(RunConfig)} | {"epsilon", "parameters"}
     for spec in dataclasses.fields(Policy):

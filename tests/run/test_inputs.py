@@ -31,6 +31,7 @@ PLUGINS = {
     "base_optimizer": (SGD, "0.5", "5.0"),
     "clipping": (FLAT, "0.5", "0.4"),
     "model": ("from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n", "10", "11"),
+    "task": ("from fed_dpsat.tasks.classification import Classification as make\n", "as make", "as  make"),
     "dataset": ("from fed_dpsat.data.digits import digits\ndef make(): return digits()\n", "digits()\n", "digits() \n"),
     "partition": (PARTS, "9", "8"),
     "strategy": ("from flwr.serverapp.strategy import FedAdam\ndef make(): return FedAdam(eta=0.1)\n", "0.1", "0.2"),
@@ -116,12 +117,13 @@ def test_a_file_of_the_same_name_in_another_folder_is_not_taken_for_it_unless_it
         (tmp_path / place / "plugin.py").write_text(text.replace("0.5", rate))
     monkeypatch.chdir(tmp_path / "here")
     folder = begun(dataclasses.replace(CONFIG, optimizer="plugin.py:make"), tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "there")
-    with pytest.raises(SettingError, match=r"plugin.py \(optimizer\) has changed since .* began"):
-        resume(folder)
-    monkeypatch.chdir(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
     shutil.rmtree(tmp_path / "here")
-    assert resume(folder)["status"] == "completed"
+    with pytest.raises(SettingError, match=r"plugin.py \(optimizer\) has changed since .* began"):
+        resume(folder, overrides={"optimizer": "there/plugin.py:make"})
+    moved = f"{tmp_path}/moved/plugin.py:make"
+    assert resume(folder, overrides={"optimizer": "moved/plugin.py:make"})["status"] == "completed"
+    assert RunFolder(folder, resume=True).config().optimizer == moved
 
 
 READING = """
@@ -221,6 +223,25 @@ def test_objects_have_to_be_the_same(tmp_path):
         with pytest.raises(SettingError, match=rf"\({kind}\) has changed since .* began; give the same {kind}"):
             simulate(again, folder, **{**given, kind: other})
     assert simulate(again, folder, **given)["status"] == "completed"
+
+
+def test_a_run_of_plug_ins_named_in_a_file_beside_them_is_resumed_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "plugin.py").write_text(PLUGINS["optimizer"][0])
+    (tmp_path / "mine" / "mine.toml").write_text(
+        'optimizer = "plugin.py:make"\nnum_clients = 3\nnum_rounds = 1\nnoise_multiplier = 1.0\ndelta = 1e-4\n'
+    )
+    folder = begun(RunConfig.load(tmp_path / "mine" / "mine.toml"), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert resume(folder)["optimizer"] == f"{tmp_path}/mine/plugin.py:make"
+
+
+def test_a_run_of_an_older_version_has_plug_ins_relative_to_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plugin.py").write_text(PLUGINS["optimizer"][0])
+    folder = begun(dataclasses.replace(CONFIG, optimizer="plugin.py:make"), tmp_path / "run")
+    edit(folder / "config.toml", f'"{tmp_path}/plugin.py:make"', '"plugin.py:make"')
+    assert resume(folder)["status"] == "completed"
 
 
 def test_a_logger_may_be_another(tmp_path):

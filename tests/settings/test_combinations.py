@@ -25,7 +25,6 @@ LATE = {"train_layers": "head-then-all", "unfreeze_round": 2}
         ("budget_mode=retire", ["noise_multiplier=0.0", "budget_mode='retire'"]),
         ("min_clients=11", ["min_clients=11", "10 clients of a round"]),
         ("target_epsilon=0", ["target_epsilon=0.0", "noise_multiplier=0", "private=false"]),
-        ("private=false", ["private=False", "target_epsilon=3.0"]),
         ("clip_norm=inf", ["clip_norm=inf", "finite"]),
         ("delta=1", ["delta=1.0", "(0, 1)"]),
         ("momentum=1", ["momentum=1.0", "[0, 1)"]),

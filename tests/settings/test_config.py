@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
-from fed_dpsat.errors import SettingError
+from fed_dpsat.errors import SettingError, warn_once
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.flat import SPECS
+from fed_dpsat.settings.paths import beside
 
 GOOD = {"target_epsilon": 3.0}
 
@@ -74,10 +78,69 @@ def test_the_most_rounds_one_client_can_take_part_in():
     assert dataclasses.replace(sometimes, max_rounds_per_client=25).rounds_per_client == 25
 
 
+@pytest.mark.parametrize("noise", [{"target_epsilon": 3.0}, {"noise_multiplier": 1.5}])
+def test_private_false_alone_turns_noise_off_and_says_so_in_one_line(noise, caplog):
+    warn_once.cache_clear()
+    config = dataclasses.replace(RunConfig(**noise), private=False)
+    assert (config.noise_multiplier, config.target_epsilon) == (0.0, 0.0)
+    ((name, value),) = noise.items()
+    said = f"private=false: this run adds no noise, and its epsilon is inf; {name}={value:g} has no effect"
+    assert [record.message for record in caplog.records] == [said]
+    assert dataclasses.replace(config, seed=1) == RunConfig(private=False, seed=1)
+    assert len(caplog.records) == 1
+
+
 def test_passes_over_the_data_are_steps():
     config = RunConfig(**GOOD, local_epochs=2, sample_rate=0.3, num_rounds=10)
     assert config.steps_per_round == 7  # 2 / 0.3, rounded up
     assert config.total_steps == 70
+
+
+BESIDE = {
+    **dict.fromkeys(("data_path", "test_path", "columns_file", "start_from", "client_table", "tokenizer"), "here/it"),
+    **dict.fromkeys(("cache_dir", "out"), "here/it"),
+    **dict.fromkeys(("dataset", "partition", "model", "task", "optimizer", "clipping", "strategy"), "here/it.py:make"),
+    "base_optimizer": "disk+here/it.py:make",
+    "loggers": "tensorboard,here/it.py:make",
+    "partition_args": "partition_id_to_size_fn = 'here/it.py:make', alpha = 1.0",
+}
+
+
+def test_relative_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path)
+    lines = [f'{name} = "{value}"\n' for name, value in BESIDE.items()]
+    (tmp_path / "deep" / "mine.toml").write_text("target_epsilon = 3.0\n" + "".join(lines))
+    for path in (Path("deep/mine.toml"), tmp_path / "deep" / "mine.toml"):
+        found = RunConfig.load(path, ["optimizer=here/it.py:make"])
+        for name, value in BESIDE.items():
+            deep = value.replace("here/it", f"{tmp_path}/deep/here/it")
+            assert getattr(found, name) == ("here/it.py:make" if name == "optimizer" else deep)
+    assert found.with_absolute_paths().optimizer == f"{tmp_path}/here/it.py:make"
+
+
+def test_every_setting_that_a_plug_in_or_a_file_fills_says_so():
+    declared = {name for name, spec in SPECS.items() if spec.metadata["path"]}
+    assert declared == BESIDE.keys() | {"attack"}
+    named = {n for n, s in SPECS.items() if s.type == "str" and re.search(r"file|folder|attribute", s.metadata["doc"])}
+    assert named <= declared | {"data_source", "test_share", "input_columns", "label_column", "user_column",
+                                "class_names"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "placed"),
+    [
+        ("transformers:minilm", "transformers:/x/minilm"),
+        ("transformers:/there", "transformers:/there"),
+        ("timm:vit_tiny", "timm:vit_tiny"),
+        ("package.module:make", "package.module:make"),
+        ("../net.py:make", "/net.py:make"),
+        ("linear", "linear"),
+        ("Net (from Python)", "Net (from Python)"),
+    ],
+)
+def test_a_name_has_a_path_only_if_it_names_a_file(model, placed):
+    assert beside({"model": model, "data_path": 3}, Path("/x"), SPECS.values()) == {"model": placed, "data_path": 3}
 
 
 def test_paths_become_absolute(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from fed_dpsat.lab.audit.membership import draw_membership, membership_curve
 from fed_dpsat.lab.audit.words import LIMITS, game_words, membership_words, one_run_words
 from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.settings.flat import parse_overrides
 from fed_dpsat.step.optimizers.chain import build_optimizer
 
 GAME_STEPS = 8
@@ -34,7 +35,7 @@ def config_of(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     folder = RunFolder(path, resume=True)
     if objects := folder.objects():
         raise SettingError("run", str(path), "described by its settings alone", f"it was given {', '.join(objects)}")
-    return RunConfig.load(path / "config.toml", overrides)
+    return RunConfig.from_mapping({**folder.config().settings(), **parse_overrides(overrides)})
 
 
 def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:

@@ -10,6 +10,8 @@ from typing import Any
 
 from fed_dpsat.plugins import PluginError
 from fed_dpsat.settings.config import MACHINE, RunConfig
+from fed_dpsat.settings.flat import SPECS
+from fed_dpsat.settings.paths import without_folders
 from fed_dpsat.settings.values import Scalar
 
 PRIVATE_PATHS = frozenset({"data_path", "test_path", "columns_file", "client_table"})
@@ -34,8 +36,9 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def public_settings(config: RunConfig) -> dict[str, Scalar]:
-    """The settings without paths and addresses of the machine."""
-    return {key: value for key, value in config.settings().items() if key not in MACHINE | PRIVATE_PATHS}
+    """The settings without paths and addresses of the machine; of a plug-in and of weights the name of the file."""
+    shown = {key: value for key, value in config.settings().items() if key not in MACHINE | PRIVATE_PATHS}
+    return without_folders(shown, SPECS.values())
 
 
 def need(package: str, logger: str) -> Any:

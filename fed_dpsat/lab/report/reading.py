@@ -124,7 +124,7 @@ def read_run(path: Path) -> Run:
         why = "it does not exist" if not path.is_dir() else "it has no config.toml"
         raise InputError(f"{path} is not a run folder: {why}; give a folder that `fed-dpsat run --out` wrote")
     try:
-        config = RunConfig.load(path / "config.toml")
+        config = RunFolder(path, resume=True).config()
     except InputError as error:
         raise InputError(f"{path / 'config.toml'} cannot be read: {error}") from None
     missing: list[str] = []

@@ -2,8 +2,8 @@
 
 ::
 
-    base = "digits_dpsat.toml"         # a configuration, relative to this file; or a [base] table of settings; its
-                                       # task and metric are those of the sweep
+    base = "digits_dpsat.toml"         # a configuration; or a [base] table of settings; its task and metric are those
+                                       # of the sweep. Paths are relative to the file in which they are
 
     [grid]                             # every combination is a cell
     target_epsilon = [1, 3, 8]         # an axis: a setting and its values
@@ -33,7 +33,8 @@ from typing import Any
 from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.sweep.spec import DEFAULTS, KNOWN, Axis, Spec, SweepError
 from fed_dpsat.run.metric import metrics_of, task_of
-from fed_dpsat.settings.flat import parse_overrides
+from fed_dpsat.settings.flat import SPECS, parse_overrides
+from fed_dpsat.settings.paths import beside
 from fed_dpsat.settings.values import Scalar
 
 NOT_IN_BASE = {
@@ -67,9 +68,9 @@ def read_spec(path: Path, overrides: Iterable[str] = (), only: Iterable[str] = (
     if not isinstance(grid, dict) or not grid:
         raise SweepError(f"{path}: [grid] is empty; give at least one axis, for instance seed = [0, 1, 2]")
     columns = {*COLUMNS, *(metric.name for metric in metrics_of(task_of(base)))}
-    axes = {name: _axis(name, values, columns) for name, values in grid.items() if name != "seed"}
+    axes = {name: _axis(name, values, columns, path.parent) for name, values in grid.items() if name != "seed"}
     seeds = _seeds("grid.seed", grid.get("seed", [base.get("seed", DEFAULTS["seed"])]))
-    tune = _tune(raw.get("tune", {}), axes)
+    tune = _tune(raw.get("tune", {}), axes, path.parent)
     spec = Spec(base=base, axes=_only(axes, only), seeds=seeds, **tune)
     if both := set(spec.seeds) & set(spec.tune_seeds):
         raise SweepError(f"seed {min(both)} is in grid.seed and in tune.seeds; use other seeds for the tuning")
@@ -88,14 +89,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _base(base: object, path: Path) -> dict[str, Any]:
     if isinstance(base, str):
-        base = _read(path.parent / base)
+        path = path.parent / base
+        base = _read(path)
     if not isinstance(base, dict):
         raise SweepError(f"{path}: base is {base!r}; give the path of a configuration, or a [base] table of settings")
     _known("setting", base, KNOWN, "base")
-    return base
+    return _beside(base, path.parent)
 
 
-def _axis(name: str, values: object, columns: Collection[str]) -> Axis:
+def _axis(name: str, values: object, columns: Collection[str], folder: Path) -> Axis:
     where = f"grid.{name}"
     if isinstance(values, dict):
         if name in columns:
@@ -107,12 +109,12 @@ def _axis(name: str, values: object, columns: Collection[str]) -> Axis:
                 raise SweepError(f"{where}.{label} is {bundle!r}, not a table of settings: {{ lr = 2.0 }}")
             _known("setting", bundle, KNOWN, f"{where}.{label}")
             _allowed(bundle, f"{where}.{label}")
-        axis: Axis = values
+        axis: Axis = {label: _beside(bundle, folder) for label, bundle in values.items()}
     else:
         _known("setting", [name], KNOWN, "grid", "an axis of named bundles is a table, [grid.NAME]")
         _allowed([name], "grid")
         values = _list(where, values)
-        axis = {_label(value): {name: value} for value in values}
+        axis = {_label(value): _beside({name: value}, folder) for value in values}
         if len(axis) < len(values):
             raise SweepError(f"{where} = {values} has a value twice; remove one")
     if not axis:
@@ -132,7 +134,7 @@ def _only(axes: Mapping[str, Axis], only: Iterable[str]) -> Mapping[str, Axis]:
     return axes
 
 
-def _tune(table: object, axes: Mapping[str, Axis]) -> dict[str, Any]:
+def _tune(table: object, axes: Mapping[str, Axis], folder: Path) -> dict[str, Any]:
     if not table:
         return {}
     if not isinstance(table, dict):
@@ -159,14 +161,20 @@ def _tune(table: object, axes: Mapping[str, Axis]) -> dict[str, Any]:
     if "seeds" not in table:
         raise SweepError("[tune] has no seeds; give seeds that are not in the grid, seeds = [100, 101]")
     return {
-        "tune": {key: _list(f"tune.{key}", values) for key, values in common.items()},
-        "tune_of": {
-            label: {key: _list(f"tune.{label}.{key}", values) for key, values in of.items()}
-            for label, of in tables.items()
-        },
+        "tune": _searched("tune", common, folder),
+        "tune_of": {label: _searched(f"tune.{label}", of, folder) for label, of in tables.items()},
         "tune_seeds": _seeds("tune.seeds", table["seeds"]),
         "validation_share": float(share),
     }
+
+
+def _searched(where: str, table: Mapping[str, object], folder: Path) -> dict[str, list[Scalar]]:
+    lists = {key: _list(f"{where}.{key}", values) for key, values in table.items()}
+    return {key: [_beside({key: value}, folder)[key] for value in values] for key, values in lists.items()}
+
+
+def _beside(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    return beside(settings, folder, SPECS.values())
 
 
 def _list(where: str, values: object) -> list[Scalar]:

@@ -63,8 +63,10 @@ def test_scalars_are_finite_numbers_and_counts():
 
 
 def test_settings_that_say_where_are_not_sent():
-    config = RunConfig(noise_multiplier=1.0, data_path="/secret/data", cache_dir="/secret/cache", out="/secret/out")
+    config = RunConfig(noise_multiplier=1.0, data_path="/secret/data", cache_dir="/secret/cache", out="/secret/out",
+                       model="/secret/net.py:make", base_optimizer="disk+/secret/o.py:make")  # fmt: skip
     sent = public_settings(config)
     assert "secret" not in json.dumps(sent)
     assert sent["noise_multiplier"] == 1.0
+    assert (sent["model"], sent["base_optimizer"]) == ("net.py:make", "disk+o.py:make")
     assert sent.keys() >= {"seed", "delta", "optimizer", "rho"}

@@ -45,6 +45,21 @@ def test_cells_are_every_combination_and_each_runs_with_every_seed(load):
     assert not any(spec.tune_runs(cell) for cell in spec.cells())
 
 
+def test_paths_are_relative_to_the_file_that_has_them(load, tmp_path):
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "mine.toml").write_text('noise_multiplier = 1.0\nmodel = "net.py:make"\ndata_path = "x"\n')
+    start = '[grid]\nseed = [0]\nstart_from = ["a", "b"]\n[grid.method]\nm = { optimizer = "o.py:make" }\n'
+    tune = '[tune]\nseeds = [7]\nclipping = ["c.py:make"]\n[tune.m]\nbase_optimizer = ["b.py:make+dp-sgd"]\n'
+    spec = load('base = "bases/mine.toml"\n' + start + tune)
+    (cell, _) = spec.cells()
+    assert cell.labels == {"start_from": "a", "method": "m"}
+    (run,) = spec.tune_runs(cell)
+    found = run.config
+    assert (found.model, found.data_path) == (f"{tmp_path}/bases/net.py:make", f"{tmp_path}/bases/x")
+    assert (found.start_from, found.optimizer) == (f"{tmp_path}/a", f"{tmp_path}/o.py:make")
+    assert (found.clipping, found.base_optimizer) == (f"{tmp_path}/c.py:make", f"{tmp_path}/b.py:make+dp-sgd")
+
+
 def test_tuning_is_on_validation_examples_and_other_seeds_and_the_final_runs_are_not(load):
     spec = load(BASE + "[grid]\nseed = [0]\n" + METHODS + TUNE)
     sgd, sat = spec.cells()
