@@ -9,6 +9,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,14 +18,15 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from fed_dpsat.device import command as device_cli
 from fed_dpsat.errors import InputError, RunError, SettingError
+from fed_dpsat.lab import settings_view
 from fed_dpsat.lab.watch import watched
 from fed_dpsat.plugins import PACKAGES, listed
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.settings.flat import parse_overrides
+from fed_dpsat.settings.flat import SPECS, parse_overrides
 
 if TYPE_CHECKING:
     from fed_dpsat.testing.configuration import Checked
@@ -41,29 +44,69 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Private federated learning with client-side DP-SAT.",
 )
 app.add_typer(device_cli.app, name="device")
 out_console, err_console = Console(), Console(stderr=True)
 
+
+LISTS = {
+    **{f"{kind}s": kind for kind in PACKAGES if kind not in ("clipping", "strategy")},
+    **{"clipping": "clipping", "strategies": "strategy"},
+}
+"""The kinds of plug-ins as ``fed-dpsat list`` takes them."""
+
+
+def _setting_names(incomplete: str) -> list[str]:
+    return [f"{name}=" for name in SPECS if name.startswith(incomplete)]
+
+
+def _kinds(incomplete: str) -> list[str]:
+    return [kind for kind in LISTS if kind.startswith(incomplete)]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        out_console.print(f"fed-dpsat {version('fed-dpsat')}", highlight=False)
+        raise typer.Exit
+
+
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file; without one, the defaults.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting.", autocompletion=_setting_names),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def _settings_help() -> str:
-    lines = ["Train the federation that CONFIG describes.", "", "Settings, with their defaults:", ""]
-    for spec in dataclasses.fields(RunConfig):
-        lines += [f"  {spec.name} = {spec.default!r}: {spec.metadata['doc']}", ""]
-    return "\n".join(lines)
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Private federated learning with client-side DP-SAT."""
 
 
-@app.command(help=_settings_help())
+class _WithSettings(TyperCommand):
+    """A command whose help ends with the settings that most runs set."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        out_console.print(*settings_view.few(), sep="\n")
+
+
+def _print_all_settings(ctx: typer.Context, value: bool) -> None:
+    if value:
+        TyperCommand.format_help(ctx.command, ctx, ctx.make_formatter())  # type: ignore[arg-type]
+        out_console.print(*settings_view.by_group(), sep="\n")
+        raise typer.Exit
+
+
+@app.command(cls=_WithSettings)
 def run(
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -73,17 +116,24 @@ def run(
     ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Write trace.json: the times of all clients.")] = False,
     as_json: AsJson = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", is_eager=True, callback=_print_all_settings, help="Show all settings, by groups."),
+    ] = False,
 ) -> None:
-    """Train; the settings give the help text."""
+    """Train the federation that CONFIG describes.
+
+    A setting is a key in CONFIG, a TOML file, or --set KEY=VALUE, which wins over it.
+    """
     from fed_dpsat.simulation import simulate
 
     with _clear_errors():
         extra = [*([f"out={out}"] if out else ()), *(["profile=true"] if profile else ())]
         settings = RunConfig.load(config, [*(overrides or ()), *extra])
-        name = config.stem if config else "run"
-        folder = Path(settings.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        with watched(settings, name=name, console=err_console, quiet=as_json) as show:
-            result = simulate(settings, folder, on_round=show, overwrite=overwrite)
+    name = config.stem if config else "run"
+    folder = Path(settings.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    with _clear_errors(run=folder), watched(settings, name=name, console=err_console, quiet=as_json) as show:
+        result = simulate(settings, folder, on_round=show, overwrite=overwrite)
     _print_result(result, folder, as_json)
 
 
@@ -101,7 +151,7 @@ def resume(
     from fed_dpsat import simulation
     from fed_dpsat.run.folder import RunFolder
 
-    with _clear_errors():
+    with _clear_errors(run=run):
         folder, changes = RunFolder(run, resume=True), parse_overrides(overrides or ())
         settings = RunConfig.from_mapping({**folder.config().settings(), **changes})
         with watched(settings, name=run.name, console=err_console, quiet=as_json, earlier=folder.rounds()) as show:
@@ -167,14 +217,24 @@ def data(
 
 
 @app.command(name="list")
-def list_plugins(as_json: AsJson = False) -> None:
+def list_plugins(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join(LISTS)}.", autocompletion=_kinds)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Built-in optimizers, models, data sets, partitions, clipping rules, strategies, attacks and loggers."""
     with _clear_errors():
-        found = {kind: listed(kind) for kind in PACKAGES}
+        if kind is not None and kind not in {**LISTS, **PACKAGES}:
+            near = get_close_matches(kind, LISTS, n=1)
+            remedy = f"did you mean {near[0]}?" if near else "without one all are listed"
+            raise SettingError("KIND", kind, f"one of {', '.join(LISTS)}", remedy)
+        kinds = PACKAGES if kind is None else [LISTS.get(kind, kind)]
+        found = {of_kind: listed(of_kind) for of_kind in kinds}
     if as_json:
         return _print_json(found)
-    for kind, plugins in found.items():
-        table = Table(title=kind, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    for of_kind, plugins in found.items():
+        table = Table(title=of_kind, title_justify="left", show_header=False, box=None, padding=(0, 2))
         table.add_column(no_wrap=True, style="cyan")
         for name, line in plugins.items():
             table.add_row(name, line)
@@ -375,7 +435,7 @@ def sweep(
     from fed_dpsat.lab.sweep.show import print_sweep, shown
 
     folder = out or Path("runs") / file.stem
-    with _clear_errors(), shown(err_console, quiet=as_json) as show:
+    with _clear_errors(again="the same command continues the sweep"), shown(err_console, quiet=as_json) as show:
         swept = run_sweep(
             file, folder, workers=workers, budget=budget, overrides=overrides or (), only=only or (), show=show
         )
@@ -539,8 +599,11 @@ def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Show an error that a user can mend as one line and an exit code, without a traceback."""
+def _clear_errors(run: Path | None = None, again: str = "") -> Iterator[None]:
+    """Show an error that a user can mend as one line and an exit code, without a traceback.
+
+    A failure after the start of the ``run`` in that folder says how to continue it; ``again`` says it without a run.
+    """
     handler = RichHandler(console=err_console, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     try:
@@ -551,13 +614,28 @@ def _clear_errors() -> Iterator[None]:
     except InputError as error:
         _fail(error, BAD_INPUT)
     except RunError as error:
-        _fail(error, FAILED)
+        _fail(f"{error}{_then(run, again)}", FAILED)
     except OSError as error:
         if error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}", FAILED)
+        _fail(f"{error.filename}: {error.strerror}{_then(run, again)}", FAILED)
     except KeyboardInterrupt:
-        _fail("interrupted; the run folder holds the finished rounds", INTERRUPTED)
+        _fail(f"interrupted{_then(run, again)}", INTERRUPTED)
+    except Exception:
+        if then := _then(run, again):
+            err_console.print(f"failed{then}", markup=False, highlight=False, soft_wrap=True)
+        raise
+
+
+def _then(run: Path | None, again: str) -> str:
+    if run is None:
+        return f"; {again}" if again else ""
+    from fed_dpsat.run.folder import how_to_continue
+
+    try:
+        return f"; {how_to_continue(run)}"
+    except (InputError, RunError, OSError, ValueError):  # the error that ended the run is the one to show
+        return f"; the run folder is {run}"
 
 
 def _fail(error: object, code: int) -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from fed_dpsat.cli import app
+from fed_dpsat.cli import LISTS, app
+from fed_dpsat.errors import RunError
+from fed_dpsat.lab.settings_view import FEW
+from fed_dpsat.plugins import PACKAGES
+from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.settings.flat import SPECS
 
 FAST = ["--set", "num_rounds=2", "--set", "noise_multiplier=2.0", "--set", "delta=1e-4"]
 
@@ -67,6 +74,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
     assert result.exit_code == 1, result.output
     model = tmp_path / "run" / "checkpoint" / "model.pt"
     assert result.stderr.startswith(f"error: cannot write {model}: File too large; free space, then `fed-dpsat resume`")
+    assert f"has 0 finished rounds; `fed-dpsat resume {tmp_path}/run` continues" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert invoke("resume", tmp_path / "run").exit_code == 0
 
@@ -115,6 +123,75 @@ def test_list_names_every_kind_with_a_line_each():
     assert {"linear", "timm:...", "torchvision:...", "transformers:..."} <= found["model"].keys()
     assert all(line for plugins in found.values() for line in plugins.values())
     assert "dp-sat-momentum" in invoke("list").output
+
+
+def test_list_prints_one_kind_and_names_the_kinds_for_an_unknown_one():
+    assert json.loads(invoke("list", "strategies", "--json").stdout).keys() == {"strategy"}
+    assert invoke("list", "optimizer").output == invoke("list", "optimizers").output
+    assert set(LISTS.values()) == set(PACKAGES)
+    result = invoke("list", "optimisers")
+    assert result.exit_code == 2
+    assert "'optimisers' is not one of optimizers, models, datasets, " in result.stderr
+    assert "did you mean optimizers?" in result.stderr
+
+
+def test_the_help_of_run_is_short_and_help_all_has_every_setting_by_groups(monkeypatch):
+    monkeypatch.setattr("fed_dpsat.cli.out_console.width", 200)
+    short, whole = invoke("run", "--help"), invoke("run", "--help-all")
+    assert short.exit_code == whole.exit_code == 0
+    found = [name for name in SPECS if re.search(rf"^│ {name} ", short.output, re.MULTILINE)]
+    assert set(found) == set(FEW)
+    assert "--help-all shows all" in short.output
+    missing = [name for name in SPECS if not re.search(rf"^│ {name} ", whole.output, re.MULTILINE)]
+    assert not missing
+    for words in ("Settings: Data", "Settings: Privacy", "Settings: Machine", "[default: ~/.cache/fed_dpsat]"):
+        assert words in whole.output
+    assert not Path("runs").exists()
+
+
+def test_the_version_the_module_and_completion(monkeypatch):
+    assert invoke("--version").output == f"fed-dpsat {version('fed-dpsat')}\n"
+    done = subprocess.run([sys.executable, "-m", "fed_dpsat", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == invoke("--version").output
+    assert "--install-completion" in invoke("--help").output
+
+    def completed(*words):
+        environment = {
+            "_FED_DPSAT_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(("fed-dpsat", *words)),
+            "COMP_CWORD": str(len(words)),
+        }
+        return CliRunner().invoke(app, [], prog_name="fed-dpsat", env=environment).output.split()
+
+    assert completed("cali") == ["calibrate"]
+    assert completed("run", "--set", "num_r") == ["num_rounds="]
+    assert completed("list", "opt") == ["optimizers"]
+
+
+def test_a_run_of_which_nothing_is_left_says_so_and_one_with_rounds_how_it_goes_on(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fed_dpsat.simulation.try_federation", interrupted)
+        result = invoke("run", "--out", tmp_path / "run", *FAST)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "error: interrupted; no client was asked, and nothing was written"
+    for error, code in ((KeyboardInterrupt(), 130), (RunError("lost"), 1), (KeyError("odd"), 1)):
+        with monkeypatch.context() as patched:
+            patched.setattr(RunFolder, "save_quality", raising(error))
+            result = invoke("run", "--out", tmp_path / "run", "--overwrite", *FAST)
+        assert result.exit_code == code
+        continues = f"{tmp_path}/run has 2 finished rounds; `fed-dpsat resume {tmp_path}/run` continues"
+        assert result.stderr.splitlines()[-1].endswith(continues)
+    assert invoke("resume", tmp_path / "run").exit_code == 0
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def test_calibrate_prints_noise_and_epsilon_against_rounds():
@@ -183,15 +260,6 @@ def test_plan_says_what_a_client_receives():
     assert said in invoke("plan", *arguments).output
 
 
-def test_help_names_every_setting():
-    result = subprocess.run(
-        [sys.executable, "-m", "fed_dpsat.cli", "run", "--help"],
-        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
-    for name in ("sample_rate", "max_rounds_per_client", "ascent_memory"):
-        assert name in result.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_leaves_a_readable_folder_and_no_process(tmp_path, workers):
@@ -212,7 +280,8 @@ def test_ctrl_c_leaves_a_readable_folder_and_no_process(tmp_path, workers):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors.decode()
-    assert b"interrupted" in errors
+    assert b"interrupted; " in errors
+    assert f"`fed-dpsat resume {folder}` continues".encode() in errors
     assert b"Traceback" not in errors
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     for line in (folder / "rounds.jsonl").read_text().splitlines():

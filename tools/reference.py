@@ -21,6 +21,7 @@ import fed_dpsat
 import fed_dpsat.testing
 from fed_dpsat import plugins
 from fed_dpsat.cli import app
+from fed_dpsat.lab.settings_view import title
 from fed_dpsat.settings.combinations import GROUPS
 from fed_dpsat.settings.config import MACHINE
 
@@ -69,6 +70,10 @@ EXTENSION_POINTS = (
 FEW = 20
 """Largest number of parameters in a signature; a class with more has a page of its own."""
 
+COMPLETION = (
+    "`fed-dpsat --version` prints the version, `python -m fed_dpsat` is the same program, and `fed-dpsat "
+    "--install-completion` lets the Tab key of your shell complete commands, options and names of settings."
+)
 EXIT_CODES = (("0", "done"), ("1", "a run that failed"), ("2", "bad input"), ("130", "Ctrl-C"))
 
 
@@ -85,12 +90,12 @@ def pages() -> dict[str, str]:
 def cli_page() -> str:
     """Every command with its arguments and options."""
     root: Any = typer.main.get_command(app)
-    lines = [*_title("Command line", root.help)]
+    lines = [*_title("Command line", f"{root.help} {COMPLETION}")]
     for path, command in _commands(root, ("fed-dpsat",)):
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
         usage = [*path, *(["[OPTIONS]"] if options else []), *(p.human_readable_name for p in arguments)]
-        help_text = inspect.cleandoc(command.help or "").partition("\nSettings, with their defaults:")[0].strip()
+        help_text = inspect.cleandoc(command.help or "").strip()
         lines += [f"## {' '.join(path)}", "", _prose(help_text), "", "```text", " ".join(usage), "```", ""]
         if path[1:] == ("run",):
             lines += ["The settings that `--set` takes are in [Configuration](configuration.md).", ""]
@@ -113,8 +118,7 @@ def configuration_page() -> str:
         for spec in dataclasses.fields(group):
             shown = f"`{spec.name}`{' **↻**' if spec.name in MACHINE else ''}"
             rows.append((shown, spec.metadata["doc"], str(spec.type), _default(spec.default), _bounds(spec)))
-        title, _, _ = (group.__doc__ or "").partition(":")
-        lines += [f"## {title}", "", *_table(head, rows)]
+        lines += [f"## {title(group)}", "", *_table(head, rows)]
     return "\n".join(lines)
 
 

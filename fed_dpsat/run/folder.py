@@ -126,6 +126,18 @@ def prepare(path: Path, overwrite: bool = False) -> list[Path]:
     return found
 
 
+def how_to_continue(path: Path) -> str:
+    """What is in ``path`` after a failure, and the command that continues the run."""
+    if not (path / "config.toml").is_file():
+        return "no client was asked, and nothing was written"
+    folder = RunFolder(path, resume=True)
+    trained = max((line["round"] for line in folder.rounds()), default=0)
+    checkpoint = folder.load_checkpoint()
+    if checkpoint and checkpoint.cannot_resume:
+        return f"{path} has {trained} finished rounds; it cannot be resumed: {checkpoint.cannot_resume}"
+    return f"{path} has {trained} finished rounds; `fed-dpsat resume {path}` continues"
+
+
 class RunFolder:
     """The files of one run under ``path``; with ``resume``, of an existing run.
 

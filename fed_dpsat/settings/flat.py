@@ -55,7 +55,7 @@ def check_names(values: Mapping[str, Any]) -> None:
     for key in values:
         if key not in SPECS:
             near = difflib.get_close_matches(key, SPECS, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "`fed-dpsat run --help` lists them"
+            hint = f"did you mean {', '.join(near)}?" if near else "`fed-dpsat run --help-all` lists them"
             hint = f"it is {RENAMED[key]} now" if key in RENAMED else hint
             raise SettingError(key, values[key], "a setting", hint)
 

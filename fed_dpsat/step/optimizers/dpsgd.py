@@ -48,7 +48,7 @@ class DPSGD:
             ("weight_decay", self.weight_decay, "in [0, inf)", 0 <= self.weight_decay < math.inf),
         ):
             if not good:
-                raise SettingError(name, value, bound, "see `fed-dpsat run --help`")
+                raise SettingError(name, value, bound, "see `fed-dpsat run --help-all`")
         if self.lr_schedule not in SCHEDULES:
             raise SettingError("lr_schedule", self.lr_schedule, f"one of {', '.join(SCHEDULES)}", "choose one")
         if self.lr_schedule != "constant" and self.total_steps < 1:
