@@ -39,9 +39,11 @@ install: $(INSTALLED)
 
 # constraints.txt says which versions were tested together, and why any is pinned.
 $(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@echo "Installing into $(VENV): PyTorch, Flower, Ray and others. This takes some minutes, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+	@echo "Installed."
 
 clean:
 	rm -rf $(VENV)

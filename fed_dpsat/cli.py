@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 from fed_dpsat.device import command as device_cli
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.lab import settings_view
+from fed_dpsat.lab.starter import KINDS, start
 from fed_dpsat.lab.watch import watched
 from fed_dpsat.plugins import PACKAGES, listed
 from fed_dpsat.settings.config import RunConfig
@@ -58,12 +59,13 @@ LISTS = {
 """The kinds of plug-ins as ``fed-dpsat list`` takes them."""
 
 
-def _setting_names(incomplete: str) -> list[str]:
-    return [f"{name}=" for name in SPECS if name.startswith(incomplete)]
+def _complete(names: Collection[str]) -> Callable[[str], list[str]]:
+    """Completes what a user has begun to type to those of ``names`` that fit."""
 
+    def completions(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
 
-def _kinds(incomplete: str) -> list[str]:
-    return [kind for kind in LISTS if kind.startswith(incomplete)]
+    return completions
 
 
 def _print_version(value: bool) -> None:
@@ -77,7 +79,12 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file; without one, the defaults.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting.", autocompletion=_setting_names),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one setting.",
+        autocompletion=_complete([f"{name}=" for name in SPECS]),
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -160,6 +167,25 @@ def resume(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
+    kind: Annotated[
+        str, typer.Option(help=f"One of {', '.join(KINDS)}.", autocompletion=_complete(KINDS))
+    ] = "simulation",
+    as_json: AsJson = False,
+) -> None:
+    """Write a small working project with its test: settings, a plug-in or a policy, and a README with the commands."""
+    with _clear_errors():
+        names = start(folder, kind)
+    if as_json:
+        return _print_json({"kind": kind, "files": [str(folder / name) for name in names]})
+    out_console.print(f"{KINDS[kind]}, in {folder}: {', '.join(names)}", soft_wrap=True, highlight=False)
+    _, commands = (folder / "README.md").read_text().split("\n\n", 1)
+    out_console.print(f"\ncd {folder}\n\n{commands}", soft_wrap=True, highlight=False, markup=False, end="")
+    return None
+
+
+@app.command()
 def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check all objects that CONFIG names, and try them on made-up examples; exit code 2 for a fault.
 
@@ -219,7 +245,8 @@ def data(
 @app.command(name="list")
 def list_plugins(
     kind: Annotated[
-        str | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join(LISTS)}.", autocompletion=_kinds)
+        str | None,
+        typer.Argument(metavar="[KIND]", help=f"One of {', '.join(LISTS)}.", autocompletion=_complete(LISTS)),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
