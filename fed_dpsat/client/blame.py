@@ -29,6 +29,14 @@ EVALUATION = {passed.__code__}
 MARKED: dict[CodeType, str] = {}
 """Functions that were declared with ``blamed_on``, and the kind of object that each calls."""
 
+WIDTHS: tuple[tuple[type[nn.Module], str, int], ...] = (
+    (nn.Linear, "in_features", -1),
+    (nn.Conv1d, "in_channels", -2),
+    (nn.Conv2d, "in_channels", -3),
+    (nn.Conv3d, "in_channels", -4),
+)
+"""Layers, the attribute with the width of their inputs, and the axis of the inputs that has it."""
+
 REMEDIES = {
     "clipping": "fed_dpsat.testing.check_clipping finds more",
     "optimizer": "lower lr, and run fed_dpsat.testing.check_optimizer on it",
@@ -76,7 +84,8 @@ def told(experiment: Experiment, objects: Sequence[str] = (), strategy: object =
     except Exception as error:  # a plug-in raises any error
         kind, where, remedy = _blamed(error, experiment, strategy)
         own = isinstance(error, InputError | RunError)
-        detail = f"{where}{error}" if own else f"{where}{_line(error)}"
+        misfit = _misfit(error) if kind == "model" and isinstance(error, RuntimeError) else ""
+        detail = f"{where}{error}" if own else f"{where}{misfit or _line(error)}"
         raise TrialError(_said(experiment, kind, objects, detail, "" if own and ";" in detail else remedy)) from error
 
 
@@ -132,6 +141,17 @@ def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> t
     if kind == "model":
         return kind, where, f"its inputs are {_inputs_of(experiment)}: make it take those, or choose a model that does"
     return kind, where, REMEDIES.get(kind, "")
+
+
+def _misfit(error: RuntimeError) -> str:
+    """The width that the innermost layer has and the width that it gets, if they differ; otherwise empty."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        layer, given = frame.f_locals.get("self"), frame.f_locals.get("input")
+        for kind, name, axis in WIDTHS:
+            if isinstance(layer, kind) and isinstance(given, torch.Tensor) and given.ndim >= -axis:
+                width, gets = getattr(layer, name), given.shape[axis]
+                return f"its {name} is {width}, and it gets {gets}" if width != gets else ""
+    return ""
 
 
 def _inputs_of(experiment: Experiment) -> str:

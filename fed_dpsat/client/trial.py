@@ -146,11 +146,14 @@ def check_outputs(tried: Experiment) -> None:
         try:
             logits = logits_of(outputs)
         except ModelError as error:
-            raise Unfit("model", f"{name} gives a {type(outputs).__name__}", "return a tensor of logits") from error
+            remedy = "return a tensor of logits, or an object or a dict with the tensor as logits"
+            raise Unfit("model", f"{name} gives {_described(outputs)}", remedy) from error
         if not task.fits(logits, count):
             given = ", ".join(f"{n} {list(t.shape)}" for n, t in named_leaves(inputs).items())
-            narrow = logits.ndim > 0 and logits.shape[-1] < task.outputs and len(logits) == count
+            narrow = logits.ndim > 1 and logits.shape[-1] < task.outputs and len(logits) == count
             remedy = f"make its last layer {task.outputs} wide" if narrow else "the batch first, also for one example"
+            if logits.ndim == 1 and len(logits) == count:
+                remedy = f"return {task.outputs} logits for each example, not a class or one number"
             seen = f"{name} gives {list(logits.shape)} for {given}, not {task.expected(count)}"
             raise Unfit("model", seen, remedy)
         kept = _parts(task)
@@ -161,6 +164,14 @@ def check_outputs(tried: Experiment) -> None:
         if changed := [part for part, value in _parts(task).items() if kept.get(part) != value]:
             remedy = "keep nothing from call to call: the loss of an example depends on its own row alone"
             raise Unfit("task", f"its loss changes its {changed[0]!r}", remedy)
+
+
+def _described(outputs: object) -> str:
+    """The type of ``outputs`` and the names of what it holds."""
+    if outputs is None:
+        return "None"
+    held = list(outputs) if isinstance(outputs, Mapping) else list(getattr(outputs, "__dict__", ()))
+    return f"a {type(outputs).__name__}" + (f" with {', '.join(map(str, held[:5]))}" if held else "")
 
 
 def _parts(task: Task) -> dict[str, str]:

@@ -14,6 +14,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -74,6 +75,8 @@ def read_weights(start_from: str) -> tuple[dict[str, Tensor], str]:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except Exception as error:  # whatever the two libraries say of a file that is none
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, UnpicklingError):  # torch's text speaks to programmers, and of running code in the file
+            reason = "it is no archive of tensors, or holds other objects, such as a whole module"
         remedy = f"{reason}; give safetensors, or a state dict of torch.save"
         raise _wrong(start_from, "a file of weights", remedy) from error
     if isinstance(found, Mapping) and {"round", "params", "server"} <= found.keys():

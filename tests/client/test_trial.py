@@ -37,6 +37,8 @@ from fed_dpsat.step.optimizers import DPSGD
 
 FAST = {"noise_multiplier": 2.0, "delta": 1e-4, "accountant": "rdp", "num_clients": 3, "num_rounds": 2}
 MODELS = """
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -66,6 +68,16 @@ class Wrapped(Net):
         return {"scores": super().forward(x)}
 
 
+class Outcome(Net):
+    def forward(self, x):
+        return SimpleNamespace(scores=super().forward(x), hidden=x)
+
+
+class Answers(Net):
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
 class Squeezing(Net):
     def forward(self, x):
         return super().forward(x).squeeze()
@@ -86,6 +98,7 @@ class TrainsOnly(Net):
 
 few = lambda: Net(9)
 wrong_inputs = lambda: nn.Sequential(nn.Flatten(), nn.Linear(100, 10))
+wrong_channels = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))
 """
 OTHERS = '''
 from dataclasses import dataclass, replace
@@ -210,8 +223,15 @@ FAILURES = {
         "gives [4, 9] for inputs [4, 1, 8, 8], not [4, 10]",
         "make its last layer 10 wide",
     ),
-    "wrong inputs": ("model=m.py:wrong_inputs", "layer 1 (Linear): RuntimeError: mat1 and mat2", "[B, 1, 8, 8]"),
-    "output object": ("model=m.py:Wrapped", "gives a dict", "return a tensor of logits"),
+    "wrong inputs": (
+        "model=m.py:wrong_inputs",
+        "layer 1 (Linear): its in_features is 100, and it gets 64;",
+        "[B, 1, 8, 8]",
+    ),
+    "wrong channels": ("model=m.py:wrong_channels", "layer 0 (Conv2d): its in_channels is 3, and it gets 1;", "[B, 1,"),
+    "output object": ("model=m.py:Wrapped", "gives a dict with scores", "return a tensor of logits"),
+    "an object": ("model=m.py:Outcome", "gives a SimpleNamespace with scores, hidden", "with the tensor as logits"),
+    "answers": ("model=m.py:Answers", "gives [4] for inputs", "return 10 logits for each example, not a class"),
     "one example": ("model=m.py:Squeezing", "gives [10] for inputs [1, 1, 8, 8]", "also for one example"),
     "evaluation": ("model=m.py:TrainsOnly", "NotImplementedError: no inference yet", "make it take those"),
     "second step": ("optimizer=o.py:sgd", "update: KeyError: 'velocity'", "check_optimizer"),
@@ -236,7 +256,17 @@ FAILURES = {
     "measure": ("task=t.py:Broken", "measure: ValueError: no ranks", "fed_dpsat.tasks.base.Task"),
     "attack": ("attack=o.py:NoForgery", "forge: ValueError: nothing to forge", "fed_dpsat.lab.attacks.Attack"),
 }
-FIRST_EVALUATION = {"few outputs", "wrong inputs", "output object", "evaluation", "metric missing", "measure"}
+FIRST_EVALUATION = {
+    "few outputs",
+    "wrong inputs",
+    "output object",
+    "an object",
+    "answers",
+    "wrong channels",
+    "evaluation",
+    "metric missing",
+    "measure",
+}
 """What failed without a trial before anybody was charged, with a traceback and a run folder left behind."""
 
 

@@ -67,6 +67,7 @@ class Evil:
         (lambda path: None, "No such file"),
         (lambda path: path.write_text("weights"), "is not a file of weights"),
         (lambda path: path.write_bytes(pickle.dumps(Evil())), "is not a file of weights"),
+        (lambda path: torch.save(torch.nn.Linear(2, 2), path), "it is no archive of tensors, or holds other objects"),
         (lambda path: torch.save({"model": state()}, path), "save model.state_dict.. alone"),
         (lambda path: torch.save([1, 2], path), "is not tensors by name"),
         (lambda path: torch.save({**state(), "1.bias": torch.full((3,), torch.nan)}, path), "1.bias hold NaN or inf"),
