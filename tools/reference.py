@@ -109,7 +109,8 @@ def configuration_page() -> str:
     """Every setting, group by group."""
     intro = (
         'Every setting is one key in a TOML file, `--set key=value`, or `flwr run -c "key=value"`. '
-        "Settings marked **↻** may change when a run resumes: they do not change its result."
+        "Relative paths in a file are relative to it. Settings marked **↻** may change when a run resumes: they do not "
+        "change its result. A larger `num_rounds` extends a run."
     )
     lines = [*_title("Configuration", intro)]
     head = ("setting", "what it is", "type", "default", "values")
