@@ -209,8 +209,9 @@ class RunFolder:
         bound = f"possible for {self.path}, which began with num_rounds={begun.num_rounds}"
         if reason := self.summary().get("ended_early"):
             raise SettingError("num_rounds", now.num_rounds, bound, f"the run ended early: {reason}")
-        of_simulation = self.sizes() and "client_app" not in self.objects() and self.load_checkpoint() is not None
-        if of_simulation and not self.state_path.is_dir():
+        saved = self.load_checkpoint()
+        trained = saved is not None and saved.round > 0 and self.sizes() and "client_app" not in self.objects()
+        if trained and not self.state_path.is_dir():
             why = "the states of its clients were deleted, as in a complete run of a sweep; start a new run"
             raise SettingError("num_rounds", now.num_rounds, bound, why)
 

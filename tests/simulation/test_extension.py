@@ -114,6 +114,16 @@ def test_a_run_without_the_states_of_its_clients_is_not_extended(run):
     refused(run, LONGER, "the states of its clients were deleted")
 
 
+def test_a_run_that_failed_before_its_first_round_needs_no_states(tmp_path):
+    def fail(record):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        simulate(CONFIG, tmp_path / "run", on_round=fail)
+    assert not (tmp_path / "run" / "state").exists()
+    assert resume(tmp_path / "run", overrides={"num_rounds": 3})["rounds_completed"] == 3
+
+
 def test_a_run_that_ended_early_says_why_it_cannot_go_on(tmp_path):
     few = {"budget_mode": "retire", "target_epsilon": 2.0, "clients_per_round": 0, "num_rounds": 8}
     assert simulate(dataclasses.replace(CONFIG, **few), tmp_path / "run")["ended_early"]
