@@ -148,7 +148,7 @@ def test_what_is_written_can_be_read(tmp_path):
     folder = RunFolder(tmp_path / "run")
     config = RunConfig(target_epsilon=3.0)
     folder.open(config)
-    assert RunConfig.load(tmp_path / "run" / "config.toml") == config
+    assert RunFolder(tmp_path / "run", resume=True).config() == config
     for number in range(3):
         folder.append_round({"round": number, "epsilon": math.inf}, {"round": number, "seconds": 0.1})
         lines = (tmp_path / "run" / "rounds.jsonl").read_text()
