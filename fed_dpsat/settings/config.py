@@ -7,10 +7,11 @@ Each group of settings is a module beside this one. A name (``optimizer``, ``mod
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fed_dpsat.errors import warn_once
 from fed_dpsat.settings import flat
@@ -22,10 +23,26 @@ from fed_dpsat.settings.values import Scalar, check_value
 MACHINE = frozenset(name for name, spec in flat.SPECS.items() if spec.metadata["may_change"])
 """Settings that may change when a run is resumed: they decide place and time, and not the result."""
 
+Class = TypeVar("Class", bound=type)
 
+
+def _with_near_names(cls: Class) -> Class:
+    """``cls``, made of settings: for an unknown name it raises the ``SettingError`` of ``check_names``."""
+    init = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def checked(self: object, /, *args: Any, **values: Any) -> None:
+        flat.check_names(values)
+        init(self, *args, **values)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
+
+
+@_with_near_names
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
-    """One run. Raises ``SettingError`` for a wrong type, a value out of bounds or an impossible combination."""
+    """One run. Raises ``SettingError`` for an unknown name, a wrong type, a bad value or an impossible combination."""
 
     def __post_init__(self) -> None:
         for name, spec in flat.SPECS.items():
@@ -54,8 +71,7 @@ class RunConfig(Settings):
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> RunConfig:
-        """From already typed scalars; an unknown key is an error that names the near ones."""
-        flat.check_names(values)
+        """From already typed scalars."""
         return cls(**values)
 
     @classmethod

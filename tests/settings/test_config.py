@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 import tomllib
@@ -24,6 +25,18 @@ def test_overrides_win_over_the_file(tmp_path):
     config = RunConfig.load(file, ["lr=4", "dataset=cifar10", "private = true"])
     assert (config.lr, config.num_rounds, config.dataset) == (4.0, 5, "cifar10")
     assert isinstance(config.lr, float)
+
+
+def test_a_wrong_name_is_the_same_error_in_python_as_on_the_command_line():
+    with pytest.raises(SettingError) as in_python:
+        RunConfig(num_round=3, **GOOD)
+    with pytest.raises(SettingError) as on_the_command_line:
+        RunConfig.load(None, ["num_round=3"])
+    assert str(in_python.value) == str(on_the_command_line.value)
+    assert "num_round=3 is not a setting; did you mean num_rounds" in str(in_python.value)
+    with pytest.raises(SettingError, match=r"lrr=1 is not a setting; did you mean lr\?"):
+        dataclasses.replace(RunConfig(**GOOD), lrr=1)
+    assert list(inspect.signature(RunConfig).parameters) == [f.name for f in dataclasses.fields(RunConfig)]
 
 
 def test_the_resolved_file_is_the_same_config():
