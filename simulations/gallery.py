@@ -18,7 +18,7 @@ import torch
 
 from fed_dpsat import RunConfig, simulate
 from fed_dpsat.lab.report.condensed import write_runs
-from fed_dpsat.lab.report.reading import read_run
+from fed_dpsat.run.reading import load_run
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "simulations" / "digits_dpsat.toml"
@@ -60,7 +60,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     for name, variants in SETS.items():
         folders = make(variants(), range(chosen.seeds), chosen.keep)
-        write_runs([read_run(folder) for folder in folders], chosen.out / f"{name}.jsonl")
+        write_runs([load_run(folder) for folder in folders], chosen.out / f"{name}.jsonl")
         print(chosen.out / f"{name}.jsonl", flush=True)
 
 

@@ -14,9 +14,9 @@ from rich.text import Text
 from fed_dpsat.data.describe import Description, Number, Spread
 from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.report import canvas
-from fed_dpsat.lab.report.numbers import plain, spread_out
 from fed_dpsat.lab.report.palette import BLUE, SERIES
 from fed_dpsat.lab.report.training_figures import whole_numbers
+from fed_dpsat.run.numbers import plain, spread_out
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.flat import parse_overrides, read_settings
 

@@ -18,8 +18,8 @@ from fed_dpsat import RunConfig, simulate
 from fed_dpsat.client.given import called, copied
 from fed_dpsat.data.digits import digits
 from fed_dpsat.errors import SettingError
-from fed_dpsat.lab.report.reading import read_run
 from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.run.reading import load_run
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
 
 CONFIG = RunConfig(num_clients=3, num_rounds=2, noise_multiplier=1.0, delta=1e-4)
@@ -154,7 +154,7 @@ def test_the_folder_says_what_the_objects_were(tmp_path):
         names, key=["dataset", "model", "optimizer", "strategy"].index
     )
     assert RunFolder(tmp_path / "run", resume=True).config().optimizer == names["optimizer"]
-    assert read_run(tmp_path / "run").method == names["optimizer"]
+    assert load_run(tmp_path / "run").method == names["optimizer"]
     assert called(objects["strategy"]) == names["strategy"]
 
 

@@ -17,8 +17,8 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.audit.command import game_of
 from fed_dpsat.lab.audit.game import play
-from fed_dpsat.lab.report.reading import read_run
 from fed_dpsat.lab.report.words import _noise
+from fed_dpsat.run.reading import load_run
 from fed_dpsat.run.statement import read_statement
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
@@ -57,7 +57,7 @@ def test_it_is_shown_as_laplace_and_without_a_bound_by_rdp(run):
     shown = " ".join(invoke("ledger", folder).output.split())
     assert "Laplace noise" in shown
     assert "none (RDP)" in shown
-    assert _noise(read_run(folder)).startswith("Laplace noise, noise multiplier")
+    assert _noise(load_run(folder)).startswith("Laplace noise, noise multiplier")
     settings = [f"--set={key}={value}" for key, value in CONFIG.settings().items() if key in (
         "noise_distribution", "clipping", "target_epsilon", "optimizer", "delta")]  # fmt: skip
     assert "Laplace noise_multiplier = " in " ".join(invoke("calibrate", *settings).output.split())

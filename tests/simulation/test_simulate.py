@@ -20,7 +20,7 @@ from fed_dpsat.data.digits import digits
 from fed_dpsat.errors import DataError, InputError, SettingError
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.strategy import PrivateStrategy
-from fed_dpsat.lab.report.reading import read_run
+from fed_dpsat.run.reading import load_run
 from fed_dpsat.run.statement import read_statement
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
@@ -211,7 +211,7 @@ def test_an_older_ledger_beside_a_newer_checkpoint_is_found(tmp_path):
     with pytest.raises(LedgerError, match="does not hold the 6 charges that were in it at round 3"):
         read_statement(folder)
     with pytest.raises(InputError, match="older copy"):
-        read_run(folder)
+        load_run(folder)
     (folder / "ledger.sqlite").write_bytes(newer)
     with PrivacyLedger(folder / "ledger.sqlite") as ledger:  # a round that is under way
         ledger.charge(0, 4, 0, PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2))
@@ -231,7 +231,7 @@ def test_a_run_that_went_on_after_its_summary_is_not_called_changed(tmp_path):
     resumed = resume(tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_bytes(summary)
     assert read_statement(tmp_path / "run").epsilon == resumed["epsilon"]
-    assert read_run(tmp_path / "run").epsilon == resumed["epsilon"] > json.loads(summary)["epsilon"]
+    assert load_run(tmp_path / "run").epsilon == resumed["epsilon"] > json.loads(summary)["epsilon"]
 
 
 def test_a_run_does_not_overwrite_another(reference):

@@ -141,7 +141,7 @@ def inline(svg: str, name: str, title: str, alt: str) -> str:
 
 def thinned(head: Sequence[str], rows: Sequence[Sequence[str]], whole: str, most: int = 12) -> Table:
     """A table of at most ``most`` evenly spaced rows; ``whole`` names the file with all rows."""
-    from fed_dpsat.lab.report.numbers import spread_out
+    from fed_dpsat.run.numbers import spread_out
 
     kept = spread_out(len(rows), most)
     note = "" if len(kept) == len(rows) else f"{len(kept)} of {len(rows)} rows; all are in {whole}."

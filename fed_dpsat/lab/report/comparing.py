@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fed_dpsat.errors import InputError
-from fed_dpsat.lab.report.numbers import Estimate, estimate
-from fed_dpsat.lab.report.reading import Run
+from fed_dpsat.run.numbers import Estimate, estimate
+from fed_dpsat.run.reading import Run
 from fed_dpsat.settings.config import MACHINE
 from fed_dpsat.tasks.metric import Metric
 

@@ -13,9 +13,9 @@ from fed_dpsat.client import evaluation
 from fed_dpsat.lab.report.canvas import HEIGHT, Drawing, draw
 from fed_dpsat.lab.report.comparing import Comparison, Group
 from fed_dpsat.lab.report.metric_axis import show_metric
-from fed_dpsat.lab.report.numbers import Estimate, estimate, plain, rounded
 from fed_dpsat.lab.report.palette import DASHES, INK, SERIES, Look, looks
 from fed_dpsat.lab.report.training_figures import whole_numbers
+from fed_dpsat.run.numbers import Estimate, estimate, plain, rounded
 from fed_dpsat.tasks.metric import UNDEFINED, Metric
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from fed_dpsat.lab.report.canvas import Table
 from fed_dpsat.lab.report.comparing import PROMISE_WORDS, Comparison, Group, compare
 from fed_dpsat.lab.report.comparing_figures import drawings, mean_text, score_text
 from fed_dpsat.lab.report.condensed import read_runs, write_runs
-from fed_dpsat.lab.report.numbers import Estimate, plain, rounded, with_unit
 from fed_dpsat.lab.report.page import render
 from fed_dpsat.run.metric import CLASSIFICATION, loss_unit
+from fed_dpsat.run.numbers import Estimate, plain, rounded, with_unit
 from fed_dpsat.tasks.metric import UNDEFINED
 
 SUFFIXES = {".html", ".csv", ".jsonl"}

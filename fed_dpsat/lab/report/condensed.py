@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.errors import InputError
-from fed_dpsat.lab.report.numbers import spread_out
-from fed_dpsat.lab.report.reading import Run, read_run
 from fed_dpsat.run.metric import LOSS, metric_of
+from fed_dpsat.run.numbers import spread_out
+from fed_dpsat.run.reading import Run, load_run
 from fed_dpsat.settings.config import MACHINE, RunConfig
 from fed_dpsat.tasks.metric import Metric
 
@@ -30,7 +30,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All runs of run folders, folders of run folders (also of a sweep) and ``.jsonl`` files; else ``InputError``."""
     found: list[Run] = []
     for path in paths:
-        found += _read(path) if path.suffix == ".jsonl" else [read_run(folder) for folder in _folders(path)]
+        found += _read(path) if path.suffix == ".jsonl" else [load_run(folder) for folder in _folders(path)]
     return found
 
 

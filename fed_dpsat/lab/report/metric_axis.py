@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fed_dpsat.lab.report.numbers import plain
+from fed_dpsat.run.numbers import plain
 from fed_dpsat.tasks.metric import PERCENT, Metric
 
 if TYPE_CHECKING:

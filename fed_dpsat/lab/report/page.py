@@ -11,11 +11,11 @@ from fed_dpsat.client.evaluation import measured_on
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report import canvas, model_figures, palette, training_figures, words
 from fed_dpsat.lab.report.canvas import Drawing
-from fed_dpsat.lab.report.numbers import duration, in_unit, plain, wilson
-from fed_dpsat.lab.report.reading import Run, read_run
 from fed_dpsat.lab.report.sharpness import sharpness_words
 from fed_dpsat.lab.report.spending import Spending, read_spending
 from fed_dpsat.run.metric import CLASSIFICATION, metric_named
+from fed_dpsat.run.numbers import duration, in_unit, plain, wilson
+from fed_dpsat.run.reading import Run, load_run
 from fed_dpsat.tasks.metric import Metric
 
 SECTIONS = ("Quality", "Spending and noise", "The model", "The clients", "The machine")
@@ -27,7 +27,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     Raises ``InputError`` for a folder without a run, a damaged run, or a missing package.
     """
     canvas.matplotlib()
-    run, out = read_run(folder), out or folder / "report.html"
+    run, out = load_run(folder), out or folder / "report.html"
     spending = read_spending(run)
     figures = out.parent / "figures" if out.name == "report.html" else out.parent / f"{out.stem}-figures"
     try:

@@ -13,11 +13,11 @@ import numpy as np
 from fed_dpsat.client.evaluation import measured_on
 from fed_dpsat.lab.report.canvas import Drawing, Table, draw, thinned
 from fed_dpsat.lab.report.metric_axis import show_metric
-from fed_dpsat.lab.report.numbers import duration, in_unit, plain, size, with_unit
 from fed_dpsat.lab.report.palette import BLUE, GREEN, INK, VERMILLION, Colour, looks
-from fed_dpsat.lab.report.reading import Run
 from fed_dpsat.lab.report.spending import Spending
 from fed_dpsat.run.metric import LOSS, loss_unit, number_of, other_metrics, value_of
+from fed_dpsat.run.numbers import duration, in_unit, plain, size, with_unit
+from fed_dpsat.run.reading import Run
 from fed_dpsat.tasks.metric import Metric
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fed_dpsat.lab.report.numbers import on_terminal, plain
 from fed_dpsat.lab.sweep.run import Event, Shown, Swept
 from fed_dpsat.lab.sweep.tables import Row
 from fed_dpsat.run.metric import metric_of, value_of
+from fed_dpsat.run.numbers import on_terminal, plain
 from fed_dpsat.tasks.metric import PERCENT, UNDEFINED, Metric
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from fed_dpsat.lab.report.numbers import estimate
+from fed_dpsat.run.numbers import estimate
 
 
 def deviation(values: Sequence[float]) -> float | None:

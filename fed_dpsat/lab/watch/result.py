@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fed_dpsat.lab.report.numbers import on_terminal
 from fed_dpsat.run.metric import loss_unit, metric_of, other_metrics, task_of, value_of
+from fed_dpsat.run.numbers import on_terminal
 from fed_dpsat.step.optimizers.chain import described
 
 

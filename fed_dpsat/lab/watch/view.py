@@ -12,11 +12,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fed_dpsat.lab.report.numbers import on_terminal
 from fed_dpsat.lab.watch.held import HeldWarnings
 from fed_dpsat.lab.watch.progress import Progress
 from fed_dpsat.lab.watch.sparkline import ASCII, BLOCKS, sparkline
 from fed_dpsat.run.metric import LOSS
+from fed_dpsat.run.numbers import on_terminal
 from fed_dpsat.tasks.metric import Metric, Value
 
 NARROW = 70

@@ -19,8 +19,8 @@ from fed_dpsat.lab.report.comparing import compare, pareto
 from fed_dpsat.lab.report.comparing_figures import mean_curve, mean_text
 from fed_dpsat.lab.report.comparing_page import as_csv, as_data, as_table, write_comparison
 from fed_dpsat.lab.report.condensed import read_runs, write_runs
-from fed_dpsat.lab.report.reading import Run, read_run
 from fed_dpsat.run.metric import metric_of
+from fed_dpsat.run.reading import Run, load_run
 from fed_dpsat.settings.config import RunConfig
 
 
@@ -156,7 +156,7 @@ def test_rows_are_csv_and_json_too():
 
 
 def test_condensed_runs_compare_as_they_did(tmp_path, run_folder):
-    real = read_run(run_folder)
+    real = load_run(run_folder)
     write_runs([*sweep(), real], tmp_path / "runs.jsonl")
     back = read_runs([tmp_path / "runs.jsonl"])
     assert back[-1].config == dataclasses.replace(real.config, cache_dir=back[-1].config.cache_dir)

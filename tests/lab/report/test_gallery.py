@@ -7,7 +7,7 @@ import pytest
 
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report.condensed import write_runs
-from fed_dpsat.lab.report.reading import read_run
+from fed_dpsat.run.reading import load_run
 from simulations.gallery import SETS
 from tools.gallery import write_gallery
 
@@ -51,5 +51,5 @@ def test_every_part_states_n_seeds_and_delta(made):
 def test_no_runs_no_gallery(tmp_path, run_folder):
     with pytest.raises(InputError, match=r"has no \.jsonl file"):
         write_gallery(tmp_path, tmp_path)
-    write_runs([read_run(run_folder)], tmp_path / "mine.jsonl")
+    write_runs([load_run(run_folder)], tmp_path / "mine.jsonl")
     assert "1 groups" in write_gallery(tmp_path, tmp_path / "docs").read_text()

@@ -13,12 +13,12 @@ from fed_dpsat.lab.report.comparing import compare
 from fed_dpsat.lab.report.comparing_figures import mean_curve
 from fed_dpsat.lab.report.comparing_page import as_data, as_table, write_comparison
 from fed_dpsat.lab.report.condensed import read_runs, write_runs
-from fed_dpsat.lab.report.numbers import in_unit
 from fed_dpsat.lab.report.page import cards, write_report
-from fed_dpsat.lab.report.reading import read_run
 from fed_dpsat.lab.report.training_figures import quality_curves
 from fed_dpsat.lab.report.words import not_shown
 from fed_dpsat.run.metric import metric_named
+from fed_dpsat.run.numbers import in_unit
+from fed_dpsat.run.reading import load_run
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 
@@ -52,13 +52,13 @@ def test_what_a_run_writes_is_what_its_readers_read(tmp_path):
     data, folder = f"{tmp_path}/made.py:numbers", tmp_path / "run"
     given = {"dataset": data, "task": "regression", "num_clients": 2, "num_rounds": 1, "evaluate_every": 2}
     simulate(RunConfig(**given, metric="mae", noise_multiplier=1.0, delta=1e-2), folder)
-    run = read_run(folder)
+    run = load_run(folder)
     assert (run.task, run.metric) == ("regression", metric_named("mae", "regression"))
     assert (run.num_test, run.num_draws, set(run.others)) == (64, None, {"rmse", "r2"})
     assert cards(run)[0] == ("test MAE", in_unit(run.score, run.metric), "64 public test examples, lower is better")
     assert 0 < run.score < 100
     (folder / "summary.json").unlink()
-    assert read_run(folder).metric == run.metric, "of the settings"
+    assert load_run(folder).metric == run.metric, "of the settings"
 
 
 @pytest.mark.slow
@@ -78,21 +78,21 @@ def test_the_page_of_a_regression_has_its_metrics_and_no_figure_of_classes(made_
 
 
 def test_perplexity_over_decades_has_a_logarithmic_axis(made_up, tmp_path):
-    run = read_run(made_up("run", "causal-lm", "perplexity", (260.0, 40.0, 12.0, 7.5), token_accuracy=(0.0, 0, 0, 0.3)))
+    run = load_run(made_up("run", "causal-lm", "perplexity", (260.0, 40.0, 12.0, 7.5), token_accuracy=(0.0, 0, 0, 0.3)))
     curve = next(quality_curves(run, tmp_path))
     ticks = {tick for tick in re.findall(r">([\d,]+)</text>", curve.svg) if float(tick) >= 5}
     assert ticks == {"10", "20", "50", "100", "200"}
     assert ">test perplexity (lower is better)<" in curve.svg
     assert curve.table.head[2:] == ("perplexity (lower is better)", "token accuracy", "loss (nats)")
     assert curve.table.rows[-1][2:] == ("7.500", "30.0 %", "1.00")
-    narrow = read_run(made_up("narrow", "causal-lm", "perplexity", (9.0, 8.0, 7.75, 7.5)))
+    narrow = load_run(made_up("narrow", "causal-lm", "perplexity", (9.0, 8.0, 7.75, 7.5)))
     assert {"2", "4", "6", "8"} <= set(re.findall(r">(\d)</text>", next(quality_curves(narrow, tmp_path)).svg)), (
         "linear"
     )
 
 
 def test_a_metric_without_a_value_is_undefined_and_not_0(made_up, tmp_path):
-    run = read_run(made_up("run", "classification", "auroc", ("undefined",) * 4, accuracy=(0.5, 1.0, 1.0, 1.0)))
+    run = load_run(made_up("run", "classification", "auroc", ("undefined",) * 4, accuracy=(0.5, 1.0, 1.0, 1.0)))
     drawn = {drawing.name for drawing in quality_curves(run, tmp_path)}
     assert drawn == {"loss-against-round", "loss-against-epsilon"}
     assert "AUROC: it is undefined in all rounds on the public test split." in not_shown(run, drawn)
@@ -100,7 +100,7 @@ def test_a_metric_without_a_value_is_undefined_and_not_0(made_up, tmp_path):
 
 
 def test_rounds_without_a_value_are_gaps(made_up, tmp_path):
-    run = read_run(made_up("run", "multilabel", "auroc", ("undefined", None, 0.75, 0.8125)))
+    run = load_run(made_up("run", "multilabel", "auroc", ("undefined", None, 0.75, 0.8125)))
     assert [line["round"] for line in run.evaluated] == [0, 2, 3]
     curve = next(quality_curves(run, tmp_path))
     assert [row[2] for row in curve.table.rows] == ["undefined", "75.0 %", "81.2 %"]
@@ -111,7 +111,7 @@ def test_a_run_that_has_not_ended_shows_the_metric_of_its_settings(run_folder, m
     folder = made_up("run", "regression", "rmse", RMSE)
     (folder / "summary.json").unlink()
     with pytest.raises(InputError, match=r"rounds.jsonl, line 1 is damaged \(not .*test_accuracy"):
-        read_run(folder)  # its settings say classification
+        load_run(folder)  # its settings say classification
 
 
 def test_the_smallest_error_is_first_and_on_the_front(made_up, tmp_path):
@@ -136,7 +136,7 @@ def test_the_smallest_error_is_first_and_on_the_front(made_up, tmp_path):
     assert (data["task"], data["metric"]["higher_is_better"], data["groups"][0]["rmse"]["n"]) == (
         "regression", False, 2,
     )  # fmt: skip
-    write_runs([read_run(path) for path in paths], tmp_path / "runs.jsonl")
+    write_runs([load_run(path) for path in paths], tmp_path / "runs.jsonl")
     again = compare(read_runs([tmp_path / "runs.jsonl"]))
     assert (again.task, again.metric) == ("regression", metric_named("rmse", "regression"))
     assert [group.score for group in again.groups] == [group.score for group in found.groups]
@@ -147,7 +147,7 @@ def test_runs_of_different_metrics_are_refused(run_folder, made_up):
     other = made_up("other", "regression", "rmse", RMSE)
     words = "accuracy of classification in run; RMSE of regression in other and 1 more"
     with pytest.raises(InputError, match=words):
-        compare([read_run(run_folder), read_run(other), read_run(other)])
+        compare([load_run(run_folder), load_run(other), load_run(other)])
 
 
 def test_a_group_with_an_undefined_run_has_no_mean(made_up, tmp_path):

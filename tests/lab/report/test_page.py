@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from fed_dpsat.cli import app
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.lab.report.page import write_report
-from fed_dpsat.lab.report.reading import read_run
 from fed_dpsat.lab.report.sharpness import measure_run
 from fed_dpsat.lab.report.words import statement
+from fed_dpsat.run.reading import load_run
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 
@@ -129,12 +129,12 @@ def test_the_statement_says_why_a_figure_is_missing_and_that_delta_is_large(run_
     summary = json.loads((folder / "summary.json").read_text())
     missing = {"epsilon_released": None, "epsilon_released_missing": "clients were away"}
     (folder / "summary.json").write_text(json.dumps({**summary, **missing, "delta_warning": "delta=1 is much"}))
-    said = dict(statement(read_run(folder)))
+    said = dict(statement(load_run(folder)))
     assert said["Against an observer of the released models"] == "epsilon is unknown: clients were away."
     assert said["Delta"] == "delta=1 is much."
     known = {"epsilon_released": 1.25, "epsilon_released_assumptions": "assumes coins"}
     (folder / "summary.json").write_text(json.dumps({**summary, **known}))
-    said = dict(statement(read_run(folder)))
+    said = dict(statement(load_run(folder)))
     assert said["Against an observer of the released models"] == "epsilon 1.250; assumes coins."
     assert "Delta" not in said
 

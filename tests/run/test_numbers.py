@@ -5,7 +5,8 @@ import math
 import pytest
 from scipy.stats import binomtest
 
-from fed_dpsat.lab.report.numbers import (
+from fed_dpsat.run.metric import metric_named
+from fed_dpsat.run.numbers import (
     duration,
     estimate,
     in_unit,
@@ -17,7 +18,6 @@ from fed_dpsat.lab.report.numbers import (
     spread_out,
     wilson,
 )
-from fed_dpsat.run.metric import metric_named
 from fed_dpsat.tasks.metric import UNDEFINED, Metric
 
 

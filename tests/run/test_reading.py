@@ -7,8 +7,16 @@ import shutil
 import pytest
 
 from fed_dpsat.errors import InputError
-from fed_dpsat.lab.report.reading import read_run
-from fed_dpsat.lab.report.spending import read_spending
+from fed_dpsat.run.reading import load_run
+from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.simulation import simulate
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reading") / "run"
+    simulate(RunConfig(num_clients=4, num_rounds=3, target_epsilon=3.0, delta=1e-4, lr=8.0), folder)
+    return folder
 
 
 @pytest.fixture
@@ -18,19 +26,9 @@ def copy(run_folder, tmp_path):
 
 
 def test_a_run_is_read_whole(run_folder):
-    run = read_run(run_folder)
+    run = load_run(run_folder)
     assert (run.status, run.missing, len(run.rounds), run.num_test) == ("completed", (), 4, 360)
     assert run.epsilon == json.loads((run_folder / "summary.json").read_text())["epsilon"]
-
-
-def test_spending_ends_at_the_epsilon_of_the_run(run_folder):
-    run = read_run(run_folder)
-    spent = read_spending(run)
-    assert spent.epsilon.shape == (4, 4)
-    assert (spent.epsilon[0] == 0).all()
-    assert spent.epsilon.max() == pytest.approx(run.epsilon)
-    assert spent.epsilon[:, 0].tolist() == pytest.approx([line["epsilon"] for line in run.rounds])
-    assert spent.budgets.tolist() == [3.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -47,22 +45,22 @@ def test_spending_ends_at_the_epsilon_of_the_run(run_folder):
 def test_damage_is_named(copy, file, text, words):
     (copy / file).write_text(text)
     with pytest.raises(InputError, match=words):
-        read_run(copy)
+        load_run(copy)
 
 
 def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(InputError, match="it does not exist"):
-        read_run(tmp_path / "nothing")
+        load_run(tmp_path / "nothing")
     with pytest.raises(InputError, match="has no config"):
-        read_run(tmp_path)
+        load_run(tmp_path)
 
 
 def test_a_killed_run_has_the_epsilon_of_its_ledger_not_of_its_last_line(copy):
-    whole = read_run(copy).epsilon
+    whole = load_run(copy).epsilon
     (copy / "summary.json").unlink()
     lines = (copy / "rounds.jsonl").read_text().splitlines(keepends=True)
     (copy / "rounds.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
-    run = read_run(copy)
+    run = load_run(copy)
     assert run.status == "unfinished"
     assert [line["round"] for line in run.rounds] == [0, 1, 2]
     assert "is incomplete" in " ".join(run.missing)
@@ -72,11 +70,11 @@ def test_a_killed_run_has_the_epsilon_of_its_ledger_not_of_its_last_line(copy):
 def test_without_ledger_and_summary_epsilon_is_unknown(copy):
     (copy / "summary.json").unlink()
     (copy / "ledger.sqlite").unlink()
-    assert math.isnan(read_run(copy).epsilon)
-    assert read_spending(read_run(copy)) is None
+    assert math.isnan(load_run(copy).epsilon)
 
 
-def test_a_damaged_ledger_is_bad_input(copy):
+def test_a_damaged_ledger_of_a_run_without_a_summary_is_bad_input(copy):
+    (copy / "summary.json").unlink()
     (copy / "ledger.sqlite").write_bytes(b"no ledger")
     with pytest.raises(InputError, match="ledger"):
-        read_spending(read_run(copy))
+        load_run(copy)

@@ -118,7 +118,7 @@ class Run:
         return "an optimizer from Python" if older else name
 
 
-def read_run(path: Path) -> Run:
+def load_run(path: Path) -> Run:
     """The run in the folder ``path``; raises ``InputError`` for another folder, or damaged files."""
     if not (path / "config.toml").is_file():
         why = "it does not exist" if not path.is_dir() else "it has no config.toml"
