@@ -98,7 +98,7 @@ def run_federation(
             arrays = recorder.begin_again(checkpoint)
         elif folder.resumes:
             folder.cut_off(-1)
-        loggers.begin(config, folder.path, checkpoint.round + 1 if checkpoint else 0)
+        recorder.begin_logging()
         status = "failed"
         try:
             private.start(

@@ -110,10 +110,10 @@ class Recorder:
             self.rounds_completed = round
             timing = self.throughput.of_round(round, report.asked, report.accepted, report.bytes_down, report.bytes_up)
             self.folder.append_round(record, timing)
-            if self.loggers:  # before the checkpoint: to log a round twice is better than to miss it
-                with self.strategy.phases("log"):
-                    self.loggers.round(jsonable({**record, "timing": timing}))
             self._save_checkpoint(round, params)
+        if self.loggers:
+            with self.strategy.phases("log"):
+                self.loggers.round(jsonable({**record, "timing": timing}))
         if self.on_round:
             self.on_round({**record, "timing": timing})
         return None
@@ -139,6 +139,15 @@ class Recorder:
             same_noise=same_noise,
         )
         return records.to_arrays(checkpoint.params)
+
+    def begin_logging(self) -> None:
+        """Start the loggers; they receive the complete rounds that a kill kept from them."""
+        if not self.loggers:
+            return
+        begun = self.folder.rounds()
+        next_round = self.loggers.begin(self.experiment.config, self.folder.path, len(begun) - 1)
+        for record, timing in zip(begun[next_round:], self.folder.timing()[next_round:], strict=True):
+            self.loggers.round({**record, "timing": timing})
 
     def _evaluate(self, round: int, params: Params) -> Evaluation:
         of = self.experiment

@@ -249,7 +249,14 @@ class RunFolder:
 
     def rounds(self) -> list[dict[str, Any]]:
         """The complete lines of ``rounds.jsonl``, in order."""
-        path = self.path / "rounds.jsonl"
+        return self._lines("rounds.jsonl")
+
+    def timing(self) -> list[dict[str, Any]]:
+        """The complete lines of ``timing.jsonl``, in order."""
+        return self._lines("timing.jsonl")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -8,13 +8,14 @@ of ``rounds.jsonl`` and ``timing.jsonl``, and the summary. It receives no other 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Protocol
 
 from fed_dpsat import plugins
-from fed_dpsat.errors import InputError, RunError
+from fed_dpsat.errors import InputError, RunError, written
 from fed_dpsat.plugins import PluginError
 from fed_dpsat.settings.config import RunConfig
 
@@ -26,12 +27,16 @@ METHODS = ("begin", "round", "end")
 class RunLogger(Protocol):
     """Receives a run in three calls, each with a copy of the data.
 
+    Files of the run folder are those of the call: in ``round``, ``checkpoint/model.pt`` is the model after that round.
+    After a kill, the resumed run repeats a call of ``round`` that had not returned: a round may come twice, and none is
+    left out.
+
     An exception of ``begin`` ends the run before the first message to a client. After an exception of another method
     the run logs one warning and continues without the logger.
     """
 
     def begin(self, config: RunConfig, folder: Path, next_round: int) -> None:
-        """The run in ``folder`` starts or resumes with ``next_round``; a new run starts with 0, an evaluation."""
+        """The run in ``folder`` starts or resumes; ``next_round`` comes first, 0 in a new run: an evaluation."""
 
     def round(self, record: Mapping[str, Any]) -> None:
         """A line of ``rounds.jsonl``; its key ``timing`` holds the line of ``timing.jsonl``."""
@@ -55,8 +60,14 @@ class Loggers:
     def __bool__(self) -> bool:
         return bool(self._loggers)
 
-    def begin(self, config: RunConfig, folder: Path, next_round: int) -> None:
-        """Start all loggers; raises ``RunError`` if one cannot start, before the first message to a client."""
+    def begin(self, config: RunConfig, folder: Path, done: int) -> int:
+        """Start all loggers of a run with ``done`` rounds, -1 before round 0; returns the round to send first.
+
+        That is a round before ``done`` if a kill came between its checkpoint and the end of its call. Raises
+        ``RunError`` if a logger cannot start, before the first message to a client.
+        """
+        self._sent = folder / "loggers" / "last-round"
+        next_round = 1 + (min(done, int(self._sent.read_text())) if self._sent.exists() else done)
         for name, logger in self._loggers.items():
             try:
                 logger.begin(config, folder, next_round)
@@ -67,14 +78,25 @@ class Loggers:
                     f"loggers={name!r} cannot start ({type(error).__name__}: {error}); repair it, or continue without: "
                     f"fed-dpsat resume {folder} --set loggers="
                 ) from error
+        self._note(next_round - 1)
+        return next_round
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """Send one round to all loggers."""
+        """Send one round, whose checkpoint is on disk, to all loggers."""
         self._tell(lambda logger: logger.round(copy.deepcopy(record)), f"round {record['round']}")
+        self._note(record["round"])
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Send the summary to all loggers."""
         self._tell(lambda logger: logger.end(copy.deepcopy(summary)), "the end")
+
+    def _note(self, round: int) -> None:
+        """Write the last round that all loggers have received."""
+        temporary = self._sent.with_suffix(".tmp")
+        with written(self._sent):
+            temporary.parent.mkdir(exist_ok=True)
+            temporary.write_text(str(round))
+            os.replace(temporary, self._sent)
 
     def _tell(self, tell: Callable[[RunLogger], None], of: str) -> None:
         for name, logger in list(self._loggers.items()):

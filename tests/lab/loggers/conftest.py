@@ -41,6 +41,12 @@ class BreaksAtRound(Spy):
         raise OSError("the disk is full")
 
 
+class StopsAtRound(Spy):
+    def round(self, record):
+        super().round(record)
+        raise KeyboardInterrupt
+
+
 class BreaksAtEnd(Spy):
     def end(self, summary):
         super().end(summary)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from fed_dpsat.cli import app
 from fed_dpsat.errors import RunError
 from fed_dpsat.plugins import PluginError
-from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.run.folder import Checkpoint, RunFolder
 from fed_dpsat.run.loggers import Loggers
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
@@ -75,27 +75,75 @@ def test_one_that_cannot_begin_ends_the_run_before_a_client_is_asked(run, spy, t
     assert resume(folder, overrides={"loggers": ""})["rounds_completed"] == 3
 
 
-def test_a_resumed_run_goes_on_after_its_last_checkpoint(run, spy, monkeypatch, tmp_path):
-    save, folder = RunFolder.save_checkpoint, tmp_path / "run"
+def told(calls):
+    return [call[1]["round"] for call in calls if call[0] == "round"]
 
-    def killed(self, checkpoint):
-        if checkpoint.round == 2:
+
+def test_a_logger_finds_the_model_of_its_round(run, tmp_path, same_bits):
+    """Each round moves the model, so that of the round before is another one."""
+    plugin = tmp_path / "keeper.py"
+    plugin.write_text(
+        "import torch\n\nfound = []\n\n\nclass Keeper:\n    def begin(self, config, folder, next_round):\n"
+        "        self.file = folder / 'checkpoint' / 'model.pt'\n\n    def round(self, record):\n"
+        "        found.append((record['round'], torch.load(self.file, weights_only=True)))\n\n"
+        "    def end(self, summary):\n        pass\n\n\ndef keeper():\n    return Keeper()\n"
+    )
+    folder = run(f"{plugin}:keeper")
+    found = sys.modules["fed_dpsat_plugin_keeper"].found
+    assert [(round, saved["round"]) for round, saved in found] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert same_bits(found[-1][1]["params"], RunFolder(folder, resume=True).load_checkpoint().params)
+    assert not same_bits(found[-1][1]["params"], found[-2][1]["params"])
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "when", "after", "first", "next_round", "second"),
+    [
+        pytest.param(RunFolder, "append_round", 2, False, [0, 1], 2, [2, 3], id="before the line"),
+        pytest.param(RunFolder, "save_checkpoint", 2, False, [0, 1], 2, [2, 3], id="before the checkpoint"),
+        pytest.param(Loggers, "round", 2, False, [0, 1], 2, [2, 3], id="between checkpoint and loggers"),
+        pytest.param(Loggers, "round", 0, False, [], 0, [0, 1, 2, 3], id="before the first call"),
+        pytest.param(Loggers, "round", 2, True, [0, 1, 2], 3, [3], id="after the loggers"),
+        pytest.param(Loggers, "round", 3, False, [0, 1, 2], 3, [3], id="before the last call"),
+    ],
+)
+def test_a_round_is_never_missed_after_a_kill(
+    owner, name, when, after, first, next_round, second, run, spy, monkeypatch, tmp_path
+):
+    folder = tmp_path / "run"
+
+    def at(given, *_):
+        return (given.round if isinstance(given, Checkpoint) else given["round"]) == when
+
+    whole = getattr(owner, name)
+
+    def broken(self, given, *others):
+        if after or not at(given):
+            whole(self, given, *others)
+        if at(given):
             raise KeyboardInterrupt
-        save(self, checkpoint)
 
-    monkeypatch.setattr(RunFolder, "save_checkpoint", killed)
+    monkeypatch.setattr(owner, name, broken)
     with pytest.raises(KeyboardInterrupt):
         run(f"{spy}:spy")
-    first = list(spy.calls())
-    assert first[-1][1]["status"] == "interrupted"
-    monkeypatch.setattr(RunFolder, "save_checkpoint", save)
+    begun = list(spy.calls())
+    assert begun[-1][1]["status"] == "interrupted"
+    monkeypatch.setattr(owner, name, whole)
     resume(folder)
-    second = spy.calls()  # of the file, imported again
-    assert second[0][3] == 2
-    told = [call[1]["round"] for call in first + second if call[0] == "round"]
-    assert told == [0, 1, 2, 2, 3]  # the one that was cut off is told again: none is missing
+    resumed = spy.calls()  # of the file, imported again
+    assert (told(begun), resumed[0][3], told(resumed)) == (first, next_round, second)
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    assert [call[1]["test_loss"] for call in second if call[0] == "round"] == [line["test_loss"] for line in lines[2:]]
+    for record in (call[1] for call in resumed if call[0] == "round"):
+        assert {k: v for k, v in record.items() if k != "timing"} == lines[record["round"]]
+        assert record["timing"]["round"] == record["round"]
+
+
+def test_a_kill_within_the_call_of_a_logger_tells_the_round_again(run, spy, monkeypatch, tmp_path):
+    """Nobody knows what the logger did before it."""
+    with pytest.raises(KeyboardInterrupt):
+        run(f"{spy}:StopsAtRound")
+    assert told(spy.calls()) == [0]
+    resume(tmp_path / "run", overrides={"loggers": f"{spy}:spy"})
+    assert told(spy.calls()) == [0, 1, 2, 3]
 
 
 def test_loggers_may_change_when_a_run_is_resumed_and_bits_do_not_depend_on_them(run, spy, tmp_path, settings):

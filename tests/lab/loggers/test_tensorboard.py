@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.run.loggers import Loggers
 from fed_dpsat.simulation import resume
 
 pytest.importorskip("tensorboard")
@@ -44,17 +44,17 @@ def test_every_round_is_there(run):
 
 
 def test_after_a_resume_every_round_is_there_once(run, monkeypatch, tmp_path):
-    save = RunFolder.save_checkpoint
+    note = Loggers._note
 
-    def killed(self, checkpoint):
-        if checkpoint.round == 2:
+    def killed(self, round):
+        if round == 2:
             raise KeyboardInterrupt
-        save(self, checkpoint)
+        note(self, round)
 
-    monkeypatch.setattr(RunFolder, "save_checkpoint", killed)
+    monkeypatch.setattr(Loggers, "_note", killed)
     with pytest.raises(KeyboardInterrupt):
         run("tensorboard")
-    monkeypatch.setattr(RunFolder, "save_checkpoint", save)
+    monkeypatch.setattr(Loggers, "_note", note)
     folder = tmp_path / "run"
     assert [step for step, _ in points(folder, "epsilon")] == [0, 1, 2]
     resume(folder)
