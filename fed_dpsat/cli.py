@@ -6,8 +6,7 @@ import dataclasses
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -132,15 +131,16 @@ def run(
 
     A setting is a key in CONFIG, a TOML file, or --set KEY=VALUE, which wins over it.
     """
+    from fed_dpsat.run.folder import fresh
     from fed_dpsat.simulation import simulate
 
     with _clear_errors():
         extra = [*([f"out={out}"] if out else ()), *(["profile=true"] if profile else ())]
         settings = RunConfig.load(config, [*(overrides or ()), *extra])
     name = config.stem if config else "run"
-    folder = Path(settings.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(settings.out) if settings.out else fresh(name)
     with _clear_errors(run=folder), watched(settings, name=name, console=err_console, quiet=as_json) as show:
-        result = simulate(settings, folder, on_round=show, overwrite=overwrite)
+        result = simulate(settings, folder, on_round=show, progress=False, overwrite=overwrite)
     _print_result(result, folder, as_json)
 
 
@@ -162,7 +162,7 @@ def resume(
         folder, changes = RunFolder(run, resume=True), parse_overrides(overrides or ())
         settings = RunConfig.from_mapping({**folder.config().settings(), **changes})
         with watched(settings, name=run.name, console=err_console, quiet=as_json, earlier=folder.rounds()) as show:
-            result = simulation.resume(run, overrides=changes, on_round=show)
+            result = simulation.resume(run, overrides=changes, on_round=show, progress=False)
     _print_result(result, run, as_json)
 
 
@@ -615,7 +615,7 @@ def compare(
     return None
 
 
-def _print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
+def _print_result(result: Mapping[str, Any], folder: Path, as_json: bool) -> None:
     from fed_dpsat.lab.watch.result import result_table
 
     if as_json:

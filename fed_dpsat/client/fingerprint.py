@@ -36,14 +36,20 @@ def contents(
         data.update(json.dumps(dataset.label_scale).encode())
     for split in (dataset.train, dataset.test):
         _add_examples(data, split)
-    parts, rest = hashlib.sha256(), hashlib.sha256()
+    parts = hashlib.sha256()
     _add(parts, torch.tensor([len(part) for part in partitions]))
     _add(parts, torch.from_numpy(np.concatenate(partitions)))
+    return {"dataset": data.hexdigest(), "partition": parts.hexdigest(), "model": unsent(module, sent)}
+
+
+def unsent(module: nn.Module, sent: Collection[str]) -> str:
+    """SHA-256 in hex of the parameters and buffers of ``module`` without ``sent``."""
+    rest = hashlib.sha256()
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if name not in sent:
             rest.update(name.encode())
             _add(rest, value)
-    return {"dataset": data.hexdigest(), "partition": parts.hexdigest(), "model": rest.hexdigest()}
+    return rest.hexdigest()
 
 
 def fingerprint(found: Mapping[str, str]) -> str:

@@ -5,43 +5,28 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
-from fed_dpsat.errors import RunError, SettingError
+from fed_dpsat.errors import SettingError
 from fed_dpsat.models.libraries.adapters import remove_adapter
 from fed_dpsat.models.libraries.export import save_adapter, save_model
 from fed_dpsat.models.pretrained import read_weights
-from fed_dpsat.run.finished import read_run
-from fed_dpsat.run.folder import RunFolder
-from fed_dpsat.run.inputs import CONTENTS
+from fed_dpsat.run.finished import trained
 
 
 def export_run(run: Path, folder: Path, *, merge: bool = False) -> list[str]:
     """Write the model of the last checkpoint of ``run`` into the new or empty ``folder``; the names of the files.
 
     An adapter is written as files of peft, or with ``merge`` as a part of the weights that it changes. The settings of
-    the run are beside them as ``run.toml``. Raises ``SettingError`` for a ``folder`` with files in it, a run without
-    one model for all clients, ``merge`` without an adapter, and an adapter without ``start_from``, whose base is in no
-    file; ``RunError`` if the frozen layers that were built again are not those of the run.
+    the run are beside them as ``run.toml``. Raises ``SettingError`` for a ``folder`` with files in it, ``merge``
+    without an adapter, and an adapter without ``start_from``, whose base is in no file; and the errors of ``trained``.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingError("folder", str(folder), "new or empty", "name another one")
-    experiment, checkpoint = read_run(run, again="export with the version that has it")
+    experiment = trained(run, again="export with the version that has it")
     config, module = experiment.config, experiment.loss_fn.module
-    if config.personal_layers:
-        bound = f"a run with one model: personal_layers={config.personal_layers!r} stay with its clients"
-        raise SettingError("run", str(run), bound, "export a run that shares all layers")
     if merge and not config.adapter:
         raise SettingError("merge", True, f"possible: {run} has no adapter", "leave out --merge")
     if config.adapter and not merge and not config.start_from:
         raise SettingError("merge", False, f"possible: the base of {run} is in no file (start_from='')", "add --merge")
-    recorded = {one.sha256 for one in RunFolder(run, resume=True).inputs() if one.name == CONTENTS["model"]}
-    if experiment.contents["model"] not in recorded:
-        raise RunError(f"{run} cannot be exported: its frozen layers are other ones when they are built again")
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if name in checkpoint.params:
-                p.copy_(checkpoint.params[name])
     folder.mkdir(parents=True, exist_ok=True)
     names = experiment.dataset.class_names
     if config.adapter and not merge:

@@ -25,12 +25,15 @@ interrupted round; the ledger keeps every charge.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -136,6 +139,13 @@ def how_to_continue(path: Path) -> str:
     if checkpoint and checkpoint.cannot_resume:
         return f"{path} has {trained} finished rounds; it cannot be resumed: {checkpoint.cannot_resume}"
     return f"{path} has {trained} finished rounds; `fed-dpsat resume {path}` continues"
+
+
+def fresh(name: str) -> Path:
+    """A folder for a new run, ``runs/NAME-TIME``, which does not exist."""
+    base = f"runs/{re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    tries = (Path(base + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
+    return next(path for path in tries if not path.exists())
 
 
 class RunFolder:

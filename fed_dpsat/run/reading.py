@@ -16,110 +16,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fed_dpsat.client.given import FROM_PYTHON
 from fed_dpsat.errors import InputError, RunError
 from fed_dpsat.run.folder import RunFolder
-from fed_dpsat.run.metric import CLASSIFICATION, LOSS, metric_of, metric_of_settings, task_of, value_of
+from fed_dpsat.run.metric import LOSS
+from fed_dpsat.run.result import Line, Run, main_metric
 from fed_dpsat.run.statement import trusted_ledger
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.tasks.metric import UNDEFINED, Metric, Value
-
-Line = dict[str, Any]
-UNFINISHED = "unfinished"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The files of a run; ``missing`` has a sentence for each missing one.
+def load_run(path: str | Path) -> Run:
+    """The run in the folder ``path``, whether complete or not: settings, rounds, model, ledger and summary.
 
-    ``epsilon`` is the maximum over clients, from the summary, else from the ledger, which also has the charges of an
-    interrupted round; NaN without both.
+    Raises ``InputError`` for a folder without a run, and for damaged files.
     """
-
-    path: Path
-    config: RunConfig
-    environment: Line
-    rounds: tuple[Line, ...]
-    timing: tuple[Line, ...]
-    summary: Line
-    quality: Line | None
-    simulation: Line | None
-    sharpness: Line | None
-    epsilon: float
-    missing: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The name of its folder."""
-        return self.path.resolve().name
-
-    @property
-    def status(self) -> str:
-        """completed, interrupted, failed; or unfinished, without a summary."""
-        return str(self.summary.get("status", UNFINISHED))
-
-    @property
-    def task(self) -> str:
-        """The task, such as classification."""
-        return task_of(self.summary or self.config.settings())
-
-    @property
-    def metric(self) -> Metric:
-        """The main metric; without a summary, that of the settings."""
-        return _metric(self.config, self.summary)
-
-    @property
-    def evaluated(self) -> list[Line]:
-        """The rounds with an evaluation."""
-        return [line for line in self.rounds if line[self.metric.key] is not None]
-
-    @property
-    def objects(self) -> list[str]:
-        """Names of the arguments that are Python objects, which the settings do not describe."""
-        return list(self.environment.get("objects", []))
-
-    @property
-    def score(self) -> Value | None:
-        """The main metric of the last evaluated model."""
-        return value_of(self.evaluated[-1][self.metric.key]) if self.evaluated else None
-
-    @property
-    def defined(self) -> list[Line]:
-        """The rounds with an evaluation on which the main metric has a value."""
-        return [line for line in self.evaluated if line[self.metric.key] != UNDEFINED]
-
-    @property
-    def others(self) -> dict[str, Value | None]:
-        """The values of the other metrics of the last evaluated model by name, if the run states them."""
-        stated = (self.quality or {}).get("metrics", {})
-        return {name: value_of(value) for name, value in stated.items() if name != self.metric.name}
-
-    @property
-    def num_test(self) -> int | None:
-        """The number of test examples, if the run states it."""
-        return (self.quality or {}).get("num_examples")
-
-    @property
-    def num_draws(self) -> int | None:
-        """The number of test examples if the main metric is a share of them, so that intervals by Wilson hold."""
-        return self.num_test if self.task == CLASSIFICATION and self.metric.name == "accuracy" else None
-
-    @property
-    def method(self) -> str:
-        """The optimizer, or "without privacy"."""
-        if not self.config.private:
-            return "without privacy"
-        name = self.config.optimizer
-        older = "optimizer" in self.objects and not name.endswith(FROM_PYTHON)  # older versions stored the wrong name
-        return "an optimizer from Python" if older else name
-
-
-def load_run(path: Path) -> Run:
-    """The run in the folder ``path``; raises ``InputError`` for another folder, or damaged files."""
+    path = Path(path)
     if not (path / "config.toml").is_file():
         why = "it does not exist" if not path.is_dir() else "it has no config.toml"
         raise InputError(f"{path} is not a run folder: {why}; give a folder that `fed-dpsat run --out` wrote")
@@ -129,7 +42,7 @@ def load_run(path: Path) -> Run:
         raise InputError(f"{path / 'config.toml'} cannot be read: {error}") from None
     missing: list[str] = []
     summary = _object(path / "summary.json")
-    keys = {"round", _metric(config, summary or {}).key, LOSS.key, "epsilon"}
+    keys = {"round", main_metric(config, summary or {}).key, LOSS.key, "epsilon"}
     rounds = _lines(path / "rounds.jsonl", keys, missing)
     timing = _lines(path / "timing.jsonl", {"round", "seconds", "phases"}, missing)
     if summary is None:
@@ -153,10 +66,6 @@ def load_run(path: Path) -> Run:
         epsilon=_epsilon(path, config, summary),
         missing=tuple(missing),
     )
-
-
-def _metric(config: RunConfig, summary: Line) -> Metric:
-    return metric_of(summary) if summary else metric_of_settings(config.settings())
 
 
 def _epsilon(path: Path, config: RunConfig, summary: Line | None) -> float:

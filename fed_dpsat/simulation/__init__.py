@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,14 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import client_app as client_app_module
 from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.flower.grid import Backend, SimulationGrid
-from fed_dpsat.flower.recorder import OnRound, Summary
+from fed_dpsat.flower.recorder import OnRound, RoundRecord
 from fed_dpsat.flower.trial import try_federation
-from fed_dpsat.run.folder import RunFolder
+from fed_dpsat.flower.wire import compat
+from fed_dpsat.run.bar import progress_bar
+from fed_dpsat.run.folder import RunFolder, fresh
 from fed_dpsat.run.process import tune_allocator
+from fed_dpsat.run.reading import load_run
+from fed_dpsat.run.result import Run
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.values import Scalar
 from fed_dpsat.simulation.faults import Faults
@@ -35,7 +40,7 @@ from fed_dpsat.tasks.base import Task
 
 def simulate(
     config: RunConfig,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     dataset: Dataset | None = None,
     partition: Sequence[Any] | None = None,
@@ -46,9 +51,13 @@ def simulate(
     strategy: Strategy | None = None,
     client_app: ClientApp | None = None,
     on_round: OnRound | None = None,
+    progress: bool = True,
     overwrite: bool = False,
-) -> Summary:
-    """Train the federation of ``config`` and write a run folder at ``out``; returns the content of ``summary.json``.
+) -> Run:
+    """Train the federation of ``config`` and write a run folder; returns the run, as ``load_run`` reads it.
+
+    The folder is ``out``, else the ``out`` of ``config``, else a new one, ``runs/DATASET-TIME``; ``path`` of the result
+    names it. With ``progress``, a terminal and a notebook show a bar.
 
     With ``config.resume`` the run at ``out`` continues from its last checkpoint; give its objects again. With
     ``overwrite`` an earlier run at ``out`` is deleted, with its ledger, when this one begins (``run.folder.prepare``).
@@ -57,7 +66,11 @@ def simulate(
     ``partition`` is a list of indices of training examples for each client. The run calls
     ``on_round`` with each line of ``rounds.jsonl``. Raises the errors of ``Experiment.build`` and ``run_federation``.
     """
-    folder = RunFolder(Path(out), resume=config.resume, overwrite=overwrite)
+    named = str(out or config.out)
+    if config.resume and not named:
+        raise SettingError("resume", True, "possible without the folder of a run", "name it as out")
+    path = Path(named) if named else fresh(dataset.name if isinstance(dataset, Dataset) else config.dataset)
+    folder = RunFolder(path, resume=config.resume, overwrite=overwrite)
     if config.resume:
         folder.check_files(setting="resume", value=True, again="start a new run")
     if config.tune_malloc:
@@ -70,16 +83,42 @@ def simulate(
     given |= {"strategy": strategy, "client_app": client_app}
     objects = [name for name, value in given.items() if value is not None]
     try_federation(experiment, strategy, objects)
-    with generators.returned(), simulation_grid(experiment, client_app, folder) as grid:  # Flower draws from random
-        return run_federation(grid, experiment, folder, strategy=strategy, on_round=on_round, objects=objects)
+    with (
+        _shown(experiment, on_round, progress) as show,
+        compat.without_info(),
+        generators.returned(),  # Flower draws from random
+        simulation_grid(experiment, client_app, folder) as grid,
+    ):
+        summary = run_federation(grid, experiment, folder, strategy=strategy, on_round=show, objects=objects)
+    return dataclasses.replace(load_run(path), summary=summary, module=experiment.loss_fn.module)
+
+
+@contextmanager
+def _shown(experiment: Experiment, on_round: OnRound | None, progress: bool) -> Iterator[OnRound | None]:
+    """Yield the function that shows a round in a bar, with ``progress``, and calls ``on_round``."""
+    if not progress:
+        yield on_round
+        return
+    with progress_bar(experiment.config.num_rounds, experiment.task.metrics[0]) as show:
+
+        def both(record: RoundRecord) -> None:
+            show(record)
+            if on_round:
+                on_round(record)
+
+        yield both
 
 
 def resume(
-    run: str | Path, *, overrides: Mapping[str, Scalar] | None = None, on_round: OnRound | None = None
-) -> Summary:
+    run: str | Path,
+    *,
+    overrides: Mapping[str, Scalar] | None = None,
+    on_round: OnRound | None = None,
+    progress: bool = True,
+) -> Run:
     """Continue the run in the folder ``run``; ``overrides`` may change settings of the machine, or extend the run.
 
-    For a complete run without changed settings it returns the summary. Raises ``SettingError`` for a folder without a
+    For a complete run without changed settings it changes nothing. Raises ``SettingError`` for a folder without a
     run, for a run with objects from Python, and for settings that cannot change (``run.extension``).
     """
     folder = RunFolder(Path(run), resume=True)
@@ -99,8 +138,8 @@ def resume(
             if getattr(begun, name) != value:
                 remedy = f"a larger num_rounds extends it: --set num_rounds={begun.num_rounds + 1}"
                 raise SettingError(name, value, f"of any effect in {run}, which is complete", remedy)
-        return summary
-    return simulate(config, run, on_round=on_round)
+        return load_run(run)
+    return simulate(config, run, on_round=on_round, progress=progress)
 
 
 @contextmanager

@@ -300,5 +300,5 @@ def test_frozen_layers_that_are_drawn_anew_are_refused(tmp_path, monkeypatch):
     """As by another version of torch: the run's own are in no file."""
     simulate(dataclasses.replace(CONFIG, model="mlp", train_layers="head"), tmp_path / "run")
     monkeypatch.setattr("fed_dpsat.data.federated.derive_seed", lambda seed, *, purpose: 7)
-    with pytest.raises(RunError, match="its frozen layers are other ones when they are built again"):
+    with pytest.raises(RunError, match="the frozen layers of its model are other ones when they are built again"):
         export_run(tmp_path / "run", tmp_path / "out")

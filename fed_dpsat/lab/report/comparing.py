@@ -24,7 +24,7 @@ from pathlib import Path
 
 from fed_dpsat.errors import InputError
 from fed_dpsat.run.numbers import Estimate, estimate
-from fed_dpsat.run.reading import Run
+from fed_dpsat.run.result import Run
 from fed_dpsat.settings.config import MACHINE
 from fed_dpsat.tasks.metric import Metric
 

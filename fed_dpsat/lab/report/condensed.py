@@ -16,7 +16,8 @@ from typing import Any
 from fed_dpsat.errors import InputError
 from fed_dpsat.run.metric import LOSS, metric_of
 from fed_dpsat.run.numbers import spread_out
-from fed_dpsat.run.reading import Run, load_run
+from fed_dpsat.run.reading import load_run
+from fed_dpsat.run.result import Run
 from fed_dpsat.settings.config import MACHINE, RunConfig
 from fed_dpsat.tasks.metric import Metric
 

@@ -15,7 +15,7 @@ from fed_dpsat.lab.report.canvas import HEIGHT, Drawing, Table, draw, thinned
 from fed_dpsat.lab.report.palette import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, VERMILLION
 from fed_dpsat.lab.report.training_figures import guarantee, whole_numbers
 from fed_dpsat.run.numbers import percent, plain, wilson
-from fed_dpsat.run.reading import Run
+from fed_dpsat.run.result import Run
 from fed_dpsat.run.state_file import ARRAYS, SUFFIX, read_state
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from fed_dpsat.lab.report.sharpness import sharpness_words
 from fed_dpsat.lab.report.spending import Spending, read_spending
 from fed_dpsat.run.metric import CLASSIFICATION, metric_named
 from fed_dpsat.run.numbers import duration, in_unit, plain, wilson
-from fed_dpsat.run.reading import Run, load_run
+from fed_dpsat.run.reading import load_run
+from fed_dpsat.run.result import Run
 from fed_dpsat.tasks.metric import Metric
 
 SECTIONS = ("Quality", "Spending and noise", "The model", "The clients", "The machine")

@@ -12,7 +12,7 @@ from fed_dpsat.accounting.plans import read_table
 from fed_dpsat.errors import InputError, RunError
 from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.run.numbers import spread_out
-from fed_dpsat.run.reading import Run
+from fed_dpsat.run.result import Run
 from fed_dpsat.run.statement import trusted_ledger
 
 MAX_ROUNDS = 40

@@ -17,7 +17,7 @@ from fed_dpsat.lab.report.palette import BLUE, GREEN, INK, VERMILLION, Colour, l
 from fed_dpsat.lab.report.spending import Spending
 from fed_dpsat.run.metric import LOSS, loss_unit, number_of, other_metrics, value_of
 from fed_dpsat.run.numbers import duration, in_unit, plain, size, with_unit
-from fed_dpsat.run.reading import Run
+from fed_dpsat.run.result import Run
 from fed_dpsat.tasks.metric import Metric
 
 if TYPE_CHECKING:

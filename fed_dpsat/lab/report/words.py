@@ -9,7 +9,7 @@ from typing import Any
 from fed_dpsat.client.evaluation import measured_on
 from fed_dpsat.run.metric import CLASSIFICATION
 from fed_dpsat.run.numbers import plain
-from fed_dpsat.run.reading import Run
+from fed_dpsat.run.result import Run
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.tasks.metric import UNDEFINED
 

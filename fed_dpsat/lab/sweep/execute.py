@@ -51,9 +51,9 @@ def execute(attempt: Attempt) -> Result:
         if attempt.fresh and folder.exists():
             folder.rename(_unused(folder))
         begun = (folder / "config.toml").exists()
-        summary = resume(folder) if begun else simulate(attempt.run.config, folder)
+        run = resume(folder, progress=False) if begun else simulate(attempt.run.config, folder, progress=False)
         shutil.rmtree(RunFolder(folder, resume=True).state_path, ignore_errors=True)
-    return Result(summary=summary, wall_seconds=time.perf_counter() - started)
+    return Result(summary=run.summary, wall_seconds=time.perf_counter() - started)
 
 
 def completed(folder: Path) -> dict[str, Any]:

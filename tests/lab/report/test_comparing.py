@@ -20,7 +20,8 @@ from fed_dpsat.lab.report.comparing_figures import mean_curve, mean_text
 from fed_dpsat.lab.report.comparing_page import as_csv, as_data, as_table, write_comparison
 from fed_dpsat.lab.report.condensed import read_runs, write_runs
 from fed_dpsat.run.metric import metric_of
-from fed_dpsat.run.reading import Run, load_run
+from fed_dpsat.run.reading import load_run
+from fed_dpsat.run.result import Run
 from fed_dpsat.settings.config import RunConfig
 
 

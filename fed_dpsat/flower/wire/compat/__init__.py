@@ -10,6 +10,7 @@ releases; if an internal is missing, ``FlowerError`` names it before any charge.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import ItemsView, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,8 @@ ABSENT = frozenset(
     }
 )
 """Error codes of absent clients: they are no evidence of a fault of the client."""
+OWN_LEVEL = logging.DEBUG
+"""The level that Flower gives its logger; its handler leaves out what is below INFO."""
 SIMULATION_RUN_ID = 1
 SERVER_NODE_ID = 1
 
@@ -148,6 +151,18 @@ def as_before() -> Iterator[None]:
             setattr(TaskIdentity, name, value)
 
 
+@contextmanager
+def without_info() -> Iterator[None]:
+    """Leave out Flower's lines of INFO, two a round, unless somebody has set the level of its logger."""
+    before = FLOWER_LOGGER.level
+    if before == OWN_LEVEL:
+        FLOWER_LOGGER.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        FLOWER_LOGGER.setLevel(before)
+
+
 def empty_run(run_id: int = SIMULATION_RUN_ID) -> Run:
     """A run without an app bundle."""
     return Run.create_empty(run_id)
@@ -180,4 +195,5 @@ __all__ = [
     "say_untested",
     "set_message_id",
     "view",
+    "without_info",
 ]
