@@ -42,11 +42,11 @@ def curve_svg(points: Sequence[Point], *, x: str, y: str) -> str:
 
 
 def ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
-    """Two to six multiples of 1, 2 or 5 times a power of ten around ``values``; integers if ``whole``."""
+    """Two to seven multiples of 1, 2 or 5 times a power of ten around ``values``; integers if ``whole``."""
     low, high = min(values), max(values)
     span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * 4 >= span)
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * 5 >= span)
     step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(step * i, 12) for i in range(first, max(last, first + 1) + 1)]

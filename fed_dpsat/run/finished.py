@@ -27,7 +27,8 @@ def read_run(run: Path, *, again: str) -> tuple[Experiment, Checkpoint]:
     """
     folder = RunFolder(run, resume=True)
     if objects := folder.objects():
-        raise SettingError("run", str(run), "described by its settings alone", f"it was given {', '.join(objects)}")
+        remedy = f"it was given {', '.join(objects)}; in Python, load_run(...).model(network) takes the network"
+        raise SettingError("run", str(run), "described by its settings alone", remedy)
     folder.check_files(setting="run", value=str(run), again=again)
     checkpoint = _checkpoint(folder)
     public = dataclasses.replace(folder.config(), device="cpu", gpus_per_worker=0.0, validation_share=0.0)

@@ -119,7 +119,8 @@ def prepare(path: Path, overwrite: bool = False) -> list[Path]:
         raise SettingError("out", str(path), "new or empty", "name another folder with --out")
     if not overwrite:
         remedy = (
-            f"name another folder with --out, continue that run: `fed-dpsat resume {path}`, or replace it: --overwrite"
+            f"name another folder with --out, continue that run: `fed-dpsat resume {path}`, or replace it: --overwrite "
+            "(overwrite=True in Python)"
         )
         raise SettingError("out", str(path), "new or empty", remedy)
     source = read_toml(path / "config.toml").get("noise_source")

@@ -116,9 +116,10 @@ def _lines(path: Path, keys: set[str], missing: list[str]) -> list[Line]:
 
 
 def _numbers(values: Mapping[str, Any]) -> Line:
-    """``values`` with "inf", "-inf" and "nan" as numbers."""
+    """``values`` with "inf", "-inf" and "nan" as numbers, and with clients as keys that are numbers."""
     back = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
-    return {
-        key: back.get(value, value) if isinstance(value, str) else _numbers(value) if isinstance(value, dict) else value
+    found: dict[Any, Any] = {
+        int(key) if key.isdecimal() else key: _numbers(value) if isinstance(value, dict) else value
         for key, value in values.items()
     }
+    return {key: back.get(value, value) if isinstance(value, str) else value for key, value in found.items()}

@@ -89,8 +89,8 @@ def simulate(
         generators.returned(),  # Flower draws from random
         simulation_grid(experiment, client_app, folder) as grid,
     ):
-        summary = run_federation(grid, experiment, folder, strategy=strategy, on_round=show, objects=objects)
-    return dataclasses.replace(load_run(path), summary=summary, module=experiment.loss_fn.module)
+        run_federation(grid, experiment, folder, strategy=strategy, on_round=show, objects=objects)
+    return dataclasses.replace(load_run(path), module=experiment.loss_fn.module)
 
 
 @contextmanager

@@ -311,7 +311,7 @@ def test_everything_says_its_unit(tmp_path):
     summary, *_ = run(RARE, tmp_path / "run")
     assert summary["privacy_unit"].startswith("one whole client")
     assert "the server is trusted" in summary["threat_model"]
-    assert summary["declared_public"] == ("number of clients",)
+    assert summary["declared_public"] == ["number of clients"]
     assert read_statement(tmp_path / "run").unit == summary["privacy_unit"]
     assert "epsilon_released" not in summary
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import random
 
@@ -400,3 +401,48 @@ def test_parts_of_a_given_partition_that_overlap_are_refused(tmp_path):
     parts = [[client, 7] for client in range(CONFIG.num_clients)]
     with pytest.raises(DataError, match="example 7 is in parts 0 and 1"):
         simulate(CONFIG, tmp_path / "run", partition=parts)
+
+
+SMALL = dataclasses.replace(CONFIG, num_rounds=1)
+
+
+def test_without_a_folder_a_run_gets_a_new_one_that_the_result_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = simulate(SMALL), simulate(SMALL, dataset=digits())
+    assert first.path != second.path
+    assert [run.path.parent.name for run in (first, second)] == ["runs", "runs"]
+    assert all(run.path.name.startswith("digits-2") for run in (first, second))
+    assert same(model_of(first.path), model_of(second.path))
+    named = simulate(dataclasses.replace(SMALL, out=str(tmp_path / "named")))
+    assert named.path == tmp_path / "named"
+    with pytest.raises(SettingError, match="resume=True is not possible without the folder of a run; name it as out"):
+        simulate(dataclasses.replace(SMALL, resume=True))
+
+
+def test_a_cell_with_a_folder_runs_again_with_overwrite(tmp_path):
+    first = simulate(SMALL, tmp_path / "mine")
+    with pytest.raises(SettingError, match=r"is not new or empty; .*overwrite=True in Python"):
+        simulate(SMALL, tmp_path / "mine")
+    again = simulate(dataclasses.replace(SMALL, seed=2), tmp_path / "mine", overwrite=True)
+    assert (again.config.seed, first.config.seed, again["epsilon"]) == (2, 1, first["epsilon"])
+    assert load_run(tmp_path / "mine").config.seed == 2
+
+
+def test_the_result_is_that_of_the_folder_and_a_resumed_complete_run_is_it_too(reference):
+    folder, run = reference
+    assert run == load_run(folder) == resume(folder)
+    assert run.rounds == load_run(folder).rounds
+
+
+def test_flower_says_nothing_of_rounds_but_its_warnings_stay(tmp_path, monkeypatch):
+    heard, flower = [], logging.getLogger("flwr")
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append((record.levelname, record.getMessage()))
+    monkeypatch.setattr(flower, "handlers", [handler])
+    simulate(SMALL, tmp_path / "quiet", on_round=lambda record: flower.warning("round %d", record["round"]))
+    assert heard == [("WARNING", "round 0"), ("WARNING", "round 1")]
+    heard.clear()
+    monkeypatch.setattr(flower, "level", logging.INFO)  # set by somebody: not Flower's own
+    simulate(SMALL, tmp_path / "loud")
+    assert any("configure_train" in text for _, text in heard)
+    assert flower.level == logging.INFO
