@@ -251,7 +251,7 @@ def stacked(device: torch.device, stacks: tuple[int, ...] = (1, 8, 32)) -> str:
         for stack in stacks:
             out, ends = Path(folder) / str(stack), [time.perf_counter()]
             config = dataclasses.replace(base, stack_clients=stack)
-            simulate(config, out, on_round=lambda line, ends=ends: ends.append(time.perf_counter()))
+            simulate(config, out, on_round=lambda line, ends=ends: ends.append(time.perf_counter()), progress=False)
             params[stack] = RunFolder(out, resume=True).load_checkpoint().params
             said.append(f"stack_clients={stack} {ends[-1] - ends[-2]:.2f} s a round")
             if (off := difference(params[stack], params[stacks[0]])) > 1e-3:

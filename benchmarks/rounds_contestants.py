@@ -215,7 +215,7 @@ CONTESTANTS: dict[str, Callable[[Setting, Turn], object]] = {
 def _simulate(config: RunConfig, turn: Turn, **objects: Any) -> Params:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        simulate(config, out, on_round=lambda _: turn(), **objects)
+        simulate(config, out, on_round=lambda _: turn(), progress=False, **objects)
         params: Params = torch.load(out / "checkpoint" / "model.pt", weights_only=True)["params"]
         return params
 

@@ -28,6 +28,7 @@ _EXPORTS = {
     "epsilon": "fed_dpsat.accounting",
     "load_run": "fed_dpsat.run.reading",
     "noise_multiplier_for": "fed_dpsat.accounting",
+    "resume": "fed_dpsat.simulation",
     "simulate": "fed_dpsat.simulation",
     "trainable": "fed_dpsat.params",
 }

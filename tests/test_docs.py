@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fed_dpsat import RunConfig
-from tools import blocks, links, reference
+from tools import blocks, links, notebook, reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -24,7 +24,9 @@ def name(path):
 
 def with_blocks():
     for path in PAGES:
-        if any(block.language in blocks.LANGUAGES and block.not_run is None for block in blocks.blocks_of(path)):
+        if path != notebook.PAGE and any(
+            block.language in blocks.LANGUAGES and block.not_run is None for block in blocks.blocks_of(path)
+        ):
             marks = [pytest.mark.slow] if blocks.SLOW in path.read_text() else []
             if lacking := blocks.missing(path):
                 marks.append(pytest.mark.skip(reason=f"{', '.join(lacking)} are not installed"))
@@ -48,6 +50,22 @@ def session(tmp_path, monkeypatch):
 def test_blocks_run_from_top_to_bottom(path, session):
     for block in blocks.blocks_of(path):
         blocks.run_block(block, session)
+
+
+def test_the_notebook_shows_what_its_cells_give(session):
+    """Numbers apart: they may differ between machines."""
+    text = notebook.PAGE.read_text()
+    found = notebook.executed(text)
+    assert notebook.form(found) == notebook.form(text), "run python -m tools.notebook"
+
+
+def test_a_cell_shows_what_it_prints_and_its_last_value(session):
+    page = "```python\nx = 3\nprint(x)\nx + 1\n```\nwords\n\n```python\ny = x\n```\n"
+    shown = "\n<!-- output -->\n```text\n3\n```\n```text\n4\n```\n<!-- end of output -->\n"
+    expected = page.replace("x + 1\n```\n", f"x + 1\n```\n{shown}")
+    assert notebook.executed(page) == expected == notebook.executed(expected)
+    assert notebook.form(expected) == notebook.form(expected.replace("4", "12.5"))
+    assert notebook.form(expected) != notebook.form(expected.replace("4", "four"))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)

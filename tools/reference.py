@@ -28,7 +28,7 @@ from fed_dpsat.settings.config import MACHINE
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "# nav: begin", "# nav: end"
 SECTIONS = (
-    ("", ("index.md", "quickstart.md", "concepts.md", "coming_from.md")),
+    ("", ("index.md", "quickstart.md", "notebook.md", "concepts.md", "coming_from.md")),
     (
         "Guides",
         (
