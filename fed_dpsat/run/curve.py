@@ -49,7 +49,7 @@ def ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * 5 >= span)
     step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * i, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [float(f"{step * i:.9g}") for i in range(first, max(last, first + 1) + 1)]
 
 
 def _grid(heights: Sequence[float], values: Sequence[float]) -> Iterator[str]:

@@ -41,10 +41,10 @@ def trained(run: Path, *, again: str) -> Experiment:
     Raises also ``SettingError`` for a run without one model for all clients, and ``RunError`` if the frozen layers that
     were built again are not those of the run.
     """
-    experiment, checkpoint = read_run(run, again=again)
     _check_one_model(RunFolder(run, resume=True))
+    experiment, checkpoint = read_run(run, again=again)
     _check_frozen(run, experiment.contents["model"])
-    fill(experiment.loss_fn.module, checkpoint.params)
+    _fill(experiment.loss_fn.module, checkpoint.params)
     return experiment
 
 
@@ -63,12 +63,11 @@ def trained_copy(run: Path, module: nn.Module, *, begun: bool) -> nn.Module:
             copy, start = begin(copy, config)
         _check_names(run, copy, params)
         _check_frozen(run, unsent(copy, start.names))
-    fill(copy, params)
+    _fill(copy, params)
     return copy
 
 
-def fill(module: nn.Module, params: Params) -> None:
-    """Copy ``params`` into ``module``; its other parameters stay."""
+def _fill(module: nn.Module, params: Params) -> None:
     with torch.no_grad():
         for name, p in module.named_parameters():
             if name in params:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fed_dpsat.client.given import FROM_PYTHON
+from fed_dpsat.errors import RunError
 from fed_dpsat.run.metric import CLASSIFICATION, metric_of, metric_of_settings, task_of, value_of
 from fed_dpsat.run.showing import as_html, as_text, picture
 from fed_dpsat.run.statement import Statement, read_statement
@@ -72,26 +73,34 @@ class Run(Mapping[str, Any]):
         that was given to ``simulate`` as an object, or one like it: a folder does not hold the code of such a run. It
         is copied. Raises ``SettingError`` for a run with objects from Python without a ``network``, another
         ``network``, a plug-in or data file that has changed since, and personal layers, which stay with clients;
-        ``RunError`` without a checkpoint.
+        ``RunError`` without a checkpoint, and if the folder has changed since it was read.
         """
         from fed_dpsat.run.finished import trained, trained_copy
 
         if network is not None:
-            return trained_copy(self.path, network, begun=False).eval()
+            return trained_copy(self._folder(), network, begun=False).eval()
         if self.module is not None:
-            return trained_copy(self.path, self.module, begun=True).eval()
-        return trained(self.path, again="load it with the version that has it").loss_fn.module.eval()
+            return trained_copy(self._folder(), self.module, begun=True).eval()
+        return trained(self._folder(), again="load it with the version that has it").loss_fn.module.eval()
 
     def ledger(self) -> Statement:
         """What each client has spent and has left, as ``fed-dpsat ledger`` shows it; verifies the file first.
 
-        Raises ``LedgerError`` without a ledger, and for a damaged one.
+        Raises ``LedgerError`` without a ledger and for a damaged one, ``RunError`` if the folder has changed since.
         """
-        return read_statement(self.path)
+        return read_statement(self._folder())
 
     def picture(self) -> str:
         """The main metric against rounds as SVG; empty before a round with a value."""
         return picture(self)
+
+    def _folder(self) -> Path:
+        """The path, if it still holds this run: a later one may have replaced it, or it went on."""
+        from fed_dpsat.run.reading import load_run
+
+        if str(load_run(self.path).summary) != str(self.summary):
+            raise RunError(f"{self.path} has changed since this run was read; read it again with load_run")
+        return self.path
 
     def __getitem__(self, key: str) -> Any:
         return self.summary[key]

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from fed_dpsat.run.curve import curve_svg
-from fed_dpsat.run.metric import value_of
+from fed_dpsat.run.metric import number_of
 from fed_dpsat.run.numbers import decimals, in_unit, plain, wilson
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def as_html(run: Run) -> str:
 def picture(run: Run) -> str:
     """The main metric against rounds as SVG; empty before a round with a value."""
     metric = run.metric
-    values = [(float(line["round"]), float(value_of(line[metric.key]) or 0.0)) for line in run.defined]
-    points = [(round, metric.scale * value) for round, value in values if math.isfinite(value)]
+    values = [(float(line["round"]), metric.scale * number_of(line[metric.key])) for line in run.rounds]
+    points = [point for point in values if math.isfinite(point[1])]
     return curve_svg(points, x="round", y=f"{_split(run)} {metric.heading}") if points else ""
 
 

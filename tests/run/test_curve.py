@@ -27,7 +27,7 @@ def test_ticks(values, whole, expected):
     assert ticks(values, whole=whole) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("values", [[1e-9, 3e-9], [2.5e7, 9.1e7], [-1.0, -1.0], [0.0, 1e-3]])
+@pytest.mark.parametrize("values", [[1e-20, 3e-20], [2.5e7, 9.1e7], [-1.0, -1.0], [0.0, 1e-3]])
 def test_ticks_surround_the_values_and_are_few(values):
     found = ticks(values)
     assert found[0] <= min(values) <= max(values) <= found[-1]

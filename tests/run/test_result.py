@@ -103,6 +103,7 @@ def test_a_head_that_stays_with_clients_is_in_no_model(tmp_path):
 def test_of_a_killed_run_everything_is_there_that_is_on_disk(copy, done):
     (copy / "summary.json").unlink()
     run = load_run(copy)
+    assert run.picture() == done.picture() != ""
     assert (run.status, dict(run), bool(run), len(run.rounds)) == ("unfinished", {}, True, 3)
     assert run.ledger().epsilon == run.epsilon == done.epsilon
     assert same(run.model(), done.model())
@@ -119,6 +120,16 @@ def test_a_run_without_a_round_is_readable(tmp_path):
     assert "not evaluated" in repr(run)
     assert "unknown: there is no ledger" in repr(run)
     assert "0 of 2, unfinished" in run._repr_html_()
+
+
+def test_the_model_of_a_run_that_was_replaced_is_not_that_of_the_next(tmp_path):
+    """As of a cell that runs again: the folder has another model now."""
+    first = simulate(CONFIG, tmp_path / "run")
+    second = simulate(dataclasses.replace(CONFIG, lr=1.0), tmp_path / "run", overwrite=True)
+    assert accuracy_of(second.model()) == second["test_accuracy"]
+    for ask in (first.model, first.ledger):
+        with pytest.raises(RunError, match="has changed since this run was read"):
+            ask()
 
 
 def test_clients_are_numbers(tmp_path):
