@@ -2,11 +2,12 @@
 
 Claims: the apps of the simulation train unchanged over a network, each device by its own policy and ledger. The
 digits are dealt to three devices: one has a folder of images by class, one a Parquet file, one a function. Needs
-``openssl`` and ``ssh-keygen``; about a minute on two cores. Seeds: none, devices draw their noise from the system.
+``openssl`` and ``ssh-keygen``. Seeds: none, devices draw their noise from the system.
 
     python -m simulations.deploy_local FOLDER [--rounds 3]
 
-leaves everything in FOLDER (certificates, keys, policies, ledgers, logs, the run in ``run``) and nothing running.
+leaves everything in FOLDER, a new or empty one: certificates, keys, policies, ledgers, logs, and the run in ``run``. It
+leaves nothing running. TIME
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +31,11 @@ from typing import Any, Self
 import numpy as np
 
 from fed_dpsat.data.digits import MEAN, STD, digits
+from fed_dpsat.device.command import begin, status_text
 from fed_dpsat.device.node import free_port
+from fed_dpsat.device.policy import Policy
+from fed_dpsat.device.status import read_status
+from fed_dpsat.errors import InputError, SettingError
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -132,10 +139,18 @@ def _as_function(folder: Path, inputs: np.ndarray, labels: np.ndarray) -> str:
 
 
 class Deployment:
-    """The processes in ``folder``: a SuperLink, devices by number, and runs; all end with the block."""
+    """The processes in ``folder``: a SuperLink, devices by number, and runs; all end with the block.
+
+    Raises ``SettingError`` for a ``folder`` with files in it, and for programs that are not there.
+    """
 
     def __init__(self, folder: Path, sources: tuple[str, ...] = ("images", "parquet", "function")) -> None:
         self.folder = folder.absolute()
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise SettingError("folder", str(folder), "new or empty", "name another one, or delete it")
+        for program in ("openssl", "ssh-keygen", "ps"):
+            if shutil.which(program) is None:
+                raise SettingError("PATH", os.environ["PATH"], f"the folders of {program} too", f"install {program}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -209,7 +224,7 @@ class Deployment:
         """``fed-dpsat device run``; begins its ledger first if it has none."""
         policy = self.device_folder(client) / "policy.toml"
         if not (self.device_folder(client) / "ledger").exists():
-            self.call("fed-dpsat", "device", "init", policy)
+            begin(Policy.load(policy))
         home = str(self.device_folder(client) / "ledger" / "flwr")
         return self.start(f"device{client}", "fed-dpsat", "device", "run", policy, FLWR_HOME=home)
 
@@ -222,18 +237,29 @@ class Deployment:
         self.run_ids[name] = str(json.loads(told[told.index("{") :])["run-id"])
         return out
 
+    def stop(self, name: str = "run") -> None:
+        """End a run before its last round."""
+        self.call("flwr", "stop", self.run_ids[name], "deployment")
+
     def run_log(self, name: str = "run") -> str:
         """The output of the server app of a run."""
         return self.call("flwr", "log", self.run_ids[name], "deployment", "--show")
 
-    def wait(self, out: Path, seconds: float = 180.0) -> dict[str, Any]:
-        """Wait for the summary of a run."""
-        deadline = time.monotonic() + seconds
+    def wait(
+        self, out: Path, seconds: float = 180.0, told: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> dict[str, Any]:
+        """Wait for the summary of a run; ``told`` receives each round once it is written."""
+        deadline, rounds = time.monotonic() + seconds, 0
         while time.monotonic() < deadline:
-            with suppress(FileNotFoundError):
-                summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-                if summary["status"] != "running":
-                    return summary
+            ended = _summary(out)
+            if told and (out / "rounds.jsonl").exists():
+                lines = (out / "rounds.jsonl").read_text().splitlines(keepends=True)
+                whole = [line for line in lines if line.endswith("\n")]
+                for line in whole[rounds:]:
+                    told(json.loads(line))
+                rounds = len(whole)
+            if ended:
+                return ended
             time.sleep(0.5)
         raise RuntimeError(f"no summary in {out} after {seconds:g} s; see {self.folder / 'superlink.log'}")
 
@@ -259,6 +285,14 @@ class Deployment:
             self.kill(name)
 
 
+def _summary(out: Path) -> dict[str, Any] | None:
+    """The summary of a run that has ended."""
+    if not (out / "summary.json").exists():
+        return None
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return None if summary["status"] == "running" else summary
+
+
 def _descendants(pid: int) -> list[int]:
     lines = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     pairs = [tuple(map(int, line.split())) for line in lines.splitlines()]
@@ -268,23 +302,46 @@ def _descendants(pid: int) -> list[int]:
     return found[1:]
 
 
+def _result(record: Mapping[str, Any]) -> str:
+    accepted = f"{record['accepted']} accepted, " if "accepted" in record else ""
+    return f"{accepted}accuracy {record['test_accuracy']:.3f}, epsilon {record['epsilon']:.3f}"
+
+
 def main() -> None:
     """Run everything, from the certificates to the statements of the devices."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=SETTINGS["num_rounds"])
     arguments = parser.parse_args()
-    with Deployment(arguments.folder) as deployment:
+    try:
+        deploy(arguments.folder, arguments.rounds)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def deploy(folder: Path, num_rounds: int) -> None:
+    """A deployment in ``folder`` from its begin to its end, told on the terminal."""
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - start:5.1f} s  {text}", flush=True)
+
+    with Deployment(folder) as deployment:
+        say(f"certificates, keys, data and policies are in {deployment.folder}")
         deployment.start_superlink()
+        say(f"the SuperLink is at 127.0.0.1:{deployment.port}")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(deployment.register, range(NUM_DEVICES)))
         for client in range(NUM_DEVICES):
-            deployment.register(client)
             deployment.start_device(client)
-        out = deployment.submit({"num_rounds": arguments.rounds})
-        print(f"run submitted to 127.0.0.1:{deployment.port}; logs in {deployment.folder}")
-        summary = deployment.wait(out)
-        print(json.dumps({key: summary[key] for key in ("status", "test_accuracy", "epsilon", "seconds")}))
-        for client in range(NUM_DEVICES):
-            print(deployment.call("fed-dpsat", "device", "status", deployment.device_folder(client) / "policy.toml"))
+        say(f"{NUM_DEVICES} devices are registered and start")
+        out = deployment.submit({"num_rounds": num_rounds})
+        say(f"run {deployment.run_ids[out.name]} is submitted")
+        summary = deployment.wait(out, told=lambda record: say(f"round {record['round']}: {_result(record)}"))
+        say(f"the run has ended: {summary['status']}, {_result(summary)}")
+    for client in range(NUM_DEVICES):
+        policy = Policy.load(deployment.device_folder(client) / "policy.toml")
+        print(f"\n{status_text(policy, read_status(policy))}")
 
 
 if __name__ == "__main__":

@@ -27,19 +27,26 @@ BAD_INPUT, FAILED = 2, 1
 def init(policy: PolicyFile) -> None:
     """Check the policy, count the examples and create the ledger; once per device."""
     from fed_dpsat.accounting import large_delta
-    from fed_dpsat.device.data import own_data
     from fed_dpsat.device.policy import Policy
-    from fed_dpsat.device.release import prepare
 
     try:
         read = Policy.load(policy)
-        examples = len(own_data(read).train)
-        prepare(Path(read.folder))
+        examples = begin(read)
     except (InputError, RunError) as error:
         raise _failed(error) from None
     typer.echo(f"device {read.client}: {examples} examples, ledger created in {read.folder}")
     if warning := large_delta(read.largest_delta, "example", examples):
         typer.echo(f"warning: largest_delta: {warning}", err=True)
+
+
+def begin(policy: Policy) -> int:
+    """Read the data and create the ledger; the number of examples. Raises ``InputError`` and ``RunError``."""
+    from fed_dpsat.device.data import own_data
+    from fed_dpsat.device.release import prepare
+
+    examples = len(own_data(policy).train)
+    prepare(Path(policy.folder))
+    return examples
 
 
 @app.command()
@@ -72,12 +79,13 @@ def status(policy: PolicyFile, as_json: AsJson = False) -> None:
         told = {**dataclasses.asdict(found), "epsilon_left": found.epsilon_left, "policy": dataclasses.asdict(read)}
         typer.echo(json.dumps(told, indent=2))
     else:
-        typer.echo(_text(read, found))
+        typer.echo(status_text(read, found))
     if found.integrity != "unbroken":
         raise typer.Exit(FAILED)
 
 
-def _text(policy: Policy, found: DeviceStatus) -> str:
+def status_text(policy: Policy, found: DeviceStatus) -> str:
+    """The lines of ``fed-dpsat device status``."""
     from fed_dpsat.device.policy import LISTS
 
     runs = ", ".join(f"{run}: {rounds}" for run, rounds in found.rounds_by_run.items()) or "none"

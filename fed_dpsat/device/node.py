@@ -26,9 +26,9 @@ from types import FrameType
 from flwr.app import Context, Error, Message
 
 from fed_dpsat.device.data import check_tokenizer
+from fed_dpsat.device.joining import ServerError, join
 from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.policy import Policy, PolicyError
-from fed_dpsat.errors import RunError
 from fed_dpsat.flower.client_app import app
 from fed_dpsat.flower.grid import answer
 from fed_dpsat.flower.wire import compat, records
@@ -43,14 +43,11 @@ _COMPUTING = threading.Lock()
 PR_SET_PDEATHSIG = 1
 
 
-class ServerError(RunError):
-    """The server does not have the certificate that the policy requires."""
-
-
 def run_device(policy_path: Path, port: int = 0) -> int:
-    """Serve until the SuperNode ends or this process stops; returns the exit code of the SuperNode.
+    """Join, and serve until the SuperNode ends or this process stops; returns the exit code of the SuperNode.
 
-    Raises ``PolicyError`` for a policy without a server, ``ServerError`` for a certificate of another authority.
+    Raises ``PolicyError`` for a policy without a server, and ``ServerError`` for a server with a certificate of another
+    authority, or one that does not admit this device.
     """
     policy = Policy.load(policy_path)
     if not (policy.server and policy.root_certificates and policy.private_key):
@@ -59,17 +56,18 @@ def run_device(policy_path: Path, port: int = 0) -> int:
     compat.say_untested()
     compat.identify_process()
     check_server(policy.server, policy.root_certificates)
+    signal.signal(signal.SIGTERM, _stop)
+    join(policy)
     port = port or free_port()
     node = subprocess.Popen(
         _supernode(policy, policy_path, port), env=_environment(policy), preexec_fn=_end_with_parent
     )
-    signal.signal(signal.SIGTERM, _stop)
     try:
         _serve(node, f"127.0.0.1:{port}", policy_path, Path(policy.folder))
     finally:
         node.terminate()
         code = node.wait()
-    log.error("the SuperNode ended with exit code %d; if the server rejected it, register the key of this device", code)
+    log.error("the SuperNode ended with exit code %d; the lines above say why", code)
     return code
 
 
@@ -92,7 +90,7 @@ def check_server(server: str, root_certificates: str) -> None:
             f"root_certificates={root_certificates!r} is not a file; get it from the operator of the server"
         ) from None
     except OSError as error:
-        log.warning("server %s does not respond yet (%s); the SuperNode tries again", server, error)
+        log.warning("server %s does not respond yet (%s)", server, error)
 
 
 def free_port() -> int:

@@ -10,13 +10,14 @@ import dataclasses
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fed_dpsat.accounting.event import DISTRIBUTIONS
 from fed_dpsat.client.assignment import Assignment
+from fed_dpsat.data.decode import MODES
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.settings.config import RunConfig
@@ -30,7 +31,12 @@ SANE_NUMBER = 2**31
 ARGUMENTS = ("model_args", "task_args", "optimizer_args", "clipping_args")
 """Settings whose text must be in the lists of the policy."""
 LISTS = ("models", "tasks", "adapters", "optimizers", "clippings", "noise_distributions", *ARGUMENTS)
-CONTENTS = ("images", "table", "text")
+SOURCES = {
+    "images": ("folder", "parquet", "images", "function"),
+    "table": ("csv", "jsonl", "parquet", "function"),
+    "text": ("csv", "jsonl", "parquet", "folder", "function"),
+}
+"""By the content of the data, the values of ``data_source``; ``images`` is an older name of ``folder``."""
 EXACT_ENGINES = ("auto", "planned", "vmap")
 """Engines of this project; an engine of another library is checked only on made-up examples."""
 DEFAULT_OPTIMIZERS = ("dp-sgd", "dp-sat", "dp-sat-momentum")
@@ -58,11 +64,14 @@ class Policy:
 
     dataset: str = _key("name that a run must give as its dataset: the permitted use of this data")
     content: str = _key("what the data are: images, table or text", "images")
-    data_source: str = _key("images (a folder per class), csv, jsonl, parquet, folder (of texts), or function")
+    data_source: str = _key("folder (of texts, or of images: one per class), csv, jsonl, parquet, or function")
     data_path: str = _key("file or folder of the data, or module:function that returns Examples or a Dataset")
     dataset_args: str = _key("arguments of a table or of texts that no key fills: delimiter = ';'", "")
     class_names: tuple[str, ...] = _key("all classes of the federation in order, also classes without examples", ())
-    shape: tuple[int, ...] = _key("channels, height and width of an image", ())
+    image_size: tuple[int, ...] = _key("pixels of both sides of an image, 64, or height and width, [48, 64]", ())
+    channels: int = _key("1 for grey images, 3 for colour", 3)
+    fit: bool = _key("whether images of another size, or grey or colour otherwise, are converted, not refused", False)
+    shape: tuple[int, ...] = _key("older form of channels and image_size: [channels, height, width]", ())
     mean: tuple[float, ...] = _key("per channel, of pixels scaled to 0..1; a public constant", ())
     std: tuple[float, ...] = _key("per channel, of pixels scaled to 0..1; a public constant", ())
     image_column: str = _key("older name of input_columns, of Parquet files with images", "image")
@@ -116,13 +125,38 @@ class Policy:
         check("largest_sample_rate", 0 < self.largest_sample_rate <= 1, "in (0, 1]", "1 is no sampling")
         low = 0 < self.least_sample_rate <= self.largest_sample_rate
         check("least_sample_rate", low, "in (0, largest_sample_rate]", "lower it")
-        check("content", self.content in CONTENTS, f"one of {', '.join(CONTENTS)}", "say what the data are")
+        check("content", self.content in SOURCES, f"one of {', '.join(SOURCES)}", "say what the data are")
+        sources = SOURCES[self.content]
+        of = f"one of {', '.join(sources)} for content={self.content!r}"
+        check("data_source", self.data_source in sources, of, "choose one, or another content")
+        self._check_images(check)
         check("max_length", self.max_length >= 1, "at least 1", "256 is the default")
         check("tasks", bool(self.tasks), "a list with a name", "classification is the default")
         check("models", bool(self.models), "a list with a name", "list the networks that this device trains")
         check("largest_parameters", self.largest_parameters >= 1, "at least 1", "50000000 is the default")
         check("largest_physical_batch_size", self.largest_physical_batch_size >= 1, "at least 1", "128 suits most CPUs")
         check("threads", 1 <= self.threads <= 1024, "in [1, 1024]", "at most the cores of the device")
+
+    def _check_images(self, check: Callable[[str, bool, str, str], None]) -> None:
+        channels = self.shape[0] if self.shape else self.channels
+        if self.content == "images" and self.data_source != "function":
+            once = not (self.shape and self.image_size)
+            check("shape", once, "needed beside image_size", "leave it out: channels says whether images are grey")
+            sizes, bound = self.image_size or self.shape[1:], "the pixels of both sides, or height and width"
+            check("image_size", len(sizes) == 2 and min(sizes) > 0, bound, "write image_size = 64, or [48, 64]")
+            name = "shape" if self.shape else "channels"
+            check(name, channels in MODES, "of 1 or 3 channels", "1 is grey, 3 is colour")
+            for name in ("mean", "std"):
+                fits = len(getattr(self, name)) in (0, channels)
+                check(name, fits, f"a list of {channels} numbers", "write one for each channel")
+        check("mean", all(map(math.isfinite, self.mean)), "a list of finite numbers", "0.5 is usual")
+        check("std", all(0 < one < math.inf for one in self.std), "a list of numbers above 0", "0.25 is usual")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of an image."""
+        channels, height, width = self.shape or (self.channels, *self.image_size)
+        return channels, height, width
 
     @classmethod
     def load(cls, path: Path) -> Policy:
@@ -298,6 +332,8 @@ def _typed(cls: type[Policy], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
+        if name == "image_size" and type(value) is int:
+            value = [value, value]
         if not isinstance(value, list):
             raise PolicyError(f"{name}={value!r} is not a list; write [...]")
         return tuple(_value(name, item, get_args(kind)[0]) for item in value)

@@ -14,7 +14,8 @@ from flwr.app import MessageType, RecordDict
 from PIL import Image
 
 from fed_dpsat.device.data import own_data
-from fed_dpsat.errors import DataError
+from fed_dpsat.device.policy import Policy, PolicyError
+from fed_dpsat.errors import DataError, InputError
 from fed_dpsat.flower.wire import records
 
 CLASSES = ("cat", "dog", "owl")
@@ -31,11 +32,12 @@ def policy(device):
     """A device without an owl: two cats and a dog."""
     (device.path / "images" / "cat").mkdir(parents=True)
     (device.path / "images" / "dog").mkdir()
-    for name, value in (("cat/a.png", 10), ("cat/b.PNG", 20), ("dog/c.png", 30), ("dog/readme.txt", 0)):
-        (device.path / "images" / name).write_bytes(png(value) if value else b"no image")
+    (device.path / "images" / ".ipynb_checkpoints").mkdir()  # a hidden folder is no class
+    for name, value in (("cat/a.png", 10), ("cat/b.PNG", 20), ("dog/c.png", 30), (".ipynb_checkpoints/a.png", 40)):
+        (device.path / "images" / name).write_bytes(png(value))
     return dataclasses.replace(
-        device.policy, data_source="images", data_path=str(device.path / "images"), class_names=CLASSES,
-        shape=(1, 2, 3), mean=(0.5,), std=(0.25,),
+        device.policy, data_source="folder", data_path=str(device.path / "images"), class_names=CLASSES,
+        image_size=(2, 3), channels=1, mean=(0.5,), std=(0.25,),
     )  # fmt: skip
 
 
@@ -92,7 +94,7 @@ def test_a_corrected_column_is_decoded_anew(policy, tmp_path):
 
 def test_classes_in_another_order_are_other_labels(policy):
     assert seen(policy)[1].tolist() == [0, 0, 1]
-    assert seen(dataclasses.replace(policy, class_names=("dog", "cat", "owl")))[1].tolist() == [0, 1, 1]
+    assert seen(dataclasses.replace(policy, class_names=("dog", "cat", "owl")))[1].tolist() == [1, 1, 0]
 
 
 def test_what_was_added_between_two_runs_is_in_the_next(device):
@@ -140,12 +142,12 @@ def test_a_function_keeps_what_it_declares_and_only_classes_need_names(device):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"class_names": ("cat", "owl")}, "dog is not one of class_names"),
-        ({"shape": (3, 2, 3), "mean": (), "std": ()}, "a 3x2 L image, not 3x2 RGB"),
-        ({"shape": ()}, r"set \[channels, height, width\] and all classes"),
-        ({"data_path": "/nowhere/at/all"}, "is not a folder"),
-        ({"data_source": "hub"}, "data_source='hub' is not one of images, parquet, function"),
-        ({"data_source": "parquet"}, "holds no examples"),
+        ({"class_names": ("cat", "owl")}, r"images/dog/c.png: .*'dog', which is not one of class_names"),
+        ({"channels": 3, "mean": (), "std": ()}, r"images/cat/a.png: a 3x2 L image, not 3x2 RGB.*fit = true"),
+        ({"class_names": ()}, "class_names='' is not a list of names"),
+        ({"data_path": "/nowhere/at/all"}, "data_path='/nowhere/at/all' does not exist"),
+        ({"data_source": "hub"}, "data_source='hub' is not one of folder, parquet, images, function"),
+        ({"data_source": "parquet"}, "no name of a file ends with .parquet"),
         ({"data_source": "function", "data_path": "json:dumps"}, "needs 'obj'"),
         ({"data_source": "function", "data_path": "os:getcwd"}, "returned a str, not Examples"),
     ],
@@ -153,9 +155,43 @@ def test_a_function_keeps_what_it_declares_and_only_classes_need_names(device):
 def test_data_that_is_not_there_is_told(policy, changes, says):
     with pytest.raises(ValueError, match=says) as raised:
         own_data(dataclasses.replace(policy, **changes))
-    assert isinstance(raised.value, DataError) or "needs" in says
+    assert isinstance(raised.value, InputError)
 
 
 def test_what_is_decoded_lies_on_the_device(policy, device):
     own_data(dataclasses.replace(policy, largest_epsilon=3.0))
-    assert [p.name.rpartition("-")[0] for p in (device.folder / "cache").iterdir()] == ["pixels"]
+    assert [p.name.rpartition("-")[0] for p in (device.folder / "cache").iterdir()] == ["images"]
+
+
+def test_the_file_of_an_image_that_cannot_be_read_is_told(policy, device):
+    (device.path / "images" / "dog" / "broken.png").write_bytes(png(1)[:40])
+    with pytest.raises(DataError, match=r"images/dog/broken.png: not a readable image"):
+        own_data(policy)
+    (device.path / "images" / "dog" / "broken.png").rename(device.path / "images" / "dog" / "scan.tif")
+    with pytest.raises(DataError, match=r"images/dog/scan.tif is not one of .png, .jpg, .jpeg; convert it"):
+        own_data(policy)
+
+
+def test_size_and_colour_are_keys_of_the_policy_and_so_is_the_conversion(policy, device):
+    changed = {"image_size": 4, "channels": 3, "fit": "true", "mean": "[0.5, 0.5, 0.5]", "std": "[1.0, 1.0, 1.0]"}
+    device.write(data_source='"folder"', data_path='"images"', class_names='["cat", "dog"]', **changed)
+    assert own_data(Policy.load(device.policy_path)).input_shape == (3, 4, 4)
+    older = dataclasses.replace(policy, data_source="images", image_size=(), shape=(1, 2, 3))
+    assert own_data(older).input_shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"image_size": ()}, "image_size=.* is not the pixels of both sides"),
+        ({"image_size": (0, 4)}, "image_size=.* is not the pixels of both sides"),
+        ({"shape": (1, 2, 3)}, "shape=.* is not needed beside image_size"),
+        ({"channels": 4}, "channels=4 is not of 1 or 3 channels; 1 is grey, 3 is colour"),
+        ({"image_size": (), "shape": (2, 3)}, "image_size=.* is not the pixels of both sides"),
+        ({"mean": (0.5, 0.5)}, "mean=.* is not a list of 1 numbers"),
+        ({"std": (0.0,)}, "std=.* is not a list of numbers above 0"),
+    ],
+)
+def test_an_image_is_declared_once_and_whole(policy, changes, says):
+    with pytest.raises(PolicyError, match=says):
+        dataclasses.replace(policy, **changes)

@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
 
@@ -91,15 +91,15 @@ def test_killed_and_stalled_devices_and_a_killed_server_are_taken_back_as_they_a
     wait_for(has_round(out, 1))
     deployment.kill("device0")
     wait_for(has_round(out, 2))
-    with kept_up(deployment, 0):
-        deployment.signal("device1", signal.SIGSTOP)
-        wait_for(has_round(out, 4))
-        deployment.kill("superlink")
-        deployment.signal("device1", signal.SIGCONT)  # not before: a handshake with a dying server ends it
-        done = rounds(out)[-1]["round"]
-        (out / "summary.json").unlink(missing_ok=True)
-        deployment.start_superlink()
-        summary = deployment.wait(deployment.submit({**settings, "resume": True}, "faults"), 240)
+    deployment.start_device(0)
+    deployment.signal("device1", signal.SIGSTOP)
+    wait_for(has_round(out, 4))
+    deployment.kill("superlink")
+    deployment.signal("device1", signal.SIGCONT)  # not before: a handshake with a dying server ends it
+    done = rounds(out)[-1]["round"]
+    (out / "summary.json").unlink(missing_ok=True)
+    deployment.start_superlink()
+    summary = deployment.wait(deployment.submit({**settings, "resume": True}, "faults"), 240)
     lines = rounds(out)[1:]
     assert (summary["status"], summary["rounds_completed"]) == ("completed", 8)
     assert [line["round"] for line in lines] == list(range(1, 9))
@@ -113,24 +113,28 @@ def test_killed_and_stalled_devices_and_a_killed_server_are_taken_back_as_they_a
         assert answered <= charged <= asked + 1  # no answer without a charge; the round that was cut off is asked again
 
 
-@contextmanager
-def kept_up(deployment, client):
-    """What systemd does: until its heartbeat is missed, Flower lets no second SuperNode in by the same key."""
-    done = threading.Event()
-
-    def restart():
-        while not done.is_set():
-            process = deployment.start_device(client)
-            while process.poll() is None and not done.wait(0.2):
-                pass
-
-    thread = threading.Thread(target=restart)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+def test_a_killed_device_that_comes_back_within_a_minute_waits_and_joins_by_itself(deployment):
+    """It is one process from its start to the end of the run, and takes part again."""
+    settings = {
+        "num_rounds": 30,
+        "local_steps": 1,
+        "noise_multiplier": 2.0,
+        "target_epsilon": 0.0,
+        "reply_timeout": 40.0,
+    }
+    out = deployment.submit(settings, "rejoined")
+    wait_for(has_round(out, 1))
+    deployment.kill("device2")
+    returned = deployment.start_device(2)
+    log = deployment.device_folder(2) / "ledger" / "device.log"
+    wait_for(lambda: "the last process of this device did not sign off" in log.read_text())
+    wait_for(lambda: rounds(out)[-1]["round"] >= 3 and 2 not in rounds(out)[-1]["asked"])  # the others go on
+    missed = rounds(out)[-1]["round"]
+    wait_for(lambda: 2 in rounds(out)[-1]["asked"] and "2" not in rounds(out)[-1]["dropped"], 150)
+    assert rounds(out)[-1]["round"] > missed
+    assert returned.poll() is None
+    assert all(line["accepted"] >= 2 for line in rounds(out)[1:])
+    deployment.stop("rejoined")
 
 
 def len_of(history):

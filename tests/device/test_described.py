@@ -322,7 +322,10 @@ def test_a_row_that_is_not_as_declared_stays_on_the_device(device, table):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"content": '"images"'}, r"data_source='csv' is not one of images, parquet, function for content='images'"),
+        (
+            {"content": '"images"'},
+            "'csv' is not one of folder, parquet, images, function for content='images'",
+        ),
         ({"content": '"video"'}, "content='video' is not one of images, table, text"),
         ({"data_source": '"hub"'}, "data_source='hub' is not one of csv, jsonl, parquet, function for content='table'"),
         ({"dataset_args": '"test_share = 0.5"'}, "all_private=True is not possible with test_share"),

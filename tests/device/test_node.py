@@ -6,7 +6,8 @@ from importlib.metadata import version
 
 import pytest
 
-from fed_dpsat.device.node import ServerError, check_server, free_port, other_version, run_device
+from fed_dpsat.device.joining import ServerError
+from fed_dpsat.device.node import check_server, free_port, other_version, run_device
 from fed_dpsat.device.policy import PolicyError
 from fed_dpsat.flower.wire import compat
 

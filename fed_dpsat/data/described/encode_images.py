@@ -63,4 +63,6 @@ class ImageEncoder(Encoder):
         except DataError as error:
             if self.fit or "image, not" not in str(error):
                 raise
-            raise DataError(f"{error}; fit = true in dataset_args converts and resizes all images") from None
+            raise DataError(
+                f"{error}; fit = true (in dataset_args, or in the policy of a device) converts and resizes all images"
+            ) from None

@@ -23,6 +23,7 @@ from fed_dpsat.data.described.chunks import Chunk, Kind, chunk_names
 from fed_dpsat.data.described.find import Part, parts_of
 from fed_dpsat.data.described.labels import split_names
 from fed_dpsat.data.described.place import Place
+from fed_dpsat.data.described.progress import counted, rows_in
 from fed_dpsat.data.described.splits import divided
 
 
@@ -72,7 +73,8 @@ def _arrays(
 ) -> Iterator[Arrays]:
     found: dict[str, list[np.ndarray]] = {f"{split}_user{i}": [] for split in place.splits for i in range(len(users))}
     yield encoder.begin()
-    for split, chunk in divided(parts, place, columns):
+    files = [file for _, files, _ in parts for file in files]
+    for split, chunk in counted(divided(parts, place, columns), place, rows_in(place, files)):
         yield {f"{split}_{name}": array for name, array in encoder.encode(split, chunk).items()}
         for i, user in enumerate(users):
             found[f"{split}_user{i}"].append(_users(chunk, user))
