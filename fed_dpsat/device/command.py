@@ -25,8 +25,8 @@ BAD_INPUT, FAILED = 2, 1
 
 @app.command()
 def init(policy: PolicyFile) -> None:
-    """Check the policy, count the examples and create the ledger; once per device."""
-    from fed_dpsat.accounting import large_delta
+    """Check all of the policy, count the examples and create the ledger; once per device."""
+    from fed_dpsat.device.check import advice
     from fed_dpsat.device.policy import Policy
 
     try:
@@ -35,18 +35,24 @@ def init(policy: PolicyFile) -> None:
     except (InputError, RunError) as error:
         raise _failed(error) from None
     typer.echo(f"device {read.client}: {examples} examples, ledger created in {read.folder}")
-    if warning := large_delta(read.largest_delta, "example", examples):
-        typer.echo(f"warning: largest_delta: {warning}", err=True)
+    for warning in advice(read):
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def begin(policy: Policy) -> int:
-    """Read the data and create the ledger; the number of examples. Raises ``InputError`` and ``RunError``."""
+    """Check the policy and the data, and create the ledger; the number of examples.
+
+    Raises ``PolicyError`` with everything that is wrong, a line each, and ``SettingError`` for a ledger that is there.
+    """
+    from fed_dpsat.device.check import problems, problems_of_data
     from fed_dpsat.device.data import own_data
+    from fed_dpsat.device.policy import PolicyError
     from fed_dpsat.device.release import prepare
 
-    examples = len(own_data(policy).train)
+    if found := [*problems(policy), *problems_of_data(policy)]:
+        raise PolicyError("\nerror: ".join(found))
     prepare(Path(policy.folder))
-    return examples
+    return len(own_data(policy).train)
 
 
 @app.command()
@@ -66,7 +72,8 @@ def run(
 
 @app.command()
 def status(policy: PolicyFile, as_json: AsJson = False) -> None:
-    """Budget spent and left, rounds, last contact, the policy, and the integrity of the ledger."""
+    """Budget spent and left, rounds, last contact, the policy, the integrity of the ledger, and what is wrong."""
+    from fed_dpsat.device.check import problems, problems_of_data
     from fed_dpsat.device.policy import Policy
     from fed_dpsat.device.status import read_status
 
@@ -75,12 +82,15 @@ def status(policy: PolicyFile, as_json: AsJson = False) -> None:
         found = read_status(read)
     except (InputError, RunError) as error:
         raise _failed(error) from None
+    wrong = [*problems(read), *problems_of_data(read)]
     if as_json:
         told = {**dataclasses.asdict(found), "epsilon_left": found.epsilon_left, "policy": dataclasses.asdict(read)}
-        typer.echo(json.dumps(told, indent=2))
+        typer.echo(json.dumps({**told, "problems": wrong}, indent=2))
     else:
         typer.echo(status_text(read, found))
-    if found.integrity != "unbroken":
+        for said in wrong:
+            typer.echo(f"error: {said}", err=True)
+    if found.integrity != "unbroken" or wrong:
         raise typer.Exit(FAILED)
 
 

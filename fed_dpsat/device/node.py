@@ -25,6 +25,7 @@ from types import FrameType
 
 from flwr.app import Context, Error, Message
 
+from fed_dpsat.device.check import address, authority, problems
 from fed_dpsat.device.data import check_tokenizer
 from fed_dpsat.device.joining import ServerError, join
 from fed_dpsat.device.log import device_log, one_line
@@ -52,6 +53,8 @@ def run_device(policy_path: Path, port: int = 0) -> int:
     policy = Policy.load(policy_path)
     if not (policy.server and policy.root_certificates and policy.private_key):
         raise PolicyError(f"policy {policy_path}: set server, root_certificates and private_key to run")
+    if found := problems(policy):
+        raise PolicyError(f"policy {policy_path}: " + "; ".join(found))
     check_tokenizer(policy)
     compat.say_untested()
     compat.identify_process()
@@ -73,21 +76,14 @@ def run_device(policy_path: Path, port: int = 0) -> int:
 
 def check_server(server: str, root_certificates: str) -> None:
     """Raise ``ServerError`` if the certificate of the server is not of the authority; a server may be down."""
-    host, _, port = server.rpartition(":")
-    if not host or not port.isdigit():
-        raise PolicyError(f"server={server!r} is not of the form host:port; correct the policy")
+    (host, port), context = address(server), authority(root_certificates)
     try:
-        context = ssl.create_default_context(cafile=root_certificates)
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as raw:
-            context.wrap_socket(raw, server_hostname=host.strip("[]")).close()
+        with socket.create_connection((host, port), timeout=10) as raw:
+            context.wrap_socket(raw, server_hostname=host).close()
     except ssl.SSLError as error:
         raise ServerError(
             f"server={server!r} does not show a certificate of root_certificates={root_certificates!r} ({error}); "
             "nothing was sent: check both with the operator of the server"
-        ) from None
-    except FileNotFoundError:
-        raise PolicyError(
-            f"root_certificates={root_certificates!r} is not a file; get it from the operator of the server"
         ) from None
     except OSError as error:
         log.warning("server %s does not respond yet (%s)", server, error)

@@ -99,14 +99,14 @@ def test_init_and_status_of_a_table(device):
     (device.path / "columns.toml").write_text("age = {mean = 50, std = 10}\n")
     device.write(
         folder='"another"', content='"table"', data_source='"csv"', data_path='"own.csv"', label_column='"outcome"',
-        columns_file='"columns.toml"', class_names='["well", "ill"]', tasks='["classification", "own.py:Own"]',
-        adapters='["lora"]',
+        columns_file='"columns.toml"', class_names='["well", "ill"]', tasks='["classification", "multilabel"]',
+        adapters='["lora"]', dataset_args='"label_separator = \'+\'"',
     )  # fmt: skip
     assert "device 2: 3 examples, ledger created" in call("init", device.policy_path)[1]
     code, text = call("status", device.policy_path)
     assert code == 0
     assert "2, table for pixels" in text
-    assert "tasks                       classification, own.py:Own" in text
+    assert "tasks                       classification, multilabel" in text
     assert "adapters                    lora" in text
     told = json.loads(call("status", device.policy_path, "--json")[1])["policy"]
     assert (told["columns_file"], told["tokenizer"]) == (str(device.path / "columns.toml"), "bytes")
