@@ -88,7 +88,7 @@ def _adapters(policy: Policy) -> Iterator[str]:
 def _files(policy: Policy) -> Iterator[str]:
     if policy.start_from and not Path(policy.start_from).exists():
         yield str(SettingError("start_from", policy.start_from, "a file", "write the path of the weights"))
-    checks = {
+    checks: dict[str, Callable[[], object]] = {
         "server": partial(address, policy.server),
         "root_certificates": partial(authority, policy.root_certificates),
         "private_key": partial(private_key, policy),

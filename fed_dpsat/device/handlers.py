@@ -7,7 +7,7 @@ started the SuperNode, never from the server.
 from __future__ import annotations
 
 from collections.abc import Callable
-from logging import INFO, WARNING, getLogger
+from logging import ERROR, INFO, WARNING, getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,16 +19,19 @@ from fed_dpsat.device import client
 from fed_dpsat.device.data import own_data
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.device.log import device_log, one_line
+from fed_dpsat.device.metrics import served
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import RunError
 from fed_dpsat.flower.wire import codec, records
 from fed_dpsat.flower.wire.arrays import read_array
 from fed_dpsat.params import Params
+from fed_dpsat.run.logs import FIELDS
 from fed_dpsat.run.process import tune_allocator
 from fed_dpsat.step.subspace import Coordinates, Span
 
 Value = TypeVar("Value")
 
+WORDS = {"identity": "identity", "round": "a round"}
 KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SAME, "config"}
 """Records that a message may hold. ``config`` comes from the strategy; a device reads ``proximal-mu`` of FedProx in it.
 Of ``SAME`` a device compares what the server declares of its data, and ignores the fingerprint.
@@ -79,7 +82,7 @@ def train(message: Message, context: Context) -> RecordDict:
         start = read_arrays(content.array_records.get(records.ARRAYS), result.params)
         return codec.encode(found, start, config.update_codec, config.update_share, within)
 
-    return _logged(context, "a round", reply)
+    return _logged(context, "round", reply)
 
 
 def _read(reader: Callable[[RecordDict], Value], content: RecordDict) -> Value:
@@ -136,23 +139,37 @@ def _logged(context: Context, request: str, reply: Callable[[Policy], RecordDict
     except PolicyError as error:
         getLogger("fed_dpsat").error("%s", error)
         raise DeviceError("the device has no valid policy; its own log has the reason, nothing was released") from None
-    log = device_log(Path(policy.folder))
-    asked = f"run {context.run_id}: {request}"
+    log = device_log(Path(policy.folder), policy.log_format)
+    asked = f"run {context.run_id}: {WORDS[request]}"
+
+    def note(level: int, outcome: str, text: str, *, failed: bool = False, **more: Any) -> None:
+        fields = {"run": str(context.run_id), "request": request, "outcome": outcome, "may_hold_data": failed, **more}
+        log.log(level, "%s: %s%s", asked, outcome, text, exc_info=failed, extra={FIELDS: fields})
+        if metrics := served():
+            metrics.count(request, outcome)
+
     try:
         content = reply(policy)
     except Refusal as refusal:
         said = one_line(str(refusal))
-        log.log(WARNING, "%s: refused: %s", asked, said)
+        note(WARNING, "refused", f": {said}")
         raise Refusal(said) from None
     except Exception as error:  # its text may contain data, so it stays in the log
-        log.error("%s: failed: %s", asked, one_line(f"{type(error).__name__}: {error}"), exc_info=True)
+        note(ERROR, "failed", f": {one_line(f'{type(error).__name__}: {error}')}", failed=True)
         raise DeviceError("the device failed; its own log has the reason, and nothing was released") from None
-    log.log(INFO, "%s: answered%s", asked, _of(content))
+    event = _event(content)
+    note(
+        INFO,
+        "answered",
+        "".join(f"{sep} {k} {v:g}" for sep, (k, v) in zip(":,,", event.items(), strict=False)),
+        **event,
+    )
     return content
 
 
-def _of(content: RecordDict) -> str:
+def _event(content: RecordDict) -> dict[str, float]:
+    """What a release cost, as its log has it; empty without one."""
     if records.EVENT not in content.config_records:
-        return ""
+        return {}
     event: Any = content.config_records[records.EVENT]
-    return f": round {event['round']}, attempt {event['attempt']}, noise_multiplier {event['noise_multiplier']:g}"
+    return {name: event[name] for name in ("round", "attempt", "noise_multiplier")}

@@ -119,7 +119,7 @@ def join(policy: Policy) -> None:
 
 def wait_until_admitted(link: Link, policy: Policy) -> None:
     """``join`` over a ``link``."""
-    log, file = device_log(Path(policy.folder)), Path(policy.folder) / NODE_FILE
+    log, file = device_log(Path(policy.folder), policy.log_format), Path(policy.folder) / NODE_FILE
     waited = told = False
     while True:
         try:

@@ -8,17 +8,20 @@ from functools import lru_cache
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from fed_dpsat.run.logs import formatter
+
 LARGEST_BYTES, LONGEST = 1_000_000, 400
 NAME = "device.log"
 
 
 @lru_cache(maxsize=8)
-def device_log(folder: Path) -> logging.Logger:
+def device_log(folder: Path, log_format: str = "text") -> logging.Logger:
     """A logger to ``folder/device.log`` and to standard error, which systemd stores."""
     log = logging.getLogger(f"fed_dpsat.device.{folder}")
     log.setLevel(logging.INFO)
     log.propagate = False
-    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    log.handlers.clear()  # of another form
+    form = formatter(log_format)
     for handler in (
         RotatingFileHandler(folder / NAME, maxBytes=LARGEST_BYTES, backupCount=1, delay=True, encoding="utf-8"),
         logging.StreamHandler(sys.stderr),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import ssl
@@ -22,6 +23,7 @@ from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from flwr.app import Context, Error, Message
 
@@ -29,11 +31,13 @@ from fed_dpsat.device.check import address, authority, problems
 from fed_dpsat.device.data import check_tokenizer
 from fed_dpsat.device.joining import ServerError, join
 from fed_dpsat.device.log import device_log, one_line
+from fed_dpsat.device.metrics import serve
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.flower.client_app import app
 from fed_dpsat.flower.grid import answer
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.flower.wire.compat import node as runtime
+from fed_dpsat.run import logs
 
 log = getLogger("fed_dpsat")
 
@@ -42,6 +46,7 @@ POLL_SECONDS = 0.2
 MOST_AT_A_TIME = 32
 _COMPUTING = threading.Lock()
 PR_SET_PDEATHSIG = 1
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_device(policy_path: Path, port: int = 0) -> int:
@@ -56,22 +61,40 @@ def run_device(policy_path: Path, port: int = 0) -> int:
     if found := problems(policy):
         raise PolicyError(f"policy {policy_path}: " + "; ".join(found))
     check_tokenizer(policy)
+    logs.use(policy.log_format)
     compat.say_untested()
     compat.identify_process()
     check_server(policy.server, policy.root_certificates)
     signal.signal(signal.SIGTERM, _stop)
+    metrics = serve(policy)
     join(policy)
+    if metrics:
+        metrics.joined.set(1)
     port = port or free_port()
-    node = subprocess.Popen(
-        _supernode(policy, policy_path, port), env=_environment(policy), preexec_fn=_end_with_parent
-    )
+    node = _start(policy, policy_path, port)
     try:
-        _serve(node, f"127.0.0.1:{port}", policy_path, Path(policy.folder))
+        _serve(node, f"127.0.0.1:{port}", policy_path, policy)
     finally:
         node.terminate()
         code = node.wait()
     log.error("the SuperNode ended with exit code %d; the lines above say why", code)
     return code
+
+
+def _start(policy: Policy, policy_path: Path, port: int) -> subprocess.Popen[bytes]:
+    """The SuperNode; its lines become those of the log with ``log_format = "json"``."""
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if policy.log_format == "json" else {}
+    command = _supernode(policy, policy_path, port)
+    node = subprocess.Popen(command, env=_environment(policy), preexec_fn=_end_with_parent, **output)  # type: ignore[call-overload]
+    if node.stdout:
+        threading.Thread(target=_pass_on, args=(node.stdout,), daemon=True).start()
+    return node
+
+
+def _pass_on(lines: IO[bytes]) -> None:
+    for line in lines:
+        if text := COLOUR.sub("", line.decode(errors="replace")).strip():
+            log.info("%s", one_line(text), extra={logs.FIELDS: {"of": "SuperNode"}})
 
 
 def check_server(server: str, root_certificates: str) -> None:
@@ -107,7 +130,7 @@ def other_version(run: compat.Run) -> str:
     return ""
 
 
-def serve_message(address: str, token: str, task_id: int, policy_path: Path, folder: Path) -> None:
+def serve_message(address: str, token: str, task_id: int, policy_path: Path, policy: Policy) -> None:
     """Pull one message from the SuperNode, run the installed app, push the reply; one message at a time computes."""
     client = _client(address, "flwr-clientapp", runtime.RuntimeTokenHttpInterceptor(token))
     with closing(client):
@@ -117,7 +140,7 @@ def serve_message(address: str, token: str, task_id: int, policy_path: Path, fol
             message, context, run, _ = runtime.pull_task_input(client)
             with _COMPUTING:
                 compat.act_for(run.run_id, context.node_id, task_id)
-                reply = _reply(message, context, run, policy_path, folder)
+                reply = _reply(message, context, run, policy_path, policy)
                 runtime.push_message(client, reply, context)
             runtime.push_task_output(client, context, runtime.SubStatus.COMPLETED, "")
         finally:
@@ -125,20 +148,20 @@ def serve_message(address: str, token: str, task_id: int, policy_path: Path, fol
                 heartbeat.stop()
 
 
-def _reply(message: Message, context: Context, run: compat.Run, policy_path: Path, folder: Path) -> Message:
+def _reply(message: Message, context: Context, run: compat.Run, policy_path: Path, policy: Policy) -> Message:
     context.node_config = {**context.node_config, records.POLICY: str(policy_path)}
     if reason := other_version(run):
-        device_log(folder).warning("run %s: refused: %s", run.run_id, one_line(reason))
+        device_log(Path(policy.folder), policy.log_format).warning("run %s: refused: %s", run.run_id, one_line(reason))
         return Message(Error(compat.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, one_line(reason)), reply_to=message)
     return answer(app, message, context)
 
 
-def _serve(node: subprocess.Popen[bytes], address: str, policy_path: Path, folder: Path) -> None:
+def _serve(node: subprocess.Popen[bytes], address: str, policy_path: Path, policy: Policy) -> None:
     """Serve each message in a thread of its own: a message of an ended run never completes and must not block."""
 
     def attempt(token: str, task_id: int) -> None:
         try:
-            serve_message(address, token, task_id, policy_path, folder)
+            serve_message(address, token, task_id, policy_path, policy)
         except Exception as error:  # the device serves the next message
             log.warning("a message has no reply: %s", one_line(f"{type(error).__name__}: {error}"))
 

@@ -20,6 +20,7 @@ from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.data.decode import MODES
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.errors import InputError, SettingError
+from fed_dpsat.run.logs import LOG_FORMATS
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.data import BYTES
 from fed_dpsat.settings.paths import in_folder, of_plugin
@@ -107,6 +108,9 @@ class Policy:
     release_counts: bool = _key("whether a run may count examples without a finite gradient; exact, not private", False)
     threads: int = _key("number of intra-op threads", 1)
 
+    metrics_port: int = _key("port of this machine with Prometheus metrics, none made of examples; 0 serves none", 0)
+    log_format: str = _key("form of log and standard error: text, or json, an object per line", "text")
+
     def __post_init__(self) -> None:
         def check(name: str, good: bool, bound: str, remedy: str) -> None:
             if not good:
@@ -135,6 +139,8 @@ class Policy:
         check("models", bool(self.models), "a list with a name", "list the networks that this device trains")
         check("largest_parameters", self.largest_parameters >= 1, "at least 1", "50000000 is the default")
         check("largest_physical_batch_size", self.largest_physical_batch_size >= 1, "at least 1", "128 suits most CPUs")
+        check("metrics_port", 0 <= self.metrics_port < 2**16, "in [0, 65535]", "9464 is usual, 0 serves none")
+        check("log_format", self.log_format in LOG_FORMATS, f"one of {', '.join(LOG_FORMATS)}", "text is the default")
         check("threads", 1 <= self.threads <= 1024, "in [1, 1024]", "at most the cores of the device")
 
     def _check_images(self, check: Callable[[str, bool, str, str], None]) -> None:

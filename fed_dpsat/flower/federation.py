@@ -22,6 +22,7 @@ from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import check_inner, say_overruled
+from fed_dpsat.flower.metrics import ServerMetrics, serving
 from fed_dpsat.flower.nodes import NOTHING, FederationOver
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.roster import Roster
@@ -30,6 +31,7 @@ from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.sums import ClientRelease
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import compat, records
+from fed_dpsat.run import logs
 from fed_dpsat.run.folder import RunFolder, jsonable
 from fed_dpsat.run.inputs import inputs_of
 from fed_dpsat.run.loggers import Loggers
@@ -62,6 +64,20 @@ def run_federation(
     a summary with its ``status``.
     """
     experiment = dataclasses.replace(experiment, config=renamed(experiment.config, strategy=strategy))
+    logs.use(experiment.config.log_format)
+    with serving(experiment.config) as metrics:
+        return _run(grid, experiment, folder, strategy, on_round, objects, metrics)
+
+
+def _run(
+    grid: Grid,
+    experiment: Experiment,
+    folder: RunFolder,
+    strategy: Strategy | None,
+    on_round: OnRound | None,
+    objects: Sequence[str],
+    metrics: ServerMetrics | None,
+) -> Summary:
     config = experiment.config
     plans = make_plans(config)
     compat.say_untested()
@@ -92,7 +108,8 @@ def run_federation(
         # a simulation asked its workers at their start
         same = NOTHING if isinstance(grid, SimulationGrid) else experiment.same
         private = private_strategy(experiment, inner, ledger, plans, phases, same)
-        recorder = Recorder(experiment, private, folder, on_round, loggers, _noise_of_mean(config, objects), grid)
+        known = _noise_of_mean(config, objects)
+        recorder = Recorder(experiment, private, folder, on_round, loggers, known, grid, metrics)
         arrays = records.to_arrays(experiment.shared(1))
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from logging import getLogger
+from logging import INFO, getLogger
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from fed_dpsat.client.personal import summarised
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import StrategyStateError
+from fed_dpsat.flower.metrics import ServerMetrics
 from fed_dpsat.flower.nodes import FederationError
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
@@ -35,6 +36,7 @@ from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params
 from fed_dpsat.run.folder import Checkpoint, RunFolder, jsonable
 from fed_dpsat.run.loggers import Loggers
+from fed_dpsat.run.logs import FIELDS
 from fed_dpsat.run.outsider import epsilon_of_outsider
 from fed_dpsat.run.promise import also_released, declared_public, delta_warning, threat_model
 from fed_dpsat.run.throughput import Throughput
@@ -61,9 +63,10 @@ class Recorder:
         loggers: Loggers,
         known_noise: KnownNoise | None = None,
         grid: Grid | None = None,
+        metrics: ServerMetrics | None = None,
     ) -> None:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
-        self.loggers, self.known_noise = loggers, known_noise
+        self.loggers, self.known_noise, self.metrics = loggers, known_noise, metrics
         self.grid = grid if experiment.personal and isinstance(grid, SimulationGrid) else None
         self.evaluation: Evaluation | None = None
         self.personal: dict[str, float | int] = {}
@@ -110,6 +113,11 @@ class Recorder:
             self.rounds_completed = round
             timing = self.throughput.of_round(round, report.asked, report.accepted, report.bytes_down, report.bytes_up)
             self.folder.append_round(record, timing)
+            if log.isEnabledFor(INFO):
+                fields = jsonable({**record, "timing": timing})
+                log.info("round %d of %d", round, config.num_rounds, extra={FIELDS: fields})
+            if self.metrics:
+                self.metrics.after_round(self.strategy, timing)
             self._save_checkpoint(round, params)
         if self.loggers:
             with self.strategy.phases("log"):

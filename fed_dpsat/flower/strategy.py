@@ -7,7 +7,7 @@ mean, if the inner strategy uses only that (``sums``). The kind of rounds (``Rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -76,6 +76,11 @@ class PrivateStrategy(Strategy):
     def retired(self) -> dict[int, int]:
         """Clients that could not afford another round, with the round in which they were left out."""
         return self.roster.retired
+
+    @property
+    def connected(self) -> Collection[int]:
+        """The clients that were connected at the last round."""
+        return self._directory.nodes.keys()
 
     def start(
         self,

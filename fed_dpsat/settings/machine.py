@@ -62,6 +62,19 @@ class Machine:
         may_change=True,
         path=of_plugins(","),
     )
+    metrics_port: int = setting(
+        0,
+        "port of this machine with Prometheus metrics of the run, for programs on this machine alone; 0 serves none",
+        least=0,
+        most=65535,
+        may_change=True,
+    )
+    log_format: str = setting(
+        "text",
+        "form of the log on standard error: text, or json, an object per line",
+        choices=("text", "json"),
+        may_change=True,
+    )
     evaluate_every: int = setting(1, "number of rounds between evaluations; the last round always is", least=1)
 
 

@@ -33,5 +33,5 @@ def rows_in(place: Place, files: Sequence[Path]) -> int | None:
     if place.data_source == "parquet":
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-        return sum(pq.read_metadata(file).num_rows for file in files)
+        return sum(int(pq.read_metadata(file).num_rows) for file in files)
     return None

@@ -28,6 +28,7 @@ OFFLINE_SECONDS = float(HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)
 """Seconds after the last heartbeat of a SuperNode until a SuperLink takes it for offline."""
 
 __all__ = [
+    "HEARTBEAT_DEFAULT_INTERVAL",
     "OFFLINE_SECONDS",
     "START_SUPERNODE",
     "AcquireTaskRequest",
