@@ -43,6 +43,7 @@ SECTIONS = (
             "reports.md",
             "scale.md",
             "deploy.md",
+            "operate.md",
         ),
     ),
     ("Privacy", ("privacy.md", "audit.md")),
