@@ -52,7 +52,7 @@ def begin(policy: Policy) -> int:
     if found := [*problems(policy), *problems_of_data(policy)]:
         raise PolicyError("\nerror: ".join(found))
     prepare(Path(policy.folder))
-    return len(own_data(policy).train)
+    return len(own_data(policy, task=policy.tasks[0]).train)
 
 
 @app.command()

@@ -158,12 +158,8 @@ def _logged(context: Context, request: str, reply: Callable[[Policy], RecordDict
         note(ERROR, "failed", f": {one_line(f'{type(error).__name__}: {error}')}", failed=True)
         raise DeviceError("the device failed; its own log has the reason, and nothing was released") from None
     event = _event(content)
-    note(
-        INFO,
-        "answered",
-        "".join(f"{sep} {k} {v:g}" for sep, (k, v) in zip(":,,", event.items(), strict=False)),
-        **event,
-    )
+    cost = ", ".join(f"{name} {value:g}" for name, value in event.items())
+    note(INFO, "answered", f": {cost}" if cost else "", **event)
     return content
 
 

@@ -1,26 +1,29 @@
 """Wait until the server admits a device, before its SuperNode starts.
 
-A SuperLink admits one connection by a key. It counts a SuperNode that was killed as connected until its heartbeat has
-been missing for ``OFFLINE_SECONDS``, and refuses a new one with the same words as a key that it does not know.
+A SuperLink admits one connection by a key. It counts a SuperNode that was killed as connected for a minute, and refuses
+another one with the words for a key that it does not know.
 
 =================================================== ============================================================
 the server                                          the device
 =================================================== ============================================================
 admits the key                                      signs off again, so that its SuperNode can connect
 does not respond                                    asks again, until it does
-refuses a key that it knows as that of this device  waits until the connection of its last process has timed out
+refuses a key that it knows as that of this device  signs off its last process, waits ``ALIVE_SECONDS``, asks again
 refuses it again                                    ends: another process is connected by this key
 refuses a key that it does not know                 ends: the key is to be registered
 =================================================== ============================================================
 
-The device is offline for ``MARGIN_SECONDS`` before it asks again. A server app asks for replies every three seconds, so
-it learns in that time that the last process will not reply; otherwise a run would wait for ``reply_timeout``.
+A process that is alive, on a machine with a copy of the folder, sends a heartbeat within ``ALIVE_SECONDS`` and is
+connected again by that. A server app asks for replies every three seconds, so it learns in that time that the last
+process will not reply; otherwise a round would wait for ``reply_timeout``.
 """
 
 from __future__ import annotations
 
+import fcntl
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -34,7 +37,8 @@ from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower.wire.compat import node as runtime
 
 RETRY_SECONDS = 5.0
-MARGIN_SECONDS = 10.0
+ALIVE_SECONDS = float(runtime.HEARTBEAT_DEFAULT_INTERVAL)
+"""A SuperNode sends its heartbeats at most this far apart."""
 NODE_FILE = "node"
 """File in the folder of a device with the number that the server gave to its key."""
 
@@ -86,8 +90,12 @@ class Link:
             raise
 
     def sign_off(self, node: int) -> None:
-        """Say that the device is no longer connected as ``node``."""
-        self._client.DeactivateNode(runtime.DeactivateNodeRequest(node_id=node))
+        """Say that the device is not connected as ``node``, if the server still counts it as that."""
+        try:
+            self._client.DeactivateNode(runtime.DeactivateNodeRequest(node_id=node))
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
+                raise
 
     def knows(self, node: int) -> bool:
         """Whether the key of this device is registered as that of ``node``; asks for a run that does not exist."""
@@ -119,31 +127,48 @@ def join(policy: Policy) -> None:
 
 def wait_until_admitted(link: Link, policy: Policy) -> None:
     """``join`` over a ``link``."""
-    log, file = device_log(Path(policy.folder), policy.log_format), Path(policy.folder) / NODE_FILE
+    log = device_log(Path(policy.folder), policy.log_format)
     waited = told = False
     while True:
         try:
-            node = link.admit()
-            _keep(file, node)
-            link.sign_off(node)
-        except Refused:
-            _check_key(link, policy, file, waited)
+            if _admitted(link, policy, waited):
+                log.info("server %s admits this device", policy.server)
+                return
             log.warning(
-                "waiting %g s: the last process of this device did not sign off, and the server counts it as connected "
-                "for up to %g s; this device joins by itself after that",
-                runtime.OFFLINE_SECONDS + MARGIN_SECONDS,
-                runtime.OFFLINE_SECONDS,
+                "waiting %g s: the last process of this device did not sign off, and the server counted it as "
+                "connected; this device joins by itself if no other process uses its key",
+                ALIVE_SECONDS,
             )
-            time.sleep(runtime.OFFLINE_SECONDS + MARGIN_SECONDS)
-            waited = True
+            waited, seconds = True, ALIVE_SECONDS
         except httpx.HTTPError as error:
             if not told:
                 log.warning("waiting: server %s does not respond (%s); it is asked again", policy.server, error)
-            told = True
-            time.sleep(RETRY_SECONDS)
-        else:
-            log.info("server %s admits this device", policy.server)
-            return
+            told, seconds = True, RETRY_SECONDS
+        time.sleep(seconds)
+
+
+@contextmanager
+def alone(policy: Policy) -> Iterator[None]:
+    """Raise ``ServerError`` if another process of this machine runs the device; none can during the block."""
+    with (Path(policy.folder) / "device.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServerError(f"another process runs the device in folder={policy.folder!r}; stop it first") from None
+        yield
+
+
+def _admitted(link: Link, policy: Policy, waited: bool) -> bool:
+    """Whether the server admits the device; if not, its last process is signed off."""
+    file = Path(policy.folder) / NODE_FILE
+    try:
+        node = link.admit()
+    except Refused:
+        link.sign_off(_known(link, policy, file, waited))
+        return False
+    _keep(file, node)
+    link.sign_off(node)
+    return True
 
 
 def _keep(file: Path, node: int) -> None:
@@ -152,15 +177,17 @@ def _keep(file: Path, node: int) -> None:
     beside.replace(file)
 
 
-def _check_key(link: Link, policy: Policy, file: Path, waited: bool) -> None:
-    """Raise ``ServerError`` if the server does not know the key as that of the node in ``file``, or after a wait."""
-    if not (file.exists() and link.knows(int(file.read_text(encoding="utf-8")))):
+def _known(link: Link, policy: Policy, file: Path, waited: bool) -> int:
+    """The node in ``file``; raises ``ServerError`` if the server does not know the key as that, or after a wait."""
+    node = int(file.read_text(encoding="utf-8")) if file.exists() else None
+    if node is None or not link.knows(node):
         raise ServerError(
             f"server={policy.server!r} does not know private_key={policy.private_key!r}; its operator registers the "
             "public key: flwr supernode register KEY.pub NAME"
         )
     if waited:
         raise ServerError(
-            f"server={policy.server!r} still counts this device as connected: another process is connected by "
+            f"server={policy.server!r} counts this device as connected: another process is connected by "
             f"private_key={policy.private_key!r}; stop it, or give this device a key of its own"
         )
+    return node

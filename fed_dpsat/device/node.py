@@ -18,21 +18,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from importlib.metadata import version
-from logging import getLogger
+from logging import getLevelNamesMapping, getLogger
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from flwr.app import Context, Error, Message
 
+from fed_dpsat.accounting import PrivacyLedger
 from fed_dpsat.device.check import address, authority, problems
 from fed_dpsat.device.data import check_tokenizer
-from fed_dpsat.device.joining import ServerError, join
+from fed_dpsat.device.joining import ServerError, alone, join
 from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.metrics import serve
 from fed_dpsat.device.policy import Policy, PolicyError
+from fed_dpsat.device.release import ledger_path
 from fed_dpsat.flower.client_app import app
 from fed_dpsat.flower.grid import answer
 from fed_dpsat.flower.wire import compat, records
@@ -46,14 +48,15 @@ POLL_SECONDS = 0.2
 MOST_AT_A_TIME = 32
 _COMPUTING = threading.Lock()
 PR_SET_PDEATHSIG = 1
+LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) *: *(.*)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_device(policy_path: Path, port: int = 0) -> int:
     """Join, and serve until the SuperNode ends or this process stops; returns the exit code of the SuperNode.
 
-    Raises ``PolicyError`` for a policy without a server, and ``ServerError`` for a server with a certificate of another
-    authority, or one that does not admit this device.
+    Raises ``PolicyError`` for a wrong policy or one without a server, and ``LedgerError`` without a ledger. Raises
+    ``ServerError`` for a server with a certificate of another authority, or one that does not admit this device.
     """
     policy = Policy.load(policy_path)
     if not (policy.server and policy.root_certificates and policy.private_key):
@@ -61,22 +64,25 @@ def run_device(policy_path: Path, port: int = 0) -> int:
     if found := problems(policy):
         raise PolicyError(f"policy {policy_path}: " + "; ".join(found))
     check_tokenizer(policy)
+    with PrivacyLedger(ledger_path(Path(policy.folder)), readonly=True):
+        pass  # there is one, so `device init` was run
     logs.use(policy.log_format)
     compat.say_untested()
     compat.identify_process()
     check_server(policy.server, policy.root_certificates)
     signal.signal(signal.SIGTERM, _stop)
     metrics = serve(policy)
-    join(policy)
-    if metrics:
-        metrics.joined.set(1)
-    port = port or free_port()
-    node = _start(policy, policy_path, port)
-    try:
-        _serve(node, f"127.0.0.1:{port}", policy_path, policy)
-    finally:
-        node.terminate()
-        code = node.wait()
+    with alone(policy):
+        join(policy)
+        if metrics:
+            metrics.joined.set(1)
+        port = port or free_port()
+        node = _start(policy, policy_path, port)
+        try:
+            _serve(node, f"127.0.0.1:{port}", policy_path, policy)
+        finally:
+            node.terminate()
+            code = node.wait()
     log.error("the SuperNode ended with exit code %d; the lines above say why", code)
     return code
 
@@ -91,10 +97,13 @@ def _start(policy: Policy, policy_path: Path, port: int) -> subprocess.Popen[byt
     return node
 
 
-def _pass_on(lines: IO[bytes]) -> None:
+def _pass_on(lines: Iterable[bytes]) -> None:
+    """Lines as Flower and uvicorn write them, ``INFO : text`` in colours, with their level; empty ones are left out."""
     for line in lines:
-        if text := COLOUR.sub("", line.decode(errors="replace")).strip():
-            log.info("%s", one_line(text), extra={logs.FIELDS: {"of": "SuperNode"}})
+        plain = COLOUR.sub("", line.decode(errors="replace")).strip()
+        level, text = match.groups() if (match := LEVEL.fullmatch(plain)) else ("INFO", plain)
+        if text:
+            log.log(getLevelNamesMapping()[level], "%s", one_line(text), extra={logs.FIELDS: {"of": "SuperNode"}})
 
 
 def check_server(server: str, root_certificates: str) -> None:

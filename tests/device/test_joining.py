@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from fed_dpsat.device import joining
-from fed_dpsat.device.joining import Refused, ServerError, private_key, wait_until_admitted
+from fed_dpsat.device.joining import Refused, ServerError, alone, private_key, wait_until_admitted
 from fed_dpsat.device.policy import PolicyError
 
 NODE = 2**63 + 5
@@ -60,9 +60,10 @@ def test_an_admitted_device_signs_off_for_its_supernode_and_remembers_its_node(w
 
 def test_a_device_that_was_killed_waits_for_the_end_of_its_last_connection(wait, device):
     wait(NODE)
-    assert wait(Refused(), NODE) == [("admit", 0.0), ("knows", NODE), ("admit", 70.0), ("sign off", NODE)]
-    assert "waiting 70 s: the last process of this device did not sign off" in device.log()[-2]
-    assert "joins by itself after that" in device.log()[-2]
+    signed_off = [("admit", 0.0), ("knows", NODE), ("sign off", NODE)]
+    assert wait(Refused(), NODE) == [*signed_off, ("admit", 30.0), ("sign off", NODE)]
+    assert "waiting 30 s: the last process of this device did not sign off" in device.log()[-2]
+    assert "this device joins by itself" in device.log()[-2]
 
 
 def test_a_key_that_another_process_uses_is_told_after_the_wait(wait):
@@ -85,6 +86,17 @@ def test_a_server_that_is_down_is_asked_until_it_is_up_and_that_is_said_once(wai
     down = httpx.ConnectError("connection refused")
     assert wait(down, down, down, NODE) == [*(("admit", 5.0 * i) for i in range(4)), ("sign off", NODE)]
     assert sum("does not respond (connection refused)" in line for line in device.log()) == 1
+
+
+def test_one_process_of_a_machine_runs_a_device(device):
+    with (
+        alone(device.policy),
+        pytest.raises(ServerError, match="another process runs the device in folder="),
+        alone(device.policy),
+    ):
+        pass
+    with alone(device.policy):
+        pass  # the lock ends with the block
 
 
 def test_a_private_key_is_of_ssh_keygen(device, tmp_path):

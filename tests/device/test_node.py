@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from fed_dpsat.device.node import check_server, free_port, other_version, run_device
+from fed_dpsat.device.node import _pass_on, check_server, free_port, other_version, run_device
 from fed_dpsat.device.policy import PolicyError
 from fed_dpsat.flower.wire import compat
 
@@ -44,3 +44,11 @@ def test_addresses_and_files_that_are_none_are_told(tmp_path):
 
 def test_free_ports_are_ports():
     assert 1024 <= free_port() < 65536
+
+
+def test_lines_of_the_supernode_keep_their_level_and_lose_their_colours(caplog):
+    lines = [b"\x1b[92mINFO \x1b[0m:      \n", b"\x1b[91mERROR\x1b[0m:     no server\n", b"Uvicorn runs\n"]
+    with caplog.at_level("INFO", logger="fed_dpsat"):
+        _pass_on(lines)
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("ERROR", "no server"), ("INFO", "Uvicorn runs")]
+    assert caplog.records[0].fields == {"of": "SuperNode"}

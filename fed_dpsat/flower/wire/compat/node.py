@@ -5,7 +5,7 @@ from __future__ import annotations
 from fed_dpsat.flower.wire.compat.versions import internals
 
 with internals():
-    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE, SubStatus
+    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, SubStatus
     from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
     from flwr.proto.node_pb2 import Node
     from flwr.proto.run_pb2 import GetRunRequest
@@ -24,12 +24,8 @@ with internals():
 START_SUPERNODE = "from flwr.supernode.cli import flower_supernode; flower_supernode()"
 """A program in Python that takes the options of ``flower-supernode``."""
 
-OFFLINE_SECONDS = float(HEARTBEAT_PATIENCE * HEARTBEAT_DEFAULT_INTERVAL)
-"""Seconds after the last heartbeat of a SuperNode until a SuperLink takes it for offline."""
-
 __all__ = [
     "HEARTBEAT_DEFAULT_INTERVAL",
-    "OFFLINE_SECONDS",
     "START_SUPERNODE",
     "AcquireTaskRequest",
     "ActivateNodeRequest",
