@@ -55,7 +55,8 @@ dataset = "digits"
 data_source = "{source}"
 data_path = "{data}"
 class_names = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
-shape = [1, 8, 8]
+image_size = 8
+channels = 1
 mean = [{mean}]
 std = [{std}]
 largest_epsilon = 8.0
@@ -100,7 +101,7 @@ def make_device(folder: Path, client: int, port: int, source: str) -> None:
     subprocess.run(keygen, check=True)
     train = digits().train
     inputs, labels = train.inputs.numpy()[client::NUM_DEVICES], train.labels.numpy()[client::NUM_DEVICES]
-    path = {"images": _as_images, "parquet": _as_parquet, "function": _as_function}[source](folder, inputs, labels)
+    path = {"folder": _as_images, "parquet": _as_parquet, "function": _as_function}[source](folder, inputs, labels)
     values = {"client": client, "port": port, "source": source, "data": path, "mean": MEAN[0], "std": STD[0]}
     (folder / "policy.toml").write_text(POLICY.format(**values))
 
@@ -145,7 +146,7 @@ class Deployment:
     Raises ``SettingError`` for a ``folder`` with files in it, and for programs that are not there.
     """
 
-    def __init__(self, folder: Path, sources: tuple[str, ...] = ("images", "parquet", "function")) -> None:
+    def __init__(self, folder: Path, sources: tuple[str, ...] = ("folder", "parquet", "function")) -> None:
         self.folder = folder.absolute()
         if self.folder.exists() and any(self.folder.iterdir()):
             raise SettingError("folder", str(folder), "new or empty", "name another one, or delete it")

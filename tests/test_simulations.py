@@ -130,3 +130,15 @@ def accuracy(name, folder, change):
     if config.client_table:
         config = dataclasses.replace(config, client_table=str(ROOT / config.client_table))
     return simulate(config, folder / "run")["test_accuracy"]
+
+
+def test_a_deployment_begins_in_a_folder_of_its_own_and_says_so(tmp_path, capsys, monkeypatch):
+    from simulations import deploy_local
+
+    (tmp_path / "device0").mkdir()
+    monkeypatch.setattr("sys.argv", ["deploy_local", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        deploy_local.main()
+    assert ended.value.code == 2
+    assert f"folder={str(tmp_path)!r} is not new or empty; name another one, or delete it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["device0"]

@@ -6,7 +6,7 @@ started the SuperNode, never from the server.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from logging import ERROR, INFO, WARNING, getLogger
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from fed_dpsat.step.subspace import Coordinates, Span
 
 Value = TypeVar("Value")
 
+NO_EVENT: Mapping[str, float] = {}
 WORDS = {"identity": "identity", "round": "a round"}
 KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SAME, "config"}
 """Records that a message may hold. ``config`` comes from the strategy; a device reads ``proximal-mu`` of FedProx in it.
@@ -142,8 +143,8 @@ def _logged(context: Context, request: str, reply: Callable[[Policy], RecordDict
     log = device_log(Path(policy.folder), policy.log_format)
     asked = f"run {context.run_id}: {WORDS[request]}"
 
-    def note(level: int, outcome: str, text: str, *, failed: bool = False, **more: Any) -> None:
-        fields = {"run": str(context.run_id), "request": request, "outcome": outcome, "may_hold_data": failed, **more}
+    def note(level: int, outcome: str, text: str, event: Mapping[str, float] = NO_EVENT, failed: bool = False) -> None:
+        fields = {"run": str(context.run_id), "request": request, "outcome": outcome, "may_hold_data": failed, **event}
         log.log(level, "%s: %s%s", asked, outcome, text, exc_info=failed, extra={FIELDS: fields})
         if metrics := served():
             metrics.count(request, outcome)
@@ -158,8 +159,8 @@ def _logged(context: Context, request: str, reply: Callable[[Policy], RecordDict
         note(ERROR, "failed", f": {one_line(f'{type(error).__name__}: {error}')}", failed=True)
         raise DeviceError("the device failed; its own log has the reason, and nothing was released") from None
     event = _event(content)
-    cost = ", ".join(f"{name} {value:g}" for name, value in event.items())
-    note(INFO, "answered", f": {cost}" if cost else "", **event)
+    cost = ", ".join(f"{name} {value if type(value) is int else f'{value:g}'}" for name, value in event.items())
+    note(INFO, "answered", f": {cost}" if cost else "", event)
     return content
 
 

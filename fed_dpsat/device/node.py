@@ -89,9 +89,14 @@ def run_device(policy_path: Path, port: int = 0) -> int:
 
 def _start(policy: Policy, policy_path: Path, port: int) -> subprocess.Popen[bytes]:
     """The SuperNode; its lines become those of the log with ``log_format = "json"``."""
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if policy.log_format == "json" else {}
-    command = _supernode(policy, policy_path, port)
-    node = subprocess.Popen(command, env=_environment(policy), preexec_fn=_end_with_parent, **output)  # type: ignore[call-overload]
+    pipe, into = (subprocess.PIPE, subprocess.STDOUT) if policy.log_format == "json" else (None, None)
+    node = subprocess.Popen(
+        _supernode(policy, policy_path, port),
+        env=_environment(policy),
+        preexec_fn=_end_with_parent,
+        stdout=pipe,
+        stderr=into,
+    )
     if node.stdout:
         threading.Thread(target=_pass_on, args=(node.stdout,), daemon=True).start()
     return node

@@ -84,7 +84,7 @@ def test_killed_and_stalled_devices_and_a_killed_server_are_taken_back_as_they_a
     """Device 0 is killed with all its processes, device 1 stands still too long, then the server dies."""
     before = {client: len_of(spent(deployment, client)) for client in range(3)}
     settings = {
-        "num_rounds": 8, "reply_timeout": 12.0, "join_timeout": 150.0, "local_steps": 2, "noise_multiplier": 2.0,
+        "num_rounds": 8, "reply_timeout": 20.0, "join_timeout": 150.0, "local_steps": 2, "noise_multiplier": 2.0,
         "target_epsilon": 0.0,
     }  # fmt: skip
     out = deployment.submit(settings, "faults")
