@@ -7,8 +7,8 @@ digits are dealt to three devices: one has a folder of images by class, one a Pa
     python -m simulations.deploy_local FOLDER [--rounds 3]
 
 leaves everything in FOLDER, a new or empty one: certificates, keys, policies, ledgers, logs, and the run in ``run``. It
-leaves nothing running, and prints when each part is done. It takes one to two minutes on two Xeon cores: 45 s of CPU
-time, most of it for ten processes that import PyTorch or Flower (2026-11-30).
+leaves nothing running, and prints when each part is done. It takes about a minute of CPU time, most of it for ten
+processes that import PyTorch or Flower: one to two minutes on two cores, longer if other work shares them.
 """
 
 from __future__ import annotations

@@ -44,10 +44,10 @@ def advice(policy: Policy) -> list[str]:
         found.append(f"largest_epsilon={budget:g} is above {LARGE_EPSILON:g}, which protects little; 1 to 8 is usual")
     if (cost := costliest_round(policy)) and cost > budget:
         found.append(
-            f"largest_epsilon={budget:g} is below {cost:.3g}, the epsilon of one round at the limits: "
-            f"least_noise_multiplier={policy.least_noise_multiplier:g}, "
-            f"largest_sample_rate={policy.largest_sample_rate:g}, largest_local_steps={policy.largest_local_steps}; "
-            "the device refuses such rounds, so raise the noise or lower the others"
+            f"largest_epsilon={budget:g} is below {cost:.3g}, the epsilon of one round at all limits together "
+            f"(least_noise_multiplier={policy.least_noise_multiplier:g}, "
+            f"largest_sample_rate={policy.largest_sample_rate:g}, largest_local_steps={policy.largest_local_steps}): "
+            "the budget refuses such a round, so narrower limits would tell a server more"
         )
     return found
 
