@@ -108,15 +108,15 @@ class Link:
 
 def private_key(policy: Policy) -> EllipticCurvePrivateKey:
     """The key of the device; raises ``PolicyError`` for another file."""
-    bound = "a private key of ssh-keygen -t ecdsa without a passphrase"
     try:
         key = load_ssh_private_key(Path(policy.private_key).read_bytes(), None)
         if isinstance(key, EllipticCurvePrivateKey):
             return key
-        said = "make one"
+        reason = "it is of another kind"
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        said = f"{error}; make one" if isinstance(error, OSError) else "make one"
-    raise PolicyError(str(SettingError("private_key", policy.private_key, bound, said))) from None
+        reason = str(error)
+    bound = f"a private key of ssh-keygen -t ecdsa without a passphrase ({reason})"
+    raise PolicyError(str(SettingError("private_key", policy.private_key, bound, "make one"))) from None
 
 
 def join(policy: Policy) -> None:
@@ -128,7 +128,7 @@ def join(policy: Policy) -> None:
 def wait_until_admitted(link: Link, policy: Policy) -> None:
     """``join`` over a ``link``."""
     log = device_log(Path(policy.folder), policy.log_format)
-    waited = told = False
+    waited, told = False, ""
     while True:
         try:
             if _admitted(link, policy, waited):
@@ -141,9 +141,9 @@ def wait_until_admitted(link: Link, policy: Policy) -> None:
             )
             waited, seconds = True, ALIVE_SECONDS
         except httpx.HTTPError as error:
-            if not told:
+            if told != (told := str(error)):
                 log.warning("waiting: server %s does not respond (%s); it is asked again", policy.server, error)
-            told, seconds = True, RETRY_SECONDS
+            seconds = RETRY_SECONDS
         time.sleep(seconds)
 
 
@@ -182,8 +182,8 @@ def _known(link: Link, policy: Policy, file: Path, waited: bool) -> int:
     node = int(file.read_text(encoding="utf-8")) if file.exists() else None
     if node is None or not link.knows(node):
         raise ServerError(
-            f"server={policy.server!r} does not know private_key={policy.private_key!r}; its operator registers the "
-            "public key: flwr supernode register KEY.pub NAME"
+            f"server={policy.server!r} does not admit private_key={policy.private_key!r}; its operator registers the "
+            "public key: flwr supernode register KEY.pub NAME (one that another folder has used is free after a minute)"
         )
     if waited:
         raise ServerError(

@@ -177,7 +177,7 @@ def test_a_key_that_is_not_registered_cannot_join(deployment):
     stranger = deployment.start_device(3)
     wait_for(lambda: stranger.poll() is not None)
     assert stranger.returncode != 0
-    assert "does not know private_key=" in deployment.log("device3")
+    assert "does not admit private_key=" in deployment.log("device3")
     assert "flwr supernode register" in deployment.log("device3")
 
 

@@ -77,7 +77,7 @@ def test_a_key_that_another_process_uses_is_told_after_the_wait(wait):
 def test_a_key_that_is_not_registered_or_no_longer_is_told_at_once(wait, before):
     if before:
         wait(NODE)
-    with pytest.raises(ServerError, match=r"does not know private_key=.*flwr supernode register"):
+    with pytest.raises(ServerError, match=r"does not admit private_key=.*flwr supernode register"):
         wait(Refused(), known=False)
     assert wait.asked == [("admit", 0.0), ("knows", NODE)][: 1 + before]
 
@@ -86,6 +86,8 @@ def test_a_server_that_is_down_is_asked_until_it_is_up_and_that_is_said_once(wai
     down = httpx.ConnectError("connection refused")
     assert wait(down, down, down, NODE) == [*(("admit", 5.0 * i) for i in range(4)), ("sign off", NODE)]
     assert sum("does not respond (connection refused)" in line for line in device.log()) == 1
+    wait(down, httpx.ConnectError("certificate verify failed"), NODE)
+    assert "does not respond (certificate verify failed)" in device.log()[-2]  # another reason is said too
 
 
 def test_one_process_of_a_machine_runs_a_device(device):
