@@ -634,10 +634,10 @@ def _clear_errors(run: Path | None = None, again: str = "") -> Iterator[None]:
     handler = RichHandler(console=err_console, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     try:
-        from fed_dpsat.flower.wire.compat import FLOWER_LOGGER
+        from fed_dpsat.flower.wire.compat import at_level
 
-        FLOWER_LOGGER.setLevel(logging.ERROR)
-        yield
+        with at_level(logging.ERROR):
+            yield
     except InputError as error:
         _fail(error, BAD_INPUT)
     except RunError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -362,3 +363,10 @@ def test_resume_refuses_in_one_line(tmp_path, change, words):
     assert result.exit_code == 2
     assert words in result.stderr
     assert invoke("resume", tmp_path / "nothing").exit_code == 2
+
+
+def test_flowers_logger_is_afterwards_as_it_was(monkeypatch):
+    flower = logging.getLogger("flwr")
+    monkeypatch.setattr(flower, "level", logging.INFO)
+    assert CliRunner().invoke(app, ["calibrate", "--set", "modle=linear"]).exit_code == 2
+    assert flower.level == logging.INFO

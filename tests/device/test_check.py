@@ -44,7 +44,7 @@ def test_a_right_policy_has_no_problems(device):
         ({"server": '"a:1"'}, "root_certificates is missing; `fed-dpsat device run` needs server, root_certificates"),
         ({"root_certificates": '"policy.toml"'}, "policy.toml' is not a certificate in PEM"),
         ({"private_key": '"policy.toml"'}, "policy.toml' is not a private key of ssh-keygen -t ecdsa"),
-        ({"data_path": '"none.py:examples"'}, "cannot import 'none.py'"),
+        ({"data_path": '"none.py:examples"'}, "none.py' (no file "),
         ({"content": '"text"', "data_source": '"csv"', "data_path": '"none.csv"'}, "none.csv' does not exist"),
     ],
 )  # fmt: skip

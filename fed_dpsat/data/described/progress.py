@@ -27,11 +27,15 @@ def counted(chunks: Iterable[tuple[str, Chunk]], place: Place, total: int | None
 
 
 def rows_in(place: Place, files: Sequence[Path]) -> int | None:
-    """The number of rows in ``files`` if it can be told without reading them, else None."""
+    """The number of rows in ``files``; None if it cannot be told without reading them, or a file is broken."""
     if place.data_source == "folder" and not place.per_line:
         return len(files)
     if place.data_source == "parquet":
+        import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-        return sum(int(pq.read_metadata(file).num_rows) for file in files)
+        try:
+            return sum(int(pq.read_metadata(file).num_rows) for file in files)
+        except pa.ArrowInvalid:  # the reader names the file
+            return None
     return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.errors import RunError
-from fed_dpsat.flower.wire.compat import FLOWER_LOGGER
+from fed_dpsat.flower.wire.compat import at_level
 from fed_dpsat.lab.sweep.spec import Run
 from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.simulation import resume, simulate
@@ -104,17 +104,16 @@ def _logged(path: Path) -> Iterator[None]:
     logger = logging.getLogger("fed_dpsat")
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-    propagated, flower = logger.propagate, FLOWER_LOGGER.level
+    propagated = logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
-    FLOWER_LOGGER.setLevel(logging.ERROR)
     try:
-        yield
+        with at_level(logging.ERROR):
+            yield
     finally:
         logger.removeHandler(handler)
         handler.close()
         logger.propagate = propagated
-        FLOWER_LOGGER.setLevel(flower)
 
 
 def _unused(folder: Path) -> Path:

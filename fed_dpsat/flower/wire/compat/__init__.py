@@ -154,9 +154,15 @@ def as_before() -> Iterator[None]:
 @contextmanager
 def without_info() -> Iterator[None]:
     """Leave out Flower's lines of INFO, two a round, unless somebody has set the level of its logger."""
+    with at_level(logging.WARNING if FLOWER_LOGGER.level == OWN_LEVEL else FLOWER_LOGGER.level):
+        yield
+
+
+@contextmanager
+def at_level(level: int) -> Iterator[None]:
+    """Show Flower's lines of ``level`` and above."""
     before = FLOWER_LOGGER.level
-    if before == OWN_LEVEL:
-        FLOWER_LOGGER.setLevel(logging.WARNING)
+    FLOWER_LOGGER.setLevel(level)
     try:
         yield
     finally:
@@ -175,7 +181,6 @@ def set_message_id(message: Message, message_id: str) -> None:
 
 __all__ = [
     "ABSENT",
-    "FLOWER_LOGGER",
     "SERVER_NODE_ID",
     "SIMULATED_FAULT",
     "SIMULATION_RUN_ID",
