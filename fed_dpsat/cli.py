@@ -275,10 +275,11 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
     from fed_dpsat.accounting import epsilon_table
     from fed_dpsat.accounting.event import UNITS
     from fed_dpsat.accounting.plans import make_plans
+    from fed_dpsat.client.half import with_half
     from fed_dpsat.run.promise import threat_model
 
     with _clear_errors():
-        settings = RunConfig.load(config, overrides or ())
+        settings = with_half(RunConfig.load(config, overrides or ()))
         if not settings.private:
             raise SettingError("private", False, "true", "a run without noise has no noise multiplier to find")
         events = sorted({plan.event for plan in make_plans(settings)}, key=lambda event: event.noise_multiplier)

@@ -18,6 +18,7 @@ from fed_dpsat.client.attackers import Attackers
 from fed_dpsat.client.fingerprint import contents, fingerprint
 from fed_dpsat.client.form import form_of
 from fed_dpsat.client.given import copied, renamed
+from fed_dpsat.client.half import HALF, ClientHalf, check_models, half_of, named_strategy
 from fed_dpsat.client.personal import PERSONAL, deal_test, personal_names, without
 from fed_dpsat.client.start import begin, check_passes
 from fed_dpsat.client.task import build_task, check_optimizer
@@ -74,10 +75,12 @@ class Experiment(Training):
         model: nn.Module | None = None,
         optimizer: PrivateOptimizer | None = None,
         clipping: ClippingRule | None = None,
+        half: ClientHalf | None = None,
     ) -> Experiment:
         """Build from the names in ``config``; a copy of a given object replaces its name.
 
-        ``partition`` has the indices of the training examples of each client, without those for validation.
+        ``partition`` has the indices of the training examples of each client, without those for validation. ``half`` is
+        that of a strategy that was given as an object; a named one is loaded if ``config.local_models`` says so.
         The model is moved to ``config.device``. Raises ``SettingError``, ``PluginError`` or ``DataError`` before any
         client is asked.
         """
@@ -85,7 +88,9 @@ class Experiment(Training):
         given |= {"optimizer": optimizer, "clipping": clipping}
         config = renamed(decided(config), **given)
         config = dataclasses.replace(config, kernels=compiled.decided(config.kernels))
-        named = all(value is None for value in given.values())
+        named = all(value is None for value in [*given.values(), half])
+        half = copied("strategy", half) if half else half_of(named_strategy(config)) if config.local_models else None
+        check_models(config, half)
         data = Federated.build(config, dataset, partition)
         dataset, partitions, settings = data.dataset, data.partitions, data.settings
         task = build_task(config, dataset, settings, task)
@@ -124,6 +129,7 @@ class Experiment(Training):
             attackers=attackers,
             start=start,
             personal=personal_names(trainable(model), config.personal_layers, named_tensors(model)),
+            half=half,
         )
 
     @property
@@ -150,7 +156,7 @@ class Experiment(Training):
     def carried_state(self) -> set[str]:
         """Names of the state that a client keeps from one round to the next."""
         adaptive = isinstance(self.clipping, AdaptiveClipping)
-        others = {CLIPPING: adaptive, PERSONAL: bool(self.personal)}
+        others = {CLIPPING: adaptive, PERSONAL: bool(self.personal), HALF: self.half is not None}
         return carried_names(self.optimizer) | {name for name, kept in others.items() if kept}
 
     def shared(self, round: int = 1) -> Params:

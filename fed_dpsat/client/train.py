@@ -16,6 +16,8 @@ from fed_dpsat.accounting.event import DISTRIBUTIONS, PrivacyError
 from fed_dpsat.client import unit as client_level
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.attackers import Attackers
+from fed_dpsat.client.half import HALF, ClientHalf, Received, Records
+from fed_dpsat.client.half_round import AT, MODELS, OfHalf, fresh, steps_of_model
 from fed_dpsat.client.personal import PERSONAL, only, without
 from fed_dpsat.client.start import Start
 from fed_dpsat.data.dataset import Dataset
@@ -51,6 +53,7 @@ class Request:
     params: Params
     state: State | None
     proximal_mu: float = 0.0
+    records: Records = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ class Training:
 
     The model is on the device of the computation; parameters and states come from the CPU and return to it.
     ``attackers`` train on their poisoned labels in ``dataset``, and forge their updates. ``personal`` names the
-    parameters that stay on the client. ``watches`` see the private gradients of clients that train alone, in an audit.
+    parameters that stay on the client. ``half`` is the client's half of the strategy. ``watches`` see the private
+    gradients of clients that train alone, in an audit.
     """
 
     config: RunConfig
@@ -72,6 +76,7 @@ class Training:
     attackers: Attackers | None = None
     start: Start
     personal: frozenset[str] = frozenset()
+    half: ClientHalf | None = None
     watches: Mapping[int, Watch] = field(default_factory=dict)
 
     @functools.cached_property
@@ -97,6 +102,17 @@ class Training:
         own = (state or {}).get(PERSONAL, only(initial, self.personal))
         return {name: own[name] if name in self.personal else shared[name] for name in initial}
 
+    def own_model(self, shared: Params, state: State | None) -> Params:
+        """The model that a client with ``state`` uses and is measured on; ``shared`` is the global one."""
+        if self.half is None:
+            return self.whole(shared, state)
+        return fresh(self.half).own_model(shared, (state or {}).get(HALF, {}))
+
+    @property
+    def has_own_models(self) -> bool:
+        """Whether clients use models of their own."""
+        return bool(self.personal) or type(self.half or ClientHalf()).own_model is not ClientHalf.own_model
+
     @property
     def local_clipping(self) -> ClippingRule:
         """The clipping of examples in local training: none if the unit is the client, whose whole change is clipped."""
@@ -105,9 +121,10 @@ class Training:
     def subspace(self, round: int) -> Coordinates | Span | None:
         """The subspace of ``round`` (from 1), if the optimizer has one; None if replies are whole models.
 
-        Replies are whole models under secure aggregation, whose masks need every coordinate, and with personal layers.
+        Replies are whole models under secure aggregation, whose masks need every coordinate, with personal layers and
+        with the client's half of a strategy.
         """
-        if self.config.secure_aggregation or self.personal:
+        if self.config.secure_aggregation or self.personal or self.half:
             return None
         return subspace_of(self.optimizer, round, sum(p.numel() for p in self._trained(round).values()))
 
@@ -118,14 +135,22 @@ class Training:
         params: Params,
         state: State | None,
         proximal_mu: float = 0.0,
+        records: Records | None = None,
     ) -> LocalResult:
         """One round of ``client`` from the global ``params``; ``state`` is its state after its last round.
 
-        ``proximal_mu`` is the weight of FedProx. Raises ``SettingError`` for an assignment that no mechanism or sampler
-        accepts, and ``PrivacyError`` for an assignment of another unit, or if the event that ran is not the assigned
-        one.
+        ``proximal_mu`` is the weight of FedProx, ``records`` are those that the client's half receives. Raises
+        ``SettingError`` for an assignment that no mechanism or sampler accepts, and ``PrivacyError`` for an assignment
+        of another unit, or if the event that ran is not the assigned one.
         """
-        request = Request(client=client, assignment=assignment, params=params, state=state, proximal_mu=proximal_mu)
+        request = Request(
+            client=client,
+            assignment=assignment,
+            params=params,
+            state=state,
+            proximal_mu=proximal_mu,
+            records=records or {},
+        )
         result = self._alone(request)
         if self.attackers is None or client not in self.attackers.clients:
             return result
@@ -167,7 +192,8 @@ class Training:
     def _kind(self, request: Request, member: Member) -> Hashable:
         if self.attackers is not None and request.client in self.attackers.clients:
             return request.client
-        return request.assignment.local_steps, request.proximal_mu, id(request.params), alike(member)
+        received = tuple((name, id(tensors)) for name, tensors in request.records.items())
+        return request.assignment.local_steps, request.proximal_mu, id(request.params), received, alike(member)
 
     def _together(
         self, requests: Sequence[Request], placed: Sequence[Request], members: Sequence[Member]
@@ -198,10 +224,10 @@ class Training:
         first = requests[0]
         with unchanged(self.loss_fn.module):
             results = train(
-                self.whole(first.params, first.state),
+                {**self.whole(first.params, first.state), **members[0].own},
                 members,
                 loss_fn=self.loss_fn,
-                optimizer=self._optimizer(first.params, first.proximal_mu),
+                optimizer=self._optimizer(first),
                 clipping=self.local_clipping,
                 local_steps=first.assignment.local_steps,
                 executor=executor,
@@ -216,24 +242,33 @@ class Training:
         device, there = self.device, dict[int, Params]()
         if not is_card(device):
             return list(requests)
+
+        def put(params: Params) -> Params:
+            if id(params) not in there:
+                there[id(params)] = moved(params, device)
+            return there[id(params)]
+
         placed, names = [], {*self.start.names, *self.start.later_names}
         for request in requests:
-            if id(request.params) not in there:
-                there[id(request.params)] = moved(request.params, device)
             state = request.state
             placed.append(
                 dataclasses.replace(
                     request,
-                    params=there[id(request.params)],
+                    params=put(request.params),
+                    records={name: put(tensors) for name, tensors in request.records.items()},
                     state=None if state is None else moved_state(state, names, device),
                 )
             )
         return placed
 
     def _to_send(self, request: Request, result: LocalResult) -> LocalResult:
-        """``result`` on the CPU, with personal parameters in its state, and bounded under the unit "client"."""
+        """``result`` on the CPU: without what stays in its state, and bounded under the unit "client"."""
         params, event = result.params, result.event
         state: State = {OPTIMIZER: result.state}
+        sent: Records = {}
+        if self.half is not None:
+            finished, state[OPTIMIZER] = self._of_half(request).finished(result.state)
+            params, state[HALF], sent = finished.params, finished.state, finished.records
         if result.clip_norm is not None:
             state[CLIPPING] = {"clip_norm": torch.tensor(result.clip_norm)}
         if self.personal:
@@ -246,12 +281,28 @@ class Training:
         if event != request.assignment.event:
             raise PrivacyError(f"the round ran as {event}, and {request.assignment.event} was charged; nothing is sent")
         state = map_tree(lambda t: t.to(CPU), state)
-        return dataclasses.replace(result, params=moved(params, CPU), state=state, event=event)
+        sent = {name: moved(tensors, CPU) for name, tensors in sent.items()}
+        return dataclasses.replace(result, params=moved(params, CPU), state=state, event=event, records=sent)
 
-    def _optimizer(self, params: Params, proximal_mu: float) -> PrivateOptimizer:
-        if not proximal_mu:
-            return self.optimizer
-        return Proximal(base=self.optimizer, anchor=params, proximal_mu=proximal_mu)
+    def _optimizer(self, request: Request) -> PrivateOptimizer:
+        base = self.optimizer
+        if request.proximal_mu:
+            base = Proximal(base=base, anchor=request.params, proximal_mu=request.proximal_mu)
+        return base if self.half is None else self._of_half(request, base)
+
+    def _of_half(self, request: Request, base: PrivateOptimizer | None = None) -> OfHalf:
+        """The client's half of the strategy in the round of ``request``."""
+        assert self.half is not None
+        return OfHalf(
+            base=base or self.optimizer,
+            half=self.half,
+            received=Received(params=request.params, records=request.records),
+            first_step=self._first_step(request),
+            steps=steps_of_model(self.half, request.assignment.local_steps),
+        )
+
+    def _first_step(self, request: Request) -> int:
+        return (request.assignment.round - 1) * self.config.steps_per_round
 
     def _outgrown(self, request: Request) -> bool:
         """Whether the client's state is of the head alone, and this round trains all layers: it starts again."""
@@ -277,8 +328,9 @@ class Training:
         whole = self.whole(request.params, request.state)
         known = request.state is not None and not self._outgrown(request)
         last = (request.state or {}) if known else {}
-        if known and OPTIMIZER not in last:
+        if known and (OPTIMIZER not in last or (self.half is not None) != (HALF in last)):
             raise RunError("a client's state is of another version of fed_dpsat; go on with that, or start a new run")
+        state, own = self._begun(request, whole, last if known else None)
         mechanism = MECHANISMS[config.noise_distribution](
             noise_multiplier=assignment.local_noise_multiplier,
             clip_norm=self.local_clipping.clip_norm,
@@ -286,12 +338,12 @@ class Training:
         )
         return Member(
             batches=lambda batch: self.dataset.train.batch(indices[batch], self.device),
-            state=next_round(self.optimizer, whole, last[OPTIMIZER]) if known else self.optimizer.init(whole),
-            first_step=(assignment.round - 1) * config.steps_per_round,
+            state=state,
+            first_step=self._first_step(request),
             clip_norm=float(last[CLIPPING]["clip_norm"]) if CLIPPING in last else None,
             sampler=sampler,
             mechanism=mechanism,
-            own=only(whole, self.personal),
+            own=own,
             groups=lambda batch: self.dataset.train.alike(indices[batch]),
             streams=Streams(
                 seed=config.seed,
@@ -301,6 +353,15 @@ class Training:
                 noise_source=config.noise_source,
             ),
         )
+
+    def _begun(self, request: Request, whole: Params, last: State | None) -> tuple[State, Params]:
+        """The state that a client begins with, and the parameters of its own that it starts from."""
+        if self.half is not None:
+            known = last or {}
+            begun = self._of_half(request).begin(known.get(HALF, {}), known.get(OPTIMIZER))
+            return begun, begun[MODELS]["0"][AT]
+        own = only(whole, self.personal)
+        return (self.optimizer.init(whole) if last is None else next_round(self.optimizer, whole, last[OPTIMIZER])), own
 
 
 def _has_part(tree: State, names: set[str]) -> bool:

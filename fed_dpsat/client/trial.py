@@ -36,6 +36,7 @@ from fed_dpsat.client.attackers import Attackers
 from fed_dpsat.client.blame import REMEDIES, Unfit, told
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import copied
+from fed_dpsat.client.half import blank, received_by
 from fed_dpsat.data.dataset import INPUTS
 from fed_dpsat.data.made_up import made_up
 from fed_dpsat.errors import ModelError
@@ -62,7 +63,8 @@ def try_client(experiment: Experiment) -> None:
         params, state = tried.shared(1), None
         for assignment in assignments(tried):
             params = {**tried.shared(assignment.round), **params}
-            result = tried.client_round(0, assignment, params, state)
+            records = blank(received_by(tried.half, params))
+            result = tried.client_round(0, assignment, params, state, records=records)
             check_result(result.params, params)
             params, state = result.params, result.state
 
@@ -83,7 +85,7 @@ def rehearsal(
         attackers = Attackers(attack=copied("attack", attackers.attack, memo), clients=(0,))
     expected = config.sample_rate * min(len(part) for part in experiment.partitions)
     size, of_run = (ROWS, expected) if config.privacy_unit == "example" else (clients, config.cohort_size)
-    steps = config.steps_per_round
+    steps = config.steps_per_model
     stand_in = dataclasses.replace(
         config,
         num_clients=clients,
@@ -123,6 +125,7 @@ def rehearsal(
         budgets=[0.0] * clients,
         named=False,
         attackers=attackers,
+        half=copied("strategy", experiment.half, memo),
         watches={},
     )
 

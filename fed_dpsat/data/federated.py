@@ -37,7 +37,7 @@ class Federated:
         Without the validation examples. Raises ``SettingError``, ``PluginError`` or ``DataError``.
         """
         settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
-        settings["steps_per_round"] = config.steps_per_round
+        settings["steps_per_round"] = config.steps_per_model
         if dataset is None:
             with seeded(config, "partition"):
                 dataset = plugins.build("dataset", config.dataset, settings, config.dataset_args)

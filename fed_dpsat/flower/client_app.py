@@ -15,6 +15,7 @@ from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.plans import spend
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import measured
+from fed_dpsat.client.half import received_by
 from fed_dpsat.client.train import Request
 from fed_dpsat.client.trial import try_client
 from fed_dpsat.flower.wire import codec, compat, records
@@ -69,8 +70,8 @@ class _Unpack:
         if changed:
             self._last.clear()
             raise RecordError(
-                f"the optimizer or model changed {changed[0]} in place, which other clients begin with too; make a new "
-                "tensor (torch.add instead of add_)"
+                f"the optimizer, model or client's half changed {changed[0]} in place, which other clients begin with "
+                "too; make a new tensor (torch.add instead of add_)"
             )
 
 
@@ -183,6 +184,7 @@ def _request(experiment: Experiment, message: Message, context: Context, unpack:
         params=params,
         state=records.load_state(context.state),
         proximal_mu=records.read_proximal_mu(message.content),
+        records=records.read_received(message.content, received_by(experiment.half, params), unpack),
     )
     return request, history
 
@@ -196,7 +198,7 @@ def _own_metric(experiment: Experiment, message: Message, context: Context) -> R
     count = len(share)
     if count:
         shared = records.to_params(message.content.array_records[records.ARRAYS])
-        params = experiment.whole(shared, records.load_state(context.state))
+        params = experiment.own_model(shared, records.load_state(context.state))
         found, _ = measured(experiment.loss_fn.module, params, experiment.dataset.test.rows(share), experiment.task)
         first = found.values[experiment.task.metrics[0].name]
         value, count = (0.0, 0) if isinstance(first, str) else (first, count)

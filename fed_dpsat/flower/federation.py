@@ -18,6 +18,8 @@ from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan, make_plans
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import copied, renamed
+from fed_dpsat.client.half import check_models, half_of, named_strategy, sent_by
+from fed_dpsat.client.known_noise import KnownNoise
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower.buffered import Buffer
 from fed_dpsat.flower.grid import SimulationGrid
@@ -29,7 +31,6 @@ from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round import RoundKind
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.sums import ClientRelease
-from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.run import logs
 from fed_dpsat.run.folder import RunFolder, jsonable
@@ -159,8 +160,12 @@ def private_strategy(
     phases: Phases | None = None,
     same: Mapping[str, str] = NOTHING,
 ) -> PrivateStrategy:
-    """``inner`` in the wrapper that the configuration of ``experiment`` describes."""
+    """``inner`` in the wrapper that the configuration of ``experiment`` describes.
+
+    Raises ``SettingError`` unless clients train as many models as the client's half of ``inner`` says.
+    """
     config = experiment.config
+    check_models(config, half_of(inner))
     roster = Roster(
         plans,
         ledger,
@@ -183,6 +188,7 @@ def private_strategy(
         phases=phases,
         within=experiment.subspace,
         same=same,
+        sends=sent_by(experiment.half, experiment.shared(1)),
     )
 
 
@@ -206,8 +212,7 @@ def unfrozen(experiment: Experiment, private: PrivateStrategy, round: int, array
 
 def build_strategy(config: RunConfig) -> Strategy:
     """The inner strategy that ``config`` names; raises ``PluginError`` for another object."""
-    settings = {**config.settings(), "known_noise": KnownNoise.of(config)}
-    inner = plugins.build("strategy", config.strategy, settings, config.strategy_args)
+    inner = named_strategy(config)
     if not isinstance(inner, Strategy):
         raise plugins.PluginError(
             f"strategy={config.strategy!r} is a {type(inner).__name__}; return a strategy of flwr.serverapp.strategy"

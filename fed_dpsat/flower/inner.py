@@ -13,8 +13,8 @@ setting or class                               in a run
 
 A strategy with ``state_dict()`` and ``load_state_dict(state)`` gives its own state, as data whose reading runs no code.
 The state of any other strategy is its attributes: numbers, text, arrays, tensors, Flower's records, numpy generators,
-strategies, and containers of these. Attributes that cannot change after construction (functions, types, loggers) are
-left out.
+strategies, and containers of these. Attributes that cannot change after construction (functions, types, loggers, the
+client's half) are left out.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from fed_dpsat.client.half import ClientHalf
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.flower.wire import compat
 from fed_dpsat.settings.config import RunConfig
@@ -62,7 +63,7 @@ Plain = Any
 
 UNCHANGING = (
     *(FunctionType, MethodType, BuiltinFunctionType, partial, np.ufunc, type, ModuleType, Enum),
-    *(logging.Logger, logging.LoggerAdapter),
+    *(logging.Logger, logging.LoggerAdapter, ClientHalf),
 )
 CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
 RECORDS: dict[str, Any] = {"arrays": ArrayRecord, "metrics": MetricRecord, "config": ConfigRecord}

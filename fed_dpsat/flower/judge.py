@@ -53,10 +53,10 @@ def judge(
 ) -> Verdict:
     """The verdict on a ``reply`` of ``client`` to the message with the content ``asked``; a valid reply is decoded.
 
-    ``asked`` is the content of the question: the assignment with the charged event, the model, and the subspace that
-    the round can change. A valid model has the names, shapes and types of ``like``, or else of the model in ``asked``.
-    With a ``clip_norm``, a model farther than that from it is invalid. Raises ``RecordError`` for an ``asked`` without
-    an assignment.
+    ``asked`` is the content of the question: the assignment with the charged event, the model, the subspace that the
+    round can change, and the forms of what a client's half sends. A valid model has the names, shapes and types of
+    ``like``, or else of the model in ``asked``. With a ``clip_norm``, a model farther than that from it is invalid.
+    Raises ``RecordError`` for an ``asked`` without an assignment.
     """
     assignment = records.read_assignment(asked)
     if reply.has_error():
@@ -76,7 +76,7 @@ def judge(
         if event != assignment.event:
             raise RecordError(f"its event {event} is not the one that was charged, {assignment.event}")
         metrics = records.read_metrics(reply.content, release_counts=release_counts)
-        records.check_arrays(reply.content, model)
+        records.check_arrays(reply.content, model, records.read_sends(asked))
         if clip_norm is not None:
             _check_move(reply.content, model, clip_norm)
     except RecordError as error:

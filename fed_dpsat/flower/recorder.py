@@ -67,7 +67,7 @@ class Recorder:
     ) -> None:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
         self.loggers, self.known_noise, self.metrics = loggers, known_noise, metrics
-        self.grid = grid if experiment.personal and isinstance(grid, SimulationGrid) else None
+        self.grid = grid if experiment.has_own_models and isinstance(grid, SimulationGrid) else None
         self.evaluation: Evaluation | None = None
         self.personal: dict[str, float | int] = {}
         self.quality_at: tuple[int, Evaluation, Predictions | None] | None = None

@@ -28,6 +28,7 @@ from fed_dpsat.flower.nodes import CohortGrid, Directory, FederationError
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import RecordError
+from fed_dpsat.params import Params
 from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.step.subspace import Coordinates, Span
 
@@ -39,6 +40,8 @@ MAX_FAILED_ROUNDS = 3
 DIVERGED = "; if that is a model that diverged, start a new run with a lower lr"
 
 Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
+
+NO_RECORDS: Mapping[str, Params] = {}
 
 Seconds = Callable[[int, int], float]
 """A function from client and round to the simulated time until the reply."""
@@ -198,14 +201,20 @@ class Round:
             self.roster.ledger.charge_many(self.number, attempt, events)
         self.roster.charged(costs)
 
-    def assign(self, within: Coordinates | Span | None, same: Mapping[str, str]) -> None:
-        """Add its assignment to each message. Messages with a common content and equal assignments keep one content."""
+    def assign(
+        self, within: Coordinates | Span | None, same: Mapping[str, str], sends: Mapping[str, Params] = NO_RECORDS
+    ) -> None:
+        """Add its assignment to each message, and the forms of what a client's half ``sends``.
+
+        Messages with a common content and equal assignments keep one content.
+        """
         contents: dict[tuple[int, Assignment], tuple[RecordDict, RecordDict]] = {}
         for client, message in self.messages.items():
             given, assignment = message.content, self.assignments[client]
             if (id(given), assignment) not in contents:
                 content = RecordDict({**given, records.ASSIGNMENT: records.assignment_record(assignment)})
                 content.update(records.same_content(same))
+                content.update(records.sends_content(sends))
                 if within is not None:
                     content[records.SUBSPACE] = records.subspace_record(within)
                 contents[id(given), assignment] = given, content

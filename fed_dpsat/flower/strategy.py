@@ -18,8 +18,9 @@ from fed_dpsat.flower import sums
 from fed_dpsat.flower.inner import Plain, capture_state, check_inner, restore_state, take_over
 from fed_dpsat.flower.nodes import NOTHING, Directory
 from fed_dpsat.flower.roster import Roster
-from fed_dpsat.flower.round import Round, RoundKind, RoundReport, seconds_of
+from fed_dpsat.flower.round import NO_RECORDS, Round, RoundKind, RoundReport, seconds_of
 from fed_dpsat.flower.sums import ClientRelease, Part
+from fed_dpsat.params import Params
 from fed_dpsat.run.timing import Phases
 from fed_dpsat.step.subspace import Coordinates, Span
 
@@ -37,7 +38,8 @@ class PrivateStrategy(Strategy):
     The ``roster`` holds the plans, the ledger and the rule that draws cohorts: all public, never a function of data.
     A charge is durable before a message is sent, and stays whatever becomes of the reply. With a ``release`` the unit
     is one client: the replies are bounded, added up and noised here, also if there are none, and the inner strategy
-    sees only the result. ``kind`` is the kind of rounds; None stands for ordinary ones.
+    sees only the result. ``kind`` is the kind of rounds; None stands for ordinary ones. ``sends`` are the records that
+    the client's half of ``inner`` adds to a reply: a reply with others, or of other shapes or types, is invalid.
 
     Raises ``SettingError`` for an ``inner`` that it cannot wrap, ``FederationOver`` if fewer than ``min_clients`` are
     left, ``FederationError`` if all clients fail or no reply is valid.
@@ -55,6 +57,7 @@ class PrivateStrategy(Strategy):
         phases: Phases | None = None,
         within: Within = lambda round: None,
         same: Mapping[str, str] = NOTHING,
+        sends: Mapping[str, Params] = NO_RECORDS,
     ) -> None:
         check_inner(inner)
         self.inner = inner
@@ -65,8 +68,11 @@ class PrivateStrategy(Strategy):
         hides = "privacy_unit=client releases nothing else" if release else self.kind.hides
         if hides and not sums.only_mean(inner):
             raise SettingError("strategy", type(inner).__name__, "one that uses only the mean of replies", hides)
+        if sends and sums.only_mean(inner):
+            name, remedy = type(inner).__name__, "leave only_mean unset: a mean holds models alone"
+            raise SettingError("strategy", name, f"one that receives {', '.join(sends)} of single replies", remedy)
         self.phases = phases or Phases()
-        self._within, self._same = within, same
+        self._within, self._same, self._sends = within, same, sends
         self.report = RoundReport(round=0)
         self._attempts: dict[int, int] = {}
         self._directory = Directory(len(self.plans), join_timeout, same)
@@ -149,7 +155,7 @@ class PrivateStrategy(Strategy):
         self._round.draw(self.kind, config, grid)
         self._round.charge(self._attempts)
         self._attempts = {}
-        self._round.assign(self._within(server_round), self._same)
+        self._round.assign(self._within(server_round), self._same, self._sends)
         return list(self._round.messages.values())
 
     def aggregate_train(

@@ -92,7 +92,7 @@ def _after_round(
     if predictions is not None:
         quality_of(predictions, tried.dataset.num_classes)
         metrics_of(predictions, tried.task)
-    if tried.personal:
+    if tried.has_own_models:
         measure_personal(grid, arrays, tried)
     return None
 

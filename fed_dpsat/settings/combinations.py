@@ -45,13 +45,18 @@ class Settings(Machine, Federation, Privacy, Training, Data):  # fields of the l
 
     @property
     def total_steps(self) -> int:
-        """Local steps from the first round to the last: what learning rate schedules span."""
-        return self.num_rounds * self.steps_per_round
+        """Local steps of a model from the first round to the last: what learning rate schedules span."""
+        return self.num_rounds * self.steps_per_model
+
+    @property
+    def steps_per_model(self) -> int:
+        """``local_steps``, or the steps in which each example is expected to be seen ``local_epochs`` times."""
+        return math.ceil(self.local_epochs / self.sample_rate) if self.local_epochs else self.local_steps
 
     @property
     def steps_per_round(self) -> int:
-        """``local_steps``, or the steps in which each example is expected to be seen ``local_epochs`` times."""
-        return math.ceil(self.local_epochs / self.sample_rate) if self.local_epochs else self.local_steps
+        """The private steps of a client in a round, over all its ``local_models``."""
+        return self.steps_per_model * max(1, self.local_models)
 
 
 def check_combinations(config: Settings) -> None:
@@ -61,7 +66,7 @@ def check_combinations(config: Settings) -> None:
     privacy.check(config)
     federation.check(config)
     machine.check(config)
-    for check in (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort):
+    for check in (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort, _half):
         check(config)
 
 
@@ -142,3 +147,19 @@ def _cohort(config: Settings) -> None:
             f"enough for num_rounds={config.num_rounds} of {of_a_round} clients",
             "raise it, or ask fewer clients per round",
         )
+
+
+def _half(config: Settings) -> None:
+    """The client's half of a strategy trains whole models whose releases are those of the unit "example"."""
+    if not config.local_models:
+        return
+    half = f"with the client's half of strategy={config.strategy!r}"
+    for name, good, remedy in (
+        ("privacy_unit", config.privacy_unit == "example", "only whole changes are bounded then; set it to example"),
+        ("buffer_size", not config.buffer_size, "a late reply no longer fits the model; set it to 0"),
+        ("attack", not config.attack, "attacks forge models, and not records; leave it empty"),
+        ("personal_layers", not config.personal_layers, "leave it empty: the half says what stays on a client"),
+        ("unfreeze_round", not config.unfreeze_round, "the state of a half has one shape; set it to 0"),
+    ):
+        if not good:
+            refuse(config, name, f"possible {half}", remedy)

@@ -20,6 +20,12 @@ class Federation:
         path=of_plugin,
     )
     strategy_args: str = setting("", "arguments of the strategy that no setting fills: eta = 0.02, tau = 1e-3")
+    local_models: int = setting(
+        0,
+        "number of models that a client trains in a round, local_steps steps each, by the client's half of the "
+        "strategy; 0 is for a strategy without one, and a simulation takes it from the strategy",
+        least=0,
+    )
     keep_share: float = setting(
         1.0,
         "share of the coordinates of its change that a client keeps, the largest, before it is clipped; below 1 with "

@@ -14,6 +14,7 @@ from torch import nn
 
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import refuse_names
+from fed_dpsat.client.half import half_of, with_half
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import client_app as client_app_module
@@ -79,7 +80,7 @@ def simulate(
     given: dict[str, Any] = {"dataset": dataset, "partition": partition, "task": task, "model": model}
     given |= {"optimizer": optimizer, "clipping": clipping}
     refuse_names(**given, strategy=strategy)
-    experiment = Experiment.build(config, **given)
+    experiment = Experiment.build(with_half(config, strategy), **given, half=half_of(strategy))
     given |= {"strategy": strategy, "client_app": client_app}
     objects = [name for name, value in given.items() if value is not None]
     try_federation(experiment, strategy, objects)

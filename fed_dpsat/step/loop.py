@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -84,9 +84,10 @@ class Streams:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalResult:
-    """What a client's round made. ``params`` and ``event`` may leave; ``nonfinite_examples`` is sensitive.
+    """What a client's round made. ``params``, ``records`` and ``event`` may leave; ``nonfinite_examples`` is sensitive.
 
-    ``clip_norm`` is where adaptive clipping stands; None for a rule of one bound.
+    ``records`` are what the client's half of a strategy adds to a reply. ``clip_norm`` is where adaptive clipping
+    stands; None for a rule of one bound.
     """
 
     params: Params
@@ -94,6 +95,7 @@ class LocalResult:
     event: PrivacyEvent
     nonfinite_examples: int
     clip_norm: float | None = None
+    records: Mapping[str, Params] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

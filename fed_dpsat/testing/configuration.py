@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fed_dpsat import plugins
 from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.half import with_half
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.data.made_up import made_up
 from fed_dpsat.errors import InputError
@@ -51,13 +52,13 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
 
     It writes only the cache of the data set. Raises ``InputError`` for a part that cannot be built.
     """
-    experiment = Experiment.build(config)
+    experiment = Experiment.build(with_half(config))
     config = experiment.config
     data = experiment.dataset
     settings: dict[str, Any] = {
         **config.settings(),
         "total_steps": config.total_steps,
-        "steps_per_round": config.steps_per_round,
+        "steps_per_round": config.steps_per_model,
         "input_shape": data.input_shape,
         "num_classes": experiment.task.outputs,
         **data.of_texts,

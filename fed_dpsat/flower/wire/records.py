@@ -7,24 +7,26 @@ record                   type         content                                   
 ``config``               ConfigRecord settings of the inner strategy               to the client
 ``fed_dpsat.assignment`` ConfigRecord round, attempt and the PrivacyEvent it costs to the client
 ``fed_dpsat.subspace``   ConfigRecord the subspace of the round, if it has one     to the client
+``fed_dpsat.sends``      ConfigRecord forms of what a client's half sends          to the client
 ``fed_dpsat.event``      ConfigRecord client, round, attempt and the PrivacyEvent  to the server
 ``metrics``              MetricRecord ``num-examples``, declared public            to the server
 ``fed_dpsat.secure``     ConfigRecord a phase of secure aggregation, if asked for  both
 ``fed_dpsat.identity``   ConfigRecord client and num_examples of a node            to the server
 ``fed_dpsat.same``       ConfigRecord fingerprint of the server's experiment; form to the client
+of a half's own name     ArrayRecord  what a client's half receives, or sends      both
 ======================== ============ ============================================ =============
 
-Nothing that was computed on private data leaves a client but ``arrays``, which are noised; and, only if the setting
-``release_counts`` asks for it, ``nonfinite-examples`` in ``metrics``. In a simulation, a client with layers of its
-own also answers with their ``accuracy``.
+Nothing that was computed on private data leaves a client but ``arrays`` and what a client's half makes of the same
+noised values; and, only if the setting ``release_counts`` asks for it, ``nonfinite-examples`` in ``metrics``. In a
+simulation, a client with a model or layers of its own also answers with their ``accuracy``.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +59,7 @@ NONFINITE = "nonfinite-examples"
 METRIC = "metric"
 ASSIGNMENT = "fed_dpsat.assignment"
 SUBSPACE = "fed_dpsat.subspace"
+SENDS = "fed_dpsat.sends"
 EVENT = "fed_dpsat.event"
 IDENTITY = "fed_dpsat.identity"
 SAME = "fed_dpsat.same"
@@ -66,6 +69,11 @@ SECURE = "fed_dpsat.secure"
 MASKED = "masked"
 """The phase of secure aggregation in which a client trains, and the array that it sends then."""
 
+Read = Callable[[RecordDict, str], Params | None]
+"""Reads an array record of a message."""
+
+NO_FORMS: Mapping[str, Any] = {}
+
 PARTITION_ID = "partition-id"
 POLICY = "policy"
 """Keys of a node's configuration: the client that it holds; the file that makes it a device."""
@@ -73,6 +81,13 @@ POLICY = "policy"
 
 LARGEST = 1e14
 """Beyond it no reply is one: the squares of a billion such numbers still add up in float32."""
+
+
+class Form(NamedTuple):
+    """The shape and type of an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class RecordError(ValueError):
@@ -147,6 +162,39 @@ def read_within(content: RecordDict) -> Coordinates | Span | None:
     return found
 
 
+def sends_content(sends: Mapping[str, Params]) -> RecordDict:
+    """What a client's half sends beside the model, as forms for a message; empty for nothing."""
+    if not sends:
+        return RecordDict()
+    forms = {
+        name: json.dumps([[key, list(a.shape), a.dtype] for key, a in compat.items(to_arrays(tensors))])
+        for name, tensors in sends.items()
+    }
+    return RecordDict({SENDS: ConfigRecord(dict(forms))})
+
+
+def read_sends(content: RecordDict) -> dict[str, dict[str, Form]]:
+    """The forms of ``sends_content`` in a message, by record and name."""
+    said: Mapping[str, object] = config_in(content, SENDS) or {}
+    return {
+        name: {key: Form(tuple(shape), dtype) for key, shape, dtype in json.loads(str(forms))}
+        for name, forms in said.items()
+    }
+
+
+def read_received(content: RecordDict, receives: Mapping[str, Params], read: Read) -> dict[str, Params]:
+    """The records that a client's half ``receives``, by ``read``; raises ``RecordError`` for a missing or wrong one."""
+    found = {}
+    for key, like in receives.items():
+        params = read(content, key)
+        if params is None:
+            raise RecordError(f"no {key!r} from the strategy, which the client's half receives")
+        if {n: (p.shape, p.dtype) for n, p in params.items()} != {n: (p.shape, p.dtype) for n, p in like.items()}:
+            raise RecordError(f"{key!r} from the strategy has other arrays than the client's half receives")
+        found[key] = params
+    return found
+
+
 def read_proximal_mu(content: RecordDict) -> float:
     """The proximal weight of stock FedProx; 0 for another strategy. Raises ``RecordError`` for a value below 0."""
     record = config_in(content, "config")
@@ -161,8 +209,9 @@ def reply_content(
 ) -> RecordDict:
     """The reply of a client: noised parameters, their event, and the public size. Nothing else leaves a client.
 
-    Under the unit "client" the parameters are bounded, and the trusted server noises them. With ``release_counts`` the
-    reply also has the number of examples without a finite gradient: an exact release that no event covers.
+    The records of a client's half are made of noised values too. Under the unit "client" the parameters are bounded,
+    and the trusted server noises them. With ``release_counts`` the reply also has the number of examples without a
+    finite gradient: an exact release that no event covers.
     """
     metrics: dict[str, MetricRecordValues] = {NUM_EXAMPLES: num_examples}
     if release_counts:
@@ -172,6 +221,7 @@ def reply_content(
     return RecordDict(
         {
             ARRAYS: to_arrays(result.params),
+            **{name: to_arrays(tensors) for name, tensors in result.records.items()},
             EVENT: ConfigRecord(event),
             METRICS: MetricRecord(metrics),
         }
@@ -188,25 +238,37 @@ def read_event(content: RecordDict) -> tuple[int, int, int, PrivacyEvent]:
         raise RecordError(f"no valid privacy event ({error})") from None
 
 
-def check_arrays(content: RecordDict, like: ArrayRecord) -> None:
-    """Raise ``RecordError`` unless the reply's arrays are finite and have the names, shapes and types of ``like``."""
-    record, count = arrays_in(content, ARRAYS), sum(isinstance(r, ArrayRecord) for r in content.values())
-    if record is None or count != 1:
-        raise RecordError(f"{count} array records, expected {ARRAYS!r} alone")
-    if list(record) != list(like):
-        raise RecordError("other parameters than the model's")
-    for (name, expected), (_, array) in zip(compat.items(like), compat.items(record), strict=True):
-        if tuple(array.shape) != tuple(expected.shape) or array.dtype != expected.dtype:
-            raise RecordError(f"{name} is {array.dtype}{list(array.shape)}, not {expected.dtype}{list(expected.shape)}")
+def check_arrays(content: RecordDict, like: ArrayRecord, sends: Mapping[str, Mapping[str, Form]] = NO_FORMS) -> None:
+    """Raise ``RecordError`` unless the reply's arrays are finite and have the names, shapes and types of ``like``.
+
+    The reply has the records that the client's half ``sends`` too, checked alike, and no other arrays.
+    """
+    found = {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
+    expected = {ARRAYS, *sends}
+    if found.keys() != expected:
+        raise RecordError(f"array records {sorted(found)}, expected {', '.join(map(repr, sorted(expected)))} alone")
+    forms = {name: Form(tuple(array.shape), array.dtype) for name, array in compat.items(like)}
+    for key, wanted in {ARRAYS: forms, **sends}.items():
+        _check_record(found[key], wanted, "" if key == ARRAYS else f"{key}: ")
+
+
+def _check_record(record: ArrayRecord, wanted: Mapping[str, Form], where: str) -> None:
+    if list(record) != list(wanted):
+        raise RecordError(f"{where}other parameters than the model's")
+    for name, array in compat.items(record):
+        expected = wanted[name]
+        if Form(tuple(array.shape), array.dtype) != expected:
+            said, form = f"{array.dtype}{list(array.shape)}", f"{expected.dtype}{list(expected.shape)}"
+            raise RecordError(f"{where}{name} is {said}, not {form}")
         try:
             values = _values(array, expected)
         except ValueError as error:
-            raise RecordError(f"{name} {error}") from None
+            raise RecordError(f"{where}{name} {error}") from None
         if values.dtype.kind == "u" or _is_small(values):  # masked: any number is one
             continue
         if not (values.max(initial=0) <= LARGEST and values.min(initial=0) >= -LARGEST):  # NaN is neither
             what = f"numbers beyond {LARGEST:g}" if np.isfinite(values).all() else "NaN or inf"
-            raise RecordError(f"{name} has {what}")
+            raise RecordError(f"{where}{name} has {what}")
 
 
 def _is_small(values: NDArray[Any]) -> bool:
@@ -214,12 +276,12 @@ def _is_small(values: NDArray[Any]) -> bool:
     return values.dtype.kind == "f" and bool(np.vdot(values, values) <= LARGEST)
 
 
-def _values(array: Array, like: Array) -> NDArray[Any]:
+def _values(array: Array, like: Form) -> NDArray[Any]:
     """The values of ``array``, to read; ``ValueError`` if they do not have the shape and type that it declares."""
     if not isinstance(array, compat.Array):
-        return read_array(array, tuple(like.shape), np.dtype(like.dtype))
+        return read_array(array, like.shape, np.dtype(like.dtype))
     values = array.view()
-    if values.shape != tuple(like.shape) or compat.dtype_name(values.dtype) != like.dtype:
+    if values.shape != like.shape or compat.dtype_name(values.dtype) != like.dtype:
         raise ValueError(f"holds {values.dtype}{list(values.shape)}, which is not what it says")
     return values
 

@@ -37,8 +37,12 @@ class Proximal:
     def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base``, pulled towards the anchor."""
         check_space("proximal_mu", self.proximal_mu, params, private_gradient)
-        slope = {
-            name: torch.add(g, params[name] - self.anchor[name], alpha=self.proximal_mu) if name in self.anchor else g
-            for name, g in private_gradient.items()
-        }
-        return self.base.update(params, slope, state, info)
+        return self.base.update(params, pulled(private_gradient, params, self.anchor, self.proximal_mu), state, info)
+
+
+def pulled(gradient: Params, params: Params, anchor: Params, mu: float) -> Params:
+    """``gradient + mu * (params - anchor)``, for the names that ``anchor`` has."""
+    return {
+        name: torch.add(g, params[name] - anchor[name], alpha=mu) if name in anchor else g
+        for name, g in gradient.items()
+    }
