@@ -83,7 +83,7 @@ class DPScaffold(FedAvg):
         share = len(contents) / self.num_clients
         change = _mean(changes)
         before = records.to_params(self.control)
-        self.control = records.to_arrays({name: c + share * change[name] for name, c in before.items()})
+        self.control = records.to_arrays({name: (c + share * change[name]).to(c) for name, c in before.items()})
         return records.to_arrays(_mean(models)), None
 
 

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan
+from fed_dpsat.client.half import half_of, sent_by
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.wire import records
 from fed_dpsat.simulation.in_process import InProcessBackend
+from fed_dpsat.testing.half import records_of
 
 NUM_CLIENTS = 8
 EVENT = PrivacyEvent(noise_multiplier=1.0, sample_rate=0.1, steps=2)
@@ -118,13 +120,14 @@ class Federation:
         self.ledger = ledger or PrivacyLedger(":memory:")
         self.model = as_record(model or start())
         self._rounds = count(after + 1)
-        self._move, self._tamper = move, tamper
+        self._move, self._tamper, self._half = move, tamper, half_of(inner)
         self.grid = SimulationGrid(InProcessBackend(client_app(self._answer), {}, num_clients), num_clients)
         usual = {"plans": [PLAN] * num_clients, "delta": 1e-5, "accountant": "rdp", "max_rounds_per_client": 100}
         drawing = {**usual, "cohort_size": cohort_size, "seed": 0, **{k: v for k, v in settings.items() if k in ROSTER}}
         rest = {key: value for key, value in settings.items() if key not in ROSTER}
         roster = Roster(ledger=self.ledger, **drawing)
-        self.private = PrivateStrategy(inner, roster, **{"join_timeout": 0.0, **rest})
+        sends = sent_by(self._half, records.to_params(self.model))
+        self.private = PrivateStrategy(inner, roster, **{"join_timeout": 0.0, "sends": sends, **rest})
         self.private.meet(self.grid)
 
     def round(self) -> Model:
@@ -152,9 +155,13 @@ class Federation:
         if self.ledger.rounds_by_client().get(client, 0) < len([1 for c, _ in self.answered if c == client]):
             self.uncharged.append((client, number))
         event = ConfigRecord({"client": client, "round": number, "attempt": 0, **EVENT.to_dict()})
+        moved = as_record(self._move(client, number, model), like=model)
+        before, after = (records.to_params(a) for a in (content.array_records[records.ARRAYS], moved))
+        added = records_of(self._half, before, after)
         reply = RecordDict(
             {
-                records.ARRAYS: as_record(self._move(client, number, model), like=model),
+                records.ARRAYS: moved,
+                **{key: records.to_arrays(tensors) for key, tensors in added.items()},
                 records.EVENT: event,
                 records.METRICS: MetricRecord({records.NUM_EXAMPLES: client + 1}),
             }
@@ -166,7 +173,7 @@ class Handed(Strategy):
     """``inner``, which receives ``turn(replies)`` instead of the replies."""
 
     def __init__(self, inner: Strategy, turn: Callable[[list[Message]], list[Message]]) -> None:
-        self.inner, self.turn = inner, turn
+        self.inner, self.turn, self.client_half = inner, turn, half_of(inner)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -46,3 +46,27 @@ BAD: dict[str, Callable[[RecordDict], RecordDict]] = {
     "no event": lambda reply: RecordDict({key: reply[key] for key in reply if key != records.EVENT}),
     "a negative size": lambda reply: RecordDict({**reply, records.METRICS: MetricRecord({records.NUM_EXAMPLES: -1.0})}),
 }
+
+
+def _spoiled_records(spoil: Callable[[Array], Array | None]) -> Callable[[RecordDict], RecordDict]:
+    """Change the first array of each record of a client's half; None leaves the record out."""
+
+    def changed(reply: RecordDict) -> RecordDict:
+        for key in set(reply.array_records) - {records.ARRAYS}:
+            arrays = dict(reply.array_records[key])
+            name, first = next(iter(arrays.items()))
+            if (instead := spoil(first)) is None:
+                del reply[key]
+            else:
+                reply[key] = ArrayRecord({**arrays, name: instead})
+        return reply
+
+    return changed
+
+
+BAD_RECORDS: dict[str, Callable[[RecordDict], RecordDict]] = {
+    "NaN in a record": _spoiled_records(lambda a: Array(np.full(a.shape, np.nan, a.dtype))),
+    "a record of a wrong shape": _spoiled_records(lambda a: Array(np.ones((2, *a.shape), a.dtype))),
+    "a record too few": _spoiled_records(lambda a: None),
+}
+"""Of a strategy whose client's half sends records."""

@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 from flwr.serverapp.strategy import Strategy
 
+from fed_dpsat.client.half import ClientHalf, half_of, sent_by
 from fed_dpsat.flower.inner import capture_state, restore_state
+from fed_dpsat.flower.wire import records
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.federation import (
     EVENT,
@@ -17,6 +19,7 @@ from fed_dpsat.testing.federation import (
     Federation,
     Handed,
     Model,
+    as_record,
     averaged,
     backwards,
     quiet,
@@ -24,7 +27,8 @@ from fed_dpsat.testing.federation import (
     still,
     together,
 )
-from fed_dpsat.testing.replies import BAD, fail, from_bad_client, nan
+from fed_dpsat.testing.half import HALF_CHECKS
+from fed_dpsat.testing.replies import BAD, BAD_RECORDS, fail, from_bad_client, nan
 
 Make = Callable[[], Strategy]
 
@@ -33,11 +37,21 @@ def check_strategy(factory: Make, *, averaging: bool = False) -> list[str]:
     """Run the suite on ``() -> flwr.serverapp.strategy.Strategy``; returns the names of the checks.
 
     Set ``averaging`` for a strategy that returns a weighted mean of the replies with weights independent of their
-    values; then the suite checks the weights. Raises ``ConformanceError``.
+    values; then the suite checks the weights. A strategy with a client's half has further checks of that. Raises
+    ``ConformanceError``.
     """
     checks = CHECKS if averaging else [check for check in CHECKS if check not in AVERAGING]
     with quiet():
-        return run_checks("strategy", checks, factory)
+        made = run_checks("strategy", checks, factory)
+        if half_of(factory()) is None:
+            return made
+        return [*made, *run_checks("strategy", HALF_CHECKS, lambda: _half(factory))]
+
+
+def _half(factory: Make) -> ClientHalf:
+    half = half_of(factory())
+    assert half is not None
+    return half
 
 
 def charges_are_exactly_for_what_was_asked(make: Make) -> None:
@@ -106,7 +120,8 @@ def bad_replies_do_not_spread(make: Make) -> None:
     """A reply with NaN, a wrong shape, type or size, or without its event counts as missing."""
     without = Federation(make(), tamper=from_bad_client(fail)).rounds(2)
     _require_finite(without, "after a failed client", "aggregate the other replies")
-    for what, spoil in BAD.items():
+    sends = sent_by(half_of(make()), records.to_params(as_record(start())))
+    for what, spoil in {**BAD, **(BAD_RECORDS if sends else {})}.items():
         seen = Federation(make(), tamper=from_bad_client(spoil)).rounds(2)
         said = _apart(without, seen)
         require(

@@ -8,9 +8,11 @@ from fed_dpsat import RunConfig, plugins
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.federation import build_strategy
 from fed_dpsat.testing import check_strategy, strategy
+from fed_dpsat.testing.half import HALF_CHECKS
 
 AVERAGING = {"fedavg", "noise-aware"}
-USING_NOISE = sorted(plugins.builtin("strategy").keys() - {"fedavg"})
+WITH_A_HALF = {"ditto", "mr-mtl", "dp-scaffold"}
+USING_NOISE = sorted(plugins.builtin("strategy").keys() - {"fedavg"} - WITH_A_HALF)
 
 
 OF_VALUES = (
@@ -32,7 +34,7 @@ def factory(name, private):
 @pytest.mark.parametrize("name", plugins.builtin("strategy"))
 def test_every_shipped_strategy_conforms(name, private):
     made = check_strategy(factory(name, private), averaging=name in AVERAGING)
-    assert len(made) == 10 + (name in AVERAGING)
+    assert len(made) == 10 + (name in AVERAGING) + len(HALF_CHECKS) * (name in WITH_A_HALF)
 
 
 @pytest.mark.by_default("noise-aware")

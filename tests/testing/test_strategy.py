@@ -236,7 +236,7 @@ def test_a_broken_strategy_is_caught(factory, caught):
 
 
 def test_a_wrapper_that_lets_bad_replies_through_is_caught(caught, monkeypatch):
-    monkeypatch.setattr("fed_dpsat.flower.wire.records.check_arrays", lambda content, like: None)
+    monkeypatch.setattr("fed_dpsat.flower.wire.records.check_arrays", lambda *_: None)
     assert caught(check_strategy, FedAvg) == "bad_replies_do_not_spread"
 
 
