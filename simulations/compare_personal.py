@@ -45,7 +45,7 @@ def figures(config: RunConfig) -> list[float]:
     """Mean and worst decile over clients after the last round, in percent."""
     with tempfile.TemporaryDirectory() as folder:
         summary = simulate(config, f"{folder}/run")
-        if config.personal_layers:
+        if FIGURES[0] in summary:
             found = summary
         else:
             params = torch.load(f"{folder}/run/checkpoint/model.pt", weights_only=True)["params"]
