@@ -109,10 +109,11 @@ def _line(error: BaseException) -> str:
 
 def _blamed(error: BaseException, experiment: Experiment, strategy: object) -> tuple[str, str, str]:
     """The kind of object that ``error`` is blamed on, the place in it, and the remedy, by the innermost such frame."""
+    halves = [one for one in (strategy, experiment.half) if one is not None]
     kinds: dict[str, set[type]] = {
         "clipping": {type(experiment.clipping)},
         "optimizer": {type(link) for link in links(experiment.optimizer)},
-        "strategy": set(type(strategy).__mro__) - {object} if strategy is not None else set(),
+        "strategy": {part for half in halves for part in type(half).__mro__} - {object},
         "attack": {type(experiment.attackers.attack)} if experiment.attackers else set(),
         "task": {type(experiment.task)},
     }
