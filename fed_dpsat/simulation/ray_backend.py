@@ -21,6 +21,7 @@ the object store is full        ``RunError``
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -135,10 +136,10 @@ class RayBackend:
         if self._seconds_per_client:
             least, in_time = (seconds / self._seconds_per_client for seconds in SHARE_SECONDS)
             most = in_time if summed else min(most, in_time)
-        shelf = Shelf()
-        references = [shelf.split(message) for message in messages]
+        shelf, light = Shelf(), [copy.copy(message) for message in messages]  # the server judges by what it sent
+        references = [shelf.split(message) for message in light]
         return [
-            Work(start, messages[start:end], references[start:end])
+            Work(start, light[start:end], references[start:end])
             for start, end in shares(len(messages), self._pool.num_workers, self._stack, least, most)
         ]
 
