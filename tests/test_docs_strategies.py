@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fed_dpsat import plugins
 from fed_dpsat.cli import app
+from fed_dpsat.testing.half import HALF_CHECKS
 from fed_dpsat.testing.strategy import CHECKS
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +32,9 @@ def tutorial(tmp_path, monkeypatch):
 
 
 def test_the_tutorial_is_short():
-    assert list(FILES) == ["bounded_mean.py", "test_bounded_mean.py"]
-    assert sum(len(text.splitlines()) for text in FILES.values()) <= 36
+    assert list(FILES) == ["bounded_mean.py", "test_bounded_mean.py", "blend.py", "test_blend.py"]
+    assert sum(len(text.splitlines()) for name, text in FILES.items() if "bounded_mean" in name) <= 36
+    assert sum(len(text.splitlines()) for name, text in FILES.items() if "blend" in name) <= 42
 
 
 def test_its_strategy_runs_by_its_command(tutorial):
@@ -54,6 +56,15 @@ def test_its_conformance_test_passes_and_can_fail(tutorial):
         names["test_it_conforms"]()
 
 
+def test_its_half_runs_by_its_command(tutorial):
+    (command,) = re.findall(r"fed-dpsat run --set strategy=blend(?:.*\\\n)*.*", TEXT)
+    _, *arguments = shlex.split(command.replace("\\\n", " "))
+    result = CliRunner().invoke(app, [*arguments, "--out", "run", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "personal_accuracy" in (tutorial / "run" / "summary.json").read_text()
+
+
 def test_it_names_every_check_strategy_and_attack():
-    for name in [*(check.__name__ for check in CHECKS), *plugins.builtin("strategy"), *plugins.builtin("attack")]:
+    checks = [check.__name__ for check in (*CHECKS, *HALF_CHECKS)]
+    for name in [*checks, *plugins.builtin("strategy"), *plugins.builtin("attack")]:
         assert f"`{name}`" in TEXT, name

@@ -16,17 +16,23 @@ import torch
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.form import difference, form_of
+from fed_dpsat.client.half import Records, received_by
+from fed_dpsat.client.half_round import steps_of_model
 from fed_dpsat.client.trial import try_client
 from fed_dpsat.device.data import own_data
 from fed_dpsat.device.journal import Refusal, Request
 from fed_dpsat.device.policy import Policy
 from fed_dpsat.device.release import release
-from fed_dpsat.errors import DataError, InputError
+from fed_dpsat.errors import DataError, InputError, SettingError
 from fed_dpsat.params import Params, flatten, unflatten
 from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.settings.config import MACHINE, RunConfig
 from fed_dpsat.step.loop import LocalResult
 from fed_dpsat.step.subspace import Coordinates, Span
+
+RECORDS = "records"
+"""In a stored reply, what the client's half sends beside the model."""
+NO_RECORDS: Records = {}
 
 ReadParams = Callable[[Params, Coordinates | Span | None], Params]
 """Reads the parameters of a message; raises ``Refusal`` unless they match those of the device, and its subspace."""
@@ -59,10 +65,11 @@ def train_round(
     read_params: ReadParams,
     proximal_mu: float = 0.0,
     form: Mapping[str, object] | None = None,
+    received: Records = NO_RECORDS,
 ) -> tuple[Assignment, LocalResult]:
-    """The assignment in ``record`` and its result; the parameters and the event may leave the device.
+    """The assignment in ``record`` and its result; parameters, records and the event may leave the device.
 
-    ``form`` is that of ``num_examples``.
+    ``form`` is that of ``num_examples``, ``received`` the records of ``receives``.
 
     Raises ``Refusal``, whose text may leave the device. The text of another error may contain data and must not leave.
     """
@@ -70,21 +77,23 @@ def train_round(
     assignment = policy.admit_assignment(record, config)
     check_form(policy, config, run, form)
     experiment = _experiment(policy, config, run)
+    _check_steps(experiment, assignment)
     params = read_params(experiment.shared(assignment.round), experiment.subspace(assignment.round))
     request = Request(
         run=str(run),
         round=assignment.round,
         attempt=assignment.attempt,
         settings=_digest({name: value for name, value in settings.items() if name not in MACHINE}),
-        digest=_digest(settings, record, params, {"proximal_mu": proximal_mu}),
+        digest=_digest(settings, record, params, {"proximal_mu": proximal_mu}, *received.values()),
     )
 
     def compute(state: bytes | None) -> tuple[bytes, bytes]:
         kept = None if state is None else unflatten(unpack(state))
         with intra_op_threads(policy.threads):
-            result = experiment.client_round(0, assignment, params, kept, proximal_mu)
+            result = experiment.client_round(0, assignment, params, kept, proximal_mu, received)
         counted = torch.tensor(result.nonfinite_examples)
         reply = {f"params/{name}": value for name, value in result.params.items()} | {"nonfinite": counted}
+        reply |= flatten({RECORDS: dict(result.records)}) if result.records else {}
         return pack(reply), pack(flatten(result.state))
 
     reply = unpack(
@@ -98,8 +107,22 @@ def train_round(
         )
     )
     nonfinite = int(reply.pop("nonfinite"))
-    released = {name.partition("/")[2]: value for name, value in reply.items()}
-    return assignment, LocalResult(params=released, state={}, event=assignment.event, nonfinite_examples=nonfinite)
+    added = unflatten({name: reply.pop(name) for name in list(reply) if name.startswith(f"{RECORDS}/")})
+    return assignment, LocalResult(
+        params={name.partition("/")[2]: value for name, value in reply.items()},
+        state={},
+        event=assignment.event,
+        nonfinite_examples=nonfinite,
+        records=added.get(RECORDS, {}),
+    )
+
+
+def receives(policy: Policy, run: int, config: RunConfig) -> Records:
+    """What the client's half of an admitted run receives beside the model; empty without one."""
+    if not config.local_models:
+        return {}
+    experiment = _experiment(policy, config, run)
+    return received_by(experiment.half, experiment.shared(1))
 
 
 @lru_cache(maxsize=1)
@@ -115,6 +138,14 @@ def _experiment(policy: Policy, config: RunConfig, run: int = 0) -> Experiment:
     except InputError as error:
         raise Refusal(str(error).replace(policy.start_from or "\0", "of the device")) from None
     return experiment
+
+
+def _check_steps(experiment: Experiment, assignment: Assignment) -> None:
+    try:
+        if experiment.half is not None:
+            steps_of_model(experiment.half, assignment.local_steps)
+    except SettingError as error:
+        raise Refusal(str(error)) from None
 
 
 def _check_size(policy: Policy, experiment: Experiment) -> None:

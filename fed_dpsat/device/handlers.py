@@ -33,9 +33,12 @@ Value = TypeVar("Value")
 
 NO_EVENT: Mapping[str, float] = {}
 WORDS = {"identity": "identity", "round": "a round"}
-KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SAME, "config"}
-"""Records that a message may hold. ``config`` comes from the strategy; a device reads ``proximal-mu`` of FedProx in it.
-Of ``SAME`` a device compares what the server declares of its data, and ignores the fingerprint.
+KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SENDS, records.SAME, "config"}
+"""Records that a message may hold, beside those that the client's half of a permitted strategy receives.
+
+``config`` comes from the strategy; a device reads ``proximal-mu`` of FedProx in it. Of ``SAME`` a device compares what
+the server declares of its data, and ignores the fingerprint. It sends what its own half declares, whatever ``SENDS``
+says of that.
 
 For a subspace a device sends only its coordinates, which are a function of the noised model.
 """
@@ -60,12 +63,14 @@ def train(message: Message, context: Context) -> RecordDict:
 
     def reply(policy: Policy) -> RecordDict:
         content = message.content
-        if unknown := set(content) - KNOWN:
+        config = policy.admit(context.run_id, context.run_config)
+        receives = client.receives(policy, context.run_id, config)
+        if unknown := set(content) - KNOWN - set(receives):
             raise Refusal(f"the message has a record {sorted(unknown)[0]!r}, which a device rejects; leave it out")
         assignment = content.config_records.get(records.ASSIGNMENT)
         if assignment is None:
             raise Refusal(f"the message has no {records.ASSIGNMENT!r} record; send one")
-        config = policy.admit(context.run_id, context.run_config)
+        received = {name: read_arrays(content.array_records.get(name), like, name) for name, like in receives.items()}
         within = _read(records.read_within, content)
         tune_allocator()
         done, result = client.train_round(
@@ -76,6 +81,7 @@ def train(message: Message, context: Context) -> RecordDict:
             lambda like, own: _fitting(within, own, read_arrays(content.array_records.get(records.ARRAYS), like)),
             _read(records.read_proximal_mu, content),
             _form(content),
+            received,
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts
         size = len(own_data(policy, context.run_id, config.task).train)
@@ -108,13 +114,13 @@ def _fitting(within: Coordinates | Span | None, own: Coordinates | Span | None, 
     return params
 
 
-def read_arrays(arrays: ArrayRecord | None, like: Params) -> Params:
+def read_arrays(arrays: ArrayRecord | None, like: Params, record: str = records.ARRAYS) -> Params:
     """The tensors of a message; raises ``Refusal`` unless names, shapes, types and lengths match ``like``.
 
     The check of the lengths comes before any allocation; nothing is unpickled.
     """
     if arrays is None:
-        raise Refusal(f"the message has no {records.ARRAYS!r} record; send the model")
+        raise Refusal(f"the message has no {record!r} record; send it")
     if len(arrays) != len(like) or list(arrays) != list(like):
         raise Refusal(
             f"the names of the {len(arrays)} arrays are not the {len(like)} of the model in order; send those"

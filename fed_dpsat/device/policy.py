@@ -31,7 +31,10 @@ SANE_NOISE = 1e6
 SANE_NUMBER = 2**31
 ARGUMENTS = ("model_args", "task_args", "optimizer_args", "clipping_args")
 """Settings whose text must be in the lists of the policy."""
-LISTS = ("models", "tasks", "adapters", "optimizers", "clippings", "noise_distributions", *ARGUMENTS)
+LISTS = (
+    *("models", "tasks", "adapters", "optimizers", "clippings", "noise_distributions", "strategies", "strategy_args"),
+    *ARGUMENTS,
+)
 SOURCES = {
     "images": ("folder", "parquet", "images", "function"),
     "table": ("csv", "jsonl", "parquet", "function"),
@@ -103,6 +106,10 @@ class Policy:
     optimizer_args: tuple[str, ...] = _key("permitted optimizer_args, as written; an empty list permits none", ())
     clippings: tuple[str, ...] = _key("permitted clipping rules", ("flat",))
     clipping_args: tuple[str, ...] = _key("permitted clipping_args, as written; an empty list permits none", ())
+    strategies: tuple[str, ...] = _key(
+        "strategies that may bring a client's half, code between the private steps; an empty list permits none", ()
+    )
+    strategy_args: tuple[str, ...] = _key("permitted strategy_args, as written; an empty list permits none", ())
     largest_parameters: int = _key("largest number of trained parameters", 50_000_000)
     largest_physical_batch_size: int = _key("largest number of per-example gradients in memory", 1024)
     release_counts: bool = _key("whether a run may count examples without a finite gradient; exact, not private", False)
@@ -232,6 +239,8 @@ class Policy:
         for name, allowed in [("adapter", self.adapters), *((name, getattr(self, name)) for name in ARGUMENTS)]:
             if given := getattr(config, name):
                 self._listed(name, given, allowed or ("none",))
+        if config.local_models:
+            self._half(config)
         self._listed("engine", config.engine, EXACT_ENGINES)
         self._bounded("clip_norm", config.clip_norm, 0, self.largest_clip_norm)
         self._bounded("delta", config.delta, 0, self.largest_delta)
@@ -243,6 +252,17 @@ class Policy:
             return dataclasses.replace(config, **own)
         except SettingError as error:
             raise Refusal(str(error)) from None
+
+    def _half(self, config: RunConfig) -> None:
+        """A strategy without a client's half is code of the server alone, which a device neither loads nor lists."""
+        if config.strategy not in self.strategies:
+            raise Refusal(
+                f"strategy={config.strategy!r} brings a client's half (local_models={config.local_models}), and the "
+                f"policy of this device allows {', '.join(self.strategies) or 'none'}; choose another one, or ask its "
+                "owner to add it to strategies"
+            )
+        if config.strategy_args:
+            self._listed("strategy_args", config.strategy_args, self.strategy_args or ("none",))
 
     def _start(self, config: RunConfig) -> dict[str, Any]:
         """Weights of frozen layers come from a file of the device; trained weights come in each message."""

@@ -37,6 +37,7 @@ from torch.nn import functional
 from fed_dpsat.accounting import PrivacyLedger, epsilon
 from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.client.build import Experiment
+from fed_dpsat.client.half import with_half
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.federation import run_federation
@@ -148,11 +149,14 @@ def check_unit(config: RunConfig) -> None:
 
 
 def check_private(config: RunConfig) -> None:
-    """Raise ``SettingError`` for a run without a guarantee."""
+    """Raise ``SettingError`` for a run without a guarantee, or with a client's half, which no game plays."""
     if not config.private:
         raise SettingError(
             "private", config.private, "true in an audit", "epsilon is infinite; there is no guarantee to test"
         )
+    if with_half(config).local_models:
+        remedy = "audit its optimizer with strategy=fedavg: a half sees only what that releases"
+        raise SettingError("strategy", config.strategy, "one of the server alone in an audit", remedy)
 
 
 def costliest_client(config: RunConfig) -> int:
