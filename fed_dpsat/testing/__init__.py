@@ -10,7 +10,7 @@ suite                   takes                                      tests that
 ``check_dataset``       ``() -> Dataset``                          it is finite, repeatable, and split
 ``check_partition``     ``(labels, num_clients, seed) -> parts``   clients share no example
 ``check_accountant``    ``(events, delta) -> epsilon``             epsilon is never too small
-``check_strategy``      ``() -> flwr Strategy``                    bad replies and charges are handled
+``check_strategy``      ``() -> flwr Strategy``                    replies, charges, a client's half
 ======================= ========================================== =====================================
 
 A suite runs small named checks with fixed seeds, in seconds, and returns their names. The first failure raises

@@ -25,6 +25,7 @@ from strategies.ditto import Ditto
 CONFIG = RunConfig(
     noise_multiplier=1.0,
     delta=1e-4,
+    accountant="rdp",
     model="mlp",
     partition="shards",
     num_clients=4,

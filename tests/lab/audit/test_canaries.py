@@ -123,6 +123,11 @@ def test_optimizers_whose_examples_no_canary_can_imitate():
         audit_one_run(RunConfig(**FAST, optimizer="dp-sat", base_optimizer="saf"))
 
 
+def test_a_clients_half_that_no_game_plays():
+    with pytest.raises(SettingError, match="strategy='ditto' is not one of the server alone in an audit"):
+        audit_one_run(RunConfig(**FAST, strategy="ditto"))
+
+
 def test_more_mislabelled_canaries_than_test_images():
     with pytest.raises(SettingError, match="at most 360"):
         audit_one_run(RunConfig(**FAST), attack="mislabelled", canaries=361)
