@@ -19,7 +19,10 @@ from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.settings.flat import SPECS
 
-PLUGINS = {"models": "model", "tasks": "task", "optimizers": "optimizer", "clippings": "clipping"}
+PLUGINS = {
+    **{"models": "model", "tasks": "task", "optimizers": "optimizer", "clippings": "clipping"},
+    "strategies": "strategy",
+}
 """By the list of a policy, the kind of its names."""
 LARGE_EPSILON = 20.0
 """A budget above this permits a likelihood ratio of 5e8 for one example."""
