@@ -7,7 +7,8 @@ arXiv 2111.09278, Algorithm 1 at the level of records; SCAFFOLD is arXiv 1910.06
 *Cost*: c_k is made of private gradients, so it is post-processing, and a round costs what it costs without it. Replies
 and messages are twice as large, and c_k has the noise of one round.
 
-*Bias*: none for equal weights: models and control variates of clients have the same weight, whatever their size.
+*Bias*: models and control variates of clients have the same weight, whatever their size. The change of a client whose
+reply is lost stays out of c.
 """
 
 from __future__ import annotations
