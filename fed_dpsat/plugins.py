@@ -39,6 +39,7 @@ from types import ModuleType
 from typing import Any
 
 from fed_dpsat.errors import InputError, RunError
+from fed_dpsat.left import moved, successor
 
 PACKAGES = {
     "optimizer": "fed_dpsat.step.optimizers",
@@ -137,6 +138,8 @@ def load(kind: str, name: str) -> Factory:
     table = builtin(kind) | stock(kind)
     if name in table:
         return table[name]
+    if instead := successor(kind, name):
+        raise PluginError(f"{kind}={name!r} is not a built-in {kind}; {instead}")
     near = difflib.get_close_matches(name, table, n=3, cutoff=0.4) or list(table)
     raise PluginError(
         f"{kind}={name!r} is not a built-in {kind}; did you mean {', '.join(near)}? "
@@ -236,7 +239,8 @@ def _load_dotted(kind: str, name: str) -> Factory:
     try:
         module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
     except ImportError as error:
-        raise PluginError(f"{kind}={name!r}: cannot import {target!r} ({error})") from error
+        said = f"{error}; {now}" if (now := moved(error.name)) else str(error)
+        raise PluginError(f"{kind}={name!r}: cannot import {target!r} ({said})") from error
     try:
         factory: Factory = getattr(module, attribute)
     except AttributeError:

@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 
 NO_EVENT: Mapping[str, float] = {}
 WORDS = {"identity": "identity", "round": "a round"}
-KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SENDS, records.SAME, "config"}
+KNOWN = {records.ARRAYS, records.ASSIGNMENT, records.SUBSPACE, records.SENDS, records.PROTOCOL, records.SAME, "config"}
 """Records that a message may hold, beside those that the client's half of a permitted strategy receives.
 
 ``config`` comes from the strategy; a device reads ``proximal-mu`` of FedProx in it. Of ``SAME`` a device compares what
@@ -52,6 +52,7 @@ def identify(message: Message, context: Context) -> RecordDict:
     """The number of the device and its declared number of examples, for a run that its policy admits."""
 
     def reply(policy: Policy) -> RecordDict:
+        _check_protocol(message.content)
         size = client.num_examples(policy, context.run_id, context.run_config, _form(message.content))
         return records.identity_content(policy.client, size)
 
@@ -63,6 +64,7 @@ def train(message: Message, context: Context) -> RecordDict:
 
     def reply(policy: Policy) -> RecordDict:
         content = message.content
+        _check_protocol(content)
         config = policy.admit(context.run_id, context.run_config)
         receives = client.receives(policy, context.run_id, config)
         if unknown := set(content) - KNOWN - set(receives):
@@ -90,6 +92,10 @@ def train(message: Message, context: Context) -> RecordDict:
         return codec.encode(found, start, config.update_codec, config.update_share, within)
 
     return _logged(context, "round", reply)
+
+
+def _check_protocol(content: RecordDict) -> None:
+    _read(lambda content: records.check_protocol(content, "this device"), content)
 
 
 def _read(reader: Callable[[RecordDict], Value], content: RecordDict) -> Value:

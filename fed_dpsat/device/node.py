@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import closing
-from importlib.metadata import version
 from logging import getLevelNamesMapping, getLogger
 from pathlib import Path
 from types import FrameType
@@ -28,6 +27,7 @@ from types import FrameType
 from flwr.app import Context, Error, Message
 
 from fed_dpsat.accounting import PrivacyLedger
+from fed_dpsat.client.protocol import PACKAGE
 from fed_dpsat.device.check import address, authority, problems
 from fed_dpsat.device.data import check_tokenizer
 from fed_dpsat.device.joining import ServerError, alone, join
@@ -43,7 +43,6 @@ from fed_dpsat.run import logs
 
 log = getLogger("fed_dpsat")
 
-PACKAGE = "fed-dpsat"
 POLL_SECONDS = 0.2
 MOST_AT_A_TIME = 32
 _COMPUTING = threading.Lock()
@@ -133,14 +132,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def other_version(run: compat.Run) -> str:
-    """The reason against a run of another app, or of another version of this app; "" for a matching run."""
-    mine = version(PACKAGE)
+def other_app(run: compat.Run) -> str:
+    """The reason against a run of another app; "" for one of this app, whose messages state its version."""
     name = run.fab_id.rpartition("/")[2]
     if name != PACKAGE:
         return f"the run is of the app {run.fab_id!r}, this device serves only {PACKAGE!r}"
-    if run.fab_version != mine:
-        return f"the server runs {PACKAGE} {run.fab_version}, this device has {mine}; install the same on both"
     return ""
 
 
@@ -164,7 +160,7 @@ def serve_message(address: str, token: str, task_id: int, policy_path: Path, pol
 
 def _reply(message: Message, context: Context, run: compat.Run, policy_path: Path, policy: Policy) -> Message:
     context.node_config = {**context.node_config, records.POLICY: str(policy_path)}
-    if reason := other_version(run):
+    if reason := other_app(run):
         device_log(Path(policy.folder), policy.log_format).warning("run %s: refused: %s", run.run_id, one_line(reason))
         return Message(Error(compat.ErrorCode.CLIENT_APP_RAISED_EXCEPTION, one_line(reason)), reply_to=message)
     return answer(app, message, context)

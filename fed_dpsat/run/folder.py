@@ -46,6 +46,7 @@ import torch
 
 from fed_dpsat.accounting import storage
 from fed_dpsat.accounting.ledger import PrivacyLedger
+from fed_dpsat.client import protocol
 from fed_dpsat.errors import RunError, SettingError, written
 from fed_dpsat.params import Params
 from fed_dpsat.run.extension import changed_settings, check_resumed, stored
@@ -69,6 +70,8 @@ OWN = (
 """What a run, its loggers and the commands that read it write, in the order in which ``prepare`` has it deleted: a
 deletion that is interrupted leaves a folder that can be prepared again."""
 PACKAGES = ("fed-dpsat", "torch", "torchvision", "flwr", "ray", "dp-accounting", "opacus", "numpy", "randomgen")
+NUMERICS = ("torch", "numpy", "randomgen")
+"""Packages that decide the bits of a run."""
 EXTRAS = ("timm", "transformers", "peft")
 """Packages whose networks a run may train, if they are installed."""
 
@@ -176,9 +179,10 @@ class RunFolder:
     def open(self, config: RunConfig, *, objects: Sequence[str] = (), inputs: Sequence[Input] = ()) -> None:
         """Create the folder and write its first files; ``objects`` names the arguments that are Python objects.
 
-        Raises ``SettingError`` if a resumed run has other settings or other ``inputs`` than before.
+        Raises ``SettingError`` if a resumed run has another version, other settings or other ``inputs`` than before.
         """
         if self.resumes:
+            self.check_version(setting="resume", value=True, again="start a new run")
             begun = self.config().with_absolute_paths()  # an older version left names of plug-ins as they were
             self.check_settings(config)
             if one := difference(self.inputs(), inputs):
@@ -210,6 +214,17 @@ class RunFolder:
         for one in earlier:
             with written(one):
                 shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink(missing_ok=True)
+
+    def check_version(self, *, setting: str, value: object, again: str) -> None:
+        """Raise ``SettingError`` for a run of a version that computes other bits; warn of other ``NUMERICS``."""
+        environment = json.loads((self.path / "environment.json").read_text())
+        began = environment["packages"]
+        said = {"version": began[protocol.PACKAGE], "protocol": environment.get("protocol")}
+        if found := protocol.difference(said, f"{self.path} began with", "this is"):
+            raise SettingError(setting, value, f"possible to the same bits: {found}", f"use that version, or {again}")
+        now = versions()
+        if others := [f"{name} {began[name]} and not {now[name]}" for name in NUMERICS if began[name] != now[name]]:
+            log.warning("%s began with %s: later rounds can have other bits", self.path, ", ".join(others))
 
     def check_settings(self, now: RunConfig) -> None:
         """Raise ``SettingError`` unless the run in this folder can go on with the settings ``now``."""
@@ -243,7 +258,7 @@ class RunFolder:
                 "run",
                 str(self.path),
                 "a run with a list of its plug-ins and data (inputs.json)",
-                "continue with the version that started it, or start a new run",
+                "use the version that started it, or start a new run",
             )
         return [Input(**one) for one in json.loads(path.read_text())]
 
@@ -335,6 +350,7 @@ def surroundings() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "packages": versions(),
+        "protocol": protocol.PROTOCOL,
     }
 
 

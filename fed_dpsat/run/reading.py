@@ -59,7 +59,7 @@ def load_run(path: str | Path) -> Run:
         environment=environment or {},
         rounds=tuple(rounds),
         timing=tuple(timing),
-        summary=summary or {},
+        summary={"noise_distribution": config.noise_distribution, **summary} if summary else {},  # 0.1.0 knew one
         quality=quality,
         simulation=_object(path / "simulation.json"),
         sharpness=_object(path / "sharpness.json"),

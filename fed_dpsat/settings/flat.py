@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.errors import SettingError
+from fed_dpsat.left import successor
 from fed_dpsat.settings.combinations import Settings
 from fed_dpsat.settings.paths import beside
 from fed_dpsat.settings.values import Scalar
 
 SPECS = {spec.name: spec for spec in dataclasses.fields(Settings)}
 """Every setting by its name, in order."""
-RENAMED = {"image_column": "input_columns"}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -56,8 +56,7 @@ def check_names(values: Mapping[str, Any]) -> None:
         if key not in SPECS:
             near = difflib.get_close_matches(key, SPECS, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else "`fed-dpsat run --help-all` lists them"
-            hint = f"it is {RENAMED[key]} now" if key in RENAMED else hint
-            raise SettingError(key, values[key], "a setting", hint)
+            raise SettingError(key, values[key], "a setting", successor(key) or hint)
 
 
 def _parse(key: str, text: str) -> Scalar:

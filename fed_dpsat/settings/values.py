@@ -8,6 +8,7 @@ import math
 from typing import Any, NoReturn
 
 from fed_dpsat.errors import SettingError
+from fed_dpsat.left import successor
 from fed_dpsat.settings.paths import Placed
 
 Scalar = bool | int | float | str
@@ -40,7 +41,8 @@ def check_value(spec: dataclasses.Field[Any], value: object) -> None:
     if limits["choices"] and value not in limits["choices"]:
         near = difflib.get_close_matches(str(value), limits["choices"], n=1)
         bound = f"one of {', '.join(limits['choices'])}"
-        raise SettingError(spec.name, value, bound, f"did you mean {near[0]}?" if near else remedy)
+        near_name = f"did you mean {near[0]}?" if near else remedy
+        raise SettingError(spec.name, value, bound, successor(spec.name, value) or near_name)
     if kind != "str" and not (limits["above"] < value and limits["least"] <= value <= limits["most"]):
         low = f"above {limits['above']:g}" if limits["above"] > -math.inf else f"at least {limits['least']:g}"
         high = f" and at most {limits['most']:g}" if limits["most"] < math.inf else ""

@@ -73,6 +73,7 @@ def simulate(
     path = Path(named) if named else fresh(dataset.name if isinstance(dataset, Dataset) else config.dataset)
     folder = RunFolder(path, resume=config.resume, overwrite=overwrite)
     if config.resume:
+        folder.check_version(setting="resume", value=True, again="start a new run")
         folder.check_files(setting="resume", value=True, again="start a new run")
     if config.tune_malloc:
         tune_allocator()

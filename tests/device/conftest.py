@@ -47,6 +47,7 @@ def examples():
 SETTINGS = RunConfig(
     dataset="pixels", noise_source="system", noise_multiplier=2.0, delta=1e-4, sample_rate=0.5, num_clients=3
 ).settings()
+STATED = records.protocol_content()
 ASSIGNMENT = Assignment(round=1, event=PrivacyEvent(noise_multiplier=2.0, sample_rate=0.5, steps=2))
 
 
@@ -71,7 +72,11 @@ class Device:
         kept = [line for line in lines if line.partition(" ")[0] not in changes]
         self.policy_path.write_text("\n".join([*kept, *(f"{k} = {v}" for k, v in changes.items())]))
 
-    def send(self, content: RecordDict, kind: str = MessageType.TRAIN, *, run=7, node=5, settings=None) -> Message:
+    def send(
+        self, content: RecordDict, kind: str = MessageType.TRAIN, *, run=7, node=5, settings=None, stated=STATED
+    ) -> Message:
+        """``stated`` is what the server says of itself unless it is in ``content``."""
+        content = RecordDict({**stated, **content})
         compat.identify_process(run_id=run, node_id=node)
         context = Context(
             run_id=run,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fed_dpsat.errors import DataError, SettingError
-from fed_dpsat.settings.flat import RENAMED
+from fed_dpsat.left import successor
 
 RULES = ("test_path", "split_column", "test_share", "all_private")
 REMEDY = "name the public test split: test_path, test_share, or split_column in dataset_args"
@@ -81,7 +81,7 @@ class Place:
                     name,
                     value,
                     "an argument of this data set",
-                    f"it is the setting {RENAMED[name]}" if name in RENAMED else hint,
+                    successor(name) or hint,
                 )
             check_types(type(known[name].default), **{name: value})
         # without a share the seed decides nothing, and each seed would have a cache of its own

@@ -11,7 +11,8 @@ record                   type         content                                   
 ``fed_dpsat.event``      ConfigRecord client, round, attempt and the PrivacyEvent  to the server
 ``metrics``              MetricRecord ``num-examples``, declared public            to the server
 ``fed_dpsat.secure``     ConfigRecord a phase of secure aggregation, if asked for  both
-``fed_dpsat.identity``   ConfigRecord client and num_examples of a node            to the server
+``fed_dpsat.identity``   ConfigRecord client, num_examples, protocol of a node     to the server
+``fed_dpsat.protocol``   ConfigRecord protocol and version of the server           to the client
 ``fed_dpsat.same``       ConfigRecord fingerprint of the server's experiment; form to the client
 of a half's own name     ArrayRecord  what a client's half receives, or sends      both
 ======================== ============ ============================================ =============
@@ -44,6 +45,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fed_dpsat.accounting.event import History, PrivacyEvent, merge
+from fed_dpsat.client import protocol
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.flower.wire import compat
 from fed_dpsat.flower.wire.arrays import read_array
@@ -62,6 +64,7 @@ SUBSPACE = "fed_dpsat.subspace"
 SENDS = "fed_dpsat.sends"
 EVENT = "fed_dpsat.event"
 IDENTITY = "fed_dpsat.identity"
+PROTOCOL = "fed_dpsat.protocol"
 SAME = "fed_dpsat.same"
 STATE = "fed_dpsat.state"
 HISTORY = "fed_dpsat.history"
@@ -303,14 +306,28 @@ def read_metrics(content: RecordDict, *, release_counts: bool = False) -> dict[s
 
 
 def same_content(same: Mapping[str, str]) -> RecordDict:
-    """What the server's experiment has to have in common with a client's, for a message; empty for nothing."""
-    return RecordDict({SAME: ConfigRecord(dict(same))} if same else {})
+    """What the server's process has to have in common with a client's, for a message; empty for nothing."""
+    return RecordDict({SAME: ConfigRecord(dict(same)), **protocol_content()} if same else {})
+
+
+def protocol_content() -> RecordDict:
+    """The protocol of this process, for a message."""
+    return RecordDict({PROTOCOL: ConfigRecord(dict(protocol.stated()))})
+
+
+def check_protocol(content: RecordDict, own: str) -> None:
+    """Raise ``RecordError`` unless the server states the protocol of this process, which is called ``own``."""
+    if said := protocol.difference(config_in(content, PROTOCOL) or {}, "the server has", f"{own} has"):
+        raise RecordError(f"{said}; install the same version on both. Nothing was computed or charged here")
 
 
 def check_same(content: RecordDict, fingerprint: str) -> None:
-    """Raise ``RecordError`` if the message has another fingerprint."""
+    """Raise ``RecordError`` if the message has another protocol or fingerprint; only if it has a fingerprint."""
     record = config_in(content, SAME)
-    if record is not None and record.get("sha256") != fingerprint:
+    if record is None:
+        return
+    check_protocol(content, "this client")
+    if record.get("sha256") != fingerprint:
         raise RecordError(
             "this process made other data, another partition or other frozen weights of the run's names than the "
             "server: a plug-in has to make the same each time, from the seed that it is given; a node with data of "
@@ -319,15 +336,19 @@ def check_same(content: RecordDict, fingerprint: str) -> None:
 
 
 def identity_content(client: int, num_examples: int) -> RecordDict:
-    """The identity of a node: its client and the size of that client."""
-    return RecordDict({IDENTITY: ConfigRecord({"client": client, "num_examples": num_examples})})
+    """The identity of a node: its client, the size of that client, and its protocol."""
+    own = {"client": client, "num_examples": num_examples, **protocol.stated()}
+    return RecordDict({IDENTITY: ConfigRecord(own)})
 
 
 def read_identity(reply: Message) -> int:
-    """The client of a node; raises ``RecordError`` for a reply without one."""
+    """The client of a node; raises ``RecordError`` for a reply without one, or of another protocol."""
     if reply.has_error():
         raise RecordError(reply.error.reason or f"error {reply.error.code}")
-    client = _config(reply.content, IDENTITY).get("client")
+    identity = _config(reply.content, IDENTITY)
+    if said := protocol.difference(identity, "it has", "this server has"):
+        raise RecordError(f"{said}; install the same version on both. It was not charged")
+    client = identity.get("client")
     if not isinstance(client, int):
         raise RecordError("no client in the identity")
     return client

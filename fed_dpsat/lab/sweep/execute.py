@@ -59,15 +59,17 @@ def execute(attempt: Attempt) -> Result:
 def completed(folder: Path) -> dict[str, Any]:
     """The summary of the run in ``folder``; empty if it is not complete.
 
-    Raises ``SettingError`` if a plug-in or input file of a complete run has changed since: its result would not be
-    comparable. An incomplete run starts again with the new files.
+    Raises ``SettingError`` if the version of this project, a plug-in or an input file of a complete run has changed
+    since: its result would not be comparable. An incomplete run starts again with the new files.
     """
     if not (folder / "config.toml").exists():
         return {}
     run = RunFolder(folder, resume=True)
     if (summary := run.summary()).get("status") != "completed":
         return {}
-    run.check_files(setting="out", value=str(folder.parent.parent), again="name another folder with --out")
+    how: dict[str, Any] = {"setting": "out", "value": str(folder.parent.parent)}
+    run.check_version(**how, again="name another folder with --out")
+    run.check_files(**how, again="name another folder with --out")
     return summary
 
 

@@ -32,6 +32,7 @@ from typing import Any
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.lab.sweep.spec import DEFAULTS, KNOWN, Axis, Spec, SweepError
+from fed_dpsat.left import successor
 from fed_dpsat.run.metric import metrics_of, task_of
 from fed_dpsat.settings.flat import SPECS, parse_overrides
 from fed_dpsat.settings.paths import beside
@@ -200,7 +201,7 @@ def _known(what: str, names: Iterable[str], known: Iterable[str], where: str, ot
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else otherwise or f"choose of {', '.join(known[:12])}"
-            raise SweepError(f"{where}: {name!r} is not a {what}; {hint}")
+            raise SweepError(f"{where}: {name!r} is not a {what}; {successor(name) or hint}")
 
 
 def _allowed(names: Iterable[str], where: str) -> None:

@@ -218,7 +218,7 @@ def test_a_label_outside_its_declared_set_is_refused_by_file_and_row(build, writ
         ("columns = {age = {}}", {"columns_file": "no.toml"}, "possible with columns"),
         ("", {"columns_file": "no.toml"}, "a readable TOML file"),
         ("columns = {age = {}}, encoding = 'hot'", {}, "one of one-hot, codes"),
-        ("columns = {age = {}}, image_column = 'x'", {}, "it is the setting input_columns"),
+        ("columns = {age = {}}, image_column = 'x'", {}, "it is input_columns now"),
         ("columns = {age = {}}, delimitr = 'x'", {}, "did you mean delimiter"),
         ("columns = {age = {}}, delimiter = 3", {}, "of type str"),
     ],
