@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # A test has one thread, so two processes take two cores. PYTEST_ADDOPTS="-n 0" runs tests in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: run test test-slow test-all quick check docs install clean
+.PHONY: run test test-slow test-all quick check docs release install clean
 
 run: install
 	$(BIN)/fed-dpsat run simulations/digits_dpsat.toml --out $(OUT)
@@ -34,6 +34,10 @@ check: install
 docs: install
 	$(BIN)/python -m tools.reference
 	$(BIN)/zensical build --strict
+
+# Into dist/: sdist, wheel and documentation, checked in an empty environment; uploads nothing.
+release: install
+	$(BIN)/python -m tools.release
 
 install: $(INSTALLED)
 

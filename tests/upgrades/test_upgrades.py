@@ -102,7 +102,7 @@ def test_a_run_is_not_continued_to_other_bits_and_says_so(written, overrides):
 
 
 def test_a_complete_run_does_not_count_in_a_sweep_that_goes_on(written):
-    with pytest.raises(SettingError, match="began with fed-dpsat 0.1.0.* name another folder with --out") as error:
+    with pytest.raises(SettingError, match=r"began with fed-dpsat 0\.1\.0.* name another folder with --out") as error:
         completed(complete(written))
     one_line(error)
 
@@ -197,7 +197,7 @@ def test_a_strategy_that_left_names_its_successor(name):
 def test_a_plug_in_that_imports_a_module_that_moved_is_told_its_place(tmp_path):
     (tmp_path / "mine.py").write_text("from fed_dpsat.optimizers.dpsgd import DPSGD\n")
     for name in (f"{tmp_path / 'mine.py'}:DPSGD", "fed_dpsat.optimizers.dpsgd:DPSGD"):
-        with pytest.raises(PluginError, match="fed_dpsat.optimizers is fed_dpsat.step.optimizers now"):
+        with pytest.raises(PluginError, match=r"fed_dpsat\.optimizers is fed_dpsat\.step\.optimizers now"):
             plugins.load("optimizer", name)
 
 
