@@ -105,7 +105,7 @@ def try_out(python: Path, version: str, folder: Path) -> None:
     if said != f"fed-dpsat {version}":
         raise ReleaseError(f"fed-dpsat --version says {said!r}, and pyproject.toml {version}")
     for command, *arguments in TRIED:
-        print(f"  {' '.join((command, *arguments))}", flush=True)
+        print(f"  {' '.join((command, *arguments))}".format(packages="SITE-PACKAGES"), flush=True)
         _said([python.parent / command, *(one.format(packages=_packages(python)) for one in arguments)], folder)
 
 

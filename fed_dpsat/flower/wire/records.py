@@ -312,7 +312,7 @@ def same_content(same: Mapping[str, str]) -> RecordDict:
 
 def protocol_content() -> RecordDict:
     """The protocol of this process, for a message."""
-    return RecordDict({PROTOCOL: ConfigRecord(dict(protocol.stated()))})
+    return RecordDict({PROTOCOL: ConfigRecord({**protocol.stated()})})
 
 
 def check_protocol(content: RecordDict, own: str) -> None:
@@ -337,7 +337,7 @@ def check_same(content: RecordDict, fingerprint: str) -> None:
 
 def identity_content(client: int, num_examples: int) -> RecordDict:
     """The identity of a node: its client, the size of that client, and its protocol."""
-    own = {"client": client, "num_examples": num_examples, **protocol.stated()}
+    own: dict[str, ConfigRecordValues] = {"client": client, "num_examples": num_examples, **protocol.stated()}
     return RecordDict({IDENTITY: ConfigRecord(own)})
 
 
