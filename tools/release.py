@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -104,6 +105,9 @@ def try_out(python: Path, version: str, folder: Path) -> None:
     said = _said([python.parent / "fed-dpsat", "--version"], folder)
     if said != f"fed-dpsat {version}":
         raise ReleaseError(f"fed-dpsat --version says {said!r}, and pyproject.toml {version}")
+    place = _said([python, "-c", "import fed_dpsat; print(fed_dpsat.__file__)"], folder)
+    if not Path(place).is_relative_to(_packages(python)):
+        raise ReleaseError(f"the wheel is not what is tried: fed_dpsat is at {place}")
     for command, *arguments in TRIED:
         print(f"  {' '.join((command, *arguments))}".format(packages="SITE-PACKAGES"), flush=True)
         _said([python.parent / command, *(one.format(packages=_packages(python)) for one in arguments)], folder)
@@ -159,10 +163,13 @@ def _step(text: str) -> None:
 
 def _said(command: Sequence[str | Path], folder: Path) -> str:
     """What ``command`` prints in ``folder``; raises ``ReleaseError`` with its output if it fails."""
-    done = subprocess.run([str(one) for one in command], cwd=folder, capture_output=True, text=True, check=False)
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+    }  # PYTHONPATH hides faults
+    words = [str(one) for one in command]
+    done = subprocess.run(words, cwd=folder, env=own, capture_output=True, text=True, check=False)
     if done.returncode:
-        text = " ".join(str(one) for one in command)
-        raise ReleaseError(f"{text} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise ReleaseError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout.strip()
 
 
