@@ -95,7 +95,7 @@ def train(message: Message, context: Context) -> RecordDict:
 
 
 def _check_protocol(content: RecordDict) -> None:
-    _read(lambda content: records.check_protocol(content, "this device"), content)
+    _read(lambda sent: records.check_protocol(sent, "this device"), content)
 
 
 def _read(reader: Callable[[RecordDict], Value], content: RecordDict) -> Value:

@@ -99,6 +99,8 @@ def make_client_app(provider: Provider) -> ClientApp:
     def identify(message: Message, context: Context) -> Message:
         if records.POLICY in context.node_config:
             return Message(_wing(DEVICE).identify(message, context), reply_to=message)
+        if context.run_id != compat.SIMULATION_RUN_ID:  # where the code of the server is that of this process
+            records.check_protocol(message.content, "this client")
         experiment, client = provider(context.run_config), _client(context)
         _check_same(experiment, message)
         if not any(one is experiment for one in tried):  # once, before the server charges for anything

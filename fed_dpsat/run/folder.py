@@ -223,7 +223,7 @@ class RunFolder:
         if found := protocol.difference(said, f"{self.path} began with", "this is"):
             raise SettingError(setting, value, f"possible to the same bits: {found}", f"use that version, or {again}")
         now = versions()
-        if others := [f"{name} {began[name]} and not {now[name]}" for name in NUMERICS if began[name] != now[name]]:
+        if others := [f"{name} {began[name]} (now {now[name]})" for name in NUMERICS if began[name] != now[name]]:
             log.warning("%s began with %s: later rounds can have other bits", self.path, ", ".join(others))
 
     def check_settings(self, now: RunConfig) -> None:

@@ -41,8 +41,8 @@ def check_value(spec: dataclasses.Field[Any], value: object) -> None:
     if limits["choices"] and value not in limits["choices"]:
         near = difflib.get_close_matches(str(value), limits["choices"], n=1)
         bound = f"one of {', '.join(limits['choices'])}"
-        near_name = f"did you mean {near[0]}?" if near else remedy
-        raise SettingError(spec.name, value, bound, successor(spec.name, value) or near_name)
+        hint = f"did you mean {near[0]}?" if near else remedy
+        raise SettingError(spec.name, value, bound, successor(spec.name, value) or hint)
     if kind != "str" and not (limits["above"] < value and limits["least"] <= value <= limits["most"]):
         low = f"above {limits['above']:g}" if limits["above"] > -math.inf else f"at least {limits['least']:g}"
         high = f" and at most {limits['most']:g}" if limits["most"] < math.inf else ""

@@ -10,6 +10,7 @@ from torch import nn
 
 from fed_dpsat.accounting import PrivacyEvent, epsilon
 from fed_dpsat.accounting.event import CLIENTS
+from fed_dpsat.client import protocol
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.flower.client_app import app, from_run_config, make_client_app
@@ -49,9 +50,18 @@ def test_nothing_leaves_but_what_the_table_in_records_lists(experiment, context)
     assert records.read_event(content) == (1, 1, 0, ASSIGNMENT.event)
 
 
-def test_identity_is_partition_and_declared_size(experiment, context):
+def test_identity_is_partition_declared_size_and_protocol(experiment, context):
     reply = ask(experiment, context, message_type=MessageType.QUERY)
-    assert dict(reply.content[records.IDENTITY]) == {"client": 1, "num_examples": len(experiment.partitions[1])}
+    size = len(experiment.partitions[1])
+    assert dict(reply.content[records.IDENTITY]) == {"client": 1, "num_examples": size, **protocol.stated()}
+
+
+def test_on_a_network_a_server_without_a_protocol_does_not_learn_who_a_client_is(experiment, context):
+    context.run_id = 7
+    reply = ask(experiment, context, message_type=MessageType.QUERY)
+    assert "the server has fed-dpsat 0.1.0 or older, this client has" in reply.error.reason
+    same = records.same_content({"sha256": experiment.fingerprint})
+    assert not ask(experiment, context, message_type=MessageType.QUERY, **same).has_error()
 
 
 def test_a_node_that_cannot_train_does_not_join(context):

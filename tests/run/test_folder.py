@@ -10,6 +10,7 @@ import torch
 
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.accounting.ledger import LedgerError, PrivacyLedger
+from fed_dpsat.client.protocol import PROTOCOL
 from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.run.folder import PACKAGES, Checkpoint, RunFolder, jsonable, prepare, versions
 from fed_dpsat.settings.config import RunConfig
@@ -180,3 +181,29 @@ def test_rounds_are_read_back_without_a_line_that_was_cut_short(tmp_path):
     folder.append_round({"round": 0, "epsilon": float("inf")}, {"round": 0})
     (tmp_path / "rounds.jsonl").open("a").write('{"round": 1, "eps')
     assert folder.rounds() == [{"round": 0, "epsilon": "inf"}]
+
+
+RESUMED = {"setting": "resume", "value": True, "again": "start a new run"}
+
+
+def test_a_run_of_another_protocol_is_not_continued(tmp_path):
+    folder = begun(tmp_path / "run")
+    folder.check_version(**RESUMED)
+    path = folder.path / "environment.json"
+    environment = json.loads(path.read_text())
+    path.write_text(json.dumps({**environment, "protocol": PROTOCOL + 1}))
+    resumed = RunFolder(folder.path, resume=True)
+    for refused in (lambda: folder.check_version(**RESUMED), lambda: resumed.open(resumed.config())):
+        with pytest.raises(SettingError, match=r"not possible to the same bits: .*/run began with fed-dpsat"):
+            refused()
+
+
+def test_other_packages_that_decide_bits_are_told(tmp_path, caplog):
+    folder = begun(tmp_path / "run")
+    folder.check_version(**RESUMED)
+    assert not caplog.records
+    path = folder.path / "environment.json"
+    environment = json.loads(path.read_text())
+    path.write_text(json.dumps({**environment, "packages": {**environment["packages"], "torch": "1.0"}}))
+    folder.check_version(**RESUMED)
+    assert f"began with torch 1.0 (now {versions()['torch']}): later rounds can have other bits" in caplog.text

@@ -322,7 +322,7 @@ def check_protocol(content: RecordDict, own: str) -> None:
 
 
 def check_same(content: RecordDict, fingerprint: str) -> None:
-    """Raise ``RecordError`` if the message has another protocol or fingerprint; only if it has a fingerprint."""
+    """Raise ``RecordError`` if the message has a fingerprint, and that or its protocol is another one."""
     record = config_in(content, SAME)
     if record is None:
         return

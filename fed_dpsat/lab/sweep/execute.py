@@ -67,9 +67,9 @@ def completed(folder: Path) -> dict[str, Any]:
     run = RunFolder(folder, resume=True)
     if (summary := run.summary()).get("status") != "completed":
         return {}
-    how: dict[str, Any] = {"setting": "out", "value": str(folder.parent.parent)}
-    run.check_version(**how, again="name another folder with --out")
-    run.check_files(**how, again="name another folder with --out")
+    out, again = str(folder.parent.parent), "name another folder with --out"
+    run.check_version(setting="out", value=out, again=again)
+    run.check_files(setting="out", value=out, again=again)
     return summary
 
 
