@@ -53,8 +53,10 @@ def copied(setting: str, given: Given, memo: dict[int, Any] | None = None) -> Gi
 
 
 def refuse_names(**given: Any) -> None:
-    """Raise ``SettingError`` for a name among the ``given`` objects, by setting: it belongs in the configuration."""
+    """Raise ``SettingError`` for a name or a class among the ``given`` objects, by setting."""
     for setting, value in given.items():
+        if isinstance(value, type):
+            raise SettingError(setting, value.__name__, "an object", f"it is a class; call it: {value.__name__}(...)")
         if isinstance(value, str):
             raise SettingError(setting, value, "an object", f"give a name to RunConfig({setting}={value!r})")
 

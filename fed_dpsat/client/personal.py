@@ -55,6 +55,13 @@ def personal_names(params: Params, personal_layers: str, tensors: Mapping[str, s
                 f"did you mean {', '.join(near)}? 'head' is the last one",
             )
         found |= matches
+    if not params:
+        raise SettingError(
+            "model",
+            "without a parameter that learns",
+            "a network with parameters to train",
+            "call requires_grad_(True) on those, or choose other train_layers",
+        )
     if found >= params.keys():
         raise SettingError(
             "personal_layers",

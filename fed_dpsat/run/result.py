@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,11 @@ class Run(Mapping[str, Any]):
         return self.path
 
     def __getitem__(self, key: str) -> Any:
+        if key not in self.summary:
+            near = difflib.get_close_matches(key, self.summary, n=3, cutoff=0.5)
+            raise KeyError(
+                f"{key!r} is not in the summary of {self.path}; did you mean {', '.join(near)}?" if near else key
+            )
         return self.summary[key]
 
     def __iter__(self) -> Iterator[str]:

@@ -17,6 +17,21 @@ from fed_dpsat.settings.values import Scalar
 
 SPECS = {spec.name: spec for spec in dataclasses.fields(Settings)}
 """Every setting by its name, in order."""
+ELSEWHERE = {
+    "batch_size": "sample_rate: a batch is a Poisson sample; expected size / number of examples of a client",
+    "client_resources": "threads_per_client and gpus_per_worker",
+    "epochs": "local_epochs, or local_steps",
+    "fraction_train": "clients_per_round, a number of clients",
+    "learning_rate": "lr",
+    "local_batch_size": "sample_rate: a batch is a Poisson sample; expected size / number of examples of a client",
+    "max_grad_norm": "clip_norm",
+    "max_physical_batch_size": "physical_batch_size",
+    "min_available_nodes": "join_timeout, the time until all clients must have joined",
+    "min_train_nodes": "min_clients",
+    "num_supernodes": "num_clients",
+    "target_delta": "delta",
+}
+"""What has another name in Flower or Opacus, and its name here."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -56,6 +71,7 @@ def check_names(values: Mapping[str, Any]) -> None:
         if key not in SPECS:
             near = difflib.get_close_matches(key, SPECS, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else "`fed-dpsat run --help-all` lists them"
+            hint = f"it is {ELSEWHERE[key]}" if key in ELSEWHERE else hint
             raise SettingError(key, values[key], "a setting", successor(key) or hint)
 
 

@@ -67,6 +67,9 @@ def simulate(
     ``partition`` is a list of indices of training examples for each client. The run calls
     ``on_round`` with each line of ``rounds.jsonl``. Raises the errors of ``Experiment.build`` and ``run_federation``.
     """
+    if not isinstance(config, RunConfig):
+        remedy = "RunConfig.load(FILE) reads a TOML file, RunConfig(num_rounds=5, ...) takes settings"
+        raise SettingError("config", f"a {type(config).__name__}", "a RunConfig", remedy)
     named = str(out or config.out)
     if config.resume and not named:
         raise SettingError("resume", True, "possible without the folder of a run", "name it as out")
@@ -112,22 +115,23 @@ def _shown(experiment: Experiment, on_round: OnRound | None, progress: bool) -> 
 
 
 def resume(
-    run: str | Path,
+    run: str | Path | Run,
     *,
     overrides: Mapping[str, Scalar] | None = None,
     on_round: OnRound | None = None,
     progress: bool = True,
 ) -> Run:
-    """Continue the run in the folder ``run``; ``overrides`` may change settings of the machine, or extend the run.
+    """Continue ``run``, or the run in that folder; ``overrides`` may change settings of the machine, or extend it.
 
     For a complete run without changed settings it changes nothing. Raises ``SettingError`` for a folder without a
     run, for a run with objects from Python, and for settings that cannot change (``run.extension``).
     """
-    folder = RunFolder(Path(run), resume=True)
+    path = run.path if isinstance(run, Run) else Path(run)
+    folder = RunFolder(path, resume=True)
     if objects := folder.objects():
         raise SettingError(
             "run",
-            str(run),
+            str(path),
             "described by its settings alone",
             f"{', '.join(objects)} came from Python; give them again, to simulate(RunConfig(..., resume=True), ...)",
         )
@@ -140,8 +144,8 @@ def resume(
             if getattr(begun, name) != value:
                 remedy = f"a larger num_rounds extends it: --set num_rounds={begun.num_rounds + 1}"
                 raise SettingError(name, value, f"of any effect in {run}, which is complete", remedy)
-        return load_run(run)
-    return simulate(config, run, on_round=on_round, progress=progress)
+        return load_run(path)
+    return simulate(config, path, on_round=on_round, progress=progress)
 
 
 @contextmanager

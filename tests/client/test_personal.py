@@ -179,3 +179,8 @@ def test_only_and_without_keep_the_order():
 
 def test_a_client_with_a_head_carries_state(experiment):
     assert experiment.carried_state() == {PERSONAL}
+
+
+def test_a_model_without_anything_to_train_is_told_as_that():
+    with pytest.raises(SettingError, match="without a parameter that learns"):
+        personal_names({}, "")

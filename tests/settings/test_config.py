@@ -13,7 +13,7 @@ import pytest
 
 from fed_dpsat.errors import SettingError, warn_once
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.settings.flat import SPECS
+from fed_dpsat.settings.flat import ELSEWHERE, SPECS
 from fed_dpsat.settings.paths import beside
 
 GOOD = {"target_epsilon": 3.0}
@@ -166,3 +166,10 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
     assert (config.tokenizer, config.columns_file, config.test_path) == tuple(
         str(tmp_path / name) for name in ("bert", "c.toml", "t")
     )
+
+
+def test_names_of_flower_and_opacus_lead_to_ours():
+    with pytest.raises(SettingError, match=r"max_grad_norm=1\.0 is not a setting; it is clip_norm"):
+        RunConfig(max_grad_norm=1.0, **GOOD)
+    assert {name for hint in ELSEWHERE.values() for name in re.findall(r"\b[a-z]+_\w+|^\w+", hint)} <= SPECS.keys()
+    assert not ELSEWHERE.keys() & SPECS.keys()

@@ -446,3 +446,21 @@ def test_flower_says_nothing_of_rounds_but_its_warnings_stay(tmp_path, monkeypat
     simulate(SMALL, tmp_path / "loud")
     assert any("configure_train" in text for _, text in heard)
     assert flower.level == logging.INFO
+
+
+@pytest.mark.parametrize("config", [{"num_rounds": 3}, "mine.toml", None])
+def test_another_thing_than_a_configuration_is_told(config):
+    with pytest.raises(SettingError, match=r"not a RunConfig; RunConfig.load\(FILE\)"):
+        simulate(config)
+
+
+def test_a_class_in_place_of_an_object_is_told(tmp_path):
+    with pytest.raises(SettingError, match=r"it is a class; call it: FedAdam\(...\)"):
+        simulate(SMALL, tmp_path, strategy=FedAdam)
+
+
+def test_a_value_that_is_no_part_of_the_summary_is_told_with_near_ones(reference):
+    folder, run = reference
+    with pytest.raises(KeyError, match="did you mean test_accuracy"):
+        run["accuracy"]
+    assert resume(run) == load_run(folder)
