@@ -139,7 +139,10 @@ def run(
         settings = RunConfig.load(config, [*(overrides or ()), *extra])
     name = config.stem if config else "run"
     folder = Path(settings.out) if settings.out else fresh(name)
-    with _clear_errors(run=folder), watched(settings, name=name, console=err_console, quiet=as_json) as show:
+    with (
+        _clear_errors(run=folder),
+        watched(settings, name=name, folder=folder, console=err_console, quiet=as_json) as show,
+    ):
         result = simulate(settings, folder, on_round=show, progress=False, overwrite=overwrite)
     _print_result(result, folder, as_json)
 
@@ -161,7 +164,8 @@ def resume(
     with _clear_errors(run=run):
         folder, changes = RunFolder(run, resume=True), parse_overrides(overrides or ())
         settings = RunConfig.from_mapping({**folder.config().settings(), **changes})
-        with watched(settings, name=run.name, console=err_console, quiet=as_json, earlier=folder.rounds()) as show:
+        earlier = folder.rounds()
+        with watched(settings, name=run.name, folder=run, console=err_console, quiet=as_json, earlier=earlier) as show:
             result = simulation.resume(run, overrides=changes, on_round=show, progress=False)
     _print_result(result, run, as_json)
 
@@ -592,20 +596,25 @@ def compare(
         Path | None,
         typer.Option(help="compare.html: page, figures and CSV; x.csv: the table; x.jsonl: the runs, condensed."),
     ] = None,
+    metric: Annotated[
+        str, typer.Option(help="Another metric of the task, such as macro_f1. Default: the main one of the runs.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Compare groups of runs: means and intervals over seeds, and the front of metric and epsilon."""
-    from fed_dpsat.lab.report import comparing, comparing_page, condensed
+    from fed_dpsat.lab.report import comparing, comparing_page
 
     with _clear_errors():
         if out is None:
-            found = comparing.compare(condensed.read_runs(runs))
+            found = comparing.compare(comparing_page.runs_of(runs, metric))
         else:
-            found = comparing_page.write_comparison(runs, out)
+            found = comparing_page.write_comparison(runs, out, metric)
     if as_json:
         return _print_json(comparing_page.as_data(found))
     shown = comparing_page.as_table(found)
-    table = Table(*shown.head, box=None, pad_edge=False, caption="means over seeds with 95 % intervals")
+    table = Table(box=None, pad_edge=False, caption=shown.note)
+    for i, name in enumerate(shown.head):
+        table.add_column(name, overflow="fold", no_wrap=i > 0)
     for row in shown.rows:
         table.add_row(*row)
     out_console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 4.2, 2.9
 """Inches of one figure: the width of a phone; wide screens show two or three in a row."""
+
+TITLE_WIDTH = 42
+"""Characters of a line of a title that fit above the axes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +93,15 @@ def draw(
     table: Table | None = None,
     private: bool = False,
     height: float = HEIGHT,
+    subtitle: str = "",
 ) -> Drawing:
-    """Call ``paint`` on empty axes, and write the figure to ``folder`` as SVG and PNG."""
+    """Call ``paint`` on empty axes below ``title`` and ``subtitle``, and write it to ``folder`` as SVG and PNG."""
     with style():
         figure, axes = blank(height=height)
         paint(axes)
-        axes.set_title(title, loc="left", color=INK.light, fontweight="bold")
+        axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8)
+        words, pad = textwrap.fill(title, TITLE_WIDTH), 16 if subtitle else 6
+        axes.set_title(words, loc="left", color=INK.light, fontweight="bold", pad=pad)
         svg = save(figure, folder / name)
     return Drawing(
         name=name,

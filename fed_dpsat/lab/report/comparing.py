@@ -5,7 +5,7 @@ case                                what happens
 =================================== ===========================================================================
 one seed                            no interval; a note
 a seed twice under equal settings   counts once, because equal seeds give equal runs; a note
-not completed                       not in the means; a note
+not completed                       not in the means; a note for each reason, with the names of a few runs
 other delta, accountant, unit or    a front of metric against epsilon only within equal groups; the table states
 adversary, or other test examples   the difference
 other task or metric                ``InputError``: their values have no common scale
@@ -17,12 +17,11 @@ objects from Python                 grouped by their names; a note, because sett
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from fed_dpsat.errors import InputError
+from fed_dpsat.lab.report.labels import BUDGET, labels_of
 from fed_dpsat.run.numbers import Estimate, estimate
 from fed_dpsat.run.result import Run
 from fed_dpsat.settings.config import MACHINE
@@ -31,14 +30,8 @@ from fed_dpsat.tasks.metric import Metric
 NOT_THE_METHOD = MACHINE | {"seed", "evaluate_every", "metric"}
 """Settings that may differ between the runs of one group."""
 
-NAMES = ("optimizer", "base_optimizer", "strategy", "dataset", "model")
-"""Settings whose value needs no name in a label."""
-
-BUDGET = ("target_epsilon", "noise_multiplier", "delta")
-"""Settings of the privacy budget."""
-
-FEW_SETTINGS = 3
-"""The label of a group has all differing settings if there are at most this many."""
+FEW_NAMES = 3
+"""A note names at most this many runs."""
 
 ALIKE = 0.005
 
@@ -119,9 +112,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
     """
     notes: list[str] = []
     whole = [run for run in runs if run.status == "completed" and run.score is not None]
-    notes += [f"{run.name} is {run.status} and not in the means." for run in runs if run not in whole]
-    for run in whole:
-        notes += [f"{run.name} ended before: {reason}."] if (reason := run.summary.get("ended_early")) else []
+    for status, of in _alike((_state(run), run) for run in runs if run not in whole):
+        notes.append(f"{_named(of)} {'is' if len(of) == 1 else 'are'} {status} and not in the means.")
+    for reason, of in _alike((run.summary.get("ended_early"), run) for run in whole):
+        notes += [f"{_named(of)} ended before: {reason}."] if reason else []
     if not whole:
         raise InputError(f"0 of {len(runs)} runs are complete; resume them with `fed-dpsat resume`")
     task, metric = _common_metric(whole)
@@ -129,16 +123,17 @@ def compare(runs: Sequence[Run]) -> Comparison:
     differing = tuple(name for name in described[0] if len({settings[name] for settings in described}) > 1)
     if any(run.objects for run in whole):
         notes.append("Some runs have objects from Python, so equal settings do not imply equal runs.")
-    usual = {name: Counter(settings[name] for settings in described).most_common(1)[0][0] for name in differing}
     members: dict[tuple[str, ...], dict[int, Run]] = {}
     for run, settings in zip(whole, described, strict=True):
         group = members.setdefault(tuple(settings[name] for name in differing), {})
         if run.config.seed in group:
             notes.append(f"{run.name} has the settings and the seed of {group[run.config.seed].name}: counted once.")
         group.setdefault(run.config.seed, run)
-    shown = [
-        _group(dict(zip(differing, key, strict=True)), usual, list(group.values())) for key, group in members.items()
-    ]
+    settings_of = [dict(zip(differing, key, strict=True)) for key in members]
+    runs_of = [tuple(group.values()) for group in members.values()]
+    firsts = [of[0] for of in runs_of]
+    labels, families = labels_of(settings_of, firsts), labels_of(settings_of, firsts, without=BUDGET)
+    shown = list(map(_group, settings_of, runs_of, labels, families))
     if sizes := [group for group in shown if len(group.runs) == 1]:
         notes.append(f"{len(sizes)} of {len(shown)} groups have one seed, so no interval: their results may be chance.")
     if lost := [group for group in shown if group.score is None]:
@@ -192,16 +187,16 @@ def _described(run: Run) -> dict[str, str]:
     return {**settings, "objects": ", ".join(run.objects)}
 
 
-def _group(settings: dict[str, str], usual: dict[str, str], runs: list[Run]) -> Group:
+def _group(settings: dict[str, str], runs: tuple[Run, ...], label: str, family: str) -> Group:
     metric = runs[0].metric
     scores = [metric.scale * run.score for run in runs if isinstance(run.score, float)]
     losses = [line["test_loss"] for run in runs for line in run.evaluated[-1:]]
     calibration = [run.quality["ece"] for run in runs if run.quality and "ece" in run.quality]
     return Group(
-        label=_label(settings, usual, runs[0]),
-        family=_label({k: v for k, v in settings.items() if k not in BUDGET}, usual, runs[0]),
+        label=label,
+        family=family,
         settings=settings,
-        runs=tuple(runs),
+        runs=runs,
         promise=Promise.of(runs[0]),
         score=estimate(scores) if len(scores) == len(runs) else None,
         loss=estimate(losses) if len(losses) == len(runs) else None,
@@ -210,25 +205,23 @@ def _group(settings: dict[str, str], usual: dict[str, str], runs: list[Run]) -> 
     )
 
 
-def _label(settings: dict[str, str], usual: dict[str, str], run: Run) -> str:
-    """The method and the differing settings; with many, only those without the most common value."""
-    hidden = set(NAMES[:1]) if "optimizer" in settings else set()
-    if not run.config.private:
-        hidden |= {"optimizer", "target_epsilon", "noise_multiplier"}
-    if len(settings) > FEW_SETTINGS:
-        hidden |= {name for name, value in settings.items() if value == usual[name]}
-    words = [run.method] if "optimizer" in settings or "private" in settings or not settings else []
-    for name, value in settings.items():
-        if name not in hidden | {"private"} and value:
-            words.append(_short(value) if name in NAMES else f"{name} {_short(value)}")
-    return ", ".join(words) or run.method
+def _alike(runs: Iterable[tuple[str | None, Run]]) -> Iterable[tuple[str | None, list[Run]]]:
+    """The runs of each reason, in the order of its first one."""
+    found: dict[str | None, list[Run]] = {}
+    for reason, run in runs:
+        found.setdefault(reason, []).append(run)
+    return found.items()
 
 
-def _short(value: str) -> str:
-    try:
-        return f"{float(value):g}"
-    except ValueError:
-        return Path(value).name
+def _state(run: Run) -> str:
+    return "without an evaluation" if run.status == "completed" else run.status
+
+
+def _named(runs: Sequence[Run]) -> str:
+    names = ", ".join(run.name for run in runs[:FEW_NAMES])
+    if len(runs) == 1:
+        return names
+    return f"{len(runs)} runs ({names}{f' and {len(runs) - FEW_NAMES} more' if runs[FEW_NAMES:] else ''})"
 
 
 def _with_front(groups: list[Group], metric: Metric) -> list[Group]:

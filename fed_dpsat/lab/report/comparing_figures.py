@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fed_dpsat.client import evaluation
 from fed_dpsat.lab.report.canvas import HEIGHT, Drawing, draw
-from fed_dpsat.lab.report.comparing import Comparison, Group
+from fed_dpsat.lab.report.comparing import ALIKE, Comparison, Group
 from fed_dpsat.lab.report.metric_axis import show_metric
 from fed_dpsat.lab.report.palette import DASHES, INK, SERIES, Look, looks
 from fed_dpsat.lab.report.training_figures import whole_numbers
@@ -21,10 +21,13 @@ from fed_dpsat.tasks.metric import UNDEFINED, Metric
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HALF_WIDTH, FULL_WIDTH = 26, 60
-"""Characters of a label that fit into half the width of a figure, and into the whole."""
+HALF_WIDTH, FULL_WIDTH, ROW_WIDTH = 26, 60, 28
+"""Characters of a label that fit into half the width of a figure, into the whole, and beside a row."""
 
 MOST_CURVES, MOST_ROWS = len(SERIES), 40
+TICK_GAP = 0.13
+"""Least distance of two ticks as a share of an axis, so that their numbers do not collide."""
+
 Scored = tuple[Group, Estimate]
 """A group with a finite mean of the metric."""
 
@@ -56,7 +59,8 @@ def drawings(found: Comparison, folder: Path, prefix: str = "") -> Iterator[Draw
             height=HEIGHT + _legend_height(list(curves)),
         )
     finite = [group for group, _ in scored if math.isfinite(group.epsilon)]
-    if len({group.epsilon for group in finite}) > 1:
+    epsilons = [group.epsilon for group in finite]
+    if finite and max(epsilons) > (1 + ALIKE) * min(epsilons):
         yield draw(
             f"{prefix}{metric.slug}-and-epsilon",
             _front(found, scored),
@@ -79,7 +83,7 @@ def drawings(found: Comparison, folder: Path, prefix: str = "") -> Iterator[Draw
         f"{guarantees(found)}. Small dots are single runs. {BAND}",
         alt="Dots with intervals: " + "; ".join(f"{g.label} {mean_text(score)}" for g, score in rows) + ".",
         folder=folder,
-        height=max(HEIGHT, 0.8 + sum(0.12 + 0.14 * len(_lines(group.label, 28).splitlines()) for group, _ in rows)),
+        height=max(HEIGHT, 0.8 + sum(_row_height(group) for group, _ in rows)),
     )
 
 
@@ -93,6 +97,16 @@ def mean_curve(group: Group, metric: Metric, kind: str) -> list[tuple[float, Est
         at = float(round) if kind == "round" else estimate([lines[round]["epsilon"] for lines in by_round]).mean
         found.append((at, score))
     return found if all(math.isfinite(at) for at, _ in found) else []
+
+
+def apart(values: Sequence[float]) -> list[float]:
+    """Ticks of a logarithmic axis at positive ``values``, with two digits; none within ``TICK_GAP`` of the axis."""
+    low, *others, high = sorted({float(f"{value:.2g}") for value in values})
+    ticks, gap = [low], (high / low) ** TICK_GAP
+    for value in others:
+        if value >= gap * ticks[-1] and value * gap <= high:
+            ticks.append(value)
+    return [*ticks, high]
 
 
 def mean_text(value: Estimate | None) -> str:
@@ -158,7 +172,12 @@ def _legend_height(labels: Sequence[str]) -> float:
 
 def _lines(label: str, width: int) -> str:
     """At most three lines of ``width`` characters."""
-    return textwrap.fill(textwrap.shorten(label, 3 * width - 6, placeholder=" ..."), width)
+    return textwrap.fill(label, width, max_lines=3, placeholder=" ...")
+
+
+def _row_height(group: Group) -> float:
+    """Inches of the row of ``group``, whose label may have three lines."""
+    return 0.12 + 0.14 * len(_lines(group.label, ROW_WIDTH).splitlines())
 
 
 def _looks(found: Comparison) -> dict[str, Look]:
@@ -229,9 +248,8 @@ def _front(found: Comparison, scored: Sequence[Scored]) -> Callable[[Axes], None
         epsilons = [g.epsilon for g, _ in finite]
         if min(epsilons) > 0 and max(epsilons) / min(epsilons) >= 4:
             axes.set_xscale("log")
-            ticks = sorted({float(f"{e:.2g}") for e in epsilons})
-            axes.set_xticks(ticks if len(ticks) <= 6 else [ticks[0], ticks[-1]], labels=None)
-            axes.set_xticklabels([f"{t:g}" for t in (ticks if len(ticks) <= 6 else [ticks[0], ticks[-1]])])
+            ticks = apart(epsilons)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
         delta = " or ".join(sorted({f"{promise.delta:g}" for promise in found.promises}))
         axes.set(xlabel=f"epsilon at delta = {delta}")
@@ -245,15 +263,17 @@ def _rows(scored: Sequence[Scored], metric: Metric, styles: dict[str, Look]) -> 
     singles = {g.label: [metric.scale * run.score for run in g.runs if isinstance(run.score, float)] for g, _ in scored}
 
     def paint(axes: Axes) -> None:
-        for y, (group, score) in enumerate(reversed(scored)):
+        heights = [_row_height(group) for group, _ in scored]
+        places = [-sum(heights[:i]) - height / 2 for i, height in enumerate(heights)]
+        for y, (group, score) in zip(places, scored, strict=True):
             colour = styles[group.label].colour.light
             if not math.isnan(score.half_width):
                 axes.hlines(y, score.low, score.high, color=colour, lw=2.5, alpha=0.5)
             single = singles[group.label]
             axes.plot(single, [y] * len(single), ".", color=colour, markersize=2.5, alpha=0.7)
             axes.plot([score.mean], [y], "o", color=colour, markersize=5)
-        axes.set_yticks(range(len(scored)), [_lines(group.label, 28) for group, _ in reversed(scored)], fontsize=8)
-        axes.set(ylim=(-0.6, len(scored) - 0.4))
+        axes.set_yticks(places, [_lines(group.label, ROW_WIDTH) for group, _ in scored], fontsize=8)
+        axes.set(ylim=(-sum(heights), 0))
         show_metric(axes, "x", metric, [value for values in singles.values() for value in values], whole=False)
 
     return paint

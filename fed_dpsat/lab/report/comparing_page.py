@@ -12,6 +12,7 @@ from typing import Any
 
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report import canvas
+from fed_dpsat.lab.report.by_metric import by_metric
 from fed_dpsat.lab.report.canvas import Table
 from fed_dpsat.lab.report.comparing import PROMISE_WORDS, Comparison, Group, compare
 from fed_dpsat.lab.report.comparing_figures import drawings, mean_text, score_text
@@ -19,19 +20,26 @@ from fed_dpsat.lab.report.condensed import read_runs, write_runs
 from fed_dpsat.lab.report.page import render
 from fed_dpsat.run.metric import CLASSIFICATION, loss_unit
 from fed_dpsat.run.numbers import Estimate, plain, rounded, with_unit
+from fed_dpsat.run.result import Run
 from fed_dpsat.tasks.metric import UNDEFINED
 
 SUFFIXES = {".html", ".csv", ".jsonl"}
 
 
-def write_comparison(paths: Sequence[Path], out: Path) -> Comparison:
+def runs_of(paths: Sequence[Path], metric: str = "") -> list[Run]:
+    """The runs of ``paths``, by another ``metric`` if it has a name; the errors of ``read_runs`` and ``by_metric``."""
+    runs = read_runs(paths)
+    return by_metric(runs, metric) if metric else runs
+
+
+def write_comparison(paths: Sequence[Path], out: Path, metric: str = "") -> Comparison:
     """Write a page and its table as CSV, a CSV file, or condensed runs, by the suffix of ``out``.
 
-    Raises ``InputError`` for another suffix, and the errors of ``read_runs`` and ``compare``.
+    Raises ``InputError`` for another suffix, and the errors of ``runs_of`` and ``compare``.
     """
     if out.suffix not in SUFFIXES:
         raise InputError(f"--out={str(out)!r} is not one of *.html, *.csv (the table), *.jsonl (the runs, condensed)")
-    runs = read_runs(paths)
+    runs = runs_of(paths, metric)
     found = compare(runs)
     if out.suffix == ".jsonl":
         write_runs(runs, out)
@@ -64,8 +72,12 @@ def as_html(found: Comparison, figures: Path) -> str:
 
 
 def as_table(found: Comparison) -> Table:
-    """One row per group, with numbers rounded as their intervals support, and columns for differing promises."""
-    parts = ["delta", *(name for name in PROMISE_WORDS if name != "delta" and _differ(found, name))]
+    """One row per group, with numbers rounded as their intervals support, and columns for differing promises.
+
+    The note states what the numbers are, and delta if it is one.
+    """
+    parts = [name for name in PROMISE_WORDS if _differ(found, name)]
+    delta = "" if "delta" in parts else "".join(f"; epsilon at delta {p.delta:g}" for p in list(found.promises)[:1])
     ece = ["ECE"] if _calibrated(found) else []
     loss = with_unit("loss", loss_unit(found.task))
     head = ["group", "n", found.metric.heading, "sd", loss, *ece, "epsilon", "front"]
@@ -84,7 +96,7 @@ def as_table(found: Comparison) -> Table:
         for group in found.groups
     ]
     words = tuple(PROMISE_WORDS[name] for name in parts)
-    return Table(head=(*head, *words), rows=tuple(rows), note=" ".join(found.notes))
+    return Table(head=(*head, *words), rows=tuple(rows), note=f"means over seeds with 95 % intervals{delta}")
 
 
 def _calibrated(found: Comparison) -> bool:

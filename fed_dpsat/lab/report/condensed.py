@@ -10,10 +10,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fed_dpsat.errors import InputError
+from fed_dpsat.lab.report.bundles import bundles_of
+from fed_dpsat.lab.report.labels import BUNDLES
 from fed_dpsat.run.metric import LOSS, metric_of
 from fed_dpsat.run.numbers import spread_out
 from fed_dpsat.run.reading import load_run
@@ -24,15 +27,20 @@ from fed_dpsat.tasks.metric import Metric
 FORMAT = "fed_dpsat runs 1"
 MAX_POINTS = 11
 KEPT = ("status", "ended_early", "privacy_unit", "threat_model", "noise")
-SCORES = ("round", "measured_on", "num_examples", "num_nonfinite", "accuracy", "nll", "brier", "ece", "mce")
+SCORES = ("round", "measured_on", "num_examples", "num_nonfinite", "accuracy", "nll", "brier", "ece", "mce", "metrics")
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All runs of run folders, folders of run folders (also of a sweep) and ``.jsonl`` files; else ``InputError``."""
     found: list[Run] = []
     for path in paths:
-        found += _read(path) if path.suffix == ".jsonl" else [load_run(folder) for folder in _folders(path)]
+        found += _read(path) if path.suffix == ".jsonl" else [_load(folder) for folder in _folders(path)]
     return found
+
+
+def _load(folder: Path) -> Run:
+    run = load_run(folder)
+    return replace(run, environment={**run.environment, BUNDLES: bundles_of(folder)})
 
 
 def _folders(path: Path) -> list[Path]:
@@ -58,6 +66,7 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
                 "name": run.name,
                 "settings": {k: v for k, v in own.items() if k not in common},
                 "objects": run.objects,
+                **({BUNDLES: bundles} if (bundles := run.environment.get(BUNDLES)) else {}),
                 "packages": {
                     k: v for k, v in run.environment.get("packages", {}).items() if k in ("fed-dpsat", "torch")
                 },
@@ -98,7 +107,7 @@ def _run(line: dict[str, Any], common: dict[str, Any]) -> Run:
     return Run(
         path=Path(line["name"]),
         config=RunConfig.from_mapping({**common, **line["settings"]}),
-        environment={"objects": line["objects"], "packages": line["packages"]},
+        environment={"objects": line["objects"], "packages": line["packages"], BUNDLES: line.get(BUNDLES, {})},
         rounds=tuple(dict(zip(curves, values, strict=True)) for values in zip(*columns, strict=True)),
         timing=(),
         summary=line["summary"],
@@ -115,11 +124,15 @@ def _curves(metric: Metric) -> tuple[str, ...]:
 
 
 def _short(value: Any) -> Any:
-    """Five significant digits; inf and NaN as text."""
+    """Five significant digits; inf and NaN as text; also of each value of a dict."""
+    if isinstance(value, dict):
+        return {name: _short(of) for name, of in value.items()}
     if not isinstance(value, float):
         return value
     return float(f"{value:.5g}") if math.isfinite(value) else str(value)
 
 
 def _long(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _long(of) for name, of in value.items()}
     return float(value) if value in ("inf", "-inf", "nan") else value

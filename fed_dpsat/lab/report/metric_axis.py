@@ -23,7 +23,7 @@ def show_metric(axes: Axes, which: Literal["x", "y"], metric: Metric, values: Se
     ======================================= ===================================================================
     values                                  axis
     ======================================= ===================================================================
-    shares in percent                       linear; 0 to 100 if ``whole``
+    shares in percent                       linear; 0 to 100 if ``whole``, else within them, also if an interval is not
     all positive, smaller is better, and    logarithmic, because errors and perplexities of untrained models
     the largest 10 times the smallest       would hide the differences of good ones
     others                                  linear; from 0 if ``whole`` and none is negative
@@ -37,6 +37,9 @@ def show_metric(axes: Axes, which: Literal["x", "y"], metric: Metric, values: Se
     elif whole and finite and min(finite) >= 0:
         top = axes.get_xlim()[1] if which == "x" else axes.get_ylim()[1]
         axes.set(**{f"{which}lim": (0, 100 if metric.unit == PERCENT else max(top, 1.05 * max(finite)))})
+    elif metric.unit == PERCENT:
+        low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+        axes.set(**{f"{which}lim": (max(low, -1), min(high, 101))})  # a dot at the end is whole
 
 
 def is_wide(metric: Metric, finite: Sequence[float]) -> bool:

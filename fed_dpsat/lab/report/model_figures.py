@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fed_dpsat.client.evaluation import ClassAccuracy, client_accuracies, gini, measured_on, worst_decile
 from fed_dpsat.lab.report.canvas import HEIGHT, Drawing, Table, draw, thinned
-from fed_dpsat.lab.report.palette import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, VERMILLION
+from fed_dpsat.lab.report.palette import BLUE, GREEN, INK, MUTED, ORANGE, VERMILLION
 from fed_dpsat.lab.report.training_figures import guarantee, whole_numbers
 from fed_dpsat.run.numbers import percent, plain, wilson
 from fed_dpsat.run.result import Run
@@ -20,8 +20,9 @@ from fed_dpsat.run.state_file import ARRAYS, SUFFIX, read_state
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.patches import Rectangle
 
-FEW_CLASSES, FEW_CLIENTS = 20, 30
+FEW_CLASSES, FEW_CLIENTS, SHADES = 20, 30, 24
 ONLY_HERE = "Private information: only a simulation has it; a deployment does not."
 
 
@@ -43,9 +44,6 @@ def reliability_diagram(run: Run, folder: Path) -> Drawing | None:
         axes.vlines(at, bounds[0], bounds[1], color=INK.light, lw=1)
         axes.plot(confidence, confidence, "o", color=VERMILLION.light)
         axes.plot([0, 1], [0, 1], color=MUTED.light, lw=1, ls=(0, (4, 3)))
-        lines = "\n".join(f"{name} {plain(value)}" for name, value in scores.items())
-        box = {"facecolor": PAPER.light, "edgecolor": "none", "alpha": 0.85, "pad": 2}
-        axes.text(0.03, 0.97, lines, transform=axes.transAxes, va="top", fontsize=8, bbox=box)
         axes.set(xlabel="confidence of the prediction", ylabel="share that is correct", xlim=(0, 1), ylim=(0, 1.02))
 
     rows = tuple(
@@ -57,6 +55,7 @@ def reliability_diagram(run: Run, folder: Path) -> Drawing | None:
         "reliability",
         paint if bins else _nothing,
         title="Calibration",
+        subtitle=words,
         caption=f"Reliability diagram on the {quality['measured_on']}, n = {quality['num_examples']:,} examples, after "
         f"round {quality['round']}; {guarantee(run)}. {len(quality['bins'])} bins of equal width. Bars: share "
         "that is correct, with 95 % intervals (Wilson); dots: mean confidence; dashed: perfect calibration. ECE and "
@@ -204,11 +203,12 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
         if heat:
             for client, row in enumerate(shares):
                 for label, share in enumerate(row):
-                    axes.add_patch(_square(client, label, float(share / shares.max())))
+                    axes.add_patch(_cell(client - 0.5, label - 0.5, 1, float(share / shares.max())))
             axes.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.5, len(names) - 0.5), xlabel="client", ylabel="class")
             axes.set_yticks(range(len(names)), names)
             whole_numbers(axes.xaxis)
             axes.grid(visible=False)
+            _scale(axes, 100 * float(shares.max()))
         else:
             axes.hist(100 * shares.max(1), bins=np.linspace(0, 100, 26).tolist(), color=ORANGE.light)
             axes.set(xlabel="share of a client's most frequent class (%)", ylabel="clients", xlim=(0, 100))
@@ -218,9 +218,8 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
         "client-labels",
         paint_labels,
         title="Labels of each client",
-        caption=f"{how}. {f'The darkest cell is {percent(float(shares.max()))}. ' if heat else ''}The most frequent "
-        f"class of a client is {percent(float(np.median(most)))} of its examples in the median, "
-        f"{percent(float(most.max()))} at most. {ONLY_HERE}",
+        caption=f"{how}. The most frequent class of a client is {percent(float(np.median(most)))} of its examples in "
+        f"the median, {percent(float(most.max()))} at most. {ONLY_HERE}",
         alt=f"Share of each class in each client; the most frequent has {percent(float(np.median(most)))}, median.",
         folder=folder,
         table=Table(
@@ -276,10 +275,21 @@ def read_clip_norms(run: Run) -> Mapping[int, float]:
     return found
 
 
-def _square(client: int, label: int, strength: float) -> Any:
+def _cell(left: float, bottom: float, height: float, strength: float) -> Rectangle:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((client - 0.5, label - 0.5), 1, 1, facecolor=BLUE.light, alpha=strength, edgecolor="none")
+    return Rectangle((left, bottom), 1, height, facecolor=BLUE.light, alpha=strength, edgecolor="none")
+
+
+def _scale(axes: Axes, most: float) -> None:
+    """The colours from 0 to ``most`` percent, right of ``axes``."""
+    scale = axes.inset_axes((1.03, 0, 0.04, 1))
+    for step in range(SHADES):
+        scale.add_patch(_cell(0, most * step / SHADES, most / SHADES, (step + 0.5) / SHADES))
+    scale.set(xlim=(0, 1), ylim=(0, most), xticks=[], ylabel="share of the client's examples (%)")
+    scale.yaxis.tick_right()
+    scale.yaxis.set_label_position("right")
+    scale.grid(visible=False)
 
 
 def _nothing(axes: Axes) -> None:

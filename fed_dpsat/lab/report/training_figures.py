@@ -197,9 +197,8 @@ def time_and_bytes(run: Run, folder: Path) -> Iterator[Drawing]:
 
     def paint_phases(axes: Axes) -> None:
         names, values = [name for name, _ in ordered][::-1], [value for _, value in ordered][::-1]
-        axes.barh(names, values, color=GREEN.light, height=0.6)
-        for y, value in enumerate(values):
-            axes.annotate(f" {duration(value)}", (value, y), va="center", color=INK.light, fontsize=8)
+        bars = axes.barh(names, values, color=GREEN.light, height=0.6)
+        axes.bar_label(bars, [duration(value) for value in values], padding=3, color=INK.light, fontsize=8)
         axes.set(xlabel="seconds, all rounds together", xlim=(0, 1.25 * max(values, default=1) or 1))
         axes.grid(axis="y", visible=False)
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +27,7 @@ def watched(
     config: RunConfig,
     *,
     name: str,
+    folder: Path,
     console: Console,
     quiet: bool = False,
     earlier: Iterable[Mapping[str, Any]] = (),
@@ -35,7 +37,7 @@ def watched(
     ============ ==============================================================================
     console      display
     ============ ==============================================================================
-    a terminal   a view that stays in place, with the last warnings; all warnings at its end
+    a terminal   a view that stays in place, with ``folder`` and the last warnings; all warnings at its end
     no terminal  a line per round; the handlers of the log print warnings
     quiet        no rounds
     ============ ==============================================================================
@@ -47,7 +49,7 @@ def watched(
         yield lambda record: console.print(round_line(progress.add(record)), soft_wrap=True)
     else:
         held = HeldWarnings()
-        view = View(title=f"{name}: {_what(config)}", progress=progress, held=held, clock=time.monotonic)
+        view = View(title=f"{name}: {_what(config)}", folder=folder, progress=progress, held=held, clock=time.monotonic)
         live = Live(get_renderable=lambda: view, console=console, refresh_per_second=REFRESHES_PER_SECOND)
         with held_in_place_of_printed(held, logging.getLogger(), console), live:
             yield view.add

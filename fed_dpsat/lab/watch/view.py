@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -33,8 +34,10 @@ Row = tuple[str, str, RenderableType | None, str]
 class View:
     """A renderable of ``progress`` at the time of the drawing; ``clock`` gives seconds."""
 
-    def __init__(self, *, title: str, progress: Progress, held: HeldWarnings, clock: Callable[[], float]) -> None:
-        self.title, self.progress, self.held, self.clock = title, progress, held, clock
+    def __init__(
+        self, *, title: str, folder: Path, progress: Progress, held: HeldWarnings, clock: Callable[[], float]
+    ) -> None:
+        self.title, self.folder, self.progress, self.held, self.clock = title, folder, progress, held, clock
         self._started = self._last = clock()
 
     def add(self, record: dict[str, Any]) -> None:
@@ -76,6 +79,7 @@ class View:
                 yield metric.label, _text(progress.latest(metric.key), metric), curve, _extremes(values, metric)
         if progress.last is None:
             yield "preparing", "", None, ""
+            yield "folder", str(self.folder), None, ""
             return
         yield self._epsilon(width)
         yield "clients", _counts(progress), None, ""
@@ -89,6 +93,7 @@ class View:
                 "",
             )
             yield "a round", f"{timing['seconds']:.3g} s: {phases_text(timing['phases'])}", None, ""
+        yield "folder", str(self.folder), None, ""
 
     def _times(self) -> str:
         now = self.clock()

@@ -7,7 +7,9 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 from fed_dpsat.cli import app
 from fed_dpsat.errors import InputError
 from fed_dpsat.lab.report.comparing import compare, pareto
-from fed_dpsat.lab.report.comparing_figures import mean_curve, mean_text
+from fed_dpsat.lab.report.comparing_figures import apart, drawings, mean_curve, mean_text
 from fed_dpsat.lab.report.comparing_page import as_csv, as_data, as_table, write_comparison
 from fed_dpsat.lab.report.condensed import read_runs, write_runs
 from fed_dpsat.run.metric import metric_of
@@ -75,6 +77,67 @@ def test_workers_and_places_are_not_what_differs():
     assert (len(found.groups), found.differing, found.groups[0].label) == (1, (), "dp-sat")
 
 
+def in_sweep(run, bundle, *settings):
+    return dataclasses.replace(run, environment={"bundles": {"server": (bundle, settings)}})
+
+
+def test_a_strategy_has_the_name_of_its_class_unless_two_classes_have_it():
+    long = "flwr.serverapp.strategy:FedMedian"
+    runs = [made(0.9, strategy="fedavg"), made(0.8, strategy=long)]
+    assert [group.label for group in compare(runs).groups] == ["fedavg", "FedMedian"]
+    other = made(0.7, strategy="my.own:FedMedian")
+    assert [group.label for group in compare([*runs, other]).groups] == [
+        "fedavg",
+        f"dp-sat, strategy {long}",
+        "dp-sat, strategy my.own:FedMedian",
+    ]
+
+
+def test_bundles_of_a_sweep_keep_their_names_in_place_of_their_settings():
+    slow, fast = ("lr", "strategy", "strategy_args"), {"strategy": "FedAdam", "strategy_args": "eta=0.1"}
+    runs = [in_sweep(made(0.9), "plain", *slow), in_sweep(made(0.8, lr=3.0, **fast), "adam", *slow)]
+    assert [group.label for group in compare(runs).groups] == ["plain", "adam"]
+    runs = [*runs, in_sweep(made(0.7, lr=3.0, noise_multiplier=4.0, **fast), "adam", *slow)]
+    found = compare(runs).groups
+    assert [group.label for group in found] == ["plain, noise_multiplier 2", "adam, noise_multiplier 2",
+                                                "adam, noise_multiplier 4"]  # fmt: skip
+    assert [group.family for group in found] == ["plain", "adam", "adam"]
+
+
+def test_bundles_of_two_sweeps_with_one_name_are_told_apart_by_their_settings():
+    runs = [in_sweep(made(0.9, lr=1.0), "mine", "lr"), in_sweep(made(0.8, lr=2.0), "mine", "lr")]
+    assert [group.label for group in compare(runs).groups] == ["lr 1", "lr 2"]
+    outside = [in_sweep(made(0.9, lr=1.0), "mine", "lr"), made(0.8, lr=2.0)]
+    assert [group.label for group in compare(outside).groups] == ["mine", "lr 2"]
+
+
+def test_the_bundle_of_a_run_is_read_from_its_sweep_and_kept_in_a_condensed_file(tmp_path, run_folder):
+    for name in ("a", "b"):
+        shutil.copytree(run_folder, tmp_path / "runs" / name)
+    axes = {"server": {"plain": {}, "best": {"lr": 8.0}}, "rho": {"0.1": {"rho": 0.1}}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"asked": {"axes": axes}}))
+    (tmp_path / "results.csv").write_text("server,rho,folder\nbest,0.1,runs/b\nplain,0.1,runs/a\n")
+    runs = read_runs([tmp_path])
+    assert [run.environment["bundles"] for run in runs] == [{"server": ("plain", ["lr"])}, {"server": ("best", ["lr"])}]
+    write_runs(runs, tmp_path / "runs.jsonl")
+    assert read_runs([tmp_path / "runs.jsonl"])[1].environment["bundles"] == {"server": ["best", ["lr"]]}
+    (tmp_path / "results.csv").write_text("folder\nruns/a\n")
+    with pytest.raises(InputError, match="tables are damaged"):
+        read_runs([tmp_path])
+
+
+def test_another_metric_of_the_task_ranks_the_groups(tmp_path, run_folder):
+    write_runs([load_run(run_folder)], tmp_path / "runs.jsonl")
+    for path in (run_folder, tmp_path / "runs.jsonl"):
+        result = CliRunner().invoke(app, ["compare", str(path), "--metric", "macro_f1", "--json"])
+        found, stated = json.loads(result.stdout), json.loads((run_folder / "quality.json").read_text())["metrics"]
+        assert found["metric"]["label"] == "macro F1"
+        assert found["groups"][0]["macro_f1"]["mean"] == pytest.approx(100 * stated["macro_f1"], rel=1e-4)
+    wrong = CliRunner().invoke(app, ["compare", str(run_folder), "--metric", "macro-f1"])
+    assert wrong.exit_code == 2
+    assert "whose metrics are accuracy, balanced_accuracy, macro_f1" in wrong.stderr
+
+
 def test_a_seed_that_is_there_twice_counts_once():
     found = compare([made(0.9), made(0.9), made(0.8, seed=1)])
     assert found.groups[0].score.n == 2
@@ -85,6 +148,9 @@ def test_runs_that_did_not_end_are_not_in_the_means():
     found = compare([made(0.9), made(0.1, seed=1, status="interrupted")])
     assert found.groups[0].score.mean == pytest.approx(90.0)
     assert "is interrupted and not in the means" in " ".join(found.notes)
+    failed = [dataclasses.replace(made(0.1, seed=i, status="failed"), path=Path(f"run-{i}")) for i in range(1, 6)]
+    notes = compare([made(0.9), *failed, made(0.1, seed=6, status="interrupted")]).notes
+    assert "5 runs (run-1, run-2, run-3 and 2 more) are failed and not in the means." in notes, "one line, not five"
     with pytest.raises(InputError, match="0 of 1 runs are complete"):
         compare([made(0.9, status="failed")])
 
@@ -186,6 +252,9 @@ def test_the_command_prints_a_table_and_writes_a_page(tmp_path):
     result = invoke(tmp_path / "runs.jsonl", "--out", tmp_path / "page" / "compare.html")
     assert result.exit_code == 0, result.output
     assert "92 ± 5" in result.output
+    assert "epsilon at delta 0.0001" in result.output
+    assert "…" not in result.output, "no label is cut"
+    assert "noise_multiplier 1" in result.output
     page = (tmp_path / "page" / "compare.html").read_text()
     for words in ("Accuracy against epsilon", "n = 1 to 3 seeds", "delta = 0.0001", "Student's t", "360 examples"):
         assert words in page.replace("&#39;", "'")
@@ -196,6 +265,29 @@ def test_the_command_prints_a_table_and_writes_a_page(tmp_path):
     wrong = invoke(tmp_path / "runs.jsonl", "--out", tmp_path / "x.pdf")
     assert (wrong.exit_code, invoke(tmp_path / "nothing").exit_code) == (2, 2)
     assert "is not one of" in wrong.stderr
+
+
+def test_ticks_do_not_collide():
+    assert apart([0.5, 1, 3, 8]) == [0.5, 1, 3, 8]
+    assert apart([1, 1.1, 2, 2.1, 2.2, 7.9, 8]) == [1, 2, 8]
+    assert apart([2.9, 3.0, 2.998, 30]) == [2.9, 30]
+
+
+def test_epsilons_that_calibration_makes_equal_have_no_axis_of_their_own(tmp_path):
+    runs = [made(0.9, epsilon=2.9999, lr=1.0), made(0.8, epsilon=2.9998, lr=2.0)]
+    assert not any(drawing.name == "accuracy-and-epsilon" for drawing in drawings(compare(runs), tmp_path))
+
+
+def test_rows_have_the_height_of_their_labels_and_shares_end_at_100_percent(tmp_path):
+    long = {"data_path": "a-folder-with-a-long-name-of-its-own", "label_column": "another-long-name-it-is"}
+    runs = [made(0.9 + 0.05 * seed, seed=seed, lr=float(lr), **long) for lr in range(1, 7) for seed in (0, 1)]
+    runs += [made(0.1 * i, seed=i, lr=9.0) for i in (2, 9)]
+    (rows,) = (drawing for drawing in drawings(compare(runs), tmp_path) if drawing.name == "groups")
+    lines = re.findall(r'font-size: 8px[^>]*(?:translate\([\d.]+ |y=")([\d.]+)', rows.svg)
+    tops = sorted(map(float, lines))
+    assert len(tops) == 6 * 3 + 1
+    assert min(below - above for above, below in pairwise(tops)) > 8, "no two lines of labels overlap"
+    assert max(float(tick) for tick in re.findall(r">([\d.]+)</text>", rows.svg)) == 100
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fed_dpsat.cli import app
 from fed_dpsat.errors import InputError, SettingError
+from fed_dpsat.lab.report.canvas import draw
 from fed_dpsat.lab.report.page import write_report
 from fed_dpsat.lab.report.sharpness import measure_run
 from fed_dpsat.lab.report.words import statement
@@ -104,6 +105,31 @@ def test_each_figure_has_title_axes_words_and_what_it_rests_on(page):
     shown = {figure["title"]: figure["svg"] for figure in figures}
     for title in ("Labels of each client", "Examples of each client"):
         assert shown[title][:4] == ["0", "1", "2", "3"], "a client has a whole number"
+
+
+def test_scores_are_above_the_bars_and_shares_of_labels_have_a_scale(page):
+    shown = {figure["title"]: figure["svg"] for figure in Page(page.read_text()).figures}
+    scores = next(text for text in shown["Calibration"] if text.startswith("ECE "))
+    assert re.fullmatch(r"ECE [\d.]+, MCE [\d.]+, Brier [\d.]+, NLL [\d.]+", scores), "one line, not a box"
+    assert "share of the client's examples (%)" in shown["Labels of each client"]
+    svg = page.read_text().partition('id="reliability"')[2].partition("</figure>")[0]
+    at = {text: float(y) for y, text in re.findall(r'y="([\d.]+)"[^>]*>([^<]*)</text>', svg)}
+    assert at[scores] < at["1.0"] - 8, "above the end of the axis, so it hides no interval"
+
+
+def test_no_word_of_a_figure_keeps_its_distance_by_a_space_which_browsers_drop(page):
+    words = [text for figure in Page(page.read_text()).figures for text in figure["svg"]]
+    assert [text for text in words if text != text.strip()] == []
+
+
+def test_a_long_title_has_two_lines_in_its_figure_and_one_on_the_page(tmp_path):
+    title = "Test mean average precision of everything against epsilon"
+    drawn = draw("x", lambda axes: None, title=title, caption="", alt="", folder=tmp_path)
+    assert re.findall(r">(Test[^<]*|against[^<]*|of every[^<]*)</text>", drawn.svg) == [
+        "Test mean average precision of everything",
+        "against epsilon",
+    ]
+    assert f"{title}</title>" in drawn.svg
 
 
 def test_colours_follow_the_paper_and_no_method_loses_its_own(page):

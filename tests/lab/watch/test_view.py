@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -38,7 +39,7 @@ def shown(config, records, *, width, warnings=(), encoding="utf-8", metric=None)
     clock, held = Clock(), HeldWarnings()
     progress = Progress.of(config)
     progress.metric = metric or progress.metric
-    view = View(title="mine: dp-sat", progress=progress, held=held, clock=clock)
+    view = View(title="mine: dp-sat", folder=Path("runs/mine"), progress=progress, held=held, clock=clock)
     for line in records:
         clock.now += 2.0
         view.add(line)
@@ -68,6 +69,7 @@ def test_at_eighty_columns():
         "clients   3 asked, 2 accepted, 1 dropped; in all 12, 8, 4",
         "pace      1 clients/s, 64 examples/s, 432 MB without workers",
         "a round   2 s: send 0.25, train 1.5, aggregate 0.12, evaluate 0.1",
+        "folder    runs/mine",
         "1 warning",
         "  round 4: client 1 dropped: late",
     ]
@@ -96,7 +98,7 @@ def test_without_unicode():
 
 def test_before_the_first_round():
     lines = shown(CONFIG, [], width=80)
-    assert lines[-1] == "preparing"
+    assert lines[-2:] == ["preparing", "folder    runs/mine"]
     assert "left" not in lines[1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -33,7 +34,7 @@ def root(monkeypatch):
 def watch(tmp_path, root, *, terminal, quiet=False):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, height=30, color_system=None)
     root(console)
-    with watched(CONFIG, name="mine", console=console, quiet=quiet) as show:
+    with watched(CONFIG, name="mine", folder=Path("runs/mine"), console=console, quiet=quiet) as show:
         simulate(CONFIG, tmp_path / "run", on_round=show)
     return console.file.getvalue()
 
@@ -69,7 +70,7 @@ def test_a_run_that_is_resumed_shows_its_earlier_rounds(root):
         {"round": i, "test_accuracy": 0.5, "test_loss": 1.0, "epsilon": "inf", "asked": [], "accepted": 0,
          "dropped": {}, "retired": {}} for i in range(3)
     ]  # fmt: skip
-    with watched(CONFIG, name="mine", console=console, earlier=earlier):
+    with watched(CONFIG, name="mine", folder=Path("runs/mine"), console=console, earlier=earlier):
         pass
     assert "round     2/3" in console.file.getvalue()
     assert "accuracy  50.0%" in console.file.getvalue()
