@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FEW_CURVES = 6
 ROUNDS_FILE = "rounds.jsonl"
+UNITS = ((1e9, "gigabytes"), (1e6, "megabytes"), (1e3, "kilobytes"), (1, "bytes"))
 
 
 def quality_curves(run: Run, folder: Path) -> Iterator[Drawing]:
@@ -246,12 +247,13 @@ def time_and_bytes(run: Run, folder: Path) -> Iterator[Drawing]:
         folder=folder,
         table=table,
     )
-    down, up = ([line.get(f"bytes_{way}", 0) / 1e6 for line in lines] for way in ("down", "up"))
+    down, up = ([line.get(f"bytes_{way}", 0) for line in lines] for way in ("down", "up"))
+    factor, unit = next((each for each in UNITS if max(*down, *up) >= each[0]), UNITS[-1])
 
     def paint_bytes(axes: Axes) -> None:
-        axes.plot(rounds, down, color=BLUE.light, label="to clients")
-        axes.plot(rounds, up, color=VERMILLION.light, ls=(0, (5, 2)), label="from clients")
-        axes.set(xlabel="round", ylabel="megabytes per round", ylim=(0, None))
+        axes.plot(rounds, [n / factor for n in down], color=BLUE.light, label="to clients")
+        axes.plot(rounds, [n / factor for n in up], color=VERMILLION.light, ls=(0, (5, 2)), label="from clients")
+        axes.set(xlabel="round", ylabel=f"{unit} per round", ylim=(0, None))
         whole_numbers(axes.xaxis)
         axes.legend(loc="best")
 
@@ -260,8 +262,8 @@ def time_and_bytes(run: Run, folder: Path) -> Iterator[Drawing]:
         paint_bytes,
         title="Traffic",
         caption=f"All clients of a round, as encoded for the network: models and assignments down, valid updates up. "
-        f"In total {size(1e6 * sum(down))} down and {size(1e6 * sum(up))} up.",
-        alt=f"Lines: megabytes per round, {size(1e6 * sum(down))} down and {size(1e6 * sum(up))} up in total.",
+        f"In total {size(sum(down))} down and {size(sum(up))} up.",
+        alt=f"Lines: {unit} per round, {size(sum(down))} down and {size(sum(up))} up in total.",
         folder=folder,
     )
 

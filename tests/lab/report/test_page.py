@@ -117,6 +117,12 @@ def test_scores_are_above_the_bars_and_shares_of_labels_have_a_scale(page):
     assert at[scores] < at["1.0"] - 8, "above the end of the axis, so it hides no interval"
 
 
+def test_bytes_have_a_unit_in_which_they_are_numbers_of_a_few_digits(page):
+    shown = {figure["title"]: figure["svg"] for figure in Page(page.read_text()).figures}
+    assert "kilobytes per round" in shown["Traffic"]
+    assert max(map(len, shown["Traffic"][:8])) < 6, "no tick is like 0.000175"
+
+
 def test_no_word_of_a_figure_keeps_its_distance_by_a_space_which_browsers_drop(page):
     words = [text for figure in Page(page.read_text()).figures for text in figure["svg"]]
     assert [text for text in words if text != text.strip()] == []
