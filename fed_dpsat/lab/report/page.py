@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fed_dpsat.client.evaluation import measured_on
 from fed_dpsat.errors import InputError
@@ -18,6 +18,9 @@ from fed_dpsat.run.numbers import duration, in_unit, plain, wilson
 from fed_dpsat.run.reading import load_run
 from fed_dpsat.run.result import Run
 from fed_dpsat.tasks.metric import Metric
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 SECTIONS = ("Quality", "Spending and noise", "The model", "The clients", "The machine")
 
@@ -70,7 +73,15 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["slug"] = lambda text: re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-")
+    environment.filters["code"] = _with_code
     return environment.get_template(template).render(colours=palette.css(), **values)
+
+
+def _with_code(text: str) -> Markup:
+    """``text``, escaped, with its parts between backticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _drawings(run: Run, spending: Spending | None, section: str, folder: Path) -> Iterator[Drawing]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fed_dpsat.cli import app
 from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.lab.report.canvas import draw
-from fed_dpsat.lab.report.page import write_report
+from fed_dpsat.lab.report.page import _with_code, write_report
 from fed_dpsat.lab.report.sharpness import measure_run
 from fed_dpsat.lab.report.words import statement
 from fed_dpsat.run.reading import load_run
@@ -121,6 +121,12 @@ def test_bytes_have_a_unit_in_which_they_are_numbers_of_a_few_digits(page):
     shown = {figure["title"]: figure["svg"] for figure in Page(page.read_text()).figures}
     assert "kilobytes per round" in shown["Traffic"]
     assert max(map(len, shown["Traffic"][:8])) < 6, "no tick is like 0.000175"
+
+
+def test_commands_are_code_and_markup_is_not(page):
+    assert "`" not in page.read_text()
+    assert "<code>fed-dpsat sharpness</code>" in page.read_text()
+    assert _with_code("<b> `<i>`") == "&lt;b&gt; <code>&lt;i&gt;</code>"
 
 
 def test_no_word_of_a_figure_keeps_its_distance_by_a_space_which_browsers_drop(page):
@@ -260,8 +266,8 @@ def test_chromium_draws_it_without_scrolling_sideways(page, tmp_path, width):
 @pytest.mark.slow
 def test_sharpness_is_shown_where_it_was_measured(run_folder, tmp_path):
     folder = shutil.copytree(run_folder, tmp_path / "run")
-    assert "Sharpness: run `fed-dpsat sharpness`" in write_report(folder).read_text()
+    assert "Sharpness: run <code>fed-dpsat sharpness</code>" in write_report(folder).read_text()
     found = measure_run(folder, examples=50, probes=2)
     page = write_report(folder).read_text()
     assert f"largest eigenvalue(s) {found['top_eigenvalues'][0]:.4g}" in page
-    assert "Sharpness: run `fed-dpsat sharpness`" not in page
+    assert "Sharpness: run <code>fed-dpsat sharpness</code>" not in page
