@@ -18,6 +18,7 @@ the memory of the process, is outside of it. Each call runs on a copy of the hal
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,12 +155,12 @@ def check_models(config: RunConfig, half: ClientHalf | None) -> None:
 
 def sent_by(half: ClientHalf | None, params: Params) -> Records:
     """What ``half`` sends; raises ``PluginError`` for the name of a record that all messages have."""
-    return _named(half.sends(params), "sends") if half else {}
+    return _named(copy.deepcopy(half).sends(params), "sends") if half else {}
 
 
 def received_by(half: ClientHalf | None, params: Params) -> Records:
     """What ``half`` receives; raises ``PluginError`` as ``sent_by``."""
-    return _named(half.receives(params), "receives") if half else {}
+    return _named(copy.deepcopy(half).receives(params), "receives") if half else {}
 
 
 def _named(records: Records, what: str) -> Records:

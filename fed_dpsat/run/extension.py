@@ -9,7 +9,8 @@ case                                 why
 noise calibrated to target_epsilon   it is enough for the rounds of the run, and no more
 lr_schedule other than constant      the rates of the first rounds were made for another end
 random-freeze, or a plug-in that     it may have used the number of rounds from the first one
-takes num_rounds or total_steps
+takes num_rounds, total_steps or
+known_noise
 a run that ended early               clients or budgets are spent
 states of clients deleted            a finished run of a sweep; clients would begin anew
 ==================================== ==================================================================
@@ -64,8 +65,11 @@ def _check_rounds(begun: RunConfig, now: RunConfig, run: str) -> None:
     for kind in PLUGINS:
         for name in plugin_names(begun, kind):
             of_kind = "optimizer" if kind == "base_optimizer" else kind
-            taken = {"num_rounds", "total_steps"} & set(plugins.parameters(of_kind, name, plugins.load(of_kind, name)))
-            if taken and name not in ONLY_FOR_A_SCHEDULE:
+            taken = {"num_rounds", "total_steps", "known_noise"} & set(
+                plugins.parameters(of_kind, name, plugins.load(of_kind, name))
+            )
+            built_in = taken == {"known_noise"} and name in plugins.builtin(of_kind)  # it uses that for schedules too
+            if taken and name not in ONLY_FOR_A_SCHEDULE and not built_in:
                 refuse(f"{kind}={name!r} takes {min(taken)}, so earlier rounds may have been others")
     events = [[plan.event for plan in make_plans(config)] for config in (begun, now)]
     if events[0] != events[1]:

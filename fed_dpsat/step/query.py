@@ -14,13 +14,14 @@ names with a ``Slope``          one number for each, of losses: no pass backward
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, zeros_like
 from fed_dpsat.step.examples import Examples
 
@@ -53,6 +54,11 @@ class Slope:
 
     points: Callable[[], Iterable[tuple[float, Params]]]
     width: float
+
+    def made_points(self) -> Iterator[tuple[float, Params]]:
+        """``points()``, each of plain tensors; raises as ``plain_tensors``."""
+        for weight, point in self.points():
+            yield weight, plain_tensors(point)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +115,30 @@ def as_query(at: At) -> Query:
 
 
 def simplified(at: At) -> At:
-    """The point of a query that is one; any other ``at`` as it is."""
-    return at if not isinstance(at, Query) or at.plain is None else at.plain
+    """The point of a query that is one; any other ``at`` as it is. Raises as ``plain_tensors``."""
+    if type(at) is not Query:
+        return plain_tensors(at)  # type: ignore[arg-type]  # also a class derived from Query is refused
+    for params in (*(point for _, point in at.points), _masks(at)):
+        plain_tensors(params)
+    return at if at.plain is None else at.plain
+
+
+def plain_tensors(params: Params) -> Params:
+    """``params``; raises ``SettingError`` unless it is a dict of tensors of torch's own class.
+
+    torch calls the functions of a derived class with all arguments of an operation, so with examples and their
+    gradients: an optimizer, or a client's half, would see them before noise.
+    """
+    known = (Tensor, nn.Parameter)
+    strange = next((p for p in params.values() if type(p) not in known), None) if type(params) is dict else params
+    if strange is not None:
+        raise SettingError(
+            "optimizer",
+            type(strange).__name__,
+            "one that asks at a dict of plain tensors: code of another class would be called with the batch",
+            "return {name: t.as_subclass(torch.Tensor), ...}",
+        )
+    return params
 
 
 def map_points(at: At, move: Callable[[Params], Params]) -> At:

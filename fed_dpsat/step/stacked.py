@@ -280,13 +280,14 @@ class _Optimizer:
 
     def _asked(self, k: int, params: Params, state: State, info: StepInfo) -> Params:
         with self._draws.of(k):
-            return _point(self._optimizer.query_point(_at(params, k), _at(state, k), info))
+            return _point(self._optimizer.query_point(_own(_at(params, k)), _own(_at(state, k)), info))
 
     def _moved(
         self, k: int, params: Params, private_gradient: Params, state: State, info: StepInfo
     ) -> tuple[Params, State]:
         with self._draws.of(k):
-            return self._optimizer.update(_at(params, k), _at(private_gradient, k), _at(state, k), info)
+            own = [_own(_at(tree, k)) for tree in (params, private_gradient, state)]  # a view leads to all members
+            return self._optimizer.update(own[0], own[1], own[2], info)
 
 
 def _stds(infos: Sequence[StepInfo]) -> Tensor:

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.half import HALF, ClientHalf, Finished, check_models, half_of, with_half
+from fed_dpsat.client.half import HALF, ClientHalf, Finished, check_models, half_of, sent_by, with_half
 from fed_dpsat.client.half_round import OfHalf
 from fed_dpsat.client.train import OPTIMIZER, Request
 from fed_dpsat.errors import SettingError
@@ -233,6 +233,54 @@ def test_no_hook_is_given_anything_that_holds_an_example(plain, monkeypatch):
     assert {type(value) for value in seen} == {torch.Tensor, int}
     assert {tuple(value.shape) for value in seen if isinstance(value, torch.Tensor)} == shapes
     assert {value for value in seen if isinstance(value, int)} == {0, 1}
+
+
+class Spy(torch.Tensor):
+    """Keeps the shapes of what it is computed with."""
+
+    seen: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        Spy.seen += [tuple(t.shape) for t in args if type(t) is torch.Tensor]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def as_spies(params):
+    return {name: p.as_subclass(Spy) for name, p in params.items()}
+
+
+class StartsAtSpies(ClientHalf):
+    def start(self, received, state):
+        return [as_spies(received.params)]
+
+
+class CorrectsBySpies(ClientHalf):
+    def correct(self, model, private_gradient, params, received, state):
+        return as_spies(private_gradient)
+
+
+@pytest.mark.parametrize("half", [StartsAtSpies, CorrectsBySpies])
+def test_no_class_of_a_halfs_own_meets_a_batch(half):
+    """torch would call it with the batch: the loop refuses such a point before the loss has it."""
+    Spy.seen.clear()
+    built = Experiment.build(dataclasses.replace(CONFIG, local_models=1), half=half())
+    with pytest.raises(SettingError, match="plain tensors"):
+        trained(built, built.shared(), None, round=1)
+    own = {tuple(p.shape) for p in built.shared().values()} | {()}
+    assert set(Spy.seen) <= own
+
+
+def test_what_a_half_declares_is_asked_of_a_copy():
+    class Counts(ClientHalf):
+        calls = 0
+
+        def sends(self, params):
+            self.calls += 1
+            return {"count": {"n": torch.zeros(self.calls)}}
+
+    half = Counts()
+    assert [sent_by(half, {})["count"]["n"].shape for _ in range(2)] == [(1,), (1,)]
 
 
 # What each example does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -106,3 +107,18 @@ def test_numbers_that_would_spread_are_none(value, what):
     spoiled = RecordDict({records.ARRAYS: records.to_arrays({"w": torch.tensor([0.0, value])})})
     with pytest.raises(RecordError, match=what):
         records.check_arrays(spoiled, like)
+
+
+def test_a_number_that_float16_does_not_have_is_told():
+    like = records.to_arrays({"w": torch.zeros(2, dtype=torch.float16)})
+    spoiled = RecordDict({records.ARRAYS: records.to_arrays({"w": torch.tensor([1.0, math.inf], dtype=torch.float16)})})
+    with pytest.raises(RecordError, match="NaN or inf"):
+        records.check_arrays(spoiled, like)
+    kept = RecordDict({records.ARRAYS: records.to_arrays({"w": torch.tensor([6e4, -6e4], dtype=torch.float16)})})
+    records.check_arrays(kept, like)
+
+
+def test_numbers_without_an_order_are_none():
+    like = records.to_arrays({"w": torch.zeros(2, dtype=torch.complex64)})
+    with pytest.raises(RecordError, match="complex64 numbers"):
+        records.check_arrays(RecordDict({records.ARRAYS: like}), like)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,17 @@ from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
 from fed_dpsat.step.optimizers.base import ASCENT, BASE
 from fed_dpsat.step.optimizers.proximal import Proximal
-from fed_dpsat.step.query import Query, as_query, compact, first_point, map_points, simplified, spread, zero_sum
+from fed_dpsat.step.query import (
+    Query,
+    Slope,
+    as_query,
+    compact,
+    first_point,
+    map_points,
+    simplified,
+    spread,
+    zero_sum,
+)
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.secure_noise import system_generator
 from fed_dpsat.step.stacked import Stacked, Unstackable
@@ -284,3 +295,90 @@ def test_clients_are_not_stacked_around_a_query():
         stacked(corner)
     for plain in (lambda params: params, lambda params: Query(points=((1.0, params),))):
         assert np.allclose([result.params["w"] for result in stacked(plain)], -(0.5**0.5))
+
+
+# Who chooses a point sees no example: code of a class of its own would be called with the batch.
+
+
+class Spy(torch.Tensor):
+    """Keeps what it is computed with."""
+
+    seen: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        Spy.seen += [t for t in args if type(t) is torch.Tensor and t.shape[:1] == (5,)]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Curious:
+    """An optimizer that asks as ``ask`` says, and answers an update as ``answer`` says."""
+
+    def __init__(self, ask=lambda p: p, answer=lambda p: p):
+        self.ask, self.answer = ask, answer
+
+    def init(self, params):
+        return {}
+
+    def query_point(self, params, state, info):
+        return self.ask(params)
+
+    def update(self, params, private_gradient, state, info):
+        return self.answer(params), {}
+
+
+def spies(params):
+    return {name: p.as_subclass(Spy) for name, p in params.items()}
+
+
+class Dict(dict):
+    pass
+
+
+class Asked(Query):
+    pass
+
+
+STRANGE = {
+    "points": Curious(spies),
+    "parameters after an update": Curious(answer=spies),
+    "a dict of its own class": Curious(Dict),
+    "a query of its own class": Curious(lambda p: Asked(points=((1.0, p),))),
+    "points of a query": Curious(lambda p: Query(points=((0.5, p), (0.5, spies(p))))),
+    "a mask": Curious(lambda p: Query(points=((1.0, p),), active=spies({"w": torch.tensor([True, False, True])}))),
+    "a slope": Curious(
+        lambda p: Query(
+            points=((1.0, {"s": torch.tensor(0.0)}),),
+            slopes={"s": Slope(points=lambda: [(1.0, spies(p)), (-1.0, p)], width=1.0)},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("executor", [None, Stacked])
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+@pytest.mark.parametrize("case", STRANGE)
+def test_no_class_of_an_optimizers_own_meets_an_example(case, engine, executor):
+    Spy.seen.clear()
+    x, sampler = torch.randn(5, 3), PoissonSampler(num_examples=5, sample_rate=1.0)
+    member = Member(
+        batches=lambda i: (x[i], torch.zeros(len(i))),
+        state={},
+        sampler=sampler,
+        mechanism=GaussianMechanism(noise_multiplier=1.0, clip_norm=1.0, expected_batch_size=5.0),
+        streams=Streams(seed=0, client=0, round=1),
+    )
+    refused = pytest.raises((SettingError, Unstackable), match=r"plain tensors|more than one plain gradient")
+    stacking_makes_it_plain = executor and case == "parameters after an update"
+    with nullcontext() if stacking_makes_it_plain else refused:
+        train(
+            {"w": torch.zeros(3)},
+            [member],
+            loss_fn=lambda params, inputs, targets: inputs @ params["w"],
+            optimizer=STRANGE[case],
+            clipping=ONE,
+            local_steps=2,
+            engine=engine,
+            executor=executor,
+        )
+    assert Spy.seen == []

@@ -269,14 +269,17 @@ def _check_record(record: ArrayRecord, wanted: Mapping[str, Form], where: str) -
             raise RecordError(f"{where}{name} {error}") from None
         if values.dtype.kind == "u" or _is_small(values):  # masked: any number is one
             continue
-        if not (values.max(initial=0) <= LARGEST and values.min(initial=0) >= -LARGEST):  # NaN is neither
+        if values.dtype.kind not in "fib":
+            raise RecordError(f"{where}{name} has {values.dtype} numbers, which have no order")
+        most = LARGEST * (1 + 1e-6)  # LARGEST as a float32 is a little more
+        if not (float(values.max(initial=0)) <= most and float(values.min(initial=0)) >= -most):  # NaN is neither
             what = f"numbers beyond {LARGEST:g}" if np.isfinite(values).all() else "NaN or inf"
             raise RecordError(f"{where}{name} has {what}")
 
 
 def _is_small(values: NDArray[Any]) -> bool:
     """Whether one pass shows that no number is beyond ``LARGEST``: a rounded sum of squares is at least each square."""
-    return values.dtype.kind == "f" and bool(np.vdot(values, values) <= LARGEST)
+    return values.dtype.kind == "f" and float(np.vdot(values, values)) <= LARGEST  # float16 has no such number
 
 
 def _values(array: Array, like: Form) -> NDArray[Any]:

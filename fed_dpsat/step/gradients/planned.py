@@ -118,7 +118,7 @@ def _of_slopes(slopes: Mapping[str, Slope], losses: Callable[[Params], Tensor]) 
     found: dict[str, Contribution] = {}
     for name, slope in slopes.items():
         each = []
-        for weight, point in slope.points():
+        for weight, point in slope.made_points():
             each.append(weight * wide(losses(point)))
             del point  # or the next one is made beside it
         total = torch.stack(each).sum(0)
