@@ -35,8 +35,7 @@ def init(policy: PolicyFile) -> None:
     except (InputError, RunError) as error:
         raise _failed(error) from None
     typer.echo(f"device {read.client}: {examples} examples, ledger created in {read.folder}")
-    for warning in advice(read):
-        typer.echo(f"warning: {warning}", err=True)
+    _warn(advice(read))
 
 
 def begin(policy: Policy) -> int:
@@ -73,7 +72,7 @@ def run(
 @app.command()
 def status(policy: PolicyFile, as_json: AsJson = False) -> None:
     """Budget spent and left, rounds, last contact, the policy, the integrity of the ledger, and what is wrong."""
-    from fed_dpsat.device.check import problems, problems_of_data
+    from fed_dpsat.device.check import advice, problems, problems_of_data
     from fed_dpsat.device.policy import Policy
     from fed_dpsat.device.status import read_status
 
@@ -82,14 +81,16 @@ def status(policy: PolicyFile, as_json: AsJson = False) -> None:
         found = read_status(read)
     except (InputError, RunError) as error:
         raise _failed(error) from None
-    wrong = [*problems(read), *problems_of_data(read)]
+    of_data = problems_of_data(read)
+    wrong, warnings = [*problems(read), *of_data], [] if of_data else advice(read)
     if as_json:
         told = {**dataclasses.asdict(found), "epsilon_left": found.epsilon_left, "policy": dataclasses.asdict(read)}
-        typer.echo(json.dumps({**told, "problems": wrong}, indent=2))
+        typer.echo(json.dumps({**told, "problems": wrong, "warnings": warnings}, indent=2))
     else:
         typer.echo(status_text(read, found))
         for said in wrong:
             typer.echo(f"error: {said}", err=True)
+        _warn(warnings)
     if found.integrity != "unbroken" or wrong:
         raise typer.Exit(FAILED)
 
@@ -114,6 +115,11 @@ def status_text(policy: Policy, found: DeviceStatus) -> str:
     lines |= {name: ", ".join(bounds[name]) for name in LISTS}
     lines["release_counts"] = str(policy.release_counts).lower()
     return "\n".join(f"{name:28}{value}" for name, value in lines.items())
+
+
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def _failed(error: InputError | RunError) -> typer.Exit:

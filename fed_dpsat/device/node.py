@@ -26,7 +26,6 @@ from types import FrameType
 
 from flwr.app import Context, Error, Message
 
-from fed_dpsat.accounting import PrivacyLedger
 from fed_dpsat.client.protocol import PACKAGE
 from fed_dpsat.device.check import address, authority, problems
 from fed_dpsat.device.data import check_tokenizer
@@ -34,7 +33,7 @@ from fed_dpsat.device.joining import ServerError, alone, join
 from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.metrics import serve
 from fed_dpsat.device.policy import Policy, PolicyError
-from fed_dpsat.device.release import ledger_path
+from fed_dpsat.device.release import open_ledger
 from fed_dpsat.flower.client_app import app
 from fed_dpsat.flower.grid import answer
 from fed_dpsat.flower.wire import compat, records
@@ -63,7 +62,7 @@ def run_device(policy_path: Path, port: int = 0) -> int:
     if found := problems(policy):
         raise PolicyError(f"policy {policy_path}: " + "; ".join(found))
     check_tokenizer(policy)
-    with PrivacyLedger(ledger_path(Path(policy.folder)), readonly=True):
+    with open_ledger(Path(policy.folder), readonly=True):
         pass  # there is one, so `device init` was run
     logs.use(policy.log_format)
     compat.say_untested()

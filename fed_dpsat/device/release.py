@@ -48,6 +48,16 @@ def journal_path(folder: Path) -> Path:
     return folder / "journal.sqlite"
 
 
+def open_ledger(folder: Path, *, readonly: bool = False) -> PrivacyLedger:
+    """The ledger of a device. Raises ``LedgerError`` if it is invalid, or if there is none."""
+    if not (path := ledger_path(folder)).exists():
+        raise LedgerError(
+            f"no ledger at {path}; create that of a new device with `fed-dpsat device init POLICY`; if this device has "
+            "answered a server before, restore it: without it the spent epsilon is unknown"
+        )
+    return PrivacyLedger(path, readonly=readonly, must_exist=True)
+
+
 def check_last_reply(ledger: PrivacyLedger, journal: Journal) -> None:
     """Raise ``LedgerError`` if the ledger lacks the charge of the last reply: it is an older copy."""
     kept = journal.kept()
@@ -75,7 +85,7 @@ def release(
     Raises ``Refusal`` as in the table, ``LedgerError`` for files that are invalid or cannot be written, and any
     exception of ``compute``, whose charge stays. With an exception nothing leaves the device.
     """
-    with PrivacyLedger(ledger_path(folder), must_exist=True) as ledger, open_journal(journal_path(folder)) as journal:
+    with open_ledger(folder) as ledger, open_journal(journal_path(folder)) as journal:
         check_last_reply(ledger, journal)
         number, kept = journal.number(request), journal.kept()
         if kept is not None and kept.number == number:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fed_dpsat.accounting import LedgerError, PrivacyLedger, epsilon
+from fed_dpsat.accounting import LedgerError, epsilon
 from fed_dpsat.device.journal import open_journal
 from fed_dpsat.device.log import last_line
 from fed_dpsat.device.policy import Policy
-from fed_dpsat.device.release import ACCOUNTANT, CLIENT, check_last_reply, journal_path, ledger_path
+from fed_dpsat.device.release import ACCOUNTANT, CLIENT, check_last_reply, journal_path, open_ledger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class DeviceStatus:
 def read_status(policy: Policy) -> DeviceStatus:
     """The status of the device; ``integrity`` describes a damaged ledger. Raises ``LedgerError`` without a ledger."""
     folder = Path(policy.folder)
-    with PrivacyLedger(ledger_path(folder), readonly=True) as ledger, open_journal(journal_path(folder)) as journal:
+    with open_ledger(folder, readonly=True) as ledger, open_journal(journal_path(folder)) as journal:
         integrity = "unbroken"
         try:
             ledger.verify()

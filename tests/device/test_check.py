@@ -97,6 +97,12 @@ def test_a_budget_that_protects_little_or_pays_for_nothing_is_told(device):
     device.write(largest_delta=0.05)
     (said,) = advice(Policy.load(device.policy_path))
     assert "largest_delta: delta=0.05 is not below 1/20" in said
+    code, text = call("status", device.policy_path)
+    assert (code, "warning: largest_delta: delta=0.05 is not below 1/20" in text) == (0, True)
+    assert json.loads(call("status", device.policy_path, "--json")[1])["warnings"] == [said]
+    device.write(data_path='"none.py:examples"')
+    code, text = call("status", device.policy_path)
+    assert (code, "none.py" in text, "warning" in text) == (1, True, False)
 
 
 def test_the_costliest_round_is_that_of_all_limits_together(device):

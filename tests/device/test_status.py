@@ -118,6 +118,9 @@ def test_errors_are_one_line(device):
     code, text = call("status", device.policy_path)
     assert code == 1
     assert text.startswith("error: no ledger at")
+    assert (
+        "new device with `fed-dpsat device init POLICY`; if this device has answered a server before, restore" in text
+    )
     code, text = call("run", device.policy_path)
     assert code == 2
     assert "set server, root_certificates and private_key" in text
