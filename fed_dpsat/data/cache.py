@@ -66,7 +66,8 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"cache_dir={str(folder.parent)!r} cannot be written ({error}); --set cache_dir=DIR with another folder"
+            f"{str(folder.parent)!r}, the folder of decoded data, cannot be written ({error}); choose another one: "
+            "cache_dir of a run, folder in the policy of a device"
         ) from error
 
 

@@ -69,10 +69,14 @@ def check_last_reply(ledger: PrivacyLedger, journal: Journal) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Create the ledger of a new device; raises ``SettingError`` if it exists: a budget starts once."""
+    """Create the ledger of a new device. A budget starts once, so ``SettingError`` if it exists, or for the folder."""
     if ledger_path(folder).exists():
         raise SettingError("folder", str(folder), "without a ledger", "run init once; the budget of a device continues")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        bound = f"a folder that can be created ({error.strerror})"
+        raise SettingError("folder", str(folder), bound, "choose another one in the policy") from error
     with PrivacyLedger(ledger_path(folder)), open_journal(journal_path(folder)):
         pass
 

@@ -161,6 +161,9 @@ def test_a_journal_put_back_from_a_backup_makes_no_second_answer_for_one_charge(
 def test_a_device_is_prepared_once(desk):
     with pytest.raises(SettingError, match="run init once"):
         prepare(desk.folder)
+    file = desk.folder / "ledger.sqlite"
+    with pytest.raises(SettingError, match=r"folder=.*below' is not a folder that can be created .*choose another"):
+        prepare(file / "below")
 
 
 def test_a_clock_set_back_changes_nothing(desk, monkeypatch):

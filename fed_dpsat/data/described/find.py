@@ -40,7 +40,7 @@ def parts_of(place: Place) -> list[Part]:
 def _path(place: Place, setting: str) -> Path:
     path = Path(value := getattr(place, setting)).expanduser().absolute()
     if not value or not path.exists():
-        raise DataError(f"{setting}={value!r} does not exist; --set {setting} to a file or folder")
+        raise DataError(f"{setting}={value!r} does not exist; set {setting} to a file or folder")
     return path
 
 

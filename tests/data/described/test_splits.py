@@ -38,7 +38,7 @@ def test_another_path_is_the_test_split(build, write, tmp_path):
     assert values(build("table", X, **{**ASK, "data_path": str(train), "test_path": str(test)})) == ([1, 2], [3])
     with pytest.raises(DataError, match=r"more.csv is in data_path and in test_path"):
         build("table", X, test_path=str(test), **ASK)
-    with pytest.raises(DataError, match=r"test_path='nowhere' does not exist"):
+    with pytest.raises(DataError, match=r"test_path='nowhere' does not exist; set test_path to a file or folder"):
         build("table", X, test_path="nowhere", **ASK)
 
 
