@@ -54,8 +54,8 @@ def column(columns: Mapping[str, np.ndarray], name: str, partition: str) -> np.n
     if name not in columns:
         if not columns:
             raise DataError(
-                f"partition={partition!r} needs a column, and the data set has none; give Examples its columns, or "
-                "choose iid or size-skew"
+                f"partition={partition!r} needs a column, and the data set has none; for your own files set "
+                f"user_column={name or 'COLUMN'!r}; in Python give Examples its columns; or choose iid or size-skew"
             )
         near = difflib.get_close_matches(name, columns, n=1)
         raise DataError(

@@ -66,7 +66,11 @@ def test_more_clients_than_values_are_an_error_with_the_number_of_values():
             "",
             r"partition_by='' is not a column .*'natural' needs one; there are writer",
         ),
-        ({}, "writer", r"the data set has none; give Examples its columns, or choose iid or size-skew"),
+        (
+            {},
+            "writer",
+            r"for your own files set user_column='writer'; in Python give Examples its columns",
+        ),
         ({"writer": np.ones((8, 2))}, "writer", r"column 'writer' is float64 \[8, 2\]"),
         ({"writer": np.array(["a", 1] * 4, dtype=object)}, "writer", r"'writer' mixes types .*; convert it to text"),
     ],
