@@ -54,9 +54,12 @@ class Examples:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Tensor | Sequences | Mapping):
+            _check_array("inputs", self.inputs)
         if not self.leaves:
             raise DataError("inputs have no array; give at least one")
         for name, leaf in self.leaves.items():
+            _check_array(name, leaf)
             if not isinstance(leaf, Sequences) and (leaf.dtype not in INPUT_TYPES or leaf.ndim < 1):
                 raise DataError(
                     f"{name} are {leaf.dtype} {list(leaf.shape)}, not uint8, float32 or whole numbers [N, ...]; "
@@ -68,6 +71,7 @@ class Examples:
         lengths = {name: len(leaf) for name, leaf in self.leaves.items()}
         lengths |= {f"column {name!r}": len(values) for name, values in self.columns.items()}
         if self.labels is not None:
+            _check_array("labels", self.labels)
             lengths["labels"] = len(self.labels)
         if len(set(lengths.values())) > 1:
             raise DataError(f"{lengths}: these numbers of examples differ; give one row of each for each example")
@@ -114,7 +118,13 @@ class Examples:
         else:
             channels = 0
         if len(self.mean) != channels or len(self.std) != channels:
-            raise DataError(f"mean={self.mean} and std={self.std} need one number for each of {channels} channels")
+            remedy = "leave them out: they scale one array of uint8 or float32"
+            if channels:
+                scale = "in 0..1" if one.dtype == torch.uint8 else "unscaled"
+                remedy = f"mean=(0.0,) * {channels}, std=(1.0,) * {channels} leave the inputs {scale}"
+            raise DataError(
+                f"mean={self.mean} and std={self.std} need one number for each of {channels} channels; {remedy}"
+            )
         if not all(math.isfinite(m) for m in self.mean) or not all(0 < s < math.inf for s in self.std):
             raise DataError(f"mean={self.mean}, std={self.std}: a mean must be finite and a std in (0, inf)")
 
@@ -206,6 +216,16 @@ class Examples:
             return labels.targets(indices, text.longest(indices), device)
         rows = labels.index_select(0, indices).to(device or labels.device)
         return rows.to(torch.float32) if labels.dtype == torch.uint8 else rows
+
+
+def _check_array(name: str, leaf: object) -> None:
+    """Raise ``DataError`` unless ``leaf`` is a tensor or ``Sequences``."""
+    if isinstance(leaf, Tensor | Sequences):
+        return
+    remedy = "convert them with torch.as_tensor"
+    if isinstance(leaf, tuple | list) and any(isinstance(one, Tensor | Sequences) for one in leaf):
+        remedy = "give a dict of arrays; its keys are the arguments of forward"
+    raise DataError(f"{name} are a {type(leaf).__name__}, not a tensor; {remedy}")
 
 
 def _rows(leaf: Leaf, indices: Tensor) -> Leaf:
