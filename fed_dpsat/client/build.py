@@ -20,7 +20,7 @@ from fed_dpsat.client.form import form_of
 from fed_dpsat.client.given import copied, renamed
 from fed_dpsat.client.half import HALF, ClientHalf, check_models, half_of, named_strategy
 from fed_dpsat.client.personal import PERSONAL, deal_test, personal_names, without
-from fed_dpsat.client.start import begin, check_passes
+from fed_dpsat.client.start import begin, check_one_input, check_passes
 from fed_dpsat.client.task import build_task, check_optimizer
 from fed_dpsat.client.train import CLIPPING, Training
 from fed_dpsat.data.dataset import Dataset, check_plain
@@ -96,6 +96,7 @@ class Experiment(Training):
         task = build_task(config, dataset, settings, task)
         settings |= {"task": task.name, "num_classes": task.outputs, **dataset.of_texts}
         if model is None:
+            check_one_input(config.model, dataset.train)
             with seeded(config, "model"):
                 model = plugins.build("model", config.model, settings, config.model_args)
         else:

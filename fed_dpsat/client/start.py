@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fed_dpsat import plugins
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.data.made_up import made_up_examples
 from fed_dpsat.data.sequences import Sequences
@@ -74,6 +75,16 @@ def begin(model: nn.Module, config: RunConfig) -> tuple[nn.Module, Start]:
             )
     notes = tuple(note for note in (replaced, left_out, without_file) if note)
     return model, Start(names=tuple(names), later_names=tuple(later), sha256=sha256, notes=notes)
+
+
+def check_one_input(model: str, like: Examples) -> None:
+    """Raise ``ModelError`` for a name of a built-in model, or of a library's, and examples with several inputs."""
+    names = list(like.leaves)
+    if len(names) > 1 and (model in plugins.builtin("model") or model.partition(":")[0] in plugins.libraries("model")):
+        raise ModelError(
+            f"model={model!r} takes one array, and the inputs of the data set are {', '.join(map(repr, names))}; join "
+            "them in one array, or give a model of your own whose forward has these arguments"
+        )
 
 
 def check_passes(module: nn.Module, like: Examples) -> None:

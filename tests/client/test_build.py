@@ -14,7 +14,7 @@ from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.data.dataset import Dataset, Examples
-from fed_dpsat.errors import DataError, SettingError
+from fed_dpsat.errors import DataError, ModelError, SettingError
 from fed_dpsat.params import trainable
 from fed_dpsat.settings.config import RunConfig
 
@@ -68,6 +68,15 @@ def test_objects_stand_in_for_names():
     assert not experiment.named
     result = experiment.client_round(0, ASSIGNMENT, trainable(model), None)
     assert result.params.keys() == trainable(model).keys()
+
+
+@pytest.mark.parametrize("model", ["linear", "tanh-cnn", "gpt", "timm:resnet18"])
+def test_a_built_in_model_takes_no_two_inputs(model):
+    examples = Examples(inputs={"a": torch.rand(3, 2), "b": torch.rand(3, 4)}, labels=torch.tensor([0, 1, 0]))
+    two = Dataset(name="two", train=examples, test=examples, class_names=("a", "b"))
+    config = RunConfig(noise_multiplier=1.0, num_clients=2, sample_rate=1.0, model=model)
+    with pytest.raises(ModelError, match=f"model='{model}' takes one array, and the inputs .* are 'a', 'b'; join them"):
+        Experiment.build(config, dataset=two)
 
 
 def test_a_client_with_one_example_trains():
