@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fed_dpsat.errors import DataError
 
@@ -93,6 +93,8 @@ def decode_image(where: str, encoded: bytes | None, shape: tuple[int, int, int],
         if fit:
             image = ImageOps.exif_transpose(image).convert(MODES[channels])
             image = image.resize((width, height), Image.Resampling.BILINEAR)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{where}: not a readable image (neither PNG nor JPEG); fetch the file again") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for broken files
         raise DataError(f"{where}: not a readable image ({error}); fetch the file again") from error
     if image.size != (width, height) or image.mode != MODES[channels]:

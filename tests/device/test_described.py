@@ -330,7 +330,7 @@ def test_a_row_that_is_not_as_declared_stays_on_the_device(device, table):
         ({"data_source": '"hub"'}, "data_source='hub' is not one of csv, jsonl, parquet, function for content='table'"),
         ({"dataset_args": '"test_share = 0.5"'}, "all_private=True is not possible with test_share"),
         ({"dataset_args": '"max_length = 5"'}, "'max_length' is a setting of its own"),
-        ({"columns_file": '"none.toml"'}, "none.toml' does not exist; set columns_file to a TOML file"),
+        ({"columns_file": '"none.toml"'}, "none.toml' is not a file that exists; name the TOML file"),
         ({"label_column": '"nothing"'}, "no column 'nothing'; there are 'age', 'sex'"),
         ({"tasks": "[]"}, r"tasks=\(\) is not a list with a name"),
         ({"max_length": 0}, "max_length=0 is not at least 1"),

@@ -14,7 +14,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from fed_dpsat.data.described.chunks import Chunk, chunk_names, chunk_numbers, names_of, shown
-from fed_dpsat.errors import DataError, SettingError
+from fed_dpsat.errors import SettingError
 
 KEYS = ("mean", "std", "low", "high", "log", "missing", "values")
 EXAMPLE = "write {mean = 40, std = 15}, {low = 0, high = 99}, {} for a number as it is, or {values = ['a', 'b']}"
@@ -84,17 +84,15 @@ Column: TypeAlias = Number | Category
 
 
 def declared(columns: Mapping[str, Any] | None, columns_file: str) -> dict[str, Column]:
-    """The columns of ``dataset_args`` or of a TOML file with a table for each.
-
-    Raises ``SettingError``, and ``DataError`` for a file that does not exist.
-    """
+    """The columns of ``dataset_args`` or of a TOML file with a table for each. Raises ``SettingError``."""
     if columns and columns_file:
         raise SettingError("columns_file", columns_file, "possible with columns in dataset_args", "keep one of them")
     if columns_file:
         try:
             columns = tomllib.loads(Path(columns_file).expanduser().read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise DataError(f"columns_file={columns_file!r} does not exist; set columns_file to a TOML file") from None
+            remedy = "name the TOML file that declares the columns"
+            raise SettingError("columns_file", columns_file, "a file that exists", remedy) from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise SettingError("columns_file", columns_file, "a readable TOML file", str(error)) from None
     if not isinstance(columns, Mapping | None):

@@ -102,7 +102,9 @@ def _folder(place: Place, split: str | None, root: Path) -> list[Part]:
     return [(of, files, partial(_read_folder, place, base, files)) for (of, base), files in bases.items()]
 
 
-def _read_folder(place: Place, base: Path, files: list[Path], _: Wanted) -> Iterator[Chunk]:
+def _read_folder(place: Place, base: Path, files: list[Path], wanted: Wanted) -> Iterator[Chunk]:
+    if "label" in wanted and (loose := next((file for file in files if file.parent == base), None)):
+        raise DataError(f"{loose} is in no folder of a class; move it into the folder of its class, or remove it")
     return read_folder(base, files, place.content, place.per_line)
 
 

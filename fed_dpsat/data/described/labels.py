@@ -180,6 +180,8 @@ def name_lists(chunk: Chunk, column: str) -> list[Sequence[str | None]]:
 def undeclared(name: object, class_names: tuple[str, ...]) -> str:
     """What is wrong with a label, and the remedy."""
     listed = ", ".join(map(repr, class_names[:20])) + (", ..." if len(class_names) > 20 else "")
+    if name is None:
+        return f"has no label; give it one of class_names ({listed}), or remove it"
     return f"has the label {shown(name)}, which is not one of class_names ({listed}); correct it, or declare the class"
 
 

@@ -22,7 +22,7 @@ GREY = np.arange(6, dtype=np.uint8).reshape(2, 3)
 
 def test_folders_are_classes(build, write):
     write("train/dog/1.png", encoded(COLOUR))
-    write("train/cat/2.png", encoded(COLOUR + 1))
+    write("train/cat/below/2.png", encoded(COLOUR + 1))
     write("train/.cache/3.png", b"no")
     write("train/cat/.DS_Store", b"no")
     write("test/dog/1.png", encoded(COLOUR))
@@ -87,8 +87,8 @@ def test_another_size_or_colour_is_refused_or_made_to_fit(build, write):
     ("name", "content", "error"),
     [
         ("train/cow/1.png", None, r"train/cow/1.png: column 'label' has the label 'cow', which is not one of"),
-        ("train/1.png", None, r"train/1.png: column 'label' has the label None"),
-        ("train/cat/1.png", b"broken", r"train/cat/1.png: not a readable image"),
+        ("train/1.png", None, r"train/1.png is in no folder of a class; move it into the folder of its class"),
+        ("train/cat/1.png", b"broken", r"train/cat/1.png: not a readable image \(neither PNG nor JPEG\)"),
         ("train/cat/1.bmp", None, r"1.bmp is not one of .png, .jpg, .jpeg; convert it"),
     ],
 )

@@ -216,7 +216,7 @@ def test_a_label_outside_its_declared_set_is_refused_by_file_and_row(build, writ
         ("columns = {age = {missing = 0}}", {"label_column": "age", "task": "regression"}, "never missing"),
         ("columns = {age = {}}", {"data_source": "folder"}, "one of csv, jsonl, parquet, disk, hub"),
         ("columns = {age = {}}", {"columns_file": "no.toml"}, "possible with columns"),
-        ("", {"columns_file": "no.toml"}, "a readable TOML file"),
+        ("", {"columns_file": "no.toml"}, "a file that exists; name the TOML file"),
         ("columns = {age = {}}, encoding = 'hot'", {}, "one of one-hot, codes"),
         ("columns = {age = {}}, image_column = 'x'", {}, "it is input_columns now"),
         ("columns = {age = {}}, delimitr = 'x'", {}, "did you mean delimiter"),
@@ -241,7 +241,7 @@ def test_classes_that_datasets_has_named_have_their_names(build, tmp_path):
         assert data.train.labels.tolist() == [1, 0]
     hub = datasets.Dataset.from_dict({"x": [1], "y": [-1]}, features=features)
     datasets.DatasetDict({"train": hub, "test": hub}).save_to_disk(tmp_path / "d" / "unlabelled")
-    with pytest.raises(DataError, match="has the label None"):
+    with pytest.raises(DataError, match="has no label; give it one of class_names"):
         build("table", "columns = {x = {}}", data_source="disk", data_path=str(tmp_path / "d" / "unlabelled"), **LABELS)
 
 

@@ -249,7 +249,7 @@ def test_words_of_a_list_are_words_to_a_tokenizer_of_bytes(texts, tmp_path, alon
         ({"words": ["a", "b"], "tags": ["a"]}, "has 2 words and 1 labels"),
         ({"words": ["a", ""], "tags": ["a", "a"]}, "each word, which is not empty, one label"),
         ({"words": ["a"], "tags": ["c"]}, "has the label 'c', which is not one of class_names"),
-        ({"words": ["a"], "tags": [None]}, "has the label None"),
+        ({"words": ["a"], "tags": [None]}, "has no label; give it one of"),
         ({"words": None, "tags": []}, "has no list"),
     ],
 )
@@ -284,7 +284,7 @@ def test_a_folder_of_files_or_lines(build, write):
         build("text", "per_line = true", **ask)
     write("train/good/1.txt", "one")
     write("train/4.txt", "in no class")
-    with pytest.raises(DataError, match=r"train/4.txt: column 'label' has the label None"):
+    with pytest.raises(DataError, match=r"train/4.txt is in no folder of a class"):
         build("text", **ask)
 
 
