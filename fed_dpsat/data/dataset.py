@@ -119,7 +119,7 @@ class Examples:
             channels = 0
         if len(self.mean) != channels or len(self.std) != channels:
             remedy = "leave them out: they scale one array of uint8 or float32"
-            if channels:
+            if isinstance(one, Tensor) and channels:
                 scale = "in 0..1" if one.dtype == torch.uint8 else "unscaled"
                 remedy = f"mean=(0.0,) * {channels}, std=(1.0,) * {channels} leave the inputs {scale}"
             raise DataError(
