@@ -40,15 +40,19 @@ from fed_dpsat.client.half import blank, received_by
 from fed_dpsat.data.dataset import INPUTS
 from fed_dpsat.data.made_up import made_up
 from fed_dpsat.errors import ModelError
-from fed_dpsat.params import Params
+from fed_dpsat.params import Params, zeros_like
 from fed_dpsat.step import generators
 from fed_dpsat.step.generators import seed, training_on
 from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.noise import derive_seed
+from fed_dpsat.step.optimizers.base import StepInfo, unknown_carried
 from fed_dpsat.step.placement import moved
+from fed_dpsat.step.query import first_point
 from fed_dpsat.tasks.base import Task
 
 ROWS = 4
+CARRIED_STEPS = 6
+"""Each name in ``carries`` appears in the state within so many steps."""
 FLOWER_LOGGER = "flwr"
 
 
@@ -67,6 +71,7 @@ def try_client(experiment: Experiment) -> None:
             result = tried.client_round(0, assignment, params, state, records=records)
             check_result(result.params, params)
             params, state = result.params, result.state
+        check_carried(tried)
 
 
 def rehearsal(
@@ -196,6 +201,21 @@ def check_result(after: Params, before: Params) -> None:
             wrong = f"NaN or inf in {name}"
     if wrong:
         raise Unfit("optimizer", f"its first steps give {wrong}", REMEDIES["optimizer"])
+
+
+def check_carried(tried: Experiment) -> None:
+    """Raise ``Unfit`` for a name in ``carries`` that neither ``init`` nor one of the first steps makes."""
+    optimizer, params = tried.optimizer, moved(tried.trained(1), tried.device)
+    state = optimizer.init(params)
+    states, unknown = [state], unknown_carried(optimizer, [state])
+    while unknown and len(states) <= CARRIED_STEPS:
+        info = StepInfo(index=len(states) - 1, noise_std=torch.tensor(0.0, dtype=torch.float64), round=1)
+        gradient = zeros_like(first_point(optimizer.query_point(params, state, info)))
+        params, state = optimizer.update(params, gradient, state, info)
+        states.append(state)
+        unknown = unknown_carried(optimizer, states)
+    if unknown:
+        raise Unfit("optimizer", f"it carries {unknown}", "correct the name in carries, or begin it in init")
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def _rounds(tried: Experiment, inner: Strategy) -> None:
         )
     if config.privacy_unit == "example":
         tried.carried_state()
+    trial.check_carried(tried)
 
 
 def _after_round(

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from fed_dpsat.params import Params, flatten, zeros_like
 from fed_dpsat.step.loop import train_locally
-from fed_dpsat.step.optimizers.base import ASCENT, BASE, PrivateOptimizer, State, next_round, owned_update
+from fed_dpsat.step.optimizers.base import (
+    ASCENT,
+    BASE,
+    PrivateOptimizer,
+    State,
+    next_round,
+    owned_update,
+    unknown_carried,
+)
 from fed_dpsat.step.query import At, as_query, first_point
 from fed_dpsat.testing.conformance import require, run_checks
 from fed_dpsat.testing.problems import (
@@ -71,7 +79,7 @@ def signatures_take_no_data(subject: Subject) -> None:
 
 
 def state_is_named_tensors(subject: Subject) -> None:
-    """State is a tree of named tensors, which a client can store and send; ``carries`` is a tuple of names."""
+    """State is a tree of named tensors, which a client can store and send; ``carries`` is a tuple of its names."""
     for state in _states(subject):
         for path, value in _leaves(state):
             require(
@@ -80,12 +88,20 @@ def state_is_named_tensors(subject: Subject) -> None:
                 seen=f"{path}: {type(value).__name__}",
                 remedy="store numbers as 0-d tensors, use strings as names, and detach",
             )
-    carries = getattr(subject.make(), "carries", ())
+    optimizer = subject.make()
+    carries = getattr(optimizer, "carries", ())
     require(
         isinstance(carries, tuple) and all(isinstance(name, str) and name != BASE for name in carries),
         expected="carries, a tuple of names",
         seen=repr(carries),
         remedy="name the state that a client keeps for its next round, as in ('momentum',); a base names its own",
+    )
+    unknown = unknown_carried(optimizer, _states(subject))
+    require(
+        not unknown,
+        expected="names in carries that init or one of the first 3 steps makes",
+        seen=unknown,
+        remedy="correct the name, or begin it in init",
     )
 
 

@@ -125,6 +125,13 @@ class SecondStep:
         return params, {"kept": private_gradient}
 
 
+class Carries(DPSGD):
+    carries = ("momentun",)
+
+    def init(self, params):
+        return {"momentum": params}
+
+
 class Reorders(DPSGD):
     def update(self, params, private_gradient, state, info):
         params, state = super().update(params, private_gradient, state, info)
@@ -163,6 +170,7 @@ class NoForgery(Attack):
 
 
 sgd = lambda lr: SecondStep()
+carries = lambda lr: Carries(lr=lr)
 reorders = lambda lr: Reorders(lr=lr)
 reshapes = lambda lr: Reshapes(lr=lr)
 '''
@@ -235,6 +243,7 @@ FAILURES = {
     "one example": ("model=m.py:Squeezing", "gives [10] for inputs [1, 1, 8, 8]", "also for one example"),
     "evaluation": ("model=m.py:TrainsOnly", "NotImplementedError: no inference yet", "make it take those"),
     "second step": ("optimizer=o.py:sgd", "update: KeyError: 'velocity'", "check_optimizer"),
+    "a name of its state": ("optimizer=o.py:carries", "it carries 'momentun'", "did you mean 'momentum'?"),
     "parameters in another order": ("optimizer=o.py:reorders", "other parameters than the model's", "check_optimizer"),
     "other shapes": ("optimizer=o.py:reshapes", "1.weight is float32[640]", "check_optimizer"),
     "clipping": ("clipping=o.py:TooShort", "one real factor per example", "check_clipping"),

@@ -152,6 +152,13 @@ class CarriesAWord(DPSGD):
     carries = "momentum"
 
 
+class CarriesATypo(DPSGD):
+    carries = ("momentun",)
+
+    def init(self, params):
+        return {"momentum": zeros_like(params)}
+
+
 class SharesItsSlots(DPSAT):
     """Keeps its direction among what its base keeps."""
 
@@ -273,6 +280,11 @@ BROKEN = {
     "a number as a name": (made(NamesByNumber), "state_is_named_tensors"),
     "an empty name": (made(NamesNothing), "state_is_named_tensors"),
     "a word of what is carried": (made(CarriesAWord), "state_is_named_tensors"),
+    "a name that no state has": (made(CarriesATypo), "state_is_named_tensors"),
+    "a name that no state of its base has": (
+        lambda: DPSAT(base=CarriesATypo(lr=0.1), rho=0.03),
+        "state_is_named_tensors",
+    ),
     "slots among those of the base": (made(SharesItsSlots), "state_of_a_base_has_its_own_place"),
     "casts": (made(Casts), "points_are_like_params"),
     "flattens a scalar": (made(Flattens), "points_are_like_params"),

@@ -7,7 +7,8 @@ of its mechanism.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,8 +54,8 @@ class PrivateOptimizer(Protocol):
     ``update_owned``, where there is one beside ``update``, does the same to the bit with a private gradient that is
     given away: it may write into it, and leave the new parameters or state in its memory.
 
-    ``carries`` names what of its state a client takes into its next round; all else begins as ``init`` makes it. An
-    optimizer without ``carries`` takes all of it.
+    ``carries`` names what of its state a client takes into its next round; all else begins as ``init`` makes it. Each
+    name is one that ``init`` or the first steps make. An optimizer without ``carries`` takes all of its state.
     """
 
     def init(self, params: Params) -> State:
@@ -106,6 +107,18 @@ def _kept(optimizer: object, fresh: State, last: State) -> State:
     own = {name: kept for name, kept in last.items() if names is None or name in names}
     below = {BASE: _kept(base, fresh[BASE], last[BASE])} if base is not None and BASE in fresh else {}
     return {**fresh, **own, **below}
+
+
+def unknown_carried(optimizer: object, states: Sequence[State]) -> str:
+    """What is wrong with ``carries`` of ``optimizer`` or of a base: a name that none of ``states`` has; or empty."""
+    known = {str(name) for state in states for name in state} - {BASE}
+    for name in getattr(optimizer, "carries", None) or ():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3) or sorted(known)
+            hint = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
+            return f"{name!r}, which no state of {type(optimizer).__name__} has{hint}"
+    base, below = getattr(optimizer, "base", None), [state[BASE] for state in states if BASE in state]
+    return unknown_carried(base, below) if base is not None and below else ""
 
 
 def carried_names(optimizer: object) -> set[str]:

@@ -5,7 +5,16 @@ from hypothesis import strategies as st
 
 from fed_dpsat.params import global_norm, subtract
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
-from fed_dpsat.step.optimizers.base import ASCENT, BASE, Over, carried_names, climb, next_round, owned_update
+from fed_dpsat.step.optimizers.base import (
+    ASCENT,
+    BASE,
+    Over,
+    carried_names,
+    climb,
+    next_round,
+    owned_update,
+    unknown_carried,
+)
 from fed_dpsat.testing.problems import step_info
 
 PARAMS = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0, 0.0])}
@@ -136,3 +145,14 @@ def test_a_gradient_is_given_away_to_who_wrote_both_updates(kind, name):
 def test_a_gradient_is_not_given_away_to_who_keeps_it():
     optimizer = DPSAT(base=DPSGD(lr=0.1), rho=0.1)
     assert owned_update(optimizer) == optimizer.update
+
+
+def test_a_carried_name_is_looked_for_in_all_states_of_its_own_link():
+    """DP-SAT has its direction after a step, and the momentum belongs to the base."""
+    optimizer = DPSAT(base=DPSGD(lr=0.1, momentum=0.9), rho=0.1)
+    first = optimizer.init(PARAMS)
+    assert unknown_carried(optimizer, [first]) == "'ascent', which no state of DPSAT has"
+    assert unknown_carried(optimizer, [first, {**first, ASCENT: PARAMS}]) == ""
+    assert unknown_carried(optimizer, [{ASCENT: PARAMS, BASE: {"momentun": PARAMS}}]) == (
+        "'momentum', which no state of DPSGD has (did you mean 'momentun'?)"
+    )
