@@ -55,11 +55,22 @@ class Attackers:
 
     @classmethod
     def of(cls, config: RunConfig, settings: Mapping[str, Any]) -> Attackers | None:
-        """The attackers of ``config``, whose attack takes its arguments from ``settings``; None without an attack."""
+        """The attackers of ``config``, whose attack takes its arguments from ``settings``; None without an attack.
+
+        Raises ``SettingError`` for an attack that overrides neither method, and so would be honest.
+        """
         if not config.attack:
             return None
         attack = plugins.build("attack", config.attack, settings, config.attack_args)
         plugins.required("attack", config.attack, attack)
+        kind = type(attack)
+        if isinstance(attack, Attack) and kind.forge is Attack.forge and kind.poison is Attack.poison:
+            raise SettingError(
+                "attack",
+                config.attack,
+                f"an attack: {kind.__name__} overrides neither forge nor poison, and each attacker would be honest",
+                "override forge(self, scene), poison(self, labels, num_classes), or both",
+            )
         return cls(attack=attack, clients=choose_attackers(config.num_clients, config.attackers, config.seed))
 
     def forged(
@@ -71,9 +82,12 @@ class Attackers:
         num_clients: int,
         generator: np.random.Generator,
     ) -> Params:
-        """The update that ``client`` sends instead of ``update``; ``honest`` gives the update of any attacker."""
+        """The update that ``client`` sends instead of ``update``; ``honest`` gives the update of any attacker.
+
+        Raises ``SettingError`` unless it has the names, shapes and types of ``update``, and is finite if that is.
+        """
         others = [other for other in self.clients if other != client]
-        return self.attack.forge(
+        forged = self.attack.forge(
             Scene(
                 update=update,
                 colluders=lambda: [update, *map(honest, others)],
@@ -82,6 +96,14 @@ class Attackers:
                 generator=generator,
             )
         )
+        if wrong := _misshapen(forged, update):
+            raise SettingError(
+                "attack",
+                type(self.attack).__name__,
+                f"one whose forge returns an update like scene.update: it returns {wrong}",
+                "return finite tensors of the names, shapes and types of scene.update",
+            )
+        return {name: forged[name] for name in update}
 
     def poisoned(self, dataset: Dataset, partitions: Sequence[np.ndarray]) -> Dataset:
         """``dataset`` with the poisoned training labels of the attackers; the test split does not change.
@@ -100,6 +122,23 @@ class Attackers:
             own = torch.from_numpy(partitions[client])
             labels[own] = self.attack.poison(labels[own], dataset.num_classes)
         return dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, labels=labels))
+
+
+def _misshapen(forged: object, update: Params) -> str:
+    """The first difference in form of ``forged`` from ``update``, or NaN that ``update`` does not have; or empty."""
+    if not isinstance(forged, Mapping):
+        return f"a {type(forged).__name__}, not a dict of tensors"
+    if forged.keys() != update.keys():
+        return f"tensors {list(forged)[:5]}, not {list(update)[:5]}"
+    for name, honest in update.items():
+        sent = forged[name]
+        if not isinstance(sent, Tensor):
+            return f"{name} as a {type(sent).__name__}, not a tensor"
+        if sent.shape != honest.shape or sent.dtype != honest.dtype:
+            return f"{name} as {sent.dtype}{list(sent.shape)}, not {honest.dtype}{list(honest.shape)}"
+        if honest.isfinite().all() and not sent.isfinite().all():
+            return f"NaN or inf in {name}"
+    return ""
 
 
 def choose_attackers(num_clients: int, share: float, seed: int) -> tuple[int, ...]:

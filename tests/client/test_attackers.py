@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
-from fed_dpsat.lab.attacks import choose_attackers
+from fed_dpsat.lab.attacks import Attack, Attackers, choose_attackers
 from fed_dpsat.params import subtract, trainable
 
 CONFIG = RunConfig(num_clients=5, num_rounds=2, noise_multiplier=1.0, attack="sign-flip", attackers=0.4)
@@ -63,6 +64,52 @@ def test_a_run_with_attackers_charges_them_like_the_others(tmp_path):
     summaries = [simulate(config, tmp_path / name) for name, config in (("a", CONFIG), ("h", HONEST))]
     assert summaries[0]["epsilon"] == summaries[1]["epsilon"]
     assert summaries[0]["test_accuracy"] != summaries[1]["test_accuracy"]
+
+
+WRONG_UPDATES = {
+    "another shape": (lambda u: {**u, "a": u["a"][:1]}, r"returns a as torch.float32\[1\], not torch.float32\[2\]"),
+    "another type": (lambda u: {**u, "a": u["a"].double()}, r"returns a as torch.float64\[2\], not torch.float32\[2\]"),
+    "a name too few": (lambda u: {"a": u["a"]}, r"returns tensors \['a'\], not \['a', 'b'\]"),
+    "no tensor": (lambda u: {**u, "b": 0.0}, "returns b as a float, not a tensor"),
+    "nothing": (lambda u: None, "returns a NoneType, not a dict of tensors"),
+    "NaN": (lambda u: {**u, "b": u["b"] * torch.nan}, "returns NaN or inf in b"),
+}
+
+
+class Forges(Attack):
+    def __init__(self, forge):
+        self.of = forge
+
+    def forge(self, scene):
+        return self.of(scene.update)
+
+
+def forged(forge, update):
+    attackers = Attackers(attack=Forges(forge), clients=(0,))
+    return attackers.forged(0, update, lambda client: update, num_clients=2, generator=np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("case", WRONG_UPDATES)
+def test_an_update_of_another_form_is_refused_and_the_attack_blamed(case):
+    forge, seen = WRONG_UPDATES[case]
+    with pytest.raises(SettingError, match=f"attack='Forges' is not one whose forge .*: it {seen}; return finite"):
+        forged(forge, {"a": torch.ones(2), "b": torch.tensor(1.0)})
+
+
+def test_the_order_of_names_is_that_of_the_update_and_a_model_that_diverged_is_not_the_attacks_fault():
+    update = {"a": torch.ones(2), "b": torch.tensor(torch.inf)}
+    sent = forged(lambda u: {"b": -u["b"], "a": -u["a"]}, update)
+    assert list(sent) == ["a", "b"]
+    assert sent["b"] == -torch.inf
+
+
+def test_an_attack_that_overrides_no_method_is_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from fed_dpsat.lab.attacks import Attack\nclass Typo(Attack):\n    def forg(self, scene): return {}\n"
+    )
+    with pytest.raises(SettingError, match=r"mine.py:Typo' is not .* neither forge nor poison, .*; override forge"):
+        Experiment.build(dataclasses.replace(CONFIG, attack=f"{path}:Typo"))
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,11 @@ class NoForgery(Attack):
         raise ValueError("nothing to forge")
 
 
+class ForgesNaN(Attack):
+    def forge(self, scene):
+        return {name: u * torch.nan for name, u in scene.update.items()}
+
+
 sgd = lambda lr: SecondStep()
 carries = lambda lr: Carries(lr=lr)
 reorders = lambda lr: Reorders(lr=lr)
@@ -263,6 +268,7 @@ FAILURES = {
     ),
     "metric missing": ("task=t.py:Unmeasured", "its measure has no 'accuracy'", "return a value of each metric"),
     "measure": ("task=t.py:Broken", "measure: ValueError: no ranks", "fed_dpsat.tasks.base.Task"),
+    "attack of NaN": ("attack=o.py:ForgesNaN", "attack='ForgesNaN' is not", "return finite tensors"),
     "attack": ("attack=o.py:NoForgery", "forge: ValueError: nothing to forge", "fed_dpsat.lab.attacks.Attack"),
 }
 FIRST_EVALUATION = {
@@ -296,7 +302,7 @@ def arguments(*overrides):
 @pytest.mark.parametrize("name", FAILURES)
 def test_what_cannot_run_is_one_line_and_charges_nobody(name, plugins, tmp_path, monkeypatch):
     setting, seen, remedy = FAILURES[name]
-    more = ["attackers=0.3"] if name == "attack" else ["local_steps=2"] if name == "second step" else []
+    more = ["attackers=0.3"] if name.startswith("attack") else ["local_steps=2"] if name == "second step" else []
     command = ["run", *arguments(setting, *more), "--out"]
     result = CliRunner().invoke(app, [*command, "tried"])
     assert result.exit_code == 2, result.output
