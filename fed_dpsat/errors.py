@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +42,18 @@ class ModelError(InputError):
 def warn_once(message: str) -> None:
     """Log ``message`` as a warning, once in a process."""
     logging.getLogger("fed_dpsat").warning("%s", message)
+
+
+OTHERS = (os.path.dirname(__file__), *(sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")))
+"""Folders of code that a user did not write."""
+
+
+def place(error: BaseException) -> str:
+    """``" (FILE, line N)"``, the innermost frame outside this library and installed packages; empty without one."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(("<", *(folder + os.sep for folder in OTHERS))):
+            return f" ({os.path.basename(frame.filename)}, line {frame.lineno})"
+    return ""
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

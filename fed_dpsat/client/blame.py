@@ -17,7 +17,7 @@ from torch import nn
 
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import passed
-from fed_dpsat.errors import InputError, ModelError, RunError, SettingError
+from fed_dpsat.errors import InputError, ModelError, RunError, SettingError, place
 from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
 from fed_dpsat.step.optimizers.base import links
 from fed_dpsat.step.optimizers.chain import described
@@ -39,13 +39,19 @@ WIDTHS: tuple[tuple[type[nn.Module], str, int], ...] = (
 
 REMEDIES = {
     "clipping": "fed_dpsat.testing.check_clipping finds more",
-    "optimizer": "lower lr, and run fed_dpsat.testing.check_optimizer on it",
+    "optimizer": "run fed_dpsat.testing.check_optimizer on it",
     "strategy": "fed_dpsat.testing.check_strategy finds more",
     "task": "see fed_dpsat.tasks.base.Task",
     "attack": "see fed_dpsat.lab.attacks.Attack",
     "engine": "check_model and check_clipping of fed_dpsat.testing find whether model or clipping rule is wrong",
     "codec": "set update_codec=fp32",
 }
+
+PLUGGED = {"model", "clipping", "optimizer", "strategy", "attack", "task"}
+"""Kinds of objects whose error has a place in the code of a user."""
+
+DIVERGED = ("NaN or inf", "numbers beyond")
+"""How a check describes numbers that a smaller step may avoid."""
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -58,6 +64,12 @@ def blamed_on(kind: str) -> Callable[[Function], Function]:
         return function
 
     return mark
+
+
+def optimizer_remedy(seen: str) -> str:
+    """The remedy for an optimizer whose result is as ``seen``; a lower lr is one for numbers that grow."""
+    lower = "lower lr, and " if any(words in seen for words in DIVERGED) else ""
+    return f"{lower}{REMEDIES['optimizer']}"
 
 
 class TrialError(InputError):
@@ -85,7 +97,8 @@ def told(experiment: Experiment, objects: Sequence[str] = (), strategy: object =
         kind, where, remedy = _blamed(error, experiment, strategy)
         own = isinstance(error, InputError | RunError)
         misfit = _misfit(error) if kind == "model" and isinstance(error, RuntimeError) else ""
-        detail = f"{where}{error}" if own else f"{where}{misfit or _line(error)}"
+        line = f"{_line(error)}{place(error) if kind in PLUGGED else ''}"
+        detail = f"{where}{error}" if own else f"{where}{misfit or line}"
         raise TrialError(_said(experiment, kind, objects, detail, "" if own and ";" in detail else remedy)) from error
 
 

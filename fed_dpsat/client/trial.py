@@ -33,7 +33,7 @@ from torch import Tensor
 from fed_dpsat.accounting.plans import plan_of
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.attackers import Attackers
-from fed_dpsat.client.blame import REMEDIES, Unfit, told
+from fed_dpsat.client.blame import Unfit, optimizer_remedy, told
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import copied
 from fed_dpsat.client.half import blank, received_by
@@ -200,7 +200,7 @@ def check_result(after: Params, before: Params) -> None:
         elif not bool(after[name].isfinite().all()):
             wrong = f"NaN or inf in {name}"
     if wrong:
-        raise Unfit("optimizer", f"its first steps give {wrong}", REMEDIES["optimizer"])
+        raise Unfit("optimizer", f"its first steps give {wrong}", optimizer_remedy(wrong))
 
 
 def check_carried(tried: Experiment) -> None:

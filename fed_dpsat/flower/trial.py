@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import make_plans, plan_of
 from fed_dpsat.client import trial
-from fed_dpsat.client.blame import REMEDIES, Unfit, told
+from fed_dpsat.client.blame import Unfit, optimizer_remedy, told
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import measured, metrics_of, quality_of
 from fed_dpsat.client.given import copied
@@ -87,8 +87,8 @@ def _after_round(
 ) -> MetricRecord | None:
     """The work of a run after a round; raises ``Unfit`` for a reply that did not count."""
     if dropped := private.report.dropped:
-        raise Unfit("optimizer", f"a client's reply after its first steps: {min(dropped.values())}",
-                          REMEDIES["optimizer"])  # fmt: skip
+        reason = min(dropped.values())
+        raise Unfit("optimizer", f"a client's reply after its first steps: {reason}", optimizer_remedy(reason))
     _, predictions = measured(tried.loss_fn.module, records.to_params(arrays), tried.dataset.test, tried.task)
     if predictions is not None:
         quality_of(predictions, tried.dataset.num_classes)

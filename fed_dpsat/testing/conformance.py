@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from fed_dpsat.errors import place
 from fed_dpsat.step.unchecked import unchecked
 
 Subject = TypeVar("Subject")
@@ -51,8 +52,8 @@ def run_checks(suite: str, checks: Sequence[Callable[[Subject], None]], subject:
         except Unmet as unmet:
             raise ConformanceError(suite, name, unmet.expected, unmet.seen, unmet.remedy) from None
         except Exception as error:
-            seen = f"{type(error).__name__}: {error}"
-            remedy = "see the traceback above; the check calls the plug-in like a run"
+            seen = f"{type(error).__name__}: {error}{place(error)}"
+            remedy = "correct the plug-in, which the check calls like a run"
             raise ConformanceError(suite, name, "no exception", seen, remedy) from error
         made.append(name)
     return made

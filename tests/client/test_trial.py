@@ -246,8 +246,12 @@ FAILURES = {
     "an object": ("model=m.py:Outcome", "gives a SimpleNamespace with scores, hidden", "with the tensor as logits"),
     "answers": ("model=m.py:Answers", "gives [4] for inputs", "return 10 logits for each example, not a class"),
     "one example": ("model=m.py:Squeezing", "gives [10] for inputs [1, 1, 8, 8]", "also for one example"),
-    "evaluation": ("model=m.py:TrainsOnly", "NotImplementedError: no inference yet", "make it take those"),
-    "second step": ("optimizer=o.py:sgd", "update: KeyError: 'velocity'", "check_optimizer"),
+    "evaluation": (
+        "model=m.py:TrainsOnly",
+        "NotImplementedError: no inference yet (m.py, line 57)",
+        "make it take those",
+    ),
+    "second step": ("optimizer=o.py:sgd", "update: KeyError: 'velocity' (o.py, line 22); run", "check_optimizer"),
     "a name of its state": ("optimizer=o.py:carries", "it carries 'momentun'", "did you mean 'momentum'?"),
     "parameters in another order": ("optimizer=o.py:reorders", "other parameters than the model's", "check_optimizer"),
     "other shapes": ("optimizer=o.py:reshapes", "1.weight is float32[640]", "check_optimizer"),
@@ -269,7 +273,11 @@ FAILURES = {
     "metric missing": ("task=t.py:Unmeasured", "its measure has no 'accuracy'", "return a value of each metric"),
     "measure": ("task=t.py:Broken", "measure: ValueError: no ranks", "fed_dpsat.tasks.base.Task"),
     "attack of NaN": ("attack=o.py:ForgesNaN", "attack='ForgesNaN' is not", "return finite tensors"),
-    "attack": ("attack=o.py:NoForgery", "forge: ValueError: nothing to forge", "fed_dpsat.lab.attacks.Attack"),
+    "attack": (
+        "attack=o.py:NoForgery",
+        "forge: ValueError: nothing to forge (o.py, line ",
+        "fed_dpsat.lab.attacks.Attack",
+    ),
 }
 FIRST_EVALUATION = {
     "few outputs",
