@@ -53,9 +53,9 @@ def declares_its_clip_norm(make: MakeRule) -> None:
 
 
 def gives_one_factor_per_example_and_parameter(make: MakeRule) -> None:
-    """``factors`` maps squared norms ``[B]`` to finite factors ``[B]`` of the same names, for B = 0 too."""
+    """``factors`` maps squared norms ``[B]`` to finite factors ``[B]`` >= 0 of the same names, for B = 0 too."""
     for batch in (0, 1, 4):
-        norms = {"a": torch.full((batch,), 4.0), "b": torch.zeros(batch)}
+        norms = {"a": torch.tensor([4.0, 0.25, 1e-3, 1e8])[:batch], "b": torch.zeros(batch)}
         factors = make(1.0).factors(norms)
         seen = {name: (tuple(f.shape), bool(f.isfinite().all())) for name, f in factors.items()}
         require(
@@ -63,6 +63,13 @@ def gives_one_factor_per_example_and_parameter(make: MakeRule) -> None:
             expected=f"finite factors of shape ({batch},) for {sorted(norms)}",
             seen=str(seen),
             remedy="return one factor per example under every name of squared_norms",
+        )
+        lowest = min((float(f.min()) for f in factors.values() if batch), default=0.0)
+        require(
+            lowest >= 0,
+            expected="no negative factor",
+            seen=f"{lowest:.6g}",
+            remedy="make each factor at least 0: a run refuses others",
         )
 
 

@@ -84,6 +84,14 @@ BROKEN = {
         broken(lambda s, c: for_all(s, flat(norm(s).sum(), c))),
         "gives_one_factor_per_example_and_parameter",
     ),
+    "turns examples around": (
+        broken(lambda s, c: for_all(s, -flat(norm(s), c))),
+        "gives_one_factor_per_example_and_parameter",
+    ),
+    "turns small examples around": (
+        broken(lambda s, c: for_all(s, flat(norm(s), c) * torch.where(norm(s) < c, -1.0, 1.0))),
+        "gives_one_factor_per_example_and_parameter",
+    ),
     "forgets a parameter": (broken(lambda s, c: {"a": flat(norm(s), c)}), "gives_one_factor_per_example_and_parameter"),
     "writes into the norms": (broken(in_place), "same_norms_give_same_factors"),
     "remembers batches": (Restless, "same_norms_give_same_factors"),

@@ -166,6 +166,8 @@ def check_factors(rule: ClippingRule, factors: Mapping[str, Tensor], names: list
     else:
         each = torch.stack([factors[name].double() for name in names])
         kept, lowest = (each.square() * rows.clamp(min=least)).sum(0), each
+    if bool((lowest < 0).any()):
+        _refuse(rule, "one without a negative factor", "make each factor at least 0")
     if not bool((kept <= bound).all() & (lowest >= 0).all()):
         _refuse(rule, f"one that keeps the bound: it leaves an example more than clip_norm={rule.clip_norm:g}, or NaN")
 
