@@ -51,7 +51,7 @@ from fed_dpsat.step.query import first_point
 from fed_dpsat.tasks.base import Task
 
 ROWS = 4
-CARRIED_STEPS = 6
+CARRIED_STEPS = 3
 """Each name in ``carries`` appears in the state within so many steps."""
 FLOWER_LOGGER = "flwr"
 
@@ -207,14 +207,13 @@ def check_carried(tried: Experiment) -> None:
     """Raise ``Unfit`` for a name in ``carries`` that neither ``init`` nor one of the first steps makes."""
     optimizer, params = tried.optimizer, moved(tried.trained(1), tried.device)
     state = optimizer.init(params)
-    states, unknown = [state], unknown_carried(optimizer, [state])
-    while unknown and len(states) <= CARRIED_STEPS:
-        info = StepInfo(index=len(states) - 1, noise_std=torch.tensor(0.0, dtype=torch.float64), round=1)
+    states = [state]
+    for index in range(CARRIED_STEPS):
+        info = StepInfo(index=index, noise_std=torch.tensor(0.0, dtype=torch.float64), round=1)
         gradient = zeros_like(first_point(optimizer.query_point(params, state, info)))
         params, state = optimizer.update(params, gradient, state, info)
         states.append(state)
-        unknown = unknown_carried(optimizer, states)
-    if unknown:
+    if unknown := unknown_carried(optimizer, states):
         raise Unfit("optimizer", f"it carries {unknown}", "correct the name in carries, or begin it in init")
 
 

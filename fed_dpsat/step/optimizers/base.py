@@ -110,13 +110,18 @@ def _kept(optimizer: object, fresh: State, last: State) -> State:
 
 
 def unknown_carried(optimizer: object, states: Sequence[State]) -> str:
-    """What is wrong with ``carries`` of ``optimizer`` or of a base: a name that none of ``states`` has; or empty."""
+    """What is wrong with ``carries`` of ``optimizer`` or of a base: a name that none of ``states`` has; or empty.
+
+    It is wrong if there is other state, which is lost: an optimizer may keep nothing, as one with momentum 0.
+    """
     known = {str(name) for state in states for name in state} - {BASE}
-    for name in getattr(optimizer, "carries", None) or ():
+    names = getattr(optimizer, "carries", None) or ()
+    lost = known - set(names)
+    for name in names if lost else ():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3) or sorted(known)
-            hint = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
-            return f"{name!r}, which no state of {type(optimizer).__name__} has{hint}"
+            near = difflib.get_close_matches(str(name), lost, n=3) or sorted(lost)
+            hint = ", ".join(map(repr, near))
+            return f"{name!r}, which no state of {type(optimizer).__name__} has (did you mean {hint}?)"
     base, below = getattr(optimizer, "base", None), [state[BASE] for state in states if BASE in state]
     return unknown_carried(base, below) if base is not None and below else ""
 

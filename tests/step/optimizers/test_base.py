@@ -151,7 +151,10 @@ def test_a_carried_name_is_looked_for_in_all_states_of_its_own_link():
     """DP-SAT has its direction after a step, and the momentum belongs to the base."""
     optimizer = DPSAT(base=DPSGD(lr=0.1, momentum=0.9), rho=0.1)
     first = optimizer.init(PARAMS)
-    assert unknown_carried(optimizer, [first]) == "'ascent', which no state of DPSAT has"
+    assert unknown_carried(optimizer, [{**first, "ascend": PARAMS}]) == (
+        "'ascent', which no state of DPSAT has (did you mean 'ascend'?)"
+    )
+    assert unknown_carried(optimizer, [first]) == ""
     assert unknown_carried(optimizer, [first, {**first, ASCENT: PARAMS}]) == ""
     assert unknown_carried(optimizer, [{ASCENT: PARAMS, BASE: {"momentun": PARAMS}}]) == (
         "'momentum', which no state of DPSGD has (did you mean 'momentun'?)"
