@@ -14,7 +14,7 @@ names with a ``Slope``          one number for each, of losses: no pass backward
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, zeros_like
 from fed_dpsat.step.examples import Examples
+
+PLAIN: tuple[type, ...] = (Tensor, nn.Parameter)
+"""Tensors whose functions are torch's own."""
 
 
 class LossFn(Protocol):
@@ -54,11 +57,6 @@ class Slope:
 
     points: Callable[[], Iterable[tuple[float, Params]]]
     width: float
-
-    def made_points(self) -> Iterator[tuple[float, Params]]:
-        """``points()``, each of plain tensors; raises as ``plain_tensors``."""
-        for weight, point in self.points():
-            yield weight, plain_tensors(point)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +127,7 @@ def plain_tensors(params: Params) -> Params:
     torch calls the functions of a derived class with all arguments of an operation, so with examples and their
     gradients: an optimizer, or a client's half, would see them before noise.
     """
-    known = (Tensor, nn.Parameter)
-    strange = next((p for p in params.values() if type(p) not in known), None) if type(params) is dict else params
+    strange = next((p for p in params.values() if type(p) not in PLAIN), None) if type(params) is dict else params
     if strange is not None:
         raise SettingError(
             "optimizer",

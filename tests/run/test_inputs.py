@@ -255,7 +255,7 @@ def test_a_logger_may_be_another(tmp_path):
 def test_a_run_of_an_older_version_is_not_known_to_be_the_same(tmp_path):
     folder = begun(CONFIG, tmp_path / "run")
     (folder / "inputs.json").unlink()
-    with pytest.raises(SettingError, match=r"inputs.json.*continue with the version that started it"):
+    with pytest.raises(SettingError, match=r"inputs.json.*use the version that started it"):
         resume(folder)
 
 

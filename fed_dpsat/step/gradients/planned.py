@@ -44,7 +44,18 @@ from fed_dpsat.step.gradients.loss import ModelLoss
 from fed_dpsat.step.gradients.plain import plain_query_sum, plain_sum, unbounded
 from fed_dpsat.step.gradients.routes import TABLES, Routes, routes_of
 from fed_dpsat.step.gradients.state import afresh
-from fed_dpsat.step.query import At, LossFn, Query, Slope, as_query, compacted, first_point, simplified, zero_sum
+from fed_dpsat.step.query import (
+    At,
+    LossFn,
+    Query,
+    Slope,
+    as_query,
+    compacted,
+    first_point,
+    plain_tensors,
+    simplified,
+    zero_sum,
+)
 
 
 class NoMemory(Exception):
@@ -118,8 +129,8 @@ def _of_slopes(slopes: Mapping[str, Slope], losses: Callable[[Params], Tensor]) 
     found: dict[str, Contribution] = {}
     for name, slope in slopes.items():
         each = []
-        for weight, point in slope.made_points():
-            each.append(weight * wide(losses(point)))
+        for weight, point in slope.points():
+            each.append(weight * wide(losses(plain_tensors(point))))
             del point  # or the next one is made beside it
         total = torch.stack(each).sum(0)
         found[name] = Rows(data=total * (total.new_ones(()) / slope.width))
