@@ -37,6 +37,7 @@ def test_the_tutorial_is_short():
     assert sum(len(text.splitlines()) for name, text in FILES.items() if "blend" in name) <= 42
 
 
+@pytest.mark.slow
 def test_its_strategy_runs_by_its_command(tutorial):
     (command,) = (line for line in COMMANDS if "bounded_mean" in line)
     program, *arguments = shlex.split(command)
@@ -46,6 +47,7 @@ def test_its_strategy_runs_by_its_command(tutorial):
     assert 'bounded_mean.py:bounded_mean"' in (tutorial / "run" / "summary.json").read_text()
 
 
+@pytest.mark.slow
 def test_its_conformance_test_passes_and_can_fail(tutorial):
     names: dict[str, object] = {}
     exec(compile(FILES["test_bounded_mean.py"], "test_bounded_mean.py", "exec"), names)

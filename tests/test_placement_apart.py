@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("speed", ["not slow", "slow"])
 def test_what_is_placed_on_a_card(speed):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", speed, "tests/step/placement"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

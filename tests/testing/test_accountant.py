@@ -86,6 +86,7 @@ def test_an_outside_accountant_conforms():
     check_accountant(outside)
 
 
+@pytest.mark.by_default("1 % too low", "the last noise for all", "mean over rounds")
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_accountant_is_caught(case, caught):
     accountant, checks = BROKEN[case]

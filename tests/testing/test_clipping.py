@@ -99,7 +99,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.by_default("flat", "adaptive")
+@pytest.mark.by_default("flat")
 @pytest.mark.parametrize("name", plugins.builtin("clipping"))
 def test_every_shipped_rule_conforms(name):
     assert len(check_clipping(plugins.builtin("clipping")[name])) == 8
@@ -110,6 +110,7 @@ def test_a_function_of_clip_norm_joins_too(monkeypatch):
     assert len(check_clipping(lambda bound: FlatClipping(clip_norm=bound))) == 2
 
 
+@pytest.mark.by_default("mixes the batch", "clips each tensor*", "does not clip")
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_rule_is_caught(case, caught):
     factory, check = BROKEN[case]
