@@ -169,7 +169,7 @@ def _backend(experiment: Experiment, client_app: ClientApp | None, folder: RunFo
     config = experiment.config
     settings, nodes = config.settings(), config.num_clients
     checkpoint = folder.load_checkpoint() if folder and folder.resumes else None
-    state_folder = folder.state_path if folder else None
+    state_folder = folder.state_path.absolute() if folder else None  # a worker has a current folder of its own
     kept = kept_rounds(state_folder, checkpoint.round) if state_folder and checkpoint else {}
     faults = Faults.of(config)
     if config.workers == 0:
