@@ -192,9 +192,12 @@ class RunFolder:
             if (now := stored(begun, config)) != begun:
                 _write_atomically(self.path / "config.toml", now.to_toml())
             return
+        watched = self.state_path.is_dir()  # workers that have started look for it
         self._replace()
         with written(self.checkpoint_path.parent):
             self.checkpoint_path.parent.mkdir(parents=True, exist_ok=True)
+            if watched:
+                self.state_path.mkdir(exist_ok=True)
         environment = {**surroundings(), "device": described(config.device), "objects": list(objects)}
         _write_atomically(self.path / "environment.json", _json(environment, indent=2) + "\n")
         _write_atomically(self.path / "inputs.json", _json([dataclasses.asdict(i) for i in inputs], indent=2) + "\n")

@@ -207,3 +207,10 @@ def test_other_packages_that_decide_bits_are_told(tmp_path, caplog):
     path.write_text(json.dumps({**environment, "packages": {**environment["packages"], "torch": "1.0"}}))
     folder.check_version(**RESUMED)
     assert f"began with torch 1.0 (now {versions()['torch']}): later rounds can have other bits" in caplog.text
+
+
+def test_a_new_run_keeps_the_folder_of_states_that_workers_have_seen(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.state_path.mkdir(parents=True)
+    folder.open(RunConfig(target_epsilon=4.0))
+    assert folder.state_path.is_dir()
