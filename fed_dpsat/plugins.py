@@ -129,7 +129,7 @@ def listed(kind: str) -> dict[str, str]:
 
 
 def load(kind: str, name: str) -> Factory:
-    """The factory that ``name`` stands for; ``PluginError`` names the near ones where there is none."""
+    """The factory that ``name`` stands for; a ``PluginError`` names near ones if it stands for nothing."""
     prefix, separator, rest = name.partition(":")
     if separator and (of_library := libraries(kind).get(prefix)):
         return of_library(rest)

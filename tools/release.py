@@ -174,7 +174,7 @@ def _said(command: Sequence[str | Path], folder: Path) -> str:
 
 
 def main() -> int:
-    """Make the release, or print why there is none."""
+    """Make the release, or print the reason that prevents it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--reuse", action="store_true", help="try the wheel with the packages of this environment")
     try:

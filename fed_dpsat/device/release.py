@@ -49,7 +49,7 @@ def journal_path(folder: Path) -> Path:
 
 
 def open_ledger(folder: Path, *, readonly: bool = False) -> PrivacyLedger:
-    """The ledger of a device. Raises ``LedgerError`` if it is invalid, or if there is none."""
+    """The ledger of a device. Raises ``LedgerError`` for a folder without a ledger, or with an invalid one."""
     if not (path := ledger_path(folder)).exists():
         raise LedgerError(
             f"no ledger at {path}; create that of a new device with `fed-dpsat device init POLICY`; if this device has "

@@ -27,7 +27,7 @@ from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_key, derive_seed
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo, Update, owned_update
 from fed_dpsat.step.placement import device_of
-from fed_dpsat.step.query import At, spread
+from fed_dpsat.step.query import At, Query, check_loss, spread
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.secure_noise import system_generator
 from fed_dpsat.step.unchecked import checking
@@ -208,6 +208,7 @@ def _trained(
             infos = [turn.begin(step) for turn in turns]
             batches = run.batches(step, [next(turn.coins) for turn in turns])
             at = run.query_point(infos)
+            check_loss(at.loss if isinstance(at, Query) else None)
             sums = run.clipped_sums(at, batches, turns)
             private = [spread(at, turn.release(*found)) for turn, found in zip(turns, sums, strict=True)]
             for k, gradient in enumerate(private if watch else ()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +21,7 @@ from fed_dpsat.step.secure_noise import SystemGenerator, add_noise_on_grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mechanism:
+class Mechanism(ABC):
     """Noise on the SUM, scaled to ``noise_multiplier * clip_norm``; then the mean. A subclass has its distribution."""
 
     noise_multiplier: float
@@ -66,7 +67,6 @@ class Mechanism:
         A ``SystemGenerator`` has its noise added on a grid, and slightly wider (``fed_dpsat.step.secure_noise``).
         Without noise and at a size of 1 the tensors are those of the sum.
         """
-        self._check(clipped_sum)
         if self.noise_multiplier and isinstance(generator, SystemGenerator):
             noisy_sum = self._add_on_grid(clipped_sum, generator)
         elif self.noise_multiplier:
@@ -83,9 +83,6 @@ class Mechanism:
             noise_multiplier=self.noise_multiplier, sample_rate=sample_rate, steps=steps, kind=self.kind
         )
 
-    def _check(self, clipped_sum: Params) -> None:
-        """Raise ``SettingError`` for a sum whose clipping does not bound what the noise is scaled to."""
-
     def _add_noise(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         scale, noisy_sum = self.noise_multiplier * self.clip_norm, {}
         for name, drawn in self._drawn(clipped_sum, generator).items():
@@ -94,11 +91,13 @@ class Mechanism:
             noisy_sum[name] = torch.add(total, noise, alpha=scale, out=noise)
         return noisy_sum
 
+    @abstractmethod
     def _drawn(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
-        raise NotImplementedError
+        """Noise of scale 1 with the names and shapes of ``clipped_sum``."""
 
+    @abstractmethod
     def _add_on_grid(self, clipped_sum: Params, generator: SystemGenerator) -> Params:
-        raise NotImplementedError
+        """``clipped_sum`` with the noise of a ``SystemGenerator``."""
 
 
 class GaussianMechanism(Mechanism):
@@ -137,7 +136,8 @@ class LaplaceMechanism(Mechanism):
 
     norm, deviation, kind = "L1", math.sqrt(2), DISTRIBUTIONS["laplace"]
 
-    def _check(self, clipped_sum: Params) -> None:
+    def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
+        """As ``Mechanism.privatize``, of numbers alone."""
         tensors = [f"{name}{list(total.shape)}" for name, total in clipped_sum.items() if total.numel() != 1]
         if tensors:
             raise SettingError(
@@ -147,6 +147,7 @@ class LaplaceMechanism(Mechanism):
                 "clipping bounds",
                 "use optimizer=zeroth-order, or noise_distribution=gaussian",
             )
+        return super().privatize(clipped_sum, generator)
 
     def _drawn(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         drawn = standard_laplaces(generator, len(clipped_sum))

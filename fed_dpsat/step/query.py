@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params, zeros_like
+from fed_dpsat.step.clipping.base import plain_number
 from fed_dpsat.step.examples import Examples
+from fed_dpsat.step.unchecked import checking
 
 PLAIN: tuple[type, ...] = (Tensor, nn.Parameter)
 """Tensors whose functions are torch's own."""
@@ -48,6 +50,10 @@ class OfOutputs(Protocol):
         """``inputs[B, ...] -> outputs[B, K]``."""
 
 
+Wrapper: TypeAlias = Callable[[LossFn], LossFn]
+"""Makes another loss of one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slope:
     """The weighted sum of an example's losses at ``points()``, over ``width``: a finite difference.
@@ -58,6 +64,9 @@ class Slope:
     points: Callable[[], Iterable[tuple[float, Params]]]
     width: float
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "width", plain_number("width", self.width))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
@@ -65,8 +74,9 @@ class Query:
 
     ``points`` are pairs of a weight and parameters, all with the same names and shapes; ``active`` has a bool mask for
     any of the names (without one a name is active in whole); ``loss`` wraps the loss of an example. All three are made
-    of public state alone; a wrapped loss sees examples, and keeps nothing of them. Engines combine, drop what is
-    inactive, and only then clip, example by example: whatever is asked, an example adds no more than ``clip_norm``.
+    of public state alone; a wrapped loss sees examples, so training takes ``KNOWN_LOSSES`` alone. Engines combine, drop
+    what is inactive, and only then clip, example by example: whatever is asked, an example adds no more than
+    ``clip_norm``.
 
     With ``slopes`` the one point holds a number for each of their names, and an example's gradient in it is the slope:
     engines take forward passes alone, and keep no graph.
@@ -76,10 +86,12 @@ class Query:
 
     points: tuple[tuple[float, Params], ...]
     active: Params | None = None
-    loss: Callable[[LossFn], LossFn] | None = None
+    loss: Wrapper | None = None
     slopes: Mapping[str, Slope] | None = None
 
     def __post_init__(self) -> None:
+        weighted = tuple((plain_number("weight", weight), point) for weight, point in self.points)
+        object.__setattr__(self, "points", weighted)
         if not self.points:
             raise ValueError("a query without a point; one point of weight 1 is the gradient there")
         shapes = _shapes(self.points[0][1])
@@ -118,7 +130,39 @@ def simplified(at: At) -> At:
         return plain_tensors(at)  # type: ignore[arg-type]  # also a class derived from Query is refused
     for params in (*(point for _, point in at.points), _masks(at)):
         plain_tensors(params)
+    if any(type(slope) is not Slope for slope in (at.slopes or {}).values()):
+        raise SettingError("optimizer", "slopes", "one that asks for slopes of the class Slope itself", "make them so")
     return at if at.plain is None else at.plain
+
+
+@dataclass(frozen=True)
+class Composed:
+    """``outer`` around ``inner``: two wrapped losses as one."""
+
+    outer: Wrapper
+    inner: Wrapper
+
+    def __call__(self, loss: LossFn) -> LossFn:
+        """``outer(inner(loss))``."""
+        return self.outer(self.inner(loss))
+
+
+KNOWN_LOSSES: list[type] = []
+"""Classes of wrapped losses of which is known that they keep nothing of the examples that they see."""
+
+
+def check_loss(loss: Wrapper | None) -> None:
+    """Raise ``SettingError`` for a wrapped loss of another class, which could keep what it sees before noise."""
+    if type(loss) is Composed:
+        check_loss(loss.outer)
+        check_loss(loss.inner)
+    elif loss is not None and type(loss) not in KNOWN_LOSSES and checking():
+        raise SettingError(
+            "optimizer",
+            type(loss).__name__,
+            "one whose wrapped loss is known to keep nothing of the examples that it sees (saf's)",
+            "add the term after the noise, or vouch for yours: `with fed_dpsat.step.unchecked.unchecked():`",
+        )
 
 
 def plain_tensors(params: Params) -> Params:

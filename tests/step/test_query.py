@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from fed_dpsat.step.optimizers import DPSAT, DPSGD
 from fed_dpsat.step.optimizers.base import ASCENT, BASE
 from fed_dpsat.step.optimizers.proximal import Proximal
 from fed_dpsat.step.query import (
+    Composed,
     Query,
     Slope,
     as_query,
@@ -331,6 +332,44 @@ def spies(params):
     return {name: p.as_subclass(Spy) for name, p in params.items()}
 
 
+class Number:
+    """Is multiplied with what is private."""
+
+    def __float__(self):
+        return 1.0
+
+    def __rmul__(self, other):
+        Spy.seen.append(other)
+        return other
+
+    __rtruediv__ = __rmul__
+
+
+class Sloped(Slope):
+    """A slope whose width is of its own class."""
+
+    width = property(lambda self: Number(), lambda self, value: None)
+
+    def __post_init__(self):
+        pass
+
+
+def sloped(kind=Slope, weight=1.0):
+    def ask(params):
+        points = lambda: [(weight, params), (-1.0, params)]  # noqa: E731
+        return Query(points=((1.0, {"s": torch.tensor(0.0)}),), slopes={"s": kind(points=points, width=1.0)})
+
+    return ask
+
+
+def keeps(loss):
+    def kept(params, inputs, targets):
+        Spy.seen.append(inputs)
+        return loss(params, inputs, targets)
+
+    return kept
+
+
 class Dict(dict):
     pass
 
@@ -346,12 +385,12 @@ STRANGE = {
     "a query of its own class": Curious(lambda p: Asked(points=((1.0, p),))),
     "points of a query": Curious(lambda p: Query(points=((0.5, p), (0.5, spies(p))))),
     "a mask": Curious(lambda p: Query(points=((1.0, p),), active=spies({"w": torch.tensor([True, False, True])}))),
-    "a slope": Curious(
-        lambda p: Query(
-            points=((1.0, {"s": torch.tensor(0.0)}),),
-            slopes={"s": Slope(points=lambda: [(1.0, spies(p)), (-1.0, p)], width=1.0)},
-        )
-    ),
+    "a slope": Curious(lambda p: sloped()(spies(p))),
+    "a slope of its own class": Curious(sloped(Sloped)),
+    "the weight of a slope": Curious(sloped(weight=Number())),
+    "a weight": Curious(lambda p: Query(points=((Number(), p), (1.0, p)))),
+    "a loss": Curious(lambda p: Query(points=((1.0, p),), loss=keeps)),
+    "a loss around one that is known": Curious(lambda p: Query(points=((1.0, p),), loss=Composed(keeps, keeps))),
 }
 
 
@@ -368,9 +407,10 @@ def test_no_class_of_an_optimizers_own_meets_an_example(case, engine, executor):
         mechanism=GaussianMechanism(noise_multiplier=1.0, clip_norm=1.0, expected_batch_size=5.0),
         streams=Streams(seed=0, client=0, round=1),
     )
-    refused = pytest.raises((SettingError, Unstackable), match=r"plain tensors|more than one plain gradient")
-    stacking_makes_it_plain = executor and case == "parameters after an update"
-    with nullcontext() if stacking_makes_it_plain else refused:
+    known = "plain tensors|real number|of the class Slope|wrapped loss is known|more than one plain gradient"
+    refused = pytest.raises((SettingError, Unstackable, TypeError), match=known)
+    made_plain = case == "the weight of a slope" or (executor and case == "parameters after an update")
+    with suppress(Unstackable) if made_plain else refused:
         train(
             {"w": torch.zeros(3)},
             [member],

@@ -84,6 +84,8 @@ POLICY = "policy"
 
 LARGEST = 1e14
 """Beyond it no reply is one: the squares of a billion such numbers still add up in float32."""
+MOST = LARGEST * (1 + 1e-6)
+"""As a float32, ``LARGEST`` is a little more."""
 
 
 class Form(NamedTuple):
@@ -271,8 +273,7 @@ def _check_record(record: ArrayRecord, wanted: Mapping[str, Form], where: str) -
             continue
         if values.dtype.kind not in "fib":
             raise RecordError(f"{where}{name} has {values.dtype} numbers, which have no order")
-        most = LARGEST * (1 + 1e-6)  # LARGEST as a float32 is a little more
-        if not (float(values.max(initial=0)) <= most and float(values.min(initial=0)) >= -most):  # NaN is neither
+        if not (float(values.max(initial=0)) <= MOST and float(values.min(initial=0)) >= -MOST):  # NaN is neither
             what = f"numbers beyond {LARGEST:g}" if np.isfinite(values).all() else "NaN or inf"
             raise RecordError(f"{where}{name} has {what}")
 

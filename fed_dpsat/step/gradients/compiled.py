@@ -78,7 +78,7 @@ def suit(x: Tensor) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Raises ``RuntimeError``, ``OSError`` or ``SubprocessError`` with the reason where there is none."""
+    """Raises ``RuntimeError``, ``OSError`` or ``SubprocessError`` with the reason if the compiler makes no kernels."""
     flags = FLAGS + VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
     digest = blake2b((SOURCE + repr(flags)).encode(), digest_size=8).hexdigest()
     folder, name = CACHE.expanduser(), f"kernels-{platform.machine()}-{digest}.so"

@@ -130,7 +130,7 @@ def _of_slopes(slopes: Mapping[str, Slope], losses: Callable[[Params], Tensor]) 
     for name, slope in slopes.items():
         each = []
         for weight, point in slope.points():
-            each.append(weight * wide(losses(plain_tensors(point))))
+            each.append(float(weight) * wide(losses(plain_tensors(point))))
             del point  # or the next one is made beside it
         total = torch.stack(each).sum(0)
         found[name] = Rows(data=total * (total.new_ones(()) / slope.width))

@@ -23,7 +23,6 @@ step: 4 times the model at E = 3, which a server that simulates many clients hol
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -33,9 +32,10 @@ from torch.nn import functional
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
+from fed_dpsat.step.clipping.base import plain_number
 from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.optimizers.base import Over, State, StepInfo
-from fed_dpsat.step.query import At, LossFn, OfOutputs, as_query
+from fed_dpsat.step.query import KNOWN_LOSSES, At, Composed, LossFn, OfOutputs, as_query, plain_tensors
 
 MODELS, EPOCHS = "models", "epochs"
 """Old weights by place, and of which epoch those of a place are."""
@@ -76,9 +76,8 @@ class SAF(Over):
         if old is None:
             return at
         query = as_query(at)
-        wrap = trajectory_loss(old, self.saf_weight, self.saf_temperature)
-        inner = query.loss
-        return replace(query, loss=wrap if inner is None else lambda loss: inner(wrap(loss)))
+        term = TrajectoryLoss(old=old, weight=self.saf_weight, temperature=self.saf_temperature)
+        return replace(query, loss=term if query.loss is None else Composed(query.loss, term))
 
     def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         """The step of ``base``; in the first of an epoch, ``params`` take the place of the oldest model."""
@@ -103,10 +102,21 @@ class SAF(Over):
         return old
 
 
-def trajectory_loss(old: Params, weight: float, temperature: float) -> Callable[[LossFn], LossFn]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrajectoryLoss:
     """Wraps a loss: adds ``weight`` times the ``divergence`` of its outputs from those at ``old``."""
 
-    def wrap(loss_fn: LossFn) -> LossFn:
+    old: Params
+    weight: float
+    temperature: float
+
+    def __post_init__(self) -> None:
+        plain_tensors(self.old)
+        for name in ("weight", "temperature"):
+            object.__setattr__(self, name, plain_number(f"saf_{name}", getattr(self, name)))
+
+    def __call__(self, loss_fn: LossFn) -> LossFn:
+        """The loss with that term; raises ``SettingError`` for one without outputs."""
         if not isinstance(loss_fn, OfOutputs):
             raise SettingError(
                 "optimizer", "saf", "for a loss without outputs", "use ModelLoss, or a loss with criterion and outputs"
@@ -115,12 +125,13 @@ def trajectory_loss(old: Params, weight: float, temperature: float) -> Callable[
 
         def loss(params: Params, inputs: Tensor, targets: Tensor, /) -> Tensor:
             now = made.outputs(params, inputs)
-            then = logits_of(made.outputs(old, inputs)).detach()
-            return made.criterion(now, targets) + weight * divergence(then, logits_of(now), temperature)
+            then = logits_of(made.outputs(self.old, inputs)).detach()
+            return made.criterion(now, targets) + self.weight * divergence(then, logits_of(now), self.temperature)
 
         return loss
 
-    return wrap
+
+KNOWN_LOSSES.append(TrajectoryLoss)
 
 
 def divergence(then: Tensor, now: Tensor, temperature: float) -> Tensor:

@@ -12,7 +12,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.step.gradients.loss import logits_of
 from fed_dpsat.step.optimizers import DPSAT, DPSGD
 from fed_dpsat.step.optimizers.base import ASCENT, BASE
-from fed_dpsat.step.optimizers.saf import EPOCHS, MODELS, SAF, divergence, trajectory_loss
+from fed_dpsat.step.optimizers.saf import EPOCHS, MODELS, SAF, TrajectoryLoss, divergence
 from fed_dpsat.testing.problems import step_info
 
 RATE = 0.25
@@ -51,7 +51,7 @@ def test_by_hand(packed):
             return torch.nn.functional.cross_entropy(logits_of(outputs), targets, reduction="none")
 
     w = torch.tensor([math.log(3.0), 0.0], requires_grad=True)
-    loss = trajectory_loss({"w": torch.zeros(2)}, 2.0, 1.0)(Logits())
+    loss = TrajectoryLoss(old={"w": torch.zeros(2)}, weight=2.0, temperature=1.0)(Logits())
     value = loss({"w": w}, torch.zeros(1, 1), torch.tensor([0]))
     (slope,) = torch.autograd.grad(value.sum(), w)
     assert value.item() == pytest.approx(math.log(4 / 3) + 2 * math.log(4 / 3) / 2)
@@ -131,7 +131,7 @@ def test_dp_sat_over_saf_keeps_the_loss(problem):
 
 def test_a_loss_without_outputs_is_refused_in_words(problem, input_gradient):
     with pytest.raises(SettingError, match="optimizer='saf' is not for a loss without outputs; use ModelLoss"):
-        trajectory_loss(problem.params(problem.start), 1.0, 1.0)(input_gradient)
+        TrajectoryLoss(old=problem.params(problem.start), weight=1.0, temperature=1.0)(input_gradient)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +141,13 @@ def test_a_loss_without_outputs_is_refused_in_words(problem, input_gradient):
 def test_what_is_out_of_bounds_is_refused(name, value):
     with pytest.raises(SettingError, match=f"^{name}="):
         SAF(**{"base": DPSGD(lr=1), "sample_rate": 0.5, name: value})
+
+
+def test_old_weights_are_plain_tensors():
+    """Outputs at them are computed from examples: a class of its own would be called with those."""
+
+    class Own(torch.Tensor):
+        pass
+
+    with pytest.raises(SettingError, match="plain tensors"):
+        TrajectoryLoss(old={"w": torch.zeros(2).as_subclass(Own)}, weight=1.0, temperature=1.0)
