@@ -1246,7 +1246,7 @@ def test_views_between_layers(drawn, batch, physical):
         check_right(module, x, physical=physical)
 
 
-# --- found by a second adversary, not yet repaired ------------------------------------------------------------------
+# --- what an operation on the whole batch tells --------------------------------------------------------------------
 
 
 def caught(operation, otherwise=torch.neg):
@@ -1280,7 +1280,7 @@ FEW_WORDS = nn.Embedding(2, 2)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("engine", ["auto", "vmap"])
+@pytest.mark.parametrize("engine", ["auto", "vmap", "stacked"])
 @pytest.mark.parametrize("case", WHOLE_BATCH)
 def test_nobody_moves_a_sum_by_a_number_that_no_call_reads_off(case, engine):
     assert moved(lambda: Model(WHOLE_BATCH[case]), drop=3, engine=engine) <= 1 + 1e-6
@@ -1393,8 +1393,9 @@ COUNTERS |= {
 }
 
 
+@pytest.mark.parametrize("engine", ["auto", "stacked"])
 @pytest.mark.parametrize("case", COUNTERS)
-def test_no_counter_goes_from_pass_to_pass(case):
+def test_no_counter_goes_from_pass_to_pass(case, engine):
     x = torch.full((6, 4), 10.0, dtype=torch.float64)
     x[0] = -10
     batch = x, torch.zeros(6, dtype=torch.long)
@@ -1404,6 +1405,7 @@ def test_no_counter_goes_from_pass_to_pass(case):
         drop=0,
         physical=1,
         batch=batch,
+        engine=engine,
     )
     assert found <= 1 + 1e-6
 
