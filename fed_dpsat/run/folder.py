@@ -142,7 +142,10 @@ def how_to_continue(path: Path) -> str:
     checkpoint = folder.load_checkpoint()
     if checkpoint and checkpoint.cannot_resume:
         return f"{path} has {trained} finished rounds; it cannot be resumed: {checkpoint.cannot_resume}"
-    return f"{path} has {trained} finished rounds; `fed-dpsat resume {path}` continues"
+    again = f"`fed-dpsat resume {path}`"
+    if objects := folder.objects():
+        again = f"simulate(RunConfig(..., resume=True), ...) with the same {', '.join(objects)}"
+    return f"{path} has {trained} finished rounds; {again} continues"
 
 
 def fresh(name: str) -> Path:

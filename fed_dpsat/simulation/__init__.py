@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import refuse_names
 from fed_dpsat.client.half import half_of, with_half
 from fed_dpsat.data.dataset import Dataset
-from fed_dpsat.errors import SettingError
+from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.flower import client_app as client_app_module
 from fed_dpsat.flower.federation import run_federation
 from fed_dpsat.flower.grid import Backend, SimulationGrid
@@ -24,7 +24,7 @@ from fed_dpsat.flower.recorder import OnRound, RoundRecord
 from fed_dpsat.flower.trial import try_federation
 from fed_dpsat.flower.wire import compat
 from fed_dpsat.run.bar import progress_bar
-from fed_dpsat.run.folder import RunFolder, fresh
+from fed_dpsat.run.folder import RunFolder, fresh, how_to_continue
 from fed_dpsat.run.process import tune_allocator
 from fed_dpsat.run.reading import load_run
 from fed_dpsat.run.result import Run
@@ -89,6 +89,7 @@ def simulate(
     objects = [name for name, value in given.items() if value is not None]
     try_federation(experiment, strategy, objects)
     with (
+        _told_how_to_continue(path),
         _shown(experiment, on_round, progress) as show,
         compat.without_info(),
         generators.returned(),  # Flower draws from random
@@ -96,6 +97,17 @@ def simulate(
     ):
         run_federation(grid, experiment, folder, strategy=strategy, on_round=show, objects=objects)
     return dataclasses.replace(load_run(path), module=experiment.loss_fn.module)
+
+
+@contextmanager
+def _told_how_to_continue(path: Path) -> Iterator[None]:
+    """Add to an error, and to an interruption, what is in ``path`` and how the run goes on."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(InputError, RunError, OSError, ValueError):  # the error that ended the run is the one to show
+            error.add_note(how_to_continue(path))
+        raise
 
 
 @contextmanager

@@ -454,6 +454,21 @@ def test_another_thing_than_a_configuration_is_told(config):
         simulate(config)
 
 
+def test_an_interrupted_cell_says_how_its_run_continues(tmp_path):
+    def stop(record):
+        if record["round"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        simulate(SMALL, tmp_path / "run", on_round=stop)
+    assert interrupted.value.__notes__ == [
+        f"{tmp_path}/run has 1 finished rounds; `fed-dpsat resume {tmp_path}/run` continues"
+    ]
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        simulate(SMALL, tmp_path / "objects", dataset=digits(), on_round=stop)
+    assert interrupted.value.__notes__[0].endswith("resume=True), ...) with the same dataset continues")
+
+
 def test_a_class_in_place_of_an_object_is_told(tmp_path):
     with pytest.raises(SettingError, match=r"it is a class; call it: FedAdam\(...\)"):
         simulate(SMALL, tmp_path, strategy=FedAdam)
