@@ -49,6 +49,10 @@ class _Twins:
     def together(self) -> None:
         _set_states((self.python.getstate(), self.numpy.get_state()))
 
+    def follow(self) -> None:
+        self.python.setstate(random.getstate())
+        self.numpy.set_state(np.random.get_state())
+
 
 _twins = _Twins()
 
@@ -86,6 +90,7 @@ def kept(device: torch.device) -> Iterator[None]:
     with borrowed(device), _forked(device):
         idle, _twins.idle = _twins.idle, False
         states = None if idle else _states()
+        _twins.follow()  # within another one somebody may have drawn, such as Flower for a sample of nodes
         try:
             yield
         finally:

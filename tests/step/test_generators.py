@@ -82,6 +82,16 @@ def test_a_draw_is_noticed_and_undone(source, held):
     return None
 
 
+@pytest.mark.parametrize("outer", [borrowed, kept])
+def test_what_was_drawn_before_is_no_draw_of_the_inner_one(outer):
+    with outer(CPU):
+        draw_all()
+        with kept(CPU):
+            assert not others_moved()
+            random.random()
+            assert others_moved()
+
+
 def test_large_seeds_are_used_whole():
     with kept(CPU):
         found = []
