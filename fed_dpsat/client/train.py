@@ -27,7 +27,7 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.clipping import ClippingRule, FlatClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss
 from fed_dpsat.step.gradients.unchanging import unchanged
-from fed_dpsat.step.loop import Executor, LocalResult, Member, Streams, Watch, train
+from fed_dpsat.step.loop import Batches, Executor, LocalResult, Member, Rows, Streams, Watch, train
 from fed_dpsat.step.mechanism import MECHANISMS
 from fed_dpsat.step.noise import derive_generator
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round, subspace_of
@@ -78,6 +78,11 @@ class Training:
     personal: frozenset[str] = frozenset()
     half: ClientHalf | None = None
     watches: Mapping[int, Watch] = field(default_factory=dict)
+
+    @functools.cached_property
+    def _batch(self) -> Batches:
+        """One function for all clients."""
+        return lambda indices: self.dataset.train.batch(indices, self.device)
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -337,7 +342,7 @@ class Training:
             expected_batch_size=sampler.expected_batch_size,
         )
         return Member(
-            batches=lambda batch: self.dataset.train.batch(indices[batch], self.device),
+            batches=Rows(self._batch, indices),
             state=state,
             first_step=self._first_step(request),
             clip_norm=float(last[CLIPPING]["clip_norm"]) if CLIPPING in last else None,

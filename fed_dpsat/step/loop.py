@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,18 @@ Groups = Callable[[Tensor], Sequence[Tensor]]
 """Indices ``[B]`` to the places of examples that can be in one batch, group by group; each place once."""
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The ``Batches`` of a client that has the examples ``indices[N]`` of a data set; ``common`` makes those of all."""
+
+    common: Batches
+    indices: Tensor
+
+    def __call__(self, places: Tensor) -> tuple[Examples, Tensor]:
+        """The examples at ``places[B]`` of ``indices``."""
+        return self.common(self.indices[places])
+
+
 def one_group(indices: Tensor) -> list[Tensor]:
     """All in one batch: examples of one shape."""
     return [torch.arange(len(indices))]
@@ -69,12 +81,13 @@ class Streams:
             return system_generator()
         return derive_generator(self.seed, purpose=purpose, client=self.client, round=self.round, attempt=self.attempt)
 
+    def key(self, purpose: Purpose) -> bytes:
+        """The key of the generator of a seeded ``purpose``."""
+        return derive_key(self.seed, purpose=purpose, client=self.client, round=self.round, attempt=self.attempt)
+
     def draws(self, step: int, indices: Tensor) -> Draws:
         """What the examples ``indices[B]`` of the client draw inside a model, in a step of the round, from 0."""
-        if self.noise_source == "system" and "draws" in SECRET:
-            key = fresh_key()
-        else:
-            key = derive_key(self.seed, purpose="draws", client=self.client, round=self.round, attempt=self.attempt)
+        key = fresh_key() if self.noise_source == "system" and "draws" in SECRET else self.key("draws")
         return Draws(key=step_key(key, step), ids=indices.cpu().numpy())
 
     def torch_seed(self) -> int:
@@ -122,23 +135,46 @@ Watch = Callable[[int, At, Params], None]
 """Who is shown the private gradient of each member's step, by its place, and the query that it answers."""
 
 
+class Rounds(Protocol):
+    """The coins and the noise of the members that an executor trains."""
+
+    def begin(self, step: int) -> StepInfo:
+        """The bound and the noise of ``step``, and what the optimizer is told of it."""
+
+    def drawn(self) -> Any:
+        """The examples of this step."""
+
+    def release(self, clipped_sum: Params, nonfinite: Any) -> Params:
+        """The private gradient."""
+
+    def end(self) -> None:
+        """The bound of the next step."""
+
+
 class Executor(Protocol):
-    """How the members of ``train`` compute: parameters, states, and all that is no coin and no noise."""
+    """How the members of ``train`` compute: one, or several whose tensors have a leading dimension for them."""
 
-    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[Any]:
-        """The batch of each member."""
+    @property
+    def rounds(self) -> Rounds:
+        """Their coins and noise; all else that a step takes is here."""
 
-    def query_point(self, infos: Sequence[StepInfo]) -> At:
+    def batch(self, step: int, drawn: Any) -> Any:
+        """The examples that are ``drawn``."""
+
+    def query_point(self, info: StepInfo) -> At:
         """Where the gradients of this step are taken."""
 
-    def clipped_sums(self, at: At, batches: Sequence[Any], turns: Sequence[Turn]) -> Sequence[tuple[Params, int]]:
-        """The clipped sum of each member, and how many of its examples were not finite."""
+    def clipped_sum(self, at: At, batch: Any) -> tuple[Params, Any]:
+        """The clipped sum, and how many examples were not finite."""
 
-    def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
-        """The step of each member."""
+    def update(self, private_gradient: Params, info: StepInfo) -> None:
+        """The step."""
 
-    def part(self, k: int) -> tuple[Params, State]:
-        """Parameters and state of a member."""
+    def of_each(self, private_gradient: Params) -> Iterable[Params]:
+        """The private gradient of each member."""
+
+    def results(self) -> Sequence[LocalResult]:
+        """What the round of each member made."""
 
 
 def train(
@@ -153,7 +189,7 @@ def train(
     engine: str = "auto",
     physical_batch_size: int = 128,
     watch: Watch | None = None,
-) -> list[LocalResult]:
+) -> Sequence[LocalResult]:
     """``local_steps`` private steps of each of ``members`` from ``params``, each an event of the member's mechanism.
 
     Members train one after the other with ``engine``, or as the ``executor`` does it (``stacked.Stacked``). All is
@@ -194,31 +230,35 @@ def _trained(
     watch: Watch | None,
     *,
     loss_fn: LossFn,
-    clipping: ClippingRule,
     local_steps: int,
     **settings: Any,
-) -> list[LocalResult]:
-    turns = [Turn(member, clipping, local_steps) for member in members]
+) -> Sequence[LocalResult]:
     device = device_of(params)
     with training_on(device), in_mode(module_of(loss_fn), training=True):
         run = executor(
-            params, members, loss_fn=loss_fn, clipping=clipping, device=device, watched=watch is not None, **settings
+            params,
+            members,
+            loss_fn=loss_fn,
+            local_steps=local_steps,
+            device=device,
+            watched=watch is not None,
+            **settings,
         )
+        rounds = run.rounds
         for step in range(local_steps):
-            infos = [turn.begin(step) for turn in turns]
-            batches = run.batches(step, [next(turn.coins) for turn in turns])
-            at = run.query_point(infos)
+            info = rounds.begin(step)
+            batch = run.batch(step, rounds.drawn())
+            at = run.query_point(info)
             check_loss(at.loss if isinstance(at, Query) else None)
-            sums = run.clipped_sums(at, batches, turns)
-            private = [spread(at, turn.release(*found)) for turn, found in zip(turns, sums, strict=True)]
-            for k, gradient in enumerate(private if watch else ()):
+            clipped_sum, nonfinite = run.clipped_sum(at, batch)
+            private = spread(at, rounds.release(clipped_sum, nonfinite))
+            for k, gradient in enumerate(run.of_each(private) if watch else ()):
                 watch(k, at, gradient)  # type: ignore[misc]
-            del at, sums, batches  # or the next pass over a batch holds three models more
-            run.update(private, infos)
+            del at, batch, clipped_sum  # or the next pass over a batch holds three models more
+            run.update(private, info)
             del private
-            for turn in turns:
-                turn.end()
-    return [turn.result(*run.part(k)) for k, turn in enumerate(turns)]
+            rounds.end()
+    return run.results()
 
 
 class Turn:
@@ -228,7 +268,7 @@ class Turn:
         self._member, self._steps, self._nonfinite = member, local_steps, 0
         self._adaptive = clipping if isinstance(clipping, AdaptiveClipping) else None
         self._bound = member.mechanism.clip_norm if member.clip_norm is None else member.clip_norm
-        self.coins = member.sampler.batches(local_steps, member.streams.generator("sampling"))
+        self._coins = member.sampler.batches(local_steps, member.streams.generator("sampling"))
         self._noise = member.streams.generator("noise")
         self.rule: ClippingRule = clipping
         if not unbounded(clipping):
@@ -243,6 +283,10 @@ class Turn:
             self.rule = Tally(clip_norm=self._bound)
             self.of_gradient, self._of_count = _joint(self._adaptive, member.mechanism, self._bound)
         return step_info(member.first_step + step, self.of_gradient, member.streams)
+
+    def drawn(self) -> Tensor:
+        """The indices ``[B]`` of this step."""
+        return next(self._coins)
 
     def release(self, clipped_sum: Params, nonfinite: int) -> Params:
         """The private gradient."""
@@ -282,12 +326,14 @@ class Alone:
         loss_fn: LossFn,
         optimizer: PrivateOptimizer,
         clipping: ClippingRule,
+        local_steps: int,
         device: torch.device,
         engine: str,
         physical_batch_size: int,
         watched: bool,
     ) -> None:
         (self._member,) = members
+        self.rounds = Turn(self._member, clipping, local_steps)
         self._params, self._state = params, self._member.state
         self._loss_fn, self._device = loss_fn, device
         self._query_point = optimizer.query_point
@@ -299,46 +345,45 @@ class Alone:
         self._how: dict[str, Any] = {"engine": engine, "physical_batch_size": physical_batch_size}
         seed(device, self._member.streams.torch_seed())
 
-    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[list[Part]]:
+    def batch(self, step: int, drawn: Tensor) -> list[Part]:
         """As ``made_batch``, group by group."""
-        member, (drawn,) = self._member, indices
+        member = self._member
         draws = member.streams.draws(step, drawn)
         return [
-            [
-                (made_batch(member.batches, drawn[places], mine, self._device), mine)
-                for places in checked_groups(member.groups(drawn), len(drawn))
-                for mine in [draws.some(places.numpy())]
-            ]
+            (made_batch(member.batches, drawn[places], mine, self._device), mine)
+            for places in checked_groups(member.groups(drawn), len(drawn))
+            for mine in [draws.some(places.numpy())]
         ]
 
-    def query_point(self, infos: Sequence[StepInfo]) -> At:
+    def query_point(self, info: StepInfo) -> At:
         """What the optimizer asks."""
-        return self._query_point(self._params, self._state, infos[0])
+        return self._query_point(self._params, self._state, info)
 
-    def clipped_sums(
-        self, at: At, batches: Sequence[list[Part]], turns: Sequence[Turn]
-    ) -> Sequence[tuple[Params, int]]:
+    def clipped_sum(self, at: At, batch: list[Part]) -> tuple[Params, int]:
         """The sum of ``clipped_gradient_sum`` over the groups."""
         loss = self._loss_fn
         if self._ordinary:
-            loss, turns[0].of_gradient = self._ordinary.pair(at)
+            loss, self.rounds.of_gradient = self._ordinary.pair(at)
         found = [
-            clipped_gradient_sum(loss, at, batch, turns[0].rule, draws=draws, **self._how)
-            for batch, draws in batches[0]
+            clipped_gradient_sum(loss, at, part, self.rounds.rule, draws=draws, **self._how) for part, draws in batch
         ]
         total, nonfinite = found[0]
         for more, skipped in found[1:]:
             total = {name: part + more[name] for name, part in total.items()}
             nonfinite += skipped
-        return [(total, nonfinite)]
+        return total, nonfinite
 
-    def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
+    def update(self, private_gradient: Params, info: StepInfo) -> None:
         """What the optimizer makes of it."""
-        self._params, self._state = self._update(self._params, private_gradients[0], self._state, infos[0])
+        self._params, self._state = self._update(self._params, private_gradient, self._state, info)
 
-    def part(self, k: int) -> tuple[Params, State]:
+    def of_each(self, private_gradient: Params) -> list[Params]:
+        """Its own."""
+        return [private_gradient]
+
+    def results(self) -> list[LocalResult]:
         """What there is."""
-        return self._params, self._state
+        return [self.rounds.result(self._params, self._state)]
 
 
 def train_locally(

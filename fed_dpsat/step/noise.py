@@ -12,12 +12,14 @@ inside a model (``draws``).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Purpose = Literal[
@@ -83,6 +85,28 @@ def derive_key(seed: int, *, purpose: Purpose, client: int = SERVER, round: int 
     return blake2b(identity, digest_size=16).digest()
 
 
+def keyed_words(keys: Sequence[bytes], start: int, count: int) -> NDArray[np.uint64]:
+    """``[K, count]``: the words ``start`` to ``start + count`` of the generators with these ``keys``, row by row.
+
+    One bit generator goes from stream to stream: making one takes longer than a small model needs of its words.
+    """
+    skipped = start % PHILOX_WORDS
+    words, bits = np.empty((len(keys), count), np.uint64), np.random.Philox(key=0)
+    state = bits.state
+    state["buffer_pos"] = PHILOX_WORDS
+    state["state"]["counter"][0] = start // PHILOX_WORDS
+    for row, key in zip(words, keys, strict=True):
+        state["state"]["key"][:] = np.frombuffer(key, np.uint64)
+        bits.state = state
+        row[:] = bits.random_raw(skipped + count)[skipped:]
+    return words
+
+
+def uniforms(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """What ``Generator.random`` makes of ``words``, shapes as given: numbers in [0, 1)."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def derive_seed(seed: int, *, purpose: Purpose, client: int = SERVER, round: int = 0, attempt: int = 0) -> int:
     """A 31-bit seed for code that brings its own generator (model initialisation, partitioners)."""
     generator = derive_generator(seed, purpose=purpose, client=client, round=round, attempt=attempt)
@@ -102,6 +126,8 @@ def standard_laplaces(generator: np.random.Generator, count: int) -> Tensor:
 
 WORDS = 1 << 15
 """Drawn at a time: what is made of them stays in the cache."""
+PHILOX_WORDS = 4
+"""What Philox makes of one value of its counter."""
 
 
 def standard_normals(generator: np.random.Generator, count: int) -> Tensor:
@@ -110,15 +136,36 @@ def standard_normals(generator: np.random.Generator, count: int) -> Tensor:
     By Box and Muller (1958), a radius of 31 bits and an angle of 32: none is beyond 6.66, which 3e-11 of a normal
     distribution is. numpy's own ``standard_normal`` takes three times as long.
     """
-    normals = torch.empty(2 * math.ceil(count / 2), dtype=torch.float32)
-    for start in range(0, len(normals), 2 * WORDS):
-        pair = normals[start : start + 2 * WORDS].view(2, -1)
-        words = generator.integers(0, 2**64, size=pair.shape[1], dtype=np.uint64)
-        first, second = torch.from_numpy(words.view(np.int32)).view(2, -1)
+
+    def draw(size: int) -> NDArray[np.uint64]:
+        return generator.integers(0, 2**64, size=(1, size), dtype=np.uint64)
+
+    return _normals(draw, 1, count)[0]
+
+
+def keyed_normals(keys: Sequence[bytes], step: int, count: int) -> Tensor:
+    """``[K, count]``: the ``step``-th ``standard_normals(generator, count)`` of each key's generator, from 0."""
+    at = step * math.ceil(count / 2)
+
+    def draw(size: int) -> NDArray[np.uint64]:
+        nonlocal at
+        at += size
+        return keyed_words(keys, at - size, size)
+
+    return _normals(draw, len(keys), count)
+
+
+def _normals(draw: Callable[[int], NDArray[np.uint64]], rows: int, count: int) -> Tensor:
+    """``[rows, count]`` of the words that ``draw`` gives for each row."""
+    normals = torch.empty((rows, 2 * math.ceil(count / 2)), dtype=torch.float32)
+    for start in range(0, normals.shape[1], 2 * WORDS):
+        pair = normals[:, start : start + 2 * WORDS].view(rows, 2, -1)
+        words = torch.from_numpy(draw(pair.shape[2]).view(np.int32)).view(rows, 2, -1)
+        first, second = words[:, 0], words[:, 1]
         uniform = (first & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
         radius = uniform.log_().mul_(-2).sqrt_()
         angle = second.float().mul_(math.pi * 2.0**-31)
-        torch.cos(angle, out=pair[0])
-        torch.sin(angle, out=pair[1])
-        pair *= radius
-    return normals[:count]
+        torch.cos(angle, out=pair[:, 0])
+        torch.sin(angle, out=pair[:, 1])
+        pair *= radius[:, None]
+    return normals[:, :count]

@@ -68,13 +68,19 @@ def system_generator() -> SystemGenerator:
 
 
 def add_noise_on_grid(
-    clipped_sum: Mapping[str, Tensor], *, noise_multiplier: float, clip_norm: float, generator: SystemGenerator
+    clipped_sum: Mapping[str, Tensor],
+    *,
+    noise_multiplier: float,
+    clip_norm: float,
+    generator: SystemGenerator,
+    clients: int = 1,
 ) -> dict[str, Tensor]:
     """``clipped_sum + N(0, (noise_multiplier * (clip_norm + grid * sqrt(d)))^2)`` on the grid, shapes as given.
 
-    ``d`` counts all coordinates. Computed on the CPU in float64, returned in the types and on the devices given.
+    ``d`` counts all coordinates of a sum; with several ``clients``, each tensor has a sum of each. Computed on the CPU
+    in float64, returned in the types and on the devices given.
     """
-    size = sum(total.numel() for total in clipped_sum.values())
+    size = sum(total.numel() for total in clipped_sum.values()) // clients
     std, grid = std_and_grid(noise_multiplier, clip_norm, size)
     return {name: _noisy(total, std, grid, generator) for name, total in clipped_sum.items()}
 

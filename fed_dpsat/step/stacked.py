@@ -25,22 +25,25 @@ how many examples the largest batch of the stack has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad, vmap
-from torch.nn.utils.rnn import pad_sequence
 
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import InputError
 from fed_dpsat.params import Params, flatten, map_tree
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.step.clipping.bound import Held, bounded_factors
 from fed_dpsat.step.draws import Draws
+from fed_dpsat.step.examples import Examples
 from fed_dpsat.step.generators import Mark, borrowed, others_moved
 from fed_dpsat.step.gradients import loop
 from fed_dpsat.step.gradients.contribution import Unplanned
@@ -49,9 +52,13 @@ from fed_dpsat.step.gradients.loss import check_types
 from fed_dpsat.step.gradients.passes import InPass, check_backward
 from fed_dpsat.step.gradients.skipped import ask_no_batch
 from fed_dpsat.step.gradients.state import afresh
-from fed_dpsat.step.loop import Member, Turn, check_rows
+from fed_dpsat.step.loop import Batches, LocalResult, Member, Rows, Streams, Turn, check_rows
+from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.noise import Purpose, keyed_normals, keyed_words, uniforms
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo
 from fed_dpsat.step.query import At, LossFn, Query, simplified
+from fed_dpsat.step.sampling import PoissonSampler
+from fed_dpsat.step.secure_noise import SystemGenerator, add_noise_on_grid, system_generator
 
 
 class Unstackable(Exception):
@@ -82,6 +89,7 @@ class Stacked:
         loss_fn: LossFn,
         optimizer: PrivateOptimizer,
         clipping: ClippingRule,
+        local_steps: int,
         device: torch.device,
         engine: str,
         physical_batch_size: int,
@@ -101,31 +109,203 @@ class Stacked:
         self._clipping = Held(rule=clipping, clip_norm=mechanism.clip_norm, norm=mechanism.norm)
         self._members, self._loss_fn, self._device, self._size = members, loss_fn, device, physical_batch_size
         self._optimizer = _Optimizer(optimizer, _Draws(members))
+        self.rounds = StackedRounds(members, clipping, local_steps)
+        self._examples = _Common.of(members)
 
-    def batches(self, step: int, indices: Sequence[Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
-        """The batch of each member."""
-        return [_batch(member, drawn, self._device) for member, drawn in zip(self._members, indices, strict=True)]
+    def batch(self, step: int, drawn: Sequence[Tensor]) -> Batch:
+        """The batches of all members, padded to the largest."""
+        mark = Mark.here(self._device)
+        if self._examples:
+            batches = [self._examples.batch(drawn)]
+        else:
+            batches = [member.batches(places) for member, places in zip(self._members, drawn, strict=True)]
+        if mark.moved():
+            raise Unstackable("batches that draw random numbers")
+        if not all(isinstance(inputs, Tensor) for inputs, _ in batches):
+            raise Unstackable("examples of several arrays, whose sizes may differ between clients")
+        for batch, places in zip(batches, [torch.cat(list(drawn))] if self._examples else drawn, strict=True):
+            check_rows(batch, places)
+        counts = torch.tensor([len(places) for places in drawn])
+        real = (torch.arange(int(counts.max())) < counts[:, None]).to(self._device)
+        inputs, targets = (_padded(torch.cat(parts), real) for parts in zip(*batches, strict=True))
+        return inputs, targets, real
 
-    def query_point(self, infos: Sequence[StepInfo]) -> Params:
+    def query_point(self, info: StepInfo) -> Params:
         """A stack of points."""
-        return self._optimizer.query_point(self._stack, self._state, infos)
+        return self._optimizer.query_point(self._stack, self._state, info)
 
-    def clipped_sums(
-        self, at: At, batches: Sequence[tuple[Tensor, Tensor]], turns: Sequence[Turn]
-    ) -> Sequence[tuple[Params, int]]:
-        """As ``stacked_sum``, member by member."""
-        sums, nonfinite = stacked_sum(self._loss_fn, _point(at), *_padded(batches), self._clipping, self._size)
-        return [(_at(sums, k), skipped) for k, skipped in enumerate(nonfinite.cpu().tolist())]
+    def clipped_sum(self, at: At, batch: Batch) -> tuple[Params, Tensor]:
+        """As ``stacked_sum``."""
+        return stacked_sum(self._loss_fn, _point(at), *batch, self._clipping, self._size)
 
-    def update(self, private_gradients: Sequence[Params], infos: Sequence[StepInfo]) -> None:
-        """The step of each member."""
-        self._stack, self._state = self._optimizer.update(self._stack, _stacked(private_gradients), self._state, infos)
+    def update(self, private_gradient: Params, info: StepInfo) -> None:
+        """The step of all."""
+        self._stack, self._state = self._optimizer.update(self._stack, private_gradient, self._state, info)
         if others_moved():
             raise Unstackable("an optimizer that draws from random or numpy.random")
 
-    def part(self, k: int) -> tuple[Params, State]:
-        """Parameters and state of a member."""
-        return _own(_at(self._stack, k)), _own(_at(self._state, k))
+    def of_each(self, private_gradient: Params) -> list[Params]:
+        """The rows."""
+        return [_at(private_gradient, k) for k in range(len(self._members))]
+
+    def results(self) -> StackedResults:
+        """The results of all."""
+        return StackedResults(
+            params=self._stack, state=self._state, events=self.rounds.events(), nonfinite=self.rounds.nonfinite()
+        )
+
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""``inputs[K, B, ...]``, ``targets[K, B, ...]``, and which of them are there, ``real[K, B]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedResults(Sequence[LocalResult]):
+    """The results of K members: ``params[K, ...]``, ``state[K, ...]``, and what is of each; a member's are copies."""
+
+    params: Params
+    state: State
+    events: Sequence[PrivacyEvent]
+    nonfinite: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        return LocalResult(
+            params=_own(_at(self.params, k)),
+            state=_own(_at(self.state, k)),
+            event=self.events[k],
+            nonfinite_examples=self.nonfinite[k],
+        )
+
+
+class StackedRounds:
+    """The coins and noise of all members, from the streams of each, drawn in one go.
+
+    Noise from the operating system has one generator for all: its draws are independent. Members whose mechanism,
+    sampler or streams are of a class of their own draw one by one, as alone.
+    """
+
+    def __init__(self, members: Sequence[Member], clipping: ClippingRule, local_steps: int) -> None:
+        self._members, self._steps, self._step = members, local_steps, 0
+        self._nonfinite = torch.zeros(len(members), dtype=torch.int64)
+        expected = [member.mechanism.expected_batch_size for member in members]
+        self._scales = [member.mechanism.noise_multiplier * member.mechanism.clip_norm for member in members]
+        self._stds = torch.tensor([member.mechanism.noise_std for member in members], dtype=torch.float64)
+        self._expected = torch.tensor(expected, dtype=torch.float64)
+        self._each: list[Turn] = []
+        known = {(type(m.mechanism), type(m.sampler), type(m.streams)) for m in members}
+        sources = {member.streams.noise_source for member in members}
+        noised = {bool(scale) for scale in self._scales}
+        self._generator = None
+        if known != {(GaussianMechanism, PoissonSampler, Streams)} or len(sources) > 1 or len(noised) > 1:
+            self._each = [Turn(member, clipping, local_steps) for member in members]
+        elif sources == {"system"}:
+            self._generator = system_generator()
+        else:
+            self._coins, self._noise = ([m.streams.key(purpose) for m in members] for purpose in SECRETS)
+
+    def begin(self, step: int) -> StepInfo:
+        """What optimizers are told, with a ``noise_std[K]``."""
+        self._step = step
+        if self._each:
+            infos = [turn.begin(step) for turn in self._each]
+            return replace(infos[0], noise_std=torch.stack([info.noise_std for info in infos]))
+        first = self._members[0]
+        return StepInfo(index=first.first_step + step, noise_std=self._stds, round=first.streams.round)
+
+    def drawn(self) -> list[Tensor]:
+        """The indices ``[B]`` of each."""
+        if self._each:
+            return [turn.drawn() for turn in self._each]
+        if self._generator:
+            return [member.sampler.sample(self._generator) for member in self._members]
+        sizes = [member.sampler.num_examples for member in self._members]
+        rates = [member.sampler.sample_rate for member in self._members]
+        words: Iterable[NDArray[np.uint64]]
+        if len({*sizes}) == 1:
+            words = keyed_words(self._coins, self._step * sizes[0], sizes[0])
+        else:
+            ones = zip(self._coins, sizes, strict=True)
+            words = (keyed_words([key], self._step * size, size)[0] for key, size in ones)
+        coins = (uniforms(row) < rate for row, rate in zip(words, rates, strict=True))
+        return [torch.from_numpy(np.flatnonzero(heads)) for heads in coins]
+
+    def release(self, clipped_sum: Params, nonfinite: Tensor) -> Params:
+        """The private gradients."""
+        self._nonfinite += nonfinite.cpu()
+        if self._each:
+            rows = [_at(clipped_sum, k) for k in range(len(self._members))]
+            return _stacked([turn.release(row, 0) for turn, row in zip(self._each, rows, strict=True)])
+        noisy = self._noisy(clipped_sum) if any(self._scales) else clipped_sum
+        return {name: total / _wide(self._expected, total) for name, total in noisy.items()}
+
+    def end(self) -> None:
+        """No bound changes: adaptive clipping is not stackable."""
+
+    def events(self) -> list[PrivacyEvent]:
+        """What the round of each cost; equal events are one object."""
+        made: dict[tuple[float, float], PrivacyEvent] = {}
+        events = []
+        for member in self._members:
+            rate, mechanism = member.sampler.sample_rate, member.mechanism
+            event = made.get((mechanism.noise_multiplier, rate))
+            if event is None or self._each:
+                event = made[mechanism.noise_multiplier, rate] = mechanism.event(sample_rate=rate, steps=self._steps)
+            events.append(event)
+        return events
+
+    def nonfinite(self) -> list[int]:
+        """How many examples of each had no finite gradient."""
+        found: list[int] = self._nonfinite.tolist()
+        return found
+
+    def _noisy(self, clipped_sum: Params) -> Params:
+        if isinstance(self._generator, SystemGenerator):
+            return self._on_grid(clipped_sum, self._generator)
+        sizes = [total[0].numel() for total in clipped_sum.values()]
+        normals = keyed_normals(self._noise, self._step, sum(sizes)) * torch.tensor(self._scales)[:, None]
+        drawn = zip(clipped_sum.items(), torch.split(normals, sizes, dim=1), strict=True)
+        return {name: total + part.reshape(total.shape).to(total) for (name, total), part in drawn}
+
+    def _on_grid(self, clipped_sum: Params, generator: SystemGenerator) -> Params:
+        mechanisms = [member.mechanism for member in self._members]
+        how: dict[str, Any] = {"clip_norm": mechanisms[0].clip_norm, "generator": generator}
+        multipliers = [mechanism.noise_multiplier for mechanism in mechanisms]
+        if len({*multipliers}) == 1:
+            return add_noise_on_grid(clipped_sum, noise_multiplier=multipliers[0], clients=len(mechanisms), **how)
+        rows = [_at(clipped_sum, k) for k in range(len(mechanisms))]
+        pairs = zip(rows, multipliers, strict=True)
+        return _stacked([add_noise_on_grid(row, noise_multiplier=multiplier, **how) for row, multiplier in pairs])
+
+
+SECRETS: tuple[Purpose, Purpose] = ("sampling", "noise")
+
+
+@dataclass(frozen=True)
+class _Common:
+    """The examples of members of one data set: ``indices`` of all members end to end, and where each begins."""
+
+    batches: Batches
+    indices: Tensor
+    starts: Sequence[int]
+
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> _Common | None:
+        """None for members that make their batches in another way."""
+        rows = [member.batches for member in members if isinstance(member.batches, Rows)]
+        if len(rows) < len(members) or any(one.common is not rows[0].common for one in rows):
+            return None
+        starts = np.cumsum([0, *(len(one.indices) for one in rows[:-1])]).tolist()
+        return cls(rows[0].common, torch.cat([one.indices for one in rows]), starts)
+
+    def batch(self, drawn: Sequence[Tensor]) -> tuple[Examples, Tensor]:
+        """The examples of all, end to end."""
+        places = [start + one for start, one in zip(self.starts, drawn, strict=True)]
+        return self.batches(self.indices[torch.cat(places)])
 
 
 def stacked_sum(
@@ -232,14 +412,14 @@ class _Draws:
     """Torch's own generator, client by client, as each would find it alone."""
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self._states = []
-        for member in members:
-            torch.default_generator.manual_seed(member.streams.torch_seed())
-            self._states.append(torch.get_rng_state())
+        self._members, self._states = members, dict[int, Tensor]()
 
     @contextmanager
     def of(self, k: int) -> Iterator[None]:
-        torch.set_rng_state(self._states[k])
+        if k in self._states:
+            torch.set_rng_state(self._states[k])
+        else:
+            torch.default_generator.manual_seed(self._members[k].streams.torch_seed())
         yield
         self._states[k] = torch.get_rng_state()
 
@@ -250,30 +430,28 @@ class _Optimizer:
     def __init__(self, optimizer: PrivateOptimizer, draws: _Draws) -> None:
         self._optimizer, self._draws, self._maps = optimizer, draws, True
 
-    def query_point(self, params: Params, state: State, infos: Sequence[StepInfo]) -> Params:
+    def query_point(self, params: Params, state: State, info: StepInfo) -> Params:
         if self._maps:
             try:
-                return vmap(
-                    lambda p, s, std: _point(self._optimizer.query_point(p, s, replace(infos[0], noise_std=std)))
-                )(params, state, _stds(infos))
+                return vmap(lambda p, s, std: _point(self._optimizer.query_point(p, s, replace(info, noise_std=std))))(
+                    params, state, info.noise_std
+                )
             except Unstackable:
                 raise
             except Exception:  # whatever it is, it is raised again where it does not come of the mapping
                 self._maps = False
-        return _stacked([self._asked(k, params, state, info) for k, info in enumerate(infos)])
+        return _stacked([self._asked(k, params, state, one) for k, one in enumerate(_infos(info))])
 
-    def update(
-        self, params: Params, private_gradient: Params, state: State, infos: Sequence[StepInfo]
-    ) -> tuple[Params, State]:
+    def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         if self._maps:
             try:
-                moved, after = vmap(
-                    lambda p, g, s, std: self._optimizer.update(p, g, s, replace(infos[0], noise_std=std))
-                )(params, private_gradient, state, _stds(infos))
+                moved, after = vmap(lambda p, g, s, std: self._optimizer.update(p, g, s, replace(info, noise_std=std)))(
+                    params, private_gradient, state, info.noise_std
+                )
                 return moved, after
             except Exception:
                 self._maps = False
-        each = [self._moved(k, params, private_gradient, state, info) for k, info in enumerate(infos)]
+        each = [self._moved(k, params, private_gradient, state, one) for k, one in enumerate(_infos(info))]
         if len({_form(after) for _, after in each}) != 1:
             raise Unstackable("an optimizer that leaves states of different forms")
         return _stacked([moved for moved, _ in each]), _stacked([after for _, after in each])
@@ -290,9 +468,9 @@ class _Optimizer:
             return self._optimizer.update(own[0], own[1], own[2], info)
 
 
-def _stds(infos: Sequence[StepInfo]) -> Tensor:
-    """``[K]``: the one thing in which the steps of clients differ."""
-    return torch.stack([info.noise_std for info in infos])
+def _infos(info: StepInfo) -> list[StepInfo]:
+    """That of each client, which differs in its noise."""
+    return [replace(info, noise_std=std) for std in info.noise_std]
 
 
 def _point(at: At) -> Params:
@@ -302,22 +480,16 @@ def _point(at: At) -> Params:
     return at
 
 
-def _batch(member: Member, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    mark = Mark.here(device)
-    batch = member.batches(indices)
-    if mark.moved():
-        raise Unstackable("batches that draw random numbers")
-    if not isinstance(batch[0], Tensor):
-        raise Unstackable("examples of several arrays, whose sizes may differ between clients")
-    check_rows(batch, indices)
-    return batch
+def _padded(rows: Tensor, real: Tensor) -> Tensor:
+    """``rows`` of all clients, end to end, at the places that are ``real[K, B]``, and zeros elsewhere."""
+    padded = rows.new_zeros((*real.shape, *rows.shape[1:]))
+    padded[real] = rows
+    return padded
 
 
-def _padded(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """``inputs[K, B, ...]``, ``targets[K, B, ...]``, and which of them are there, ``real[K, B]``."""
-    inputs, targets = (pad_sequence([batch[i] for batch in batches], batch_first=True) for i in (0, 1))
-    sizes = torch.tensor([len(y) for _, y in batches], device=targets.device)
-    return inputs, targets, torch.arange(targets.shape[1], device=targets.device) < sizes[:, None]
+def _wide(numbers: Tensor, like: Tensor) -> Tensor:
+    """``[K]`` as ``[K, 1, ...]``, to calculate with ``like[K, ...]``."""
+    return numbers.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
 def _stacked(each: Sequence[State]) -> State:

@@ -281,7 +281,7 @@ def _signs(game: Game, start: Params, row: Tensor, seen: Tensor, mechanism: Mech
     return torch.stack(signs)
 
 
-def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[list[LocalResult], Tensor]:
+def _train(game: Game, start: Params, members: Sequence[Member]) -> tuple[Sequence[LocalResult], Tensor]:
     """One round of each repetition, and its private gradients, ``[n, steps, SIZE]``."""
     released: list[list[Tensor]] = []
 
