@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fed_dpsat.accounting.event import DISTRIBUTIONS, PrivacyError
+from fed_dpsat.accounting.event import DISTRIBUTIONS, PrivacyError, PrivacyEvent
 from fed_dpsat.client import unit as client_level
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.attackers import Attackers
@@ -28,17 +28,19 @@ from fed_dpsat.step.clipping import ClippingRule, FlatClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss
 from fed_dpsat.step.gradients.unchanging import unchanged
 from fed_dpsat.step.loop import Batches, Executor, LocalResult, Member, Rows, Streams, Watch, train
-from fed_dpsat.step.mechanism import MECHANISMS
+from fed_dpsat.step.mechanism import MECHANISMS, Mechanism
 from fed_dpsat.step.noise import derive_generator
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round, subspace_of
 from fed_dpsat.step.optimizers.proximal import Proximal
 from fed_dpsat.step.placement import CPU, device_of, is_card, moved, moved_state
 from fed_dpsat.step.sampling import PoissonSampler
-from fed_dpsat.step.stacked import Stacked, Unstackable, alike
+from fed_dpsat.step.stacked import Stacked, StackedResults, Unstackable, alike
 from fed_dpsat.step.subspace import Coordinates, Span
 from fed_dpsat.tasks.base import Task
 
 STACKING_ENGINES = ("auto", "vmap")
+
+REMEMBERED_SAMPLERS = 4096
 
 OPTIMIZER, CLIPPING = "optimizer", "clipping"
 """The keys of a client's state for the optimizer and the bound of adaptive clipping; see ``PERSONAL`` too."""
@@ -78,6 +80,9 @@ class Training:
     personal: frozenset[str] = frozenset()
     half: ClientHalf | None = None
     watches: Mapping[int, Watch] = field(default_factory=dict)
+    _samplers: dict[tuple[int, float, float], tuple[PoissonSampler, Mechanism]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @functools.cached_property
     def _batch(self) -> Batches:
@@ -203,21 +208,49 @@ class Training:
     def _together(
         self, requests: Sequence[Request], placed: Sequence[Request], members: Sequence[Member]
     ) -> list[LocalResult]:
-        config = self.config
         if len(requests) > 1:
             try:
-                if config.engine not in STACKING_ENGINES:
-                    raise Unstackable(f"engine={config.engine}, which trains one client at a time")
-                if config.precision != "float32":
-                    raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
-                return self._run(placed, members, Stacked)
+                results = self._trained_together(placed, members)
+                return [self._to_send(*pair) for pair in zip(placed, results, strict=True)]
             except Unstackable as unstackable:
-                warn_once(f"stack_clients: clients train one after the other: {unstackable}")
+                say_unstackable(unstackable)
         return [self.client_round(**vars(request)) for request in requests]
+
+    def stack_round(self, requests: Sequence[Request]) -> StackedResults | None:
+        """The results of ``client_rounds``, as they are stacked; None if a client's are made of more than its training.
+
+        The unit is the example, and there are no layers of clients, half of a strategy or attackers among them.
+        Raises ``Unstackable``, and the errors of ``client_round``.
+        """
+        attackers = self.attackers.clients if self.attackers else ()
+        if self.config.privacy_unit != "example" or self.personal or self.half:
+            return None
+        if any(request.client in attackers for request in requests):
+            return None
+        placed = self._placed(requests)
+        members = [self._member(request) for request in placed]
+        if len({self._kind(*pair) for pair in zip(requests, members, strict=True)}) != 1:
+            return None
+        results = self._trained_together(placed, members)
+        for request, event in zip(requests, results.events, strict=True):
+            _check_ran(event, request.assignment)
+        params, state = moved(results.params, CPU), map_tree(lambda t: t.to(CPU), {OPTIMIZER: results.state})
+        return dataclasses.replace(results, params=params, state=state)
+
+    def _trained_together(self, placed: Sequence[Request], members: Sequence[Member]) -> StackedResults:
+        config = self.config
+        if config.engine not in STACKING_ENGINES:
+            raise Unstackable(f"engine={config.engine}, which trains one client at a time")
+        if config.precision != "float32":
+            raise Unstackable(f"precision={config.precision}, whose rounding would differ from that alone")
+        results = self._run(placed, members, Stacked)
+        assert isinstance(results, StackedResults)
+        return results
 
     def _alone(self, request: Request) -> LocalResult:
         (placed,) = self._placed([request])
-        (sent,) = self._run([placed], [self._member(placed)], None)
+        (result,) = self._run([placed], [self._member(placed)], None)
+        sent = self._to_send(placed, result)
         within = self.subspace(request.assignment.round)
         if isinstance(within, Coordinates):
             within.check(laid_end_to_end(request.params), laid_end_to_end(sent.params))
@@ -225,10 +258,10 @@ class Training:
 
     def _run(
         self, requests: Sequence[Request], members: Sequence[Member], executor: Callable[..., Executor] | None
-    ) -> list[LocalResult]:
+    ) -> Sequence[LocalResult]:
         first = requests[0]
         with unchanged(self.loss_fn.module):
-            results = train(
+            return train(
                 {**self.whole(first.params, first.state), **members[0].own},
                 members,
                 loss_fn=self.loss_fn,
@@ -240,7 +273,6 @@ class Training:
                 physical_batch_size=self.config.physical_batch_size,
                 watch=self.watches.get(first.client) if executor is None else None,
             )
-        return [self._to_send(*pair) for pair in zip(requests, results, strict=True)]
 
     def _placed(self, requests: Sequence[Request]) -> list[Request]:
         """``requests`` with their tensors on ``device``; requests with common ``params`` keep them common."""
@@ -283,8 +315,7 @@ class Training:
             params = client_level.bounded_model(
                 params, request.params, clip_norm=self.clipping.clip_norm, keep_share=self.config.keep_share
             )
-        if event != request.assignment.event:
-            raise PrivacyError(f"the round ran as {event}, and {request.assignment.event} was charged; nothing is sent")
+        _check_ran(event, request.assignment)
         state = map_tree(lambda t: t.to(CPU), state)
         sent = {name: moved(tensors, CPU) for name, tensors in sent.items()}
         return dataclasses.replace(result, params=moved(params, CPU), state=state, event=event, records=sent)
@@ -329,18 +360,13 @@ class Training:
                 f"noise_distribution={config.noise_distribution!r}"
             )
         indices = torch.from_numpy(self.partitions[request.client])
-        sampler = PoissonSampler(num_examples=len(indices), sample_rate=assignment.sample_rate)
+        sampler, mechanism = self._sampler(len(indices), assignment)
         whole = self.whole(request.params, request.state)
         known = request.state is not None and not self._outgrown(request)
         last = (request.state or {}) if known else {}
         if known and (OPTIMIZER not in last or (self.half is not None) != (HALF in last)):
             raise RunError("a client's state is of another version of fed_dpsat; go on with that, or start a new run")
         state, own = self._begun(request, whole, last if known else None)
-        mechanism = MECHANISMS[config.noise_distribution](
-            noise_multiplier=assignment.local_noise_multiplier,
-            clip_norm=self.local_clipping.clip_norm,
-            expected_batch_size=sampler.expected_batch_size,
-        )
         return Member(
             batches=Rows(self._batch, indices),
             state=state,
@@ -359,6 +385,21 @@ class Training:
             ),
         )
 
+    def _sampler(self, num_examples: int, assignment: Assignment) -> tuple[PoissonSampler, Mechanism]:
+        """Sampler and mechanism of a client of this size, which clients of one size, rate and noise share."""
+        key = num_examples, assignment.sample_rate, assignment.local_noise_multiplier
+        if key not in self._samplers:
+            sampler = PoissonSampler(num_examples=num_examples, sample_rate=assignment.sample_rate)
+            mechanism = MECHANISMS[self.config.noise_distribution](
+                noise_multiplier=assignment.local_noise_multiplier,
+                clip_norm=self.local_clipping.clip_norm,
+                expected_batch_size=sampler.expected_batch_size,
+            )
+            if len(self._samplers) == REMEMBERED_SAMPLERS:
+                self._samplers.clear()
+            self._samplers[key] = sampler, mechanism
+        return self._samplers[key]
+
     def _begun(self, request: Request, whole: Params, last: State | None) -> tuple[State, Params]:
         """The state that a client begins with, and the parameters of its own that it starts from."""
         if self.half is not None:
@@ -367,6 +408,16 @@ class Training:
             return begun, begun[MODELS]["0"][AT]
         own = only(whole, self.personal)
         return (self.optimizer.init(whole) if last is None else next_round(self.optimizer, whole, last[OPTIMIZER])), own
+
+
+def say_unstackable(unstackable: Unstackable) -> None:
+    """Log once that clients train alone, and the reason."""
+    warn_once(f"stack_clients: clients train one after the other: {unstackable}")
+
+
+def _check_ran(event: PrivacyEvent, assignment: Assignment) -> None:
+    if event != assignment.event:
+        raise PrivacyError(f"the round ran as {event}, and {assignment.event} was charged; nothing is sent")
 
 
 def _has_part(tree: State, names: set[str]) -> bool:

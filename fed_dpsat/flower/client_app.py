@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,17 +14,19 @@ from flwr.clientapp import ClientApp
 
 from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.plans import spend
+from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import measured
 from fed_dpsat.client.half import received_by
 from fed_dpsat.client.train import Request
 from fed_dpsat.client.trial import try_client
 from fed_dpsat.flower.wire import codec, compat, records
-from fed_dpsat.flower.wire.records import RecordError
+from fed_dpsat.flower.wire.records import Kept, RecordError
 from fed_dpsat.params import Params
 from fed_dpsat.run.process import intra_op_threads, tune_allocator
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.loop import LocalResult
+from fed_dpsat.step.optimizers.base import State
 
 Provider = Callable[[Mapping[str, Any]], Experiment]
 """A function from Flower's run config to the experiment of this process."""
@@ -78,22 +81,43 @@ class _Unpack:
 TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message] | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StackReply:
+    """The replies of clients to one content, as they are stacked: ``params[K, ...]``, and the ``metrics`` of each.
+
+    ``state[K, ...]`` and ``histories`` are what they keep after the round.
+    """
+
+    params: Params
+    state: State
+    metrics: list[dict[str, float]]
+    histories: list[History]
+
+
+TrainStack = Callable[[RecordDict, Mapping[str, Any], Mapping[int, Kept | None]], StackReply | None]
+"""A function of the content of a message, the run config, and what each client that receives it keeps."""
+
+
 class StackingClientApp(ClientApp):
     """A client app that can also train several clients of one process at once; a simulation asks it to.
 
     ``train_together`` answers all its training messages, in order, and keeps all their states. Or it answers none:
-    it raises, or returns None for messages that need single answers, and no context has changed.
+    it raises, or returns None for messages that need single answers, and no context has changed. ``train_stack`` does
+    the same for clients that receive one content, without a message for each.
     """
 
-    def __init__(self, train_together: TrainTogether) -> None:
+    def __init__(self, train_together: TrainTogether, train_stack: TrainStack) -> None:
         super().__init__()
-        self.train_together = train_together
+        self.train_together, self.train_stack = train_together, train_stack
 
 
 def make_client_app(provider: Provider) -> ClientApp:
     """A client that trains on the experiment of ``provider``, with the partition of its node's configuration."""
     unpack, tried = _Unpack(), list[Experiment]()
-    client_app = StackingClientApp(lambda messages, contexts: _train_together(provider, messages, contexts, unpack))
+    client_app = StackingClientApp(
+        lambda messages, contexts: _train_together(provider, messages, contexts, unpack),
+        lambda content, run_config, kept: _train_stack(provider, content, run_config, kept, unpack),
+    )
 
     @client_app.query()
     def identify(message: Message, context: Context) -> Message:
@@ -171,15 +195,70 @@ def _train_together(
     return [Message(content, reply_to=message) for content, message in zip(contents, messages, strict=True)]
 
 
+def _train_stack(
+    provider: Provider,
+    content: RecordDict,
+    run_config: Mapping[str, Any],
+    kept: Mapping[int, Kept | None],
+    unpack: _Unpack,
+) -> StackReply | None:
+    experiment = provider(run_config)
+    config = experiment.config
+    if records.SECURE in content or config.secure_aggregation or config.update_codec != "fp32":
+        return None
+    if records.read_within(content) is not None:
+        return None
+    if config.tune_malloc:
+        tune_allocator()
+    assignment, params = records.read_assignment(content), _model(content, unpack)
+    spent: dict[tuple[History, float], History] = {}
+    histories, requests = [], []
+    for client, one in kept.items():
+        history, budget = one.history if one else (), experiment.budgets[client]
+        if (history, budget) not in spent:
+            spent[history, budget] = _spent(experiment, client, history, assignment)
+        histories.append(spent[history, budget])
+        requests.append(
+            Request(
+                client=client,
+                assignment=assignment,
+                params=params,
+                state=one.state if one else None,
+                proximal_mu=records.read_proximal_mu(content),
+            )
+        )
+    with intra_op_threads(config.threads_per_client):
+        results = experiment.stack_round(requests)
+    unpack.check_untouched()
+    if results is None:
+        return None
+    metrics: list[dict[str, float]] = [{records.NUM_EXAMPLES: len(experiment.partitions[c])} for c in kept]
+    if config.release_counts:
+        for each, count in zip(metrics, results.nonfinite, strict=True):
+            each[records.NONFINITE] = count
+    return StackReply(params=results.params, state=results.state, metrics=metrics, histories=histories)
+
+
+def _model(content: RecordDict, unpack: _Unpack) -> Params:
+    params = unpack(content, records.ARRAYS)
+    if params is None:
+        raise RecordError(f"no {records.ARRAYS!r} to train from")
+    return params
+
+
+def _spent(experiment: Experiment, client: int, history: History, assignment: Assignment) -> History:
+    """The client's ``history`` after the round. Raises ``BudgetError`` if the budget is spent."""
+    config, event = experiment.config, assignment.event
+    if event.privacy_unit != "example":  # noise is the server's, and rounds cost clients that were not drawn too
+        return history
+    return spend(history, event, experiment.budgets[client], config.delta, config.accountant)
+
+
 def _request(experiment: Experiment, message: Message, context: Context, unpack: _Unpack) -> tuple[Request, History]:
     """The request of ``message``, and the client's history after it. Raises ``BudgetError`` if the budget is spent."""
     client, assignment = _client(context), records.read_assignment(message.content)
-    history, event, config = records.load_history(context.state), assignment.event, experiment.config
-    if event.privacy_unit == "example":  # else noise is the server's, and rounds cost clients that were not drawn too
-        history = spend(history, event, experiment.budgets[client], config.delta, config.accountant)
-    params = unpack(message.content, records.ARRAYS)
-    if params is None:
-        raise RecordError(f"no {records.ARRAYS!r} to train from")
+    history = _spent(experiment, client, records.load_history(context.state), assignment)
+    params = _model(message.content, unpack)
     request = Request(
         client=client,
         assignment=assignment,

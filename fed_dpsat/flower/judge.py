@@ -5,15 +5,18 @@ A valid reply answers its message, names the charged event, and holds a model wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fed_dpsat.client.unit import excess
 from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import RecordError
+from fed_dpsat.params import Params
 
 BYTES = "bytes"
 """The size of a reply's arrays, beside its metrics."""
@@ -82,6 +85,40 @@ def judge(
     except RecordError as error:
         return Failure(reason=str(error))
     return {**metrics, BYTES: received}
+
+
+def judge_stack(
+    params: Params, asked: RecordDict, clients: Sequence[int], metrics: Sequence[Mapping[str, float]]
+) -> list[Verdict]:
+    """The verdicts on ``params[K, ...]`` of ``clients`` that trained together in this process, for ``asked``.
+
+    ``metrics`` are those of their replies. The event that ran is the charged one, or there would be no ``params``.
+    Raises ``RecordError`` for an ``asked`` without a model, and for other names, shapes or types than its.
+    """
+    like = records.arrays_in(asked, records.ARRAYS)
+    if like is None:
+        raise RecordError(f"the strategy sent no {records.ARRAYS!r} to train from")
+    names = {name: (tuple(p.shape[1:]), p[0].numpy().dtype) for name, p in params.items()}
+    forms = {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in compat.items(like)}
+    if list(names.items()) != list(forms.items()):
+        raise RecordError("other parameters than the model's")
+    fine = torch.ones(len(clients), dtype=torch.bool)
+    for p in params.values():
+        if p.numel():
+            fine &= p.reshape(len(clients), -1).abs().amax(1) <= records.MOST  # NaN is not
+    received = sum(p[0].nbytes for p in params.values())
+    return [
+        {**of_one, BYTES: received} if valid else _refused({name: p[k] for name, p in params.items()}, like)
+        for k, (valid, of_one) in enumerate(zip(fine.tolist(), metrics, strict=True))
+    ]
+
+
+def _refused(params: Params, like: ArrayRecord) -> Failure:
+    try:
+        records.check_arrays(RecordDict({records.ARRAYS: records.to_arrays(params)}), like)
+    except RecordError as error:
+        return Failure(reason=str(error))
+    raise AssertionError("a reply that is beyond the bound in a stack is within it alone")
 
 
 def _check_move(content: RecordDict, like: ArrayRecord, clip_norm: float) -> None:

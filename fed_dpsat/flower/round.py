@@ -193,10 +193,12 @@ class Round:
         """
         everyone = self.release is not None and self.release.every_client
         costs = self.roster.population(self.number) if everyone else list(self.messages)
-        self.assignments = {
-            client: Assignment.of(self.roster.plans[client], round=self.number, attempt=attempts.get(client, 0))
-            for client in costs
-        }
+        made: dict[tuple[int, int], Assignment] = {}  # clients of one plan and attempt share an object
+        for client in costs:
+            plan, attempt = self.roster.plans[client], attempts.get(client, 0)
+            if (id(plan), attempt) not in made:
+                made[id(plan), attempt] = Assignment.of(plan, round=self.number, attempt=attempt)
+            self.assignments[client] = made[id(plan), attempt]
         for attempt, events in self._charges():
             self.roster.ledger.charge_many(self.number, attempt, events)
         self.roster.charged(costs)
@@ -206,20 +208,21 @@ class Round:
     ) -> None:
         """Add its assignment to each message, and the forms of what a client's half ``sends``.
 
-        Messages with a common content and equal assignments keep one content.
+        Messages with a common content and a common assignment keep one content.
         """
-        contents: dict[tuple[int, Assignment], tuple[RecordDict, RecordDict]] = {}
+        contents: dict[tuple[int, int], tuple[RecordDict, RecordDict]] = {}
         for client, message in self.messages.items():
             given, assignment = message.content, self.assignments[client]
-            if (id(given), assignment) not in contents:
+            if (id(given), id(assignment)) not in contents:
                 content = RecordDict({**given, records.ASSIGNMENT: records.assignment_record(assignment)})
                 content.update(records.same_content(same))
                 content.update(records.sends_content(sends))
                 if within is not None:
                     content[records.SUBSPACE] = records.subspace_record(within)
-                contents[id(given), assignment] = given, content
-            message.content = contents[id(given), assignment][1]
-        self.report.bytes_down = sum(codec.num_bytes(message.content) for message in self.messages.values())
+                contents[id(given), id(assignment)] = given, content
+            message.content = contents[id(given), id(assignment)][1]
+        sizes = {id(content): codec.num_bytes(content) for _, content in contents.values()}
+        self.report.bytes_down = sum(sizes[id(message.content)] for message in self.messages.values())
 
     def aggregate(self, replies: Iterable[Message | sums.Part]) -> Aggregate:
         """Judge single replies, and hand over the valid ones; sums from workers are judged already."""

@@ -18,7 +18,7 @@ Under the unit "client" the sum is over bounded changes, and the server releases
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +116,36 @@ def judged_part(
     before = records.arrays_in(message.content, records.ARRAYS)
     verdict = judge(reply, message.content, client, release_counts=release_counts, clip_norm=clip_norm)
     return part_of(client, reply, verdict, before=before, clip_norm=clip_norm)
+
+
+def stack_parts(params: Params, clients: Sequence[int], verdicts: Sequence[Verdict], start: int) -> list[Part]:
+    """The parts of the replies ``params[K, ...]`` of ``clients`` from position ``start`` on: one node, if they are one.
+
+    They are if all are valid, of one weight, and their number is a power of 2; the node has the bits of ``Tree``.
+    """
+    count = len(clients)
+    accepted = {
+        client: verdict for client, verdict in zip(clients, verdicts, strict=True) if isinstance(verdict, Mapping)
+    }
+    weights = {metrics[records.NUM_EXAMPLES] for metrics in accepted.values()}
+    if len(accepted) < count or len(weights) > 1 or count & (count - 1) or start % count:
+        return [
+            Part(
+                accepted={client: verdict},
+                total={n: p[k] for n, p in params.items()},
+                scale=verdict[records.NUM_EXAMPLES],
+            )
+            if isinstance(verdict, Mapping)
+            else Part(failed={client: verdict})
+            for k, (client, verdict) in enumerate(zip(clients, verdicts, strict=True))
+        ]
+    total = {}
+    for name, p in params.items():
+        halves = p.to(_accumulator(p)) if count > 1 else p
+        while len(halves) > 1:
+            halves = halves[::2] + halves[1::2]
+        total[name] = halves[0]
+    return [Part(size=count, accepted=accepted, total=total, scale=weights.pop(), own=count > 1)]
 
 
 class Tree:

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from fed_dpsat.client.train import say_unstackable
 from fed_dpsat.errors import warn_once
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.client_app import StackingClientApp
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, answer, error_reply, node_context
+from fed_dpsat.flower.judge import judge_stack
 from fed_dpsat.flower.wire import compat, records
 from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.simulation.faults import Faults
-from fed_dpsat.simulation.state import StateStore
-
-Since = Mapping[int, int]
-"""The round of the stored state, by client."""
-
+from fed_dpsat.simulation.state import Since, StateStore
+from fed_dpsat.step.stacked import Unstackable
 
 log = logging.getLogger("fed_dpsat")
 
@@ -68,18 +67,54 @@ class Host:
         """
         done, tree = Answers(), sums.Tree(start)
         with intra_op_threads(1):  # a client app sets its own number
-            replies = self._replies(messages, since, done)
-            if release_counts is None:
-                done.replies = list(replies)
-            else:
-                for message, reply in zip(messages, replies, strict=True):
-                    tree.add(self._part(message, reply, release_counts))
+            for at in range(0, len(messages), self.stack_clients):
+                stack = messages[at : at + self.stack_clients]
+                if release_counts is None:
+                    done.replies += self._stack(stack, since, done)
+                    continue
+                parts = self._together(stack, since, done, start + at)
+                if parts is None:
+                    replies = self._stack(stack, since, done)
+                    pairs = zip(stack, replies, strict=True)
+                    parts = (self._part(message, reply, release_counts) for message, reply in pairs)
+                for part in parts:
+                    tree.add(part)
         done.parts = tree.nodes
         return done
 
-    def _replies(self, messages: Sequence[Message], since: Since, done: Answers) -> Iterator[Message]:
-        for start in range(0, len(messages), self.stack_clients):
-            yield from self._stack(messages[start : start + self.stack_clients], since, done)
+    def _together(
+        self, messages: Sequence[Message], since: Since, done: Answers, start: int
+    ) -> Iterable[sums.Part] | None:
+        """The parts of clients that train as one stack from one content; None if their messages need single answers."""
+        app, content = self._client_app, messages[0].content
+        if len(messages) == 1 or self._faults or not isinstance(app, StackingClientApp):
+            return None
+        types = {message.metadata.message_type for message in messages}
+        if types != {MessageType.TRAIN} or any(message.content is not content for message in messages):
+            return None
+        started, clock = time.time(), time.perf_counter()
+        clients = [message.metadata.dst_node_id - FIRST_NODE_ID for message in messages]
+        kept = {client: self._store.load_kept(client, since.get(client)) for client in clients}
+        if any(one is None and client in since for client, one in kept.items()):
+            return None
+        try:
+            reply = app.train_stack(content, self._run_config, kept)
+            if reply is None:
+                return None
+            verdicts = judge_stack(reply.params, content, clients, reply.metrics)
+        except Unstackable as unstackable:
+            say_unstackable(unstackable)
+            return None
+        except Exception as error:  # the client that failed fails again alone
+            log.warning("stack_clients: %d clients one after the other, because one failed: %s", len(clients), error)
+            return None
+        round = records.read_assignment(content).round
+        self._store.save_stack(clients, round, reply.state, reply.histories, since)
+        done.kept |= dict.fromkeys(clients, round)
+        parts = sums.stack_parts(reply.params, clients, verdicts, start)
+        share = (time.perf_counter() - clock) / len(clients)
+        done.spans += [Span(client, started + i * share, share) for i, client in enumerate(clients)]
+        return parts
 
     def _stack(self, messages: Sequence[Message], since: Since, done: Answers) -> Iterator[Message]:
         started, clock = time.time(), time.perf_counter()

@@ -130,6 +130,11 @@ class Worker:
             self._received = {reference: r for reference, r in self._received.items() if reference in wanted}
             for reference in wanted - self._received.keys():
                 self._received[reference] = compat.record_of(ray.get(reference))
+            whole: dict[int, tuple[RecordDict, RecordDict]] = {}  # messages with a common content keep a common content
             for message, each in zip(messages, references, strict=True):
-                message.content = RecordDict({**message.content, **{k: self._received[r] for k, r in each.items()}})
+                light = message.content
+                if id(light) not in whole:
+                    arrays = {key: self._received[reference] for key, reference in each.items()}
+                    whole[id(light)] = light, RecordDict({**light, **arrays})
+                message.content = whole[id(light)][1]
             return self._host.answers(messages, since, start=start, release_counts=release_counts)

@@ -63,7 +63,7 @@ class Form:
     def row(self) -> np.dtype[Any]:
         """The type of a row."""
         size = sum(np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in self.arrays)
-        return np.dtype([("header", HEADER), ("arrays", f"V{-(-size // 64) * 64}")])
+        return np.dtype([("header", HEADER), ("arrays", np.uint8, (-(-size // 64) * 64,))])
 
     @cached_property
     def name(self) -> str:
@@ -98,7 +98,7 @@ class StateTable:
         """Store the states of ``clients`` after ``round``; those of the rounds ``before`` stay."""
         sides = [self._older_side(client, last) for client, last in zip(clients, before, strict=True)]
         rows = np.zeros(len(clients), self.form.row)
-        flat = _bytes(rows["arrays"])
+        flat = rows["arrays"]
         at = 0
         for name, _, _ in self.form.arrays:
             columns = np.ascontiguousarray(arrays[name]).reshape(len(clients), -1).view(np.uint8)
@@ -106,7 +106,7 @@ class StateTable:
             at += columns.shape[1]
         header = rows["header"]
         header["round"] = round
-        header["sum"] = [zlib.crc32(one) for one in flat]
+        header["sum"] = [zlib.crc32(one) for one in np.ascontiguousarray(flat)]
         header["events"] = [len(history) for history in histories]
         coded: dict[History, NDArray[Any]] = {}
         for history in set(histories):
@@ -136,7 +136,7 @@ class StateTable:
         if side is None:
             return None
         (row,) = self._rows(side, client)
-        flat = _bytes(row["arrays"][None])[0]
+        flat = row["arrays"]
         if zlib.crc32(flat) != row["header"]["sum"]:
             raise StateError(f"{self._paths[side]}: the state of client {client} is damaged; start a new run")
         arrays, at = {}, 0
@@ -194,11 +194,6 @@ def _history(header: Any) -> History:
         )
         for event in header["history"][: header["events"]]
     )
-
-
-def _bytes(voids: NDArray[Any]) -> NDArray[np.uint8]:
-    """``[K, size]`` bytes of ``[K]`` rows, in the same memory."""
-    return np.ndarray((len(voids), voids.dtype.itemsize), np.uint8, voids, strides=(voids.strides[0], 1))
 
 
 def _runs(clients: Sequence[int]) -> Iterator[tuple[int, int]]:

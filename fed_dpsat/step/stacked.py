@@ -39,7 +39,7 @@ from torch.func import grad, vmap
 
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import InputError
-from fed_dpsat.params import Params, flatten, map_tree
+from fed_dpsat.params import Params, map_tree
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.step.clipping.bound import Held, bounded_factors
 from fed_dpsat.step.draws import Draws
@@ -71,7 +71,10 @@ def alike(member: Member) -> Hashable:
 
 
 def _form(state: State) -> Hashable:
-    return tuple(sorted((path, tuple(t.shape), str(t.dtype)) for path, t in flatten(state).items()))
+    return tuple(
+        (name, _form(part) if isinstance(part, dict) else (part.shape, part.dtype))
+        for name, part in sorted(state.items())
+    )
 
 
 class Stacked:

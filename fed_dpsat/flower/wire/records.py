@@ -381,6 +381,28 @@ def load_history(content: RecordDict) -> History:
     return merge(PrivacyEvent.from_dict(json.loads(event)) for event in _config(content, HISTORY)["events"])
 
 
+class Kept(NamedTuple):
+    """What a client keeps between rounds, as objects: its state, and its own count of its events."""
+
+    state: State
+    history: History
+
+    @classmethod
+    def of(cls, content: RecordDict) -> Kept | None:
+        """That of a context; None before the first round of a client, and for one that keeps more."""
+        state = load_state(content)
+        if state is None or content.keys() != {STATE, HISTORY}:
+            return None
+        return cls(state, load_history(content))
+
+    def content(self) -> RecordDict:
+        """As a context has it."""
+        content = RecordDict()
+        save_history(content, self.history)
+        save_state(content, self.state)
+        return content
+
+
 def _config(content: RecordDict, key: str) -> dict[str, Any]:
     record = config_in(content, key)
     if record is None:
