@@ -44,16 +44,8 @@ from benchmarks.turns import Turn, turn_from_stdin
 EXAMPLES_PER_USER, TEST_EXAMPLES = 50, 500
 
 
-class SimpleCNN(nn.Sequential):
-    """``pfl_cnn`` of ``benchmarks.rounds_plugins``, with the loss and the metrics that pfl asks of a module."""
-
-    def __init__(self) -> None:
-        layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
-        layers += [nn.Flatten(), nn.Linear(12544, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)]
-        super().__init__(*layers)
-        for layer in layers:
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
+class Measured(nn.Sequential):
+    """Layers, with the loss and the metrics that pfl asks of a module."""
 
     def loss(self, inputs: Tensor, targets: Tensor, eval: bool = False) -> Tensor:
         """Mean cross-entropy."""
@@ -68,6 +60,16 @@ class SimpleCNN(nn.Sequential):
         loss = functional.cross_entropy(outputs, targets, reduction="sum").item()
         correct = (outputs.argmax(1) == targets).sum().item()
         return {"loss": Weighted(loss, len(inputs)), "accuracy": Weighted(correct, len(inputs))}
+
+
+def cnn() -> Measured:
+    """``pfl_cnn`` of ``benchmarks.rounds_plugins``."""
+    layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)]
+    layers += [nn.Flatten(), nn.Linear(12544, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)]
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+    return Measured(*layers)
 
 
 class TakeTurns(TrainingProcessCallback[Any]):
@@ -87,23 +89,34 @@ class TakeTurns(TrainingProcessCallback[Any]):
         return False, Metrics()
 
 
-def train(data: Path, cohort: int, rounds: int, noise: str, turn: Turn) -> None:
-    """``rounds`` central iterations of ``cohort`` users."""
+def train(
+    data: Path,
+    cohort: int,
+    rounds: int,
+    noise: str,
+    turn: Turn,
+    *,
+    module: Measured,
+    examples_per_user: int = EXAMPLES_PER_USER,
+    batch_size: int = EXAMPLES_PER_USER // 5,
+    local_steps: int | None = None,
+    clipping_bound: float = 0.4,
+) -> None:
+    """``rounds`` central iterations of ``cohort`` users; without ``local_steps`` one local epoch each."""
     arrays = np.load(data)
     inputs, labels = torch.from_numpy(arrays["inputs"]), torch.from_numpy(arrays["labels"])
     users = ArtificialFederatedDataset.from_slices(
         [inputs, labels],
         get_data_sampler("random", len(labels)),
-        lambda: EXAMPLES_PER_USER,
+        lambda: examples_per_user,
         create_dataset_fn=PyTorchTensorDataset,
     )
-    module = SimpleCNN()
     model = PyTorchModel(
         model=module,
         local_optimizer_create=torch.optim.SGD,
         central_optimizer=torch.optim.SGD(module.parameters(), 1.0),
     )
-    gaussian = GaussianMechanism(clipping_bound=0.4, relative_noise_stddev=1.0 if noise == "local" else 0.01)
+    gaussian = GaussianMechanism(clipping_bound=clipping_bound, relative_noise_stddev=1.0 if noise == "local" else 0.01)
     private = {"none": [], "local": [gaussian], "central": [CentrallyAppliedPrivacyMechanism(gaussian)]}[noise]
     backend = SimulatedBackend(training_data=users, val_data=users, postprocessors=[WeightByUser(), *private])
     test = PyTorchTensorDataset((inputs[:TEST_EXAMPLES], labels[:TEST_EXAMPLES]))
@@ -118,7 +131,10 @@ def train(data: Path, cohort: int, rounds: int, noise: str, turn: Turn) -> None:
             backend=backend,
             model=model,
             model_train_params=NNTrainHyperParams(
-                local_learning_rate=0.1, local_num_epochs=1, local_batch_size=EXAMPLES_PER_USER // 5
+                local_learning_rate=0.1,
+                local_num_epochs=None if local_steps else 1,
+                local_num_steps=local_steps,
+                local_batch_size=batch_size,
             ),
             model_eval_params=NNEvalHyperParams(local_batch_size=10000),
             callbacks=[
@@ -137,4 +153,4 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     np.random.seed(0)  # pfl draws users from the global generator
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], turn_from_stdin())
+    train(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], turn_from_stdin(), module=cnn())

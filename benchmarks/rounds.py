@@ -11,6 +11,9 @@ option                           what is measured
 ``--population N1,N2 --cohort K`` K clients of N train; the start is timed too
 ``--scaling 1,2``                training, by number of Ray workers; with ``--against loop`` as many bare loops
 ``--stack 1,8,32``               training of ``--clients`` small clients (256 by default), so many in one kernel
+``--small``                      many small clients, beside a hand-written stacked loop and, with ``--before CHECKOUT``,
+                                 an earlier build; also ``--against flower,pfl``; with ``--profile`` only where the
+                                 time of one client goes
 ``--sleeping 1,2,4``             clients that sleep ``--sleep`` seconds, by number of Ray workers
 ================================ ====================================================================================
 
@@ -40,10 +43,13 @@ import torch
 from benchmarks.rounds_contestants import Setting
 from benchmarks.rounds_measure import Entry, Measured, Row, entry, measure, ratio, table
 from benchmarks.rounds_plugins import cifar_clients
+from benchmarks.rounds_small import small
+from benchmarks.rounds_small_profile import profiled
 from fed_dpsat.settings.config import RunConfig
 
 COHORT = 50
 STACKED_CLIENTS, STACKED_MODELS = 256, ("linear", "mlp", "tanh-cnn-small")
+SMALL_MODELS = ["linear", "mlp-small", "tanh-cnn-small"]
 MAX_FLOWER_CLIENTS, MAX_FLOWER_ROUNDS = 1000, 3
 DATA = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 HOW_TO_INSTALL_PFL = (
@@ -189,7 +195,7 @@ def stacking(args: argparse.Namespace) -> list[Row]:
         entries = []
         for stack in args.stack:
             one = dataclasses.replace(setting, stack=stack)
-            entries.append(entry("stacking", "ours", "ours-stacked", one, model=model, stack=stack))
+            entries.append(entry("stacking", "ours", "ours-small", one, model=model, stack=stack))
         rows += _with_speedups(measure(entries, args.timeout))
     return rows
 
@@ -199,7 +205,11 @@ def main() -> None:
     args = _arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the contestants too
     rows = []
-    if args.population or args.scaling or args.sleeping or args.stack:
+    if args.small and "pfl" in args.against and not args.pfl_python:
+        print(HOW_TO_INSTALL_PFL, file=sys.stderr)
+    if args.small:
+        rows += profiled(args) if args.profile else small(args, MAX_FLOWER_CLIENTS)
+    elif args.population or args.scaling or args.sleeping or args.stack:
         rows += population(args) if args.population else []
         rows += scaling(args) if args.scaling else []
         rows += sleeping(args) if args.sleeping else []
@@ -230,6 +240,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scaling", type=_numbers, default=[], help="Ray workers that train, by commas")
     parser.add_argument("--sleeping", type=_numbers, default=[], help="Ray workers whose clients sleep, by commas")
     parser.add_argument("--stack", type=_numbers, default=[], help="clients that train in one kernel, by commas")
+    parser.add_argument("--small", action="store_true", help="small clients; --stack is that of ours, 100 by default")
+    parser.add_argument("--small-cohorts", type=_numbers, default=[100, 1000], help="clients of a round, by commas")
+    parser.add_argument("--small-steps", type=_numbers, default=[1, 4], help="their local steps, by commas")
+    parser.add_argument("--small-models", type=_names, default=SMALL_MODELS, help="their models, by commas")
+    parser.add_argument("--before", default="", help="of --small: folder with a checkout of an earlier commit")
+    parser.add_argument("--profile", action="store_true", help="of --small: microseconds of a client by phase")
     parser.add_argument("--sleep", type=float, default=0.1, help="seconds that a client sleeps")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured, after one that warms up")
     parser.add_argument("--starts", type=int, default=1, help="how often those that train are started anew")

@@ -23,6 +23,9 @@ from flwr.clientapp import ClientApp
 
 from benchmarks.rounds_loop import loop
 from benchmarks.rounds_plugins import Padded, one_example_each
+from benchmarks.rounds_small_flower import flower_small
+from benchmarks.rounds_small_run import run, small_config
+from benchmarks.rounds_stacked_loop import stacked_loop
 from benchmarks.turns import Contestant, Turn, turn_from_stdin
 from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params, trainable
@@ -54,6 +57,7 @@ class Setting:
     data_path: str = ""
     stack: int = 1
     model: str = ""
+    local_steps: int = 4
 
 
 def training_config(setting: Setting) -> RunConfig:
@@ -95,23 +99,10 @@ def ours_population(setting: Setting, turn: Turn) -> Params:
     return _simulate(config, turn)
 
 
-def ours_stacked(setting: Setting, turn: Turn) -> Params:
-    """DP-SAT on random 1x8x8 images: 4 steps of (expected) batch 16 per client, ``stack`` clients in one kernel."""
-    config = RunConfig(
-        dataset="benchmarks.rounds_plugins:small_images",
-        model=setting.model,
-        num_clients=setting.clients,
-        lr=0.1,
-        local_steps=4,
-        sample_rate=0.25,
-        num_rounds=setting.rounds,
-        evaluate_every=setting.rounds,
-        workers=setting.workers,
-        noise_multiplier=NOISE_MULTIPLIER,
-        physical_batch_size=max(128, 32 * setting.stack),
-        stack_clients=setting.stack,
-    )
-    return _simulate(config, turn)
+def small_settings(setting: Setting) -> RunConfig:
+    """As ``small_config`` of the setting."""
+    names = ("clients", "rounds", "model", "local_steps", "stack")
+    return small_config(**{name: getattr(setting, name) for name in names})
 
 
 def ours_idle(setting: Setting, turn: Turn) -> Params:
@@ -205,7 +196,9 @@ CONTESTANTS: dict[str, Callable[[Setting, Turn], object]] = {
     "ours": ours,
     "ours-idle": ours_idle,
     "ours-population": ours_population,
-    "ours-stacked": ours_stacked,
+    "ours-small": lambda setting, turn: run(small_settings(setting), turn),
+    "stacked-loop": lambda setting, turn: stacked_loop(small_settings(setting), turn),
+    "flower-small": lambda setting, turn: flower_small(small_settings(setting), turn),
     "loop": lambda setting, turn: loop(training_config(setting), turn),
     "loops": loops,
     "flower": flower,

@@ -59,18 +59,24 @@ class Measured:
 
     def row(self, **more: float) -> Row:
         """The medians of all turns, and the other values of a contestant."""
-        median, clients = statistics.median(self.times), self.labels["clients"]
-        assert isinstance(clients, int)
+        median = statistics.median(self.times)
         return {
             **self.labels,
             "rounds": len(self.times),
             "seconds_per_round": round(median, 4),
             "slowest_seconds": round(max(self.times), 4),
-            "ms_per_client": round(1000 * median / clients, 4),
+            "ms_per_client": round(1000 * median / self.clients, 4),
             "parent_cpu_seconds": round(statistics.fmean(self.cpu), 4),
             **self.memory,
             **more,
         }
+
+    @property
+    def clients(self) -> int:
+        """The number of clients of a round."""
+        clients = self.labels["clients"]
+        assert isinstance(clients, int)
+        return clients
 
     @property
     def in_process(self) -> bool:

@@ -11,6 +11,7 @@ from fed_dpsat.data.dataset import Dataset, Examples
 EXAMPLES_PER_CLIENT = 50
 TEST_EXAMPLES = 500
 FEATURES, CLASSES = 16, 10
+SMALL_EXAMPLES = 64
 
 
 def cifar_clients(num_clients: int, data_source: str, data_path: str, cache_dir: str) -> Dataset:
@@ -51,9 +52,9 @@ def one_example_each(num_clients: int) -> Dataset:
 
 
 def small_images(num_clients: int) -> Dataset:
-    """64 random images of 1x8x8 per client, 100 to test on."""
+    """``SMALL_EXAMPLES`` random images of 1x8x8 per client, 100 to test on."""
     names = tuple("0123456789")
-    train, test = _noise(64 * num_clients, 1), _noise(100, 2)
+    train, test = _noise(SMALL_EXAMPLES * num_clients, 1), _noise(100, 2)
     return Dataset(name="small-images", train=train, test=test, class_names=names)
 
 
