@@ -1,7 +1,9 @@
 """Small clients, ``python -m benchmarks.rounds --small``: this build, the stacked loop, an earlier build and others.
 
 A row of each contestant, for each model, number of local steps and cohort. ``ratio_to_loop`` is its time over that of
-the hand-written loop, ``speedup`` the time of the earlier build over its own: medians of those of each turn.
+the hand-written loop, ``speedup`` the time of the earlier build over its own: medians of those of each turn. Those that
+begin with ``cpu`` are of the processor time of the process alone, which other load hardly changes; that of stock Flower
+leaves out its Ray worker.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from benchmarks.rounds_contestants import Setting
 from benchmarks.rounds_measure import Entry, Measured, Row, entry, measure, ratio
 from benchmarks.rounds_plugins import small_images
 
-STACK = 100
-"""``stack_clients`` of this build if ``--stack`` gives none."""
+STACK, LOOP_STACK = 100, 100
+"""``stack_clients`` of this build if ``--stack`` gives none, and that of the loop."""
 
 MAX_ROUNDS = 3
 """Measured of the earlier build and of stock Flower."""
@@ -39,7 +41,7 @@ def small(args: argparse.Namespace, max_flower_clients: int) -> list[Row]:
             entries = [
                 _entry("ours", "ours-small", dataclasses.replace(setting, stack=n)) for n in args.stack or [STACK]
             ]
-            entries.append(_entry("loop", "stacked-loop", setting))
+            entries.append(_entry("loop", "stacked-loop", dataclasses.replace(setting, stack=LOOP_STACK)))
             if args.before:
                 entries.append(_earlier(args.before, short))
             if "flower" in args.against and clients <= max_flower_clients:
@@ -86,5 +88,7 @@ def _compared(measured: list[Measured]) -> list[Row]:
         row["clients_per_second"] = round(each.clients / statistics.median(each.times))
         row["ratio_to_loop"] = ratio(each.times, loop.times) if loop else None
         row["speedup"] = ratio(before.times, each.times) if before else None
+        row["cpu_ratio_to_loop"] = ratio(each.cpu, loop.cpu) if loop else None
+        row["cpu_speedup"] = ratio(before.cpu, each.cpu) if before else None
         rows.append(row)
     return rows

@@ -29,11 +29,8 @@ NORMALS = 1 << 16
 """Made at a time: they stay in the cache."""
 
 
-STACK = 100
-
-
 def stacked_loop(config: RunConfig, turn: Turn) -> Params:
-    """The model after ``num_rounds`` rounds of ``config``, ``STACK`` clients at a time.
+    """The model after ``num_rounds`` rounds of ``config``, ``stack_clients`` at a time.
 
     For clients with equal numbers of examples of one array, which are used as they are; for a ``Sequential`` of linear
     layers, 3x3 convolutions with padding 1, 2x2 average pools, and other layers without parameters; for flat clipping,
@@ -51,8 +48,8 @@ def stacked_loop(config: RunConfig, turn: Turn) -> Params:
     turn()
     for round in range(1, config.num_rounds + 1):
         total = torch.zeros_like(model)
-        for first in range(0, config.num_clients, STACK):
-            clients = range(first, min(first + STACK, config.num_clients))
+        for first in range(0, config.num_clients, config.stack_clients):
+            clients = range(first, min(first + config.stack_clients, config.num_clients))
             members = slice(clients.start, clients.stop)
             trained, last[members] = _train(
                 config, module, order, model, last[members], data, places[members], clients, round
