@@ -2,7 +2,8 @@
 
 The rounds after the first run under ``cProfile``. The time of a function of ``fed_dpsat`` is that of the phase of its
 module, and the time of all other functions that of the phases which call them, in proportion. The profiler makes calls
-of Python slower and products of matrices not, so the total of a run without it is in the table too.
+of Python slower, so the table has the shares of the phases in a run with it, times the processor time of a client in a
+run without it, which is ``total``. Products of matrices are slowed less: their share is somewhat too small.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PHASES: Mapping[str, tuple[str, ...]] = {
 }
 """Beginnings of the paths of modules below ``fed_dpsat``; the longest that fits counts."""
 
-REST = "rest"
+REST, TOTAL, CLOCK = "rest", "total", "on the clock"
 PASSES = 200
 """From a function to those that call it: more than calls are deep within other packages."""
 
@@ -44,26 +45,26 @@ Function = tuple[str, int, str]
 
 def profiled(args: argparse.Namespace) -> list[Row]:
     """Microseconds of a client by phase, a column for each model, number of local steps and cohort."""
-    rows: dict[str, Row] = {name: {"phase": name} for name in (*PHASES, REST, "total", "total without the profiler")}
+    rows: dict[str, Row] = {name: {"phase": name} for name in (*PHASES, REST, TOTAL, CLOCK)}
     for model, steps, clients in itertools.product(args.small_models, args.small_steps, args.small_cohorts):
         given = {"clients": clients, "model": model, "local_steps": steps, "stack": (args.stack or [STACK])[0]}
-        plain, _ = _measured(given, args.rounds, None)
+        total, clock = _measured(given, args.rounds, None)
         profiler = cProfile.Profile()
-        slowed, rounds = _measured(given, args.rounds, profiler)
+        _measured(given, args.rounds, profiler)
         found = by_phase(pstats.Stats(profiler).stats)  # type: ignore[attr-defined]
-        shown = {name: seconds / rounds for name, seconds in found.items()}
-        shown |= {"total": slowed, "total without the profiler": plain}
+        shown = {name: total * seconds / sum(found.values()) for name, seconds in found.items()}
+        shown |= {TOTAL: total, CLOCK: clock}
         for name, row in rows.items():
-            row[f"{model}, {steps}, {clients}"] = round(1e6 * shown.get(name, 0.0) / clients, 1)
+            row[f"{model}, {steps}, {clients}"] = round(1e6 * shown[name] / clients)
     return list(rows.values())
 
 
-def _measured(given: dict[str, Any], rounds: int, profiler: cProfile.Profile | None) -> tuple[float, int]:
-    """Mean seconds of a round and how many there were: without the first, and the last, which evaluates."""
-    turns: list[float] = []
+def _measured(given: dict[str, Any], rounds: int, profiler: cProfile.Profile | None) -> tuple[float, float]:
+    """Seconds of a round, of the processor and on the clock: without the first, and the last, which evaluates."""
+    turns: list[tuple[float, float]] = []
 
     def turn() -> None:
-        turns.append(time.perf_counter())
+        turns.append((time.process_time(), time.perf_counter()))
         if profiler and len(turns) == 2:
             profiler.enable()
         elif profiler and len(turns) == rounds + 2:
@@ -71,7 +72,8 @@ def _measured(given: dict[str, Any], rounds: int, profiler: cProfile.Profile | N
 
     torch.set_num_threads(1)
     run(small_config(rounds=rounds + 2, **given), turn)
-    return (turns[rounds + 1] - turns[1]) / rounds, rounds
+    of_processor, on_clock = ((b - a) / rounds for a, b in zip(turns[1], turns[rounds + 1], strict=True))
+    return of_processor, on_clock
 
 
 def by_phase(stats: Mapping[Function, Any]) -> dict[str, float]:
