@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import rounds_small_run
 from benchmarks.rounds_contestants import Setting
-from benchmarks.rounds_measure import Entry, Measured, Row, entry, measure, ratio
+from benchmarks.rounds_measure import Entry, Measured, Row, entry, measure, ratio, table
 from benchmarks.rounds_plugins import small_images
 
 STACK, LOOP_STACK = 100, 100
@@ -48,8 +48,9 @@ def small(args: argparse.Namespace, max_flower_clients: int) -> list[Row]:
                 entries.append(_entry("flower", "flower-small", short))
             if "pfl" in args.against and args.pfl_python:
                 entries.append(_pfl(args.pfl_python, Path(folder) / f"{clients}.npz", setting))
-            rows += _compared(measure(entries, args.timeout))
-            print(f"done: {model}, {steps} local steps, {clients} clients", file=sys.stderr)
+            found = _compared(measure(entries, args.timeout))
+            print(table(found), file=sys.stderr)  # a run takes long, and may be ended before the last one
+            rows += found
     return rows
 
 
