@@ -25,7 +25,7 @@ from benchmarks.rounds_small_run import run, small_config
 PHASES: Mapping[str, tuple[str, ...]] = {
     "server messages": ("flower/", "simulation/"),
     "ledger": ("accounting/",),
-    "state files": ("simulation/state.py", "run/state_file.py"),
+    "state files": ("simulation/state", "run/state_file.py"),
     "draws": ("step/noise.py", "step/sampling.py", "step/draws.py", "step/generators.py", "step/mechanism.py"),
     "arithmetic": ("step/", "data/", "models/", "tasks/", "params.py"),
     "records": ("flower/wire/", "client/assignment.py"),
