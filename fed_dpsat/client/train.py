@@ -24,7 +24,7 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import RunError, warn_once
 from fed_dpsat.params import Params, laid_end_to_end, map_tree, subtract
 from fed_dpsat.settings.config import RunConfig
-from fed_dpsat.step.clipping import ClippingRule, FlatClipping
+from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss
 from fed_dpsat.step.gradients.unchanging import unchanged
 from fed_dpsat.step.loop import Batches, Executor, LocalResult, Member, Rows, Streams, Watch, train
@@ -34,11 +34,22 @@ from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round, 
 from fed_dpsat.step.optimizers.proximal import Proximal
 from fed_dpsat.step.placement import CPU, device_of, is_card, moved, moved_state
 from fed_dpsat.step.sampling import PoissonSampler
-from fed_dpsat.step.stacked import Stacked, StackedResults, Unstackable, alike
+from fed_dpsat.step.stacked import Stacked, StackedResults, Unstackable, alike, automatic_size
 from fed_dpsat.step.subspace import Coordinates, Span
 from fed_dpsat.tasks.base import Task
 
 STACKING_ENGINES = ("auto", "vmap")
+
+
+def stacks(config: RunConfig, clipping: ClippingRule, parameters: int) -> int:
+    """``stack_clients``, if it is automatic for a model with so many ``parameters``: 1 if clients cannot be stacked."""
+    if config.stack_clients:
+        return config.stack_clients
+    together = config.engine in STACKING_ENGINES and config.precision == "float32" and not config.secure_aggregation
+    if not together or isinstance(clipping, AdaptiveClipping):
+        return 1
+    return automatic_size(parameters, config.cohort_size)
+
 
 REMEMBERED_SAMPLERS = 4096
 

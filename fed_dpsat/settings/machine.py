@@ -39,9 +39,9 @@ class Machine:
     threads_per_client: int = setting(1, "number of intra-op threads of a client; results depend on it", least=1)
     stack_clients: int = setting(
         1,
-        "number of clients that one process trains together in one kernel, for small models and GPUs; the last bits of "
-        "results depend on it",
-        least=1,
+        "number of clients that one process trains together in one kernel, for small models and GPUs; 0 means "
+        "automatic, by settings and model alone; the last bits of results depend on it",
+        least=0,
     )
     tune_malloc: bool = setting(
         True, "switch: on glibc, let the allocator keep freed blocks: steps are up to twice as fast", may_change=True

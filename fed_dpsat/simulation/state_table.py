@@ -85,7 +85,7 @@ class StateTable:
     def __init__(self, folder: Path, form: Form) -> None:
         self._folder, self.form = folder, form
         self._paths = [folder / f"{form.name}.{side}{ROWS}" for side in (0, 1)]
-        self._sides: dict[int, int] = {}  # of the last state of each client that this process knows
+        self._last: dict[int, tuple[int, int]] = {}  # round and side of the last state that this process has written
 
     @classmethod
     def all_in(cls, folder: Path) -> list[StateTable]:
@@ -127,8 +127,8 @@ class StateTable:
                 continue
             with written(self._paths[side]), _opened(self._paths[side], os.O_RDWR | os.O_CREAT) as file:
                 for first, last in _runs([clients[i] for i in mine]):
-                    _write(file, rows[mine[first] : mine[last - 1] + 1], clients[mine[first]])
-        self._sides.update(zip(clients, sides, strict=True))
+                    _write(file, rows[mine[first:last]], clients[mine[first]])
+        self._last.update((client, (round, side)) for client, side in zip(clients, sides, strict=True))
 
     def read(self, client: int, round: int) -> tuple[dict[str, NDArray[Any]], History] | None:
         """The arrays and the history of ``client`` after ``round``; None if this table has no such state."""
@@ -159,10 +159,12 @@ class StateTable:
 
     def _older_side(self, client: int, before: int | None) -> int:
         """The side whose state of ``client`` is not that of the round ``before``."""
-        if client in self._sides:
-            return 1 - self._sides[client]
-        last = None if before is None else self._side_of(client, before)
-        return 0 if last is None else 1 - last
+        if before is None:
+            return 0
+        known, side = self._last.get(client, (None, None))
+        if known != before:  # another process may have written since
+            side = self._side_of(client, before)
+        return 0 if side is None else 1 - side
 
     def _side_of(self, client: int, round: int) -> int | None:
         for side in (0, 1):

@@ -25,6 +25,7 @@ how many examples the largest batch of the stack has.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -60,6 +61,23 @@ from fed_dpsat.step.query import At, LossFn, Query, simplified
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.secure_noise import SystemGenerator, add_noise_on_grid, system_generator
 
+MOST_CLIENTS = 128
+"""More bring nothing: a stack costs a millisecond or two, and its clients a tenth of one each."""
+HELD_NUMBERS = 1 << 24
+"""Per-example gradients of a pass, 64 MB in float32, if a larger ``physical_batch_size`` does not allow more."""
+LARGEST_MODEL = 1 << 16
+"""Parameters; a larger model is faster alone, with the engine for its layers."""
+
+
+def automatic_size(parameters: int, clients: int) -> int:
+    """The size of stacks for a model with so many ``parameters`` and so many ``clients`` a round: a power of 2.
+
+    It depends on nothing else, so that a seed has the same bits on each machine, for any number of workers.
+    """
+    if parameters > LARGEST_MODEL:
+        return 1
+    return int(min(MOST_CLIENTS, 2 ** math.ceil(math.log2(max(clients, 1)))))
+
 
 class Unstackable(Exception):
     """Something that clients cannot be trained together with; the message says what, and nothing was released."""
@@ -80,8 +98,8 @@ def _form(state: State) -> Hashable:
 class Stacked:
     """An ``Executor`` for members of one form: each trains as alone, to 1e-6 relative.
 
-    At most ``physical_batch_size`` per-example gradients are held at a time, but one per client at least. Raises
-    ``Unstackable``. Engines are for clients alone.
+    At most ``physical_batch_size`` per-example gradients are held at a time, or ``HELD_NUMBERS`` numbers, but one per
+    client at least. Raises ``Unstackable``. Engines are for clients alone.
     """
 
     def __init__(
@@ -110,7 +128,8 @@ class Stacked:
         self._state = _stacked([member.state for member in members])
         mechanism = members[0].mechanism
         self._clipping = Held(rule=clipping, clip_norm=mechanism.clip_norm, norm=mechanism.norm)
-        self._members, self._loss_fn, self._device, self._size = members, loss_fn, device, physical_batch_size
+        self._members, self._loss_fn, self._device = members, loss_fn, device
+        self._size = max(physical_batch_size, HELD_NUMBERS // max(1, sum(p.numel() for p in params.values())))
         self._optimizer = _Optimizer(optimizer, _Draws(members))
         self.rounds = StackedRounds(members, clipping, local_steps)
         self._examples = _Common.of(members)
