@@ -22,7 +22,7 @@ from fed_dpsat.client.half import HALF, ClientHalf, check_models, half_of, named
 from fed_dpsat.client.personal import PERSONAL, deal_test, personal_names, without
 from fed_dpsat.client.start import begin, check_one_input, check_passes
 from fed_dpsat.client.task import build_task, check_optimizer
-from fed_dpsat.client.train import CLIPPING, Training, stacks
+from fed_dpsat.client.train import CLIPPING, Training, with_stacks
 from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.federated import Federated, seeded
 from fed_dpsat.data.made_up import made_up_examples
@@ -116,7 +116,7 @@ class Experiment(Training):
         plugins.required("clipping", config.clipping, clipping)
         attackers = Attackers.of(config, settings)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        config = dataclasses.replace(config, stack_clients=stacks(config, clipping, trained))
+        config = with_stacks(config, clipping, trained)
         module = module_on(model, torch_device(config.device))
         check_passes(module, dataset.train)
         return cls(

@@ -34,21 +34,25 @@ from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round, 
 from fed_dpsat.step.optimizers.proximal import Proximal
 from fed_dpsat.step.placement import CPU, device_of, is_card, moved, moved_state
 from fed_dpsat.step.sampling import PoissonSampler
-from fed_dpsat.step.stacked import Stacked, StackedResults, Unstackable, alike, automatic_size
+from fed_dpsat.step.stacked import Stacked, StackedResults, Unstackable, alike, automatic_sizes
 from fed_dpsat.step.subspace import Coordinates, Span
 from fed_dpsat.tasks.base import Task
 
 STACKING_ENGINES = ("auto", "vmap")
 
 
-def stacks(config: RunConfig, clipping: ClippingRule, parameters: int) -> int:
-    """``stack_clients``, if it is automatic for a model with so many ``parameters``: 1 if clients cannot be stacked."""
+def with_stacks(config: RunConfig, clipping: ClippingRule, parameters: int) -> RunConfig:
+    """``config`` with ``stack_clients`` for a model with so many ``parameters``, if it is automatic.
+
+    It is 1 if clients cannot be stacked; else ``physical_batch_size`` rises to what a pass of a stack may hold.
+    """
     if config.stack_clients:
-        return config.stack_clients
+        return config
     together = config.engine in STACKING_ENGINES and config.precision == "float32" and not config.secure_aggregation
-    if not together or isinstance(clipping, AdaptiveClipping):
-        return 1
-    return automatic_size(parameters, config.cohort_size)
+    size, held = automatic_sizes(parameters, config.cohort_size)
+    if not together or isinstance(clipping, AdaptiveClipping) or size == 1:
+        return dataclasses.replace(config, stack_clients=1)
+    return dataclasses.replace(config, stack_clients=size, physical_batch_size=max(config.physical_batch_size, held))
 
 
 REMEMBERED_SAMPLERS = 4096

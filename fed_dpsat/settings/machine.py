@@ -40,7 +40,8 @@ class Machine:
     stack_clients: int = setting(
         1,
         "number of clients that one process trains together in one kernel, for small models and GPUs; 0 means "
-        "automatic, by settings and model alone; the last bits of results depend on it",
+        "automatic (up to 128 if the model has at most 65,536 parameters, and a larger physical_batch_size); the last "
+        "bits of results depend on it",
         least=0,
     )
     tune_malloc: bool = setting(

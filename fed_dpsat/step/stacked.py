@@ -64,19 +64,20 @@ from fed_dpsat.step.secure_noise import SystemGenerator, add_noise_on_grid, syst
 MOST_CLIENTS = 128
 """More bring nothing: a stack costs a millisecond or two, and its clients a tenth of one each."""
 HELD_NUMBERS = 1 << 24
-"""Per-example gradients of a pass, 64 MB in float32, if a larger ``physical_batch_size`` does not allow more."""
+"""Of the per-example gradients of a pass: 64 MB in float32."""
 LARGEST_MODEL = 1 << 16
 """Parameters; a larger model is faster alone, with the engine for its layers."""
 
 
-def automatic_size(parameters: int, clients: int) -> int:
-    """The size of stacks for a model with so many ``parameters`` and so many ``clients`` a round: a power of 2.
+def automatic_sizes(parameters: int, clients: int) -> tuple[int, int]:
+    """The clients of a stack, a power of 2, and the per-example gradients of a pass.
 
-    It depends on nothing else, so that a seed has the same bits on each machine, for any number of workers.
+    They depend on the number of ``parameters`` of the model and of ``clients`` in a round alone, so that a seed has the
+    same bits on each machine, for any number of workers. A model that is too large has one client, and no gradients.
     """
-    if parameters > LARGEST_MODEL:
-        return 1
-    return int(min(MOST_CLIENTS, 2 ** math.ceil(math.log2(max(clients, 1)))))
+    if not 0 < parameters <= LARGEST_MODEL:
+        return 1, 0
+    return int(min(MOST_CLIENTS, 2 ** math.ceil(math.log2(max(clients, 1))))), HELD_NUMBERS // parameters
 
 
 class Unstackable(Exception):
@@ -98,8 +99,8 @@ def _form(state: State) -> Hashable:
 class Stacked:
     """An ``Executor`` for members of one form: each trains as alone, to 1e-6 relative.
 
-    At most ``physical_batch_size`` per-example gradients are held at a time, or ``HELD_NUMBERS`` numbers, but one per
-    client at least. Raises ``Unstackable``. Engines are for clients alone.
+    At most ``physical_batch_size`` per-example gradients are held at a time, but one per client at least. Raises
+    ``Unstackable``. Engines are for clients alone.
     """
 
     def __init__(
@@ -128,8 +129,7 @@ class Stacked:
         self._state = _stacked([member.state for member in members])
         mechanism = members[0].mechanism
         self._clipping = Held(rule=clipping, clip_norm=mechanism.clip_norm, norm=mechanism.norm)
-        self._members, self._loss_fn, self._device = members, loss_fn, device
-        self._size = max(physical_batch_size, HELD_NUMBERS // max(1, sum(p.numel() for p in params.values())))
+        self._members, self._loss_fn, self._device, self._size = members, loss_fn, device, physical_batch_size
         self._optimizer = _Optimizer(optimizer, _Draws(members))
         self.rounds = StackedRounds(members, clipping, local_steps)
         self._examples = _Common.of(members)
