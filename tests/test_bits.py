@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from itertools import groupby
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from fed_dpsat.accounting import chain
+from fed_dpsat.accounting.packed import unpack
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
 from fed_dpsat.step.gradients import compiled
@@ -88,6 +91,17 @@ def arithmetic() -> str:
     return found.hexdigest()[:12]
 
 
+def by_client(file, table) -> list[tuple]:
+    """The rows of ``table`` with a row for each client of a row, chained again."""
+    rows, last = [], chain.GENESIS
+    stored = file.execute(f"SELECT {chain.COLUMNS[table]} FROM {table} ORDER BY seq")
+    for _, same in groupby(stored, key=lambda row: row[1:3]):
+        for row in sorted((client, *rest) for clients, *rest in same for client in unpack(clients).tolist()):
+            last = chain.link(last, (len(rows) + 1, *row))
+            rows.append((len(rows) + 1, *row, last))
+    return rows
+
+
 def bits(folder) -> str:
     """Of the final model, of what was charged and came of it, and of all lines."""
     found = hashlib.sha256()
@@ -96,8 +110,7 @@ def bits(folder) -> str:
         found.update(name.encode() + value.numpy().tobytes())
     with sqlite3.connect(folder / "ledger.sqlite") as file:
         for table in ("charges", "outcomes"):
-            rows = file.execute(f"SELECT * FROM {table} ORDER BY seq").fetchall()
-            found.update(repr(rows).encode())
+            found.update(repr(by_client(file, table)).encode())
     for line in (folder / "rounds.jsonl").read_text().splitlines():
         found.update(json.dumps(json.loads(line), sort_keys=True).encode())
     return found.hexdigest()[:12]

@@ -239,7 +239,7 @@ def test_ledger_of_an_edited_file_is_an_error(tmp_path):
     with sqlite3.connect(folder / "ledger.sqlite") as connection:
         for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
             connection.execute(f"DROP TRIGGER {name}")
-        connection.execute("UPDATE charges SET noise_multiplier = 100.0 WHERE client = 3")
+        connection.execute("UPDATE charges SET noise_multiplier = 100.0 WHERE round = 2")
     result = invoke("ledger", folder)
     assert result.exit_code == 1
     assert "Traceback" not in result.output

@@ -1,8 +1,10 @@
 """The charges of every client, on disk before any release.
 
-There is one row per (client, round, attempt): a retried attempt is a second release and a second row. Outcomes are
-bookkeeping and never lower a charge. Clients hold disjoint data, so the epsilon of the federation is the maximum over
-clients. ``storage`` and ``chain`` make the file durable and detect changes.
+There is one charge per (client, round, attempt): a retried attempt is a second release and a second charge. Outcomes
+are bookkeeping and never lower a charge. Clients hold disjoint data, so the epsilon of the federation is the maximum
+over clients. ``storage`` and ``chain`` make the file durable and detect changes.
+
+A call writes one row per distinct event or outcome, with all clients that share it.
 
 ========================== =====================================================================
 case                       what happens
@@ -11,6 +13,7 @@ no charge yet              epsilon is 0
 same key, equal event      no-op: charging again after a crash is safe
 same key, another event    ``LedgerError``, nothing of the call is charged
 an event of another unit   ``LedgerError``, nothing of the call is charged
+a client in two pairs      ``LedgerError``, nothing of the call is charged
 disk full                  ``LedgerError``, nothing of the call is charged
 second writer              ``LedgerError`` when it opens; ``readonly=True`` reads meanwhile
 edited, cut off, foreign   ``LedgerError`` when a writer opens it; a reader calls ``verify()``
@@ -19,17 +22,24 @@ edited, cut off, foreign   ``LedgerError`` when a writer opens it; a reader call
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
-from fed_dpsat.accounting import chain, storage
+import numpy as np
+
+from fed_dpsat.accounting import chain, rows, storage
 from fed_dpsat.accounting.accountant import epsilon, federation_epsilon
+from fed_dpsat.accounting.by_client import AnyClients, ByClient, Given, Value, check_number, numbers
 from fed_dpsat.accounting.chain import LedgerError
-from fed_dpsat.accounting.event import KINDS, UNITS, History, PrivacyEvent, merge
+from fed_dpsat.accounting.event import KINDS, UNITS, History, PrivacyEvent
+from fed_dpsat.accounting.histories import Histories
+from fed_dpsat.accounting.packed import pack
+
+NOBODY: ByClient[Any] = ByClient.of([])
 
 
 class Head(NamedTuple):
@@ -52,9 +62,8 @@ class PrivacyLedger:
     def __init__(self, path: str | Path, *, readonly: bool = False, must_exist: bool = False) -> None:
         self.path = path if path == ":memory:" else Path(path).resolve()
         self.readonly = readonly
-        self._histories: dict[int, History] = {}
-        self._clients: Counter[History] = Counter()  # number of clients with each history
-        self._seen: tuple[int, bytes] | None = None  # head of the charges that the two attributes above include
+        self._histories = Histories()
+        self._seen: tuple[int, bytes] | None = None  # head of the charges that the histories include
         with ExitStack() as resources:
             if isinstance(self.path, Path):
                 if not readonly:
@@ -65,7 +74,7 @@ class PrivacyLedger:
             resources.callback(self._file.close)
             if not readonly:
                 self.verify()
-            self._refresh()
+            self._read(None)
             self._head = chain.head(self._file, "charges")
             self._resources = resources.pop_all()
 
@@ -73,121 +82,117 @@ class PrivacyLedger:
         """Charge one client; the charge is on disk when this returns."""
         self.charge_many(round, attempt, {client: event})
 
-    def charge_many(self, round: int, attempt: int, events: Mapping[int, PrivacyEvent]) -> None:
-        """Charge a cohort in one transaction, on disk when this returns; a ``LedgerError`` charges no client."""
-        self._check_key("charge", round, attempt, events)
-        memo: dict[tuple[History, PrivacyEvent], History] = {}
+    def charge_many(self, round: int, attempt: int, events: Given[PrivacyEvent]) -> None:
+        """Charge a cohort in one transaction, on disk when this returns; a ``LedgerError`` charges no client.
+
+        ``events`` map each client to its event; or they are pairs of clients, in a collection or an array of ints,
+        and their common event, as ``[(range(100), event)]``.
+        """
+        cohort = _cohort("charge", round, attempt, events).merged()
+        charges = cohort.map(_columns)
         with self._writing():
             if chain.head(self._file, "charges") != self._head:
                 raise LedgerError(f"another process wrote to {self.path}; stop it, then resume this run")
-            self._check_unit(events.values())
+            self._check_unit(cohort.values)
             known = self._rows("charges", round, attempt)
-            new: dict[int, PrivacyEvent] = {}
-            for client, event in sorted(events.items()):
-                if client not in known:
-                    new[client] = event
-                elif known[client] != _columns(event):
-                    raise LedgerError(
-                        f"{_key(client, round, attempt)} is charged already, with another event than "
-                        f"{event}; give a new release a new attempt"
-                    )
-            chain.append(
-                self._file, "charges", [(client, round, attempt, *_columns(event)) for client, event in new.items()]
-            )
+            if (client := charges.conflict(known)) is not None:
+                raise LedgerError(
+                    f"{_key(client, round, attempt)} is charged already, with another event than "
+                    f"{cohort.get(client)}; give a new release a new attempt"
+                )
+            self._append("charges", round, attempt, charges.beyond(known))
             head = chain.head(self._file, "charges")
         self._seen = None  # an interrupt inside the loop must not lower epsilon
         self._head = head
-        for client, event in new.items():
-            before = self._histories.get(client, ())
-            if (before, event) not in memo:
-                memo[before, event] = merge([*before, event])
-            self._set_history(client, memo[before, event])
+        self._histories.charge(cohort.beyond(known))
         self._seen = head
 
     def settle(self, client: int, round: int, attempt: int, outcome: str) -> None:
         """Record the outcome of a charge: "released", "dropped: reason" or "failed: reason". The charge stays."""
         self.settle_many(round, attempt, {client: outcome})
 
-    def settle_many(self, round: int, attempt: int, outcomes: Mapping[int, str]) -> None:
-        """``settle`` for a cohort in one transaction; raises ``LedgerError`` for a client without a charge."""
-        self._check_key("settle", round, attempt, outcomes)
+    def settle_many(self, round: int, attempt: int, outcomes: Given[str]) -> None:
+        """``settle`` for a cohort in one transaction; raises ``LedgerError`` for a client without a charge.
+
+        ``outcomes`` map each client to its outcome, or are pairs as in ``charge_many``.
+        """
+        cohort = _cohort("settle", round, attempt, outcomes)
+        for i, outcome in enumerate(cohort.values):
+            if not isinstance(outcome, str) or not outcome:
+                raise LedgerError(
+                    f"outcome={outcome!r} of client {cohort.clients[cohort.which == i][0]} is not a text; give "
+                    "'released', 'dropped: reason' or 'failed: reason'"
+                )
+        cohort = cohort.merged()
         with self._writing():
-            charged = self._rows("charges", round, attempt)
-            known = self._rows("outcomes", round, attempt)
-            new = []
-            for client, outcome in sorted(outcomes.items()):
-                if not isinstance(outcome, str) or not outcome:
-                    raise LedgerError(
-                        f"outcome={outcome!r} of client {client} is not a text; give "
-                        "'released', 'dropped: reason' or 'failed: reason'"
-                    )
-                if client not in charged:
-                    raise LedgerError(
-                        f"{_key(client, round, attempt)} has no charge; charge a client before its release"
-                    )
-                if client not in known:
-                    new.append((client, round, attempt, outcome))
-                elif known[client] != (outcome,):
-                    raise LedgerError(
-                        f"{_key(client, round, attempt)} is settled already, as "
-                        f"{known[client][0]!r}, not {outcome!r}; outcomes are not changed"
-                    )
-            chain.append(self._file, "outcomes", new)
+            missing = cohort.beyond(self._rows("charges", round, attempt)).clients
+            if missing.size:
+                raise LedgerError(
+                    f"{_key(missing[0], round, attempt)} has no charge; charge a client before its release"
+                )
+            known = self._settled(round, attempt)
+            if (client := cohort.conflict(known)) is not None:
+                raise LedgerError(
+                    f"{_key(client, round, attempt)} is settled already, as "
+                    f"{known.get(client)!r}, not {cohort.get(client)!r}; outcomes are not changed"
+                )
+            self._append("outcomes", round, attempt, cohort.beyond(known).map(lambda outcome: (outcome,)))
 
     def histories(self, before: int | None = None) -> dict[int, History]:
         """Merged history of every charged client; with ``before``, of the rounds before that one."""
-        if before is not None:
-            with storage.explained(self.path, "read"):
-                return dict(storage.read_histories(self._file, before))
-        self._refresh()
-        return dict(self._histories)
+        return self._read(before).all().to_dict()
 
     def history(self, client: int) -> History:
         """Merged history of one client; empty without a charge."""
-        self._refresh()
-        return self._histories.get(client, ())
+        return self._read(None).all().get(client) or ()
+
+    def histories_of(self, clients: AnyClients, before: int | None = None) -> ByClient[History]:
+        """Merged history of each of ``clients``, empty without a charge; ``groups()`` gives the clients of each one.
+
+        ``before`` is as in ``histories``.
+        """
+        return self._read(before).of(np.unique(numbers(clients))).merged()
 
     def epsilon(self, delta: float, accountant: str = "pld") -> float:
         """Maximum over clients at ``delta``; one computation if all clients have the same history."""
-        self._refresh()
-        return federation_epsilon(self._clients, delta, accountant)
+        return federation_epsilon(self._read(None).distinct(), delta, accountant)
 
     def epsilon_by_client(self, delta: float, accountant: str = "pld") -> dict[int, float]:
         """Epsilon of every charged client; one computation per distinct history."""
-        self._refresh()
-        spent = {history: epsilon(history, delta, accountant) for history in self._clients}
-        return {client: spent[history] for client, history in self._histories.items()}
+        histories = self._read(None).all().merged()
+        return histories.map(lambda history: epsilon(history, delta, accountant)).to_dict()
 
     def rounds_by_client(self, before: int | None = None) -> dict[int, int]:
         """Number of rounds with a charge, by client; with ``before``, of the rounds before that one."""
-        query = "SELECT client, COUNT(DISTINCT round) FROM charges WHERE round < ? GROUP BY client ORDER BY client"
-        with storage.explained(self.path, "read"):
-            return dict(self._file.execute(query, (storage.LAST if before is None else before,)))
+        charged = self._cohorts("charges", "round < ?", rows.LAST if before is None else before)
+        by_round = [
+            np.unique(np.concatenate([cohort.clients for *_, cohort in attempts]))
+            for _, attempts in groupby(charged, key=lambda found: found[0])
+        ]
+        clients, counts = np.unique(np.concatenate([np.empty(0, np.int64), *by_round]), return_counts=True)
+        return dict(zip(clients.tolist(), counts.tolist(), strict=True))
 
     def attempts(self, round: int) -> dict[int, int]:
         """By client, the last charged attempt at ``round``."""
-        query = "SELECT client, MAX(attempt) FROM charges WHERE round = ? GROUP BY client"
-        with storage.explained(self.path, "read"):
-            return dict(self._file.execute(query, (round,)))
+        found: dict[int, int] = {}
+        for _, attempt, cohort in self._cohorts("charges", "round = ?", round):
+            found |= dict.fromkeys(cohort.clients.tolist(), attempt)
+        return found
 
     def outcomes(self, round: int, attempt: int) -> dict[int, str]:
         """The settled outcomes, by client."""
-        with storage.explained(self.path, "read"):
-            return {client: str(outcome) for client, (outcome,) in self._rows("outcomes", round, attempt).items()}
+        return self._settled(round, attempt).to_dict()
 
     def last_round(self, client: int) -> int:
         """The highest charged round of ``client``; -1 without a charge."""
-        with storage.explained(self.path, "read"):
-            found = self._file.execute("SELECT MAX(round) FROM charges WHERE client = ?", (client,)).fetchone()[0]
-        return -1 if found is None else int(found)
+        charged = self._cohorts("charges", "client = ? OR typeof(client) = 'blob'", client)
+        return max((round for round, _, cohort in charged if client in cohort.clients), default=-1)
 
     def outcome(self, client: int, round: int, attempt: int) -> str | None:
         """The settled outcome; "" for a charge without an outcome, None without a charge."""
-        with storage.explained(self.path, "read"):
-            if client not in self._rows("charges", round, attempt):
-                return None
-            found = self._rows("outcomes", round, attempt).get(client, ("",))[0]
-        return str(found)
+        if self._rows("charges", round, attempt).get(client) is None:
+            return None
+        return self._settled(round, attempt).get(client) or ""
 
     @property
     def privacy_unit(self) -> str | None:
@@ -200,12 +205,12 @@ class PrivacyLedger:
     def head(self) -> Head:
         """The head of the chain of charges; publish it with epsilon."""
         with storage.explained(self.path, "read"):
-            rows, digest = chain.head(self._file, "charges")
-        return Head(rows, digest.hex())
+            charges, digest = chain.head(self._file, "charges")
+        return Head(charges, digest.hex())
 
     def extends(self, head: Head) -> bool:
         """Whether ``head`` is a head in the past of this chain; an older copy of the file does not contain it."""
-        query = "SELECT hash FROM charges WHERE seq = ?"
+        query = "SELECT hash FROM charges WHERE seq = ?"  # the number of charges up to the row
         with storage.explained(self.path, "read"):
             found = self._file.execute(query, (head.charges,)).fetchone()
         return (found[0] if found else chain.GENESIS if head.charges == 0 else b"").hex() == head.sha256
@@ -240,37 +245,41 @@ class PrivacyLedger:
         if self.readonly:
             raise LedgerError(f"{self.path} was opened with readonly=True; open it without to write")
         with storage.transaction(self._file, self.path):
+            storage.raise_version(self._file)
             yield
 
-    def _rows(self, table: str, round: int, attempt: int) -> dict[int, tuple[object, ...]]:
-        """By client, the columns after the key."""
-        columns = ", ".join(chain.COLUMNS[table].split(", ")[3:])
-        query = f"SELECT client, {columns} FROM {table} WHERE round = ? AND attempt = ?"
-        return {client: tuple(values) for client, *values in self._file.execute(query, (round, attempt))}
+    def _append(self, table: str, round: int, attempt: int, columns: ByClient[tuple[object, ...]]) -> None:
+        groups = columns.groups()
+        chain.append(self._file, table, [(pack(clients), round, attempt, *values) for clients, values in groups])
 
-    def _refresh(self) -> None:
-        """Read all histories from the file if its head has changed: at the start, and for a reader."""
+    def _cohorts(self, table: str, where: str, *values: int) -> Iterator[tuple[int, int, ByClient[Any]]]:
         with storage.explained(self.path, "read"):
+            yield from rows.cohorts(self._file, table, where, values)
+
+    def _rows(self, table: str, round: int, attempt: int) -> ByClient[tuple[Any, ...]]:
+        """By client, the columns after the key."""
+        found = [cohort for *_, cohort in self._cohorts(table, "round = ? AND attempt = ?", round, attempt)]
+        return found[0] if found else NOBODY
+
+    def _settled(self, round: int, attempt: int) -> ByClient[str]:
+        return self._rows("outcomes", round, attempt).map(lambda columns: str(columns[0]))
+
+    def _read(self, before: int | None) -> Histories:
+        """The histories of the rounds before ``before``; those of all, if it is None.
+
+        All are read from the file again only if its head has changed: at the start, and for a reader.
+        """
+        with storage.explained(self.path, "read"):
+            if before is not None:
+                return rows.read_histories(self._file, before)
             head = chain.head(self._file, "charges")
-            if head == self._seen:
-                return
-            self._seen = None
-            self._histories.clear()
-            self._clients.clear()
-            for client, history in storage.read_histories(self._file):
-                self._set_history(client, history)
-        self._seen = head
+            if head != self._seen:
+                self._seen = None
+                self._histories = rows.read_histories(self._file)
+                self._seen = head
+            return self._histories
 
-    def _set_history(self, client: int, history: History) -> None:
-        before = self._histories.get(client)
-        if before is not None:
-            self._clients[before] -= 1
-            if not self._clients[before]:
-                del self._clients[before]
-        self._clients[history] += 1
-        self._histories[client] = history
-
-    def _check_unit(self, events: Iterable[PrivacyEvent]) -> None:
+    def _check_unit(self, events: list[PrivacyEvent]) -> None:
         own = self.privacy_unit or ""
         units = {event.privacy_unit for event in events} | {own} - {""}
         if len(units) > 1:
@@ -279,13 +288,17 @@ class PrivacyLedger:
                 f"{' and '.join(sorted(units))}; the two have no common epsilon: start a run with a ledger of its own"
             )
 
-    def _check_key(self, doing: str, round: int, attempt: int, clients: Mapping[int, object]) -> None:
-        for name, number in [("round", round), ("attempt", attempt), *(("client", key) for key in clients)]:
-            if type(number) is not int or not 0 <= number < 2**63:
-                raise LedgerError(
-                    f"cannot {doing}: {name}={number!r} is not an int in [0, 2**63); number "
-                    "clients, rounds and attempts from 0"
-                )
+
+def _cohort(doing: str, round: int, attempt: int, given: Given[Value]) -> ByClient[Value]:
+    """``given`` for a valid key; raises ``LedgerError``."""
+    try:
+        check_number("round", round)
+        check_number("attempt", attempt)
+        return ByClient.of(given)
+    except ValueError as error:
+        raise LedgerError(
+            f"cannot {doing}: {error}; number clients, rounds and attempts from 0, and give each client once"
+        ) from None
 
 
 def _key(client: int, round: int, attempt: int) -> str:

@@ -7,6 +7,12 @@ durable too and saves half a millisecond per commit. But WAL keeps charges in a 
 
 One writer: a writer holds an exclusive lock on the empty file ``<path>.lock`` while it is open. The operating system
 ends the lock with the process, also after kill -9. Readers need no lock.
+
+Rows: in schema 2 there is one row per distinct event (or outcome) of a call, and its column ``client`` has all clients
+that share it (``packed``). In schema 1 each row has one client. Such a row means the same in both, with the same hash.
+So a file of schema 1 needs no migration: it keeps its tables, rows and hashes, and ``extends`` still finds its heads.
+The first write raises only the number of its schema, in the same transaction, and older versions then refuse the file.
+In schema 1 SQLite kept (client, round, attempt) unique; now the writer does, and each read and ``verify`` check it.
 """
 
 from __future__ import annotations
@@ -18,22 +24,28 @@ from pathlib import Path
 
 from fed_dpsat.accounting import chain
 from fed_dpsat.accounting.chain import LedgerError
-from fed_dpsat.accounting.event import History, PrivacyError, PrivacyEvent
+from fed_dpsat.accounting.rows import cohorts
 
 APPLICATION_ID = 0x46445053  # "FDPS"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 60.0
-LAST = 2**63 - 1
-"""A round number above every round."""
-_SCHEMA = """
+_TABLES = """
 CREATE TABLE head (chain TEXT PRIMARY KEY, rows INTEGER NOT NULL, hash BLOB NOT NULL);
 CREATE TABLE charges (
-    seq INTEGER PRIMARY KEY, client INTEGER NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    seq INTEGER PRIMARY KEY, {client} NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
     kind TEXT NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL, steps INTEGER NOT NULL,
-    hash BLOB NOT NULL, UNIQUE (round, attempt, client));
+    hash BLOB NOT NULL{unique});
 CREATE TABLE outcomes (
-    seq INTEGER PRIMARY KEY, client INTEGER NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
-    outcome TEXT NOT NULL, hash BLOB NOT NULL, UNIQUE (round, attempt, client));
+    seq INTEGER PRIMARY KEY, {client} NOT NULL, round INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    outcome TEXT NOT NULL, hash BLOB NOT NULL{unique});
+"""
+_SCHEMAS = {
+    1: _TABLES.format(client="client INTEGER", unique=", UNIQUE (round, attempt, client)"),
+    2: _TABLES.format(client="client", unique="")
+    + "CREATE INDEX charges_round ON charges (round, attempt);"
+    + "CREATE INDEX outcomes_round ON outcomes (round, attempt);",
+}
+_TRIGGERS = """
 CREATE TRIGGER charges_update BEFORE UPDATE ON charges
     BEGIN SELECT RAISE(ABORT, 'charges are append-only'); END;
 CREATE TRIGGER charges_delete BEFORE DELETE ON charges
@@ -83,10 +95,10 @@ def open_file(path: Path, *, readonly: bool, must_exist: bool) -> sqlite3.Connec
     return connection
 
 
-def open_memory() -> sqlite3.Connection:
+def open_memory(version: int = SCHEMA_VERSION) -> sqlite3.Connection:
     """A ledger in memory, for tests."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
-    _write_schema(connection)
+    _write_schema(connection, version)
     return connection
 
 
@@ -134,40 +146,19 @@ def verify_file(connection: sqlite3.Connection) -> None:
     damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if damage != "ok":
         raise LedgerError(f"the file of the ledger is damaged ({damage}); restore it from a backup")
-    with closing(open_memory()) as model:
-        if _schema(connection) != _schema(model):
-            raise LedgerError("the tables or triggers of the ledger were changed; restore it from a backup")
+    found = _schema(connection)
+    if not any(found == _schema_of(version) for version in _SCHEMAS):
+        raise LedgerError("the tables or triggers of the ledger were changed; restore it from a backup")
     for name in chain.COLUMNS:
         chain.check(connection, name)
+        for _ in cohorts(connection, name):
+            pass
 
 
-def read_histories(connection: sqlite3.Connection, before: int = LAST) -> Iterator[tuple[int, History]]:
-    """Each client with its merged history of the rounds below ``before``; equal histories are one object."""
-    events: dict[tuple[object, ...], PrivacyEvent] = {}
-    histories: dict[History, History] = {}
-    client, history = -1, list[PrivacyEvent]()
-    mechanism = "kind, noise_multiplier, sample_rate"
-    for row_client, *row in connection.execute(
-        f"SELECT client, {mechanism}, SUM(steps) FROM charges WHERE round < ? "
-        f"GROUP BY client, {mechanism} ORDER BY client, {mechanism}",
-        (before,),
-    ):
-        if row_client != client and history:
-            yield client, histories.setdefault(tuple(history), tuple(history))
-            history = []
-        client = row_client
-        key = tuple(row)
-        if key not in events:
-            kind, noise, rate, steps = row
-            try:
-                events[key] = PrivacyEvent(kind=kind, noise_multiplier=noise, sample_rate=rate, steps=steps)
-            except PrivacyError as error:
-                raise LedgerError(
-                    f"client {client} has an invalid charge ({error}); restore the ledger from a backup"
-                ) from error
-        history.append(events[key])
-    if history:
-        yield client, histories.setdefault(tuple(history), tuple(history))
+def raise_version(connection: sqlite3.Connection) -> None:
+    """Mark a file of an older schema as one of this version; call it inside a ``transaction``."""
+    if connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -200,8 +191,10 @@ def _check_header(connection: sqlite3.Connection, path: Path) -> None:
         raise LedgerError(
             f"{path} is not a ledger of fed_dpsat, or was cut off; give another path, or restore it from a backup"
         )
-    if version != SCHEMA_VERSION:
-        raise LedgerError(f"{path} has schema {version}, this fed_dpsat reads {SCHEMA_VERSION}; upgrade fed_dpsat")
+    if version not in _SCHEMAS:
+        raise LedgerError(
+            f"{path} has schema {version}, this fed_dpsat reads {', '.join(map(str, _SCHEMAS))}; upgrade fed_dpsat"
+        )
     if path.stat().st_size % connection.execute("PRAGMA page_size").fetchone()[0]:
         raise LedgerError(f"{path} is damaged: it ends inside a page; restore it from a backup")
 
@@ -213,18 +206,24 @@ def _create(path: Path) -> None:
     connection = sqlite3.connect(new, isolation_level=None)
     try:
         connection.execute("PRAGMA synchronous = EXTRA")
-        _write_schema(connection)
+        _write_schema(connection, SCHEMA_VERSION)
     finally:
         connection.close()
     new.replace(path)  # the first charge brings the name to disk at the latest: EXTRA syncs the folder
 
 
-def _write_schema(connection: sqlite3.Connection) -> None:
+def _write_schema(connection: sqlite3.Connection, version: int) -> None:
     connection.executescript(
-        f"BEGIN; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+        f"BEGIN; {_SCHEMAS[version]} {_TRIGGERS} PRAGMA application_id = {APPLICATION_ID};"
+        f"PRAGMA user_version = {version}; COMMIT;"
     )
     connection.executemany("INSERT INTO head VALUES (?, 0, ?)", [(name, chain.GENESIS) for name in chain.COLUMNS])
 
 
 def _schema(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
     return connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
+
+
+def _schema_of(version: int) -> list[tuple[str, ...]]:
+    with closing(open_memory(version)) as model:
+        return _schema(model)

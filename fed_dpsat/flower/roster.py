@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fed_dpsat.accounting.by_client import ByClient
 from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan, affordable
@@ -55,7 +56,7 @@ class Roster:
         self._there = np.zeros(len(plans), dtype=bool)
         self._active = np.ones(len(plans), dtype=bool)
         self._affordable: dict[tuple[History, ClientPlan], bool] = {}
-        self._unchecked: Sequence[int] = ()
+        self._distinct_plans = ByClient.of(dict(enumerate(plans))).merged()
         self._count({}, spent_before=None, used_before=None)
 
     def begin_again(self, round: int, retired: Mapping[int, int], *, same_noise: bool) -> None:
@@ -84,10 +85,10 @@ class Roster:
 
         Raises ``FederationOver`` if fewer than ``min_clients`` have budget left.
         """
-        retiring = {c: self._history(c) for c in self._unchecked if self._active[c] and not self._can_afford(c)}
+        retiring = self._retiring()
         self.retired |= dict.fromkeys(retiring, round)
         self._active[list(retiring)] = False
-        self._unchecked = ()
+        self._unchecked = np.empty(0, dtype=np.int64)
         active = self._there & self._active
         if (left := int(active.sum())) < self.min_clients:
             raise FederationOver(
@@ -103,30 +104,32 @@ class Roster:
 
     def charged(self, clients: Sequence[int]) -> None:
         """Count the round that was drawn for ``clients``, which were charged for it."""
-        self._used[list(clients)] += 1
-        self._spent_since.update(clients)
-        self._unchecked = clients
+        self._unchecked, self._spent_before = np.array(clients, dtype=np.int64), None
+        self._used[self._unchecked] += 1
 
     def _count(self, retired: Mapping[int, int], *, spent_before: int | None, used_before: int | None) -> None:
         self.retired = dict(retired)
         self._active[:] = True
         self._active[list(self.retired)] = False
-        self._spent = self.ledger.histories(before=spent_before)
-        self._spent_since: set[int] = set()
         self._used = np.zeros(len(self.plans), dtype=np.int64)
         for client, rounds in self.ledger.rounds_by_client(before=used_before).items():
             if client < len(self.plans):
                 self._used[client] = rounds
-        self._unchecked = range(len(self.plans))
+        self._unchecked, self._spent_before = np.arange(len(self.plans)), spent_before
 
-    def _history(self, client: int) -> History:
-        return self.ledger.history(client) if client in self._spent_since else self._spent.get(client, ())
-
-    def _can_afford(self, client: int) -> bool:
-        key = self._history(client), self.plans[client]
-        if key not in self._affordable:
-            self._affordable[key] = affordable(*key, self.delta, self.accountant)
-        return self._affordable[key]
+    def _retiring(self) -> dict[int, History]:
+        """The active clients among the unchecked ones that cannot afford a round, ascending."""
+        clients = self._unchecked[self._active[self._unchecked]]
+        histories = self.ledger.histories_of(clients, before=self._spent_before)
+        plans = self._distinct_plans
+        plans = ByClient(clients=histories.clients, which=plans.which[histories.clients], values=plans.values)
+        found: dict[int, History] = {}
+        for some, key in histories.paired(plans).groups():
+            if key not in self._affordable:
+                self._affordable[key] = affordable(*key, self.delta, self.accountant)
+            if not self._affordable[key]:
+                found |= dict.fromkeys(some.tolist(), key[0])
+        return dict(sorted(found.items()))
 
 
 def toss_cohort(

@@ -74,12 +74,13 @@ def read_statement(run: Path, delta: float | None = None) -> Statement:
                 f"{run / 'ledger.sqlite'} protects {UNITS.get(str(found), found)}, but the run has "
                 f"privacy_unit={config.privacy_unit!r}; it is the ledger of another run: restore the right one"
             )
-        bounded = all(has_rdp(history) for history in ledger.histories().values())
+        histories = ledger.histories()
+        bounded = all(has_rdp(history) for history in histories.values())
         spent = {name: ledger.epsilon_by_client(delta, name) for name in ("pld", "rdp")[: 1 + bounded]}
         rounds = ledger.rounds_by_client()
         lines = []
         for client, plan in enumerate(plans):
-            history = ledger.history(client)
+            history = histories.get(client, ())
             retired = not affordable(history, plan, config.delta, config.accountant)
             lines.append(
                 ClientLine(

@@ -6,15 +6,18 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fed_dpsat.accounting import storage
+from fed_dpsat.accounting import rows
 from fed_dpsat.accounting.accountant import epsilon
 from fed_dpsat.accounting.chain import LedgerError
 from fed_dpsat.accounting.event import PrivacyEvent, merge
+from fed_dpsat.accounting.histories import Histories
 from fed_dpsat.accounting.ledger import PrivacyLedger
 
 
@@ -109,8 +112,8 @@ def test_an_outcome_never_lowers_a_charge(path, event):
         ledger.settle_many(1, 0, {1: "dropped: reply without an event", 2: "failed: timeout"})
         assert (ledger.epsilon(1e-5), ledger.histories(), ledger.head) == before
         ledger.verify()
-    rows = sqlite3.connect(path).execute("SELECT client, outcome FROM outcomes").fetchall()
-    assert rows == [(0, "released"), (1, "dropped: reply without an event"), (2, "failed: timeout")]
+    written = sqlite3.connect(path).execute("SELECT client, outcome FROM outcomes").fetchall()
+    assert written == [(0, "released"), (1, "dropped: reply without an event"), (2, "failed: timeout")]
 
 
 def test_what_was_not_charged_cannot_be_settled(event):
@@ -125,6 +128,60 @@ def test_what_was_not_charged_cannot_be_settled(event):
             ledger.settle(0, 1, 0, "released")
         with pytest.raises(LedgerError, match="not a text"):
             ledger.settle(0, 1, 0, "")
+
+
+def test_a_cohort_is_one_row_of_pairs_or_of_a_mapping(path, tmp_path, event):
+    """Both forms make the same file."""
+    clients = np.array([9, 2, 4, 300])
+    with PrivacyLedger(path) as ledger, PrivacyLedger(tmp_path / "other.sqlite") as other:
+        ledger.charge_many(1, 0, [(clients, event()), ([7], event(steps=1)), (range(2), event())])
+        other.charge_many(1, 0, {c: event(steps=1) if c == 7 else event() for c in (7, 0, 300, 1, 9, 4, 2)})
+        ledger.settle_many(1, 0, [([0, 1], "released"), (clients, "dropped: late"), ([7], "released")])
+        other.settle_many(1, 0, dict.fromkeys([9, 2, 4, 300], "dropped: late") | dict.fromkeys([0, 1, 7], "released"))
+        assert ledger.head == other.head
+        assert ledger.head.charges == 7
+        assert ledger.histories() == other.histories()
+        assert ledger.outcomes(1, 0) == other.outcomes(1, 0)
+        assert ledger.outcome(300, 1, 0) == "dropped: late"
+    with closing(sqlite3.connect(path)) as file:
+        written = file.execute("SELECT seq, client, steps FROM charges").fetchall()
+        assert written == [(6, bytes.fromhex("02 0100 0100 0100 0200 0500 2301"), 10), (7, 7, 1)]
+        assert file.execute("SELECT hash FROM outcomes").fetchall() == (
+            sqlite3.connect(tmp_path / "other.sqlite").execute("SELECT hash FROM outcomes").fetchall()
+        )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "says"),
+    [
+        ([([1, 2], 0), ([2], 1)], "client=2 occurs twice"),
+        ([([1, 1], 0)], "client=1 occurs twice"),
+        ([([1.0], 0)], "client=1.0 is not an int"),
+        ([(np.array([1.5]), 0)], "client=1.5 is not an int"),
+        ([(np.array([-1]), 0)], "client=-1 is not an int"),
+        ([([2**63], 0)], "client=9223372036854775808 is not an int"),
+    ],
+)
+def test_pairs_name_each_client_once(event, pairs, says):
+    with PrivacyLedger(":memory:") as ledger:
+        ledger.charge(0, 1, 0, event())
+        with pytest.raises(LedgerError, match=says):
+            ledger.charge_many(1, 0, [(clients, event(steps=1 + steps)) for clients, steps in pairs])
+        with pytest.raises(LedgerError, match=says):
+            ledger.settle_many(1, 0, [(clients, "released") for clients, _ in pairs])
+        assert ledger.head.charges == 1
+
+
+def test_histories_of_some_clients(event):
+    with PrivacyLedger(":memory:") as ledger:
+        ledger.charge_many(1, 0, [(range(5), event())])
+        ledger.charge_many(2, 0, [([4, 7], event())])
+        found = ledger.histories_of([9, 4, 0])
+        assert found.to_dict() == {0: (event(),), 4: merge([event()] * 2), 9: ()}
+        assert ledger.histories_of(np.array([7, 4]), before=2).to_dict() == {4: (event(),), 7: ()}
+        ledger.charge_many(3, 0, [(range(10), event())])  # nobody has the old ones any more
+        ledger.charge_many(4, 0, [(range(10), event(steps=1))])
+        assert found.to_dict() == {0: (event(),), 4: merge([event()] * 2), 9: ()}
 
 
 @settings(max_examples=15)
@@ -147,8 +204,8 @@ def test_counting_as_charges_come_is_counting_the_file(charges):
                 ledger.charge(client, round, attempt, event)
                 expected.setdefault(client, []).append(event)
         assert ledger.histories() == {client: merge(events) for client, events in expected.items()}
-        assert dict(storage.read_histories(ledger._file)) == ledger.histories()
-        assert sum(ledger._clients.values()) == len(expected)
+        assert rows.read_histories(ledger._file).all().to_dict() == ledger.histories()
+        assert set(ledger._histories.distinct()) == set(ledger.histories().values())
         ledger.verify()
 
 
@@ -190,7 +247,7 @@ def test_an_interrupt_after_the_commit_does_not_lower_epsilon(path, event, monke
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(PrivacyLedger, "_set_history", interrupted)
+            patch.setattr(Histories, "charge", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 ledger.charge(0, 2, 0, event())
         assert ledger.history(0) == merge([event(), event()])
@@ -209,7 +266,7 @@ def test_a_resumed_run_needs_its_ledger(path):
 
 def test_an_edited_ledger_is_not_written_on(path, event):
     with PrivacyLedger(path) as ledger:
-        ledger.charge_many(1, 0, {0: event(steps=10), 1: event(steps=10)})
+        ledger.charge_many(1, 0, {0: event(steps=10), 1: event(steps=11)})
     connection = sqlite3.connect(path)
     trigger = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'charges_update'").fetchone()[0]
     connection.execute("DROP TRIGGER charges_update")
@@ -230,14 +287,14 @@ def test_a_full_disk_charges_nobody(path, event):
         pages = ledger._file.execute("PRAGMA page_count").fetchone()[0]
         ledger._file.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(LedgerError, match="disk is full"):
-            ledger.charge_many(2, 0, dict.fromkeys(range(1000), event()))
+            ledger.charge_many(2, 0, dict.fromkeys(range(20000), event()))
         assert ledger.histories() == {0: (event(),)}
         assert ledger.head == head
         ledger._file.execute("PRAGMA max_page_count = 100000")  # space was freed
-        ledger.charge_many(2, 0, dict.fromkeys(range(1000), event()))
+        ledger.charge_many(2, 0, dict.fromkeys(range(20000), event()))
         ledger.verify()
     with PrivacyLedger(path) as ledger:
-        assert len(ledger.histories()) == 1000
+        assert len(ledger.histories()) == 20000
 
 
 def test_a_closed_ledger_says_so(path, event):
@@ -283,7 +340,8 @@ def test_kill_9_never_leaves_a_release_that_is_not_charged(path, tmp_path, kills
             child.communicate()
         with PrivacyLedger(path, readonly=True) as ledger:
             ledger.verify()
-    charged = set(sqlite3.connect(path).execute("SELECT client, round, attempt FROM charges"))
+    with closing(sqlite3.connect(path)) as file:
+        charged = {(c, r, a) for r, a, cohort in rows.cohorts(file, "charges") for c in cohort.clients.tolist()}
     whole = [line for line in released.read_text().splitlines(keepends=True) if line.endswith("]\n")]
     keys = {tuple(json.loads(line)) for line in whole}
     assert keys <= charged

@@ -3,10 +3,12 @@ import sqlite3
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from fed_dpsat.accounting import chain, storage
+from fed_dpsat.accounting import chain, rows, storage
 from fed_dpsat.accounting.chain import LedgerError
+from fed_dpsat.accounting.packed import pack
 
 ROWS = [(client, 3, 0, "poisson_gaussian", 1.0, 0.5, 4) for client in range(4)]
 
@@ -62,8 +64,8 @@ def test_a_trigger_or_table_that_was_changed_is_found(path):
 
 def test_a_half_written_transaction_is_none(path):
     connection = storage.open_file(path, readonly=False, must_exist=True)
-    with pytest.raises(LedgerError, match="UNIQUE"), storage.transaction(connection, path):
-        chain.append(connection, "charges", [(9, 3, 0, "poisson_gaussian", 1.0, 0.5, 4), ROWS[0]])
+    with pytest.raises(LedgerError, match="NOT NULL"), storage.transaction(connection, path):
+        chain.append(connection, "charges", [(9, 3, 0, "poisson_gaussian", 1.0, 0.5, 4), (*ROWS[0][:-1], None)])
     assert chain.head(connection, "charges")[0] == 4
     connection.close()
 
@@ -100,9 +102,9 @@ class TestWhatIsNoLedger:
 
     def test_a_newer_version(self, path, readonly):
         connection = sqlite3.connect(path)
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
         connection.close()
-        self.refused(path, readonly, "schema 2, this fed_dpsat reads 1; upgrade")
+        self.refused(path, readonly, "schema 3, this fed_dpsat reads 1, 2; upgrade")
 
     @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.99])
     def test_cut_off(self, path, readonly, share):
@@ -190,22 +192,50 @@ def test_a_ledger_is_created_whole(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["ledger.sqlite"]
 
 
-def test_histories_are_summed_in_sql(path, event):
+def test_histories_are_merged_over_single_clients_and_lists(path, event):
     connection = storage.open_file(path, readonly=False, must_exist=True)
-    chain.append(
-        connection, "charges", [(0, 4, 0, "poisson_gaussian", 1.0, 0.5, 6), (0, 5, 0, "poisson_gaussian", 2.0, 0.5, 1)]
-    )
-    found = dict(storage.read_histories(connection))
+    charges = [
+        (pack(np.array([0, 2])), 4, 0, "poisson_gaussian", 1.0, 0.5, 6),
+        (0, 5, 0, "poisson_gaussian", 2.0, 0.5, 1),
+    ]
+    chain.append(connection, "charges", charges)
+    found = rows.read_histories(connection).all().to_dict()
+    before = rows.read_histories(connection, before=4).all().to_dict()
     connection.close()
     assert found[0] == (event(1.0, 0.5, 10), event(2.0, 0.5, 1))
+    assert found[2] == (event(1.0, 0.5, 10),)
     assert found[1] == (event(1.0, 0.5, 4),)
-    assert found[1] is found[2]
+    assert found[1] is found[3]
+    assert before == dict.fromkeys(range(4), (event(1.0, 0.5, 4),))
 
 
 def test_a_charge_that_is_none_is_named(path):
     connection = sqlite3.connect(path)
     connection.execute("DROP TRIGGER charges_update")
     connection.execute("UPDATE charges SET sample_rate = 2 WHERE client = 1")
-    with pytest.raises(LedgerError, match=r"client 1 .*sample_rate=2\.0"):
-        list(storage.read_histories(connection))
+    with pytest.raises(LedgerError, match=r"round 3, attempt 0 is invalid .*sample_rate=2\.0"):
+        rows.read_histories(connection)
+    connection.close()
+
+
+@pytest.mark.parametrize("again", [[0], [0, 9]])
+@pytest.mark.parametrize("table", ["charges", "outcomes"])
+def test_a_client_occurs_once_for_a_round_and_an_attempt(path, table, again):
+    """The writer sees to it, and the file is checked, also if somebody made the chain anew."""
+    columns = {"charges": ("poisson_gaussian", 1.0, 0.5, 5), "outcomes": ("released",)}[table]
+    connection = storage.open_file(path, readonly=False, must_exist=True)
+    chain.append(connection, table, [(pack(np.array([0, 4])), 8, 0, *columns), (0, 8, 1, *columns)])
+    storage.verify_file(connection)
+    chain.append(connection, table, [(pack(np.array(again)), 8, 0, *columns)])
+    with pytest.raises(LedgerError, match=f"{table} of round 8, attempt 0: client=0 occurs twice"):
+        storage.verify_file(connection)
+    connection.close()
+
+
+def test_a_list_that_does_not_ascend_is_found_also_under_a_right_hash(path):
+    connection = storage.open_file(path, readonly=False, must_exist=True)
+    chain.append(connection, "charges", [(b"\x01\x01\x00", 8, 0, "poisson_gaussian", 1.0, 0.5, 4)])
+    for read in (storage.verify_file, rows.read_histories):
+        with pytest.raises(LedgerError, match=r"charges of round 8, attempt 0: .* not two or more in ascending order"):
+            read(connection)
     connection.close()
