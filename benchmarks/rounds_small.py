@@ -24,7 +24,7 @@ from benchmarks.rounds_contestants import Setting
 from benchmarks.rounds_measure import Entry, Measured, Row, entry, measure, ratio, table
 from benchmarks.rounds_plugins import small_images
 
-STACK, LOOP_STACK = 100, 100
+STACK, LOOP_STACK = 0, 100
 """``stack_clients`` of this build if ``--stack`` gives none, and that of the loop."""
 
 MAX_ROUNDS = 3

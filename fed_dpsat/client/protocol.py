@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 PACKAGE = "fed-dpsat"
-PROTOCOL = 1
+PROTOCOL = 2
 """Versions with this number understand each other's messages and continue each other's runs to the same bits.
 
 CONTRIBUTING.md says which change raises it. Versions up to 0.1.0 state none.
