@@ -1,6 +1,6 @@
 import torch
 
-from fed_dpsat.data.digits import digits
+from fed_dpsat.data.digits import _read, digits
 
 
 def test_sizes_shape_and_classes():
@@ -31,3 +31,11 @@ def test_the_constants_normalise():
     rows, _ = dataset.train.batch(torch.arange(len(dataset.train)))
     assert abs(rows.mean()) < 0.01
     assert abs(rows.std() - 1) < 0.01
+
+
+def test_they_are_those_of_scikit_learn_bit_for_bit():
+    from sklearn.datasets import load_digits
+
+    for ours, theirs in zip(_read(), load_digits(return_X_y=True), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours == theirs).all()
