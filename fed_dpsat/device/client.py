@@ -25,10 +25,10 @@ from fed_dpsat.device.policy import Policy
 from fed_dpsat.device.release import release
 from fed_dpsat.errors import DataError, InputError, SettingError
 from fed_dpsat.params import Params, flatten, unflatten
-from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.settings.config import MACHINE, RunConfig
 from fed_dpsat.step.loop import LocalResult
 from fed_dpsat.step.subspace import Coordinates, Span
+from fed_dpsat.step.threads import intra_op_threads
 
 RECORDS = "records"
 """In a stored reply, what the client's half sends beside the model."""

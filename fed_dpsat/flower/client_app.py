@@ -23,10 +23,11 @@ from fed_dpsat.client.trial import try_client
 from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import Kept, RecordError
 from fed_dpsat.params import Params
-from fed_dpsat.run.process import intra_op_threads, tune_allocator
+from fed_dpsat.run.process import tune_allocator
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.loop import LocalResult
 from fed_dpsat.step.optimizers.base import State
+from fed_dpsat.step.threads import intra_op_threads
 
 Provider = Callable[[Mapping[str, Any]], Experiment]
 """A function from Flower's run config to the experiment of this process."""

@@ -29,8 +29,8 @@ from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.wire import codec, compat, records
 from fed_dpsat.flower.wire.records import RecordError
 from fed_dpsat.params import Params
-from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.step.subspace import Coordinates, Span
+from fed_dpsat.step.threads import intra_op_threads
 
 log = getLogger("fed_dpsat")
 

@@ -22,10 +22,10 @@ from fed_dpsat.flower.client_app import StackingClientApp
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, answer, error_reply, node_context
 from fed_dpsat.flower.judge import judge_stack
 from fed_dpsat.flower.wire import compat, records
-from fed_dpsat.run.process import intra_op_threads
 from fed_dpsat.simulation.faults import Faults
 from fed_dpsat.simulation.state import Since, StateStore
 from fed_dpsat.step.stacked import Unstackable
+from fed_dpsat.step.threads import intra_op_threads
 
 log = logging.getLogger("fed_dpsat")
 

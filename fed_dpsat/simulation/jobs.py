@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from fed_dpsat.errors import SettingError
-from fed_dpsat.run.process import intra_op_threads
+from fed_dpsat.step.threads import intra_op_threads
 
 Job = TypeVar("Job")
 Value = TypeVar("Value")

@@ -1,28 +1,28 @@
+import gc
 import platform
 import subprocess
 import sys
 
 import pytest
-import torch
+import torch  # noqa: F401 - see test_first_imports
 
 from fed_dpsat.run import process
 
 
-def test_threads_inside_and_outside():
-    before = torch.get_num_threads()
-    with process.intra_op_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-        with process.intra_op_threads(1):
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
-
-
-def test_threads_come_back_after_an_error():
-    before = torch.get_num_threads()
-    with pytest.raises(RuntimeError, match="training failed"), process.intra_op_threads(before + 1):
-        raise RuntimeError("training failed")
-    assert torch.get_num_threads() == before
+def test_first_imports_are_not_collected_and_later_ones_are(monkeypatch):
+    before = gc.get_freeze_count()
+    with process.first_imports():  # torch is here
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(process.atexit, "register", lambda call: None)
+    try:
+        with process.first_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

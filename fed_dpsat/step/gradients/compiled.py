@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.step.gradients.kernels_source import SOURCE
+from fed_dpsat.step.threads import intra_op_threads
 
 log = logging.getLogger("fed_dpsat")
 
@@ -56,7 +57,8 @@ def refusal() -> str:
         _library()
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         return str(error)
-    return _disagreement()
+    with intra_op_threads(1):  # on busy cores, threads wait for one another 100 times as long as they compute
+        return _disagreement()
 
 
 def decided(kernels: str) -> str:

@@ -20,6 +20,7 @@ from fed_dpsat.step.gradients import compiled, conv
 from fed_dpsat.step.gradients.formats import laid_out
 from fed_dpsat.step.gradients.geometry import Geometry
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
+from fed_dpsat.step.threads import intra_op_threads
 
 here = pytest.mark.skipif(bool(compiled.refusal()), reason=f"no compiled kernels here: {compiled.refusal()}")
 
@@ -225,6 +226,18 @@ def test_a_wrong_kernel_is_not_used(name, another_source):
     another_source(compiled.SOURCE.replace(before, after))
     assert "not those of torch" in compiled.refusal()
     assert compiled.decided("auto") == "torch"
+
+
+@here
+def test_the_check_takes_one_thread(another_source, monkeypatch):
+    """Two busy threads took up to 1.7 s for what one does in 0.02 s."""
+    another_source(compiled.SOURCE)
+    checked = []
+    monkeypatch.setattr(compiled, "_disagreement", lambda: checked.append(torch.get_num_threads()) or "wrong")
+    with intra_op_threads(2):
+        assert compiled.refusal() == "wrong"
+        assert torch.get_num_threads() == 2
+    assert checked == [1]
 
 
 def test_without_a_compiler_torch_computes_and_says_why(another_source, monkeypatch, caplog):
