@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +23,8 @@ from fed_dpsat.device import command as device_cli
 from fed_dpsat.errors import InputError, RunError, SettingError
 from fed_dpsat.lab import settings_view
 from fed_dpsat.lab.starter import KINDS, start
-from fed_dpsat.lab.watch import watched
 from fed_dpsat.plugins import PACKAGES, listed
+from fed_dpsat.run.process import first_imports
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.flat import SPECS, parse_overrides
 
@@ -131,8 +131,10 @@ def run(
 
     A setting is a key in CONFIG, a TOML file, or --set KEY=VALUE, which wins over it.
     """
-    from fed_dpsat.run.folder import fresh
-    from fed_dpsat.simulation import simulate
+    with first_imports():
+        from fed_dpsat.lab.watch import watched
+        from fed_dpsat.run.folder import fresh
+        from fed_dpsat.simulation import simulate
 
     with _clear_errors():
         extra = [*([f"out={out}"] if out else ()), *(["profile=true"] if profile else ())]
@@ -141,6 +143,7 @@ def run(
     folder = Path(settings.out) if settings.out else fresh(name)
     with (
         _clear_errors(run=folder),
+        _errors_of_flower(),
         watched(settings, name=name, folder=folder, console=err_console, quiet=as_json) as show,
     ):
         result = simulate(settings, folder, on_round=show, progress=False, overwrite=overwrite)
@@ -158,10 +161,12 @@ def resume(
     --set takes settings that may change: workers, ray_address, reply_timeout and others of the machine, and a larger
     num_rounds, which extends a run, also a complete one, unless its noise or its rates were made for its end.
     """
-    from fed_dpsat import simulation
-    from fed_dpsat.run.folder import RunFolder
+    with first_imports():
+        from fed_dpsat import simulation
+        from fed_dpsat.lab.watch import watched
+        from fed_dpsat.run.folder import RunFolder
 
-    with _clear_errors(run=run):
+    with _clear_errors(run=run), _errors_of_flower():
         folder, changes = RunFolder(run, resume=True), parse_overrides(overrides or ())
         settings = RunConfig.from_mapping({**folder.config().settings(), **changes})
         earlier = folder.rounds()
@@ -198,7 +203,7 @@ def check(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJso
     from fed_dpsat.testing.configuration import check_configuration
 
     found: list[Checked] = []
-    with _clear_errors():
+    with _clear_errors(), _errors_of_flower():
         for checked in check_configuration(RunConfig.load(config, overrides or ())):
             found.append(checked)
             if not as_json:
@@ -261,7 +266,8 @@ def list_plugins(
             remedy = f"did you mean {near[0]}?" if near else "without one all are listed"
             raise SettingError("KIND", kind, f"one of {', '.join(LISTS)}", remedy)
         kinds = PACKAGES if kind is None else [LISTS.get(kind, kind)]
-        found = {of_kind: listed(of_kind) for of_kind in kinds}
+        with first_imports():
+            found = {of_kind: listed(of_kind) for of_kind in kinds}
     if as_json:
         return _print_json(found)
     for of_kind, plugins in found.items():
@@ -467,7 +473,8 @@ def sweep(
     from fed_dpsat.lab.sweep.show import print_sweep, shown
 
     folder = out or Path("runs") / file.stem
-    with _clear_errors(again="the same command continues the sweep"), shown(err_console, quiet=as_json) as show:
+    clear = _clear_errors(again="the same command continues the sweep")
+    with clear, _errors_of_flower(), shown(err_console, quiet=as_json) as show:
         swept = run_sweep(
             file, folder, workers=workers, budget=budget, overrides=overrides or (), only=only or (), show=show
         )
@@ -503,7 +510,7 @@ def audit(
     """
     from fed_dpsat.lab.audit.command import config_of, run_audit
 
-    with _clear_errors():
+    with _clear_errors(), _errors_of_flower():
         settings = config_of(config, overrides or ())
         report, words = run_audit(
             settings,
@@ -644,10 +651,7 @@ def _clear_errors(run: Path | None = None, again: str = "") -> Iterator[None]:
     handler = RichHandler(console=err_console, show_time=False, show_path=False, show_level=False)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[handler])
     try:
-        from fed_dpsat.flower.wire.compat import at_level
-
-        with at_level(logging.ERROR):
-            yield
+        yield
     except InputError as error:
         _fail(error, BAD_INPUT)
     except RunError as error:
@@ -662,6 +666,13 @@ def _clear_errors(run: Path | None = None, again: str = "") -> Iterator[None]:
         if then := _then(run, again):
             err_console.print(f"failed{then}", markup=False, highlight=False, soft_wrap=True)
         raise
+
+
+def _errors_of_flower() -> AbstractContextManager[None]:
+    """Of Flower's lines, show errors alone."""
+    from fed_dpsat.flower.wire.compat import at_level
+
+    return at_level(logging.ERROR)
 
 
 def _then(run: Path | None, again: str) -> str:

@@ -48,6 +48,40 @@ def test_what_a_step_does_not_need_is_not_loaded():
     assert "torch" in found["plug-ins"]
 
 
+EXTRAS = ("torchmetrics", "pandas", "matplotlib", "transformers", "opacus", "PIL", "sympy", "torch._dynamo")
+LIBRARIES = {"numpy", *HEAVY, *EXTRAS}
+OF_A_RUN = {"numpy", "torch", "flwr", "scipy", "dp_accounting"}
+COMMANDS = {
+    "--version": set(),
+    "ledger --help": set(),
+    "calibrate --help": set(),
+    "list loggers": set(),
+    "list optimizers": {"numpy", "torch"},
+    "list": {"numpy", "torch", "flwr"},
+    "run --set dataset=digits --set noise_multiplier=1 --set num_rounds=1 --out FOLDER": OF_A_RUN,
+    "ledger FOLDER": OF_A_RUN,
+    "list datasets": OF_A_RUN,
+}
+"""Commands, and which ``LIBRARIES`` they load; one after the other, so each has those of the commands before it."""
+INVOKED = """
+import json, sys
+from typer.testing import CliRunner
+from fed_dpsat.cli import app
+for command in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, done.output
+    print(json.dumps(sorted(set(json.loads(sys.argv[2])) & set(sys.modules))))
+"""
+
+
+def test_a_command_loads_the_libraries_that_it_uses(tmp_path):
+    commands = [command.replace("FOLDER", str(tmp_path / "run")) for command in COMMANDS]
+    given = json.dumps(commands), json.dumps(sorted(LIBRARIES))
+    done = subprocess.run([sys.executable, "-c", INVOKED, *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert dict(zip(COMMANDS, map(set, map(json.loads, done.stdout.splitlines())), strict=True)) == COMMANDS
+
+
 def run(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fed_dpsat.errors import DataError
 
@@ -84,6 +83,8 @@ def decode_image(where: str, encoded: bytes | None, shape: tuple[int, int, int],
     With ``fit`` an image of another size or another number of channels becomes one of ``shape = (C, H, W)``: turned as
     its EXIF tag says, then made grey or colour (without transparency), then resized by Pillow's bilinear filter.
     """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     channels, height, width = shape
     if encoded is None:
         raise DataError(f"{where}: no image bytes; embed the files, a path alone is not read")
