@@ -240,7 +240,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scaling", type=_numbers, default=[], help="Ray workers that train, by commas")
     parser.add_argument("--sleeping", type=_numbers, default=[], help="Ray workers whose clients sleep, by commas")
     parser.add_argument("--stack", type=_numbers, default=[], help="clients that train in one kernel, by commas")
-    parser.add_argument("--small", action="store_true", help="small clients; --stack is that of ours, by default 0: automatic")
+    parser.add_argument("--small", action="store_true", help="small clients; --stack is that of ours (default 0)")
     parser.add_argument("--small-cohorts", type=_numbers, default=[100, 1000], help="clients of a round, by commas")
     parser.add_argument("--small-steps", type=_numbers, default=[1, 4], help="their local steps, by commas")
     parser.add_argument("--small-models", type=_names, default=SMALL_MODELS, help="their models, by commas")

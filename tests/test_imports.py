@@ -48,7 +48,7 @@ def test_what_a_step_does_not_need_is_not_loaded():
     assert "torch" in found["plug-ins"]
 
 
-OF_METRICS = {"torchmetrics", "pandas", "matplotlib", "transformers", "PIL", "sympy", "torch._dynamo"}
+OF_METRICS = {"torchmetrics", "torchvision", "pandas", "matplotlib", "transformers", "PIL", "sympy", "torch._dynamo"}
 """What the import of torchmetrics loads if it is there; a run computes metrics."""
 LIBRARIES = {"numpy", *HEAVY, "opacus", *OF_METRICS}
 OF_A_RUN = {"numpy", "torch", "flwr", "scipy", "dp_accounting"}
