@@ -26,15 +26,14 @@ how many examples the largest batch of the stack has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -91,8 +90,7 @@ def alike(member: Member) -> Hashable:
 
 def _form(state: State) -> Hashable:
     return tuple(
-        (name, _form(part) if isinstance(part, dict) else (part.shape, part.dtype))
-        for name, part in sorted(state.items())
+        [(name, _form(part) if isinstance(part, dict) else (part.shape, part.dtype)) for name, part in state.items()]
     )
 
 
@@ -134,22 +132,24 @@ class Stacked:
         self.rounds = StackedRounds(members, clipping, local_steps)
         self._examples = _Common.of(members)
 
-    def batch(self, step: int, drawn: Sequence[Tensor]) -> Batch:
+    def batch(self, step: int, drawn: Drawn) -> Batch:
         """The batches of all members, padded to the largest."""
         mark = Mark.here(self._device)
         if self._examples:
-            batches = [self._examples.batch(drawn)]
+            batches = [(self._examples.batch(drawn), drawn.places)]
         else:
-            batches = [member.batches(places) for member, places in zip(self._members, drawn, strict=True)]
+            each = torch.split(drawn.places, drawn.counts.tolist())
+            batches = [(member.batches(places), places) for member, places in zip(self._members, each, strict=True)]
         if mark.moved():
             raise Unstackable("batches that draw random numbers")
-        if not all(isinstance(inputs, Tensor) for inputs, _ in batches):
-            raise Unstackable("examples of several arrays, whose sizes may differ between clients")
-        for batch, places in zip(batches, [torch.cat(list(drawn))] if self._examples else drawn, strict=True):
+        for batch, places in batches:
+            if not isinstance(batch[0], Tensor):
+                raise Unstackable("examples of several arrays, whose sizes may differ between clients")
             check_rows(batch, places)
-        counts = torch.tensor([len(places) for places in drawn])
-        real = (torch.arange(int(counts.max())) < counts[:, None]).to(self._device)
-        inputs, targets = (_padded(torch.cat(parts), real) for parts in zip(*batches, strict=True))
+        real = (torch.arange(int(drawn.counts.max())) < drawn.counts[:, None]).to(self._device)
+        inputs, targets = (
+            _padded(torch.cat(parts), real) for parts in zip(*(made for made, _ in batches), strict=True)
+        )
         return inputs, targets, real
 
     def query_point(self, info: StepInfo) -> Params:
@@ -204,6 +204,18 @@ class StackedResults(Sequence[LocalResult]):
         )
 
 
+class Drawn(NamedTuple):
+    """The examples of a step: ``places`` among those of each member, end to end, and the ``counts[K]``."""
+
+    places: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, each: Sequence[Tensor]) -> Drawn:
+        """Those of each member."""
+        return cls(torch.cat(list(each)), torch.tensor([len(places) for places in each]))
+
+
 class StackedRounds:
     """The coins and noise of all members, from the streams of each, drawn in one go.
 
@@ -239,22 +251,22 @@ class StackedRounds:
         first = self._members[0]
         return StepInfo(index=first.first_step + step, noise_std=self._stds, round=first.streams.round)
 
-    def drawn(self) -> list[Tensor]:
-        """The indices ``[B]`` of each."""
+    def drawn(self) -> Drawn:
+        """The examples of each."""
         if self._each:
-            return [turn.drawn() for turn in self._each]
+            return Drawn.of([turn.drawn() for turn in self._each])
         if self._generator:
-            return [member.sampler.sample(self._generator) for member in self._members]
+            return Drawn.of([member.sampler.sample(self._generator) for member in self._members])
         sizes = [member.sampler.num_examples for member in self._members]
         rates = [member.sampler.sample_rate for member in self._members]
-        words: Iterable[NDArray[np.uint64]]
         if len({*sizes}) == 1:
             words = keyed_words(self._coins, self._step * sizes[0], sizes[0])
-        else:
-            ones = zip(self._coins, sizes, strict=True)
-            words = (keyed_words([key], self._step * size, size)[0] for key, size in ones)
-        coins = (uniforms(row) < rate for row, rate in zip(words, rates, strict=True))
-        return [torch.from_numpy(np.flatnonzero(heads)) for heads in coins]
+            heads = uniforms(words) < np.array(rates)[:, None]
+            clients, places = np.nonzero(heads)
+            return Drawn(torch.from_numpy(places), torch.from_numpy(np.bincount(clients, minlength=len(sizes))))
+        ones = zip(self._coins, sizes, rates, strict=True)
+        coins = [uniforms(keyed_words([key], self._step * size, size)[0]) < rate for key, size, rate in ones]
+        return Drawn.of([torch.from_numpy(np.flatnonzero(heads)) for heads in coins])
 
     def release(self, clipped_sum: Params, nonfinite: Tensor) -> Params:
         """The private gradients."""
@@ -309,11 +321,11 @@ SECRETS: tuple[Purpose, Purpose] = ("sampling", "noise")
 
 @dataclass(frozen=True)
 class _Common:
-    """The examples of members of one data set: ``indices`` of all members end to end, and where each begins."""
+    """The examples of members of one data set: ``indices`` of all, end to end, and where each member begins, ``[K]``."""
 
     batches: Batches
     indices: Tensor
-    starts: Sequence[int]
+    starts: Tensor
 
     @classmethod
     def of(cls, members: Sequence[Member]) -> _Common | None:
@@ -321,13 +333,12 @@ class _Common:
         rows = [member.batches for member in members if isinstance(member.batches, Rows)]
         if len(rows) < len(members) or any(one.common is not rows[0].common for one in rows):
             return None
-        starts = np.cumsum([0, *(len(one.indices) for one in rows[:-1])]).tolist()
-        return cls(rows[0].common, torch.cat([one.indices for one in rows]), starts)
+        sizes = torch.tensor([len(one.indices) for one in rows])
+        return cls(rows[0].common, torch.cat([one.indices for one in rows]), sizes.cumsum(0) - sizes)
 
-    def batch(self, drawn: Sequence[Tensor]) -> tuple[Examples, Tensor]:
+    def batch(self, drawn: Drawn) -> tuple[Examples, Tensor]:
         """The examples of all, end to end."""
-        places = [start + one for start, one in zip(self.starts, drawn, strict=True)]
-        return self.batches(self.indices[torch.cat(places)])
+        return self.batches(self.indices[drawn.places + self.starts.repeat_interleave(drawn.counts)])
 
 
 def stacked_sum(
