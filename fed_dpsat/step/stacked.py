@@ -321,7 +321,7 @@ SECRETS: tuple[Purpose, Purpose] = ("sampling", "noise")
 
 @dataclass(frozen=True)
 class _Common:
-    """The examples of members of one data set: ``indices`` of all, end to end, and where each member begins, ``[K]``."""
+    """The examples of members of one data set: ``indices`` of all, end to end, and where each begins, ``[K]``."""
 
     batches: Batches
     indices: Tensor
