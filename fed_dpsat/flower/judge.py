@@ -105,7 +105,7 @@ def judge_stack(
     fine = torch.ones(len(clients), dtype=torch.bool)
     for p in params.values():
         if p.numel():
-            fine &= p.reshape(len(clients), -1).abs().amax(1) <= records.MOST  # NaN is not
+            fine &= p.reshape(len(clients), -1).abs().amax(1).double() <= records.MOST  # NaN is not
     received = sum(p[0].nbytes for p in params.values())
     return [
         {**of_one, BYTES: received} if valid else _refused({name: p[k] for name, p in params.items()}, like)
