@@ -150,9 +150,10 @@ class StateTable:
         """By client, the last round up to ``up_to`` with a state here."""
         found: dict[int, int] = {}
         for path in self._paths:
-            if not path.exists() or not path.stat().st_size:
+            count = path.stat().st_size // self.form.row.itemsize if path.exists() else 0
+            if not count:  # a row that a killed process began is none
                 continue
-            rounds = np.array(np.memmap(path, self.form.row, "r")["header"]["round"])
+            rounds = np.array(np.memmap(path, self.form.row, "r", shape=(count,))["header"]["round"])
             for client in np.flatnonzero((rounds > 0) & (rounds <= up_to)).tolist():
                 found[client] = max(found.get(client, 0), int(rounds[client]))
         return found

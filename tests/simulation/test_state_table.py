@@ -97,6 +97,16 @@ def test_a_round_done_again_writes_over_itself_and_not_over_the_one_before(tmp_p
         assert_kept(StateStore(tmp_path), 0, round)
 
 
+def test_a_row_that_a_killed_process_began_is_none(tmp_path):
+    """Pages of one write get to the file one by one."""
+    saved(StateStore(tmp_path), [0, 1], 1, {})
+    path = next(path for path in tmp_path.glob(f"*{ROWS}"))
+    os.truncate(path, path.stat().st_size - 10)
+    assert kept_rounds(tmp_path, up_to=1) == {0: 1}
+    os.truncate(path, 10)
+    assert kept_rounds(tmp_path, up_to=1) == {}
+
+
 def test_a_state_alone_goes_on_in_a_stack_and_back(tmp_path):
     store = StateStore(tmp_path)
     alone = Kept(made([3], 1)["optimizer"], (EVENT,))
