@@ -226,10 +226,10 @@ class StackedRounds:
     def __init__(self, members: Sequence[Member], clipping: ClippingRule, local_steps: int) -> None:
         self._members, self._steps, self._step = members, local_steps, 0
         self._nonfinite = torch.zeros(len(members), dtype=torch.int64)
-        expected = [member.mechanism.expected_batch_size for member in members]
-        self._scales = [member.mechanism.noise_multiplier * member.mechanism.clip_norm for member in members]
-        self._stds = torch.tensor([member.mechanism.noise_std for member in members], dtype=torch.float64)
-        self._expected = torch.tensor(expected, dtype=torch.float64)
+        mechanisms = [member.mechanism for member in members]
+        self._scales = [m.noise_multiplier * m.clip_norm if m.noise_multiplier else 0.0 for m in mechanisms]  # 0 * inf
+        self._stds = torch.tensor([m.noise_std for m in mechanisms], dtype=torch.float64)
+        self._expected = torch.tensor([m.expected_batch_size for m in mechanisms], dtype=torch.float64)
         self._each: list[Turn] = []
         known = {(type(m.mechanism), type(m.sampler), type(m.streams)) for m in members}
         sources = {member.streams.noise_source for member in members}
