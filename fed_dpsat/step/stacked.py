@@ -39,7 +39,7 @@ from torch.func import grad, vmap
 
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import InputError
-from fed_dpsat.params import Params, map_tree
+from fed_dpsat.params import Params, flatten, map_tree
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule
 from fed_dpsat.step.clipping.bound import Held, bounded_factors
 from fed_dpsat.step.draws import Draws
@@ -119,6 +119,8 @@ class Stacked:
             raise Unstackable("adaptive clipping, whose bound is another one for each client")
         if len({alike(member) for member in members}) != 1:
             raise Unstackable("clients in different rounds, or with states of different forms")
+        if len({(member.mechanism.clip_norm, member.mechanism.norm) for member in members}) != 1:
+            raise Unstackable("mechanisms of different bounds")
         check_types(params)
         own = _stacked([member.own for member in members])
         self._stack = {
@@ -139,6 +141,8 @@ class Stacked:
             batches = [(self._examples.batch(drawn), drawn.places)]
         else:
             each = torch.split(drawn.places, drawn.counts.tolist())
+            if any(len(member.groups(places)) > 1 for member, places in zip(self._members, each, strict=True)):
+                raise Unstackable("examples of different shapes")
             batches = [(member.batches(places), places) for member, places in zip(self._members, each, strict=True)]
         if mark.moved():
             raise Unstackable("batches that draw random numbers")
@@ -465,6 +469,7 @@ class _Optimizer:
 
     def query_point(self, params: Params, state: State, info: StepInfo) -> Params:
         if self._maps:
+            before = _versions(params, state)
             try:
                 return vmap(lambda p, s, std: _point(self._optimizer.query_point(p, s, replace(info, noise_std=std))))(
                     params, state, info.noise_std
@@ -472,22 +477,29 @@ class _Optimizer:
             except Unstackable:
                 raise
             except Exception:  # whatever it is, it is raised again where it does not come of the mapping
-                self._maps = False
+                self._one_by_one(before, params, state)
         return _stacked([self._asked(k, params, state, one) for k, one in enumerate(_infos(info))])
 
     def update(self, params: Params, private_gradient: Params, state: State, info: StepInfo) -> tuple[Params, State]:
         if self._maps:
+            before = _versions(params, private_gradient, state)
             try:
                 moved, after = vmap(lambda p, g, s, std: self._optimizer.update(p, g, s, replace(info, noise_std=std)))(
                     params, private_gradient, state, info.noise_std
                 )
                 return moved, after
             except Exception:
-                self._maps = False
+                self._one_by_one(before, params, private_gradient, state)
         each = [self._moved(k, params, private_gradient, state, one) for k, one in enumerate(_infos(info))]
         if len({_form(after) for _, after in each}) != 1:
             raise Unstackable("an optimizer that leaves states of different forms")
         return _stacked([moved for moved, _ in each]), _stacked([after for _, after in each])
+
+    def _one_by_one(self, before: int, *trees: State) -> None:
+        """From now on; ``trees`` had the versions ``before``, and half a step in them would be done again."""
+        self._maps = False
+        if _versions(*trees) != before:
+            raise Unstackable("an optimizer that writes into what it is given, and that vmap refuses")
 
     def _asked(self, k: int, params: Params, state: State, info: StepInfo) -> Params:
         with self._draws.of(k):
@@ -499,6 +511,11 @@ class _Optimizer:
         with self._draws.of(k):
             own = [_own(_at(tree, k)) for tree in (params, private_gradient, state)]  # a view leads to all members
             return self._optimizer.update(own[0], own[1], own[2], info)
+
+
+def _versions(*trees: State) -> int:
+    """Another number after a tensor of ``trees`` was written into."""
+    return sum(t._version for tree in trees for t in flatten(tree).values())
 
 
 def _infos(info: StepInfo) -> list[StepInfo]:

@@ -22,7 +22,7 @@ from fed_dpsat.step.clipping.global_ import GlobalClipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.loop import Member, Streams, train
-from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.mechanism import GaussianMechanism, LaplaceMechanism
 from fed_dpsat.step.noise import derive_generator
 from fed_dpsat.step.optimizers import DPSAT, DPSGD, DPSATMomentum
 from fed_dpsat.step.sampling import PoissonSampler
@@ -138,7 +138,7 @@ def test_together_is_as_alone(model, optimizer, sigma):
     assert_same(rounds(together, *arguments, sigma=sigma), rounds(alone, *arguments, sigma=sigma))
 
 
-@pytest.mark.by_default("FlatClipping-0.01", "PerLayerClipping-1.0")
+@pytest.mark.by_default("FlatClipping-inf", "FlatClipping-0.01", "PerLayerClipping-1.0")
 @pytest.mark.parametrize(
     "clipping",
     [
@@ -316,6 +316,26 @@ def test_an_optimizer_that_cannot_be_mapped_is_called_client_by_client():
     assert_same(rounds(together, *arguments), rounds(alone, *arguments))
 
 
+class Writing:
+    """Writes into its state and reads a number afterwards: the first is done when ``vmap`` refuses the second."""
+
+    def init(self, params):
+        return {"last": {n: torch.zeros_like(p) for n, p in params.items()}}
+
+    def query_point(self, params, state, info):
+        return params
+
+    def update(self, params, private_gradient, state, info):
+        for name, gradient in private_gradient.items():
+            state["last"][name].mul_(0.5).add_(gradient)
+        lr = 0.1 / (1 + float(global_norm(state["last"])))
+        return {n: p - lr * state["last"][n] for n, p in params.items()}, state
+
+
+def test_half_a_step_is_not_done_again():
+    untrainable("writes into what it is given", optimizer=Writing(), state=Writing().init)
+
+
 def test_global_generators_are_neither_read_nor_moved(same_bits):
     results = []
     for seed in (0, 1):
@@ -345,7 +365,8 @@ class Counting:
 def untrainable(reason, **changes):
     loss = changes.pop("loss_fn", None) or loss_of("mlp")
     params = trainable(loss.module)
-    made = changes.pop("members", None) or members(examples(), [SGD.init(params)] * len(SIZES))
+    state = changes.pop("state", SGD.init)(params)
+    made = changes.pop("members", None) or members(examples(), [state] * len(SIZES))
     settings = {"loss_fn": loss, "optimizer": SGD, "clipping": FlatClipping(clip_norm=1.0), **changes}
     with pytest.raises(Unstackable, match=reason):
         together(params, made, **settings)
@@ -394,6 +415,30 @@ def test_states_of_different_forms_are_refused():
     later = members(examples()[3:], [state], round=2)
     untrainable("different forms", members=[*members(examples()[:3], [state] * 3), *later])
     untrainable("different forms", members=members(examples(), [state] * 3 + [{**state, "ascent": params}]))
+
+
+class LawlessL1:
+    """A rule of one's own with a bound of the L2 norm."""
+
+    clip_norm = 1.0
+
+    def factors(self, squared_norms):
+        total = torch.stack(list(squared_norms.values())).sum(0)
+        return dict.fromkeys(squared_norms, 1 / total.sqrt().clamp(min=1))
+
+
+def test_mechanisms_of_two_norms_are_refused():
+    """The bound of one is held for all: noise for the L1 norm would be added to sums that keep the L2 norm alone."""
+    made = members(examples(), [SGD.init(trainable(loss_of("mlp").module))] * len(SIZES))
+    made[1] = dataclasses.replace(made[1], mechanism=LaplaceMechanism(**vars(made[1].mechanism)))
+    untrainable("mechanisms of different bounds", members=made, clipping=LawlessL1())
+
+
+def test_examples_of_different_shapes_are_refused():
+    """In one batch the shape of an example would follow from others, also those of other clients."""
+    made = members(examples(), [SGD.init(trainable(loss_of("mlp").module))] * len(SIZES), rate=1.0)
+    halves = [dataclasses.replace(one, groups=lambda i: torch.arange(len(i)).tensor_split(2)) for one in made]
+    untrainable("examples of different shapes", members=halves)
 
 
 def test_a_mechanism_for_another_bound_is_refused():
