@@ -22,7 +22,7 @@ from fed_dpsat.client.personal import PERSONAL, only, without
 from fed_dpsat.client.start import Start
 from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import RunError, warn_once
-from fed_dpsat.params import Params, laid_end_to_end, map_tree, subtract
+from fed_dpsat.params import Params, flatten, laid_end_to_end, map_tree, subtract
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss
@@ -249,7 +249,9 @@ class Training:
         results = self._trained_together(placed, members)
         for request, event in zip(requests, results.events, strict=True):
             _check_ran(event, request.assignment)
-        params, state = moved(results.params, CPU), map_tree(lambda t: t.to(CPU), {OPTIMIZER: results.state})
+        params, state = moved(results.params, CPU), map_tree(lambda t: t.detach().to(CPU), {OPTIMIZER: results.state})
+        if any(t.dtype == torch.bfloat16 for t in flatten(state).values()):
+            raise Unstackable("an optimizer with a state in bfloat16, which no array holds")
         return dataclasses.replace(results, params=params, state=state)
 
     def _trained_together(self, placed: Sequence[Request], members: Sequence[Member]) -> StackedResults:

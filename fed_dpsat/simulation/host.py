@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fed_dpsat.client.train import say_unstackable
 from fed_dpsat.errors import warn_once
 from fed_dpsat.flower import sums
-from fed_dpsat.flower.client_app import StackingClientApp
+from fed_dpsat.flower.client_app import StackingClientApp, StackReply
 from fed_dpsat.flower.grid import FIRST_NODE_ID, Answers, Span, answer, error_reply, node_context
 from fed_dpsat.flower.judge import judge_stack
 from fed_dpsat.flower.wire import compat, records
@@ -28,6 +29,8 @@ from fed_dpsat.step.stacked import Unstackable
 from fed_dpsat.step.threads import intra_op_threads
 
 log = logging.getLogger("fed_dpsat")
+
+FAILED_TOGETHER = "stack_clients: %d clients one after the other, because one failed: %s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,55 +75,77 @@ class Host:
                 if release_counts is None:
                     done.replies += self._stack(stack, since, done)
                     continue
-                parts = self._together(stack, since, done, start + at)
-                if parts is None:
-                    replies = self._stack(stack, since, done)
-                    pairs = zip(stack, replies, strict=True)
-                    parts = (self._part(message, reply, release_counts) for message, reply in pairs)
-                for part in parts:
+                for part in self._parts(stack, since, done, start + at, release_counts=release_counts):
                     tree.add(part)
         done.parts = tree.nodes
         return done
 
-    def _together(
-        self, messages: Sequence[Message], since: Since, done: Answers, start: int
-    ) -> Iterable[sums.Part] | None:
-        """The parts of clients that train as one stack from one content; None if their messages need single answers."""
+    def _parts(
+        self, messages: Sequence[Message], since: Since, done: Answers, start: int, *, release_counts: bool
+    ) -> Iterable[sums.Part]:
+        together = True
+        if self._share_content(messages):
+            try:
+                parts = self._together(messages, since, done, start)
+                if parts is not None:
+                    return parts
+            except Unstackable as unstackable:
+                together = False
+                say_unstackable(unstackable)
+            except Exception as error:  # the client that failed fails again alone
+                together = False
+                log.warning(FAILED_TOGETHER, len(messages), error)
+        replies = self._stack(messages, since, done, together=together)
+        pairs = zip(messages, replies, strict=True)
+        return (self._part(message, reply, release_counts) for message, reply in pairs)
+
+    def _share_content(self, messages: Sequence[Message]) -> bool:
+        """Whether these are training messages of one content, which a stacking app answers without a message each."""
+        if len(messages) == 1 or self._faults or not isinstance(self._client_app, StackingClientApp):
+            return False
+        content = messages[0].content
+        return all(m.content is content and m.metadata.message_type == MessageType.TRAIN for m in messages)
+
+    def _together(self, messages: Sequence[Message], since: Since, done: Answers, start: int) -> list[sums.Part] | None:
+        """The parts of clients that train from one content; None, and nothing kept, if they need messages.
+
+        Clients without a state are a stack of their own: theirs has another form.
+        """
         app, content = self._client_app, messages[0].content
-        if len(messages) == 1 or self._faults or not isinstance(app, StackingClientApp):
-            return None
-        types = {message.metadata.message_type for message in messages}
-        if types != {MessageType.TRAIN} or any(message.content is not content for message in messages):
-            return None
+        assert isinstance(app, StackingClientApp)
         started, clock = time.time(), time.perf_counter()
         clients = [message.metadata.dst_node_id - FIRST_NODE_ID for message in messages]
         kept = {client: self._store.load_kept(client, since.get(client)) for client in clients}
         if any(one is None and client in since for client, one in kept.items()):
             return None
-        try:
-            reply = app.train_stack(content, self._run_config, kept)
-            if reply is None:
-                return None
-            verdicts = judge_stack(reply.params, content, clients, reply.metrics)
-        except Unstackable as unstackable:
-            say_unstackable(unstackable)
-            return None
-        except Exception as error:  # the client that failed fails again alone
-            log.warning("stack_clients: %d clients one after the other, because one failed: %s", len(clients), error)
-            return None
+        replies: list[tuple[list[int], StackReply]] = []
+        for new in (True, False):
+            some = {client: one for client, one in kept.items() if (one is None) == new}
+            if some:
+                reply = app.train_stack(content, self._run_config, some)
+                if reply is None:
+                    return None
+                replies.append((list(some), reply))
+        trained = [client for some, _ in replies for client in some]
+        order = [trained.index(client) for client in clients] if len(replies) > 1 else list(range(len(clients)))
+        params = {name: torch.cat([reply.params[name] for _, reply in replies])[order] for name in replies[0][1].params}
+        metrics = [one for _, reply in replies for one in reply.metrics]
+        verdicts = judge_stack(params, content, clients, [metrics[i] for i in order])
         round = records.read_assignment(content).round
-        self._store.save_stack(clients, round, reply.state, reply.histories, since)
+        for group, reply in replies:
+            self._store.save_stack(group, round, reply.state, reply.histories, since)
         done.kept |= dict.fromkeys(clients, round)
-        parts = sums.stack_parts(reply.params, clients, verdicts, start)
         share = (time.perf_counter() - clock) / len(clients)
         done.spans += [Span(client, started + i * share, share) for i, client in enumerate(clients)]
-        return parts
+        return sums.stack_parts(params, clients, verdicts, start)
 
-    def _stack(self, messages: Sequence[Message], since: Since, done: Answers) -> Iterator[Message]:
+    def _stack(
+        self, messages: Sequence[Message], since: Since, done: Answers, *, together: bool = True
+    ) -> Iterator[Message]:
         started, clock = time.time(), time.perf_counter()
         asked = [self._asked(message, since) for message in messages]
         present = [i for i, one in enumerate(asked) if not self._drops_out(one)]
-        answers = dict(zip(present, self._answers_of([asked[i] for i in present]), strict=True))
+        answers = dict(zip(present, self._answers_of([asked[i] for i in present], together), strict=True))
         share = (time.perf_counter() - clock) / len(asked)
         for i, one in enumerate(asked):
             clock = time.perf_counter()
@@ -141,11 +166,12 @@ class Host:
         context = node_context(node_id, self._run_config, self._num_nodes, state)
         return _Asked(message=message, client=client, round=_round(message.content), before=before, context=context)
 
-    def _answers_of(self, asked: Sequence[_Asked]) -> list[Message]:
+    def _answers_of(self, asked: Sequence[_Asked], together: bool) -> list[Message]:
         """The replies in order; if a stack fails, each client alone, so that one client does not fail the others."""
         app = self._client_app
         training = [one for one in asked if one.message.metadata.message_type == MessageType.TRAIN]
-        if len(training) > 1 and len(training) == len(asked) and isinstance(app, StackingClientApp):
+        together = together and len(training) == len(asked) > 1
+        if together and isinstance(app, StackingClientApp):
             try:
                 replies = app.train_together([one.message for one in asked], [one.context for one in asked])
                 if replies is not None:
@@ -154,7 +180,7 @@ class Host:
                     "stack_clients: clients train one after the other: secure aggregation and devices reply one by one"
                 )
             except Exception as error:  # the client that failed fails again alone
-                log.warning("stack_clients: %d clients one after the other, because one failed: %s", len(asked), error)
+                log.warning(FAILED_TOGETHER, len(asked), error)
         return [answer(app, one.message, one.context) for one in asked]
 
     def _drops_out(self, one: _Asked) -> bool:

@@ -87,6 +87,8 @@ class StateStore:
             for client in clients:
                 self.save(client, round, self.load(client, round), since.get(client))
             return
+        for client in clients:  # of a round that is done again, and had a file when a client failed
+            _path(self._folder, client, round).unlink(missing_ok=True)
         arrays = {name: t.numpy() for name, t in leaves.items()}
         form = Form.of(arrays)
         self._tables.setdefault(form.name, StateTable(self._folder, form)).write(

@@ -13,6 +13,7 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.params import global_norm, subtract
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import simulate
+from fed_dpsat.simulation.host import Host
 
 CONFIG = RunConfig(
     noise_multiplier=2.0, delta=1e-4, num_clients=10, clients_per_round=7, num_rounds=3, local_steps=2, momentum=0.5
@@ -89,3 +90,15 @@ def test_updates_are_encoded_alike(tmp_path):
     model, *_ = left_by(coded, tmp_path / "single")
     other, *_ = left_by(dataclasses.replace(coded, stack_clients=7), tmp_path / "stacked")
     assert global_norm(subtract(other, model)) <= 1e-3 * global_norm(model)
+
+
+def test_clients_that_come_later_train_together_too(tmp_path, monkeypatch):
+    """Their states have another form than those of clients that come again."""
+    config = dataclasses.replace(CONFIG, clients_per_round=4, num_rounds=4)
+    expected, *_ = left_by(config, tmp_path / "alone")
+    whole = []
+    together = Host._together
+    monkeypatch.setattr(Host, "_together", lambda self, *given: whole.append(together(self, *given)) or whole[-1])
+    found, *_ = left_by(dataclasses.replace(config, stack_clients=4), tmp_path / "stacked")
+    assert len(whole) == 4 and None not in whole
+    assert max(float((found[name] - p).abs().max()) for name, p in expected.items()) < 1e-5

@@ -119,6 +119,13 @@ def test_a_state_alone_goes_on_in_a_stack_and_back(tmp_path):
     assert kept_rounds(tmp_path, up_to=9) == {2: 2, 3: 4}
 
 
+def test_a_round_done_again_in_a_stack_replaces_the_file_of_a_client_that_was_alone(tmp_path):
+    alone = Kept(made([4], 2)["optimizer"], (EVENT,))
+    StateStore(tmp_path).save(3, 2, alone.content(), None)
+    saved(StateStore(tmp_path), [2, 3], 2, {})
+    assert_kept(StateStore(tmp_path), 3, 2)
+
+
 @pytest.mark.parametrize("history", [(), (EVENT,), (EVENT, OTHER)])
 def test_the_history_of_each_client_comes_back(history, tmp_path):
     saved(StateStore(tmp_path), [0, 1], 1, {}, [history, (EVENT,)])
