@@ -100,5 +100,6 @@ def test_clients_that_come_later_train_together_too(tmp_path, monkeypatch):
     together = Host._together
     monkeypatch.setattr(Host, "_together", lambda self, *given: whole.append(together(self, *given)) or whole[-1])
     found, *_ = left_by(dataclasses.replace(config, stack_clients=4), tmp_path / "stacked")
-    assert len(whole) == 4 and None not in whole
+    assert len(whole) == 4
+    assert None not in whole
     assert max(float((found[name] - p).abs().max()) for name, p in expected.items()) < 1e-5
