@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tools import release
-from tools.release import ROOT, ReleaseError, check_changelog, check_clean, check_wheel, expected, version_of
+from tools.release import HEADING, ROOT, ReleaseError, check_changelog, check_clean, check_wheel, expected, version_of
 
 FILES = {"fed_dpsat/__init__.py", "fed_dpsat/py.typed"}
 
@@ -29,8 +29,10 @@ def wheel_of(folder: Path, names: set[str]) -> Path:
     return path
 
 
-def test_the_changelog_begins_with_the_version():
-    check_changelog((ROOT / "CHANGELOG.md").read_text(), version_of(ROOT))
+def test_the_last_release_in_the_changelog_is_the_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    check_changelog(text[text.index(f"## [{version_of(ROOT)}]") :], version_of(ROOT))
+    assert [found["version"] for found in HEADING.finditer(text)][:2] == ["Unreleased", version_of(ROOT)]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.func import grad, vmap
+from torch.nn import functional
 
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import InputError
@@ -49,7 +51,7 @@ from fed_dpsat.step.gradients import loop
 from fed_dpsat.step.gradients.contribution import Unplanned
 from fed_dpsat.step.gradients.finite import squared_norm_rows
 from fed_dpsat.step.gradients.loss import check_types
-from fed_dpsat.step.gradients.passes import InPass, check_backward
+from fed_dpsat.step.gradients.passes import InPass, check_backward, name_of
 from fed_dpsat.step.gradients.skipped import ask_no_batch
 from fed_dpsat.step.gradients.state import afresh
 from fed_dpsat.step.loop import Batches, LocalResult, Member, Rows, Streams, Turn, check_rows
@@ -429,7 +431,20 @@ class _Pass(InPass):
     ) -> Any:
         """Torch's answer."""
         check_backward(func, args)
+        if func is functional.embedding:
+            _check_words(*args[:2], **kwargs)
+        elif name_of(func).partition(".")[0] == "embedding":
+            raise Unplanned("an embedding that is not torch.nn.functional's")
         return func(*args, **kwargs)
+
+
+def _check_words(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> None:
+    """Raise ``IndexError`` as torch does alone; ``vmap`` takes a word beyond a table from that of the next client."""
+    words = input
+    while functorch.is_functorch_wrapped_tensor(words):
+        words = functorch.get_unwrapped(words)
+    if words.numel() and not 0 <= int(words.min()) <= int(words.max()) < weight.shape[0]:
+        raise IndexError("index out of range in self")
 
 
 def _mapped(function: Callable[..., Any], what: str, *arguments: Any) -> Any:

@@ -483,3 +483,17 @@ def test_our_optimizers_are_mapped(optimizer, monkeypatch):
     monkeypatch.setattr(kind, "update", lambda self, *a: calls.append(self) or update(self, *a))
     rounds(together, examples(), "linear", OPTIMIZERS[optimizer], FlatClipping(clip_norm=1.0), count=1)
     assert len(calls) == STEPS
+
+
+@pytest.mark.parametrize("word", [-1, 5])
+def test_a_word_beyond_the_vocabulary_is_not_that_of_the_next_client(word):
+    """Under ``vmap`` torch takes it from the table of a neighbour, and leaves its gradient there."""
+    loss = ModelLoss(nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, CLASSES)))
+    params = {name: p.expand(3, *p.shape) for name, p in trainable(loss.module).items()}
+    inputs = torch.tensor([[[0, 1]], [[2, word]], [[3, 4]]])
+    targets, real = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1, dtype=torch.bool)
+    with pytest.raises(Unstackable, match="index out of range"):
+        stacked_sum(loss, params, inputs, targets, real, FlatClipping(clip_norm=1.0))
+    inputs[1, 0, 1] = 4
+    sums, _ = stacked_sum(loss, params, inputs, targets, real, FlatClipping(clip_norm=1.0))
+    assert (sums["0.weight"][1].norm(dim=1) > 0).tolist() == [False, False, True, False, True]
