@@ -32,6 +32,7 @@ from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.gradients.plan import plan_table
 from fed_dpsat.step.loop import Streams
 from fed_dpsat.step.mechanism import GaussianMechanism
+from fed_dpsat.step.noise import keyed_words
 from fed_dpsat.step.placement import CPU, exact, generator_states, moved
 
 
@@ -122,8 +123,15 @@ def drawn(monkeypatch):
             given.append(np.asarray(numbers).tobytes())
             return numbers
 
+    def words(*args):  # of stacked clients
+        numbers = keyed_words(*args)
+        given.append(numbers.tobytes())
+        return numbers
+
     generator = Streams.generator
     monkeypatch.setattr(Streams, "generator", lambda self, purpose: Spy(generator(self, purpose).bit_generator))
+    monkeypatch.setattr("fed_dpsat.step.noise.keyed_words", words)
+    monkeypatch.setattr("fed_dpsat.step.stacked.keyed_words", words)
     return given
 
 
