@@ -151,7 +151,7 @@ class StateTable:
         found: dict[int, int] = {}
         for path in self._paths:
             count = path.stat().st_size // self.form.row.itemsize if path.exists() else 0
-            if not count:  # a row that a killed process began is none
+            if not count:  # a process that was killed may leave a part of a row at the end
                 continue
             rounds = np.array(np.memmap(path, self.form.row, "r", shape=(count,))["header"]["round"])
             for client in np.flatnonzero((rounds > 0) & (rounds <= up_to)).tolist():

@@ -192,7 +192,7 @@ class First(PoissonSampler):
 
 
 class Fixed(Streams):
-    """Streams of client 9, whoever asks."""
+    """Streams whose keys are those of client 9."""
 
     def generator(self, purpose):
         return derive_generator(self.seed, purpose=purpose, client=9, round=self.round)
