@@ -425,3 +425,14 @@ def test_a_run_says_where_its_noise_is_from(source, tmp_path, same_bits):
         models.append(torch.load(folder / "checkpoint" / "model.pt", weights_only=True)["params"])
     assert said == [NOISE_SOURCES[source].description] * 2
     assert same_bits(*models) == NOISE_SOURCES[source].reproducible
+
+
+def test_sums_of_several_clients_have_the_grid_and_the_deviation_of_one(monkeypatch):
+    """Each sum has the sensitivity of its own coordinates: C + grid * sqrt(d), with the d of one client."""
+    sizes = []
+    monkeypatch.setattr(secure_noise, "std_and_grid", lambda z, c, size: sizes.append(size) or std_and_grid(z, c, size))
+    sums = {"w": torch.zeros(5, 3, 4), "b": torch.zeros(5, 4)}
+    how = {"noise_multiplier": 1.0, "clip_norm": 1.0, "generator": system_generator()}
+    add_noise_on_grid(sums, clients=5, **how)
+    add_noise_on_grid({name: t[0] for name, t in sums.items()}, **how)
+    assert sizes == [16, 16]
