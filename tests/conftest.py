@@ -2,6 +2,7 @@
 
 import random
 import resource
+import secrets
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -91,6 +92,12 @@ def same_bits():
         )
 
     return check
+
+
+@pytest.fixture
+def repeatable(monkeypatch):
+    """The operating system's entropy, the same in every run: what a test says of its noise holds always or never."""
+    monkeypatch.setattr(secrets, "randbits", random.Random(0).getrandbits)
 
 
 @pytest.fixture

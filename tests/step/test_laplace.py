@@ -65,6 +65,7 @@ def test_without_noise_it_is_the_mean():
     assert mechanism(0.0).privatize({"along": torch.tensor(6.0)}, np.random.default_rng(0)) == {"along": 1.5}
 
 
+@pytest.mark.usefixtures("repeatable")
 def test_whole_numbers_of_exact_noise_are_those_of_rounded_laplace_noise():
     """Scale 2: P(0) = 1 - e^(-1/4), P(k) = sinh(1/4) e^(-|k|/2), by a chi-square test that the discrete law fails."""
     generator = system_generator()
@@ -80,6 +81,7 @@ def test_whole_numbers_of_exact_noise_are_those_of_rounded_laplace_noise():
     assert stats.chisquare(seen, chance(np.tanh(1 / 4) * np.exp(-np.abs(k) / 2))).pvalue < 1e-4
 
 
+@pytest.mark.usefixtures("repeatable")
 def test_on_the_grid_results_are_multiples_of_it_and_noise_covers_what_rounding_adds():
     """z C = 1, two numbers: grid 2^-22, and a scale of 2 (C / grid + 2) steps or more."""
     generator, total = system_generator(), {"a": torch.tensor(0.3, dtype=torch.float64), "b": torch.tensor(-7.0)}

@@ -33,12 +33,6 @@ STD = 2.0 * 0.5 / 20
 SYSTEM = Streams(seed=1, client=2, round=3, noise_source="system")
 
 
-@pytest.fixture
-def repeatable(monkeypatch):
-    """The operating system's entropy, the same in every run: a test with p > 1e-4 passes always or never."""
-    monkeypatch.setattr(secrets, "randbits", random.Random(0).getrandbits)
-
-
 def words(generator, n=4):
     return tuple(generator.integers(2**64, size=n, dtype=np.uint64).tolist())
 

@@ -106,6 +106,7 @@ def cohort(name, source):
     ]
 
 
+@pytest.mark.usefixtures("repeatable")
 @pytest.mark.parametrize("source", ["seeded", "system"])
 @pytest.mark.parametrize("name", COHORTS)
 def test_noise_of_each_client_and_step_is_its_own_and_has_its_deviation(name, source):
@@ -127,6 +128,7 @@ def test_noise_of_each_client_and_step_is_its_own_and_has_its_deviation(name, so
     assert np.abs(apart).max() < 5.5 / math.sqrt(count)
 
 
+@pytest.mark.usefixtures("repeatable")
 def test_noise_of_the_system_is_never_there_again():
     first, second = (released(cohort("alike", "system")) for _ in range(2))
     assert abs(np.corrcoef(first.flatten(), second.flatten())[0, 1]) < 5 / math.sqrt(first.numel())
@@ -151,6 +153,7 @@ def test_seeded_noise_and_coins_are_those_of_each_client_alone(name):
         assert event == one.mechanism.event(sample_rate=one.sampler.sample_rate, steps=steps)
 
 
+@pytest.mark.usefixtures("repeatable")
 @pytest.mark.parametrize("source", ["seeded", "system"])
 @pytest.mark.parametrize("name", ["other sizes", "other rates"])
 def test_coins_fall_at_each_clients_rate_and_apart_from_the_others(name, source):
