@@ -38,6 +38,7 @@ from fed_dpsat.step.clipping.flat import FlatClipping
 from fed_dpsat.step.clipping.global_ import GlobalClipping
 from fed_dpsat.step.clipping.l1 import L1Clipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
+from fed_dpsat.step.clipping.psac import PSACClipping
 from fed_dpsat.step.unchecked import checking
 
 SLACK = 2e-6
@@ -47,7 +48,16 @@ LEAST = 1e-24
 """The least squared norm that counts: squares of float32 vanish below 1e-45, also beside factors of 1e16."""
 
 
-OWN = (AdaptiveClipping, AutomaticClipping, FlatClipping, GlobalClipping, L1Clipping, PerLayerClipping, Tally)
+OWN = (
+    AdaptiveClipping,
+    AutomaticClipping,
+    FlatClipping,
+    GlobalClipping,
+    L1Clipping,
+    PerLayerClipping,
+    PSACClipping,
+    Tally,
+)
 """Of these, and of no class derived from them, it is known that no example has a part in the factors of another."""
 
 PUBLIC = (1e-4, 1.0, 1e4)

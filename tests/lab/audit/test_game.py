@@ -21,6 +21,7 @@ from fed_dpsat.step.clipping import AdaptiveClipping, FlatClipping
 from fed_dpsat.step.clipping.automatic import AutomaticClipping
 from fed_dpsat.step.clipping.global_ import GlobalClipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
+from fed_dpsat.step.clipping.psac import PSACClipping
 from fed_dpsat.step.gradients.per_example import clipped_gradient_sum
 from fed_dpsat.step.loop import Streams
 from fed_dpsat.step.mechanism import GaussianMechanism
@@ -195,6 +196,7 @@ SHIPPED = {
         "follow": True,
     },
     "automatic": {"clipping": AutomaticClipping(clip_norm=1.0)},
+    "psac": {"clipping": PSACClipping(clip_norm=1.0, s=0.5)},
     "global": {"clipping": GlobalClipping(clip_norm=1.0)},
     "per-layer": {"clipping": PerLayerClipping(clip_norm=1.0)},
     "sampled": {"sample_rate": 0.5, "local_steps": 8},

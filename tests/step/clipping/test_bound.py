@@ -18,6 +18,7 @@ from fed_dpsat.step.clipping.automatic import AutomaticClipping
 from fed_dpsat.step.clipping.bound import Held, check_factors
 from fed_dpsat.step.clipping.global_ import GlobalClipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
+from fed_dpsat.step.clipping.psac import PSACClipping
 from fed_dpsat.step.gradients.per_example import ENGINES, ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.loop import Member, Streams, train_locally
 from fed_dpsat.step.mechanism import GaussianMechanism
@@ -191,6 +192,7 @@ RULES = [
     AutomaticClipping,
     GlobalClipping,
     PerLayerClipping,
+    PSACClipping,
     AdaptiveClipping,
     lambda clip_norm: Rule(of=lambda s: flat(s, clip_norm), clip_norm=clip_norm),
     lambda clip_norm: Rule(of=lambda s: {n: f.float() for n, f in flat(s, clip_norm).items()}, clip_norm=clip_norm),
