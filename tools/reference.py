@@ -47,7 +47,7 @@ SECTIONS = (
         ),
     ),
     ("Privacy", ("privacy.md", "audit.md")),
-    ("Results", ("gallery.md", "sharpness.md", "results/*.md")),
+    ("Results", ("gallery.md", "sharpness.md", "sources.md", "results/*.md")),
     ("Reference", ("architecture.md", "reference/*.md")),
     ("More", ("*.md",)),
 )
