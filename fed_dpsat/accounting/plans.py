@@ -85,18 +85,17 @@ def make_plans(config: RunConfig) -> list[ClientPlan]:
     Raises ``InputError`` for an invalid table, or a budget below the cost of one round.
     """
     rows = read_table(config)
-    of_row = {row: _plan(config, row, _noise_multiplier(config, row)) for row in set(rows)}
-    plans = [of_row[row] for row in rows]
-    for client, plan in enumerate(plans):
+    of_row = {row: _plan(config, row, _noise_multiplier(config, row)) for row in dict.fromkeys(rows)}
+    for row, plan in of_row.items():
         cost = epsilon([plan.event], config.delta, config.accountant)
         if cost > plan.budget:
             raise SettingError(
                 "target_epsilon",
                 plan.target_epsilon,
-                f"enough for one round of client {client}, which costs {cost:.4g}",
+                f"enough for one round of client {rows.index(row)}, which costs {cost:.4g}",
                 "raise the budget or the noise, or lower local_steps or sample_rate",
             )
-    return plans
+    return [of_row[row] for row in rows]
 
 
 def plan_of(config: RunConfig) -> ClientPlan:
