@@ -52,8 +52,8 @@ out_console, err_console = Console(), Console(stderr=True)
 
 
 LISTS = {
-    **{f"{kind}s": kind for kind in PACKAGES if kind not in ("clipping", "strategy")},
-    **{"clipping": "clipping", "strategies": "strategy"},
+    **{f"{kind}s": kind for kind in PACKAGES if kind not in ("clipping", "features", "strategy")},
+    **{"clipping": "clipping", "features": "features", "strategies": "strategy"},
 }
 """The kinds of plug-ins as ``fed-dpsat list`` takes them."""
 
@@ -259,7 +259,7 @@ def list_plugins(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Built-in optimizers, models, data sets, partitions, clipping rules, strategies, attacks and loggers."""
+    """All built-in plug-ins: optimizers, models, data sets, partitions, features, clipping rules, strategies, ..."""
     with _clear_errors():
         if kind is not None and kind not in {**LISTS, **PACKAGES}:
             near = get_close_matches(kind, LISTS, n=1)
@@ -404,7 +404,7 @@ def ledger(
 ) -> None:
     """Show the epsilon of each client, its noise, and the rest of its budget; verifies the file first."""
     from fed_dpsat.run.folder import RunFolder
-    from fed_dpsat.run.promise import threat_model
+    from fed_dpsat.run.promise import public_extractor, threat_model
     from fed_dpsat.run.statement import read_statement
 
     with _clear_errors():
@@ -412,7 +412,10 @@ def ledger(
     if as_json:
         return _print_json(statement.as_dict())
     out_console.print(f"Epsilon at delta {statement.delta:g}; protects {statement.unit}", highlight=False)
-    out_console.print(f"Against {threat_model(RunFolder(run, resume=True).config())}", highlight=False)
+    settings = RunFolder(run, resume=True).config()
+    out_console.print(f"Against {threat_model(settings)}", highlight=False)
+    if settings.features:
+        out_console.print(f"Declared public: {public_extractor(settings)}", highlight=False, soft_wrap=True)
     table = Table(
         "client",
         "rounds",

@@ -12,6 +12,7 @@ clipping   ``fed_dpsat.step.clipping``      ``CLIPPING``
 model      ``fed_dpsat.models``        ``MODELS``
 dataset    ``fed_dpsat.data``          ``DATASETS``
 partition  ``fed_dpsat.data``          ``PARTITIONS``
+features   ``fed_dpsat.data``          ``FEATURES``
 task       ``fed_dpsat.tasks``         ``TASKS``
 strategy   ``strategies``              ``STRATEGIES``
 attack     ``fed_dpsat.lab.attacks``       ``ATTACKS``
@@ -47,6 +48,7 @@ PACKAGES = {
     "model": "fed_dpsat.models",
     "dataset": "fed_dpsat.data",
     "partition": "fed_dpsat.data",
+    "features": "fed_dpsat.data",
     "task": "fed_dpsat.tasks",
     "strategy": "strategies",
     "attack": "fed_dpsat.lab.attacks",
@@ -58,6 +60,7 @@ TABLES = {
     "model": "MODELS",
     "dataset": "DATASETS",
     "partition": "PARTITIONS",
+    "features": "FEATURES",
     "task": "TASKS",
     "strategy": "STRATEGIES",
     "attack": "ATTACKS",
@@ -75,6 +78,7 @@ HAVE = {
     "clipping": ("clip_norm", "factors"),
     "model": ("named_parameters", "named_buffers", "train"),
     "dataset": ("train", "test", "class_names"),
+    "features": ("__call__",),
     "attack": ("forge",),
     "task": ("loss", "measure", "metrics", "outputs"),
 }
@@ -84,6 +88,7 @@ WHAT = {
     "clipping": "a clipping rule (fed_dpsat.step.clipping)",
     "model": "a torch.nn.Module",
     "dataset": "a fed_dpsat.data.dataset.Dataset",
+    "features": "a function from a batch of inputs to features",
     "attack": "an attack (fed_dpsat.lab.attacks)",
     "task": "a task (fed_dpsat.tasks.base.Task)",
 }

@@ -93,6 +93,7 @@ class Experiment(Training):
         check_models(config, half)
         data = Federated.build(config, dataset, partition)
         dataset, partitions, settings = data.dataset, data.partitions, data.settings
+        config = dataclasses.replace(config, features_sha256=dataset.features)
         task = build_task(config, dataset, settings, task)
         settings |= {"task": task.name, "num_classes": task.outputs, **dataset.of_texts}
         if model is None:

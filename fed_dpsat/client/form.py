@@ -14,6 +14,7 @@ REMEDIES = {
     "label_scale": "declare the same mean and std of the label",
     "max_length": "set the same max_length",
     "tokenizer": "use the same files of a tokenizer",
+    "features": "use the same extractor, arguments, source and weights, and the same features_norm",
     "declared": "declare the same columns, encoding and special tokens",
 }
 """By part of a form, the way to make it equal; one without a remedy follows from the tokenizer."""
@@ -29,6 +30,7 @@ def form_of(dataset: Dataset) -> dict[str, str]:
         "max_length": lengths[0] if lengths else 0,
         "tokenizer": dataset.tokenizer,
         "declared": dataset.declared,
+        **({"features": dataset.features} if dataset.features else {}),
         **dataset.of_texts,
     }
     return {name: json.dumps(part) for name, part in parts.items()}

@@ -105,7 +105,7 @@ def _passed(like: Examples, device: torch.device) -> tuple[Tree, Tree]:
     if isinstance(like.inputs, Tensor):
         shape = (2, *like.inputs.shape[1:])
         first = (torch.arange(math.prod(shape)) % 2).view(shape).to(device)
-        first = first.float() if like.mean else first
+        first = first.float() if like.mean or like.inputs.is_floating_point() else first
         return first, 1 - first
     named, _ = made_up_examples(like, None, 2, 1).batch(torch.arange(2), device)
     assert isinstance(named, dict)

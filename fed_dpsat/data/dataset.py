@@ -18,7 +18,8 @@ from fed_dpsat.errors import DataError
 Leaf: TypeAlias = Tensor | Sequences
 """One row for each example."""
 
-INPUT_TYPES = (torch.uint8, torch.float32, torch.int64, torch.int32, torch.int16)
+WHOLE = (torch.int64, torch.int32, torch.int16)
+INPUT_TYPES = (torch.uint8, torch.float32, torch.float16, *WHOLE)
 INPUTS = "inputs"
 """The name in errors of the one array of inputs that has no name."""
 
@@ -31,6 +32,7 @@ class Examples:
     field    is                                                                in a batch
     ======== ================================================================= ======================================
     inputs   uint8 or float32 ``[N, C, ...]``                                  float32, normalised per channel
+    \\        float16 ``[N, ...]`` (features)                                   float32
     \\        whole numbers ``[N, ...]`` (categories)                           int64
     \\        several by name, also ``Sequences`` (tokens: "input_ids")         a dictionary: arguments of the model
     labels   int64 ``[N]``: a class; float32 ``[N]`` or ``[N, K]``: numbers    as they are
@@ -62,8 +64,8 @@ class Examples:
             _check_array(name, leaf)
             if not isinstance(leaf, Sequences) and (leaf.dtype not in INPUT_TYPES or leaf.ndim < 1):
                 raise DataError(
-                    f"{name} are {leaf.dtype} {list(leaf.shape)}, not uint8, float32 or whole numbers [N, ...]; "
-                    "convert them"
+                    f"{name} are {leaf.dtype} {list(leaf.shape)}, not uint8, float32, float16 or whole numbers "
+                    "[N, ...]; convert them"
                 )
         if clash := sorted(self.leaves.keys() & {mask_name(name) for name in self.texts}):
             raise DataError(f"{clash[0]!r} is the mask that a batch has for its text; give that input another name")
@@ -233,7 +235,7 @@ def _rows(leaf: Leaf, indices: Tensor) -> Leaf:
 
 
 def _wide(rows: Tensor) -> Tensor:
-    return rows if rows.is_floating_point() else rows.to(torch.int64)
+    return rows.to(torch.float32 if rows.is_floating_point() else torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -243,7 +245,8 @@ class Dataset:
     ``class_names`` are those of classes or, for labels that are numbers, those of the numbers; empty if there are none.
     ``label_scale`` has the declared ``(mean, std)`` of each number that is a label; empty leaves them as they are.
     ``declared`` is a SHA-256 of what else was declared of columns and texts, and ``tokenizer`` that of the files of the
-    tokenizer, or "bytes"; both are empty if nothing was declared.
+    tokenizer, or "bytes"; both are empty if nothing was declared. ``features`` is the SHA-256 of the public extractor
+    whose features the inputs are, empty for inputs as they came.
 
     Raises ``DataError`` if the splits differ in form or a label is not one of ``class_names``.
     """
@@ -255,6 +258,7 @@ class Dataset:
     label_scale: tuple[tuple[float, float], ...] = ()
     declared: str = ""
     tokenizer: str = ""
+    features: str = ""
 
     def __post_init__(self) -> None:
         train, test = (_forms(split) for split in (self.train, self.test))
@@ -326,7 +330,7 @@ def _forms(split: Examples) -> dict[str, str]:
     forms = {
         name: f"sequences of at most {leaf.max_length}, {leaf.vocabulary_size} tokens, padding {leaf.padding}"
         if isinstance(leaf, Sequences)
-        else f"{'whole numbers ' if leaf.dtype not in (torch.uint8, torch.float32) else ''}{list(leaf.shape[1:])}"
+        else f"{'whole numbers ' if leaf.dtype in WHOLE else ''}{list(leaf.shape[1:])}"
         for name, leaf in split.leaves.items()
     }
     labels = split.labels

@@ -101,7 +101,10 @@ class Clients:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """A data set in numbers: ``examples`` by split, arrays, labels, columns, and its division among clients."""
+    """A data set in numbers: ``examples`` by split, arrays, labels, columns, and its division among clients.
+
+    ``features`` is the SHA-256 of the extractor whose features the inputs are; empty for inputs as they came.
+    """
 
     name: str
     examples: Mapping[str, int]
@@ -109,6 +112,7 @@ class Description:
     labels: Labels
     columns: tuple[Column, ...]
     clients: Clients
+    features: str = ""
 
 
 def describe(dataset: Dataset, partitions: Sequence[np.ndarray], partition: str, partition_by: str = "") -> Description:
@@ -124,6 +128,7 @@ def describe(dataset: Dataset, partitions: Sequence[np.ndarray], partition: str,
         labels=_labels(splits, dataset.class_names),
         columns=tuple(_column(name, values) for name, values in dataset.train.columns.items()),
         clients=_clients(dataset, partitions, partition, partition_by),
+        features=dataset.features,
     )
 
 

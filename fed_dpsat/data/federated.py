@@ -11,6 +11,7 @@ import numpy as np
 
 from fed_dpsat import plugins
 from fed_dpsat.data.dataset import Dataset, Examples, check_plain
+from fed_dpsat.data.features import with_features
 from fed_dpsat.data.parts import disjoint_parts
 from fed_dpsat.data.validation import hold_out
 from fed_dpsat.errors import SettingError
@@ -42,6 +43,9 @@ class Federated:
             with seeded(config, "partition"):
                 dataset = plugins.build("dataset", config.dataset, settings, config.dataset_args)
         check_plain(plugins.required("dataset", config.dataset, dataset))
+        if config.features:
+            shapes = {"input_shape": dataset.input_shape, "num_classes": dataset.num_classes, **dataset.of_texts}
+            dataset = with_features(dataset, config, {**settings, **shapes})
         if config.validation_share:
             dataset = hold_out(dataset, config.validation_share, derive_seed(config.seed, purpose="validation"))
         if config.num_clients > len(dataset.train):

@@ -20,7 +20,7 @@ from fed_dpsat.errors import InputError, SettingError
 from fed_dpsat.settings.flat import SPECS
 
 PLUGINS = {
-    **{"models": "model", "tasks": "task", "optimizers": "optimizer", "clippings": "clipping"},
+    **{"features": "features", "models": "model", "tasks": "task", "optimizers": "optimizer", "clippings": "clipping"},
     "strategies": "strategy",
 }
 """By the list of a policy, the kind of its names."""

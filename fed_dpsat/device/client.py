@@ -53,7 +53,10 @@ def num_examples(
 
 def check_form(policy: Policy, config: RunConfig, run: int, form: Mapping[str, object] | None) -> None:
     """Raise ``Refusal`` if ``form`` is not what the device declares of its own data."""
-    if form is not None and (said := difference(form, form_of(own_data(policy, run, config.task)))):
+    if form is None:
+        return
+    own = _experiment(policy, config, run).dataset if config.features else own_data(policy, run, config.task)
+    if said := difference(form, form_of(own)):
         raise Refusal(said)
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,7 +81,7 @@ def _described(policy: Policy, task: str) -> Dataset:
     settings: dict[str, Any] = {
         "data_source": "folder" if policy.data_source == "images" else policy.data_source,
         "data_path": policy.data_path,
-        "cache_dir": str(Path(policy.folder) / "cache"),
+        "cache_dir": policy.cache,
         "input_columns": _by_commas(policy.input_columns),
         "label_column": policy.label_column,
         "class_names": _by_commas(policy.class_names),

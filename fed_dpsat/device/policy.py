@@ -29,10 +29,20 @@ from fed_dpsat.step.optimizers.chain import split_chain
 SANE_NOISE = 1e6
 """Above this noise, float32 cannot resolve a gradient."""
 SANE_NUMBER = 2**31
-ARGUMENTS = ("model_args", "task_args", "optimizer_args", "clipping_args")
+ARGUMENTS = ("features_args", "model_args", "task_args", "optimizer_args", "clipping_args")
 """Settings whose text must be in the lists of the policy."""
 LISTS = (
-    *("models", "tasks", "adapters", "optimizers", "clippings", "noise_distributions", "strategies", "strategy_args"),
+    *(
+        "features",
+        "models",
+        "tasks",
+        "adapters",
+        "optimizers",
+        "clippings",
+        "noise_distributions",
+        "strategies",
+        "strategy_args",
+    ),
     *ARGUMENTS,
 )
 SOURCES = {
@@ -96,6 +106,8 @@ class Policy:
     largest_local_steps: int = _key("largest number of private steps in one round", 100)
     least_sample_rate: float = _key("smallest probability of an example to be in a batch", 1e-6)
     largest_sample_rate: float = _key("largest probability of an example to be in a batch", 1.0)
+    features: tuple[str, ...] = _key("permitted extractors of features beside none at all, as the run names them", ())
+    features_args: tuple[str, ...] = _key("permitted features_args, as written; an empty list permits none", ())
     models: tuple[str, ...] = _key("models that a run may train, as the run names them")
     model_args: tuple[str, ...] = _key("permitted model_args, as written; an empty list permits none", ())
     tasks: tuple[str, ...] = _key("tasks that a run may train for, as the run names them", ("classification",))
@@ -164,6 +176,11 @@ class Policy:
                 check(name, fits, f"a list of {channels} numbers", "write one for each channel")
         check("mean", all(map(math.isfinite, self.mean)), "a list of finite numbers", "0.5 is usual")
         check("std", all(0 < one < math.inf for one in self.std), "a list of numbers above 0", "0.25 is usual")
+
+    @property
+    def cache(self) -> str:
+        """The folder of decoded data and of features."""
+        return str(Path(self.folder) / "cache")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -236,7 +253,8 @@ class Policy:
             self._listed("base_optimizer", name, self.optimizers)
         self._listed("clipping", config.clipping, self.clippings)
         self._listed("noise_distribution", config.noise_distribution, self.noise_distributions)
-        for name, allowed in [("adapter", self.adapters), *((name, getattr(self, name)) for name in ARGUMENTS)]:
+        ours = [("adapter", self.adapters), ("features", self.features)]
+        for name, allowed in [*ours, *((name, getattr(self, name)) for name in ARGUMENTS)]:
             if given := getattr(config, name):
                 self._listed(name, given, allowed or ("none",))
         if config.local_models:
@@ -247,7 +265,13 @@ class Policy:
         self._bounded("local_steps", steps, 1, self.largest_local_steps)
         self._bounded("num_rounds", config.num_rounds, 1, SANE_NUMBER)
         rows = min(config.physical_batch_size, self.largest_physical_batch_size)
-        own = {**_LOCAL, "physical_batch_size": rows, "threads_per_client": self.threads, **self._start(config)}
+        own = {
+            **_LOCAL,
+            "cache_dir": self.cache,
+            "physical_batch_size": rows,
+            "threads_per_client": self.threads,
+            **self._start(config),
+        }
         try:
             return dataclasses.replace(config, **own)
         except SettingError as error:
@@ -322,7 +346,6 @@ _LOCAL: dict[str, Any] = {
     "class_names": "",
     "columns_file": "",
     "tokenizer": BYTES,
-    "cache_dir": "",
     "validation_share": 0.0,
     "client_table": "",
     "out": "",

@@ -269,6 +269,8 @@ class Recorder:
             "model_args": config.model_args,
             "start_from": config.start_from,
             "start_sha256": self.experiment.start.sha256,
+            "features": config.features,
+            "features_sha256": config.features_sha256,
             "train_layers": config.train_layers,
             "adapter": config.adapter,
             "trained_parameters": sum(p.numel() for p in self.experiment.trained(config.num_rounds).values()),

@@ -48,6 +48,8 @@ def view(found: Description, test: str, width: int) -> Iterator[RenderableType]:
     yield f"{found.name}: {found.examples['train']:,} training examples"
     yield f"evaluated on {found.examples['test']:,} examples: {test}"
     yield ""
+    if found.features:
+        yield f"inputs are features of a public extractor, SHA-256 {found.features[:16]}"
     yield _inputs(found)
     yield from _labels(found)
     if found.columns:

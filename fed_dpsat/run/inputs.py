@@ -36,7 +36,18 @@ from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.data import BYTES
 from fed_dpsat.step.optimizers.chain import split_chain
 
-PLUGINS = ("dataset", "partition", "model", "task", "optimizer", "base_optimizer", "clipping", "strategy", "attack")
+PLUGINS = (
+    "dataset",
+    "partition",
+    "features",
+    "model",
+    "task",
+    "optimizer",
+    "base_optimizer",
+    "clipping",
+    "strategy",
+    "attack",
+)
 CONTENTS = {
     "dataset": "the examples",
     "partition": "the clients' examples",

@@ -31,9 +31,18 @@ def threat_model(config: RunConfig) -> str:
 
 def declared_public(config: RunConfig) -> tuple[str, ...]:
     """Facts that are declared public, so epsilon does not cover them; fewer if the unit is the client."""
+    extractor = (public_extractor(config),) if config.features else ()
     if config.privacy_unit == "example":
-        return DECLARED_PUBLIC
-    return DECLARED_PUBLIC[1:2] if config.client_sampling == "poisson" else DECLARED_PUBLIC[1:]
+        return DECLARED_PUBLIC + extractor
+    return (DECLARED_PUBLIC[1:2] if config.client_sampling == "poisson" else DECLARED_PUBLIC[1:]) + extractor
+
+
+def public_extractor(config: RunConfig) -> str:
+    """What the extractor of features is, and what the account takes for granted."""
+    return (
+        f"the public extractor of features, {config.features} (SHA-256 {config.features_sha256[:16]}), frozen and not "
+        "trained on the protected examples"
+    )
 
 
 def also_released(config: RunConfig, *, personal: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from fed_dpsat.settings.paths import of_arguments, of_file, of_file_unless, of_plugin
@@ -42,6 +43,25 @@ class Data:
         path=of_file_unless(BYTES),
     )
     max_length: int = setting(256, "largest number of tokens of a text; the rest is cut off", least=1)
+    features: str = setting(
+        "",
+        "public, frozen extractor whose features replace the inputs, a short name or package.module:attribute; each "
+        "example is seen once, and cache_dir keeps the result; empty takes the inputs as they are",
+        path=of_plugin,
+    )
+    features_args: str = setting(
+        "", "arguments of the extractor that no setting fills: scales = 2, angles = 8", path=of_arguments
+    )
+    features_norm: str = setting(
+        "",
+        "normalisation of the features of an example by itself: group (GroupNorm without weights), unit (by the L2 "
+        "norm); empty leaves them",
+        choices=("", "group", "unit"),
+    )
+    features_groups: int = setting(27, "number of groups of channels of features_norm=group", least=1)
+    features_sha256: str = setting(
+        "", "SHA-256 of the extractor with its weights; a run writes its own, and refuses another extractor"
+    )
     cache_dir: str = setting(
         "~/.cache/fed_dpsat",
         "folder for decoded data, shared by runs and workers",
@@ -74,7 +94,13 @@ class Data:
 
 
 def check(config: Data) -> None:
-    """Raise ``SettingError`` for a partition whose clients share rows."""
+    """Raise ``SettingError`` for a partition whose clients share rows, and for settings of an absent extractor."""
+    for spec in dataclasses.fields(Data):
+        if spec.name.startswith("features_") and not config.features and getattr(config, spec.name) != spec.default:
+            refuse(config, spec.name, "possible without features", "set features=scattering, or leave it out")
+    if config.features_groups != 27 and config.features_norm != "group":
+        bound = f"possible with features_norm={config.features_norm!r}"
+        refuse(config, "features_groups", bound, "set features_norm=group")
     if config.partition in VERTICAL:
         refuse(
             config,

@@ -42,6 +42,9 @@ def result_table(result: Mapping[str, Any]) -> Table:
         f"{result['noise_distribution']}, multiplier {result['noise_multiplier']:.4f}, "
         f"clip norm {result['clip_norm']:g}",
     )
+    if result.get("features"):
+        sha256 = result["features_sha256"][:16]
+        table.add_row("features", f"{result['features']}, a public extractor (SHA-256 {sha256})")
     table.add_row("noise source", result["noise"])
     for release in result["also_released"]:
         table.add_row("also released", release)
