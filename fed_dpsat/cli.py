@@ -27,6 +27,8 @@ from fed_dpsat.plugins import PACKAGES, listed
 from fed_dpsat.run.process import first_imports
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.flat import SPECS, parse_overrides
+from fed_dpsat.settings.presets import preset as preset_file
+from fed_dpsat.settings.presets import presets
 
 if TYPE_CHECKING:
     from fed_dpsat.testing.configuration import Checked
@@ -53,9 +55,9 @@ out_console, err_console = Console(), Console(stderr=True)
 
 LISTS = {
     **{f"{kind}s": kind for kind in PACKAGES if kind not in ("clipping", "features", "strategy")},
-    **{"clipping": "clipping", "features": "features", "strategies": "strategy"},
+    **{"clipping": "clipping", "features": "features", "strategies": "strategy", "presets": "preset"},
 }
-"""The kinds of plug-ins as ``fed-dpsat list`` takes them."""
+"""The kinds of plug-ins, and presets, as ``fed-dpsat list`` takes them."""
 
 
 def _complete(names: Collection[str]) -> Callable[[str], list[str]]:
@@ -65,6 +67,10 @@ def _complete(names: Collection[str]) -> Callable[[str], list[str]]:
         return [name for name in names if name.startswith(incomplete)]
 
     return completions
+
+
+def _presets_like(incomplete: str) -> list[str]:
+    return _complete(presets())(incomplete)
 
 
 def _print_version(value: bool) -> None:
@@ -117,6 +123,9 @@ def run(
     config: ConfigFile = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; new or empty. Default: runs/NAME-TIME.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="Settings that ship with the project, in place of CONFIG.", autocompletion=_presets_like)
+    ] = "",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in it, and its ledger; not after system noise.")
     ] = False,
@@ -137,6 +146,9 @@ def run(
         from fed_dpsat.simulation import simulate
 
     with _clear_errors():
+        if preset and config:
+            raise SettingError("--preset", preset, f"possible with {config}", "give one of the two")
+        config = preset_file(preset) if preset else config
         extra = [*([f"out={out}"] if out else ()), *(["profile=true"] if profile else ())]
         settings = RunConfig.load(config, [*(overrides or ()), *extra])
     name = config.stem if config else "run"
@@ -259,15 +271,15 @@ def list_plugins(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """All built-in plug-ins: optimizers, models, data sets, partitions, features, clipping rules, strategies, ..."""
+    """Built-in optimizers, models, data sets, partitions, features, clipping rules, strategies and others; presets."""
     with _clear_errors():
-        if kind is not None and kind not in {**LISTS, **PACKAGES}:
+        if kind is not None and kind not in {*LISTS, *LISTS.values()}:
             near = get_close_matches(kind, LISTS, n=1)
             remedy = f"did you mean {near[0]}?" if near else "without one all are listed"
             raise SettingError("KIND", kind, f"one of {', '.join(LISTS)}", remedy)
-        kinds = PACKAGES if kind is None else [LISTS.get(kind, kind)]
+        kinds = [*PACKAGES, "preset"] if kind is None else [LISTS.get(kind, kind)]
         with first_imports():
-            found = {of_kind: listed(of_kind) for of_kind in kinds}
+            found = {of_kind: presets() if of_kind == "preset" else listed(of_kind) for of_kind in kinds}
     if as_json:
         return _print_json(found)
     for of_kind, plugins in found.items():

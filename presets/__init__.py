@@ -1,1 +1,1 @@
-"""Settings of the tables of results, a TOML file each, for ``fed-dpsat list presets`` and ``fed-dpsat run --preset``."""
+"""Settings of the tables of results, a TOML file each: ``fed-dpsat list presets``, ``fed-dpsat run --preset NAME``."""

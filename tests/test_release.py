@@ -70,10 +70,11 @@ def test_a_wheel_with_a_file_more_or_less_is_refused(tmp_path, names):
 def test_the_wheel_has_what_users_need_and_no_more():
     files = expected(ROOT)
     assert {"fed_dpsat/py.typed", "strategies/kalman.py", "simulations/digits_dpsat.toml"} <= files
+    assert "presets/fashion-mnist-1-client-epsilon-2.toml" in files
     assert "fed_dpsat/lab/starter/device/policy.toml.tmpl" in files
     assert "fed_dpsat/lab/report/templates/style.css" in files
     assert "simulations/front_page.py" not in files
-    assert {name.partition("/")[0] for name in files} == {"fed_dpsat", "strategies", "simulations"}
+    assert {name.partition("/")[0] for name in files} == {"fed_dpsat", "strategies", "simulations", "presets"}
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ SECTIONS = (
             "partitions.md",
             "recipes.md",
             "data.md",
+            "features.md",
             "models.md",
             "tasks.md",
             "optimizers.md",

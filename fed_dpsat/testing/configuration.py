@@ -66,6 +66,9 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
     inputs, targets = _batch(data)
     of_run = config.settings()  # those of texts, such as a mask token, are what the data set gives to others
     yield _checked("dataset", config.dataset, lambda: check_dataset(lambda: _built("dataset", config, of_run)))
+    if config.features:
+        note = f"SHA-256 {config.features_sha256[:16]}"
+        yield _checked("features", config.features, lambda: None, note)  # examples alone, when the data set was built
     yield _checked(
         "partition",
         config.partition,

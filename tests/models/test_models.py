@@ -20,6 +20,8 @@ ROWS = {
     "resnet10-gn": ((1, 28, 28), 4_902_090, (1, 8, 8)),
     "dpnasnet-cifar": ((3, 32, 32), 529_434, (3, 32, 32)),
     "dpnasnet-fashion-mnist": ((1, 28, 28), 214_570, (1, 28, 28)),
+    "scattering-cnn-fashion-mnist": ((81, 7, 7), 33_066, (3, 7, 7)),
+    "scattering-cnn-cifar10": ((243, 8, 8), 187_210, (3, 4, 4)),
 }
 OF_TEXTS = {"gpt", "gru"}
 """Held in ``test_text``."""

@@ -113,6 +113,7 @@ BESIDE = {
     **dict.fromkeys(("data_path", "test_path", "columns_file", "start_from", "client_table", "tokenizer"), "here/it"),
     **dict.fromkeys(("cache_dir", "out"), "here/it"),
     **dict.fromkeys(("dataset", "partition", "model", "task", "optimizer", "clipping", "strategy"), "here/it.py:make"),
+    **{"features": "here/it.py:make", "features_args": "weights = 'here/it.py:make'"},
     "base_optimizer": "disk+here/it.py:make",
     "loggers": "tensorboard,here/it.py:make",
     "partition_args": "partition_id_to_size_fn = 'here/it.py:make', alpha = 1.0",
