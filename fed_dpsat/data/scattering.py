@@ -1,9 +1,9 @@
 """The scattering transform of an image: a fixed extractor of features, made of wavelets and moduli; nothing is learned.
 
 Sources: S. Mallat, "Group Invariant Scattering", 2012; E. Oyallon and S. Mallat, "Deep Roto-Translation Scattering for
-Object Classification", 2015. Filters, padding and order of paths are those of kymatio 0.3.0 (BSD-3-Clause), which gives
-the same numbers to 1e-4. Kymatio transforms each path alone; here all paths of a scale are one batch of transforms, and
-the low-pass filter, which is a product of two filters of one dimension, is two small matrices.
+Object Classification", 2015. Filters, padding and order of paths are those of kymatio 0.3.0 (BSD-3-Clause), which
+gives the same numbers to 1e-4. Kymatio transforms each path alone; here all wavelets of a scale share a pass, and the
+low-pass filter, which is a product of two filters of one dimension, is two small matrices.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fed_dpsat.data import scattering_kernel
 from fed_dpsat.errors import DataError
 
 CHUNK = 16
@@ -63,42 +64,48 @@ class _Bank:
             torch.from_numpy(_reflected(n, size)).to(device) for n, size in zip((height, width), sizes, strict=True)
         )
         wavelets = [_wavelets(sizes[0], sizes[1], scale, angles) for scale in range(scales)]
-        self.wavelets = [
-            [_doubled(_folded(wavelets[j], 2**i), 2 ** (j - i)).to(device) for i in range(j + 1)] for j in range(scales)
-        ]
-        low = [np.kron(*(_low_pass(size, scales, j) for size in sizes)).T for j in range(scales)]
-        self.low = [torch.from_numpy(matrix.astype(np.float32)).to(device) for matrix in low]
-        self.shape = [size // side - 2 for size in sizes]
+        self.wavelets = [[_real(_folded(wavelets[j], 2**i)).to(device) for i in range(j + 1)] for j in range(scales)]
+        self.low = [[_real(_low_pass(size, scales, j)).to(device) for size in sizes] for j in range(scales)]
+        self.compiled = device.type == "cpu" and scattering_kernel.library() is not None
+        if self.compiled:
+            self.lanes = [[scattering_kernel.in_lanes(one / one[0].numel()) for one in of] for of in self.wavelets]
 
     def paths(self, x: Tensor) -> Tensor:
         """``[K, count, h, w]`` of ``x[K, H, W]``."""
         padded = x.float()[:, self.rows][:, :, self.columns]
-        transformed, first, second = _transformed(padded), [], []
+        transform = torch.fft.rfft2 if self.compiled else torch.fft.fft2
+        transformed, first, second = transform(padded), [], []
         for j in range(self.scales):
-            moduli = self._moduli(transformed, j, 0)
-            first.append(self._smooth(moduli, j))
-            if j + 1 < self.scales:
-                again = _transformed(moduli)
-                of_scale = [self._smooth(self._moduli(again, k, j), k) for k in range(j + 1, self.scales)]
-                second.append(torch.cat(of_scale, 2).flatten(1, 2))
-        found = torch.cat([self._smooth(padded, 0)[:, None], *first, *second], 1)
-        return found.view(*found.shape[:-1], *self.shape)
+            last = j + 1 == self.scales
+            moduli, smooth = self._moduli(transformed, j, 0, smooth_only=last)
+            first.append(smooth)
+            if moduli is not None:
+                again = transform(moduli.flatten(0, 1))
+                of_scale = [self._moduli(again, k, j, smooth_only=True)[1] for k in range(j + 1, self.scales)]
+                second.append(torch.cat(of_scale, 1).view(len(x), -1, *smooth.shape[2:]))
+        return torch.cat([self._smooth(padded, 0)[:, None], *first, *second], 1)
 
-    def _moduli(self, transformed: Tensor, scale: int, at: int) -> Tensor:
-        """``[..., angles, m, n]``: moduli at ``scale`` of ``transformed[..., M, N]``, which is at resolution ``at``."""
-        filters, step = self.wavelets[scale][at], 2 ** (scale - at)
+    def _moduli(self, transformed: Tensor, scale: int, at: int, *, smooth_only: bool) -> tuple[Tensor | None, Tensor]:
+        """Moduli ``[K, angles, m, n]`` at ``scale``, unless ``smooth_only``, and those after the low-pass filter.
+
+        ``transformed[K, M, N]``, or half of it for the compiled loop, is at resolution ``at``.
+        """
+        step, low = 2 ** (scale - at), (self.low[scale][0], self.low[scale][1])
+        if self.compiled:
+            lanes, angles = self.lanes[scale][at], len(self.wavelets[scale][at])
+            return scattering_kernel.wavelet_moduli(transformed, lanes, low, angles, step, smooth_only=smooth_only)
         m, n = transformed.shape[-2] // step, transformed.shape[-1] // step
-        blocks = torch.view_as_real(_blocks(transformed, step).contiguous()).flatten(-3)[..., None, :]
-        total = blocks[..., 0, :, :] * filters[0]
-        for p in range(1, step**2):
-            total.addcmul_(blocks[..., p, :, :], filters[p])
-        found = torch.fft.ifft2(torch.view_as_complex(total.view(*total.shape[:-1], m, n, 2)))
-        moduli: Tensor = found.real.square().add_(found.imag.square()).sqrt_()
-        return moduli
+        blocks = [(..., slice(a, a + m), slice(b, b + n)) for a in range(0, m * step, m) for b in range(0, n * step, n)]
+        filters = self.wavelets[scale][at] / step**2
+        folded = torch.stack([transformed[:, None][block] * filters[block] for block in blocks]).sum(0)
+        found = torch.fft.ifft2(folded)
+        moduli = found.real.square().add_(found.imag.square()).sqrt_()
+        return None if smooth_only else moduli, self._smooth(moduli, scale)
 
     def _smooth(self, x: Tensor, at: int) -> Tensor:
-        """``[..., h * w]`` of ``x[..., m, n]`` at resolution ``at``."""
-        return x.flatten(-2) @ self.low[at]
+        """``[..., h, w]`` of ``x[..., m, n]`` at resolution ``at``."""
+        rows, columns = self.low[at]
+        return rows @ x @ columns.T
 
 
 @functools.lru_cache(maxsize=8)
@@ -106,30 +113,16 @@ def _bank(height: int, width: int, scales: int, angles: int, device: torch.devic
     return _Bank(height, width, scales, angles, device)
 
 
-def _transformed(x: Tensor) -> Tensor:
-    """``torch.fft.fft2`` of real ``x[..., M, N]``: half of it is computed, and the rest is the conjugate of that."""
-    half = torch.fft.rfft2(x)
-    rest = half[..., 1 : (x.shape[-1] + 1) // 2].flip(-1).conj()
-    return torch.cat([half, torch.cat([rest[..., :1, :], rest[..., 1:, :].flip(-2)], -2)], -1)
-
-
-def _blocks(x: Tensor, step: int) -> Tensor:
-    """``[..., step^2, m, n]`` of ``x[..., M, N]``: frequencies that are one after ``step`` times fewer pixels."""
-    m, n = x.shape[-2] // step, x.shape[-1] // step
-    return x.reshape(*x.shape[:-2], step, m, step, n).transpose(-3, -2).flatten(-4, -3)
-
-
-def _doubled(filters: np.ndarray, step: int) -> Tensor:
-    """``[step^2, angles, m * n * 2]``: blocks of ``filters[angles, M, N]``, each number twice, as in complex ones."""
-    blocks = _blocks(torch.from_numpy(filters / step**2), step).transpose(0, 1).flatten(-2)
-    return blocks.repeat_interleave(2, -1).to(torch.float32).contiguous()
+def _real(filters: np.ndarray) -> Tensor:
+    return torch.from_numpy(filters.astype(np.float32))
 
 
 def _reflected(n: int, size: int) -> np.ndarray:
     """Indices ``[size]`` into ``n`` pixels, which are in the middle, reflected at the borders."""
     period, before = max(1, 2 * (n - 1)), (size - n) // 2
     places = np.abs(np.arange(-before, size - before)) % period
-    return np.minimum(places, period - places)
+    reflected: np.ndarray = np.minimum(places, period - places)
+    return reflected
 
 
 def _wavelets(height: int, width: int, scale: int, angles: int) -> np.ndarray:

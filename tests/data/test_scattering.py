@@ -61,3 +61,16 @@ def test_other_inputs_than_images_are_refused(shape):
 def test_numbers_of_filters_are_at_least_one():
     with pytest.raises(DataError, match="scales=0, angles=8 are not at least 1"):
         Scattering(scales=0)
+
+
+@pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"{case['shape']}-{case['scales']}")
+def test_without_a_compiler_the_numbers_are_the_same(case, monkeypatch):
+    image = made_up(*case["shape"])[None, None]
+    transform = Scattering(case["scales"], case["angles"])
+    compiled = transform(image)
+    bank = scattering._bank(*case["shape"], case["scales"], case["angles"], torch.device("cpu"))
+    if not bank.compiled:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(bank, "compiled", False)
+    assert (transform(image) - compiled).abs().max() < 1e-6
+    assert not torch.equal(transform(image), compiled)  # another way

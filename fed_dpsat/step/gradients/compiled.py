@@ -80,12 +80,22 @@ def suit(x: Tensor) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Raises ``RuntimeError``, ``OSError`` or ``SubprocessError`` with the reason if the compiler makes no kernels."""
+    library = built(SOURCE)
+    for name, types in SIGNATURES.items():
+        getattr(library, name).argtypes, getattr(library, name).restype = types, None
+    return library
+
+
+def built(source: str) -> ctypes.CDLL:
+    """The library of ``source``, compiled for this processor if the cache does not have it.
+
+    Raises ``RuntimeError``, ``OSError`` or ``SubprocessError`` with the reason if the compiler makes none.
+    """
     flags = FLAGS + VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
-    digest = blake2b((SOURCE + repr(flags)).encode(), digest_size=8).hexdigest()
+    digest = blake2b((source + repr(flags)).encode(), digest_size=8).hexdigest()
     folder, name = CACHE.expanduser(), f"kernels-{platform.machine()}-{digest}.so"
     if (folder / name).exists():
-        return _opened(folder / name)
+        return ctypes.CDLL(str(folder / name))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         beside = tempfile.TemporaryDirectory(dir=folder)
@@ -94,29 +104,22 @@ def _library() -> ctypes.CDLL:
         folder = Path(beside.name)
     with beside:
         made = Path(beside.name) / "made.so"
-        _compile(made, flags)
+        _compile(made, source, flags)
         made.replace(folder / name)  # whole or not at all, whoever else compiles
-        return _opened(folder / name)
+        return ctypes.CDLL(str(folder / name))
 
 
-def _compile(made: Path, flags: tuple[str, ...]) -> None:
+def _compile(made: Path, text: str, flags: tuple[str, ...]) -> None:
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise RuntimeError("no C compiler (cc, gcc, clang, or what CC names)")
     source = made.with_name("kernels.c")
-    source.write_text(SOURCE)
+    source.write_text(text)
     command = [*shlex.split(compiler), *flags, str(source), "-o", str(made), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
         raise RuntimeError(f"{compiler} failed: {said[0]}")
-
-
-def _opened(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    for name, types in SIGNATURES.items():
-        getattr(library, name).argtypes, getattr(library, name).restype = types, None
-    return library
 
 
 def conv_weights(
