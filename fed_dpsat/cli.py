@@ -573,13 +573,14 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="Add an adapter to the weights that it changes.")] = False,
+    averaged: Annotated[bool, typer.Option("--averaged", help="The average of a run with averaging.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the model of a run as files of transformers or peft; any other model as model.safetensors."""
     from fed_dpsat.run.export import export_run
 
     with _clear_errors():
-        files = [str(folder / name) for name in export_run(run, folder, merge=merge)]
+        files = [str(folder / name) for name in export_run(run, folder, merge=merge, averaged=averaged)]
     if as_json:
         return _print_json({"files": files})
     for file in files:

@@ -39,6 +39,7 @@ class KnownNoise:
                 ("clipping", config.clipping != "adaptive", "of a fixed bound", "use flat clipping"),
                 ("noise_distribution", config.noise_distribution == "gaussian", "gaussian", "use strategy='fedavg'"),
                 ("optimizer", config.optimizer in SGD_STEPS, f"one of {', '.join(SGD_STEPS)}", "choose one of those"),
+                ("local_averaging", not config.local_averaging, "empty", "an average has less noise; leave it empty"),
                 ("local_models", config.local_models == 0, "0", "a client's half moves models by more than SGD steps"),
                 ("buffer_size", config.buffer_size == 0, "0", "updates that set out earlier are scaled; use fedavg"),
                 ("update_codec", config.update_codec in ("fp32", "bf16"), "fp32 or bf16", "send whole updates"),

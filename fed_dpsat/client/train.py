@@ -24,6 +24,7 @@ from fed_dpsat.data.dataset import Dataset
 from fed_dpsat.errors import RunError, warn_once
 from fed_dpsat.params import Params, flatten, laid_end_to_end, map_tree, subtract
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.averaging import LocalAverage
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, FlatClipping
 from fed_dpsat.step.gradients.per_example import ModelLoss
 from fed_dpsat.step.gradients.unchanging import unchanged
@@ -341,6 +342,15 @@ class Training:
         base = self.optimizer
         if request.proximal_mu:
             base = Proximal(base=base, anchor=request.params, proximal_mu=request.proximal_mu)
+        if self.config.local_averaging:
+            base = LocalAverage(
+                base=base,
+                kind=self.config.local_averaging,
+                decay=self.config.averaging_decay,
+                models=self.config.averaging_models,
+                first_step=self._first_step(request),
+                steps=request.assignment.local_steps,
+            )
         return base if self.half is None else self._of_half(request, base)
 
     def _of_half(self, request: Request, base: PrivateOptimizer | None = None) -> OfHalf:

@@ -18,6 +18,7 @@ from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.evaluation import (
     Evaluation,
     Predictions,
+    evaluate,
     measured,
     measured_on,
     metrics_of,
@@ -40,7 +41,9 @@ from fed_dpsat.run.logs import FIELDS
 from fed_dpsat.run.outsider import epsilon_of_outsider
 from fed_dpsat.run.promise import also_released, declared_public, delta_warning, threat_model
 from fed_dpsat.run.throughput import Throughput
+from fed_dpsat.step.averaging import ModelAverage
 from fed_dpsat.step.noise import NOISE_SOURCES
+from fed_dpsat.tasks.base import Task
 from fed_dpsat.tasks.metric import Value
 
 log = getLogger("fed_dpsat")
@@ -70,6 +73,12 @@ class Recorder:
         self.grid = grid if experiment.has_own_models and isinstance(grid, SimulationGrid) else None
         self.evaluation: Evaluation | None = None
         self.personal: dict[str, float | int] = {}
+        self.average: ModelAverage | None = None
+        self.averaged: Evaluation | None = None
+        if (config := experiment.config).averaging:
+            self.average = ModelAverage(
+                kind=config.averaging, decay=config.averaging_decay, models=config.averaging_models
+            )
         self.quality_at: tuple[int, Evaluation, Predictions | None] | None = None
         self._before: Params | None = None
         self.rounds_completed = 0
@@ -90,12 +99,15 @@ class Recorder:
         due = round % config.evaluate_every == 0 or round == config.num_rounds
         with self.strategy.phases("evaluate"):
             self.evaluation = self._evaluate(round, params) if due else None
+            self._add_to_average(round, params)
+            self.averaged = self._evaluate_average() if due else None
             if self.grid and due:
                 self.personal = measure_personal(self.grid, arrays, self.experiment)
         with self.strategy.phases("account"):
             record: RoundRecord = {
                 "round": round,
                 **self._tested(),
+                **self._tested_average(),
                 **(self.personal if due else {}),
                 "epsilon": self.epsilon(),
                 "asked": report.asked,
@@ -140,6 +152,8 @@ class Recorder:
         self.redone = not same_noise and (begun or checkpoint.server.get("redone", True))
         self.rounds_completed = checkpoint.round
         self._before = checkpoint.params
+        if self.average:
+            self.average.state = checkpoint.server["averaging"]
         self.folder.cut_off(checkpoint.round)
         self.strategy.load_state_dict(
             checkpoint.server["strategy"],
@@ -165,9 +179,19 @@ class Recorder:
 
     def _tested(self) -> dict[str, Value | None]:
         """``test_accuracy`` and the like, None in a round without an evaluation."""
-        names = shown(self.experiment.task)
-        values = self.evaluation.values if self.evaluation else dict.fromkeys(names)
-        return {f"test_{n}": values[n] for n in names} | {"test_loss": self.evaluation and self.evaluation.loss}
+        return _tested(self.evaluation, self.experiment.task, "test")
+
+    def _add_to_average(self, round: int, params: Params) -> None:
+        if self.average:
+            self.average.add(round, params, self.experiment.shared(round) if round else {})
+
+    def _evaluate_average(self) -> Evaluation | None:
+        of = self.experiment
+        return self.average and evaluate(of.loss_fn.module, self.average.value, of.dataset.test, of.task)
+
+    def _tested_average(self) -> dict[str, Value | None]:
+        """As ``_tested``, of the average: ``averaged_test_accuracy`` and the like; empty without one."""
+        return _tested(self.averaged, self.experiment.task, "averaged_test") if self.average else {}
 
     def _movement(self, round: int, params: Params) -> dict[str, float | None]:
         """The norms of the change of the global model and of the noise in it; both are public.
@@ -216,6 +240,7 @@ class Recorder:
         server: dict[str, Any] = {
             "ledger_head": tuple(self.strategy.ledger.head),
             "redone": self.redone,
+            **({"averaging": self.average.state} if self.average else {}),
         }
         try:
             server["strategy"] = self.strategy.state_dict()
@@ -239,10 +264,13 @@ class Recorder:
             saved = self.folder.load_checkpoint()
             assert saved is not None  # after_round leaves one, also before the first round
             self.evaluation = self._evaluate(saved.round, saved.params)
+            self.averaged = self._evaluate_average()
         return {
             "status": status,
             "ended_early": self.ended_early,
             **self._tested(),
+            **self._tested_average(),
+            **({"averaging": config.averaging} if config.averaging else {}),
             "task": config.task,
             "metric": dataclasses.asdict(self.experiment.task.metrics[0]),
             **self.personal,
@@ -293,6 +321,12 @@ class Recorder:
             "also_released": also_released(config, personal=self.grid is not None),
             "noise": NOISE_SOURCES[config.noise_source].description,
         }
+
+
+def _tested(found: Evaluation | None, task: Task, prefix: str) -> dict[str, Value | None]:
+    names = shown(task)
+    values = found.values if found else dict.fromkeys(names)
+    return {f"{prefix}_{name}": values[name] for name in names} | {f"{prefix}_loss": found and found.loss}
 
 
 def measure_personal(grid: SimulationGrid, arrays: ArrayRecord, experiment: Experiment) -> dict[str, float | int]:

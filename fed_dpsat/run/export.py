@@ -12,8 +12,10 @@ from fed_dpsat.models.pretrained import read_weights
 from fed_dpsat.run.finished import trained
 
 
-def export_run(run: Path, folder: Path, *, merge: bool = False) -> list[str]:
+def export_run(run: Path, folder: Path, *, merge: bool = False, averaged: bool = False) -> list[str]:
     """Write the model of the last checkpoint of ``run`` into the new or empty ``folder``; the names of the files.
+
+    With ``averaged`` it is the average of a run with ``averaging``.
 
     An adapter is written as files of peft, or with ``merge`` as a part of the weights that it changes. The settings of
     the run are beside them as ``run.toml``. Raises ``SettingError`` for a ``folder`` with files in it, ``merge``
@@ -21,7 +23,7 @@ def export_run(run: Path, folder: Path, *, merge: bool = False) -> list[str]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingError("folder", str(folder), "new or empty", "name another one")
-    experiment = trained(run, again="export with the version that has it")
+    experiment = trained(run, again="export with the version that has it", averaged=averaged)
     config, module = experiment.config, experiment.loss_fn.module
     if merge and not config.adapter:
         raise SettingError("merge", True, f"possible: {run} has no adapter", "leave out --merge")

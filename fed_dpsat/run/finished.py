@@ -17,6 +17,7 @@ from fed_dpsat.errors import RunError, SettingError
 from fed_dpsat.params import Params
 from fed_dpsat.run.folder import Checkpoint, RunFolder
 from fed_dpsat.run.inputs import CONTENTS
+from fed_dpsat.step.averaging import value_of
 
 
 def read_run(run: Path, *, again: str) -> tuple[Experiment, Checkpoint]:
@@ -35,8 +36,8 @@ def read_run(run: Path, *, again: str) -> tuple[Experiment, Checkpoint]:
     return Experiment.build(public), checkpoint
 
 
-def trained(run: Path, *, again: str) -> Experiment:
-    """As ``read_run``, with the parameters of the checkpoint in the model of the experiment.
+def trained(run: Path, *, again: str, averaged: bool = False) -> Experiment:
+    """As ``read_run``, with the parameters of the checkpoint, or the average of models, in the model of the experiment.
 
     Raises also ``SettingError`` for a run without one model for all clients, and ``RunError`` if the frozen layers that
     were built again are not those of the run.
@@ -44,19 +45,20 @@ def trained(run: Path, *, again: str) -> Experiment:
     _check_one_model(RunFolder(run, resume=True))
     experiment, checkpoint = read_run(run, again=again)
     _check_frozen(run, experiment.contents["model"])
-    _fill(experiment.loss_fn.module, checkpoint.params)
+    _fill(experiment.loss_fn.module, _average(run, checkpoint) if averaged else checkpoint.params)
     return experiment
 
 
-def trained_copy(run: Path, module: nn.Module, *, begun: bool) -> nn.Module:
-    """A copy of ``module`` on the CPU with the parameters of the checkpoint of ``run``.
+def trained_copy(run: Path, module: nn.Module, *, begun: bool, averaged: bool = False) -> nn.Module:
+    """A copy of ``module`` on the CPU with the parameters of the checkpoint of ``run``, or the average of its models.
 
     ``module`` is the network that was given to the run, or, if ``begun``, the one that the run made of it. Raises
     ``SettingError`` for another network, and the errors of ``trained`` about the run.
     """
     folder, copy = RunFolder(run, resume=True), copied("model", module).cpu()
     _check_one_model(folder)
-    params = _checkpoint(folder).params
+    checkpoint = _checkpoint(folder)
+    params = _average(run, checkpoint) if averaged else checkpoint.params
     if not begun:
         config = folder.config()
         with seeded(config, "adapter"):
@@ -65,6 +67,14 @@ def trained_copy(run: Path, module: nn.Module, *, begun: bool) -> nn.Module:
         _check_frozen(run, unsent(copy, start.names))
     _fill(copy, params)
     return copy
+
+
+def _average(run: Path, checkpoint: Checkpoint) -> Params:
+    if (state := checkpoint.server.get("averaging")) is None:
+        raise SettingError(
+            "averaged", True, f"possible: {run} has no average", "leave it out, or train with averaging=ema"
+        )
+    return value_of(state)
 
 
 def _fill(module: nn.Module, params: Params) -> None:

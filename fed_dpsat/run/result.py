@@ -67,8 +67,10 @@ class Run(Mapping[str, Any]):
         columns = list(self.rounds[0]) if self.rounds else ["round"]
         return pandas.DataFrame(list(self.rounds), columns=columns).set_index("round")
 
-    def model(self, network: nn.Module | None = None) -> nn.Module:
+    def model(self, network: nn.Module | None = None, *, averaged: bool = False) -> nn.Module:
         """A new network with the weights of the last checkpoint, on the CPU, in evaluation mode.
+
+        With ``averaged`` it has the average of a run with ``averaging``.
 
         A folder has the parameters after the last complete round and none of earlier rounds. ``network`` is the one
         that was given to ``simulate`` as an object, or one like it: a folder does not hold the code of such a run. It
@@ -79,10 +81,11 @@ class Run(Mapping[str, Any]):
         from fed_dpsat.run.finished import trained, trained_copy
 
         if network is not None:
-            return trained_copy(self._folder(), network, begun=False).eval()
+            return trained_copy(self._folder(), network, begun=False, averaged=averaged).eval()
         if self.module is not None:
-            return trained_copy(self._folder(), self.module, begun=True).eval()
-        return trained(self._folder(), again="load it with the version that has it").loss_fn.module.eval()
+            return trained_copy(self._folder(), self.module, begun=True, averaged=averaged).eval()
+        again = "load it with the version that has it"
+        return trained(self._folder(), again=again, averaged=averaged).loss_fn.module.eval()
 
     def ledger(self) -> Statement:
         """What each client has spent and has left, as ``fed-dpsat ledger`` shows it; verifies the file first.

@@ -158,6 +158,7 @@ def _half(config: Settings) -> None:
         ("privacy_unit", config.privacy_unit == "example", "only whole changes are bounded then; set it to example"),
         ("buffer_size", not config.buffer_size, "a late reply no longer fits the model; set it to 0"),
         ("attack", not config.attack, "attacks forge models, and not records; leave it empty"),
+        ("local_averaging", not config.local_averaging, "the half says what a client sends; leave it empty"),
         ("personal_layers", not config.personal_layers, "leave it empty: the half says what stays on a client"),
         ("unfreeze_round", not config.unfreeze_round, "the state of a half has one shape; set it to 0"),
     ):

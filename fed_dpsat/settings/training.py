@@ -96,6 +96,21 @@ class Training:
         "number of passes over its data a client takes per round, instead of local_steps; 0 is for local_steps",
         least=0,
     )
+    averaging: str = setting(
+        "",
+        "average of the global models, which a run measures and keeps beside the last one: ema (exponential), last-k; "
+        "empty keeps none",
+        choices=("", "ema", "last-k"),
+    )
+    local_averaging: str = setting(
+        "",
+        "average of its local models that a client sends in place of the last one: ema, last-k; empty sends the last",
+        choices=("", "ema", "last-k"),
+    )
+    averaging_decay: float = setting(
+        0.999, "largest decay of an ema, which begins at 0.1 and rises with the number of models", least=0, most=1
+    )
+    averaging_models: int = setting(10, "number of models of a last-k average", least=1)
     sample_rate: float = setting(0.5, "chance of each example to be in a Poisson batch", above=0, most=1)
     physical_batch_size: int = setting(128, "number of per-example gradients in memory at a time", least=1)
     engine: str = setting(
@@ -132,7 +147,16 @@ def check(config: Training) -> None:
         refuse(
             config, "unfreeze_round", f"possible with train_layers={config.train_layers!r}", "use head-then-all, or 0"
         )
+    _averaging(config)
     _adapter(config)
+
+
+def _averaging(config: Training) -> None:
+    """An average of models of a kind that is not taken has no meaning."""
+    kinds = (config.averaging, config.local_averaging)
+    for name, kind, default in (("averaging_decay", "ema", 0.999), ("averaging_models", "last-k", 10)):
+        if getattr(config, name) != default and kind not in kinds:
+            refuse(config, name, f"possible without an average of kind {kind}", f"set averaging={kind}")
 
 
 def _adapter(config: Training) -> None:

@@ -29,6 +29,9 @@ def result_table(result: Mapping[str, Any]) -> Table:
             f"{mean} mean of {result['personal_clients']} clients on their shares of the "
             f"{split} split, worst decile {worst}",
         )
+    if (averaged := result.get(f"averaged_{main.key}")) is not None:
+        shown = on_terminal(value_of(averaged), main, 2)
+        table.add_row("averaged model", f"{shown} {main.label} of the average of models ({result['averaging']})")
     table.add_row(f"{split} loss", f"{_loss(result['test_loss'])} {loss_unit(task_of(result))}".rstrip())
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     table.add_row("protects", result["privacy_unit"])
