@@ -63,6 +63,9 @@ class Experiment(Training):
             partition=config.partition,
         )
         object.__setattr__(self, "partitions", parts)
+        if self.views:
+            one = self.dataset.train.inputs
+            self.views.check(tuple(one.shape[1:]) if isinstance(one, Tensor) else None)
 
     @classmethod
     def build(

@@ -37,6 +37,7 @@ from fed_dpsat.step.placement import CPU, device_of, is_card, moved, moved_state
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.stacked import Stacked, StackedResults, Unstackable, alike, automatic_sizes
 from fed_dpsat.step.subspace import Coordinates, Span
+from fed_dpsat.step.views import Views
 from fed_dpsat.tasks.base import Task
 
 STACKING_ENGINES = ("auto", "vmap")
@@ -51,7 +52,7 @@ def with_stacks(config: RunConfig, clipping: ClippingRule, parameters: int) -> R
         return config
     together = config.engine in STACKING_ENGINES and config.precision == "float32" and not config.secure_aggregation
     size, held = automatic_sizes(parameters, config.cohort_size)
-    if not together or isinstance(clipping, AdaptiveClipping) or size == 1:
+    if not together or isinstance(clipping, AdaptiveClipping) or config.augmentations or size == 1:
         return dataclasses.replace(config, stack_clients=1)
     return dataclasses.replace(config, stack_clients=size, physical_batch_size=max(config.physical_batch_size, held))
 
@@ -143,6 +144,12 @@ class Training:
     def local_clipping(self) -> ClippingRule:
         """The clipping of examples in local training: none if the unit is the client, whose whole change is clipped."""
         return self.clipping if self.config.privacy_unit == "example" else FlatClipping(clip_norm=math.inf)
+
+    @functools.cached_property
+    def views(self) -> Views | None:
+        """The random views of each example that a step trains on."""
+        config = self.config
+        return Views(count=config.augmentations, augmentation=config.augmentation) if config.augmentations else None
 
     def subspace(self, round: int) -> Coordinates | Span | None:
         """The subspace of ``round`` (from 1), if the optimizer has one; None if replies are whole models.
@@ -403,6 +410,7 @@ class Training:
             mechanism=mechanism,
             own=own,
             groups=lambda batch: self.dataset.train.alike(indices[batch]),
+            views=self.views,
             streams=Streams(
                 seed=config.seed,
                 client=request.client,

@@ -123,6 +123,7 @@ class Policy:
     )
     strategy_args: tuple[str, ...] = _key("permitted strategy_args, as written; an empty list permits none", ())
     largest_parameters: int = _key("largest number of trained parameters", 50_000_000)
+    largest_augmentations: int = _key("largest number of views of an image, held in memory together", 16)
     largest_physical_batch_size: int = _key("largest number of per-example gradients in memory", 1024)
     release_counts: bool = _key("whether a run may count examples without a finite gradient; exact, not private", False)
     threads: int = _key("number of intra-op threads", 1)
@@ -157,6 +158,7 @@ class Policy:
         check("tasks", bool(self.tasks), "a list with a name", "classification is the default")
         check("models", bool(self.models), "a list with a name", "list the networks that this device trains")
         check("largest_parameters", self.largest_parameters >= 1, "at least 1", "50000000 is the default")
+        check("largest_augmentations", self.largest_augmentations >= 0, "at least 0", "0 allows no views")
         check("largest_physical_batch_size", self.largest_physical_batch_size >= 1, "at least 1", "128 suits most CPUs")
         check("metrics_port", 0 <= self.metrics_port < 2**16, "in [0, 65535]", "9464 is usual, 0 serves none")
         check("log_format", self.log_format in LOG_FORMATS, f"one of {', '.join(LOG_FORMATS)}", "text is the default")
@@ -264,6 +266,7 @@ class Policy:
         self._bounded("delta", config.delta, 0, self.largest_delta)
         self._bounded("local_steps", steps, 1, self.largest_local_steps)
         self._bounded("num_rounds", config.num_rounds, 1, SANE_NUMBER)
+        self._bounded("augmentations", config.augmentations, 0, self.largest_augmentations)
         rows = min(config.physical_batch_size, self.largest_physical_batch_size)
         own = {
             **_LOCAL,

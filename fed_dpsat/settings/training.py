@@ -112,7 +112,20 @@ class Training:
     )
     averaging_models: int = setting(10, "number of models of a last-k average", least=1)
     sample_rate: float = setting(0.5, "chance of each example to be in a Poisson batch", above=0, most=1)
-    physical_batch_size: int = setting(128, "number of per-example gradients in memory at a time", least=1)
+    augmentations: int = setting(
+        0,
+        "number of random views of each image whose mean gradient is clipped; 0 trains on the image itself",
+        least=0,
+    )
+    augmentation: str = setting(
+        "crop-flip",
+        "views of an image: crop-flip (moved by up to 4 pixels over reflecting edges, half of them mirrored), crop, "
+        "flip",
+        choices=("crop-flip", "crop", "flip"),
+    )
+    physical_batch_size: int = setting(
+        128, "number of per-example gradients in memory at a time; views of an example count", least=1
+    )
     engine: str = setting(
         "auto",
         "way per-example gradients are computed: auto (layer by layer; planned is the same), vmap (a row of each "
@@ -148,6 +161,8 @@ def check(config: Training) -> None:
             config, "unfreeze_round", f"possible with train_layers={config.train_layers!r}", "use head-then-all, or 0"
         )
     _averaging(config)
+    if config.augmentation != "crop-flip" and not config.augmentations:
+        refuse(config, "augmentation", "possible without views", "set augmentations=16")
     _adapter(config)
 
 

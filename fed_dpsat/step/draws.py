@@ -35,6 +35,8 @@ BYTES_AT_ONCE = 1 << 18
 
 SEEDS = 2**32 - 1
 """The number of the call whose words seed generators of an example's own."""
+VIEWS, CHOICE = SEEDS - 1, SEEDS - 2
+"""Those whose words say which views an example has, and which of a person's examples are in a batch."""
 
 
 def fresh_key() -> bytes:
@@ -64,7 +66,11 @@ class Draws:
 
     def some(self, part: slice | NDArray[np.int64]) -> Draws:
         """Those of the examples of ``part``."""
-        found = Draws(key=self.key, ids=self.ids[part])
+        return self.of(self.ids[part])
+
+    def of(self, ids: NDArray[np.int64]) -> Draws:
+        """Those of other examples, in the same step."""
+        found = Draws(key=self.key, ids=ids)
         found.__dict__["_encrypt"] = self._encrypt
         return found
 

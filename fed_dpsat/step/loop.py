@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
+from fed_dpsat.step.bundles import Part
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, Tally, check_clip_norm
 from fed_dpsat.step.clipping.bound import Held, bounds_l1
 from fed_dpsat.step.draws import Draws, fresh_key, step_key
@@ -31,6 +32,7 @@ from fed_dpsat.step.query import At, Query, check_loss, spread
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.secure_noise import system_generator
 from fed_dpsat.step.unchecked import checking
+from fed_dpsat.step.views import Views
 
 Batches = Callable[[Tensor], tuple[Examples, Tensor]]
 """Indices ``[B]`` to ``(inputs[B, ...], targets[B])``."""
@@ -117,7 +119,7 @@ class Member:
 
     ``groups`` divides a batch, so that no example has a shape that follows from others (``Examples.alike``).
     ``first_step`` is the index of the first step among those of the federation, ``clip_norm`` where adaptive clipping
-    begins, by default at its first bound.
+    begins, by default at its first bound. ``views`` are made of each example, and their mean gradient is bounded.
     """
 
     batches: Batches
@@ -129,6 +131,7 @@ class Member:
     clip_norm: float | None = None
     own: Params = field(default_factory=dict)
     groups: Groups = one_group
+    views: Views | None = None
 
 
 Watch = Callable[[int, At, Params], None]
@@ -200,7 +203,7 @@ def train(
     and a mechanism, sampler or streams of another class than those named here (but within ``unchecked``).
     """
     for member in members:
-        check_known(member.mechanism, member.sampler, member.streams)
+        check_known(member.mechanism, member.sampler, member.streams, member.views)
         check_bound(member.mechanism, clipping)
     settings: dict[str, Any] = {
         "loss_fn": loss_fn,
@@ -311,10 +314,6 @@ class Turn:
         )
 
 
-Part = tuple[tuple[Examples, Tensor], Draws]
-"""A batch of examples of one shape, and what they draw."""
-
-
 class Alone:
     """One member, by an engine for per-example gradients; the seed is that of its streams."""
 
@@ -350,7 +349,7 @@ class Alone:
         member = self._member
         draws = member.streams.draws(step, drawn)
         return [
-            (made_batch(member.batches, drawn[places], mine, self._device), mine)
+            Part(made_batch(member.batches, drawn[places], mine, self._device), mine)
             for places in checked_groups(member.groups(drawn), len(drawn))
             for mine in [draws.some(places.numpy())]
         ]
@@ -364,14 +363,21 @@ class Alone:
         loss = self._loss_fn
         if self._ordinary:
             loss, self.rounds.of_gradient = self._ordinary.pair(at)
-        found = [
-            clipped_gradient_sum(loss, at, part, self.rounds.rule, draws=draws, **self._how) for part, draws in batch
-        ]
-        total, nonfinite = found[0]
-        for more, skipped in found[1:]:
-            total = {name: part + more[name] for name, part in total.items()}
+        total: Params = {}
+        nonfinite = 0
+        for part in self._shown(batch):
+            found, skipped = clipped_gradient_sum(
+                loss, at, part.batch, self.rounds.rule, draws=part.draws, bundles=part.bundles, **self._how
+            )
+            total = {name: before + found[name] for name, before in total.items()} or found
             nonfinite += skipped
         return total, nonfinite
+
+    def _shown(self, batch: list[Part]) -> Iterator[Part]:
+        """``batch``, or the views of it, a few examples at a time."""
+        views = self._member.views
+        for part in batch:
+            yield from views.parts(part, self._how["physical_batch_size"]) if views else [part]
 
     def update(self, private_gradient: Params, info: StepInfo) -> None:
         """What the optimizer makes of it."""
@@ -441,13 +447,14 @@ def _cost(noise_multiplier: float) -> float:
     return noise_multiplier**-2 if noise_multiplier else math.inf
 
 
-def check_known(mechanism: Mechanism, sampler: PoissonSampler, streams: Streams) -> None:
+def check_known(mechanism: Mechanism, sampler: PoissonSampler, streams: Streams, views: Views | None = None) -> None:
     """Raise ``SettingError`` for a class that may add, draw or repeat something else than the event says."""
     known: tuple[type, ...]
     for name, part, known in (
         ("mechanism", mechanism, tuple(MECHANISMS.values())),
         ("sampler", sampler, (PoissonSampler,)),
         ("streams", streams, (Streams,)),
+        ("views", views, (Views, type(None))),
     ):
         if type(part) not in known and checking():
             raise SettingError(
@@ -513,5 +520,5 @@ def check_rows(batch: tuple[Examples, Tensor], indices: Tensor) -> None:
             "batches",
             count(batch[1]),
             f"{len(indices)} rows, one per sampled example",
-            "views of one example belong into its loss, where clipping bounds them together",
+            "views of one example belong into its loss, or are Member.views, so that clipping bounds them together",
         )

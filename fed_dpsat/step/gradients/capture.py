@@ -35,10 +35,19 @@ from torch.overrides import _pop_mode, _push_mode
 from torch.utils._pytree import tree_map
 
 from fed_dpsat.params import Params
+from fed_dpsat.step.bundles import Bundles
 from fed_dpsat.step.draws import of_batch
 from fed_dpsat.step.examples import Examples
 from fed_dpsat.step.gradients import embedding, rnn
-from fed_dpsat.step.gradients.contribution import Contribution, Rows, Unplanned, check_versions, versions, wide
+from fed_dpsat.step.gradients.contribution import (
+    Contribution,
+    Rows,
+    Unplanned,
+    bundled,
+    check_versions,
+    versions,
+    wide,
+)
 from fed_dpsat.step.gradients.drawing import ANSWERS, LOOKED_INTO, Pass
 from fed_dpsat.step.gradients.level import Level
 from fed_dpsat.step.gradients.passes import InPass, check_backward, name_of, tensors, writes
@@ -96,13 +105,19 @@ Route = Callable[..., Call | None]
 class Tape:
     """Contributions in the order of the backward pass, with the tensor that each is to; ``calls`` forward.
 
-    ``opened`` are the tensors that were used in the open, with the name of the function.
+    ``opened`` are the tensors that were used in the open, with the name of the function. With ``bundles`` contributions
+    are those of bundles, whose rows have their weights in the losses.
     """
 
     calls: list[Call] = field(default_factory=list)
     found: list[tuple[Tensor, Contribution]] = field(default_factory=list)
     keep_calls: bool = False
     opened: list[tuple[Tensor, str]] = field(default_factory=list)
+    bundles: Bundles | None = None
+
+    def add(self, to: Tensor, held: Any) -> None:
+        """A contribution of the examples to a tensor."""
+        self.found.append((to, held if self.bundles is None else bundled(held, self.bundles.rows)))
 
 
 class Capture(InPass):
@@ -329,7 +344,7 @@ class Planned(torch.autograd.Function):
         saved, weight = tuple(t.detach() for t in ctx.saved_tensors), _detached(call.weight, call, ctx.saved_tensors[0])
         gradient, found = call.layer.backward(grad, weight, saved, ctx.needs_input_grad[3], roles)
         for role, contribution in found.items():
-            ctx.tape.found.append((tensors[role], contribution))
+            ctx.tape.add(tensors[role], contribution)
         return None, None, None, gradient if gradient is None or not ctx.alone else gradient.unsqueeze(1), None
 
 
@@ -345,7 +360,7 @@ class InTheOpen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         check_versions([ctx.t], ctx.versions)
-        ctx.tape.found.append((ctx.t, Rows(data=wide(grads[0]))))
+        ctx.tape.add(ctx.t, Rows(data=wide(grads[0])))
         return None, None, None, None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -92,6 +92,35 @@ class Parts:
     def rows(self) -> Tensor:
         """All rows in one tensor."""
         return torch.cat([part.rows() for part in self.parts])
+
+
+@runtime_checkable
+class Factors(Contribution, Protocol):
+    """A contribution that is not held as rows."""
+
+    def bundled(self, rows: int) -> Contribution:
+        """``bundled`` of it, of the factors themselves."""
+
+
+def bundled(held: Rows | Parts | Factors, rows: int) -> Contribution:
+    """What bundles of ``rows`` examples, one after the other, add together."""
+    if isinstance(held, Factors):
+        return held.bundled(rows)
+    parts = held.parts if isinstance(held, Parts) else [held]
+    return Rows(data=_sums([part.data for part in parts], rows), to_shape=parts[0].to_shape)
+
+
+def _sums(parts: list[Tensor], rows: int) -> Tensor:
+    """``[G, ...]``, sums of ``rows`` rows each of ``parts``, end to end."""
+    if len(parts) == 1:
+        return parts[0].view(-1, rows, *parts[0].shape[1:]).sum(1)
+    total = parts[0].new_zeros(sum(map(len, parts)) // rows, *parts[0].shape[1:])
+    start = 0
+    for part in parts:
+        bundle = torch.arange(start, start + len(part), device=part.device) // rows
+        total.index_add_(0, bundle, part)
+        start += len(part)
+    return total
 
 
 def together(parts: list[Rows]) -> Contribution:

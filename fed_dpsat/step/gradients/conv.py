@@ -162,6 +162,7 @@ def _product(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: 
         grad,
         of=layer.weight_gradient,
         each=layer.each,
+        together=lambda x, grad, rows: _channels(layer, x, grad, weight, made, rows),
         norms=gram_norms(inputs_gram, gram(outputs)),
         inputs_gram=inputs_gram,
         apply=layer.apply,
@@ -236,25 +237,28 @@ def _pixels(geometry: Geometry, x: Tensor, grad: Tensor) -> Contribution:
     return Rows(data=data, to_shape=lambda rows: rows.reshape(-1, *geometry.shape))
 
 
-def _channels(layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None) -> Contribution:
+def _channels(
+    layer: Convolution, x: Tensor, grad: Tensor, weight: Tensor, made: Tensor | None, rows: int = 1
+) -> Contribution:
+    """Of bundles of ``rows`` examples, whose gradients torch adds up as it does those of a batch."""
     g = layer.geometry
     if g.groups == 1 and x.shape[1] < FEW_CHANNELS:
         x, grad = laid_out(x, True), laid_out(grad, True)
-    step, last = _abreast(g, x, grad), is_channels_last(x)
+    step, last = max(1, _abreast(g, x, grad) // rows) * rows, is_channels_last(x)
 
-    def to_shape(rows: Tensor) -> Tensor:
+    def to_shape(found: Tensor) -> Tensor:
         if not last:
-            return rows.view(-1, *g.shape)
-        return rows.view(-1, g.shape[0], *g.kernel, g.shape[1]).permute(0, 1, 4, 2, 3)
+            return found.view(-1, *g.shape)
+        return found.view(-1, g.shape[0], *g.kernel, g.shape[1]).permute(0, 1, 4, 2, 3)
 
     filter_rows = wide(weight.movedim(1, -1) if last else weight).flatten(1) if layer.derived else None
     parts = []
     for some, outputs in zip(torch.split(x, step), torch.split(grad, step), strict=True):
-        count = len(some)
+        count = len(some) // rows
         abreast = Convolution(
             geometry=replace(g, shape=(count * g.shape[0], *g.shape[1:]), groups=count * g.groups), strategy=""
         )
-        found = abreast.weight_gradient(patches.side_by_side(some), patches.side_by_side(outputs))
+        found = abreast.weight_gradient(patches.side_by_side(some, rows), patches.side_by_side(outputs, rows))
         data = wide(found.permute(0, 2, 3, 1) if last else found).reshape(count, g.shape[0], -1)
         norms, filters = _summary(data, filter_rows)
         parts.append(Rows(data=data, to_shape=to_shape, norms=norms, filters=filters))

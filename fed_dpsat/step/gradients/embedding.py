@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fed_dpsat.step.gradients.contribution import Unplanned, wide
+from fed_dpsat.step.gradients.contribution import Contribution, Rows, Unplanned, wide
 from fed_dpsat.step.gradients.linear import Roles
 from fed_dpsat.step.gradients.product import bounded_norms, gram, product
 
@@ -30,10 +30,18 @@ class Embedding:
         """No gradient of words; the contribution to the table."""
         words = saved[0].reshape(len(grad), -1)
         grad = wide(grad).reshape(*words.shape, -1)
-        grad = grad.masked_fill((words == self.padding)[..., None], 0)
+        return None, {"weight": self._product(words, grad.masked_fill((words == self.padding)[..., None], 0))}
+
+    def _product(self, words: Tensor, grad: Tensor) -> Contribution:
         same = (words[:, :, None] == words[:, None, :]).to(grad)
         norms = bounded_norms(same, gram(grad), grad.shape[2])
-        return None, {"weight": product(words, grad, of=self._of, each=self._each, norms=norms)}
+        return product(words, grad, of=self._of, each=self._each, together=self._together, norms=norms)
+
+    def _together(self, words: Tensor, grad: Tensor, rows: int) -> Contribution:
+        words, grad = (t.reshape(len(t) // rows, -1, *t.shape[2:]) for t in (words, grad))
+        if words.shape[1] > self.words:  # a table is smaller than which of the words are the same
+            return Rows(data=self._each(words, grad))
+        return self._product(words, grad)
 
     def _of(self, words: Tensor, grad: Tensor) -> Tensor:
         return grad.new_zeros(self.words, grad.shape[-1]).index_add(0, words.flatten(), grad.flatten(0, 1))

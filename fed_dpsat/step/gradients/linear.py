@@ -34,10 +34,7 @@ class Linear:
         outputs = grad.reshape(len(x), -1, grad.shape[-1])
         inputs, outputs = wide(inputs), wide(outputs)
         if "weight" in roles:
-            if self.strategy == "product":
-                found["weight"] = product(inputs, outputs, of=_of, each=_each, norms=_norms(inputs, outputs))
-            else:
-                found["weight"] = Rows(data=_each(inputs, outputs))
+            found["weight"] = _held(self.strategy, inputs, outputs)
         if "bias" in roles:
             found["bias"] = Rows(data=outputs.sum(1))
         return (grad @ weight if need_input else None), found
@@ -63,7 +60,21 @@ def joined(parts: list[Product]) -> Product:
     if len(parts) == 1:
         return parts[0]
     inputs, outputs = (torch.cat([getattr(part, side) for part in parts], 1) for side in ("inputs", "outputs"))
-    return product(inputs, outputs, of=_of, each=_each, norms=_norms(inputs, outputs))
+    return _product(inputs, outputs)
+
+
+def _held(strategy: str, inputs: Tensor, outputs: Tensor) -> Contribution:
+    return _product(inputs, outputs) if strategy == "product" else Rows(data=_each(inputs, outputs))
+
+
+def _product(inputs: Tensor, outputs: Tensor) -> Product:
+    return product(inputs, outputs, of=_of, each=_each, together=_together, norms=_norms(inputs, outputs))
+
+
+def _together(inputs: Tensor, outputs: Tensor, rows: int) -> Contribution:
+    """One example of each ``rows``, which has the positions of all."""
+    inputs, outputs = (t.reshape(len(t) // rows, -1, t.shape[2]) for t in (inputs, outputs))
+    return _held(choose(inputs.shape[1], inputs.shape[2], outputs.shape[2]), inputs, outputs)
 
 
 def _norms(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:

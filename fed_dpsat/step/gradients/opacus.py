@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
+from fed_dpsat.step.bundles import Bundles
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.examples import Examples, count, device_of
 from fed_dpsat.step.generators import Mark
@@ -32,7 +33,13 @@ TOLERANCE, SMALL = {"float32": 1e-3, "bfloat16": 5e-2}, 0.05
 
 
 def opacus_sum(
-    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule, mode: str = "hooks"
+    loss_fn: LossFn,
+    at: At,
+    inputs: Examples,
+    targets: Examples,
+    clipping: ClippingRule,
+    bundles: Bundles | None = None,
+    mode: str = "hooks",
 ) -> tuple[Params, int]:
     """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite.
 
@@ -48,7 +55,7 @@ def opacus_sum(
     if not isinstance(loss_fn, ModelLoss):
         raise _refused("for a loss other than ModelLoss")
     _compare(loss_fn, point, inputs, targets, mode)
-    return planned.planned_sum(loss_fn, point, inputs, targets, clipping)
+    return planned.planned_sum(loss_fn, point, inputs, targets, clipping, bundles)
 
 
 def _refused(why: str) -> SettingError:

@@ -100,9 +100,14 @@ def windows_by_plane(geometry: Geometry, x: Tensor) -> Tensor:
     return padded.as_strided((*x.shape[:2], *geometry.kernel, *positions), stride)
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    """``[B, C, H, W] -> [1, B * C, H, W]``, in the format of ``x``; where channels have planes, without a copy."""
+def side_by_side(x: Tensor, rows: int = 1) -> Tensor:
+    """``[G * R, C, H, W] -> [R, G * C, H, W]``, in the format of ``x``; of one of ``rows`` planes, without a copy."""
     batch, channels, height, width = x.shape
+    if rows > 1:
+        apart = x.view(-1, rows, *x.shape[1:]).transpose(0, 1)
+        if not is_channels_last(x):
+            return apart.reshape(rows, -1, height, width)
+        return apart.permute(0, 3, 4, 1, 2).reshape(rows, height, width, -1).permute(0, 3, 1, 2)
     if not is_channels_last(x):
         return x.reshape(1, batch * channels, height, width)
     pixels = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fed_dpsat.errors import SettingError, warn_once
 from fed_dpsat.params import Params
+from fed_dpsat.step.bundles import Bundles
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.clipping.bound import held
 from fed_dpsat.step.draws import Draws
@@ -30,7 +31,8 @@ from fed_dpsat.step.query import At, LossFn, first_point, simplified, zero_sum
 
 __all__ = ["ENGINES", "LossFn", "ModelLoss", "check_module", "clipped_gradient_sum", "cross_entropy"]
 
-Engine = Callable[[LossFn, At, Examples, Examples, ClippingRule], tuple[Params, int]]
+Engine = Callable[..., tuple[Params, int]]
+"""Of a loss, a point or query, inputs, targets and a clipping rule; those here also take ``Bundles`` or None."""
 
 ENGINES: dict[str, Engine] = {"auto": planned_sum, "vmap": vmap_sum, "planned": planned_sum, "opacus": opacus_sum}
 
@@ -44,6 +46,7 @@ def clipped_gradient_sum(
     engine: str = "auto",
     physical_batch_size: int = 128,
     draws: Draws | None = None,
+    bundles: Bundles | None = None,
 ) -> tuple[Params, int]:
     """Sum of clipped gradients, one per example of ``(inputs[B, ...], targets[B])``; a sum, not a mean.
 
@@ -55,6 +58,8 @@ def clipped_gradient_sum(
     was not finite. Both are sensitive: noise comes next.
     At most ``physical_batch_size`` per-example gradients are held at a time; the split changes nothing else. If the
     machine has no memory for that many, it is half of them, and so on.
+    With ``bundles``, ``B`` is G * R, the weighted sum over the R rows of a bundle is clipped in place of each gradient,
+    bundles are counted, and each is in one chunk, also if it has more rows than that.
     ``draws`` is what models with dropout and the like draw, example by example; without it, by position, under a key
     that no other call repeats. torch's, Python's and numpy's generators are afterwards where they were.
     Raises ``SettingError`` for a rule whose factors do not keep ``clipping.clip_norm``, and ``ModelError`` for
@@ -75,19 +80,24 @@ def clipped_gradient_sum(
     draws = Draws.fresh(size) if draws is None else draws
     if len(draws) != size:
         raise ValueError(f"draws of {len(draws)} examples for a batch of {size}")
-    start = 0
+    rows = bundles.rows if bundles else 1
+    if bundles and bundles.weights.numel() != size:
+        raise ValueError(f"{list(bundles.weights.shape)} rows of bundles for a batch of {size}")
+    start, step = 0, max(1, physical_batch_size // rows)
     with borrowed(device_of(inputs)):
         while start < size:
-            part = slice(start, start + physical_batch_size)
+            part = slice(start, start + step * rows)
+            some_bundles = bundles.some(part) if bundles else None
             try:
                 with draws.some(part).used():
-                    chunk, nonfinite = ENGINES[engine](loss_fn, at, some(inputs, part), some(targets, part), clipping)
+                    x, y = some(inputs, part), some(targets, part)
+                    chunk, nonfinite = ENGINES[engine](loss_fn, at, x, y, clipping, some_bundles)
             except NoMemory:
-                tried = min(physical_batch_size, size - start)
-                physical_batch_size = (tried + 1) // 2
-                warn_once(f"no memory for {tried} per-example gradients at a time: trying {physical_batch_size}")
+                tried = min(step, (size - start) // rows)
+                step = (tried + 1) // 2
+                warn_once(f"no memory for {tried * rows} per-example gradients at a time: trying {step * rows}")
                 continue
-            start += physical_batch_size
+            start += step * rows
             num_nonfinite += nonfinite
             clipped_sum = {name: clipped_sum[name].add_(c) for name, c in chunk.items()} if clipped_sum else chunk
     return clipped_sum or zero_sum(at), num_nonfinite

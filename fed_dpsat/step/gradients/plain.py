@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fed_dpsat.params import Params
+from fed_dpsat.step.bundles import Bundles
 from fed_dpsat.step.clipping import ClippingRule, FlatClipping
 from fed_dpsat.step.examples import Examples, count, device_of
 from fed_dpsat.step.generators import Mark
@@ -27,7 +28,9 @@ def unbounded(clipping: ClippingRule) -> bool:
     return type(clipping) is FlatClipping and math.isinf(clipping.clip_norm)
 
 
-def plain_query_sum(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples) -> Params | None:
+def plain_query_sum(
+    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, bundles: Bundles | None = None
+) -> Params | None:
     """``plain_sum`` of each point, weighted, on what is active; None where that may not be the sum over examples.
 
     Weights whose absolute values add up to more than 1 could make an example's finite gradients overflow.
@@ -37,7 +40,7 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples
         return None
     total: Params = {}
     for weight, point in query.points:
-        found = plain_sum(loss_fn, point, inputs, targets)
+        found = plain_sum(loss_fn, point, inputs, targets, bundles)
         if found is None:
             return None
         for name, g in compact(query, found).items():
@@ -45,7 +48,9 @@ def plain_query_sum(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples
     return total
 
 
-def plain_sum(loss_fn: LossFn, params: Params, inputs: Examples, targets: Examples) -> Params | None:
+def plain_sum(
+    loss_fn: LossFn, params: Params, inputs: Examples, targets: Examples, bundles: Bundles | None = None
+) -> Params | None:
     """Sum of gradients over ``inputs[B, ...]``; None where it is not finite.
 
     inf and NaN never cancel in a sum, so a finite one has no example to drop. Else the examples have to be looked at;
@@ -62,7 +67,8 @@ def plain_sum(loss_fn: LossFn, params: Params, inputs: Examples, targets: Exampl
     with torch.enable_grad():
         try:
             with afresh(loss_fn) as own:
-                total = Capture(count(targets), routes_of(loss_fn)).losses(own, leaves, inputs, targets).sum()
+                losses = Capture(count(targets), routes_of(loss_fn)).losses(own, leaves, inputs, targets)
+            total = (losses if bundles is None else bundles.weighted(losses)).sum()
             found = _gradients(total, wanted)[: len(leaves)]
             check_drawn(mark)
         except Exception:  # the way over single gradients says what it is

@@ -11,6 +11,7 @@ a draw, a branch on data, a module that keeps      one pass per example (``loop`
 tensors, an operation that ``vmap`` has not
 a norm that cancels, or values above 1e8           rows of that example
 a rule that bounds nothing                         an ordinary pass (``plain``)
+bundles of rows                                    what a layer adds for a bundle, at the positions of all its rows
 weighted points, a name with a mask                rows of those parameters, combined, without what is masked
 slopes                                             numbers of forward passes, of which no graph is kept
 ================================================== ==================================================
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_map
 
 from fed_dpsat.errors import InputError
 from fed_dpsat.params import Params
+from fed_dpsat.step.bundles import Bundles
 from fed_dpsat.step.clipping import ClippingRule
 from fed_dpsat.step.draws import Draws, of_batch
 from fed_dpsat.step.examples import Examples, count, device_of, some
@@ -63,38 +65,57 @@ class NoMemory(Exception):
 
 
 def planned_sum(
-    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule
+    loss_fn: LossFn,
+    at: At,
+    inputs: Examples,
+    targets: Examples,
+    clipping: ClippingRule,
+    bundles: Bundles | None = None,
 ) -> tuple[Params, int]:
-    """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples were not finite."""
+    """Clipped sum over ``inputs[B, ...]``, ``B`` at least 1, and how many examples, or ``bundles``, were not finite."""
     at = simplified(at)
     if isinstance(inputs, Tensor):
         inputs = laid_out(inputs, channels_last(loss_fn, first_point(at), inputs, targets))
-    if unbounded(clipping) and (total := _plain(loss_fn, at, inputs, targets)) is not None:
+    if unbounded(clipping) and (total := _plain(loss_fn, at, inputs, targets, bundles)) is not None:
         return total, 0
-    return _sum(loss_fn, at, inputs, targets, clipping, routes_of(loss_fn))
+    return _sum(loss_fn, at, inputs, targets, clipping, bundles, routes_of(loss_fn))
 
 
 def vmap_sum(
-    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule
+    loss_fn: LossFn,
+    at: At,
+    inputs: Examples,
+    targets: Examples,
+    clipping: ClippingRule,
+    bundles: Bundles | None = None,
 ) -> tuple[Params, int]:
     """The same with a row of every parameter for each example, but tables: ``vmap`` forgets about ``padding_idx``."""
-    return _sum(loss_fn, simplified(at), inputs, targets, clipping, TABLES)
+    return _sum(loss_fn, simplified(at), inputs, targets, clipping, bundles, TABLES)
 
 
 def _sum(
-    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, clipping: ClippingRule, plan: Routes
+    loss_fn: LossFn,
+    at: At,
+    inputs: Examples,
+    targets: Examples,
+    clipping: ClippingRule,
+    bundles: Bundles | None,
+    plan: Routes,
 ) -> tuple[Params, int]:
-    return _clipped_sum(_held(loss_fn, at, inputs, targets, plan), zero_sum(at), count(targets), clipping)
+    held = _held(loss_fn, at, inputs, targets, plan, bundles)
+    return _clipped_sum(held, zero_sum(at), len(bundles.weights) if bundles else count(targets), clipping)
 
 
-def _plain(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples) -> Params | None:
+def _plain(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, bundles: Bundles | None) -> Params | None:
     if loop.needed(loss_fn):
         return None
     ordinary = plain_query_sum if isinstance(at, Query) else plain_sum
-    return ordinary(loss_fn, at, inputs, targets)  # type: ignore[arg-type]
+    return ordinary(loss_fn, at, inputs, targets, bundles)  # type: ignore[arg-type]
 
 
-def _held(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, plan: Routes) -> dict[str, Contribution]:
+def _held(
+    loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, plan: Routes, bundles: Bundles | None
+) -> dict[str, Contribution]:
     """Contributions of what ``at`` asks for; by a ``loop`` if one pass cannot keep the examples apart."""
     query, begun = as_query(at), loop.Begun(loss_fn)
     loss, draws = query.loss(begun) if query.loss else begun, of_batch(count(targets))
@@ -102,16 +123,18 @@ def _held(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, plan: Ro
         mark = Mark.here(device_of(targets))
         try:
             if query.slopes:
-                return _of_slopes(query.slopes, lambda point: losses_at(loss, point, inputs, targets, plan, begun))
+                return _of_slopes(
+                    query.slopes, lambda point: losses_at(loss, point, inputs, targets, plan, begun), bundles
+                )
             loop.check_repeats(loss, begun, query.points[0][1], inputs, targets, draws)
-            return _asked(at, lambda point: per_example(loss, point, inputs, targets, plan, begun))
+            return _asked(at, lambda point: per_example(loss, point, inputs, targets, plan, begun, bundles))
         except Unplanned as unplanned:
             reason = str(unplanned)
         except InputError:
             raise
         except Exception as error:  # what is no fault of the pass is raised again by those of single examples
             if _is_of_memory(error):
-                if count(targets) == 1:
+                if count(targets) == (bundles.rows if bundles else 1):
                     raise
                 raise NoMemory from error
             said = str(error).strip().splitlines()
@@ -119,13 +142,15 @@ def _held(loss_fn: LossFn, at: At, inputs: Examples, targets: Examples, plan: Ro
         mark.moved()  # whatever was drawn, it is as if nothing was
         loop.remember(loss_fn, reason)
     if query.slopes:
-        return _of_slopes(query.slopes, loop.losses(loss, begun, draws, inputs, targets))
+        return _of_slopes(query.slopes, loop.losses(loss, begun, draws, inputs, targets), bundles)
     rows = combined(query, loop.gradients(loss, begun, draws, inputs, targets))
-    return {name: Rows(data=g) for name, g in rows.items()}
+    return {name: Rows(data=g if bundles is None else bundles.sums(g)) for name, g in rows.items()}
 
 
-def _of_slopes(slopes: Mapping[str, Slope], losses: Callable[[Params], Tensor]) -> dict[str, Contribution]:
-    """A number for each example and slope, of the ``losses[B]`` at its points."""
+def _of_slopes(
+    slopes: Mapping[str, Slope], losses: Callable[[Params], Tensor], bundles: Bundles | None
+) -> dict[str, Contribution]:
+    """A number for each example, or bundle, and slope, of the ``losses[B]`` at its points."""
     found: dict[str, Contribution] = {}
     for name, slope in slopes.items():
         each = []
@@ -133,6 +158,7 @@ def _of_slopes(slopes: Mapping[str, Slope], losses: Callable[[Params], Tensor]) 
             each.append(float(weight) * wide(losses(plain_tensors(point))))
             del point  # or the next one is made beside it
         total = torch.stack(each).sum(0)
+        total = total if bundles is None else bundles.sums(total)
         found[name] = Rows(data=total * (total.new_ones(()) / slope.width))
     return found
 
@@ -188,12 +214,13 @@ def per_example(
     targets: Examples,
     plan: Routes,
     begun: loop.Begun | None = None,
+    bundles: Bundles | None = None,
 ) -> dict[str, Contribution]:
-    """Per-example gradients by parameter, held as each layer chose; no entry for an unused one.
+    """Per-example gradients, or those of ``bundles``, by parameter, held as each layer chose; none for an unused one.
 
     Raises ``Unplanned``, with the reason.
     """
-    tape = Tape()
+    tape = Tape(bundles=bundles)
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     run(tape, loss_fn, leaves, inputs, targets, plan, begun)
     return gathered(tape, leaves)
@@ -218,6 +245,7 @@ def run(
         check_drawn(mark)
         if not losses.requires_grad:
             return
+        losses = losses if tape.bundles is None else tape.bundles.weighted(losses)
         total, wanted = losses.sum(), [capture.anchor, *leaves.values()]
         turn_gradients(total)
         direct = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=False)

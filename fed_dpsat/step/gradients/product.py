@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fed_dpsat.step.gradients.contribution import Rows
+from fed_dpsat.step.gradients.contribution import Contribution, Rows
 from fed_dpsat.step.gradients.finite import keep, squared_norm_rows
 
 CANCELLATION = 16.0
@@ -36,13 +36,14 @@ class Product:
     the weighted sum is that of weighted outputs; ``each`` makes rows ``[K, *shape]``. ``norms[B]`` are squared;
     ``exact`` holds the rows of the examples ``unsure[B]``, None if there are none. A convolution leaves the Gram
     matrices of its patches, how it applies other weights to inputs, and what it ``made`` of them without its bias, for
-    weights that are functions.
+    weights that are functions. ``together(inputs, outputs, R)`` holds what ``R`` examples each add together.
     """
 
     inputs: Tensor
     outputs: Tensor
     of: Callable[[Tensor, Tensor], Tensor]
     each: Callable[[Tensor, Tensor], Tensor]
+    together: Callable[[Tensor, Tensor, int], Contribution]
     norms: Tensor
     unsure: Tensor
     exact: Rows | None
@@ -75,6 +76,10 @@ class Product:
         """``[B, *shape]``."""
         return self.each(self.inputs, self.outputs)
 
+    def bundled(self, rows: int) -> Contribution:
+        """Of the factors, at the positions of all ``rows``."""
+        return self.together(self.inputs, self.outputs, rows)
+
 
 def product(
     inputs: Tensor,
@@ -82,6 +87,7 @@ def product(
     *,
     of: Callable[[Tensor, Tensor], Tensor],
     each: Callable[[Tensor, Tensor], Tensor],
+    together: Callable[[Tensor, Tensor, int], Contribution],
     norms: tuple[Tensor, Tensor],
     inputs_gram: Tensor | None = None,
     apply: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -98,6 +104,7 @@ def product(
         outputs=outputs,
         of=of,
         each=each,
+        together=together,
         norms=squared,
         unsure=unsure,
         exact=exact,

@@ -99,7 +99,7 @@ class Recurrence(torch.autograd.Function):
             of.cell, grads[0], grads[1:], ctx.saved_tensors, weight, projection, of.reverse, roles=roles
         )
         for role, contribution in found.items():
-            ctx.tape.found.append((tensors[role], contribution))
+            ctx.tape.add(tensors[role], contribution)
         return None, None, None, gates, *states
 
 
