@@ -186,8 +186,10 @@ class Recorder:
             self.average.add(round, params, self.experiment.shared(round) if round else {})
 
     def _evaluate_average(self) -> Evaluation | None:
+        if self.average is None:
+            return None
         of = self.experiment
-        return self.average and evaluate(of.loss_fn.module, self.average.value, of.dataset.test, of.task)
+        return evaluate(of.loss_fn.module, self.average.value, of.dataset.test, of.task)
 
     def _tested_average(self) -> dict[str, Value | None]:
         """As ``_tested``, of the average: ``averaged_test_accuracy`` and the like; empty without one."""
