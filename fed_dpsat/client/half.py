@@ -154,7 +154,7 @@ def check_models(config: RunConfig, half: ClientHalf | None) -> None:
 
 
 def sent_by(half: ClientHalf | None, params: Params) -> Records:
-    """What ``half`` sends; raises ``PluginError`` for the name of a record that all messages have."""
+    """What ``half`` sends; raises ``PluginError`` for a name that is no string, or of all messages."""
     return _named(copy.deepcopy(half).sends(params), "sends") if half else {}
 
 
@@ -164,6 +164,8 @@ def received_by(half: ClientHalf | None, params: Params) -> Records:
 
 
 def _named(records: Records, what: str) -> Records:
+    if strange := [name for name in records if not isinstance(name, str)]:
+        raise PluginError(f"the client's half {what} a record {strange[0]!r}; name it with a string")
     if wrong := [name for name in records if name.startswith(RESERVED)]:
         raise PluginError(f"the client's half {what} a record {wrong[0]!r}, a name of all messages; rename it")
     return records

@@ -44,6 +44,7 @@ from fed_dpsat.params import Params, zeros_like
 from fed_dpsat.step import generators
 from fed_dpsat.step.generators import seed, training_on
 from fed_dpsat.step.gradients.loss import logits_of
+from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.noise import derive_seed
 from fed_dpsat.step.optimizers.base import StepInfo, unknown_carried
 from fed_dpsat.step.placement import moved
@@ -51,6 +52,8 @@ from fed_dpsat.step.query import first_point
 from fed_dpsat.tasks.base import Task
 
 ROWS = 4
+APART = 1e-4
+"""The largest relative change of an output by rounding, if the other examples of a batch change."""
 CARRIED_STEPS = 3
 """Each name in ``carries`` appears in the state within so many steps."""
 FLOWER_LOGGER = "flwr"
@@ -164,6 +167,8 @@ def check_outputs(tried: Experiment) -> None:
                 remedy = f"return {task.outputs} logits for each example, not a class or one number"
             seen = f"{name} gives {list(logits.shape)} for {given}, not {task.expected(count)}"
             raise Unfit("model", seen, remedy)
+        if count == ROWS:
+            _check_apart(tried, params)
         kept = _parts(task)
         losses = tried.loss_fn.criterion(outputs, targets)
         if not isinstance(losses, Tensor) or tuple(losses.shape) != (count,):
@@ -172,6 +177,35 @@ def check_outputs(tried: Experiment) -> None:
         if changed := [part for part, value in _parts(task).items() if kept.get(part) != value]:
             remedy = "keep nothing from call to call: the loss of an example depends on its own row alone"
             raise Unfit("task", f"its loss changes its {changed[0]!r}", remedy)
+
+
+def _check_apart(tried: Experiment, params: Params) -> None:
+    """Raise ``Unfit`` if, in evaluation mode, outputs of one example change with the other examples of its batch.
+
+    A model that draws random numbers in that mode is not compared.
+    """
+    rows, module = torch.arange(ROWS), tried.loss_fn.module
+
+    def first(indices: Tensor, seed_: int = 0) -> tuple[list[torch.Size], Tensor]:
+        inputs, _ = tried.dataset.train.batch(indices, tried.device)
+        with torch.no_grad(), training_on(tried.device), in_mode(module, training=False):
+            seed(tried.device, seed_)
+            row = logits_of(tried.loss_fn.outputs(params, inputs))[0]
+            return [leaf.shape for leaf in named_leaves(inputs).values()], row
+
+    shapes, alone = first(rows)
+    if not torch.equal(alone, first(rows, 1)[1]):
+        return
+    for other in range(1, ROWS):  # another row in one place; texts keep their common length
+        found, beside = first(torch.where(rows == other, 0, rows))
+        away = float((alone - beside).abs().max()) if found == shapes else 0.0
+        if away > APART * (1 + float(alone.abs().max())):
+            remedy = (
+                "a client trains each example alone, and sees nothing of the others: use no statistics over the batch, "
+                "such as x.mean(0); fed_dpsat.testing.check_model finds more"
+            )
+            seen = f"{type(module).__name__} mixes examples: outputs of one change by {away:.3g} with the others"
+            raise Unfit("model", seen, remedy)
 
 
 def _described(outputs: object) -> str:

@@ -9,6 +9,8 @@ setting or class                               in a run
 ``evaluate_metrics_aggr_fn``
 ``DifferentialPrivacyClientSide...``           refused: no client clips for it, so its noise covers nothing
 ``DifferentialPrivacyServerSide...``           refused: its noise is numpy's global one, and no ledger charges it
+``aggregate_fit``, ``configure_fit``           refused beside Flower's own ``aggregate_train``, ``configure_train``:
+                                               nothing calls these methods of its old interface
 ============================================== ====================================================================
 
 A strategy with ``state_dict()`` and ``load_state_dict(state)`` gives its own state, as data whose reading runs no code.
@@ -49,6 +51,8 @@ log = logging.getLogger("fed_dpsat")
 
 CLIENT_SIDE = (DifferentialPrivacyClientSideFixedClipping, DifferentialPrivacyClientSideAdaptiveClipping)
 SERVER_SIDE = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyServerSideAdaptiveClipping)
+OLD = {"aggregate_fit": "aggregate_train", "configure_fit": "configure_train"}
+"""Methods of Flower's old interface of strategies, and those in their place."""
 DECIDED = {
     "fraction_train": 1.0,
     "min_train_nodes": 1,
@@ -74,8 +78,9 @@ class StrategyStateError(RunError):
 
 
 def check_inner(strategy: Strategy) -> None:
-    """Raise ``SettingError`` for a privacy wrapper of Flower, also inside another strategy."""
+    """Raise ``SettingError`` for a privacy wrapper of Flower or a method that nothing calls, also in a nested one."""
     for one in _nested(strategy):
+        _check_called(one)
         if isinstance(one, CLIENT_SIDE + SERVER_SIDE):
             why = (
                 "one whose noise protects anything here, because no client clips its change for it"
@@ -87,6 +92,15 @@ def check_inner(strategy: Strategy) -> None:
             raise SettingError(
                 "strategy", type(one).__name__, why, f"give {inner} itself, and privacy_unit=client for such a bound"
             )
+
+
+def _check_called(strategy: Strategy) -> None:
+    """Raise ``SettingError`` for a method of Flower's old interface without the one that stands in its place."""
+    for old, new in OLD.items():
+        if hasattr(strategy, old) and getattr(type(strategy), new).__module__.startswith("flwr."):
+            name = type(strategy).__name__
+            remedy = f"rename it to {new}, which takes and returns other types: see docs/coming_from.md"
+            raise SettingError("strategy", name, f"one without {old}, which nothing calls", remedy)
 
 
 def take_over(strategy: Strategy) -> None:

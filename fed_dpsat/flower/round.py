@@ -101,6 +101,7 @@ class RoundReport:
     """The outcome of a round for each client that was asked, and the clients that retired with their epsilon.
 
     ``tossed`` is the number of clients with a coin, if the inner strategy asked all clients that coins drew.
+    ``no_model``: the inner strategy was given replies, and returned no model.
     ``arrived`` belongs to asynchronous rounds: the age in rounds of each update that moved the model.
     ``failed_rounds`` counts the rounds in a row, up to this one, in which clients failed or sent invalid replies and no
     reply was valid. A round without a client that was asked and present neither counts nor breaks the row.
@@ -118,6 +119,7 @@ class RoundReport:
     at_fault: dict[int, Failure] = field(default_factory=dict)
     arrived: dict[int, int] | None = None
     simulated_seconds: float | None = None
+    no_model: bool = False
     bytes_down: int = 0
     bytes_up: int = 0
     kept_model: bool = False
@@ -351,6 +353,7 @@ class Round:
         """
         arrays, metrics = self.inner.aggregate_train(self.number, replies)
         if arrays is None:
+            self.report.no_model = True
             return None, metrics
         name = type(self.inner).__name__
         if arrays.keys() != self.model.keys():

@@ -66,7 +66,7 @@ def _clients(experiment: Experiment, inner: Strategy) -> int:
 
 def _rounds(tried: Experiment, inner: Strategy) -> None:
     """Flower's loop over the clients of ``tried``, with a ledger in memory."""
-    config = tried.config
+    config, no_model = tried.config, list[bool]()
     grid = SimulationGrid(_Clients(tried), config.num_clients, seconds=lambda client, round: 1.0 + client)
     with PrivacyLedger(":memory:") as ledger:
         private = private_strategy(tried, inner, ledger, [plan_of(config)] * config.num_clients)
@@ -74,18 +74,25 @@ def _rounds(tried: Experiment, inner: Strategy) -> None:
             grid,
             records.to_arrays(tried.shared(1)),
             min(config.num_rounds, 2),
-            evaluate_fn=lambda round, arrays: _after_round(tried, private, grid, arrays),
+            evaluate_fn=lambda round, arrays: _after_round(tried, private, grid, arrays, no_model),
             before_round=lambda round, arrays: unfrozen(tried, private, round, arrays),
         )
+    if all(no_model[1:]):  # the first is from before the rounds
+        remedy = "return the new model from aggregate_train, or the model as it is in a round that changes nothing"
+        raise Unfit("strategy", f"{type(inner).__name__}.aggregate_train returns no model in any round", remedy)
     if config.privacy_unit == "example":
         tried.carried_state()
     trial.check_carried(tried)
 
 
 def _after_round(
-    tried: Experiment, private: PrivateStrategy, grid: SimulationGrid, arrays: ArrayRecord
+    tried: Experiment, private: PrivateStrategy, grid: SimulationGrid, arrays: ArrayRecord, no_model: list[bool]
 ) -> MetricRecord | None:
-    """The work of a run after a round; raises ``Unfit`` for a reply that did not count."""
+    """The work of a run after a round; raises ``Unfit`` for a reply that did not count.
+
+    Adds to ``no_model`` whether the strategy returned none.
+    """
+    no_model.append(private.report.no_model)
     if dropped := private.report.dropped:
         reason = min(dropped.values())
         raise Unfit("optimizer", f"a client's reply after its first steps: {reason}", optimizer_remedy(reason))

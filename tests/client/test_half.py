@@ -418,3 +418,13 @@ def test_a_client_with_a_half_carries_state(ditto):
     assert HALF in ditto.carried_state()
     assert ditto.has_own_models
     assert not experiment("dp-scaffold").has_own_models
+
+
+@pytest.mark.parametrize("what", ["sends", "receives"])
+def test_a_record_is_named_with_a_string(what):
+    class Numbered(ClientHalf):
+        pass
+
+    setattr(Numbered, what, lambda self, params: {1: params})
+    with pytest.raises(PluginError, match=f"{what} a record 1; name it with a string"):
+        {"sends": sent_by, "receives": received_by}[what](Numbered(), {"w": torch.zeros(2)})

@@ -89,6 +89,11 @@ class Branching(Net):
         return logits if float(logits.detach().sum()) < 1e9 else logits * 2
 
 
+class Mixes(Net):
+    def forward(self, x):
+        return super().forward(x - x.mean(0, keepdim=True))
+
+
 class TrainsOnly(Net):
     def forward(self, x):
         if not self.training:
@@ -155,6 +160,16 @@ class OtherOrder(FedAvg):
     def aggregate_train(self, server_round, replies):
         arrays, metrics = super().aggregate_train(server_round, replies)
         return ArrayRecord(dict(reversed(arrays.items()))), metrics
+
+
+class NoModel(FedAvg):
+    def aggregate_train(self, server_round, replies):
+        return None, None
+
+
+class Old(FedAvg):
+    def aggregate_fit(self, server_round, results, failures):
+        return None, {}
 
 
 class SecondRound(FedAvg):
@@ -248,7 +263,7 @@ FAILURES = {
     "one example": ("model=m.py:Squeezing", "gives [10] for inputs [1, 1, 8, 8]", "also for one example"),
     "evaluation": (
         "model=m.py:TrainsOnly",
-        "NotImplementedError: no inference yet (m.py, line 57)",
+        "NotImplementedError: no inference yet (m.py, line 62)",
         "make it take those",
     ),
     "second step": ("optimizer=o.py:sgd", "update: KeyError: 'velocity' (o.py, line 22); run", "check_optimizer"),
@@ -257,6 +272,8 @@ FAILURES = {
     "other shapes": ("optimizer=o.py:reshapes", "1.weight is float32[640]", "check_optimizer"),
     "clipping": ("clipping=o.py:TooShort", "one real factor per example", "check_clipping"),
     "arrays in another order": ("strategy=o.py:OtherOrder", "returned other parameters", "check_strategy"),
+    "mixed examples": ("model=m.py:Mixes", "Mixes mixes examples", "use no statistics over the batch"),
+    "no model": ("strategy=o.py:NoModel", "NoModel.aggregate_train returns no model", "return the new model"),
     "second round": ("strategy=o.py:SecondRound", "configure_train: ZeroDivisionError", "check_strategy"),
     "huge lr": ("lr=1e20", "numbers beyond 1e+14", "lower lr"),
     "one loss": ("task=t.py:OneLoss", "its loss of 4 examples is []", "return losses [4]"),
@@ -329,6 +346,14 @@ def test_what_cannot_run_is_one_line_and_charges_nobody(name, plugins, tmp_path,
 def test_what_only_a_loop_over_examples_can_train_completes(model, plugins, tmp_path):
     config = RunConfig(**{**FAST, "num_rounds": 1}, sample_rate=0.01, model=f"m.py:{model}")
     assert simulate(config, tmp_path / "run")["status"] == "completed"
+
+
+def test_a_strategy_of_the_old_interface_is_refused_before_anything(plugins, tmp_path):
+    result = CliRunner().invoke(app, ["run", *arguments("strategy=o.py:Old"), "--out", "run"])
+    assert result.exit_code == 2
+    assert "aggregate_fit, which nothing calls" in result.stderr
+    assert "rename it to aggregate_train" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 MODES = {
