@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 from fed_dpsat.accounting.plans import make_plans
 from fed_dpsat.client.assignment import Assignment
 from fed_dpsat.client.build import Experiment
-from fed_dpsat.client.half import HALF, ClientHalf, Finished, check_models, half_of, sent_by, with_half
+from fed_dpsat.client.half import HALF, ClientHalf, Finished, check_models, half_of, received_by, sent_by, with_half
 from fed_dpsat.client.half_round import OfHalf
 from fed_dpsat.client.train import OPTIMIZER, Request
 from fed_dpsat.errors import SettingError
