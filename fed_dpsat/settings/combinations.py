@@ -66,7 +66,7 @@ def check_combinations(config: Settings) -> None:
     privacy.check(config)
     federation.check(config)
     machine.check(config)
-    for check in (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort, _half):
+    for check in (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort, _half, _views):
         check(config)
 
 
@@ -147,6 +147,12 @@ def _cohort(config: Settings) -> None:
             f"enough for num_rounds={config.num_rounds} of {of_a_round} clients",
             "raise it, or ask fewer clients per round",
         )
+
+
+def _views(config: Settings) -> None:
+    if config.augmentations and config.features:
+        bound = f"possible with features={config.features!r}"
+        refuse(config, "augmentations", bound, "features are computed once, of the image itself; set it to 0")
 
 
 def _half(config: Settings) -> None:

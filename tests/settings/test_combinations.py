@@ -48,6 +48,7 @@ def test_the_refusal_names_key_value_bound_and_remedy(override, words):
     [
         ({}, {"dropout_rate": 1.0}, "dropout_rate"),
         (SECURE, {"update_codec": "bf16"}, "update_codec"),
+        ({"augmentations": 4}, {"features": "scattering"}, "augmentations"),
         (SECURE, BUFFER, "buffer_size"),
         (SECURE, {"clients_per_round": 2}, "secure_aggregation"),
         (BUFFER, {"buffer_size": 11}, "buffer_size"),
