@@ -111,14 +111,13 @@ def rounds() -> None:
         )
         for clients, steps in ((1, 10), (10, 5)):
             config = dataclasses.replace(base, num_clients=clients, local_steps=steps, sample_rate=0.2)
-            ours: list[float] = []
-            bare: list[float] = []
-            for turn in range(TURNS // 2):
-                out = Path(folder) / f"{clients}-{turn}"
-                ours += _seconds(partial(_simulate, config, out))
-                bare += _seconds(partial(loop, config))
-            a, b = statistics.median(ours), statistics.median(bare)
-            print(f"| {clients} | {steps} | {a:.3f} | {b:.3f} | {a / b:.3f} |", flush=True)
+            turns = []
+            for turn in range(TURNS):
+                ours = _seconds(partial(_simulate, config, Path(folder) / f"{clients}-{turn}"))
+                turns.append((statistics.median(ours), statistics.median(_seconds(partial(loop, config)))))
+            a, b = (statistics.median(times) for times in zip(*turns, strict=True))
+            ratio = statistics.median(a / b for a, b in turns)
+            print(f"| {clients} | {steps} | {a:.3f} | {b:.3f} | {ratio:.3f} |", flush=True)
 
 
 def _simulate(config: RunConfig, out: Path, tick: Callable[[], None]) -> None:

@@ -119,7 +119,14 @@ def _private_client(experiment: Experiment, model: Params, client: int, round: i
     noise = streams.generator("noise")
     for step, batch in enumerate(sampler.batches(config.local_steps, streams.generator("sampling"))):
         examples, draws = data.batch(indices[batch]), streams.draws(step, batch)
-        clipped_sum, _ = clipped_gradient_sum(experiment.loss_fn, params, examples, experiment.clipping, draws=draws)
+        clipped_sum, _ = clipped_gradient_sum(
+            experiment.loss_fn,
+            params,
+            examples,
+            experiment.clipping,
+            physical_batch_size=config.physical_batch_size,
+            draws=draws,
+        )
         for name, gradient in mechanism.privatize(clipped_sum, noise).items():
             params[name].sub_(gradient, alpha=config.lr)
     return params
