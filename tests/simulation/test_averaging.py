@@ -22,6 +22,7 @@ from fed_dpsat.step.averaging import mean_of
 CONFIG = RunConfig(num_clients=3, num_rounds=4, noise_multiplier=1.0, accountant="rdp", lr=2.0)
 
 
+@pytest.mark.by_default("ema")
 @pytest.mark.parametrize("kind", ["ema", "last-k"])
 def test_the_average_is_measured_beside_the_model_and_changes_nothing_of_it(kind, tmp_path, same_bits):
     plain = simulate(CONFIG, tmp_path / "plain", progress=False)
@@ -48,6 +49,7 @@ def test_the_last_k_is_the_mean_of_the_checkpoints(tmp_path):
     assert all(torch.equal(p, wanted[name]) for name, p in run.model(averaged=True).named_parameters())
 
 
+@pytest.mark.by_default("last-k")
 @pytest.mark.parametrize("kind", ["ema", "last-k"])
 def test_a_killed_run_ends_with_the_same_bits_of_the_average(kind, tmp_path, same_bits):
     config = dataclasses.replace(CONFIG, averaging=kind)
@@ -87,6 +89,7 @@ def test_clients_that_send_averages_are_charged_as_before(tmp_path, same_bits):
     assert not same_bits(run.model().state_dict(), plain.model().state_dict())
 
 
+@pytest.mark.slow
 def test_a_stack_of_clients_sends_the_averages_that_they_send_alone(tmp_path):
     config = dataclasses.replace(CONFIG, local_steps=3, local_averaging="ema")
     alone = simulate(config, tmp_path / "alone", progress=False).model()
