@@ -14,7 +14,8 @@ from torch import nn
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.data import features
 from fed_dpsat.data.dataset import Dataset, Examples
-from fed_dpsat.data.features import check_extractor, normalised, with_features
+from fed_dpsat.data.extractor import check_extractor, normalised
+from fed_dpsat.data.features import with_features
 from fed_dpsat.data.federated import Federated
 from fed_dpsat.data.sequences import Sequences
 from fed_dpsat.errors import DataError, SettingError
@@ -31,6 +32,13 @@ def doubled(factor = 2.0):
     def extract(x):
         CALLS.append(len(x))
         return factor * x.flatten(1)
+    return extract
+
+def mean_token():
+    def extract(input_ids, attention_mask):
+        weights = attention_mask.float()
+        padded = torch.full((len(input_ids), 1), float(input_ids.shape[1]))
+        return torch.cat([(input_ids * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True), padded], 1)
     return extract
 
 def network():
@@ -222,6 +230,16 @@ def test_a_number_that_float16_does_not_have_is_refused_with_its_row(mine, value
     with pytest.raises(DataError, match=f"of row 3 of the train split are {says}"):
         with_features(wrong, config, {})
     assert cached(tmp_path) == []
+
+
+def test_texts_are_arguments_by_name_and_have_no_padding_of_others(mine):
+    """By hand: the mean of the tokens, and the padded length of the text alone: 8 for 2 tokens and 12 for 9."""
+    values, offsets = torch.tensor([1, 3, *range(9)]), torch.tensor([0, 2, 11])
+    text = Sequences(values=values, offsets=offsets, vocabulary_size=10, padding=0, max_length=16)
+    split = Examples(inputs={"input_ids": text}, labels=torch.tensor([0, 1]))
+    texts = Dataset(name="some/texts", train=split, test=split, class_names=("a", "b"))
+    found = with_features(texts, mine("mean_token"), {})
+    assert found.train.inputs.tolist() == [[2.0, 8.0], [4.0, 12.0]]
 
 
 def test_labels_of_tokens_need_their_tokens(mine):
