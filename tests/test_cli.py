@@ -129,7 +129,7 @@ def test_list_names_every_kind_with_a_line_each():
 def test_list_prints_one_kind_and_names_the_kinds_for_an_unknown_one():
     assert json.loads(invoke("list", "strategies", "--json").stdout).keys() == {"strategy"}
     assert invoke("list", "optimizer").output == invoke("list", "optimizers").output
-    assert set(LISTS.values()) == set(PACKAGES)
+    assert set(LISTS.values()) == {*PACKAGES, "preset"}
     result = invoke("list", "optimisers")
     assert result.exit_code == 2
     assert "'optimisers' is not one of optimizers, models, datasets, " in result.stderr
