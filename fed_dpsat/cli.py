@@ -360,7 +360,8 @@ def _who_delta_is_for(settings: RunConfig) -> str:
         fine = f"delta={settings.delta:g} is below 1/{settings.num_clients}, one of the clients"
         return large_delta(settings.delta, "client", settings.num_clients) or fine
     most = math.ceil(1 / settings.delta) - 1
-    return f"delta={settings.delta:g} is small enough for clients with at most {most:,} examples, better far fewer"
+    of = "persons" if settings.privacy_unit == "user" else "examples"
+    return f"delta={settings.delta:g} is small enough for clients with at most {most:,} {of}, better far fewer"
 
 
 def _schedule(settings: RunConfig, schedule: dict[str, Any]) -> str:

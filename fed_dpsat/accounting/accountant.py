@@ -52,13 +52,14 @@ def epsilons(histories: Iterable[Iterable[PrivacyEvent]], delta: float, accounta
 
 
 def large_delta(delta: float, unit: str, size: int) -> str:
-    """A warning if ``delta`` is too large for ``size``; else "". ``size`` counts clients, or the fewest examples.
+    """A warning if ``delta`` is too large for ``size``; else "". ``size`` counts clients, or the fewest of a ``unit``.
 
     A mechanism that publishes one random record of n in full is (0, 1 / n)-DP (Dwork and Roth 2014, section 2.3).
     """
     if delta < 1 / size:
         return ""
-    records = "number of clients" if unit == "client" else "number of examples of the smallest client"
+    of = {"example": "examples", "user": "persons"}.get(unit)
+    records = f"number of {of} of the smallest client" if of else "number of clients"
     return (
         f"delta={delta:g} is not below 1/{size}, 1 / ({records}): such a delta permits to publish one of them in "
         "full; set delta far below that"

@@ -1,7 +1,7 @@
 """Privacy events as data; a history is a sorted tuple of events.
 
-The kind of an event states its privacy unit: one example of one client, or one whole client, with add-or-remove
-adjacency for both. Events of two units have no common epsilon.
+The kind of an event states its privacy unit: one example of one client, one person with all their examples in one
+client, or one whole client, each with add-or-remove adjacency. Events of two units have no common epsilon.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     from dp_accounting import DpEvent  # type: ignore[import-untyped]
 
 CLIENTS, LAPLACE = "poisson_gaussian_clients", "poisson_laplace"
-KINDS = {"poisson_gaussian": "example", LAPLACE: "example", CLIENTS: "client"}
+USERS, LAPLACE_USERS = "poisson_gaussian_users", "poisson_laplace_users"
+KINDS = {"poisson_gaussian": "example", LAPLACE: "example", USERS: "user", LAPLACE_USERS: "user", CLIENTS: "client"}
 """The privacy unit of each kind of event."""
 
-DISTRIBUTIONS = {"gaussian": "poisson_gaussian", "laplace": LAPLACE}
-"""The kind of event of each choice of ``noise_distribution``, under the unit "example"."""
+DISTRIBUTIONS = {
+    "example": {"gaussian": "poisson_gaussian", "laplace": LAPLACE},
+    "user": {"gaussian": USERS, "laplace": LAPLACE_USERS},
+}
+"""By the unit of a client's own steps, the kind of event of each choice of ``noise_distribution``."""
 
 UNITS = {
     "example": "one example of one client, add-or-remove; maximum over clients",
+    "user": "one person with all their examples in one client, add-or-remove; maximum over clients",
     "client": "one whole client with all its examples, add-or-remove; maximum over clients",
 }
 """What each privacy unit protects, as printed text."""
@@ -39,7 +44,7 @@ class PrivacyError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyEvent:
-    """``steps`` mechanisms, each on a fresh Poisson sample of the examples of one client, or of the clients.
+    """``steps`` mechanisms, each on a fresh Poisson sample of the examples or persons of one client, or of the clients.
 
     A mechanism is Gaussian with a sum clipped in L2 norm, or Laplace with a sum clipped in L1 norm.
 
@@ -48,7 +53,7 @@ class PrivacyEvent:
     ================ ============ =====================================================================
     noise_multiplier >= 0, finite std (Gaussian) or scale (Laplace) of the noise on the clipped SUM over
                                   clip_norm; 0 costs epsilon = inf
-    sample_rate      (0, 1]       probability that an example (client) joins a sum; 1 is no sampling
+    sample_rate      (0, 1]       probability that an example (person, client) joins a sum; 1 is no sampling
     steps            >= 1         mechanisms; an empty batch (round) counts too
     kind             ``KINDS``    the mechanism and its privacy unit
     ================ ============ =====================================================================
@@ -83,13 +88,13 @@ class PrivacyEvent:
 
     @property
     def privacy_unit(self) -> str:
-        """What the event protects: "example" or "client"."""
+        """What the event protects: "example", "user" or "client"."""
         return KINDS[self.kind]
 
     @property
     def is_laplace(self) -> bool:
         """Whether the noise is Laplace; otherwise it is Gaussian."""
-        return self.kind == LAPLACE
+        return self.kind in (LAPLACE, LAPLACE_USERS)
 
     def to_dp_event(self) -> DpEvent:
         """The same event as a ``DpEvent`` of dp_accounting."""

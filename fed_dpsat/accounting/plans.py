@@ -40,7 +40,8 @@ class LocalTraining:
 class ClientPlan:
     """``target_epsilon`` 0 means no budget; ``event`` is the cost of one round; ``first_round`` counts from 1.
 
-    Under the unit "example", ``event`` describes the training of a round; under "client", ``training`` does. Raises
+    Under the units "example" and "user", ``event`` describes the training of a round; under "client", ``training``
+    does. Raises
     ``SettingError`` for an event of one unit with the training of the other.
     """
 
@@ -59,13 +60,13 @@ class ClientPlan:
 
 
 def check_training(event: PrivacyEvent, training: LocalTraining | None) -> None:
-    """Raise ``SettingError`` unless ``training`` is present for the unit "client" and absent for "example"."""
-    if (training is None) != (event.privacy_unit == "example"):
+    """Raise ``SettingError`` unless ``training`` is present for the unit "client" and absent for the others."""
+    if (training is None) != (event.privacy_unit != "client"):
         raise SettingError(
             "training",
             training,
             f"possible with an event of the unit {event.privacy_unit!r}",
-            "give LocalTraining only under the unit 'client'; an event of the unit 'example' states its own steps",
+            "give LocalTraining only under the unit 'client'; an event of another unit states its own steps",
         )
 
 
@@ -163,13 +164,13 @@ def _noise_multiplier(config: RunConfig, row: _Row) -> float:
 
 
 def _plan(config: RunConfig, row: _Row, noise_multiplier: float) -> ClientPlan:
-    """The only place that makes the event of a round: steps on examples, or one mechanism on clients.
+    """The only place that makes the event of a round: steps on examples or persons, or one mechanism on clients.
 
     Only Poisson sampling of clients amplifies a mechanism on clients.
     """
     rate, steps = row.sample_rate, config.steps_per_round
-    if config.privacy_unit == "example":
-        kind, training = DISTRIBUTIONS[config.noise_distribution], None
+    if config.privacy_unit != "client":
+        kind, training = DISTRIBUTIONS[config.privacy_unit][config.noise_distribution], None
         event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=rate, steps=steps, kind=kind)
     else:
         of_round, kind = config.amplifying_rate, CLIENTS

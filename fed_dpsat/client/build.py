@@ -26,7 +26,9 @@ from fed_dpsat.client.train import CLIPPING, Training, with_stacks
 from fed_dpsat.data.dataset import Dataset, check_plain
 from fed_dpsat.data.federated import Federated, seeded
 from fed_dpsat.data.made_up import made_up_examples
+from fed_dpsat.data.names import split_names
 from fed_dpsat.data.parts import disjoint_parts
+from fed_dpsat.errors import SettingError, warn_once
 from fed_dpsat.models.ties import check_memory, named_tensors
 from fed_dpsat.params import Params, trainable
 from fed_dpsat.settings.config import RunConfig
@@ -63,9 +65,30 @@ class Experiment(Training):
             partition=config.partition,
         )
         object.__setattr__(self, "partitions", parts)
+        if config.privacy_unit == "user":
+            self._check_persons()
         if self.views:
             one = self.dataset.train.inputs
             self.views.check(tuple(one.shape[1:]) if isinstance(one, Tensor) else None)
+
+    def _check_persons(self) -> None:
+        """Raise ``DataError`` for a person without a name; warn of persons whom no client's epsilon covers alone."""
+        assert self.person_of is not None
+        if len(texts := self.dataset.train.texts) > 1:
+            raise SettingError(
+                "privacy_unit",
+                "user",
+                f"possible with several texts of an example ({', '.join(texts)}), whose lengths differ within a person",
+                "make one text of them, or take example or client",
+            )
+        if sum(self.sizes) > len(np.unique(np.concatenate([self.person_of[part] for part in self.partitions]))):
+            column = split_names(self.config.user_column)[0]
+            warn_once(
+                "privacy_unit=user: some persons have examples in several clients, and epsilon covers those of one; "
+                f"set partition=natural and partition_by={column} to keep a person in one client"
+            )
+        if min(self.sizes) == 1:
+            warn_once("privacy_unit=user: a client with one person alone learns nothing that noise does not hide")
 
     @classmethod
     def build(
@@ -148,7 +171,7 @@ class Experiment(Training):
     def contents(self) -> dict[str, str]:
         """Digests of partition, data, and the unsent part of the model: equal in every process of a run."""
         sent = without(dict(self.loss_fn.module.named_parameters()), self.personal).keys() & self.start.names
-        return contents(self.dataset, self.partitions, self.loss_fn.module, sent)
+        return contents(self.dataset, self.partitions, self.loss_fn.module, sent, self.person_of)
 
     @property
     def fingerprint(self) -> str:

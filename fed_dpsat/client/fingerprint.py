@@ -25,17 +25,24 @@ CHUNK_BYTES = 2**24
 
 
 def contents(
-    dataset: Dataset, partitions: Sequence[np.ndarray], module: nn.Module, sent: Collection[str]
+    dataset: Dataset,
+    partitions: Sequence[np.ndarray],
+    module: nn.Module,
+    sent: Collection[str],
+    persons: np.ndarray | None = None,
 ) -> dict[str, str]:
     """SHA-256 in hex of the parts that no message carries: the data, the partition, and ``module`` without ``sent``.
 
     ``sent`` names the parameters that a server sends, so that their values in this process do not matter.
+    ``persons[N]`` are those of the training examples, if they are the unit.
     """
     data = hashlib.sha256(json.dumps(dataset.class_names).encode())
     if dataset.label_scale:
         data.update(json.dumps(dataset.label_scale).encode())
     for split in (dataset.train, dataset.test):
         _add_examples(data, split)
+    if persons is not None:
+        _add(data, torch.from_numpy(persons))
     parts = hashlib.sha256()
     _add(parts, torch.tensor([len(part) for part in partitions]))
     _add(parts, torch.from_numpy(np.concatenate(partitions)))

@@ -21,6 +21,7 @@ from fed_dpsat.client.half_round import AT, MODELS, OfHalf, fresh, steps_of_mode
 from fed_dpsat.client.personal import PERSONAL, only, without
 from fed_dpsat.client.start import Start
 from fed_dpsat.data.dataset import Dataset
+from fed_dpsat.data.persons import persons_of
 from fed_dpsat.errors import RunError, warn_once
 from fed_dpsat.params import Params, flatten, laid_end_to_end, map_tree, subtract
 from fed_dpsat.settings.config import RunConfig
@@ -33,6 +34,7 @@ from fed_dpsat.step.mechanism import MECHANISMS, Mechanism
 from fed_dpsat.step.noise import derive_generator
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round, subspace_of
 from fed_dpsat.step.optimizers.proximal import Proximal
+from fed_dpsat.step.persons import Persons
 from fed_dpsat.step.placement import CPU, device_of, is_card, moved, moved_state
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.stacked import Stacked, StackedResults, Unstackable, alike, automatic_sizes
@@ -52,7 +54,8 @@ def with_stacks(config: RunConfig, clipping: ClippingRule, parameters: int) -> R
         return config
     together = config.engine in STACKING_ENGINES and config.precision == "float32" and not config.secure_aggregation
     size, held = automatic_sizes(parameters, config.cohort_size)
-    if not together or isinstance(clipping, AdaptiveClipping) or config.augmentations or size == 1:
+    bundled = config.augmentations or config.privacy_unit == "user"
+    if not together or isinstance(clipping, AdaptiveClipping) or bundled or size == 1:
         return dataclasses.replace(config, stack_clients=1)
     return dataclasses.replace(config, stack_clients=size, physical_batch_size=max(config.physical_batch_size, held))
 
@@ -97,6 +100,7 @@ class Training:
     personal: frozenset[str] = frozenset()
     half: ClientHalf | None = None
     watches: Mapping[int, Watch] = field(default_factory=dict)
+    _persons: dict[int, Persons] = field(default_factory=dict, init=False, repr=False, compare=False)
     _samplers: dict[tuple[int, float, float], tuple[PoissonSampler, Mechanism]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -142,8 +146,30 @@ class Training:
 
     @property
     def local_clipping(self) -> ClippingRule:
-        """The clipping of examples in local training: none if the unit is the client, whose whole change is clipped."""
-        return self.clipping if self.config.privacy_unit == "example" else FlatClipping(clip_norm=math.inf)
+        """The clipping in local training: none if the unit is the client, whose whole change is clipped."""
+        return self.clipping if self.config.privacy_unit != "client" else FlatClipping(clip_norm=math.inf)
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """How many examples each client has, or persons if those are the unit: what is declared public of it."""
+        if self.person_of is None:
+            return [len(part) for part in self.partitions]
+        return [len(np.unique(self.person_of[part])) for part in self.partitions]
+
+    @functools.cached_property
+    def person_of(self) -> np.ndarray | None:
+        """``[N]``, the number of the person of each training example, if persons are the unit."""
+        config = self.config
+        return persons_of(self.dataset.train, config.user_column) if config.privacy_unit == "user" else None
+
+    def persons(self, client: int) -> Persons | None:
+        """Those of ``client``, if persons are the unit."""
+        if self.person_of is None:
+            return None
+        if client not in self._persons:
+            users, config = self.person_of[self.partitions[client]], self.config
+            self._persons[client] = Persons.of(users, most=config.user_examples, gradient=config.user_gradient)
+        return self._persons[client]
 
     @functools.cached_property
     def views(self) -> Views | None:
@@ -242,11 +268,11 @@ class Training:
     def stack_round(self, requests: Sequence[Request]) -> StackedResults | None:
         """The results of ``client_rounds``, as they are stacked; None if a client's are made of more than its training.
 
-        The unit is the example, and there are no layers of clients, half of a strategy or attackers among them.
+        The unit is not the client, and there are no layers of clients, half of a strategy or attackers among them.
         Raises ``Unstackable``, and the errors of ``client_round``.
         """
         attackers = self.attackers.clients if self.attackers else ()
-        if self.config.privacy_unit != "example" or self.personal or self.half:
+        if self.config.privacy_unit == "client" or self.personal or self.half:
             return None
         if any(request.client in attackers for request in requests):
             return None
@@ -388,13 +414,15 @@ class Training:
                 f"the assignment has the unit {assignment.event.privacy_unit!r}, the run "
                 f"privacy_unit={config.privacy_unit!r}"
             )
-        if config.privacy_unit == "example" and assignment.event.kind != DISTRIBUTIONS[config.noise_distribution]:
+        kinds = DISTRIBUTIONS.get(config.privacy_unit)
+        if kinds and assignment.event.kind != kinds[config.noise_distribution]:
             raise PrivacyError(
                 f"the assignment has kind={assignment.event.kind!r}, the run "
                 f"noise_distribution={config.noise_distribution!r}"
             )
         indices = torch.from_numpy(self.partitions[request.client])
-        sampler, mechanism = self._sampler(len(indices), assignment)
+        persons = self.persons(request.client)
+        sampler, mechanism = self._sampler(len(persons or indices), assignment)
         whole = self.whole(request.params, request.state)
         known = request.state is not None and not self._outgrown(request)
         last = (request.state or {}) if known else {}
@@ -411,6 +439,7 @@ class Training:
             own=own,
             groups=lambda batch: self.dataset.train.alike(indices[batch]),
             views=self.views,
+            persons=persons,
             streams=Streams(
                 seed=config.seed,
                 client=request.client,
@@ -420,11 +449,11 @@ class Training:
             ),
         )
 
-    def _sampler(self, num_examples: int, assignment: Assignment) -> tuple[PoissonSampler, Mechanism]:
-        """Sampler and mechanism of a client of this size, which clients of one size, rate and noise share."""
-        key = num_examples, assignment.sample_rate, assignment.local_noise_multiplier
+    def _sampler(self, size: int, assignment: Assignment) -> tuple[PoissonSampler, Mechanism]:
+        """Sampler and mechanism of a client of this ``size``, which clients of one size, rate and noise share."""
+        key = size, assignment.sample_rate, assignment.local_noise_multiplier
         if key not in self._samplers:
-            sampler = PoissonSampler(num_examples=num_examples, sample_rate=assignment.sample_rate)
+            sampler = PoissonSampler(num_examples=size, sample_rate=assignment.sample_rate)
             mechanism = MECHANISMS[self.config.noise_distribution](
                 noise_multiplier=assignment.local_noise_multiplier,
                 clip_norm=self.local_clipping.clip_norm,

@@ -37,10 +37,12 @@ from fed_dpsat.client.blame import Unfit, optimizer_remedy, told
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.client.given import copied
 from fed_dpsat.client.half import blank, received_by
-from fed_dpsat.data.dataset import INPUTS
+from fed_dpsat.data.dataset import INPUTS, Dataset
 from fed_dpsat.data.made_up import made_up
+from fed_dpsat.data.names import split_names
 from fed_dpsat.errors import ModelError
 from fed_dpsat.params import Params, zeros_like
+from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step import generators
 from fed_dpsat.step.generators import seed, training_on
 from fed_dpsat.step.gradients.loss import logits_of
@@ -54,6 +56,8 @@ from fed_dpsat.tasks.base import Task
 ROWS = 4
 APART = 1e-4
 """The largest relative change of an output by rounding, if the other examples of a batch change."""
+PERSONS = (0, 0, 0, 1)
+"""Whose the made-up examples of a client are, if persons are the unit."""
 CARRIED_STEPS = 3
 """Each name in ``carries`` appears in the state within so many steps."""
 FLOWER_LOGGER = "flwr"
@@ -91,8 +95,12 @@ def rehearsal(
     attackers = experiment.attackers
     if attackers:
         attackers = Attackers(attack=copied("attack", attackers.attack, memo), clients=(0,))
-    expected = config.sample_rate * min(len(part) for part in experiment.partitions)
-    size, of_run = (ROWS, expected) if config.privacy_unit == "example" else (clients, config.cohort_size)
+    expected = config.sample_rate * min(experiment.sizes)
+    size, of_run = {
+        "example": (ROWS, expected),
+        "user": (len(set(PERSONS)), expected),
+        "client": (clients, config.cohort_size),
+    }[config.privacy_unit]
     steps = config.steps_per_model
     stand_in = dataclasses.replace(
         config,
@@ -125,7 +133,10 @@ def rehearsal(
     return dataclasses.replace(
         experiment,
         config=stand_in,
-        dataset=made_up(experiment.dataset, clients * ROWS, public=not config.validation_share, rows=ROWS),
+        dataset=_with_persons(
+            config,
+            made_up(experiment.dataset, clients * ROWS, public=not config.validation_share, rows=ROWS),
+        ),
         partitions=np.split(np.arange(clients * ROWS), clients),
         loss_fn=dataclasses.replace(experiment.loss_fn, module=module),
         optimizer=optimizer,
@@ -136,6 +147,14 @@ def rehearsal(
         half=copied("strategy", experiment.half, memo),
         watches={},
     )
+
+
+def _with_persons(config: RunConfig, dataset: Dataset) -> Dataset:
+    if config.privacy_unit != "user":
+        return dataset
+    name, train = split_names(config.user_column)[0], dataset.train
+    numbers = np.tile(PERSONS, len(train) // ROWS) + np.repeat(np.arange(0, len(train), ROWS), ROWS)
+    return dataclasses.replace(dataset, train=dataclasses.replace(train, columns={name: numbers}))
 
 
 def assignments(tried: Experiment) -> list[Assignment]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fed_dpsat import plugins
 from fed_dpsat.accounting import PrivacyEvent, epsilon, large_delta
-from fed_dpsat.device.data import own_data
+from fed_dpsat.device.data import size
 from fed_dpsat.device.joining import private_key
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import InputError, SettingError
@@ -35,13 +35,13 @@ def problems(policy: Policy) -> list[str]:
 
 def problems_of_data(policy: Policy) -> list[str]:
     """What is wrong with the data, for each task that the policy permits; the texts may hold data, and stay here."""
-    return [said for task in policy.tasks if (said := _said(partial(own_data, policy, task=task)))]
+    return [said for task in policy.tasks if (said := _said(partial(size, policy, task=task)))]
 
 
 def advice(policy: Policy) -> list[str]:
-    """Warnings about a budget that protects little, or pays for no round; reads the number of examples."""
+    """Warnings about a budget that protects little, or pays for no round; reads the number of examples or persons."""
     found, budget = [], policy.largest_epsilon
-    if warning := large_delta(policy.largest_delta, "example", len(own_data(policy, task=policy.tasks[0]).train)):
+    if warning := large_delta(policy.largest_delta, policy.privacy_unit, size(policy)):
         found.append(f"largest_delta: {warning}")
     if budget > LARGE_EPSILON:
         found.append(f"largest_epsilon={budget:g} is above {LARGE_EPSILON:g}, which protects little; 1 to 8 is usual")

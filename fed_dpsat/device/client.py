@@ -41,14 +41,13 @@ ReadParams = Callable[[Params, Coordinates | Span | None], Params]
 def num_examples(
     policy: Policy, run: int, settings: Mapping[str, Any], form: Mapping[str, object] | None = None
 ) -> int:
-    """The declared number of examples, for a run that the policy admits and that passes a trial on this device.
+    """The declared number of examples, or persons, for a run that the policy admits and that passes a trial here.
 
     ``form`` is what the server declares of its data, if it says so; raises ``Refusal`` if the device declares another.
     """
     config = policy.admit(run, settings)
     check_form(policy, config, run, form)
-    _experiment(policy, config, run)
-    return len(own_data(policy, run, config.task).train)
+    return _experiment(policy, config, run).sizes[0]
 
 
 def check_form(policy: Policy, config: RunConfig, run: int, form: Mapping[str, object] | None) -> None:

@@ -25,33 +25,34 @@ BAD_INPUT, FAILED = 2, 1
 
 @app.command()
 def init(policy: PolicyFile) -> None:
-    """Check all of the policy, count the examples and create the ledger; once per device."""
+    """Check all of the policy, count the examples or persons and create the ledger; once per device."""
     from fed_dpsat.device.check import advice
     from fed_dpsat.device.policy import Policy
 
     try:
         read = Policy.load(policy)
-        examples = begin(read)
+        held = begin(read)
     except (InputError, RunError) as error:
         raise _failed(error) from None
-    typer.echo(f"device {read.client}: {examples} examples, ledger created in {read.folder}")
+    of = "persons" if read.privacy_unit == "user" else "examples"
+    typer.echo(f"device {read.client}: {held} {of}, ledger created in {read.folder}")
     _warn(advice(read))
 
 
 def begin(policy: Policy) -> int:
-    """Check the policy and the data, and create the ledger; the number of examples.
+    """Check the policy and the data, and create the ledger; the number of examples, or of persons.
 
     Raises ``PolicyError`` with everything that is wrong, a line each, and ``SettingError`` for a ledger that is there.
     """
     from fed_dpsat.device.check import problems, problems_of_data
-    from fed_dpsat.device.data import own_data
+    from fed_dpsat.device.data import size
     from fed_dpsat.device.policy import PolicyError
     from fed_dpsat.device.release import prepare
 
     if found := [*problems(policy), *problems_of_data(policy)]:
         raise PolicyError("\nerror: ".join(found))
     prepare(Path(policy.folder))
-    return len(own_data(policy, task=policy.tasks[0]).train)
+    return size(policy)
 
 
 @app.command()

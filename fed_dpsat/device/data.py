@@ -28,6 +28,7 @@ from torch import Tensor
 from fed_dpsat import plugins
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.described.tokenizer import digest
+from fed_dpsat.data.persons import persons_of
 from fed_dpsat.device.policy import Policy, PolicyError
 from fed_dpsat.errors import DataError, SettingError
 from fed_dpsat.settings.data import BYTES
@@ -42,6 +43,12 @@ def own_data(policy: Policy, run: int = 0, task: str = "") -> Dataset:
     """
     read = _function if policy.data_source == "function" else _described
     return read(policy, task or policy.tasks[0])
+
+
+def size(policy: Policy, run: int = 0, task: str = "") -> int:
+    """How many examples the device has, or persons if those are its unit. Raises ``InputError``."""
+    train = own_data(policy, run, task or policy.tasks[0]).train
+    return len(np.unique(persons_of(train, policy.user_column))) if policy.privacy_unit == "user" else len(train)
 
 
 def check_tokenizer(policy: Policy) -> None:
@@ -84,6 +91,7 @@ def _described(policy: Policy, task: str) -> Dataset:
         "cache_dir": policy.cache,
         "input_columns": _by_commas(policy.input_columns),
         "label_column": policy.label_column,
+        "user_column": policy.user_column,
         "class_names": _by_commas(policy.class_names),
         "columns_file": policy.columns_file,
         "tokenizer": policy.tokenizer,

@@ -16,7 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
 from fed_dpsat.device import client
-from fed_dpsat.device.data import own_data
+from fed_dpsat.device.data import size
 from fed_dpsat.device.journal import Refusal
 from fed_dpsat.device.log import device_log, one_line
 from fed_dpsat.device.metrics import served
@@ -53,8 +53,8 @@ def identify(message: Message, context: Context) -> RecordDict:
 
     def reply(policy: Policy) -> RecordDict:
         _check_protocol(message.content)
-        size = client.num_examples(policy, context.run_id, context.run_config, _form(message.content))
-        return records.identity_content(policy.client, size)
+        held = client.num_examples(policy, context.run_id, context.run_config, _form(message.content))
+        return records.identity_content(policy.client, held)
 
     return _logged(context, "identity", reply)
 
@@ -86,8 +86,8 @@ def train(message: Message, context: Context) -> RecordDict:
             received,
         )
         counts = bool(context.run_config.get("release_counts")) and policy.release_counts
-        size = len(own_data(policy, context.run_id, config.task).train)
-        found = records.reply_content(policy.client, done, result, size, release_counts=counts)
+        held = size(policy, context.run_id, config.task)
+        found = records.reply_content(policy.client, done, result, held, release_counts=counts)
         start = read_arrays(content.array_records.get(records.ARRAYS), result.params)
         return codec.encode(found, start, config.update_codec, config.update_share, within)
 

@@ -98,6 +98,9 @@ class Policy:
     tokenizer_sha256: str = _key("SHA-256 of the files of the tokenizer; without the right one it is not used", "")
     max_length: int = _key("largest number of tokens of a text; the rest is cut off", 256)
 
+    privacy_unit: str = _key("what a run must protect: example, or user (a person of user_column)", "example")
+    user_column: str = _key("column that says whose an example is, for privacy_unit = 'user'", "")
+    largest_user_examples: int = _key("largest number of a person's examples in a step, held in memory together", 64)
     largest_epsilon: float = _key("budget for all releases of the device, over all runs, at largest_delta")
     largest_delta: float = _key("delta of the budget, and the largest delta of a run")
     least_noise_multiplier: float = _key("smallest noise on the sum, in units of clip_norm")
@@ -142,8 +145,9 @@ class Policy:
         check("largest_delta", 0 < self.largest_delta < 1, "in (0, 1)", "below 1 / examples of the device is usual")
         noise = self.least_noise_multiplier
         check("least_noise_multiplier", 0 < noise <= SANE_NOISE, f"in (0, {SANE_NOISE:g}]", "without noise no privacy")
-        known = bool(self.noise_distributions) and set(self.noise_distributions) <= set(DISTRIBUTIONS)
-        check("noise_distributions", known, f"a list of {', '.join(DISTRIBUTIONS)}", "name those that are permitted")
+        distributions = DISTRIBUTIONS["example"]
+        known = bool(self.noise_distributions) and set(self.noise_distributions) <= set(distributions)
+        check("noise_distributions", known, f"a list of {', '.join(distributions)}", "name those that are permitted")
         check("largest_clip_norm", 0 < self.largest_clip_norm < math.inf, positive, "0.1 to 10 is usual")
         check("largest_local_steps", self.largest_local_steps >= 1, "at least 1", "100 is plenty")
         check("largest_sample_rate", 0 < self.largest_sample_rate <= 1, "in (0, 1]", "1 is no sampling")
@@ -158,6 +162,9 @@ class Policy:
         check("tasks", bool(self.tasks), "a list with a name", "classification is the default")
         check("models", bool(self.models), "a list with a name", "list the networks that this device trains")
         check("largest_parameters", self.largest_parameters >= 1, "at least 1", "50000000 is the default")
+        check("privacy_unit", self.privacy_unit in DISTRIBUTIONS, "example or user", "example is the default")
+        check("user_column", bool(self.user_column) == (self.privacy_unit == "user"), *_PERSONS)
+        check("largest_user_examples", self.largest_user_examples >= 1, "at least 1", "64 is the default")
         check("largest_augmentations", self.largest_augmentations >= 0, "at least 0", "0 allows no views")
         check("largest_physical_batch_size", self.largest_physical_batch_size >= 1, "at least 1", "128 suits most CPUs")
         check("metrics_port", 0 <= self.metrics_port < 2**16, "in [0, 65535]", "9464 is usual, 0 serves none")
@@ -240,11 +247,12 @@ class Policy:
             raise Refusal("private=False is not allowed on this device; set private=true and add noise")
         if config.release_counts and not self.release_counts:
             raise Refusal("release_counts=True is not allowed on this device; set release_counts=false")
-        if config.privacy_unit != "example":
+        if config.privacy_unit == "client":
             raise Refusal(
                 f"privacy_unit={config.privacy_unit!r} leaves the noise to the server, which a device does not "
-                "trust; set privacy_unit=example"
+                f"trust; set privacy_unit={self.privacy_unit}"
             )
+        self._listed("privacy_unit", config.privacy_unit, (self.privacy_unit,))
         if config.secure_aggregation:
             raise Refusal("secure_aggregation=True is not possible on a device with a policy yet; set it to false")
         self._listed("dataset", config.dataset, (self.dataset,))
@@ -266,11 +274,13 @@ class Policy:
         self._bounded("delta", config.delta, 0, self.largest_delta)
         self._bounded("local_steps", steps, 1, self.largest_local_steps)
         self._bounded("num_rounds", config.num_rounds, 1, SANE_NUMBER)
+        self._bounded("user_examples", config.user_examples, 1, self.largest_user_examples)
         self._bounded("augmentations", config.augmentations, 0, self.largest_augmentations)
         rows = min(config.physical_batch_size, self.largest_physical_batch_size)
         own = {
             **_LOCAL,
             "cache_dir": self.cache,
+            "user_column": self.user_column,
             "physical_batch_size": rows,
             "threads_per_client": self.threads,
             **self._start(config),
@@ -324,7 +334,8 @@ class Policy:
             assignment = Assignment.from_dict(record)
         except ValueError as error:  # also for an event of the unit "client"
             raise Refusal(str(error)) from None
-        self._listed("kind", assignment.event.kind, (DISTRIBUTIONS[config.noise_distribution],))
+        own_kind = DISTRIBUTIONS[config.privacy_unit][config.noise_distribution]
+        self._listed("kind", assignment.event.kind, (own_kind,))
         return assignment
 
     def _listed(self, name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -338,6 +349,8 @@ class Policy:
             )
 
 
+_PERSONS = ("named with privacy_unit = 'user', and empty without", "name the column that says whose an example is")
+
 _LOCAL: dict[str, Any] = {
     "data_source": "embedded",
     "data_path": "",
@@ -345,7 +358,6 @@ _LOCAL: dict[str, Any] = {
     "test_share": 0.0,
     "input_columns": "",
     "label_column": "",
-    "user_column": "",
     "class_names": "",
     "columns_file": "",
     "tokenizer": BYTES,

@@ -131,7 +131,7 @@ def make_client_app(provider: Provider) -> ClientApp:
         if not any(one is experiment for one in tried):  # once, before the server charges for anything
             try_client(experiment)
             tried[:] = [experiment]
-        return Message(records.identity_content(client, len(experiment.partitions[client])), reply_to=message)
+        return Message(records.identity_content(client, experiment.sizes[client]), reply_to=message)
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
@@ -146,7 +146,7 @@ def make_client_app(provider: Provider) -> ClientApp:
             raise RecordError("the server and this client do not agree on secure_aggregation; nothing was computed")
         if secure and message.content.config_records[records.SECURE]["phase"] != records.MASKED:
             client = _client(context)
-            size = len(experiment.partitions[client])
+            size = experiment.sizes[client]
             return Message(
                 _wing(SECURE_AGGREGATION).phase_reply(client, message.content, context.state, size), reply_to=message
             )
@@ -233,7 +233,7 @@ def _train_stack(
     unpack.check_untouched()
     if results is None:
         return None
-    metrics: list[dict[str, float]] = [{records.NUM_EXAMPLES: len(experiment.partitions[c])} for c in kept]
+    metrics: list[dict[str, float]] = [{records.NUM_EXAMPLES: experiment.sizes[c]} for c in kept]
     if config.release_counts:
         for each, count in zip(metrics, results.nonfinite, strict=True):
             each[records.NONFINITE] = count
@@ -250,7 +250,7 @@ def _model(content: RecordDict, unpack: _Unpack) -> Params:
 def _spent(experiment: Experiment, client: int, history: History, assignment: Assignment) -> History:
     """The client's ``history`` after the round. Raises ``BudgetError`` if the budget is spent."""
     config, event = experiment.config, assignment.event
-    if event.privacy_unit != "example":  # noise is the server's, and rounds cost clients that were not drawn too
+    if event.privacy_unit == "client":  # noise is the server's, and rounds cost clients that were not drawn too
         return history
     return spend(history, event, experiment.budgets[client], config.delta, config.accountant)
 
@@ -295,7 +295,7 @@ def _check_same(experiment: Experiment, message: Message) -> None:
 
 def _reply(experiment: Experiment, request: Request, result: LocalResult) -> RecordDict:
     each = experiment.config.privacy_unit == "client"  # counts once, and its size is private
-    size = 1 if each else len(experiment.partitions[request.client])
+    size = 1 if each else experiment.sizes[request.client]
     release_counts = experiment.config.release_counts
     return records.reply_content(request.client, request.assignment, result, size, release_counts=release_counts)
 

@@ -230,7 +230,7 @@ def _noise_of_mean(config: RunConfig, objects: Sequence[str]) -> KnownNoise | No
 def _holdings(experiment: Experiment) -> tuple[list[int], list[list[int]] | None]:
     """Examples per client, and per client and class; None for the latter without classes or beyond the most."""
     partitions, num_classes = experiment.partitions, experiment.dataset.num_classes
-    sizes, labels = [len(indices) for indices in partitions], experiment.dataset.train.classes
+    sizes, labels = experiment.sizes, experiment.dataset.train.classes
     if labels is None or len(sizes) * num_classes > MAX_LABEL_COUNTS:
         return sizes, None
     return sizes, [np.bincount(labels[indices], minlength=num_classes).tolist() for indices in partitions]

@@ -214,7 +214,7 @@ class Recorder:
             of_one = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_batch_size
             noise = math.sqrt(size) * of_one
         elif accepted and self.known_noise:
-            sizes = [len(self.experiment.partitions[client]) for client in accepted]
+            sizes = [self.experiment.sizes[client] for client in accepted]
             events = [self.strategy.plans[client].event for client in accepted]
             variances = [self.known_noise.variance(e, n, round) for e, n in zip(events, sizes, strict=True)]
             of_mean = math.fsum(n**2 * v for n, v in zip(sizes, variances, strict=True)) / sum(sizes) ** 2

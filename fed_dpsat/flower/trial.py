@@ -80,7 +80,7 @@ def _rounds(tried: Experiment, inner: Strategy) -> None:
     if all(no_model[1:]):  # the first is from before the rounds
         remedy = "return the new model from aggregate_train, or the model as it is in a round that changes nothing"
         raise Unfit("strategy", f"{type(inner).__name__}.aggregate_train returns no model in any round", remedy)
-    if config.privacy_unit == "example":
+    if config.privacy_unit != "client":
         tried.carried_state()
     trial.check_carried(tried)
 

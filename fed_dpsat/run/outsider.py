@@ -31,9 +31,9 @@ def epsilon_of_outsider(
 ) -> dict[str, Any]:
     """``epsilon_released`` of the rounds in ``lines`` and its assumptions; without a proof, None and the reason.
 
-    Empty for a run without coins, with the unit "client", or without a round. ``redone``: a round started twice with
-    other coins. ``retired``: a client has left. ``shows_single``: the name of a strategy that uses more than the mean
-    of replies.
+    Empty for a run without coins, with another unit than "example", or without a round. ``redone``: a round started
+    twice with other coins. ``retired``: a client has left. ``shows_single``: the name of a strategy that uses more than
+    the mean of replies.
     """
     config = experiment.config
     rounds = [line for line in lines if line["round"]]
@@ -68,7 +68,7 @@ def _reasons(
         yield "with max_rounds_per_client, the eligible clients depend on earlier coins, which are secret"
     if retired or any(_may_retire(experiment, plan) for plan in set(plans)):
         yield "budgets can end before the last round, so the eligible clients and the end of the run depend on coins"
-    sizes = [len(indices) for indices in experiment.partitions]
+    sizes = experiment.sizes
     if len({plan.event for plan in plans}) > 1 or len(set(sizes)) > 1:
         yield (
             "clients differ in size, noise or sample rate, so the level of the noise in a model reveals which clients "

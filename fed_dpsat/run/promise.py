@@ -22,7 +22,7 @@ TRUSTED_SERVER = (
 
 def threat_model(config: RunConfig) -> str:
     """The adversary of epsilon, as text."""
-    if config.privacy_unit == "example":
+    if config.privacy_unit != "client":
         return "a server that sees every update; no amplification by client sampling"
     if config.client_sampling == "poisson":
         return f"{TRUSTED_SERVER}; the cohorts, the seed and the run folder stay with it"
@@ -32,6 +32,8 @@ def threat_model(config: RunConfig) -> str:
 def declared_public(config: RunConfig) -> tuple[str, ...]:
     """Facts that are declared public, so epsilon does not cover them; fewer if the unit is the client."""
     extractor = (public_extractor(config),) if config.features else ()
+    if config.privacy_unit == "user":
+        return ("number of persons of each client", *DECLARED_PUBLIC[1:], *extractor)
     if config.privacy_unit == "example":
         return DECLARED_PUBLIC + extractor
     return (DECLARED_PUBLIC[1:2] if config.client_sampling == "poisson" else DECLARED_PUBLIC[1:]) + extractor
@@ -61,13 +63,12 @@ def also_released(config: RunConfig, *, personal: bool) -> list[str]:
 
 
 def delta_warning(experiment: Experiment) -> str:
-    """A warning if delta is too large for the number of examples or clients; else ""."""
+    """A warning if delta is too large for the number of examples, persons or clients; else ""."""
     config = experiment.config
     if not config.private:
         return ""
     by_client = config.privacy_unit == "client"
-    smallest = min(len(indices) for indices in experiment.partitions)
-    return large_delta(config.delta, config.privacy_unit, config.num_clients if by_client else smallest)
+    return large_delta(config.delta, config.privacy_unit, config.num_clients if by_client else min(experiment.sizes))
 
 
 def unused_warning(experiment: Experiment) -> str:

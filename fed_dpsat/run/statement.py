@@ -113,7 +113,7 @@ def _delta_warning(folder: RunFolder, config: RunConfig, delta: float) -> str:
     if config.privacy_unit == "client":
         return large_delta(delta, "client", config.num_clients)
     if sizes := folder.sizes():
-        return large_delta(delta, "example", min(sizes))
+        return large_delta(delta, config.privacy_unit, min(sizes))
     return str(folder.summary().get("delta_warning", "")) if delta == config.delta else ""
 
 

@@ -69,10 +69,10 @@ class Throughput:
         }
 
     def _expected_examples(self, clients: list[int]) -> float:
-        if self._experiment.config.privacy_unit == "client":  # sizes of clients are not public
+        if self._experiment.config.privacy_unit != "example":  # how many examples a client has is not public
             return 0.0
-        plans, partitions = self._plans, self._experiment.partitions
-        return sum(plans[c].event.steps * plans[c].event.sample_rate * len(partitions[c]) for c in clients)
+        plans, sizes = self._plans, self._experiment.sizes
+        return sum(plans[c].event.steps * plans[c].event.sample_rate * sizes[c] for c in clients)
 
 
 def _peak_memory_mb() -> float:

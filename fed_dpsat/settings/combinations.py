@@ -95,9 +95,11 @@ def _attack(config: Settings) -> None:
 
 def _unit(config: Settings) -> None:
     """Flat clipping bounds a client's change once, and the server sees the change to bound it again."""
-    if config.privacy_unit == "example":
+    if config.privacy_unit == "user":
+        _user(config)
+    if config.privacy_unit != "client":
         if config.keep_share < 1:
-            bound = "1 with privacy_unit='example'"
+            bound = f"1 with privacy_unit={config.privacy_unit!r}"
             refuse(config, "keep_share", bound, "update_codec=top-k sends the largest changes")
         return
     unit = "with privacy_unit='client'"
@@ -115,6 +117,16 @@ def _unit(config: Settings) -> None:
     if config.client_sampling == "poisson" and config.rounds_per_client < config.num_rounds:
         bound = f"0 {unit}, client_sampling='poisson'"
         refuse(config, "max_rounds_per_client", bound, "each round costs every client")
+
+
+def _user(config: Settings) -> None:
+    unit = "with privacy_unit='user'"
+    if not config.user_column:
+        refuse(config, "user_column", f"enough {unit}", "name the column that says whose an example is")
+    for name in ("validation_share", "test_share"):
+        if getattr(config, name):
+            bound = f"0 {unit}: its rows are shown without noise, and may be those of a person who is protected"
+            refuse(config, name, bound, "test on other persons, in a file of their own (test_path)")
 
 
 def _laplace(config: Settings) -> None:
@@ -161,7 +173,7 @@ def _half(config: Settings) -> None:
         return
     half = f"with the client's half of strategy={config.strategy!r}"
     for name, good, remedy in (
-        ("privacy_unit", config.privacy_unit == "example", "only whole changes are bounded then; set it to example"),
+        ("privacy_unit", config.privacy_unit != "client", "only whole changes are bounded then; set it to example"),
         ("buffer_size", not config.buffer_size, "a late reply no longer fits the model; set it to 0"),
         ("attack", not config.attack, "attacks forge models, and not records; leave it empty"),
         ("local_averaging", not config.local_averaging, "the half says what a client sends; leave it empty"),

@@ -34,7 +34,11 @@ class Data:
     )
     input_columns: str = setting("", "columns of your own files that a model sees, by commas")
     label_column: str = setting("", "column of the labels in your own files; several by commas for several labels")
-    user_column: str = setting("", "columns of your own files that a natural partition can use, by commas")
+    user_column: str = setting(
+        "",
+        "columns of your own files that a natural partition can use, by commas; the first names the person of an "
+        "example for privacy_unit=user",
+    )
     class_names: str = setting("", "all classes in your own files, by commas")
     columns_file: str = setting("", "TOML file that declares the columns of a table", path=of_file)
     tokenizer: str = setting(

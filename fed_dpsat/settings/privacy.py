@@ -15,9 +15,18 @@ class Privacy:
 
     privacy_unit: str = setting(
         "example",
-        "what epsilon protects: example (of one client; noise on the client) or client (with all its examples; noise "
-        "by a trusted server)",
-        choices=("example", "client"),
+        "what epsilon protects: example (of one client; noise on the client), user (a person of user_column, with all "
+        "their examples in one client; noise on the client) or client (with all its examples; noise by a trusted "
+        "server)",
+        choices=("example", "user", "client"),
+    )
+    user_examples: int = setting(
+        8, "largest number of a person's examples in a step with privacy_unit=user, drawn anew in each step", least=1
+    )
+    user_gradient: str = setting(
+        "mean",
+        "gradient of a person that is clipped with privacy_unit=user: the mean of those of their examples, or the sum",
+        choices=("mean", "sum"),
     )
     private: bool = setting(
         True,
@@ -28,8 +37,8 @@ class Privacy:
     clipping_args: str = setting("", "arguments of the clipping rule that no setting fills: groups = 4")
     clip_norm: float = setting(
         0.5,
-        "largest norm of one example's gradient, or of a client's whole change if that is the unit; inf only if not "
-        "private",
+        "largest norm of the gradient of one example, or of one person, or of a client's whole change, as the unit is; "
+        "inf only if not private",
         above=0,
     )
     clip_quantile: float = setting(0.5, "share of examples that adaptive clipping leaves unclipped", above=0, most=1)
@@ -72,6 +81,9 @@ def noise_unused(config: Privacy) -> list[str]:
 def check(config: Privacy) -> None:
     """Raise ``SettingError`` for settings of this group that exclude each other."""
     noise, target = config.noise_multiplier, config.target_epsilon
+    for name, unset in (("user_examples", 8), ("user_gradient", "mean")):
+        if config.privacy_unit != "user" and getattr(config, name) != unset:
+            refuse(config, name, f"possible with privacy_unit={config.privacy_unit!r}", "set privacy_unit=user")
     if config.noise_distribution == "laplace" and config.clipping != "l1" and ":" not in config.clipping:
         bound = "a bound of the L1 norm, to which noise_distribution='laplace' is scaled"
         refuse(config, "clipping", bound, "set clipping=l1, or noise_distribution=gaussian")

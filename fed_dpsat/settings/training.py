@@ -111,7 +111,7 @@ class Training:
         0.999, "largest decay of an ema, which begins at 0.1 and rises with the number of models", least=0, most=1
     )
     averaging_models: int = setting(10, "number of models of a last-k average", least=1)
-    sample_rate: float = setting(0.5, "chance of each example to be in a Poisson batch", above=0, most=1)
+    sample_rate: float = setting(0.5, "chance of each example, or person, to be in a Poisson batch", above=0, most=1)
     augmentations: int = setting(
         0,
         "number of random views of each image whose mean gradient is clipped; 0 trains on the image itself",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.errors import SettingError
 from fed_dpsat.params import Params
-from fed_dpsat.step.bundles import Part
+from fed_dpsat.step.bundles import Bundles, Part
 from fed_dpsat.step.clipping import AdaptiveClipping, ClippingRule, Tally, check_clip_norm
 from fed_dpsat.step.clipping.bound import Held, bounds_l1
 from fed_dpsat.step.draws import Draws, fresh_key, step_key
@@ -27,6 +28,7 @@ from fed_dpsat.step.mechanism import MECHANISMS, GaussianMechanism, LaplaceMecha
 from fed_dpsat.step.modes import in_mode
 from fed_dpsat.step.noise import NOISE_SOURCES, SECRET, Purpose, derive_generator, derive_key, derive_seed
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo, Update, owned_update
+from fed_dpsat.step.persons import Persons
 from fed_dpsat.step.placement import device_of
 from fed_dpsat.step.query import At, Query, check_loss, spread
 from fed_dpsat.step.sampling import PoissonSampler
@@ -119,7 +121,8 @@ class Member:
 
     ``groups`` divides a batch, so that no example has a shape that follows from others (``Examples.alike``).
     ``first_step`` is the index of the first step among those of the federation, ``clip_norm`` where adaptive clipping
-    begins, by default at its first bound. ``views`` are made of each example, and their mean gradient is bounded.
+    begins, by default at its first bound. ``views`` are made of each example, and their mean gradient is bounded. With
+    ``persons`` the sampler draws those, and what is bounded is the gradient of a person.
     """
 
     batches: Batches
@@ -132,6 +135,7 @@ class Member:
     own: Params = field(default_factory=dict)
     groups: Groups = one_group
     views: Views | None = None
+    persons: Persons | None = None
 
 
 Watch = Callable[[int, At, Params], None]
@@ -203,7 +207,8 @@ def train(
     and a mechanism, sampler or streams of another class than those named here (but within ``unchecked``).
     """
     for member in members:
-        check_known(member.mechanism, member.sampler, member.streams, member.views)
+        check_known(member.mechanism, member.sampler, member.streams, member.views, member.persons)
+        check_persons(member)
         check_bound(member.mechanism, clipping)
     settings: dict[str, Any] = {
         "loss_fn": loss_fn,
@@ -308,7 +313,9 @@ class Turn:
         return LocalResult(
             params=params,
             state=state,
-            event=member.mechanism.event(sample_rate=member.sampler.sample_rate, steps=self._steps),
+            event=member.mechanism.event(
+                sample_rate=member.sampler.sample_rate, steps=self._steps, unit="user" if member.persons else "example"
+            ),
             nonfinite_examples=self._nonfinite,
             clip_norm=self._bound if self._adaptive else None,
         )
@@ -347,11 +354,19 @@ class Alone:
     def batch(self, step: int, drawn: Tensor) -> list[Part]:
         """As ``made_batch``, group by group."""
         member = self._member
-        draws = member.streams.draws(step, drawn)
+        draws = partial(member.streams.draws, step)
+        if member.persons:
+            return [
+                Part(made_batch(member.batches, some, mine, self._device), mine, bundles)
+                for places, of_all in member.persons.chosen(drawn, draws)
+                for some, bundles in bundles_alike(member.groups, places, of_all)
+                for mine in [draws(some)]
+            ]
+        of_batch = draws(drawn)
         return [
             Part(made_batch(member.batches, drawn[places], mine, self._device), mine)
             for places in checked_groups(member.groups(drawn), len(drawn))
-            for mine in [draws.some(places.numpy())]
+            for mine in [of_batch.some(places.numpy())]
         ]
 
     def query_point(self, info: StepInfo) -> At:
@@ -447,7 +462,13 @@ def _cost(noise_multiplier: float) -> float:
     return noise_multiplier**-2 if noise_multiplier else math.inf
 
 
-def check_known(mechanism: Mechanism, sampler: PoissonSampler, streams: Streams, views: Views | None = None) -> None:
+def check_known(
+    mechanism: Mechanism,
+    sampler: PoissonSampler,
+    streams: Streams,
+    views: Views | None = None,
+    persons: Persons | None = None,
+) -> None:
     """Raise ``SettingError`` for a class that may add, draw or repeat something else than the event says."""
     known: tuple[type, ...]
     for name, part, known in (
@@ -455,6 +476,7 @@ def check_known(mechanism: Mechanism, sampler: PoissonSampler, streams: Streams,
         ("sampler", sampler, (PoissonSampler,)),
         ("streams", streams, (Streams,)),
         ("views", views, (Views, type(None))),
+        ("persons", persons, (Persons, type(None))),
     ):
         if type(part) not in known and checking():
             raise SettingError(
@@ -463,6 +485,17 @@ def check_known(mechanism: Mechanism, sampler: PoissonSampler, streams: Streams,
                 f"a {' or a '.join(c.__name__ for c in known)} itself, of which is known that it does what is charged",
                 "pass one, or vouch for yours: `with fed_dpsat.step.unchecked.unchecked():`",
             )
+
+
+def check_persons(member: Member) -> None:
+    """Raise ``SettingError`` for a sampler that does not toss one coin for each of the member's persons."""
+    if member.persons and member.sampler.num_examples != len(member.persons) and checking():
+        raise SettingError(
+            "sampler.num_examples",
+            member.sampler.num_examples,
+            f"{len(member.persons)}, one coin for each person",
+            "make the sampler of that many",
+        )
 
 
 def check_bound(mechanism: Mechanism, clipping: ClippingRule) -> None:
@@ -511,6 +544,20 @@ def checked_groups(groups: Sequence[Tensor], count: int) -> Sequence[Tensor]:
     if not torch.equal(torch.cat(list(groups)).sort().values, torch.arange(count)):
         raise SettingError("groups", [len(g) for g in groups], f"each of {count} examples once", "see Examples.alike")
     return groups
+
+
+def bundles_alike(groups: Groups, places: Tensor, bundles: Bundles) -> Iterator[tuple[Tensor, Bundles]]:
+    """``bundles`` of rows ``places[G * R]``, those together whose rows reach the same of ``groups``, which are ordered.
+
+    The rows of a bundle have one shape, that of the last group among them: it follows from no other bundle.
+    """
+    group = torch.empty(len(places), dtype=torch.int64)
+    for k, some in enumerate(checked_groups(groups(places), len(places))):
+        group[some] = k
+    reached = group.view(bundles.weights.shape).amax(1)
+    for k in torch.unique(reached) if len(reached) else [0]:
+        mine = reached == k
+        yield places.view(bundles.weights.shape)[mine].flatten(), Bundles(bundles.weights[mine])
 
 
 def check_rows(batch: tuple[Examples, Tensor], indices: Tensor) -> None:

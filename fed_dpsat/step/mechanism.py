@@ -29,7 +29,7 @@ class Mechanism(ABC):
     expected_batch_size: float
     norm: ClassVar[str]
     deviation: ClassVar[float]
-    kind: ClassVar[str]
+    distribution: ClassVar[str]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip_norm", check_clip_norm(self.clip_norm))
@@ -77,11 +77,10 @@ class Mechanism(ABC):
             return {name: total / self.expected_batch_size for name, total in clipped_sum.items()}
         return {name: total.div_(self.expected_batch_size) for name, total in noisy_sum.items()}
 
-    def event(self, *, sample_rate: float, steps: int) -> PrivacyEvent:
-        """What ``steps`` calls on Poisson batches at ``sample_rate`` cost one example."""
-        return PrivacyEvent(
-            noise_multiplier=self.noise_multiplier, sample_rate=sample_rate, steps=steps, kind=self.kind
-        )
+    def event(self, *, sample_rate: float, steps: int, unit: str = "example") -> PrivacyEvent:
+        """What ``steps`` calls on Poisson batches at ``sample_rate`` cost one ``unit``: an example, or a user."""
+        kind = DISTRIBUTIONS[unit][self.distribution]
+        return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=sample_rate, steps=steps, kind=kind)
 
     def _add_noise(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         scale, noisy_sum = self.noise_multiplier * self.clip_norm, {}
@@ -115,7 +114,7 @@ class GaussianMechanism(Mechanism):
     bound on the sum, no batch to divide by, or what is no number.
     """
 
-    norm, deviation, kind = "L2", 1.0, DISTRIBUTIONS["gaussian"]
+    norm, deviation, distribution = "L2", 1.0, "gaussian"
 
     def _drawn(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         return normals_like(clipped_sum, generator)
@@ -134,7 +133,7 @@ class LaplaceMechanism(Mechanism):
     for the sum of a tensor.
     """
 
-    norm, deviation, kind = "L1", math.sqrt(2), DISTRIBUTIONS["laplace"]
+    norm, deviation, distribution = "L1", math.sqrt(2), "laplace"
 
     def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         """As ``Mechanism.privatize``, of numbers alone."""

@@ -12,7 +12,7 @@ an empty batch                                 a zero sum, noised like any other
 an example with NaN or inf                     contributes zero, and is counted for its client
 a module that keeps something                  each pass begins with what was there before the first
 an optimizer that cannot be mapped             its two functions are called client by client
-random views of each example                   ``Unstackable``
+views of each example, or persons              ``Unstackable``
 a loss or rule that cannot be mapped, or that  ``Unstackable``
 carries something from example to example
 (a caught error, a hook, a function of its own)
@@ -120,8 +120,8 @@ class Stacked:
     ) -> None:
         if isinstance(clipping, AdaptiveClipping):
             raise Unstackable("adaptive clipping, whose bound is another one for each client")
-        if any(member.views for member in members):
-            raise Unstackable("random views of each example, whose rows are bounded together")
+        if any(member.views or member.persons for member in members):
+            raise Unstackable("views of each example, or persons, whose rows are bounded together")
         if len({alike(member) for member in members}) != 1:
             raise Unstackable("clients in different rounds, or with states of different forms")
         if len({(member.mechanism.clip_norm, member.mechanism.norm) for member in members}) != 1:

@@ -111,9 +111,11 @@ def test_an_event_says_whom_it_protects():
     assert of["poisson_gaussian"].privacy_unit == "example"
     assert of["poisson_gaussian_clients"].privacy_unit == "client"
     assert set(KINDS.values()) == UNITS.keys()
-    assert of["poisson_gaussian_clients"].to_dp_event() == of["poisson_gaussian"].to_dp_event()
+    for kind in ("poisson_gaussian_clients", "poisson_gaussian_users"):
+        assert of[kind].to_dp_event() == of["poisson_gaussian"].to_dp_event()
+    assert of["poisson_laplace_users"].to_dp_event() == of["poisson_laplace"].to_dp_event()
     assert len(merge(of.values())) == len(KINDS)
     check_one_unit([])
     check_one_unit([merge([of["poisson_gaussian_clients"]])])
-    with pytest.raises(PrivacyError, match="units client and example have no common epsilon"):
+    with pytest.raises(PrivacyError, match="units client and example and user have no common epsilon"):
         check_one_unit([(event,) for event in of.values()])

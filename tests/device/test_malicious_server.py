@@ -109,6 +109,10 @@ def test_an_unknown_key_in_the_assignment_is_refused(device, assignment, key):
         ),
         ({"secure_aggregation": True}, "secure_aggregation=True is not possible on a device"),
         ({"privacy_unit": "client"}, "privacy_unit='client' leaves the noise to the server"),
+        (
+            {"privacy_unit": "user", "user_column": "patient"},
+            "privacy_unit='user' is not allowed on this device; choose one of example",
+        ),
         ({"surprise": 1}, "surprise=1 is not a setting"),
         ({"lr": "fast"}, "lr='fast' is not of type float"),
         ({"model": "x" * 10_000_000}, "model='xxxx"),

@@ -12,8 +12,9 @@ import numpy as np
 from fed_dpsat.data.cache import Arrays
 from fed_dpsat.data.described.chunks import Chunk, Kind
 from fed_dpsat.data.described.columns import Category, Column, Number
-from fed_dpsat.data.described.labels import Labels, split_names
+from fed_dpsat.data.described.labels import Labels
 from fed_dpsat.data.described.load import Encoder
+from fed_dpsat.data.names import split_names
 from fed_dpsat.errors import SettingError
 
 log = logging.getLogger("fed_dpsat")

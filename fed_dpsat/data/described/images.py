@@ -44,9 +44,10 @@ def images(
     """
     from fed_dpsat.data.described.columns import declared
     from fed_dpsat.data.described.encode_images import ImageEncoder, shape_of
-    from fed_dpsat.data.described.labels import Labels, split_names
+    from fed_dpsat.data.described.labels import Labels
     from fed_dpsat.data.described.load import both_splits, examples, load
     from fed_dpsat.data.described.place import Place, check_types
+    from fed_dpsat.data.names import split_names
 
     check_types(bool, fit=fit)
     shape = shape_of(image_size, channels)

@@ -16,7 +16,6 @@ class at that place in ``class_names``, from 0.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,15 +27,11 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from fed_dpsat.data.described.chunks import Chunk, Kind, chunk_names, chunk_numbers, is_text, names_of, shown
 from fed_dpsat.data.described.columns import Column, Number
+from fed_dpsat.data.names import split_names
 from fed_dpsat.errors import DataError, SettingError
 
 OF_EXAMPLES = ("classification", "multilabel", "regression")
 OF_WORDS = "token-classification"
-
-
-def split_names(text: str) -> tuple[str, ...]:
-    """Names by commas; one with a comma in it stands in double quotes."""
-    return tuple(name.strip() for name in next(csv.reader([text], skipinitialspace=True), []) if name.strip())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ from fed_dpsat.data.cache import Arrays, cached_parts, fingerprint
 from fed_dpsat.data.dataset import Examples
 from fed_dpsat.data.described.chunks import Chunk, Kind, chunk_names
 from fed_dpsat.data.described.find import Part, parts_of
-from fed_dpsat.data.described.labels import split_names
 from fed_dpsat.data.described.place import Place
 from fed_dpsat.data.described.progress import counted, rows_in
 from fed_dpsat.data.described.splits import divided
+from fed_dpsat.data.names import split_names
 
 
 class Encoder(ABC):

@@ -52,11 +52,12 @@ def text(
     """
     from fed_dpsat.data.described.columns import declared
     from fed_dpsat.data.described.encode_text import TextEncoder
-    from fed_dpsat.data.described.labels import OF_WORDS, Labels, split_names
+    from fed_dpsat.data.described.labels import OF_WORDS, Labels
     from fed_dpsat.data.described.load import both_splits, examples, load, sha256_of
     from fed_dpsat.data.described.place import Place, check_types
     from fed_dpsat.data.described.tokenizer import digest, library_tokens
     from fed_dpsat.data.described.tokens import ByteTokens
+    from fed_dpsat.data.names import split_names
 
     check_types(str, pad_token=pad_token, mask_token=mask_token, text_separator=text_separator)
     check_types(str, label_separator=label_separator, labels_like=labels_like)

@@ -40,7 +40,6 @@ def config_of(path: Path | None, overrides: Sequence[str]) -> RunConfig:
 
 def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
     """The game with the optimizer, clipping rule, noise and rates of the costliest client of ``config``."""
-    check_unit(config)
     settings: dict[str, Any] = {**config.settings(), "total_steps": config.total_steps}
     settings["steps_per_round"] = config.steps_per_round
     event = make_plans(config)[costliest_client(config)].event
@@ -60,6 +59,7 @@ def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
         seed=config.seed,
         stacked=config.stack_clients > 1,
         engine=config.engine,
+        examples_each=config.user_examples if config.privacy_unit == "user" else 0,
     )
 
 

@@ -4,7 +4,8 @@ The adversary sets up the worst case. It knows the gradients of the loss and the
 the same model in every round. The second world has one more example, whose gradient is clipped and points along ``u``.
 The adversary sees all private gradients and all models. The gradients of the other examples are orthogonal to ``u``.
 With ``follow`` they are 0 until the query point moves along ``u``, and then point along ``u``: information of the
-ascent direction about the example is multiplied by their number.
+ascent direction about the example is multiplied by their number. With ``examples_each`` the game is about a person: all
+are persons with so many equal examples, and the second world has one more of them.
 
 Each repetition has its own coins and noise. The first half of the repetitions selects an attack from ``scores`` and its
 threshold; the second half measures it.
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.loop import LocalResult, Member, Streams, step_info, train
 from fed_dpsat.step.mechanism import MECHANISMS, Mechanism
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, next_round
+from fed_dpsat.step.persons import Persons
 from fed_dpsat.step.query import At
 from fed_dpsat.step.sampling import PoissonSampler
 from fed_dpsat.step.stacked import Stacked, Unstackable
@@ -93,6 +96,7 @@ class Game(AnyGame):
     follow: bool = False
     stacked: bool = True
     engine: str = "auto"
+    examples_each: int = 0
     client: Callable[[Member], Member] = as_it_is
     ledger: Callable[[Sequence[PrivacyEvent], float], float] = ledger_epsilon
 
@@ -224,8 +228,11 @@ def _rows(game: Game) -> Tensor:
 
 def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
     """The releases of all repetitions of one world, and the cost of the rounds of one repetition."""
-    rows = _rows(game)
+    rows, persons = _rows(game), None
     count = game.others + included  # the divisor uses the declared size, which is public and equal in both worlds
+    if each := game.examples_each:
+        rows = rows.repeat_interleave(each, 0)
+        persons = Persons.of(np.arange(count).repeat(each), most=each)
     sampler = PoissonSampler(num_examples=count, sample_rate=game.sample_rate)
     mechanism = MECHANISMS[game.noise_distribution](
         noise_multiplier=game.noise_multiplier,
@@ -248,6 +255,7 @@ def _world(game: Game, included: bool) -> tuple[Seen, list[PrivacyEvent]]:
                     sampler=sampler,
                     mechanism=mechanism,
                     streams=Streams(seed=game.seed, client=int(included), round=round, attempt=i),
+                    persons=persons,
                 )
                 for k, i in enumerate(ids)
             ]

@@ -160,27 +160,28 @@ def partition(run: Run, folder: Path) -> Iterator[Drawing]:
     if held is None:
         return
     sizes = np.array(held["sizes"])
-    how = f"{run.config.partition} partition, {len(sizes):,} clients, {sizes.sum():,} training examples"
+    of, what = ("Persons", "persons") if run.config.privacy_unit == "user" else ("Examples", "training examples")
+    how = f"{run.config.partition} partition, {len(sizes):,} clients, {sizes.sum():,} {what}"
 
     def paint_sizes(axes: Axes) -> None:
         if len(sizes) <= FEW_CLIENTS:
             axes.bar(np.arange(len(sizes)), sizes, color=BLUE.light)
             whole_numbers(axes.xaxis)
-            axes.set(xlabel="client", ylabel="examples")
+            axes.set(xlabel="client", ylabel=of.lower())
         else:
             spread = int(sizes.max() - sizes.min()) + 1
             within = float(sizes.min()) - 0.5, float(sizes.max()) + 0.5
             axes.hist(sizes, bins=min(30, spread), range=within, color=BLUE.light)
             whole_numbers(axes.xaxis)
-            axes.set(xlabel="examples of a client", ylabel="clients")
+            axes.set(xlabel=f"{of.lower()} of a client", ylabel="clients")
         axes.grid(axis="x", visible=False)
 
     middle = int(np.median(sizes))
-    public = run.config.privacy_unit == "example"
+    public = run.config.privacy_unit != "client"
     yield draw(
         "client-sizes",
         paint_sizes,
-        title="Examples of each client",
+        title=f"{of} of each client",
         caption=f"{how}. Smallest {sizes.min():,}, median {middle:,}, largest {sizes.max():,}; "
         f"Gini {plain(gini(sizes), 2)}. {'Sizes are declared public.' if public else ONLY_HERE}",
         alt=f"Bars: examples per client, from {sizes.min():,} to {sizes.max():,}.",

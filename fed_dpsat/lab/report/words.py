@@ -123,9 +123,10 @@ def _noise(run: Run) -> str:
         at = f"Laplace noise, {at}"
     if run.config.privacy_unit == "client":
         return f"{at}, at clip norm {clip:g} of a client's whole change, on the sum of a cohort, by the server."
+    of = f"of persons, up to {run.config.user_examples} examples each, " if run.config.privacy_unit == "user" else ""
     steps = "1 local step" if run.config.steps_per_round == 1 else f"{run.config.steps_per_round} local steps"
     return (
-        f"{at}, the least of all clients, at clip norm {clip:g}; {steps} a round, each on a Poisson batch at "
+        f"{at}, the least of all clients, at clip norm {clip:g}; {steps} a round, each on a Poisson batch {of}at "
         f"sample rate {run.config.sample_rate:g}."
     )
 

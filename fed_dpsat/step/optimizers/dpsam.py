@@ -86,7 +86,7 @@ class SAM(DPSAM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.private and self.privacy_unit == "example":
+        if self.private and self.privacy_unit != "client":
             raise SettingError(
                 "private",
                 self.private,
