@@ -71,7 +71,7 @@ def measure(model: str, rows: int, batch: int, repeats: int) -> dict[str, float 
 def main() -> None:
     """A line for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mlp,wide-linear-cnn,tanh-cnn,resnet20-gn,gpt,gru")
+    parser.add_argument("--model", default="mlp,wide-linear-cnn,tanh-cnn,resnet20-gn")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)

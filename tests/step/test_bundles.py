@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from fed_dpsat.step.bundles import Bundles
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.clipping.automatic import AutomaticClipping
 from fed_dpsat.step.clipping.per_layer import PerLayerClipping
+from fed_dpsat.step.draws import Draws
 from fed_dpsat.step.gradients.per_example import ModelLoss, clipped_gradient_sum
 from fed_dpsat.step.query import Query, Slope
 
@@ -228,6 +230,22 @@ def test_a_bundle_is_never_in_two_chunks(engine):
     assert float(global_norm({n: halves[0][n] + halves[1][n] for n in params})) > 0.019
     one_by_one, _ = clipped_gradient_sum(loss, params, (x, y), rule, engine=engine)
     assert float(global_norm(one_by_one)) > 0.079
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_draw_what_they_draw_alone(engine):
+    """Dropout of a row follows from its number, whatever bundle or chunk it is in."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.5), nn.Linear(40, 3)).double().train()
+    _, _, x, y, weights = problem("mlp")
+    loss, params = ModelLoss(module), trainable(module)
+    how = {"engine": engine, "bundles": Bundles(weights), "draws": Draws(key=b"k" * 16, ids=np.arange(12))}
+    found = [
+        clipped_gradient_sum(loss, params, (x, y), RULES["flat"], physical_batch_size=n, **how)[0] for n in (3, 128)
+    ]
+    assert close(*found, 1e-9)
+    again = clipped_gradient_sum(loss, params, (x, y), RULES["flat"], **{**how, "draws": Draws.fresh(12)})[0]
+    assert not close(again, found[0])
 
 
 def test_rows_of_weight_one_are_examples():
