@@ -263,6 +263,28 @@ def data(
     return None
 
 
+@app.command()
+def stats(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; new, empty or of the same statistics.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Release noised statistics of the clients' data, which a run takes as declared constants (statistics_from).
+
+    statistics_epsilon pays for all of them together. The same command again shows the same numbers, at no cost.
+    """
+    from fed_dpsat.statistics.make import make_statistics
+    from fed_dpsat.statistics.show import print_statistics
+
+    with first_imports(), _clear_errors(again="the same command continues"):
+        made = make_statistics(RunConfig.load(config, overrides or ()), out)
+    if as_json:
+        return _print_json({"folder": str(made.path), **made.content})
+    print_statistics(out_console, made)
+    return None
+
+
 @app.command(name="list")
 def list_plugins(
     kind: Annotated[
@@ -295,6 +317,7 @@ def list_plugins(
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
     from fed_dpsat.accounting import epsilon_table
+    from fed_dpsat.accounting.before import history_before
     from fed_dpsat.accounting.event import UNITS
     from fed_dpsat.accounting.plans import make_plans
     from fed_dpsat.client.half import with_half
@@ -305,6 +328,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
         if not settings.private:
             raise SettingError("private", False, "true", "a run without noise has no noise multiplier to find")
         events = sorted({plan.event for plan in make_plans(settings)}, key=lambda event: event.noise_multiplier)
+        paid = history_before(settings)
         most = settings.rounds_per_client
         rounds = sorted({max(1, round(most * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
         schedules: list[dict[str, Any]] = [
@@ -317,7 +341,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
                 "delta_is_for": _who_delta_is_for(settings),
                 "privacy_unit": UNITS[settings.privacy_unit],
                 "table": epsilon_table(
-                    event.noise_multiplier, event.sample_rate, event.steps, rounds, settings.delta, event.kind
+                    event.noise_multiplier, event.sample_rate, event.steps, rounds, settings.delta, event.kind, paid
                 ),
             }
             for event in events
@@ -334,6 +358,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
             title=f"{_laplace(settings.noise_distribution)}noise_multiplier = {schedule['noise_multiplier']:.4f} at "
             f"{_schedule(settings, schedule)}, delta {schedule['delta']:g}",
             caption=f"Protects {schedule['privacy_unit']}.\nAgainst {threat_model(settings)}.\n"
+            f"{f'Includes the statistics of {settings.statistics_from}.{chr(10)}' if paid else ''}"
             f"The {schedule['delta_is_for']}.",
         )
         for row in schedule["table"]:

@@ -36,6 +36,7 @@ SECTIONS = (
             "recipes.md",
             "data.md",
             "features.md",
+            "statistics.md",
             "models.md",
             "tasks.md",
             "optimizers.md",

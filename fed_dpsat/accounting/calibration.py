@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fed_dpsat.accounting.accountant import epsilon, has_rdp
-from fed_dpsat.accounting.event import PrivacyError, PrivacyEvent
+from fed_dpsat.accounting.event import History, PrivacyError, PrivacyEvent
 
 LEAST, MOST = 0.01, 1e4  # range of noise multipliers in the search
 TOLERANCE = 1.001
@@ -30,9 +30,11 @@ def noise_multiplier_for(
     steps: int,
     accountant: str = "pld",
     kind: str = "poisson_gaussian",
+    paid: History = (),
 ) -> float:
     """Smallest noise multiplier at which ``steps`` steps of an event of ``kind`` cost at most ``target_epsilon``.
 
+    The target is of the steps and of what was ``paid`` together.
     By dp_accounting's calibration. The result is at most 0.1 % too large and never too small: its epsilon is at most
     the target. Raises ``PrivacyError`` for a result above 10,000 or below 0.01, and for a target that is not positive
     and finite.
@@ -48,9 +50,14 @@ def noise_multiplier_for(
         within = min(max(noise_multiplier, LEAST), MOST)
         return PrivacyEvent(noise_multiplier=within, sample_rate=sample_rate, steps=steps, kind=kind)
 
+    if paid and (spent := epsilon(paid, delta, accountant)) >= target_epsilon:
+        raise PrivacyError(
+            f"target_epsilon={target_epsilon} is not above {spent:.4g}, which other releases cost; raise it, or lower "
+            "statistics_epsilon"
+        )
     epsilon([event(MOST)], delta, accountant)  # raises for an invalid argument before the search starts
     guess = _guess(target_epsilon, delta, sample_rate, steps)
-    more = epsilon([event(guess)], delta, accountant) > target_epsilon
+    more = epsilon([*paid, event(guess)], delta, accountant) > target_epsilon
 
     def at(distance: float) -> PrivacyEvent:
         """From the guess towards the target, in logarithms: dp_accounting looks to one side, at absolute distances."""
@@ -59,7 +66,7 @@ def noise_multiplier_for(
     try:
         bracket = search.LowerEndpointAndGuess(0.0, FIRST_DISTANCE)
         found = search.calibrate_dp_mechanism(
-            lambda: _Accountant(accountant), at, target_epsilon, delta, bracket, tol=math.log(TOLERANCE) / 2
+            lambda: _Accountant(accountant, paid), at, target_epsilon, delta, bracket, tol=math.log(TOLERANCE) / 2
         )
     except search.NoBracketIntervalFoundError:
         if more:
@@ -77,17 +84,17 @@ def noise_multiplier_for(
 class _Accountant:
     """What dp_accounting's calibration asks of an accountant; ``epsilon`` answers, so the PLD grid fits the event."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, paid: History) -> None:
         from dp_accounting import NoOpDpEvent
 
-        self.name, self.ledger = name, NoOpDpEvent()
+        self.name, self.paid, self.ledger = name, paid, NoOpDpEvent()
 
     def compose(self, event: PrivacyEvent) -> _Accountant:
         self.event = event
         return self
 
     def get_epsilon(self, delta: float) -> float:
-        return epsilon([self.event], delta, self.name)
+        return epsilon([*self.paid, self.event], delta, self.name)
 
 
 def epsilon_table(
@@ -97,14 +104,19 @@ def epsilon_table(
     rounds: Sequence[int],
     delta: float,
     kind: str = "poisson_gaussian",
+    paid: History = (),
 ) -> list[EpsilonRow]:
-    """One row for each entry of ``rounds``: epsilon of a client with ``local_steps`` steps in each round."""
+    """One row for each entry of ``rounds``: epsilon of a client with ``local_steps`` steps in each round.
+
+    It includes what the client has ``paid`` before.
+    """
     rows = []
     for count in rounds:
         steps = local_steps * count
         event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps, kind=kind)
-        rdp = epsilon([event], delta, "rdp") if has_rdp([event]) else None
-        rows.append(EpsilonRow(rounds=count, epsilon_pld=epsilon([event], delta), epsilon_rdp=rdp))
+        history = [*paid, event]
+        rdp = epsilon(history, delta, "rdp") if has_rdp(history) else None
+        rows.append(EpsilonRow(rounds=count, epsilon_pld=epsilon(history, delta), epsilon_rdp=rdp))
     return rows
 
 

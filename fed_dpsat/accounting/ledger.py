@@ -163,8 +163,11 @@ class PrivacyLedger:
         return histories.map(lambda history: epsilon(history, delta, accountant)).to_dict()
 
     def rounds_by_client(self, before: int | None = None) -> dict[int, int]:
-        """Number of rounds with a charge, by client; with ``before``, of the rounds before that one."""
-        charged = self._cohorts("charges", "round < ?", rows.LAST if before is None else before)
+        """Number of rounds with a charge, by client; with ``before``, of the rounds before that one.
+
+        Charges before the first round (round 0) are not counted.
+        """
+        charged = self._cohorts("charges", "round BETWEEN 1 AND ?", rows.LAST if before is None else before - 1)
         by_round = [
             np.unique(np.concatenate([cohort.clients for *_, cohort in attempts]))
             for _, attempts in groupby(charged, key=lambda found: found[0])

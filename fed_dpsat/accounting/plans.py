@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.accounting import PrivacyEvent, epsilon, merge, noise_multiplier_for
+from fed_dpsat.accounting.before import history_before
 from fed_dpsat.accounting.event import CLIENTS, DISTRIBUTIONS, History
 from fed_dpsat.errors import InputError, SettingError, warn_once
 from fed_dpsat.settings.config import RunConfig
@@ -85,15 +86,16 @@ def make_plans(config: RunConfig) -> list[ClientPlan]:
 
     Raises ``InputError`` for an invalid table, or a budget below the cost of one round.
     """
-    rows = read_table(config)
-    of_row = {row: _plan(config, row, _noise_multiplier(config, row)) for row in dict.fromkeys(rows)}
+    rows, paid = read_table(config), history_before(config)
+    of_row = {row: _plan(config, row, _noise_multiplier(config, row, paid)) for row in dict.fromkeys(rows)}
     for row, plan in of_row.items():
-        cost = epsilon([plan.event], config.delta, config.accountant)
+        cost = epsilon([*paid, plan.event], config.delta, config.accountant)
         if cost > plan.budget:
             raise SettingError(
                 "target_epsilon",
                 plan.target_epsilon,
-                f"enough for one round of client {rows.index(row)}, which costs {cost:.4g}",
+                f"enough for one round of client {rows.index(row)}, which costs {cost:.4g}"
+                f"{' with the statistics before it' if paid else ''}",
                 "raise the budget or the noise, or lower local_steps or sample_rate",
             )
     return [of_row[row] for row in rows]
@@ -151,15 +153,18 @@ def spend(history: History, event: PrivacyEvent, budget: float, delta: float, ac
     return spent
 
 
-def _noise_multiplier(config: RunConfig, row: _Row) -> float:
-    """The configured noise, or the smallest noise at which the whole schedule of the client fits its budget."""
+def _noise_multiplier(config: RunConfig, row: _Row, paid: History) -> float:
+    """The configured noise, or the smallest noise at which the whole schedule of the client fits its budget.
+
+    The budget is also of what it has ``paid`` before.
+    """
     if not config.private or config.budget_mode == "retire" or not row.target_epsilon:
         return config.noise_multiplier
     rounds = min(config.rounds_per_client, config.num_rounds - row.first_round + 1)
     of_round = _plan(config, row, 1.0).event
     steps = rounds * of_round.steps
     return noise_multiplier_for(
-        row.target_epsilon, config.delta, of_round.sample_rate, steps, config.accountant, of_round.kind
+        row.target_epsilon, config.delta, of_round.sample_rate, steps, config.accountant, of_round.kind, paid
     )
 
 

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fed_dpsat import plugins
+from fed_dpsat.accounting.before import BEFORE, history_before
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan, make_plans
 from fed_dpsat.client.build import Experiment
@@ -80,7 +81,10 @@ def _run(
     metrics: ServerMetrics | None,
 ) -> Summary:
     config = experiment.config
-    plans = make_plans(config)
+    plans, before = make_plans(config), history_before(config)
+    if before and not isinstance(grid, SimulationGrid):
+        bound = "possible on devices, whose own ledgers do not hold the charges of statistics"
+        raise SettingError("statistics_from", config.statistics_from, bound, "declare constants from public knowledge")
     compat.say_untested()
     compat.check_records()
     for warning in filter(None, (*experiment.start.notes, delta_warning(experiment), unused_warning(experiment))):
@@ -108,6 +112,8 @@ def _run(
     with PrivacyLedger(folder.ledger_path, must_exist=checkpoint is not None) as ledger:
         # a simulation asked its workers at their start
         same = NOTHING if isinstance(grid, SimulationGrid) else experiment.same
+        for attempt, event in enumerate(before):
+            ledger.charge_many(BEFORE, attempt, [(range(config.num_clients), event)])
         private = private_strategy(experiment, inner, ledger, plans, phases, same)
         known = _noise_of_mean(config, objects)
         recorder = Recorder(experiment, private, folder, on_round, loggers, known, grid, metrics)

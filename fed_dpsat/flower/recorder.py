@@ -12,6 +12,8 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fed_dpsat.accounting import epsilon
+from fed_dpsat.accounting.before import history_before
 from fed_dpsat.accounting.event import UNITS
 from fed_dpsat.accounting.ledger import Head
 from fed_dpsat.client.build import Experiment
@@ -254,6 +256,11 @@ class Recorder:
             Checkpoint(round=round, params=params, server=server, cannot_resume=self.cannot_resume)
         )
 
+    def _before_training(self) -> Summary:
+        """The part of epsilon that statistics before training cost; empty without such."""
+        config, paid = self.experiment.config, history_before(self.experiment.config)
+        return {"statistics_epsilon": epsilon(paid, config.delta, config.accountant)} if paid else {}
+
     def end_early(self, reason: str) -> None:
         """Note the reason why the run ends before its last round."""
         log.warning("the run ends: %s", reason)
@@ -278,6 +285,7 @@ class Recorder:
             **self.personal,
             "evaluated_on": "validation" if config.validation_share else "test",
             "epsilon": self.epsilon(),
+            **self._before_training(),
             "delta": config.delta,
             **({"delta_warning": warning} if (warning := delta_warning(self.experiment)) else {}),
             "accountant": config.accountant,

@@ -6,6 +6,7 @@ input                       identified by                                       
 a plug-in                   its file and the user's files that it imports (``sources``)          copies
 ``client_table``            the file                                                             a copy
 ``columns_file``            the file                                                             a copy
+``statistics_from``         its ``statistics.json``                                              a copy
 ``tokenizer``               its files
 ``start_from``              the file
 data set                    classes, labels and examples; above 256 MiB, evenly spaced rows
@@ -121,6 +122,11 @@ def _files(experiment: Experiment) -> Iterator[Input]:
             digest = file_digest(table)
             copy = f"inputs/{digest[:8]}-{Path(table).name}"
             yield Input(setting=setting, name=setting, sha256=digest, path=table, copy=copy)
+    if config.statistics_from:
+        released = f"{config.statistics_from}/statistics.json"
+        digest = file_digest(released)
+        copy = f"inputs/{digest[:8]}-statistics.json"
+        yield Input(setting="statistics_from", name="statistics_from", sha256=digest, path=released, copy=copy)
     if config.tokenizer != BYTES:
         from fed_dpsat.data.described.tokenizer import tokenizer_files
 

@@ -59,6 +59,8 @@ def _reasons(
     experiment: Experiment, plans: Sequence[ClientPlan], rounds: Lines, retired: bool, shows_single: str
 ) -> Iterator[str]:
     config = experiment.config
+    if config.statistics_from:
+        yield "the statistics before training are public and cost each client in full, whatever its coins"
     if carried := experiment.carried_state():
         yield (
             f"clients keep state between rounds ({', '.join(sorted(carried))}), so a later update reveals whether a "

@@ -8,19 +8,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fed_dpsat.settings import data, federation, machine, privacy, training
+from fed_dpsat.settings import data, federation, machine, privacy, releases, training
 from fed_dpsat.settings.data import Data
 from fed_dpsat.settings.federation import Federation
 from fed_dpsat.settings.machine import Machine
 from fed_dpsat.settings.privacy import Privacy
+from fed_dpsat.settings.releases import Releases
 from fed_dpsat.settings.training import Training
 from fed_dpsat.settings.values import refuse
 
-GROUPS = (Data, Training, Privacy, Federation, Machine)
+GROUPS = (Data, Training, Privacy, Releases, Federation, Machine)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Machine, Federation, Privacy, Training, Data):  # fields of the last base come first
+class Settings(Machine, Federation, Releases, Privacy, Training, Data):  # fields of the last base come first
     """The settings of all ``GROUPS``, in that order."""
 
     @property
@@ -64,9 +65,10 @@ def check_combinations(config: Settings) -> None:
     data.check(config)
     training.check(config)
     privacy.check(config)
+    releases.check(config)
     federation.check(config)
     machine.check(config)
-    for check in (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort, _half, _views):
+    for check in (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort, _half, _views, _statistics):
         check(config)
 
 
@@ -182,3 +184,13 @@ def _half(config: Settings) -> None:
     ):
         if not good:
             refuse(config, name, f"possible {half}", remedy)
+
+
+def _statistics(config: Settings) -> None:
+    paid = config.statistics_epsilon or config.statistics_from
+    if paid and not config.private:
+        name = "statistics_from" if config.statistics_from else "statistics_epsilon"
+        refuse(config, name, "possible with private=false", "that adds no noise; leave it out, or set private=true")
+    if 0 < config.target_epsilon <= config.statistics_epsilon:
+        bound = f"below target_epsilon={config.target_epsilon:g}, which is of statistics and training together"
+        refuse(config, "statistics_epsilon", bound, "lower it: the rest is for training")

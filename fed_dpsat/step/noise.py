@@ -37,9 +37,10 @@ Purpose = Literal[
     "test split",
     "trial",
     "adapter",
+    "statistics",
 ]
 
-SECRET: frozenset[Purpose] = frozenset({"sampling", "noise", "draws"})
+SECRET: frozenset[Purpose] = frozenset({"sampling", "noise", "draws", "statistics"})
 """What the guarantee needs nobody to know. The other draws are public, and seeded whatever the source.
 
 "draws" are those of single examples inside a model, such as dropout; "model" and "adapter" are initial weights, "model"

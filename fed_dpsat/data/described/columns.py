@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -83,8 +84,40 @@ class Category:
 Column: TypeAlias = Number | Category
 
 
-def declared(columns: Mapping[str, Any] | None, columns_file: str) -> dict[str, Column]:
-    """The columns of ``dataset_args`` or of a TOML file with a table for each. Raises ``SettingError``."""
+RELEASED = "statistics.json"
+"""The file of ``fed-dpsat stats``; its "columns" are declarations."""
+
+
+def declared(columns: Mapping[str, Any] | None, columns_file: str, statistics_from: str = "") -> dict[str, Column]:
+    """The columns of ``dataset_args`` or of a TOML file with a table for each. Raises ``SettingError``.
+
+    Those that a folder of ``fed-dpsat stats`` has constants of are as it says.
+    """
+    specs = specs_of(columns, columns_file)
+    released = {name: spec for name, spec in _released(statistics_from).items() if name in specs}
+    return {name: _column(name, spec) for name, spec in (specs | released).items()}
+
+
+def ranges(specs: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """The declared low and high of each number that has them, of ``log(1 + x)`` with log. Raises ``SettingError``."""
+    found = {}
+    for name, spec in specs.items():
+        column = _column(name, spec)
+        if isinstance(column, Number) and "low" in spec:
+            found[name] = column.shift, column.shift + column.scale
+    return found
+
+
+def unscaled(columns: Mapping[str, Column]) -> dict[str, Column]:
+    """The ``columns`` with each number as it is in the file, or its ``log(1 + x)``, that may be missing."""
+    return {
+        name: replace(column, shift=0.0, scale=1.0, missing=0.0) if isinstance(column, Number) else column
+        for name, column in columns.items()
+    }
+
+
+def specs_of(columns: Mapping[str, Any] | None, columns_file: str) -> dict[str, Any]:
+    """The declarations as they are written, not checked one by one. Raises ``SettingError`` for what has no such."""
     if columns and columns_file:
         raise SettingError("columns_file", columns_file, "possible with columns in dataset_args", "keep one of them")
     if columns_file:
@@ -97,7 +130,19 @@ def declared(columns: Mapping[str, Any] | None, columns_file: str) -> dict[str, 
             raise SettingError("columns_file", columns_file, "a readable TOML file", str(error)) from None
     if not isinstance(columns, Mapping | None):
         raise SettingError("columns", columns, "a table of columns", EXAMPLE)
-    return {name: _column(name, spec) for name, spec in (columns or {}).items()}
+    return dict(columns or {})
+
+
+def _released(folder: str) -> dict[str, Any]:
+    """The declarations of a folder of ``fed-dpsat stats``; nothing without a folder."""
+    if not folder:
+        return {}
+    try:
+        found: dict[str, Any] = json.loads((Path(folder) / RELEASED).read_text(encoding="utf-8"))["columns"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = f"`fed-dpsat stats` writes one ({error})"
+        raise SettingError("statistics_from", folder, f"a folder with {RELEASED}", remedy) from None
+    return found
 
 
 def _column(name: str, spec: Any) -> Column:

@@ -25,18 +25,22 @@ def table(
     encoding: str = "one-hot",
     label_separator: str = ";",
     labels_like: str = "",
+    statistics_from: str = "",
+    raw: bool = False,
     **where: Any,
 ) -> Dataset:
     """Your own table of numbers and categories, from CSV, JSON lines, Parquet or datasets.
 
     ``columns`` declares each column (``fed_dpsat.data.described.columns``), ``where`` are arguments of ``Place``, and
     ``labels_like`` is the task whose labels a task of your own takes.
+    A folder of ``fed-dpsat stats``, ``statistics_from``, has the constants of those that it released. With ``raw`` a
+    number is as it is in the file, two features: itself and whether it is missing.
     The inputs are ``input_columns``, or all declared columns but the labels: float32 ``[N, F]`` with
     ``encoding="one-hot"``, and with ``"codes"`` "numbers", float32 ``[N, F]``, and "categories", int64 ``[N, G]``.
 
     Raises ``SettingError`` for a declaration, and ``DataError`` with file and row for what is not as declared.
     """
-    from fed_dpsat.data.described.columns import declared
+    from fed_dpsat.data.described.columns import declared, unscaled
     from fed_dpsat.data.described.encode_table import TableEncoder
     from fed_dpsat.data.described.labels import Labels
     from fed_dpsat.data.described.load import both_splits, examples, load, sha256_of
@@ -45,9 +49,9 @@ def table(
     settings = {"data_source": data_source, "data_path": data_path, "test_path": test_path, "content": "table"}
     place = Place.of(where, test_share=test_share, seed=seed, **settings)
     check_types(str, label_separator=label_separator, labels_like=labels_like)
-    known = declared(columns, columns_file)
+    known = declared(columns, columns_file, statistics_from)
     labels = Labels.of(labels_like or task, label_column, class_names, known, label_separator)
-    encoder = TableEncoder.of(input_columns, known, labels, encoding)
+    encoder = TableEncoder.of(input_columns, unscaled(known) if raw else known, labels, encoding)
     inputs = [dataclasses.asdict(column) for column in encoder.columns]
     arrays = load(
         "table",

@@ -52,6 +52,9 @@ def statement(run: Run) -> list[tuple[str, str]]:
     ]
     if "epsilon_released" in summary:
         found.insert(1, ("Against an observer of the released models", _to_outsiders(summary)))
+    if "statistics_epsilon" in summary:
+        alone = plain(summary["statistics_epsilon"], 4)
+        found.insert(1, ("Statistics before training", f"epsilon {alone} alone; the guarantee includes them."))
     if warning := summary.get("delta_warning"):
         found.insert(1, ("Delta", f"{warning}."))
     if retired := summary.get("retired"):

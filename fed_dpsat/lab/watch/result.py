@@ -34,6 +34,8 @@ def result_table(result: Mapping[str, Any]) -> Table:
         table.add_row("averaged model", f"{shown} {main.label} of the average of models ({result['averaging']})")
     table.add_row(f"{split} loss", f"{_loss(result['test_loss'])} {loss_unit(task_of(result))}".rstrip())
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
+    if "statistics_epsilon" in result:
+        table.add_row("of it statistics", f"{result['statistics_epsilon']:.3f} alone, before training")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])
     if "epsilon_released_missing" in result:

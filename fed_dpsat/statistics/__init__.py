@@ -1,0 +1,1 @@
+"""Private statistics of the clients' data before training: ``fed-dpsat stats``."""
