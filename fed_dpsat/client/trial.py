@@ -108,6 +108,7 @@ def rehearsal(
         clients_per_round=0,
         client_sampling="fixed",
         client_table="",
+        statistics_from="",
         max_rounds_per_client=0,
         min_clients=1,
         buffer_size=min(config.buffer_size, clients),

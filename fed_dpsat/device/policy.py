@@ -363,6 +363,7 @@ _LOCAL: dict[str, Any] = {
     "tokenizer": BYTES,
     "validation_share": 0.0,
     "client_table": "",
+    "statistics_from": "",
     "out": "",
     "resume": False,
     "num_clients": 1,

@@ -111,7 +111,7 @@ def test_passes_over_the_data_are_steps():
 
 BESIDE = {
     **dict.fromkeys(("data_path", "test_path", "columns_file", "start_from", "client_table", "tokenizer"), "here/it"),
-    **dict.fromkeys(("cache_dir", "out"), "here/it"),
+    **dict.fromkeys(("cache_dir", "out", "statistics_from"), "here/it"),
     **dict.fromkeys(("dataset", "partition", "model", "task", "optimizer", "clipping", "strategy"), "here/it.py:make"),
     **{"features": "here/it.py:make", "features_args": "weights = 'here/it.py:make'"},
     "base_optimizer": "disk+here/it.py:make",

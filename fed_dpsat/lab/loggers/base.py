@@ -14,7 +14,7 @@ from fed_dpsat.settings.flat import SPECS
 from fed_dpsat.settings.paths import without_folders
 from fed_dpsat.settings.values import Scalar
 
-PRIVATE_PATHS = frozenset({"data_path", "test_path", "columns_file", "client_table"})
+PRIVATE_PATHS = frozenset({"data_path", "test_path", "columns_file", "client_table", "statistics_from"})
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

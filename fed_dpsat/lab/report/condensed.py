@@ -55,7 +55,8 @@ def write_runs(runs: Sequence[Run], path: Path) -> None:
     """Write all ``runs`` into one file; raises ``InputError`` if it cannot be written."""
     settings = [{k: v for k, v in run.config.settings().items() if k not in MACHINE} for run in runs]
     for own in settings:
-        own["client_table"] = Path(str(own["client_table"])).name  # without its folder
+        for name in ("client_table", "statistics_from"):
+            own[name] = Path(str(own[name])).name  # without its folder
     common = {k: v for k, v in settings[0].items() if all(other[k] == v for other in settings)}
     lines: list[dict[str, Any]] = [{"format": FORMAT, "settings": common}]
     for run, own in zip(runs, settings, strict=True):
