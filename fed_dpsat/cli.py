@@ -317,7 +317,7 @@ def list_plugins(
 def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """The noise multiplier for a schedule, and epsilon against rounds."""
     from fed_dpsat.accounting import epsilon_table
-    from fed_dpsat.accounting.before import history_before
+    from fed_dpsat.accounting.before import history_beside
     from fed_dpsat.accounting.event import UNITS
     from fed_dpsat.accounting.plans import make_plans
     from fed_dpsat.client.half import with_half
@@ -328,7 +328,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
         if not settings.private:
             raise SettingError("private", False, "true", "a run without noise has no noise multiplier to find")
         events = sorted({plan.event for plan in make_plans(settings)}, key=lambda event: event.noise_multiplier)
-        paid = history_before(settings)
+        paid = history_beside(settings)
         most = settings.rounds_per_client
         rounds = sorted({max(1, round(most * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
         schedules: list[dict[str, Any]] = [
@@ -358,7 +358,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
             title=f"{_laplace(settings.noise_distribution)}noise_multiplier = {schedule['noise_multiplier']:.4f} at "
             f"{_schedule(settings, schedule)}, delta {schedule['delta']:g}",
             caption=f"Protects {schedule['privacy_unit']}.\nAgainst {threat_model(settings)}.\n"
-            f"{f'Includes the statistics of {settings.statistics_from}.{chr(10)}' if paid else ''}"
+            f"{'Includes all statistics and evaluations.' + chr(10) if paid else ''}"
             f"The {schedule['delta_is_for']}.",
         )
         for row in schedule["table"]:

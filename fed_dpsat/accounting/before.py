@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fed_dpsat.accounting.evaluations import evaluation_history
 from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.ledger import Head, PrivacyLedger
 from fed_dpsat.errors import SettingError
@@ -22,8 +23,17 @@ from fed_dpsat.settings.paths import without_folders
 
 BEFORE = 0
 """The round of what is released before training."""
-SAME = ("privacy_unit", "seed", *(field.name for field in dataclasses.fields(Data) if field.name not in MACHINE))
+OF_INPUTS = MACHINE | {"input_columns", "columns_file", "tokenizer", "max_length"}
+SAME = (
+    *("privacy_unit", "seed"),
+    *(f.name for f in dataclasses.fields(Data) if f.name not in OF_INPUTS and not f.name.startswith("features")),
+)
 """Settings that decide which examples a client holds."""
+
+
+def history_beside(config: RunConfig) -> History:
+    """All that a client may pay in the run beside training: statistics before it, and evaluations."""
+    return (*history_before(config), *evaluation_history(config))
 
 
 def history_before(config: RunConfig) -> History:

@@ -53,7 +53,7 @@ def noise_multiplier_for(
     if paid and (spent := epsilon(paid, delta, accountant)) >= target_epsilon:
         raise PrivacyError(
             f"target_epsilon={target_epsilon} is not above {spent:.4g}, which other releases cost; raise it, or lower "
-            "statistics_epsilon"
+            "statistics_epsilon or evaluation_budget"
         )
     epsilon([event(MOST)], delta, accountant)  # raises for an invalid argument before the search starts
     guess = _guess(target_epsilon, delta, sample_rate, steps)
@@ -108,7 +108,7 @@ def epsilon_table(
 ) -> list[EpsilonRow]:
     """One row for each entry of ``rounds``: epsilon of a client with ``local_steps`` steps in each round.
 
-    It includes what the client has ``paid`` before.
+    It includes what the client has ``paid`` beside training.
     """
     rows = []
     for count in rounds:

@@ -39,6 +39,8 @@ from fed_dpsat.accounting.event import KINDS, UNITS, History, PrivacyEvent
 from fed_dpsat.accounting.histories import Histories
 from fed_dpsat.accounting.packed import pack
 
+EVALUATIONS = 2**32
+"""The attempt from which those of evaluations are numbered."""
 NOBODY: ByClient[Any] = ByClient.of([])
 
 
@@ -165,9 +167,10 @@ class PrivacyLedger:
     def rounds_by_client(self, before: int | None = None) -> dict[int, int]:
         """Number of rounds with a charge, by client; with ``before``, of the rounds before that one.
 
-        Charges before the first round (round 0) are not counted.
+        Charges before the first round (round 0), and of evaluations, are not counted.
         """
-        charged = self._cohorts("charges", "round BETWEEN 1 AND ?", rows.LAST if before is None else before - 1)
+        where, last = "round BETWEEN 1 AND ? AND attempt < ?", rows.LAST if before is None else before - 1
+        charged = self._cohorts("charges", where, last, EVALUATIONS)
         by_round = [
             np.unique(np.concatenate([cohort.clients for *_, cohort in attempts]))
             for _, attempts in groupby(charged, key=lambda found: found[0])
@@ -175,10 +178,11 @@ class PrivacyLedger:
         clients, counts = np.unique(np.concatenate([np.empty(0, np.int64), *by_round]), return_counts=True)
         return dict(zip(clients.tolist(), counts.tolist(), strict=True))
 
-    def attempts(self, round: int) -> dict[int, int]:
-        """By client, the last charged attempt at ``round``."""
+    def attempts(self, round: int, first: int = 0) -> dict[int, int]:
+        """By client, the last charged attempt at ``round``; of training, or of evaluations with their ``first``."""
         found: dict[int, int] = {}
-        for _, attempt, cohort in self._cohorts("charges", "round = ?", round):
+        where = "round = ? AND attempt BETWEEN ? AND ?"
+        for _, attempt, cohort in self._cohorts("charges", where, round, first, first + EVALUATIONS - 1):
             found |= dict.fromkeys(cohort.clients.tolist(), attempt)
         return found
 

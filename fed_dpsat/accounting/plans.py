@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fed_dpsat.accounting import PrivacyEvent, epsilon, merge, noise_multiplier_for
-from fed_dpsat.accounting.before import history_before
+from fed_dpsat.accounting.before import history_beside
 from fed_dpsat.accounting.event import CLIENTS, DISTRIBUTIONS, History
 from fed_dpsat.errors import InputError, SettingError, warn_once
 from fed_dpsat.settings.config import RunConfig
@@ -86,7 +86,7 @@ def make_plans(config: RunConfig) -> list[ClientPlan]:
 
     Raises ``InputError`` for an invalid table, or a budget below the cost of one round.
     """
-    rows, paid = read_table(config), history_before(config)
+    rows, paid = read_table(config), history_beside(config)
     of_row = {row: _plan(config, row, _noise_multiplier(config, row, paid)) for row in dict.fromkeys(rows)}
     for row, plan in of_row.items():
         cost = epsilon([*paid, plan.event], config.delta, config.accountant)
@@ -95,7 +95,7 @@ def make_plans(config: RunConfig) -> list[ClientPlan]:
                 "target_epsilon",
                 plan.target_epsilon,
                 f"enough for one round of client {rows.index(row)}, which costs {cost:.4g}"
-                f"{' with the statistics before it' if paid else ''}",
+                f"{' with statistics and evaluations' if paid else ''}",
                 "raise the budget or the noise, or lower local_steps or sample_rate",
             )
     return [of_row[row] for row in rows]
@@ -156,7 +156,7 @@ def spend(history: History, event: PrivacyEvent, budget: float, delta: float, ac
 def _noise_multiplier(config: RunConfig, row: _Row, paid: History) -> float:
     """The configured noise, or the smallest noise at which the whole schedule of the client fits its budget.
 
-    The budget is also of what it has ``paid`` before.
+    The budget is also of what it has ``paid`` beside training.
     """
     if not config.private or config.budget_mode == "retire" or not row.target_epsilon:
         return config.noise_multiplier

@@ -118,7 +118,7 @@ class Experiment(Training):
         half = copied("strategy", half) if half else half_of(named_strategy(config)) if config.local_models else None
         check_models(config, half)
         data = Federated.build(config, dataset, partition)
-        dataset, partitions, settings = data.dataset, data.partitions, data.settings
+        dataset, partitions, held, settings = data.dataset, data.partitions, data.held, data.settings
         config = dataclasses.replace(config, features_sha256=dataset.features)
         task = build_task(config, dataset, settings, task)
         settings |= {"task": task.name, "num_classes": task.outputs, **dataset.of_texts}
@@ -150,6 +150,7 @@ class Experiment(Training):
             config=config,
             dataset=attackers.poisoned(dataset, partitions) if attackers else dataset,
             partitions=partitions,
+            held=held,
             loss_fn=ModelLoss(module, task.loss, precision=config.precision, kernels=config.kernels),
             task=task,
             optimizer=optimizer,
@@ -165,7 +166,7 @@ class Experiment(Training):
     @property
     def unused_examples(self) -> int:
         """The number of training examples that no client holds."""
-        return len(self.dataset.train) - sum(len(part) for part in self.partitions)
+        return len(self.dataset.train) - sum(len(part) for part in (*self.partitions, *self.held))
 
     @functools.cached_property
     def contents(self) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ CALIBRATION_BINS = 15
 
 def measured_on(config: RunConfig) -> str:
     """The examples that a run evaluates on, in words."""
+    if config.evaluate == "clients":
+        return "examples that clients hold out, with noise"
     return "validation examples held out of the training split" if config.validation_share else "public test split"
 
 
@@ -105,18 +107,28 @@ class Quality:
 def passed(
     module: nn.Module, params: Params, examples: Examples, batch_size: int, see: Callable[[Any, Tensor], None]
 ) -> None:
-    """Call ``see(outputs, targets)`` for each batch, in order, in evaluation mode, on the device of ``module``.
+    """Call ``see(outputs, targets)`` for each batch of all examples, as ``batches``."""
+    for _, outputs, targets in batches(module, params, examples, batch_size, torch.arange(len(examples))):
+        see(outputs, targets)
 
-    A module that draws random numbers in evaluation mode draws the same ones in each call.
+
+def batches(
+    module: nn.Module, params: Params, examples: Examples, batch_size: int, indices: Tensor
+) -> Iterator[tuple[Tensor, Any, Tensor]]:
+    """``(places, outputs, targets)`` of each batch of ``indices[N]``, in evaluation mode, on the device of ``module``.
+
+    ``places`` are those of the batch in ``indices``, in order; sequences of unequal lengths change the order within
+    ``batch_size``. A module that draws random numbers in evaluation mode draws the same ones in each call.
     """
     device = device_of(module)
     params = moved(params, device)
     with torch.inference_mode(), training_on(device), in_mode(module, training=False):
         seed(device, 0)
-        for indices in torch.split(torch.arange(len(examples)), batch_size):
-            for places in examples.alike(indices):
+        for some in torch.split(torch.arange(len(indices)), batch_size):
+            for alike in examples.alike(indices[some]):
+                places = some[alike]
                 inputs, targets = examples.batch(indices[places], device)
-                see(call(module, params, inputs), targets)
+                yield places, call(module, params, inputs), targets
 
 
 def predict(module: nn.Module, params: Params, examples: Examples, batch_size: int = 500) -> Predictions:

@@ -84,8 +84,8 @@ class Training:
 
     The model is on the device of the computation; parameters and states come from the CPU and return to it.
     ``attackers`` train on their poisoned labels in ``dataset``, and forge their updates. ``personal`` names the
-    parameters that stay on the client. ``half`` is the client's half of the strategy. ``watches`` see the private
-    gradients of clients that train alone, in an audit.
+    parameters that stay on the client. ``held`` has the examples of each client that are for evaluation. ``half`` is
+    the client's half of the strategy. ``watches`` see the private gradients of clients that train alone, in an audit.
     """
 
     config: RunConfig
@@ -99,6 +99,7 @@ class Training:
     start: Start
     personal: frozenset[str] = frozenset()
     half: ClientHalf | None = None
+    held: Sequence[np.ndarray] = ()
     watches: Mapping[int, Watch] = field(default_factory=dict)
     _persons: dict[int, Persons] = field(default_factory=dict, init=False, repr=False, compare=False)
     _samplers: dict[tuple[int, float, float], tuple[PoissonSampler, Mechanism]] = field(

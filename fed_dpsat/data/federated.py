@@ -13,20 +13,24 @@ from fed_dpsat import plugins
 from fed_dpsat.data.dataset import Dataset, Examples, check_plain
 from fed_dpsat.data.features import with_features
 from fed_dpsat.data.parts import disjoint_parts
-from fed_dpsat.data.validation import hold_out
+from fed_dpsat.data.validation import hold_out, hold_out_of_each
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step import generators
-from fed_dpsat.step.noise import Purpose, derive_seed
+from fed_dpsat.step.noise import Purpose, derive_generator, derive_seed
 from fed_dpsat.step.placement import CPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Federated:
-    """A data set, the ``partitions`` of its training split by client, and the ``settings`` that factories can name."""
+    """A data set, the ``partitions`` of its training split by client, and the ``settings`` that factories can name.
+
+    ``held`` are the examples of each client that are for evaluation and in no partition.
+    """
 
     dataset: Dataset
     partitions: list[np.ndarray]
+    held: list[np.ndarray]
     settings: dict[str, Any]
 
     @classmethod
@@ -60,7 +64,10 @@ class Federated:
         partitions = disjoint_parts(
             parts, num_clients=config.num_clients, num_examples=len(dataset.train), partition=config.partition
         )
-        return cls(dataset=dataset, partitions=partitions, settings=settings)
+        partitions, held = hold_out_of_each(
+            partitions, config.holdout_share, derive_generator(config.seed, purpose="holdout"), len(dataset.train)
+        )
+        return cls(dataset=dataset, partitions=partitions, held=held, settings=settings)
 
 
 def _dealt(config: RunConfig, train: Examples, settings: dict[str, Any]) -> Any:

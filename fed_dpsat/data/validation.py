@@ -1,8 +1,9 @@
-"""A validation split for the choice of hyper-parameters, so that the test split stays unused until the end."""
+"""Examples that no client trains on: a validation split of the run, and held-out examples of each client."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,3 +33,24 @@ def hold_out(dataset: Dataset, share: float, seed: int) -> Dataset:
     held, kept = np.sort(order[:size]), np.sort(order[size:])
     train, test = (dataset.train.rows(torch.from_numpy(rows)) for rows in (kept, held))
     return dataclasses.replace(dataset, train=train, test=test)
+
+
+def hold_out_of_each(
+    partitions: Sequence[np.ndarray], share: float, generator: np.random.Generator, total: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """By client, the examples that it trains on, and those that it holds out: each example by a coin of its place.
+
+    The coin of an example depends on its place among the ``total`` training examples and on nothing else, so one
+    example more or less, with the others in their places, changes one of the two parts. ``DataError`` for a client that
+    keeps nothing to train on.
+    """
+    if not share:
+        return list(partitions), [part[:0] for part in partitions]
+    held = generator.random(total) < share
+    for client, part in enumerate(partitions):
+        if held[part].all():
+            raise DataError(
+                f"holdout_share={share:g} leaves client {client}, with {len(part)} examples, nothing to train on; "
+                "lower it, or num_clients, or change the seed"
+            )
+    return [part[~held[part]] for part in partitions], [part[held[part]] for part in partitions]

@@ -27,6 +27,7 @@ from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import check_inner, say_overruled
 from fed_dpsat.flower.metrics import ServerMetrics, serving
 from fed_dpsat.flower.nodes import NOTHING, FederationOver
+from fed_dpsat.flower.private_evaluation import PrivateEvaluation
 from fed_dpsat.flower.recorder import OnRound, Recorder, Summary
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round import RoundKind
@@ -85,6 +86,9 @@ def _run(
     if before and not isinstance(grid, SimulationGrid):
         bound = "possible on devices, whose own ledgers do not hold the charges of statistics"
         raise SettingError("statistics_from", config.statistics_from, bound, "declare constants from public knowledge")
+    if config.evaluate == "clients" and not isinstance(grid, SimulationGrid):
+        bound = "possible on devices: their policies do not name evaluations"
+        raise SettingError("evaluate", config.evaluate, bound, "set evaluate=server, with a public test split")
     compat.say_untested()
     compat.check_records()
     for warning in filter(None, (*experiment.start.notes, delta_warning(experiment), unused_warning(experiment))):
@@ -116,7 +120,10 @@ def _run(
             ledger.charge_many(BEFORE, attempt, [(range(config.num_clients), event)])
         private = private_strategy(experiment, inner, ledger, plans, phases, same)
         known = _noise_of_mean(config, objects)
-        recorder = Recorder(experiment, private, folder, on_round, loggers, known, grid, metrics)
+        own = (
+            PrivateEvaluation(experiment, private.roster, folder.last_round()) if config.evaluate == "clients" else None
+        )
+        recorder = Recorder(experiment, private, folder, on_round, loggers, known, grid, metrics, own)
         arrays = records.to_arrays(experiment.shared(1))
         if checkpoint is not None:
             arrays = recorder.begin_again(checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from logging import INFO, getLogger
 from typing import Any
 
@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fed_dpsat.accounting import epsilon
 from fed_dpsat.accounting.before import history_before
+from fed_dpsat.accounting.evaluations import evaluation_history, is_evaluated
 from fed_dpsat.accounting.event import UNITS
 from fed_dpsat.accounting.ledger import Head
 from fed_dpsat.client.build import Experiment
@@ -28,11 +29,13 @@ from fed_dpsat.client.evaluation import (
     shown,
 )
 from fed_dpsat.client.personal import summarised
+from fed_dpsat.client.private_metrics import released_metrics
 from fed_dpsat.flower import sums
 from fed_dpsat.flower.grid import SimulationGrid
 from fed_dpsat.flower.inner import StrategyStateError
 from fed_dpsat.flower.metrics import ServerMetrics
 from fed_dpsat.flower.nodes import FederationError
+from fed_dpsat.flower.private_evaluation import PrivateEvaluation
 from fed_dpsat.flower.strategy import PrivateStrategy
 from fed_dpsat.flower.updates import KnownNoise
 from fed_dpsat.flower.wire import records
@@ -45,7 +48,6 @@ from fed_dpsat.run.promise import also_released, declared_public, delta_warning,
 from fed_dpsat.run.throughput import Throughput
 from fed_dpsat.step.averaging import ModelAverage
 from fed_dpsat.step.noise import NOISE_SOURCES
-from fed_dpsat.tasks.base import Task
 from fed_dpsat.tasks.metric import Value
 
 log = getLogger("fed_dpsat")
@@ -69,9 +71,11 @@ class Recorder:
         known_noise: KnownNoise | None = None,
         grid: Grid | None = None,
         metrics: ServerMetrics | None = None,
+        by_clients: PrivateEvaluation | None = None,
     ) -> None:
         self.experiment, self.strategy, self.folder, self.on_round = experiment, strategy, folder, on_round
         self.loggers, self.known_noise, self.metrics = loggers, known_noise, metrics
+        self.by_clients, self.noised = by_clients, dict[str, Any]()
         self.grid = grid if experiment.has_own_models and isinstance(grid, SimulationGrid) else None
         self.evaluation: Evaluation | None = None
         self.personal: dict[str, float | int] = {}
@@ -98,8 +102,9 @@ class Recorder:
         """Flower's ``evaluate_fn``: called with the aggregated model after each round, and before the first round."""
         config, report = self.experiment.config, self.strategy.report
         params = records.to_params(arrays)
-        due = round % config.evaluate_every == 0 or round == config.num_rounds
+        due = is_evaluated(config, round)
         with self.strategy.phases("evaluate"):
+            self.noised = {}
             self.evaluation = self._evaluate(round, params) if due else None
             self._add_to_average(round, params)
             self.averaged = self._evaluate_average() if due else None
@@ -110,6 +115,7 @@ class Recorder:
                 "round": round,
                 **self._tested(),
                 **self._tested_average(),
+                **self.noised,
                 **(self.personal if due else {}),
                 "epsilon": self.epsilon(),
                 "asked": report.asked,
@@ -173,15 +179,22 @@ class Recorder:
         for record, timing in zip(begun[next_round:], self.folder.timing()[next_round:], strict=True):
             self.loggers.round({**record, "timing": timing})
 
-    def _evaluate(self, round: int, params: Params) -> Evaluation:
+    def _evaluate(self, round: int, params: Params) -> Evaluation | None:
         of = self.experiment
+        if self.by_clients:
+            noised = self.by_clients(round, params, redone=self.redone)
+            if noised is None:
+                return None
+            self.noised = {"intervals": noised.intervals, "evaluation": noised.details}
+            return Evaluation(values=noised.values, loss=noised.loss, num_examples=sum(map(len, of.held)))
         found, predictions = measured(of.loss_fn.module, params, of.dataset.test, of.task)
         self.quality_at = round, found, predictions
         return found
 
     def _tested(self) -> dict[str, Value | None]:
         """``test_accuracy`` and the like, None in a round without an evaluation."""
-        return _tested(self.evaluation, self.experiment.task, "test")
+        names = released_metrics(self.experiment.config) if self.by_clients else shown(self.experiment.task)
+        return _tested(self.evaluation, names, "test")
 
     def _add_to_average(self, round: int, params: Params) -> None:
         if self.average:
@@ -195,7 +208,7 @@ class Recorder:
 
     def _tested_average(self) -> dict[str, Value | None]:
         """As ``_tested``, of the average: ``averaged_test_accuracy`` and the like; empty without one."""
-        return _tested(self.averaged, self.experiment.task, "averaged_test") if self.average else {}
+        return _tested(self.averaged, shown(self.experiment.task), "averaged_test") if self.average else {}
 
     def _movement(self, round: int, params: Params) -> dict[str, float | None]:
         """The norms of the change of the global model and of the noise in it; both are public.
@@ -256,10 +269,19 @@ class Recorder:
             Checkpoint(round=round, params=params, server=server, cannot_resume=self.cannot_resume)
         )
 
-    def _before_training(self) -> Summary:
-        """The part of epsilon that statistics before training cost; empty without such."""
-        config, paid = self.experiment.config, history_before(self.experiment.config)
-        return {"statistics_epsilon": epsilon(paid, config.delta, config.accountant)} if paid else {}
+    def _beside_training(self) -> Summary:
+        """What statistics before training, and all evaluations by clients, cost alone; nothing if there are none."""
+        config = self.experiment.config
+        costs = {"statistics_epsilon": history_before(config), "evaluation_epsilon": evaluation_history(config)}
+        return {name: epsilon(paid, config.delta, config.accountant) for name, paid in costs.items() if paid}
+
+    def _last_noised(self) -> Summary:
+        """The metrics of the last evaluation by clients, as its line has them: a summary is no further release."""
+        lines = [line for line in self.folder.rounds() if "intervals" in line]
+        if not lines:
+            return {f"test_{name}": None for name in (*released_metrics(self.experiment.config), "loss")}
+        kept = {name: value for name, value in lines[-1].items() if name.startswith("test_")}
+        return {**kept, "intervals": lines[-1]["intervals"]}
 
     def end_early(self, reason: str) -> None:
         """Note the reason why the run ends before its last round."""
@@ -269,7 +291,9 @@ class Recorder:
     def summary(self, status: str) -> Summary:
         """The state of the run, for ``summary.json``."""
         config, inner = self.experiment.config, self.strategy.inner
-        if status == "completed" and self.evaluation is None:  # ended early, or resumed at its end
+        if self.by_clients:
+            tested = self._last_noised()
+        elif status == "completed" and self.evaluation is None:  # ended early, or resumed at its end
             saved = self.folder.load_checkpoint()
             assert saved is not None  # after_round leaves one, also before the first round
             self.evaluation = self._evaluate(saved.round, saved.params)
@@ -277,15 +301,15 @@ class Recorder:
         return {
             "status": status,
             "ended_early": self.ended_early,
-            **self._tested(),
+            **(tested if self.by_clients else self._tested()),
             **self._tested_average(),
             **({"averaging": config.averaging} if config.averaging else {}),
             "task": config.task,
             "metric": dataclasses.asdict(self.experiment.task.metrics[0]),
             **self.personal,
-            "evaluated_on": "validation" if config.validation_share else "test",
+            "evaluated_on": config.evaluated_on,
             "epsilon": self.epsilon(),
-            **self._before_training(),
+            **self._beside_training(),
             "delta": config.delta,
             **({"delta_warning": warning} if (warning := delta_warning(self.experiment)) else {}),
             "accountant": config.accountant,
@@ -333,8 +357,7 @@ class Recorder:
         }
 
 
-def _tested(found: Evaluation | None, task: Task, prefix: str) -> dict[str, Value | None]:
-    names = shown(task)
+def _tested(found: Evaluation | None, names: Sequence[str], prefix: str) -> dict[str, Value | None]:
     values = found.values if found else dict.fromkeys(names)
     return {f"{prefix}_{name}": values[name] for name in names} | {f"{prefix}_loss": found and found.loss}
 

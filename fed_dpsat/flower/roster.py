@@ -107,6 +107,10 @@ class Roster:
         self._unchecked, self._spent_before = np.array(clients, dtype=np.int64), None
         self._used[self._unchecked] += 1
 
+    def paid_more(self, clients: NDArray[np.int64]) -> None:
+        """Look at the budgets of ``clients`` again, which paid for something beside training."""
+        self._unchecked, self._spent_before = np.union1d(self._unchecked, clients), None
+
     def _count(self, retired: Mapping[int, int], *, spent_before: int | None, used_before: int | None) -> None:
         self.retired = dict(retired)
         self._active[:] = True

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fed_dpsat.run.metric import value_of
-from fed_dpsat.run.numbers import in_unit
+from fed_dpsat.run.numbers import in_unit, with_noise
 from fed_dpsat.tasks.metric import Metric
 
 SECONDS = 0.2
@@ -42,7 +42,7 @@ def progress_bar(num_rounds: int, metric: Metric) -> Iterator[Show]:
     def update(record: Mapping[str, Any]) -> None:
         nonlocal measured
         if (value := value_of(record[metric.key])) is not None:
-            measured = f"{metric.label} {in_unit(value, metric)}, "
+            measured = f"{metric.label} {with_noise(in_unit(value, metric), metric, record)}, "
         bar.update(task, completed=record["round"], description=f"{measured}epsilon {float(record['epsilon']):.2f}")
 
     if console.is_jupyter:

@@ -11,6 +11,7 @@ lr_schedule other than constant      the rates of the first rounds were made for
 random-freeze, or a plug-in that     it may have used the number of rounds from the first one
 takes num_rounds, total_steps or
 known_noise
+evaluate=clients                     the noise of evaluations is enough for those of the run, and no more
 a run that ended early               clients or budgets are spent
 states of clients deleted            a finished run of a sweep; clients would begin anew
 ==================================== ==================================================================
@@ -71,6 +72,8 @@ def _check_rounds(begun: RunConfig, now: RunConfig, run: str) -> None:
             built_in = taken == {"known_noise"} and name in plugins.builtin(of_kind)  # it uses that for schedules too
             if taken and name not in ONLY_FOR_A_SCHEDULE and not built_in:
                 refuse(f"{kind}={name!r} takes {min(taken)}, so earlier rounds may have been others")
+    if begun.evaluate == "clients":
+        refuse("the noise of its evaluations was calibrated to these rounds")
     events = [[plan.event for plan in make_plans(config)] for config in (begun, now)]
     if events[0] != events[1]:
         remedy = "start a new run, with noise_multiplier in place of target_epsilon, or budget_mode=retire"

@@ -283,6 +283,10 @@ class RunFolder:
         """The complete lines of ``rounds.jsonl``, in order."""
         return self._lines("rounds.jsonl")
 
+    def last_round(self) -> int:
+        """The last complete line of ``rounds.jsonl``; 0 without one."""
+        return max((int(line["round"]) for line in self.rounds()), default=0)
+
     def timing(self) -> list[dict[str, Any]]:
         """The complete lines of ``timing.jsonl``, in order."""
         return self._lines("timing.jsonl")

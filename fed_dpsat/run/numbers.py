@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 from fed_dpsat.tasks.metric import PERCENT, Metric, Value
 
@@ -121,6 +122,18 @@ def on_terminal(value: Value | None, metric: Metric, decimals: int = 1) -> str:
     if metric.unit == PERCENT:
         return f"{value:.{decimals}%}"
     return _and_unit(plain(value, 4) if math.isfinite(value) else str(value), metric)
+
+
+def with_noise(text: str, metric: Metric, record: Mapping[str, Any]) -> str:
+    """``text``, the value of ``metric`` in ``record``, with the half-width of its interval if it has noise.
+
+    A record is a line of ``rounds.jsonl`` or a summary. The interval is of the noise alone, at 95 %.
+    """
+    half = record.get("intervals", {}).get(metric.name)
+    if half is None:
+        return text
+    half *= metric.scale
+    return f"{text} \u00b1 {half:.{decimals(half)}f} (noise)"
 
 
 def size(bytes: float) -> str:

@@ -61,6 +61,8 @@ def _reasons(
     config = experiment.config
     if config.statistics_from:
         yield "the statistics before training are public and cost each client in full, whatever its coins"
+    if config.evaluate == "clients":
+        yield "each client pays for each evaluation in full, whatever its coins"
     if carried := experiment.carried_state():
         yield (
             f"clients keep state between rounds ({', '.join(sorted(carried))}), so a later update reveals whether a "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fed_dpsat.run.curve import curve_svg
 from fed_dpsat.run.metric import number_of
-from fed_dpsat.run.numbers import decimals, in_unit, plain, wilson
+from fed_dpsat.run.numbers import decimals, in_unit, plain, wilson, with_noise
 
 if TYPE_CHECKING:
     from fed_dpsat.run.result import Run
@@ -51,7 +51,7 @@ def rows(run: Run) -> list[tuple[str, str]]:
 
 
 def _split(run: Run) -> str:
-    return "validation" if run.config.validation_share else "test"
+    return run.config.evaluated_on
 
 
 def _score(run: Run) -> str:
@@ -59,7 +59,7 @@ def _score(run: Run) -> str:
         return "not evaluated"
     found, n = in_unit(run.score, run.metric, run.num_draws), run.num_draws
     if not n or not isinstance(run.score, float):
-        return found
+        return with_noise(found, run.metric, run.summary)
     low, high = wilson(run.score, n)
     digits = decimals(100 * (high - low) / 2)
     return f"{found}, 95 % interval {100 * low:.{digits}f} to {100 * high:.{digits}f} % ({n:,} examples)"

@@ -30,6 +30,11 @@ class Settings(Machine, Federation, Releases, Privacy, Training, Data):  # field
         return self.client_rate if self.client_sampling == "poisson" else 1.0
 
     @property
+    def evaluated_on(self) -> str:
+        """The examples that the run evaluates on: "test", "validation" or "clients"."""
+        return "clients" if self.evaluate == "clients" else "validation" if self.validation_share else "test"
+
+    @property
     def cohort_size(self) -> int:
         """Clients asked per round."""
         return self.clients_per_round or self.num_clients
@@ -68,7 +73,8 @@ def check_combinations(config: Settings) -> None:
     releases.check(config)
     federation.check(config)
     machine.check(config)
-    for check in (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort, _half, _views, _statistics):
+    checks = (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort, _half, _views, _statistics, _evaluation)
+    for check in checks:
         check(config)
 
 
@@ -191,6 +197,44 @@ def _statistics(config: Settings) -> None:
     if paid and not config.private:
         name = "statistics_from" if config.statistics_from else "statistics_epsilon"
         refuse(config, name, "possible with private=false", "that adds no noise; leave it out, or set private=true")
-    if 0 < config.target_epsilon <= config.statistics_epsilon:
-        bound = f"below target_epsilon={config.target_epsilon:g}, which is of statistics and training together"
-        refuse(config, "statistics_epsilon", bound, "lower it: the rest is for training")
+    for name in ("statistics_epsilon", "evaluation_budget"):
+        if 0 < config.target_epsilon <= getattr(config, name):
+            bound = f"below target_epsilon={config.target_epsilon:g}, which is of training and other releases together"
+            refuse(config, name, bound, "lower it: the rest is for training")
+
+
+def _evaluation(config: Settings) -> None:
+    """The clients of a simulation evaluate one global model, and all of them do so in each evaluation."""
+    if config.evaluate != "clients":
+        return
+    for name, good, remedy in (
+        ("privacy_unit", config.privacy_unit in ("example", "client"), "set it to example or client"),
+        ("private", config.private, "that adds no noise; set evaluate=server"),
+        ("validation_share", not config.validation_share, "those examples are evaluated exactly; set it to 0"),
+        ("secure_aggregation", not config.secure_aggregation, "the server would see each client's noised sum"),
+        ("buffer_size", not config.buffer_size, "clients evaluate after a round of one cohort; set it to 0"),
+        ("budget_mode", config.budget_mode == "calibrate", "a budget is split before the run; set it to calibrate"),
+        ("client_table", not config.client_table, "one noise serves all evaluations; leave it out"),
+        ("personal_layers", not config.personal_layers, "there is no one model to evaluate; leave it empty"),
+        ("attack", not config.attack, "labels of attackers are forged; leave it empty"),
+        ("averaging", not config.averaging, "the average of models is evaluated exactly; leave it empty"),
+    ):
+        if not good:
+            refuse(config, name, "possible with evaluate='clients'", remedy)
+    if config.task not in ("classification", "regression"):
+        refuse(config, "task", "one with a bounded metric, for evaluate='clients'", "use classification or regression")
+    if config.task == "regression" and not config.error_bound:
+        refuse(config, "error_bound", "enough for evaluate='clients'", "declare the largest error that counts")
+    if config.task == "regression" and config.metric != "mae":
+        refuse(config, "metric", "mae, the bounded metric of evaluate='clients'", "set metric=mae")
+    if config.task == "regression" and config.evaluation_metrics:
+        refuse(config, "evaluation_metrics", "possible with task='regression'", "leave it empty")
+    needs = {
+        "balanced_accuracy": "confusion",
+        "macro_f1": "confusion",
+        "auroc": "scores",
+        "average_precision": "scores",
+    }
+    line = needs.get(config.metric, "")
+    if line and line not in config.evaluation_metrics:
+        refuse(config, "metric", "released by evaluate='clients'", f"set evaluation_metrics={line}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fed_dpsat.settings.paths import of_file
@@ -13,7 +14,31 @@ LINES = ("moments", "quantiles", "labels", "sizes")
 
 @dataclass(frozen=True, kw_only=True)
 class Releases:
-    """Releases beside training: statistics of the clients' data."""
+    """Releases beside training: evaluation on the clients' examples, and statistics of their data."""
+
+    evaluate: str = setting(
+        "server",
+        "who evaluates the global model: server (exactly, on the public test split or validation examples) or clients "
+        "(with noise, on examples that they hold out)",
+        choices=("server", "clients"),
+    )
+    holdout_share: float = setting(
+        0.0,
+        "share of each client's examples that are for evaluate=clients alone, by a seeded coin of each example",
+        least=0,
+        most=0.9,
+    )
+    evaluation_budget: float = setting(
+        0.0, "epsilon of all evaluations of the run with evaluate=clients together; a part of target_epsilon", least=0
+    )
+    evaluation_metrics: str = setting(
+        "",
+        "what evaluate=clients releases beside loss, and accuracy or mae, by commas: confusion, scores, calibration",
+    )
+    loss_bound: float = setting(5.0, "largest loss of an example in evaluate=clients; a larger one is clipped", above=0)
+    error_bound: float = setting(
+        0.0, "largest absolute error of an example in evaluate=clients, for mae; a larger one is clipped", least=0
+    )
 
     statistics: str = setting(
         "moments",
@@ -31,8 +56,8 @@ class Releases:
     )
     statistics_examples: int = setting(
         1,
-        "number of examples up to which a client's weight in the statistics grows, with privacy_unit=client; 1 gives "
-        "all clients one weight",
+        "number of examples up to which a client's weight in statistics and evaluations grows, with "
+        "privacy_unit=client; 1 gives all clients one weight",
         least=1,
     )
     statistics_from: str = setting(
@@ -43,10 +68,38 @@ class Releases:
     )
 
 
+METRICS = ("confusion", "scores", "calibration")
+"""What ``evaluation_metrics`` can name."""
+
+
 def check(config: Releases) -> None:
     """Raise ``SettingError`` for settings of this group that exclude each other."""
-    names = [name.strip() for name in config.statistics.split(",")]
+    _check_evaluation(config)
+    names = named(config.statistics)
+    if not names:
+        refuse(config, "statistics", f"a list of {', '.join(LINES)}", "name one")
     if wrong := [name for name in names if name not in LINES]:
         refuse(config, "statistics", f"a list of {', '.join(LINES)}", f"{wrong[0]!r} is none of them")
     if len(set(names)) < len(names):
         refuse(config, "statistics", "without repetition", "name each once")
+
+
+def _check_evaluation(config: Releases) -> None:
+    by_clients = config.evaluate == "clients"
+    for name in ("holdout_share", "evaluation_budget"):
+        if by_clients and not getattr(config, name):
+            refuse(config, name, "enough for evaluate='clients'", "set it above 0: 0.2 or 0.5, say")
+        if not by_clients and getattr(config, name):
+            refuse(config, name, "possible with evaluate='server'", "set evaluate=clients, or leave it out")
+    if math.isinf(config.loss_bound):
+        refuse(config, "loss_bound", "finite", "noise needs a bound; 2 to 10 is usual")
+    names = named(config.evaluation_metrics)
+    if wrong := [name for name in names if name not in METRICS]:
+        refuse(config, "evaluation_metrics", f"a list of {', '.join(METRICS)}", f"{wrong[0]!r} is none of them")
+    if len(set(names)) < len(names):
+        refuse(config, "evaluation_metrics", "without repetition", "name each once")
+
+
+def named(text: str) -> list[str]:
+    """Names by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fed_dpsat.statistics.rows import Declared, Floats, Rows
+from fed_dpsat.client.totals import Floats
+from fed_dpsat.statistics.rows import Declared, Rows
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """The quantiles that are read."""

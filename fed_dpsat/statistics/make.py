@@ -26,6 +26,7 @@ from fed_dpsat.accounting import PrivacyLedger, epsilon, noise_multiplier_for
 from fed_dpsat.accounting.before import BEFORE
 from fed_dpsat.accounting.event import UNITS
 from fed_dpsat.accounting.ledger import Head
+from fed_dpsat.client.totals import KIND, Floats, event_of, noise_of_totals, noised_totals
 from fed_dpsat.data.described.columns import RELEASED
 from fed_dpsat.errors import RunError, SettingError, written
 from fed_dpsat.run.extension import changed_settings
@@ -33,9 +34,10 @@ from fed_dpsat.run.folder import fresh
 from fed_dpsat.run.promise import threat_model
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.flat import read_toml
+from fed_dpsat.settings.releases import named
 from fed_dpsat.statistics.lines import Count, Labels, Line, Moments, Quantiles, Reading, Sizes, Totals
-from fed_dpsat.statistics.release import KIND, contributions, event_of, noise_of_totals, noised_totals, with_count
-from fed_dpsat.statistics.rows import Declared, Floats, Rows, declared_columns, rows_of
+from fed_dpsat.statistics.release import contributions, with_count
+from fed_dpsat.statistics.rows import Declared, Rows, declared_columns, rows_of
 from fed_dpsat.step.noise import NOISE_SOURCES
 
 OWN = frozenset({"config.toml", "config.toml.tmp", "ledger.sqlite", "ledger.sqlite.new", "ledger.sqlite.lock"}) | {
@@ -67,7 +69,7 @@ def make_statistics(config: RunConfig, out: str | Path | None = None) -> Statist
     begun = _check_folder(path, config)
     if (path / RELEASED).exists():
         return _read(path)
-    columns = declared_columns(config) if {"moments", "quantiles"} & set(_named(config)) else []
+    columns = declared_columns(config) if {"moments", "quantiles"} & set(named(config.statistics)) else []
     rows = rows_of(config, columns)
     lines = with_count(lines_of(config, columns, rows), config.privacy_unit)
     joint = noise_multiplier_for(
@@ -81,7 +83,7 @@ def make_statistics(config: RunConfig, out: str | Path | None = None) -> Statist
     with PrivacyLedger(path / "ledger.sqlite") as ledger:
         event = event_of(joint, config.privacy_unit)
         ledger.charge_many(BEFORE, 0, [(range(config.num_clients), event)])
-        totals = noised_totals(contributions(lines, rows, config), joint, config)
+        totals = noised_totals(contributions(lines, rows, config), joint, config, "statistics")
         public = {
             "num_clients": config.num_clients,
             "sizes": [int(size) for size in rows.sizes] if config.privacy_unit == "example" else None,
@@ -108,7 +110,7 @@ def check(config: RunConfig) -> None:
 def lines_of(config: RunConfig, columns: list[Declared], rows: Rows) -> list[Line]:
     """The lines that ``statistics`` names. Raises ``SettingError`` for labels that are no classes."""
     found: list[Line] = []
-    for name in _named(config):
+    for name in named(config.statistics):
         if name == "moments":
             found += [Moments(column=column) for column in columns]
         elif name == "quantiles":
@@ -121,10 +123,6 @@ def lines_of(config: RunConfig, columns: list[Declared], rows: Rows) -> list[Lin
         elif config.privacy_unit == "client":
             found.append(Sizes(num_clients=config.num_clients))
     return found
-
-
-def _named(config: RunConfig) -> list[str]:
-    return [name.strip() for name in config.statistics.split(",")]
 
 
 def _check_noise(lines: list[Line], joint: float, rows: Rows, config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fed_dpsat import plugins
+from fed_dpsat.client.totals import Floats
 from fed_dpsat.data.described.columns import ranges, specs_of
 from fed_dpsat.data.described.labels import split_names
 from fed_dpsat.data.federated import Federated, seeded
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.config import RunConfig
-
-Floats = NDArray[np.float64]
+from fed_dpsat.settings.data import Data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,12 @@ def rows_of(config: RunConfig, columns: list[Declared]) -> Rows:
         given = plugins.parse_arguments("dataset", config.dataset_args) | {"encoding": "one-hot", "raw": True}
         with seeded(config, "partition"):
             dataset = plugins.call("dataset", "table", plugins.load("dataset", "table"), settings, given)
-    found = Federated.build(config, dataset=dataset)
-    train, parts = found.dataset.train, found.partitions
+    of_features = {f.name: f.default for f in dataclasses.fields(Data) if f.name.startswith("features")}
+    found = Federated.build(dataclasses.replace(config, **of_features), dataset=dataset)
+    train, parts = (
+        found.dataset.train,
+        [np.concatenate(both) for both in zip(found.partitions, found.held, strict=True)],
+    )
     order = np.concatenate(parts)
     values = {}
     if inputs:

@@ -38,9 +38,11 @@ Purpose = Literal[
     "trial",
     "adapter",
     "statistics",
+    "evaluation",
+    "holdout",
 ]
 
-SECRET: frozenset[Purpose] = frozenset({"sampling", "noise", "draws", "statistics"})
+SECRET: frozenset[Purpose] = frozenset({"sampling", "noise", "draws", "statistics", "evaluation"})
 """What the guarantee needs nobody to know. The other draws are public, and seeded whatever the source.
 
 "draws" are those of single examples inside a model, such as dropout; "model" and "adapter" are initial weights, "model"

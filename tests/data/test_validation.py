@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from fed_dpsat.data.dataset import Dataset, Examples
 from fed_dpsat.data.digits import digits
-from fed_dpsat.data.validation import hold_out
+from fed_dpsat.data.validation import hold_out, hold_out_of_each
 from fed_dpsat.errors import DataError
 
 
@@ -55,3 +56,27 @@ def test_the_scale_of_numbers_stays():
     numbers = Examples(inputs=torch.zeros(8, 1), labels=torch.arange(8.0), mean=(0.0,), std=(1.0,))
     whole = Dataset(name="numbers", train=numbers, test=numbers, label_scale=((3.5, 2.0),))
     assert hold_out(whole, 0.25, 0).label_scale == ((3.5, 2.0),)
+
+
+def test_each_example_is_held_out_by_the_coin_of_its_place():
+    """One example less, with the others in their places, changes one of the two parts, and that by itself alone."""
+    part = np.arange(0, 40, 2)
+    trained, held = (both[0] for both in hold_out_of_each([part], 0.4, np.random.default_rng(3), 40))
+    assert sorted([*trained, *held]) == part.tolist()
+    assert len(held)
+    for out in part:
+        less = hold_out_of_each([part[part != out]], 0.4, np.random.default_rng(3), 40)
+        for whole, rest in zip((trained, held), (both[0] for both in less), strict=True):
+            assert rest.tolist() == [one for one in whole if one != out]
+
+
+def test_a_client_that_holds_out_all_is_refused():
+    with pytest.raises(DataError, match="leaves client 1, with 1 examples, nothing to train on"):
+        hold_out_of_each([np.arange(30), np.array([31])], 0.9, np.random.default_rng(0), 32)
+
+
+def test_without_a_share_partitions_stay_as_they_are():
+    part = np.arange(3)
+    trained, held = hold_out_of_each([part], 0.0, np.random.default_rng(0), 3)
+    assert trained[0] is part
+    assert not len(held[0])

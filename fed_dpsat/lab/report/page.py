@@ -14,7 +14,7 @@ from fed_dpsat.lab.report.canvas import Drawing
 from fed_dpsat.lab.report.sharpness import sharpness_words
 from fed_dpsat.lab.report.spending import Spending, read_spending
 from fed_dpsat.run.metric import CLASSIFICATION, metric_named
-from fed_dpsat.run.numbers import duration, in_unit, plain, wilson
+from fed_dpsat.run.numbers import duration, in_unit, plain, wilson, with_noise
 from fed_dpsat.run.reading import load_run
 from fed_dpsat.run.result import Run
 from fed_dpsat.tasks.metric import Metric
@@ -115,17 +115,20 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
     seconds = sum(line["seconds"] for line in run.timing)
     delta = f"at delta = {run.config.delta:g}, {run.config.accountant.upper()}" if run.config.private else "no noise"
     return [
-        (f"{_split(run)} {metric.label}", in_unit(score, metric, run.num_draws), _basis(run)),
+        (
+            f"{run.config.evaluated_on} {metric.label}",
+            with_noise(in_unit(score, metric, run.num_draws), metric, run.summary),
+            _basis(run),
+        ),
         ("epsilon", plain(run.epsilon), delta),
         *(calibration if run.task == CLASSIFICATION else []),
-        *((f"{_split(run)} {other.label}", in_unit(value, other), _direction(other)) for other, value in others),
+        *(
+            (f"{run.config.evaluated_on} {other.label}", in_unit(value, other), _direction(other))
+            for other, value in others
+        ),
         ("clients", f"{run.config.num_clients:,}", f"{run.config.cohort_size:,} a round, {run.config.partition}"),
         ("time", duration(seconds) if seconds else "unknown", f"{run.rounds[-1]['round'] if run.rounds else 0} rounds"),
     ]
-
-
-def _split(run: Run) -> str:
-    return "validation" if run.config.validation_share else "test"
 
 
 def _basis(run: Run) -> str:

@@ -16,7 +16,7 @@ from fed_dpsat.lab.report.metric_axis import show_metric
 from fed_dpsat.lab.report.palette import BLUE, GREEN, INK, VERMILLION, Colour, looks
 from fed_dpsat.lab.report.spending import Spending
 from fed_dpsat.run.metric import LOSS, loss_unit, number_of, other_metrics, value_of
-from fed_dpsat.run.numbers import duration, in_unit, plain, size, with_unit
+from fed_dpsat.run.numbers import duration, in_unit, plain, size, with_noise, with_unit
 from fed_dpsat.run.result import Run
 from fed_dpsat.tasks.metric import Metric
 
@@ -40,9 +40,9 @@ def quality_curves(run: Run, folder: Path) -> Iterator[Drawing]:
         (
             str(line["round"]),
             plain(line["epsilon"]),
-            in_unit(value_of(line[metric.key]), metric, run.num_draws),
-            *(in_unit(value_of(line[other.key]), other) for other in others),
-            plain(line["test_loss"]),
+            with_noise(in_unit(value_of(line[metric.key]), metric, run.num_draws), metric, line),
+            *(with_noise(in_unit(value_of(line[other.key]), other), other, line) for other in others),
+            with_noise(plain(line["test_loss"]), LOSS, line),
         )
         for line in lines
     ]

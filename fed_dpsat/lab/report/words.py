@@ -55,6 +55,9 @@ def statement(run: Run) -> list[tuple[str, str]]:
     if "statistics_epsilon" in summary:
         alone = plain(summary["statistics_epsilon"], 4)
         found.insert(1, ("Statistics before training", f"epsilon {alone} alone; the guarantee includes them."))
+    if "evaluation_epsilon" in summary:
+        alone = plain(summary["evaluation_epsilon"], 4)
+        found.insert(1, ("Evaluation by clients", f"epsilon {alone} alone; the guarantee includes all evaluations."))
     if warning := summary.get("delta_warning"):
         found.insert(1, ("Delta", f"{warning}."))
     if retired := summary.get("retired"):

@@ -13,7 +13,7 @@ from rich.table import Table
 from fed_dpsat.lab.sweep.run import Event, Shown, Swept
 from fed_dpsat.lab.sweep.tables import Row
 from fed_dpsat.run.metric import metric_of, value_of
-from fed_dpsat.run.numbers import on_terminal, plain
+from fed_dpsat.run.numbers import on_terminal, plain, with_noise
 from fed_dpsat.tasks.metric import PERCENT, UNDEFINED, Metric
 
 
@@ -74,7 +74,7 @@ def _result(event: Event) -> str:
     if outcome.error:
         return f"{'failed, runs again' if event.retried else 'failed twice'}: {outcome.error}"
     metric = metric_of(outcome.summary)
-    score = on_terminal(value_of(outcome.summary[metric.key]), metric)
+    score = with_noise(on_terminal(value_of(outcome.summary[metric.key]), metric), metric, outcome.summary)
     return f"{metric.label} {score}  {outcome.number('seconds'):.1f} s"
 
 

@@ -52,7 +52,7 @@ def row(spec: Spec, outcome: Outcome, metric: Metric) -> Row:
     return {
         **_place(spec, run),
         "seed": run.seed,
-        "split": "validation" if config.validation_share else "test",
+        "split": config.evaluated_on,
         "delta": config.delta,
         "noise_multiplier": number("noise_multiplier"),
         "epsilon": number("epsilon"),
@@ -90,7 +90,7 @@ def _summary(spec: Spec, group: Sequence[Outcome], chosen: Chosen, metric: Metri
     is_chosen = bool(run.tuned) and chosen.get(run.cell.key) == run.tuned
     return {
         **_place(spec, run),
-        "split": "validation" if run.config.validation_share else "test",
+        "split": run.config.evaluated_on,
         "n": len(done),
         "failed": len(group) - len(done),
         f"{metric.name}_mean": fmean(scores) if scores else None,

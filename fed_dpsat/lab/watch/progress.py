@@ -11,6 +11,7 @@ from typing import Any
 from fed_dpsat import plugins
 from fed_dpsat.accounting.plans import read_table
 from fed_dpsat.run.metric import metric_of_settings, value_of
+from fed_dpsat.run.numbers import with_noise
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.tasks.metric import UNDEFINED, Metric, Value
 
@@ -66,6 +67,11 @@ class Progress:
     def latest(self, name: str) -> Value | None:
         """``name`` of the last evaluated round; None before it."""
         return next((value_of(record[name]) for record in reversed(self.rounds) if record[name] is not None), None)
+
+    def with_noise(self, text: str, metric: Metric) -> str:
+        """``text``, the latest value of ``metric``, with the interval of its noise if it has one."""
+        last = next((record for record in reversed(self.rounds) if record[metric.key] is not None), {})
+        return with_noise(text, metric, last)
 
     def total(self, name: str) -> int:
         """The number of clients under ``name`` over all rounds."""

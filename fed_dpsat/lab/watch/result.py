@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fed_dpsat.run.metric import loss_unit, metric_of, other_metrics, task_of, value_of
-from fed_dpsat.run.numbers import on_terminal
+from fed_dpsat.run.metric import LOSS, loss_unit, metric_of, other_metrics, task_of, value_of
+from fed_dpsat.run.numbers import on_terminal, with_noise
 from fed_dpsat.step.optimizers.chain import described
 
 
@@ -21,7 +21,8 @@ def result_table(result: Mapping[str, Any]) -> Table:
     main = metric_of(result)
     for metric in (main, *other_metrics(result, main, task_of(result))):
         direction = "" if metric.higher_is_better else ", lower is better"
-        table.add_row(f"{split} {metric.label}", on_terminal(value_of(result[metric.key]), metric, 2) + direction)
+        value = with_noise(on_terminal(value_of(result[metric.key]), metric, 2), metric, result)
+        table.add_row(f"{split} {metric.label}", value + direction)
     if f"personal_{main.name}" in result:
         mean, worst = (on_terminal(value_of(result[f"personal_{of}"]), main, 2) for of in (main.name, "worst_decile"))
         table.add_row(
@@ -32,10 +33,13 @@ def result_table(result: Mapping[str, Any]) -> Table:
     if (averaged := result.get(f"averaged_{main.key}")) is not None:
         shown = on_terminal(value_of(averaged), main, 2)
         table.add_row("averaged model", f"{shown} {main.label} of the average of models ({result['averaging']})")
-    table.add_row(f"{split} loss", f"{_loss(result['test_loss'])} {loss_unit(task_of(result))}".rstrip())
+    loss = f"{_loss(result['test_loss'])} {loss_unit(task_of(result))}".rstrip()
+    table.add_row(f"{split} loss", with_noise(loss, LOSS, result))
     table.add_row("epsilon", f"{result['epsilon']:.3f} at delta {result['delta']:g} ({result['accountant'].upper()})")
     if "statistics_epsilon" in result:
         table.add_row("of it statistics", f"{result['statistics_epsilon']:.3f} alone, before training")
+    if "evaluation_epsilon" in result:
+        table.add_row("of it evaluations", f"{result['evaluation_epsilon']:.3f} alone, all of the run by clients")
     table.add_row("protects", result["privacy_unit"])
     table.add_row("against", result["threat_model"])
     if "epsilon_released_missing" in result:
@@ -74,6 +78,8 @@ def result_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _loss(loss: float) -> str:
+def _loss(loss: float | None) -> str:
     """Four digits after the point, or in all if the loss is large, as that of targets in the thousands."""
+    if loss is None:
+        return "not evaluated"
     return f"{loss:.4f}" if loss < 1e4 else f"{loss:.4g}"

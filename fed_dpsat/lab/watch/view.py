@@ -50,6 +50,7 @@ class View:
         metric = self.progress.metric
         label_width = max(LABEL, 1 + max(map(len, metric.label.split() if narrow else [metric.label])))
         shown = on_terminal(self.progress.latest(metric.key), metric) if self.progress.measured(metric.key) else ""
+        shown = self.progress.with_noise(shown, metric)
         number_width = max(LEAST_NUMBER, 2 * len(str(self.progress.num_rounds)) + 1, len(shown))
         wide = options.max_width - label_width - (0 if narrow else number_width + NOTE + 2)
         yield Text(self.title, style="bold", overflow="ellipsis", no_wrap=True)
@@ -76,7 +77,8 @@ class View:
         for metric in _shown(progress.metric):
             if values := progress.measured(metric.key):
                 curve = Text(sparkline(values, width, ramp), style="cyan")
-                yield metric.label, _text(progress.latest(metric.key), metric), curve, _extremes(values, metric)
+                latest = progress.with_noise(_text(progress.latest(metric.key), metric), metric)
+                yield metric.label, latest, curve, _extremes(values, metric)
         if progress.last is None:
             yield "preparing", "", None, ""
             yield "folder", str(self.folder), None, ""
@@ -130,7 +132,8 @@ def round_line(progress: Progress) -> str:
     record: Mapping[str, Any] | None = progress.last
     assert record is not None
     last = [(metric, progress.latest(metric.key)) for metric in _shown(progress.metric)]
-    quality = "".join(f"{metric.label} {_text(value, metric)}  " for metric, value in last if value is not None)
+    said = {metric: progress.with_noise(_text(value, metric), metric) for metric, value in last if value is not None}
+    quality = "".join(f"{metric.label} {text}  " for metric, text in said.items())
     rate = f"  {record['timing']['clients_per_second']:.3g} clients/s" if record["round"] else ""
     if (left := progress.seconds_left(0.0)) and progress.done < progress.num_rounds:
         rate += f"  {duration(left)} left"
