@@ -251,7 +251,7 @@ def data(
     with _clear_errors():
         settings = data_view.settings_of(config, overrides or ())
         found = Federated.build(settings)
-        described = describe(found.dataset, found.partitions, settings.partition, settings.partition_by)
+        described = describe(found.dataset, found.whole, settings.partition, settings.partition_by)
         if picture is not None:
             data_view.draw_partition(described, picture)
     if as_json:

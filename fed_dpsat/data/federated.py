@@ -33,6 +33,11 @@ class Federated:
     held: list[np.ndarray]
     settings: dict[str, Any]
 
+    @property
+    def whole(self) -> list[np.ndarray]:
+        """By client, all its examples: those of its partition and those that it holds out."""
+        return [np.concatenate(both) for both in zip(self.partitions, self.held, strict=True)]
+
     @classmethod
     def build(
         cls, config: RunConfig, dataset: Dataset | None = None, partition: Sequence[Any] | None = None

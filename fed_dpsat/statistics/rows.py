@@ -120,10 +120,7 @@ def rows_of(config: RunConfig, columns: list[Declared]) -> Rows:
             dataset = plugins.call("dataset", "table", plugins.load("dataset", "table"), settings, given)
     of_features = {f.name: f.default for f in dataclasses.fields(Data) if f.name.startswith("features")}
     found = Federated.build(dataclasses.replace(config, **of_features), dataset=dataset)
-    train, parts = (
-        found.dataset.train,
-        [np.concatenate(both) for both in zip(found.partitions, found.held, strict=True)],
-    )
+    train, parts = found.dataset.train, found.whole
     order = np.concatenate(parts)
     values = {}
     if inputs:
