@@ -22,7 +22,7 @@ def is_evaluated(config: RunConfig, round: int) -> bool:
 
 def evaluation_event(config: RunConfig) -> PrivacyEvent:
     """The event of one evaluation: ``evaluation_budget`` is the epsilon of all of them together."""
-    kind = CLIENTS if config.privacy_unit == "client" else DISTRIBUTIONS["gaussian"]
+    kind = CLIENTS if config.privacy_unit == "client" else DISTRIBUTIONS["example"]["gaussian"]
     count = sum(is_evaluated(config, round) for round in range(1, config.num_rounds + 1))
     noise = _noise(config.evaluation_budget, config.delta, count, config.accountant, kind)
     return PrivacyEvent(noise_multiplier=noise, sample_rate=1.0, steps=1, kind=kind)

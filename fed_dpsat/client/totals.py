@@ -30,7 +30,7 @@ from fed_dpsat.step.secure_noise import system_generator
 
 Floats = NDArray[np.float64]
 
-KIND = {"example": DISTRIBUTIONS["gaussian"], "client": CLIENTS}
+KIND = {"example": DISTRIBUTIONS["example"]["gaussian"], "client": CLIENTS}
 """By privacy unit, the kind of event of a Gaussian mechanism."""
 
 

@@ -42,11 +42,11 @@ class Releases:
 
     statistics: str = setting(
         "moments",
-        "what `fed-dpsat stats` releases, by commas: moments (mean, std and missing values of each column), quantiles "
+        "what fed-dpsat stats releases, by commas: moments (mean, std and missing values of each column), quantiles "
         "(of each column), labels (a histogram), sizes (examples per client)",
     )
     statistics_epsilon: float = setting(
-        0.0, "epsilon of `fed-dpsat stats`, of all that it releases together; 0 is for a run alone", least=0
+        0.0, "epsilon of fed-dpsat stats, of all that it releases together; 0 is for a run alone", least=0
     )
     statistics_columns: str = setting(
         "", "columns of moments and quantiles, by commas; empty is for all inputs that declare low and high"
@@ -62,7 +62,7 @@ class Releases:
     )
     statistics_from: str = setting(
         "",
-        "folder of `fed-dpsat stats` whose means and deviations are the declared constants of the columns, and whose "
+        "folder of fed-dpsat stats whose means and deviations are the declared constants of the columns, and whose "
         "charges are part of the run's epsilon",
         path=of_file,
     )

@@ -15,8 +15,8 @@ from torch import Tensor
 from fed_dpsat import plugins
 from fed_dpsat.client.totals import Floats
 from fed_dpsat.data.described.columns import ranges, specs_of
-from fed_dpsat.data.described.labels import split_names
 from fed_dpsat.data.federated import Federated, seeded
+from fed_dpsat.data.names import split_names
 from fed_dpsat.errors import SettingError
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.settings.data import Data
@@ -118,7 +118,7 @@ def rows_of(config: RunConfig, columns: list[Declared]) -> Rows:
         given = plugins.parse_arguments("dataset", config.dataset_args) | {"encoding": "one-hot", "raw": True}
         with seeded(config, "partition"):
             dataset = plugins.call("dataset", "table", plugins.load("dataset", "table"), settings, given)
-    of_features = {f.name: f.default for f in dataclasses.fields(Data) if f.name.startswith("features")}
+    of_features: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Data) if f.name.startswith("features")}
     found = Federated.build(dataclasses.replace(config, **of_features), dataset=dataset)
     train, parts = found.dataset.train, found.whole
     order = np.concatenate(parts)
