@@ -61,7 +61,7 @@ def linear(dataset: str, clients: int) -> list[Settings]:
     scale = 1.0 if dataset == "fashion-mnist" else 0.5
     batches: list[tuple[float, int, tuple[float, ...]]]
     if clients == 1:
-        batches = [(0.1365, 29, (8.0, 16.0)), (0.273, 29, (4.0, 8.0, 12.0)), (0.5, 15, (8.0, 16.0))]
+        batches = [(0.1365, 29, (8.0, 16.0))]
     else:
         batches = [(0.1365, 290, (2.0, 4.0)), (0.5, 120, (4.0, 8.0, 16.0)), (1.0, 80, (8.0, 16.0))]
     return [
