@@ -156,6 +156,7 @@ def test_a_repeated_evaluation_leaves_out_clients_without_budget(tmp_path, monke
         ({"metric": "auroc"}, "metric"),
         ({"evaluation_metrics": "roc"}, "evaluation_metrics"),
         ({"personal_layers": "head"}, "personal_layers"),
+        ({"averaging": "ema"}, "averaging"),
         ({"budget_mode": "retire", "noise_multiplier": 2.0}, "budget_mode"),
         ({"client_table": "x.csv"}, "client_table"),
     ],
