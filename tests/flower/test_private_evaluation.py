@@ -13,6 +13,7 @@ from fed_dpsat.accounting.ledger import EVALUATIONS
 from fed_dpsat.client.build import Experiment
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import private_evaluation
+from fed_dpsat.lab.report.comparing import compare
 from fed_dpsat.run.folder import RunFolder
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.simulation import resume, simulate
@@ -80,6 +81,7 @@ def test_the_epsilon_of_a_run_is_one_composition_of_training_and_evaluations(tmp
     assert run["intervals"] == run.rounds[3]["intervals"]
     assert run["evaluated_on"] == "clients"
     assert "(noise)" in repr(run)
+    assert any("their metrics have noise" in note for note in compare([run]).notes)
     assert not (tmp_path / "run" / "quality.json").exists()  # it has exact numbers
 
 

@@ -123,6 +123,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
     differing = tuple(name for name in described[0] if len({settings[name] for settings in described}) > 1)
     if any(run.objects for run in whole):
         notes.append("Some runs have objects from Python, so equal settings do not imply equal runs.")
+    if any(run.config.evaluated_on == "clients" for run in whole):
+        notes.append("Some runs were evaluated by clients: their metrics have noise, and reports of runs say how much.")
     members: dict[tuple[str, ...], dict[int, Run]] = {}
     for run, settings in zip(whole, described, strict=True):
         group = members.setdefault(tuple(settings[name] for name in differing), {})
