@@ -13,6 +13,9 @@ from fed_dpsat.accounting.calibration import noise_multiplier_for
 from fed_dpsat.accounting.event import CLIENTS, DISTRIBUTIONS, History, PrivacyEvent
 from fed_dpsat.settings.config import RunConfig
 
+KIND = {"example": DISTRIBUTIONS["example"]["gaussian"], "client": CLIENTS}
+"""By privacy unit, the kind of event of a Gaussian mechanism on totals; the unit "user" has none yet."""
+
 
 def is_evaluated(config: RunConfig, round: int) -> bool:
     """Whether the model after ``round`` is evaluated; clients do not evaluate the initial one."""
@@ -22,7 +25,7 @@ def is_evaluated(config: RunConfig, round: int) -> bool:
 
 def evaluation_event(config: RunConfig) -> PrivacyEvent:
     """The event of one evaluation: ``evaluation_budget`` is the epsilon of all of them together."""
-    kind = CLIENTS if config.privacy_unit == "client" else DISTRIBUTIONS["example"]["gaussian"]
+    kind = KIND[config.privacy_unit]
     count = sum(is_evaluated(config, round) for round in range(1, config.num_rounds + 1))
     noise = _noise(config.evaluation_budget, config.delta, count, config.accountant, kind)
     return PrivacyEvent(noise_multiplier=noise, sample_rate=1.0, steps=1, kind=kind)

@@ -22,16 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fed_dpsat.accounting.event import CLIENTS, DISTRIBUTIONS, PrivacyEvent
+from fed_dpsat.accounting.evaluations import KIND
+from fed_dpsat.accounting.event import PrivacyEvent
 from fed_dpsat.settings.config import RunConfig
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.noise import SERVER, Purpose, derive_generator
 from fed_dpsat.step.secure_noise import system_generator
 
 Floats = NDArray[np.float64]
-
-KIND = {"example": DISTRIBUTIONS["example"]["gaussian"], "client": CLIENTS}
-"""By privacy unit, the kind of event of a Gaussian mechanism."""
 
 
 def event_of(noise_multiplier: float, unit: str, steps: int = 1) -> PrivacyEvent:

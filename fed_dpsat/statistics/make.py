@@ -24,9 +24,10 @@ from typing import Any
 
 from fed_dpsat.accounting import PrivacyLedger, epsilon, noise_multiplier_for
 from fed_dpsat.accounting.before import BEFORE
+from fed_dpsat.accounting.evaluations import KIND
 from fed_dpsat.accounting.event import UNITS
 from fed_dpsat.accounting.ledger import Head
-from fed_dpsat.client.totals import KIND, Floats, event_of, noise_of_totals, noised_totals
+from fed_dpsat.client.totals import Floats, event_of, noise_of_totals, noised_totals
 from fed_dpsat.data.described.columns import RELEASED
 from fed_dpsat.errors import RunError, SettingError, written
 from fed_dpsat.run.extension import changed_settings
