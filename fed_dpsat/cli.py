@@ -31,6 +31,7 @@ from fed_dpsat.settings.presets import preset as preset_file
 from fed_dpsat.settings.presets import presets
 
 if TYPE_CHECKING:
+    from fed_dpsat.step.correlated.compare import PartialSums
     from fed_dpsat.testing.configuration import Checked
 
 
@@ -322,6 +323,7 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
     from fed_dpsat.accounting.plans import make_plans
     from fed_dpsat.client.half import with_half
     from fed_dpsat.run.promise import threat_model
+    from fed_dpsat.step.correlated.compare import partial_sums
 
     with _clear_errors():
         settings = with_half(RunConfig.load(config, overrides or ()))
@@ -346,9 +348,14 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
             }
             for event in events
         ]
+        if settings.noise_mechanism != "independent":
+            for schedule in schedules:
+                schedule["partial_sums"] = partial_sums(settings, schedule["noise_multiplier"])
     if as_json:
         for schedule in schedules:
             schedule["table"] = [dataclasses.asdict(row) for row in schedule["table"]]
+            if "partial_sums" in schedule:
+                schedule["partial_sums"] = dataclasses.asdict(schedule["partial_sums"])
         return _print_json({**schedules[0], "schedules": schedules} if len(schedules) > 1 else schedules[0])
     for schedule in schedules:
         table = Table(
@@ -364,7 +371,22 @@ def calibrate(config: ConfigFile = None, overrides: Overrides = None, as_json: A
         for row in schedule["table"]:
             table.add_row(str(row.rounds), f"{row.epsilon_pld:.3f}", _or_none(row.epsilon_rdp, 3))
         out_console.print(table)
+        if "partial_sums" in schedule:
+            out_console.print(_partial_sums(schedule["partial_sums"]), highlight=False)
     return None
+
+
+def _partial_sums(found: PartialSums) -> Table:
+    table = Table(
+        *("noise", "of one round", "of partial sums, mean", "largest"),
+        title="Deviation of the noise on sums of clipped changes, in clip norms, at the same epsilon",
+        caption=f"It holds while {found.keeps}.",
+    )
+    alone, mean, largest = found.independent_noise_multiplier, found.independent_mean, found.independent_largest
+    table.add_row("independent", f"{alone:.4g}", f"{mean:.4g}", f"{largest:.4g}")
+    shares = f"{found.mean:.4g} ({found.mean / mean:.2f})", f"{found.largest:.4g} ({found.largest / largest:.2f})"
+    table.add_row(found.noise_mechanism, f"{found.step_deviation:.4g}", *shares)
+    return table
 
 
 def _laplace(noise_distribution: str) -> str:
@@ -391,7 +413,8 @@ def _who_delta_is_for(settings: RunConfig) -> str:
 
 def _schedule(settings: RunConfig, schedule: dict[str, Any]) -> str:
     if settings.privacy_unit == "client":
-        return f"client rate {schedule['sample_rate']:g}, one release a round"
+        once = ", charged once" if settings.noise_mechanism != "independent" and settings.amplifying_rate == 1 else ""
+        return f"client rate {schedule['sample_rate']:g}, one release a round{once}"
     return f"sample rate {schedule['sample_rate']:g}, {schedule['local_steps']} local steps"
 
 

@@ -4,20 +4,22 @@ A plug-in is named ``package.module:attribute``, ``path/to/file.py:attribute`` o
 project, by a short name. Short names are found by importing the modules of one package per kind and reading
 their table, so a new built-in is one new file:
 
-========== =========================== ==============
-kind       package                     table
-========== =========================== ==============
-optimizer  ``fed_dpsat.step.optimizers``    ``OPTIMIZERS``
-clipping   ``fed_dpsat.step.clipping``      ``CLIPPING``
-model      ``fed_dpsat.models``        ``MODELS``
-dataset    ``fed_dpsat.data``          ``DATASETS``
-partition  ``fed_dpsat.data``          ``PARTITIONS``
-features   ``fed_dpsat.data``          ``FEATURES``
-task       ``fed_dpsat.tasks``         ``TASKS``
-strategy   ``strategies``              ``STRATEGIES``
-attack     ``fed_dpsat.lab.attacks``       ``ATTACKS``
-logger     ``fed_dpsat.lab.loggers``       ``LOGGERS``
-========== =========================== ==============
+=======
+=============== ============================= ====================
+kind            package                       table
+=============== ============================= ====================
+optimizer       ``fed_dpsat.step.optimizers`` ``OPTIMIZERS``
+clipping        ``fed_dpsat.step.clipping``   ``CLIPPING``
+noise_mechanism ``fed_dpsat.step.correlated`` ``NOISE_MECHANISMS``
+model           ``fed_dpsat.models``          ``MODELS``
+dataset         ``fed_dpsat.data``            ``DATASETS``
+partition       ``fed_dpsat.data``            ``PARTITIONS``
+features        ``fed_dpsat.data``            ``FEATURES``
+task            ``fed_dpsat.tasks``           ``TASKS``
+strategy        ``strategies``                ``STRATEGIES``
+attack          ``fed_dpsat.lab.attacks``     ``ATTACKS``
+logger          ``fed_dpsat.lab.loggers``     ``LOGGERS``
+=============== ============================= ====================
 
 A strategy of Flower is also named by its class (``STOCK``), such as ``FedAdam``. A model of another library is named
 ``PREFIX:NAME`` with a prefix of ``LIBRARIES`` in ``fed_dpsat.models.libraries``, such as ``timm:vit_tiny_patch16_224``.
@@ -45,6 +47,7 @@ from fed_dpsat.left import moved, successor
 PACKAGES = {
     "optimizer": "fed_dpsat.step.optimizers",
     "clipping": "fed_dpsat.step.clipping",
+    "noise_mechanism": "fed_dpsat.step.correlated",
     "model": "fed_dpsat.models",
     "dataset": "fed_dpsat.data",
     "partition": "fed_dpsat.data",
@@ -57,6 +60,7 @@ PACKAGES = {
 TABLES = {
     "optimizer": "OPTIMIZERS",
     "clipping": "CLIPPING",
+    "noise_mechanism": "NOISE_MECHANISMS",
     "model": "MODELS",
     "dataset": "DATASETS",
     "partition": "PARTITIONS",
@@ -76,6 +80,7 @@ LIBRARIES = {"model": "fed_dpsat.models.libraries"}
 HAVE = {
     "optimizer": ("init", "query_point", "update"),
     "clipping": ("clip_norm", "factors"),
+    "noise_mechanism": ("stream",),
     "model": ("named_parameters", "named_buffers", "train"),
     "dataset": ("train", "test", "class_names"),
     "features": ("__call__",),
@@ -86,6 +91,7 @@ HAVE = {
 WHAT = {
     "optimizer": "a private optimizer (fed_dpsat.step.optimizers)",
     "clipping": "a clipping rule (fed_dpsat.step.clipping)",
+    "noise_mechanism": "a mechanism with stream() (fed_dpsat.step.correlated.measured.OwnMechanism)",
     "model": "a torch.nn.Module",
     "dataset": "a fed_dpsat.data.dataset.Dataset",
     "features": "a function from a batch of inputs to features",

@@ -95,7 +95,7 @@ def epsilon_rdp(history: History, delta: float) -> float:
         return 0.0
     if unprotected(history):
         return math.inf
-    divergence = sum(event.steps * step_rdp(event) for event in history)
+    divergence = sum(event.compositions * step_rdp(event) for event in history)
     return float(compute_epsilon(RdpAccountant().orders, divergence, delta)[0])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ CLIENTS, LAPLACE = "poisson_gaussian_clients", "poisson_laplace"
 USERS, LAPLACE_USERS = "poisson_gaussian_users", "poisson_laplace_users"
 KINDS = {"poisson_gaussian": "example", LAPLACE: "example", USERS: "user", LAPLACE_USERS: "user", CLIENTS: "client"}
 """The privacy unit of each kind of event."""
+
+CORRELATED = re.compile(r"correlated_gaussian_clients:([^,]+),steps=(\d+),participations=(\d+),separation=(\d+)")
+"""The kind of one Gaussian mechanism over all rounds of a run: its name, and the schedule that its noise is for."""
 
 DISTRIBUTIONS = {
     "example": {"gaussian": "poisson_gaussian", "laplace": LAPLACE},
@@ -38,6 +42,20 @@ UNITS = {
 MAX_STEPS = 2**40
 
 
+def correlated_kind(mechanism: str, *, steps: int, participations: int, separation: int) -> str:
+    """The kind of event of a ``mechanism`` whose noise is correlated over ``steps`` rounds.
+
+    A client takes part in at most ``participations`` of them, at least ``separation`` apart.
+    """
+    name = re.sub(r"[^\w.-]+", "_", mechanism)
+    return f"correlated_gaussian_clients:{name},steps={steps},participations={participations},separation={separation}"
+
+
+def unit_of(kind: str) -> str | None:
+    """The privacy unit of a kind of event; None for a kind that this version does not know."""
+    return "client" if CORRELATED.fullmatch(kind) else KINDS.get(kind)
+
+
 class PrivacyError(InputError):
     """A number that has no privacy guarantee; the message gives a remedy."""
 
@@ -46,7 +64,9 @@ class PrivacyError(InputError):
 class PrivacyEvent:
     """``steps`` mechanisms, each on a fresh Poisson sample of the examples or persons of one client, or of the clients.
 
-    A mechanism is Gaussian with a sum clipped in L2 norm, or Laplace with a sum clipped in L1 norm.
+    A mechanism is Gaussian with a sum clipped in L2 norm, or Laplace with a sum clipped in L1 norm. Of a kind that
+    ``CORRELATED`` matches, ``steps`` are rounds of one client in one Gaussian mechanism over the whole run, which costs
+    the same however many they are: the first of them pays for all. A ledger has one such mechanism of a kind.
 
     ================ ============ =====================================================================
     field            unit, bound  meaning
@@ -78,10 +98,12 @@ class PrivacyEvent:
             raise PrivacyError(f"steps={self.steps!r} is not an integer; count the steps")
         if not 1 <= self.steps <= MAX_STEPS:
             raise PrivacyError(f"steps={self.steps} is not in [1, 2**40]; without a step, make no event")
-        if self.kind not in KINDS:
+        if unit_of(self.kind) is None:
             raise PrivacyError(
                 f"kind={self.kind!r} is not one of {', '.join(KINDS)}; upgrade fed_dpsat if a newer version wrote it"
             )
+        if self.participations and rate < 1:
+            raise PrivacyError(f"sample_rate={rate} is not 1, and sampling amplifies no event of kind={self.kind!r}")
         object.__setattr__(self, "noise_multiplier", noise + 0.0)  # -0.0 becomes 0.0, so equal values hash equal
         object.__setattr__(self, "sample_rate", rate)
         object.__setattr__(self, "steps", int(self.steps))
@@ -89,7 +111,18 @@ class PrivacyEvent:
     @property
     def privacy_unit(self) -> str:
         """What the event protects: "example", "user" or "client"."""
-        return KINDS[self.kind]
+        return str(unit_of(self.kind))
+
+    @property
+    def participations(self) -> int:
+        """The most steps of one client in a correlated mechanism; 0 for any other kind."""
+        found = CORRELATED.fullmatch(self.kind)
+        return int(found[3]) if found else 0
+
+    @property
+    def compositions(self) -> int:
+        """The number of mechanisms that are composed: 1 for a correlated one, else ``steps``."""
+        return 1 if self.participations else self.steps
 
     @property
     def is_laplace(self) -> bool:
@@ -106,7 +139,7 @@ class PrivacyEvent:
         step = mechanism(self.noise_multiplier)
         if self.sample_rate < 1:
             step = dp_accounting.PoissonSampledDpEvent(self.sample_rate, step)
-        return dp_accounting.SelfComposedDpEvent(step, self.steps)
+        return dp_accounting.SelfComposedDpEvent(step, self.compositions)
 
     def to_dict(self) -> dict[str, float | int | str]:
         """A flat dict of scalars, for a ``ConfigRecord`` of Flower."""

@@ -13,6 +13,9 @@ no charge yet              epsilon is 0
 same key, equal event      no-op: charging again after a crash is safe
 same key, another event    ``LedgerError``, nothing of the call is charged
 an event of another unit   ``LedgerError``, nothing of the call is charged
+more rounds of a client    ``LedgerError``, nothing of the call is charged
+than a correlated event
+was made for
 a client in two pairs      ``LedgerError``, nothing of the call is charged
 disk full                  ``LedgerError``, nothing of the call is charged
 second writer              ``LedgerError`` when it opens; ``readonly=True`` reads meanwhile
@@ -35,7 +38,7 @@ from fed_dpsat.accounting import chain, rows, storage
 from fed_dpsat.accounting.accountant import epsilon, federation_epsilon
 from fed_dpsat.accounting.by_client import AnyClients, ByClient, Given, Value, check_number, numbers
 from fed_dpsat.accounting.chain import LedgerError
-from fed_dpsat.accounting.event import KINDS, UNITS, History, PrivacyEvent
+from fed_dpsat.accounting.event import UNITS, History, PrivacyEvent, unit_of
 from fed_dpsat.accounting.histories import Histories
 from fed_dpsat.accounting.packed import pack
 
@@ -102,6 +105,7 @@ class PrivacyLedger:
                     f"{_key(client, round, attempt)} is charged already, with another event than "
                     f"{cohort.get(client)}; give a new release a new attempt"
                 )
+            self._check_participations(cohort.beyond(known))
             self._append("charges", round, attempt, charges.beyond(known))
             head = chain.head(self._file, "charges")
         self._seen = None  # an interrupt inside the loop must not lower epsilon
@@ -169,14 +173,20 @@ class PrivacyLedger:
 
         Charges before the first round (round 0), and of evaluations, are not counted.
         """
-        where, last = "round BETWEEN 1 AND ? AND attempt < ?", rows.LAST if before is None else before - 1
-        charged = self._cohorts("charges", where, last, EVALUATIONS)
+        charged = self._cohorts("charges", *_of_training(before))
         by_round = [
             np.unique(np.concatenate([cohort.clients for *_, cohort in attempts]))
             for _, attempts in groupby(charged, key=lambda found: found[0])
         ]
         clients, counts = np.unique(np.concatenate([np.empty(0, np.int64), *by_round]), return_counts=True)
         return dict(zip(clients.tolist(), counts.tolist(), strict=True))
+
+    def last_rounds(self, before: int | None = None) -> dict[int, int]:
+        """The last round with a charge, by client, of those that ``rounds_by_client`` counts."""
+        found: dict[int, int] = {}
+        for round, _, cohort in self._cohorts("charges", *_of_training(before)):
+            found |= dict.fromkeys(cohort.clients.tolist(), round)
+        return found
 
     def attempts(self, round: int, first: int = 0) -> dict[int, int]:
         """By client, the last charged attempt at ``round``; of training, or of evaluations with their ``first``."""
@@ -206,7 +216,7 @@ class PrivacyLedger:
         """The privacy unit of all charges, "example" or "client"; None without a charge."""
         with storage.explained(self.path, "read"):
             found = self._file.execute("SELECT kind FROM charges LIMIT 1").fetchone()
-        return None if found is None else KINDS.get(found[0], found[0])
+        return None if found is None else unit_of(found[0]) or str(found[0])
 
     @property
     def head(self) -> Head:
@@ -286,6 +296,15 @@ class PrivacyLedger:
                 self._seen = head
             return self._histories
 
+    def _check_participations(self, cohort: ByClient[PrivacyEvent]) -> None:
+        for clients, (history, event) in self._read(None).of(cohort.clients).paired(cohort).groups():
+            steps = event.steps + sum(one.steps for one in history if one.kind == event.kind)
+            if event.participations and steps > event.participations:
+                raise LedgerError(
+                    f"client {clients[0]} would take part {steps} times, and the noise of {event.kind} is for "
+                    f"{event.participations}; nothing is charged"
+                )
+
     def _check_unit(self, events: list[PrivacyEvent]) -> None:
         own = self.privacy_unit or ""
         units = {event.privacy_unit for event in events} | {own} - {""}
@@ -294,6 +313,11 @@ class PrivacyLedger:
                 f"{self.path} protects {UNITS.get(own, 'nothing yet')}, and the charge is for "
                 f"{' and '.join(sorted(units))}; the two have no common epsilon: start a run with a ledger of its own"
             )
+
+
+def _of_training(before: int | None) -> tuple[str, int, int]:
+    """The condition, in SQL, for charges of training in the rounds before ``before``, with its values."""
+    return "round BETWEEN 1 AND ? AND attempt < ?", rows.LAST if before is None else before - 1, EVALUATIONS
 
 
 def _cohort(doing: str, round: int, attempt: int, given: Given[Value]) -> ByClient[Value]:

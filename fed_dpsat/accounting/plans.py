@@ -20,7 +20,7 @@ from typing import Any
 
 from fed_dpsat.accounting import PrivacyEvent, epsilon, merge, noise_multiplier_for
 from fed_dpsat.accounting.before import history_beside
-from fed_dpsat.accounting.event import CLIENTS, DISTRIBUTIONS, History
+from fed_dpsat.accounting.event import CLIENTS, DISTRIBUTIONS, History, correlated_kind
 from fed_dpsat.errors import InputError, SettingError, warn_once
 from fed_dpsat.settings.config import RunConfig
 
@@ -171,7 +171,8 @@ def _noise_multiplier(config: RunConfig, row: _Row, paid: History) -> float:
 def _plan(config: RunConfig, row: _Row, noise_multiplier: float) -> ClientPlan:
     """The only place that makes the event of a round: steps on examples or persons, or one mechanism on clients.
 
-    Only Poisson sampling of clients amplifies a mechanism on clients.
+    Only coins of clients amplify a mechanism on clients. With cyclic ones, the banded noise of the rounds from one turn
+    of a client's group to the next is one mechanism (arXiv 2306.08153, Theorem 4), charged at that turn.
     """
     rate, steps = row.sample_rate, config.steps_per_round
     if config.privacy_unit != "client":
@@ -179,6 +180,13 @@ def _plan(config: RunConfig, row: _Row, noise_multiplier: float) -> ClientPlan:
         event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=rate, steps=steps, kind=kind)
     else:
         of_round, kind = config.amplifying_rate, CLIENTS
+        if config.noise_mechanism != "independent" and config.client_sampling == "fixed":
+            kind = correlated_kind(
+                config.noise_mechanism,
+                steps=config.num_rounds,
+                participations=config.rounds_per_client,
+                separation=config.separation,
+            )
         event = PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=of_round, steps=1, kind=kind)
         training = LocalTraining(sample_rate=rate, local_steps=steps)
     return ClientPlan(target_epsilon=row.target_epsilon, first_round=row.first_round, event=event, training=training)

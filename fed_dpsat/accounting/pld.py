@@ -136,7 +136,7 @@ def _rate(event: PrivacyEvent) -> float:
 
 
 def _precision(event: PrivacyEvent) -> float:
-    return event.steps / event.noise_multiplier**2
+    return event.compositions / event.noise_multiplier**2
 
 
 def _epsilon_gaussian(precision: float, delta: float) -> float:

@@ -189,6 +189,7 @@ def private_strategy(
         seed=config.seed,
         client_sampling=config.client_sampling,
         min_clients=config.min_clients,
+        min_separation=config.separation,
         secret_coins=not NOISE_SOURCES[config.noise_source].reproducible,
     )
     return PrivateStrategy(

@@ -314,6 +314,7 @@ class Recorder:
             **({"delta_warning": warning} if (warning := delta_warning(self.experiment)) else {}),
             "accountant": config.accountant,
             "noise_distribution": config.noise_distribution,
+            "noise_mechanism": config.noise_mechanism,
             "noise_multiplier": min(plan.event.noise_multiplier for plan in self.strategy.plans),
             "clip_norm": self.experiment.clipping.clip_norm,
             "sample_rate": config.sample_rate,

@@ -16,8 +16,8 @@ from fed_dpsat.accounting.by_client import ByClient
 from fed_dpsat.accounting.event import History
 from fed_dpsat.accounting.ledger import PrivacyLedger
 from fed_dpsat.accounting.plans import ClientPlan, affordable
-from fed_dpsat.flower.nodes import FederationOver
-from fed_dpsat.step.noise import derive_generator
+from fed_dpsat.flower.nodes import FederationError, FederationOver
+from fed_dpsat.step.noise import derive_generator, derive_key
 from fed_dpsat.step.secure_noise import system_generator
 
 
@@ -25,9 +25,11 @@ class Roster:
     """Clients by their ``plans`` and the ``ledger``, both public: eligibility never depends on data.
 
     A plan gives the cost of a round, the budget, and the first round of a client. A client is left out once
-    ``max_rounds_per_client`` rounds are charged to it, and for good once its next round would exceed its budget.
-    With ``secret_coins`` the seed does not tell which clients coins draw. ``tossed`` is the number of clients with a
-    coin for the last cohort; None if cohorts have a fixed size.
+    ``max_rounds_per_client`` rounds are charged to it, in the ``min_separation - 1`` rounds after one of its own, and
+    for good once its next round would exceed its budget. With cyclic sampling there are ``min_separation`` groups, a
+    client is in one by a hash of its own number, and a round is for one group. With ``secret_coins`` the seed does not
+    tell which clients coins draw. ``tossed`` is the number of clients with a coin for the last cohort; None if cohorts
+    have a fixed size.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Roster:
         seed: int,
         client_sampling: str = "fixed",
         min_clients: int = 1,
+        min_separation: int = 1,
         secret_coins: bool = False,
     ) -> None:
         self.secret_coins = secret_coins
@@ -49,10 +52,13 @@ class Roster:
         self.delta, self.accountant = delta, accountant
         self.cohort_size, self.seed = cohort_size, seed
         self.client_sampling, self.min_clients = client_sampling, min_clients
-        self.max_rounds_per_client = max_rounds_per_client
+        self.max_rounds_per_client, self.min_separation = max_rounds_per_client, min_separation
         self.retired: dict[int, int] = {}
         self.tossed: int | None = None
         self._first_rounds = np.array([plan.first_round for plan in plans], dtype=np.int64)
+        self._groups = np.zeros(len(plans), dtype=np.int64)
+        if client_sampling == "cyclic":
+            self._groups[:] = [group_of(seed, client, min_separation) for client in range(len(plans))]
         self._there = np.zeros(len(plans), dtype=bool)
         self._active = np.ones(len(plans), dtype=bool)
         self._affordable: dict[tuple[History, ClientPlan], bool] = {}
@@ -74,10 +80,11 @@ class Roster:
     def cohort(self, round: int) -> tuple[list[int], dict[int, History]]:
         """The clients drawn for ``round`` from the eligible ones, ascending; and the retiring ones (``eligible``)."""
         eligible, retiring = self.eligible(round)
-        if self.client_sampling == "poisson":
+        if self.client_sampling != "fixed":
             self.tossed = len(eligible)
             coins = system_generator() if self.secret_coins else None
-            return toss_cohort(self.seed, round, eligible, self.cohort_size / len(self.plans), coins), retiring
+            rate = self.cohort_size * self._turns / len(self.plans)
+            return toss_cohort(self.seed, round, eligible, rate, coins), retiring
         return draw_cohort(self.seed, round, eligible, self.cohort_size), retiring
 
     def eligible(self, round: int) -> tuple[NDArray[np.int64], dict[int, History]]:
@@ -94,18 +101,45 @@ class Roster:
             raise FederationOver(
                 f"{left} clients have budget left before round {round}, fewer than min_clients={self.min_clients}"
             )
-        eligible = np.flatnonzero(active & (self._first_rounds <= round) & (self._used < self.max_rounds_per_client))
+        eligible = np.flatnonzero(active & self._has_turn(round) & self._keeps_promise(round))
         return eligible, retiring
 
     def population(self, round: int) -> list[int]:
-        """All clients that have a coin in ``round``: each has joined the plan and has not retired."""
-        found: list[int] = np.flatnonzero(self._active & (self._first_rounds <= round)).tolist()
+        """All clients that have a coin in ``round``: each has joined the plan, a turn, and has not retired."""
+        found: list[int] = np.flatnonzero(self._active & self._has_turn(round)).tolist()
         return found
 
-    def charged(self, clients: Sequence[int]) -> None:
-        """Count the round that was drawn for ``clients``, which were charged for it."""
+    def check_promise(self, clients: Sequence[int], round: int) -> None:
+        """Raise ``FederationError`` if ``round`` comes too early for one of ``clients``, or is one too many."""
+        broken = np.array(clients, dtype=np.int64)[~self._keeps_promise(round)[list(clients)]]
+        if broken.size:
+            raise FederationError(
+                f"client {broken[0]} was in {self._used[broken[0]]} of at most {self.max_rounds_per_client} rounds, "
+                f"the last time in round {self._last[broken[0]]}, and round {round} is less than min_separation="
+                f"{self.min_separation} later, or one too many; nothing is charged or sent"
+            )
+
+    def charged(self, clients: Sequence[int], round: int) -> None:
+        """Count ``round``, which was drawn for ``clients`` and charged to them."""
         self._unchecked, self._spent_before = np.array(clients, dtype=np.int64), None
         self._used[self._unchecked] += 1
+        self._last[self._unchecked] = round
+
+    @property
+    def _turns(self) -> int:
+        """The number of groups that have a turn after each other."""
+        return self.min_separation if self.client_sampling == "cyclic" else 1
+
+    def _has_turn(self, round: int) -> NDArray[np.bool_]:
+        """Which clients have joined, and are of the group of ``round``."""
+        there: NDArray[np.bool_] = (self._first_rounds <= round) & (self._groups == round % self._turns)
+        return there
+
+    def _keeps_promise(self, round: int) -> NDArray[np.bool_]:
+        """Which clients ``round`` comes late enough for, and is not one too many."""
+        late = round - self._last >= self.min_separation
+        kept: NDArray[np.bool_] = late & (self._used < self.max_rounds_per_client)
+        return kept
 
     def paid_more(self, clients: NDArray[np.int64]) -> None:
         """Look at the budgets of ``clients`` again, which paid for something beside training."""
@@ -116,9 +150,14 @@ class Roster:
         self._active[:] = True
         self._active[list(self.retired)] = False
         self._used = np.zeros(len(self.plans), dtype=np.int64)
-        for client, rounds in self.ledger.rounds_by_client(before=used_before).items():
-            if client < len(self.plans):
-                self._used[client] = rounds
+        self._last = np.full(len(self.plans), -self.min_separation, dtype=np.int64)
+        for counts, by_client in (
+            (self._used, self.ledger.rounds_by_client(before=used_before)),
+            (self._last, self.ledger.last_rounds(before=used_before)),
+        ):
+            for client, count in by_client.items():
+                if client < len(self.plans):
+                    counts[client] = count
         self._unchecked, self._spent_before = np.arange(len(self.plans)), spent_before
 
     def _retiring(self) -> dict[int, History]:
@@ -134,6 +173,11 @@ class Roster:
             if not self._affordable[key]:
                 found |= dict.fromkeys(some.tolist(), key[0])
         return dict(sorted(found.items()))
+
+
+def group_of(seed: int, client: int, groups: int) -> int:
+    """The group of ``client``, from 0: a function of its own number, so no other client moves it."""
+    return int.from_bytes(derive_key(seed, purpose="cohort", client=client)[:8], "little") % groups
 
 
 def toss_cohort(

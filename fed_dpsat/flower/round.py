@@ -201,9 +201,10 @@ class Round:
             if (id(plan), attempt) not in made:
                 made[id(plan), attempt] = Assignment.of(plan, round=self.number, attempt=attempt)
             self.assignments[client] = made[id(plan), attempt]
+        self.roster.check_promise(costs, self.number)
         for attempt, events in self._charges():
             self.roster.ledger.charge_many(self.number, attempt, events)
-        self.roster.charged(costs)
+        self.roster.charged(costs, self.number)
 
     def assign(
         self, within: Coordinates | Span | None, same: Mapping[str, str], sends: Mapping[str, Params] = NO_RECORDS

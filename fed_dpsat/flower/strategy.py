@@ -15,7 +15,14 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower import sums
-from fed_dpsat.flower.inner import Plain, capture_state, check_inner, restore_state, take_over
+from fed_dpsat.flower.inner import (
+    Plain,
+    StrategyStateError,
+    capture_state,
+    check_inner,
+    restore_state,
+    take_over,
+)
 from fed_dpsat.flower.nodes import NOTHING, Directory
 from fed_dpsat.flower.roster import Roster
 from fed_dpsat.flower.round import NO_RECORDS, Round, RoundKind, RoundReport, seconds_of
@@ -184,6 +191,8 @@ class PrivateStrategy(Strategy):
 
     def state_dict(self) -> dict[str, Plain]:
         """The state after this round, for a checkpoint; raises ``StrategyStateError``."""
+        if self.release and (reason := self.release.cannot_resume):
+            raise StrategyStateError(reason)
         return {
             "retired": dict(self.retired),
             "failed_rounds": self.report.failed_rounds,

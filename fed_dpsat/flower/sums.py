@@ -33,6 +33,9 @@ from fed_dpsat.flower.judge import Failure, Verdict, judge
 from fed_dpsat.flower.wire import records
 from fed_dpsat.params import Params
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.correlated.base import StreamError
+from fed_dpsat.step.correlated.choose import factorization_of, participation_of
+from fed_dpsat.step.correlated.mechanism import CorrelatedMechanism
 from fed_dpsat.step.mechanism import GaussianMechanism
 from fed_dpsat.step.noise import derive_generator
 from fed_dpsat.step.secure_noise import system_generator
@@ -198,6 +201,8 @@ class ClientRelease:
     no client is drawn, or none replies  noise: the model would otherwise tell that no client was there
     fewer replies than drawn clients     their sum and the same noise, divided by the same constant
     a reply beyond the bound             the sum of the others, and the client is named
+    a round of a resumed run             with correlated noise: seeded noise of all earlier rounds is drawn again
+    a second attempt, correlated noise   ``StreamError``: noise of a step is released once
     ==================================== ================================================================
 
     Source: McMahan et al. 2018 (arXiv 1710.06963), with the estimator whose denominator is a constant. The proof is in
@@ -215,12 +220,8 @@ class ClientRelease:
         if config.privacy_unit != "client":
             return None
         return cls(
-            mechanism=GaussianMechanism(
-                noise_multiplier=noise_multiplier,
-                clip_norm=config.clip_norm,
-                expected_batch_size=float(config.cohort_size),
-            ),
-            every_client=config.client_sampling == "poisson",
+            mechanism=_mechanism(config, noise_multiplier),
+            every_client=config.client_sampling != "fixed",
             seed=config.seed,
             noise_source=config.noise_source,
         )
@@ -228,14 +229,48 @@ class ClientRelease:
     def model(self, total: Part, before: ArrayRecord, *, round: int, attempt: int) -> ArrayRecord:
         """``before`` plus the private mean of the changes that ``total`` adds up, in the types of ``before``."""
         start = records.to_params(before)
+        self._catch_up(sum(value.numel() for value in start.values()), round, attempt)
         moves = total.total or {name: torch.zeros_like(value, dtype=torch.float64) for name, value in start.items()}
         mean = self.mechanism.privatize(moves, self._generator(round, attempt))
         return records.to_arrays({name: (v.double() + mean[name]).to(v.dtype) for name, v in start.items()})
+
+    @property
+    def cannot_resume(self) -> str:
+        """The reason why the noise of earlier rounds cannot come again; empty if it can."""
+        if not isinstance(self.mechanism, CorrelatedMechanism) or self.noise_source == "seeded":
+            return ""
+        return (
+            "noise_mechanism keeps secret noise of earlier rounds in memory alone, with noise_source='system'; a new "
+            "run has a charge of its own"
+        )
+
+    def _catch_up(self, size: int, round: int, attempt: int) -> None:
+        """Bring correlated noise to ``round``, the next one that is released."""
+        mechanism = self.mechanism
+        if not isinstance(mechanism, CorrelatedMechanism):
+            return
+        if attempt or (self.cannot_resume and mechanism.state.taken != round - 1):
+            raise StreamError(f"round {round}, attempt {attempt}: the noise of this step is not the next one")
+        for earlier in range(mechanism.state.taken + 1, round):
+            mechanism.skip(size, self._generator(earlier, 0))
+        mechanism.state.check(round)
 
     def _generator(self, round: int, attempt: int) -> np.random.Generator:
         if self.noise_source == "system":
             return system_generator()
         return derive_generator(self.seed, purpose="noise", round=round, attempt=attempt)
+
+
+def _mechanism(config: RunConfig, noise_multiplier: float) -> GaussianMechanism:
+    sizes = {"clip_norm": config.clip_norm, "expected_batch_size": float(config.cohort_size)}
+    if config.noise_mechanism == "independent" or not noise_multiplier:
+        return GaussianMechanism(noise_multiplier=noise_multiplier, **sizes)
+    return CorrelatedMechanism(
+        noise_multiplier=noise_multiplier,
+        **sizes,
+        factorization=factorization_of(config),
+        participation=participation_of(config),
+    )
 
 
 def _sum(a: Part, b: Part) -> Part:

@@ -7,6 +7,7 @@ refused if the number of rounds decides more than the end:
 case                                 why
 ==================================== ==================================================================
 noise calibrated to target_epsilon   it is enough for the rounds of the run, and no more
+noise that is correlated over rounds it was made for the rounds of the run, and charged before the first
 lr_schedule other than constant      the rates of the first rounds were made for another end
 random-freeze, or a plug-in that     it may have used the number of rounds from the first one
 takes num_rounds, total_steps or
@@ -61,6 +62,8 @@ def _check_rounds(begun: RunConfig, now: RunConfig, run: str) -> None:
 
     if now.num_rounds < begun.num_rounds:
         refuse("a run can only be extended", "Ctrl-C ends a run after any round")
+    if begun.noise_mechanism != "independent":
+        refuse(f"its noise_mechanism={begun.noise_mechanism!r} was made for these rounds, and charged before the first")
     if begun.lr_schedule != "constant":
         refuse(f"lr_schedule={begun.lr_schedule!r} spans all rounds, so earlier rates would have been others")
     for kind in PLUGINS:

@@ -46,6 +46,7 @@ PLUGINS = (
     "optimizer",
     "base_optimizer",
     "clipping",
+    "noise_mechanism",
     "strategy",
     "attack",
 )

@@ -24,9 +24,15 @@ def threat_model(config: RunConfig) -> str:
     """The adversary of epsilon, as text."""
     if config.privacy_unit != "client":
         return "a server that sees every update; no amplification by client sampling"
-    if config.client_sampling == "poisson":
+    if config.client_sampling != "fixed":
         return f"{TRUSTED_SERVER}; the cohorts, the seed and the run folder stay with it"
-    return f"{TRUSTED_SERVER}; the cohorts are public, no amplification by client sampling"
+    public = f"{TRUSTED_SERVER}; the cohorts are public, no amplification by client sampling"
+    if config.noise_mechanism == "independent":
+        return public
+    return (
+        f"{public}; one mechanism over {config.num_rounds} rounds, for a client in at most {config.rounds_per_client} "
+        f"of them, at least {config.separation} apart"
+    )
 
 
 def declared_public(config: RunConfig) -> tuple[str, ...]:
@@ -36,7 +42,7 @@ def declared_public(config: RunConfig) -> tuple[str, ...]:
         return ("number of persons of each client", *DECLARED_PUBLIC[1:], *extractor)
     if config.privacy_unit == "example":
         return DECLARED_PUBLIC + extractor
-    return (DECLARED_PUBLIC[1:2] if config.client_sampling == "poisson" else DECLARED_PUBLIC[1:]) + extractor
+    return (DECLARED_PUBLIC[1:2] if config.client_sampling != "fixed" else DECLARED_PUBLIC[1:]) + extractor
 
 
 def public_extractor(config: RunConfig) -> str:
@@ -57,7 +63,7 @@ def also_released(config: RunConfig, *, personal: bool) -> list[str]:
             f"the metric of clients' own models on shares of the {measured_on(config)} that follow their label counts: "
             "exact, not covered by epsilon, and a figure of simulations alone"
         )
-    if config.loggers and config.privacy_unit == "client" and config.client_sampling == "poisson":
+    if config.loggers and config.privacy_unit == "client" and config.client_sampling != "fixed":
         found.append(COHORTS_LOGGED)
     return found
 

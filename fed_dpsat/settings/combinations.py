@@ -26,8 +26,8 @@ class Settings(Machine, Federation, Releases, Privacy, Training, Data):  # field
 
     @property
     def amplifying_rate(self) -> float:
-        """The chance of a client to be in a round, if each client has a coin of its own; otherwise 1."""
-        return self.client_rate if self.client_sampling == "poisson" else 1.0
+        """The chance of a client to be in a round in which it has a coin of its own; 1 without coins."""
+        return 1.0 if self.client_sampling == "fixed" else self.client_rate * self.separation
 
     @property
     def evaluated_on(self) -> str:
@@ -45,9 +45,21 @@ class Settings(Machine, Federation, Releases, Privacy, Training, Data):  # field
         return self.cohort_size / self.num_clients
 
     @property
+    def bands(self) -> int:
+        """``noise_bands``, or the number that 0 stands for."""
+        most = self.min_separation if self.noise_mechanism == "band-mf" else self.num_rounds
+        return self.noise_bands or min(most, 16)
+
+    @property
+    def separation(self) -> int:
+        """The least number of rounds from a round of a client to its next one."""
+        return self.bands if self.client_sampling == "cyclic" else self.min_separation
+
+    @property
     def rounds_per_client(self) -> int:
         """The largest number of rounds that one client can take part in."""
-        return min(self.max_rounds_per_client or self.num_rounds, self.num_rounds)
+        most = math.ceil(self.num_rounds / self.separation)
+        return min(self.max_rounds_per_client or most, most)
 
     @property
     def total_steps(self) -> int:
@@ -73,9 +85,38 @@ def check_combinations(config: Settings) -> None:
     releases.check(config)
     federation.check(config)
     machine.check(config)
-    checks = (_secure, _buffer, _attack, _unit, _laplace, _layers, _cohort, _half, _views, _statistics, _evaluation)
-    for check in checks:
+    checks = (_correlated, _secure, _buffer, _attack, _unit, _laplace, _layers, _cohort, _half, _views, _statistics)
+    for check in (*checks, _evaluation):
         check(config)
+
+
+def _correlated(config: Settings) -> None:
+    """What noise that cancels over rounds needs: one server that adds it, and a distance that the cohorts keep."""
+    name = config.noise_mechanism
+    with_it = f"with noise_mechanism={name!r}"
+    if config.client_sampling == "cyclic" and name != "band-mf":
+        refuse(config, "client_sampling", f"fixed or poisson {with_it}", "cyclic coins amplify band-mf alone")
+    if name == "independent":
+        for setting in ("noise_bands", "noise_buffers"):
+            if getattr(config, setting) != getattr(Settings, setting):
+                refuse(config, setting, f"possible {with_it}", "set noise_mechanism=band-mf, bisr or blt")
+        return
+    if config.privacy_unit != "client":
+        remedy = "the noise of a client's own steps is independent; set privacy_unit=client, or independent"
+        refuse(config, "noise_mechanism", f"independent with privacy_unit={config.privacy_unit!r}", remedy)
+    if config.client_sampling == "poisson":
+        remedy = "its rounds have no least distance: use fixed with min_separation, or cyclic with band-mf"
+        refuse(config, "client_sampling", f"fixed or cyclic {with_it}", remedy)
+    if config.unfreeze_round:
+        refuse(config, "unfreeze_round", f"0 {with_it}", "noise of the head alone does not cancel in all layers")
+    if config.bands > config.num_rounds:
+        refuse(config, "noise_bands", f"at most num_rounds={config.num_rounds}", "lower it")
+    if name == "band-mf" and config.bands > config.separation:
+        bound = f"at most min_separation={config.min_separation} {with_it}"
+        refuse(config, "noise_bands", bound, "more bands cost more than they cancel; lower it, or raise min_separation")
+    if config.max_rounds_per_client > (most := math.ceil(config.num_rounds / config.separation)):
+        bound = f"at most {most}: num_rounds={config.num_rounds}, {config.separation} apart, have room for no more"
+        refuse(config, "max_rounds_per_client", bound, "lower it, or min_separation")
 
 
 def _secure(config: Settings) -> None:
@@ -122,8 +163,8 @@ def _unit(config: Settings) -> None:
         refuse(config, "client_table", f"empty {unit}", "one noise serves all clients")
     if config.release_counts:
         refuse(config, "release_counts", f"false {unit}", "exact counts are covered by no epsilon")
-    if config.client_sampling == "poisson" and config.rounds_per_client < config.num_rounds:
-        bound = f"0 {unit}, client_sampling='poisson'"
+    if config.client_sampling != "fixed" and config.max_rounds_per_client:
+        bound = f"0 {unit}, client_sampling={config.client_sampling!r}"
         refuse(config, "max_rounds_per_client", bound, "each round costs every client")
 
 
@@ -159,6 +200,11 @@ def _cohort(config: Settings) -> None:
         refuse(config, "min_clients", f"at most the {config.cohort_size} clients of a round", "lower it")
     if config.clients_per_round > config.num_clients:
         refuse(config, "clients_per_round", f"at most num_clients={config.num_clients}", "lower it, or 0 for all")
+    if config.cohort_size * config.separation > config.num_clients:
+        name = "noise_bands" if config.client_sampling == "cyclic" else "min_separation"
+        most = config.num_clients // config.cohort_size
+        bound = f"at most {most}: {config.cohort_size} of {config.num_clients} clients a round"
+        refuse(config, name, bound, "lower it, or ask fewer clients per round")
     of_a_round = config.buffer_size or config.cohort_size
     if config.num_clients * config.rounds_per_client < config.num_rounds * of_a_round:
         refuse(

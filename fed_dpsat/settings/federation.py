@@ -43,8 +43,12 @@ class Federation:
     clients_per_round: int = setting(0, "number of clients drawn per round; 0 asks all", least=0)
     client_sampling: str = setting(
         "fixed",
-        "way a cohort is drawn: fixed draws clients_per_round, poisson tosses a coin for each client",
-        choices=("fixed", "poisson"),
+        "way a cohort is drawn: fixed draws clients_per_round, poisson tosses a coin for each client, cyclic tosses "
+        "one for each client of the group whose turn it is, of noise_bands groups",
+        choices=("fixed", "poisson", "cyclic"),
+    )
+    min_separation: int = setting(
+        1, "least number of rounds from a round of a client to its next one, in cohorts of a fixed size", least=1
     )
     buffer_size: int = setting(
         0,
@@ -92,6 +96,11 @@ def check(config: Federation) -> None:
     """Raise ``SettingError`` for settings of this group that exclude each other."""
     if config.dropout_rate >= 1:
         refuse(config, "dropout_rate", "in [0, 1)", "no client would ever reply")
+    if config.min_separation > 1 and config.client_sampling != "fixed":
+        bound = f"1 with client_sampling={config.client_sampling!r}"
+        refuse(config, "min_separation", bound, "coins keep no distance; use fixed")
+    if config.min_separation > config.num_rounds:
+        refuse(config, "min_separation", f"at most num_rounds={config.num_rounds}", "lower it")
     if math.isinf(config.delay_mean):
         refuse(config, "delay_mean", "finite", "no client would ever reply")
     if config.secure_aggregation:
@@ -108,6 +117,9 @@ def check(config: Federation) -> None:
         if config.client_sampling != "fixed":
             bound = f"possible with buffer_size={config.buffer_size}"
             refuse(config, "client_sampling", bound, "places are filled: use fixed")
+        if config.min_separation > 1:
+            bound = f"1 with buffer_size={config.buffer_size}"
+            refuse(config, "min_separation", bound, "clients arrive when they are ready")
     if bool(config.attack) != (config.attackers > 0):
         bound = f"possible with attack={config.attack!r}"
         refuse(config, "attackers", bound, "give both a share of clients and an attack")

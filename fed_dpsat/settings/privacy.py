@@ -49,6 +49,19 @@ class Privacy:
         "distribution of the noise: gaussian, or laplace for the numbers of zeroth-order steps, with clipping=l1",
         choices=("gaussian", "laplace"),
     )
+    noise_mechanism: str = setting(
+        "independent",
+        "correlation of the noise over rounds, with privacy_unit=client: independent, or noise that cancels in later "
+        "rounds and is charged once for the whole run: band-mf, blt, bisr, tree, or your own",
+        path=of_plugin,
+    )
+    noise_bands: int = setting(
+        0,
+        "number of rounds over which the noise of band-mf and bisr cancels; 0 is min_separation for band-mf, and 16 "
+        "at most",
+        least=0,
+    )
+    noise_buffers: int = setting(4, "largest number of buffers of blt, each as large as the model", least=1, most=8)
     noise_multiplier: float = setting(
         0.0,
         "noise on the sum, in clip norms (laplace: its scale); 0 is for target_epsilon",

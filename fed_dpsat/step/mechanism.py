@@ -61,6 +61,11 @@ class Mechanism(ABC):
             return 0.0
         return self.deviation * self.noise_multiplier * self.clip_norm / self.expected_batch_size
 
+    @property
+    def scale(self) -> float:
+        """What noise of scale 1 is multiplied with before it is added to the sum."""
+        return self.noise_multiplier * self.clip_norm
+
     def privatize(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
         """``(clipped_sum + noise) / expected_batch_size``, shapes as given; Abadi et al. 2016, Algorithm 1.
 
@@ -83,11 +88,11 @@ class Mechanism(ABC):
         return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=sample_rate, steps=steps, kind=kind)
 
     def _add_noise(self, clipped_sum: Params, generator: np.random.Generator) -> Params:
-        scale, noisy_sum = self.noise_multiplier * self.clip_norm, {}
+        noisy_sum = {}
         for name, drawn in self._drawn(clipped_sum, generator).items():
             total = clipped_sum[name]
             noise = drawn.to(total)
-            noisy_sum[name] = torch.add(total, noise, alpha=scale, out=noise)
+            noisy_sum[name] = torch.add(total, noise, alpha=self.scale, out=noise)
         return noisy_sum
 
     @abstractmethod

@@ -38,6 +38,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from randomgen import AESCounter, ChaCha  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -82,7 +83,19 @@ def add_noise_on_grid(
     """
     size = sum(total.numel() for total in clipped_sum.values()) // clients
     std, grid = std_and_grid(noise_multiplier, clip_norm, size)
-    return {name: _noisy(total, std, grid, generator) for name, total in clipped_sum.items()}
+    return {
+        name: _noisy(total, std, grid, generator.standard_normal(total.numel())) for name, total in clipped_sum.items()
+    }
+
+
+def add_normals_on_grid(
+    clipped_sum: Mapping[str, Tensor], normals: Mapping[str, Tensor], *, noise_multiplier: float, clip_norm: float
+) -> dict[str, Tensor]:
+    """``add_noise_on_grid`` of given ``normals`` in float64, which it leaves as they are."""
+    std, grid = std_and_grid(noise_multiplier, clip_norm, sum(total.numel() for total in clipped_sum.values()))
+    return {
+        name: _noisy(total, std, grid, normals[name].flatten().numpy().copy()) for name, total in clipped_sum.items()
+    }
 
 
 def std_and_grid(noise_multiplier: float, clip_norm: float, size: int) -> tuple[float, float]:
@@ -100,8 +113,7 @@ def grid_of(scale: float) -> float:
     return 2.0 ** (math.frexp(scale)[1] - 1 - GRID_BITS)
 
 
-def _noisy(total: Tensor, std: float, grid: float, generator: SystemGenerator) -> Tensor:
-    noise = generator.standard_normal(total.numel())
+def _noisy(total: Tensor, std: float, grid: float, noise: NDArray[np.float64]) -> Tensor:
     noise *= std / grid
     steps = torch.from_numpy(np.rint(noise, out=noise)).view(total.shape)
     # float64 addition rounds the exact sum of the two integers: also beyond 2^53 a function of that sum alone.

@@ -38,7 +38,7 @@ def ledger():
 def ask(roster, ledger, round):
     cohort, retiring = roster.cohort(round)
     ledger.charge_many(round, 0, {client: roster.plans[client].event for client in cohort})
-    roster.charged(cohort)
+    roster.charged(cohort, round)
     return cohort, sorted(retiring)
 
 

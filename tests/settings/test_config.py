@@ -135,7 +135,7 @@ def test_relative_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
 
 def test_every_setting_that_a_plug_in_or_a_file_fills_says_so():
     declared = {name for name, spec in SPECS.items() if spec.metadata["path"]}
-    assert declared == BESIDE.keys() | {"attack"}
+    assert declared == BESIDE.keys() | {"attack", "noise_mechanism"}
     named = {n for n, s in SPECS.items() if s.type == "str" and re.search(r"file|folder|attribute", s.metadata["doc"])}
     assert named <= declared | {"data_source", "test_share", "input_columns", "label_column", "user_column",
                                 "class_names"}  # fmt: skip

@@ -46,9 +46,11 @@ def result_table(result: Mapping[str, Any]) -> Table:
         table.add_row("of models alone", f"unknown: {result['epsilon_released_missing']}")
     elif "epsilon_released" in result:
         table.add_row("of models alone", f"{result['epsilon_released']:.3f}; {result['epsilon_released_assumptions']}")
+    mechanism = result.get("noise_mechanism", "independent")
+    correlation = "" if mechanism == "independent" else f"{mechanism}, correlated over rounds, "
     table.add_row(
         "noise",
-        f"{result['noise_distribution']}, multiplier {result['noise_multiplier']:.4f}, "
+        f"{correlation}{result['noise_distribution']}, multiplier {result['noise_multiplier']:.4f}, "
         f"clip norm {result['clip_norm']:g}",
     )
     if result.get("features"):

@@ -15,7 +15,10 @@ from fed_dpsat.step.correlated.toeplitz import Toeplitz, check_bands, root_coeff
 
 
 def band_mf(num_steps: int, noise_bands: int) -> Toeplitz:
-    """The fitted factorisation of ``noise_bands`` bands: some seconds at 10,000 steps, hundredths at 1,000."""
+    """BandMF: noise that cancels within ``noise_bands`` steps, fitted; keeps that many models less one.
+
+    A fit takes some seconds at 10,000 steps, and hundredths of one at 1,000.
+    """
     check_bands(noise_bands, num_steps)
     start = root_coefficients(noise_bands)
     weights = np.arange(num_steps, 0, -1) / num_steps
@@ -29,6 +32,9 @@ def band_mf(num_steps: int, noise_bands: int) -> Toeplitz:
         if fitted.fun < loss(start[1:])[0]:
             found = np.concatenate([[1.0], fitted.x])
     return Toeplitz(num_steps=num_steps, coefficients=found / np.linalg.norm(found))
+
+
+NOISE_MECHANISMS = {"band-mf": band_mf}
 
 
 def _loss(c: Vector, weights: Vector) -> tuple[float, Vector]:

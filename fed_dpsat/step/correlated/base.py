@@ -36,6 +36,12 @@ class Stream(ABC):
 
     def next(self, draw: Draw, step: int) -> Tensor:
         """The noise of ``step``, in new memory; raises ``StreamError`` unless it is the next one, before it draws."""
+        self.check(step)
+        self.taken = step
+        return self._next(draw)
+
+    def check(self, step: int) -> None:
+        """Raise ``StreamError`` unless ``step`` is the next one."""
         if step != self.taken + 1:
             raise StreamError(f"noise of step {step} was asked after step {self.taken}: a stream gives each step once")
         if step > self.num_steps:
@@ -43,8 +49,6 @@ class Stream(ABC):
                 f"the noise covers {self.num_steps} steps, and step {step} was asked: its whole schedule was charged "
                 "before the first one; start a new run"
             )
-        self.taken = step
-        return self._next(draw)
 
     @abstractmethod
     def _next(self, draw: Draw) -> Tensor: ...

@@ -45,7 +45,10 @@ class BufferedToeplitz(Toeplitz):
 
 
 def blt(participation: Participation, noise_buffers: int) -> BufferedToeplitz:
-    """The fitted factorisation of at most ``noise_buffers`` buffers: fewer, if one would do nothing."""
+    """Buffered linear Toeplitz: fitted noise that cancels over all steps; keeps ``noise_buffers`` models.
+
+    There are fewer buffers if one of them would do nothing.
+    """
     if not 1 <= noise_buffers <= MOST_BUFFERS:
         bound = f"in 1 to {MOST_BUFFERS}"
         raise SettingError("noise_buffers", noise_buffers, bound, "3 or 4 are enough for thousands of steps")
@@ -62,6 +65,9 @@ def blt(participation: Participation, noise_buffers: int) -> BufferedToeplitz:
     return BufferedToeplitz(num_steps=participation.num_steps, theta=_poles(free)[0], omega=omega)
 
 
+NOISE_MECHANISMS = {"blt": blt}
+
+
 def _start(num_steps: int, buffers: int) -> Vector:
     """Distances to 1 in geometric progression, as the best rational functions near (1 - x)^(-1/2) have them."""
     distances = np.geomspace(min(0.1, 0.5 / num_steps), 0.8, 2 * buffers)
@@ -73,7 +79,7 @@ def _start(num_steps: int, buffers: int) -> Vector:
 
 def _poles(free: Vector) -> tuple[Vector, Vector]:
     """theta and theta' of the free parameters, which alternate and fall."""
-    values: Vector = np.cumprod(_sigmoid(free))
+    values: Vector = np.cumprod(_sigmoid(free), dtype=np.float64)
     return values[0::2], values[1::2]
 
 

@@ -105,10 +105,18 @@ class BandedInverse(Toeplitz):
         return RingStream(self.num_steps, self.inverse[0], self.inverse[1:], keeps_noise=False)
 
 
+def independent(num_steps: int) -> Toeplitz:
+    """Independent noise: C is the identity."""
+    return Toeplitz(num_steps=num_steps, coefficients=np.ones(1))
+
+
 def bisr(num_steps: int, noise_bands: int) -> BandedInverse:
-    """The square root whose inverse is cut after ``noise_bands`` coefficients (arXiv 2505.12128)."""
+    """Banded inverse square root: noise of the last ``noise_bands`` draws, without a fit (arXiv 2505.12128)."""
     check_bands(noise_bands, num_steps)
     return BandedInverse(num_steps=num_steps, inverse=inverse_root_coefficients(noise_bands))
+
+
+NOISE_MECHANISMS = {"bisr": bisr, "independent": independent}
 
 
 def check_bands(bands: int, num_steps: int) -> None:

@@ -20,7 +20,10 @@ from fed_dpsat.step.correlated.sensitivity import Participation, Vector
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """The rows of C are the complete nodes, with a 1 for each step that a node covers."""
+    """Tree aggregation: noise on the nodes of a binary tree over the steps; keeps about log2(steps) models.
+
+    The rows of C are the complete nodes, with a 1 for each step that a node covers.
+    """
 
     num_steps: int
 
@@ -65,6 +68,9 @@ class Tree:
         steps = np.arange(first, self.num_steps, participation.min_separation)[: participation.most]
         counts = (np.bincount(steps >> level)[: self.num_steps >> level] for level in range(self.levels))
         return float(sum(np.square(count).sum() for count in counts))
+
+
+NOISE_MECHANISMS = {"tree": Tree}
 
 
 class TreeStream(Stream):
