@@ -297,6 +297,8 @@ class PrivacyLedger:
             return self._histories
 
     def _check_participations(self, cohort: ByClient[PrivacyEvent]) -> None:
+        if not any(event.participations for event in cohort.values):
+            return
         for clients, (history, event) in self._read(None).of(cohort.clients).paired(cohort).groups():
             steps = event.steps + sum(one.steps for one in history if one.kind == event.kind)
             if event.participations and steps > event.participations:

@@ -8,7 +8,6 @@ gradient db_j / dc_i = -(b r)_{j-i}, from the coefficients of the square root. C
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import minimize  # type: ignore[import-untyped]
 
 from fed_dpsat.step.correlated.sensitivity import Vector
 from fed_dpsat.step.correlated.toeplitz import Toeplitz, check_bands, root_coefficients, series
@@ -19,6 +18,8 @@ def band_mf(num_steps: int, noise_bands: int) -> Toeplitz:
 
     A fit takes some seconds at 10,000 steps, and hundredths of one at 1,000.
     """
+    from scipy.optimize import minimize  # type: ignore[import-untyped]
+
     check_bands(noise_bands, num_steps)
     start = root_coefficients(noise_bands)
     weights = np.arange(num_steps, 0, -1) / num_steps

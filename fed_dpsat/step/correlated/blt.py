@@ -12,8 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import minimize  # type: ignore[import-untyped]
-from scipy.signal import lfilter  # type: ignore[import-untyped]
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.step.correlated.base import Stream
@@ -49,6 +47,8 @@ def blt(participation: Participation, noise_buffers: int) -> BufferedToeplitz:
 
     There are fewer buffers if one of them would do nothing.
     """
+    from scipy.optimize import minimize  # type: ignore[import-untyped]
+
     if not 1 <= noise_buffers <= MOST_BUFFERS:
         bound = f"in 1 to {MOST_BUFFERS}"
         raise SettingError("noise_buffers", noise_buffers, bound, "3 or 4 are enough for thousands of steps")
@@ -98,6 +98,8 @@ def _omega(theta: Vector, inverse_theta: Vector) -> Vector:
 
 def _loss(free: Vector, participation: Participation) -> tuple[float, Vector]:
     """The logarithm of the mean squared error under ``participation``, and its gradient."""
+    from scipy.signal import lfilter  # type: ignore[import-untyped]
+
     n, (theta, inverse_theta) = participation.num_steps, _poles(free)
     c = np.zeros(n)
     c[0] = 1.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.signal import lfilter  # type: ignore[import-untyped]
 
 from fed_dpsat.errors import SettingError
 from fed_dpsat.step.correlated.base import Stream
@@ -19,6 +18,8 @@ from fed_dpsat.step.correlated.streams import RingStream
 
 def series(numerator: Vector, denominator: Vector, count: int) -> Vector:
     """The first ``count`` coefficients of the quotient of two power series, by the recursion for its inverse."""
+    from scipy.signal import lfilter  # type: ignore[import-untyped]
+
     impulse = np.zeros(count)
     impulse[0] = 1.0
     result: Vector = lfilter(numerator[:count], denominator[:count], impulse)
