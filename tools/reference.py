@@ -41,6 +41,7 @@ SECTIONS = (
             "tasks.md",
             "optimizers.md",
             "strategies.md",
+            "correlated_noise.md",
             "sweeps.md",
             "reports.md",
             "scale.md",

@@ -5,6 +5,7 @@ suite                   takes                                      tests that
 ======================= ========================================== =====================================
 ``check_clipping``      ``clip_norm -> ClippingRule``              no example adds more than clip_norm
 ``check_mechanism``     the factory of a mechanism                 each step has noise of declared size
+``check_noise``         ``num_steps -> mechanism``                 correlated noise is linear, and its bound
 ``check_optimizer``     ``() -> PrivateOptimizer``                 it post-processes, without hidden state
 ``check_model``         ``() -> nn.Module`` and an input shape     examples do not mix
 ``check_dataset``       ``() -> Dataset``                          it is finite, repeatable, and split
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 from fed_dpsat.testing.accountant import check_accountant
 from fed_dpsat.testing.clipping import check_clipping
 from fed_dpsat.testing.conformance import ConformanceError
+from fed_dpsat.testing.correlated import check_noise
 from fed_dpsat.testing.dataset import check_dataset
 from fed_dpsat.testing.mechanism import check_mechanism
 from fed_dpsat.testing.model import check_model
@@ -42,6 +44,7 @@ __all__ = [
     "check_dataset",
     "check_mechanism",
     "check_model",
+    "check_noise",
     "check_optimizer",
     "check_partition",
     "check_strategy",

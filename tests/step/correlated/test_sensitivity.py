@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -13,6 +12,7 @@ from fed_dpsat.errors import SettingError
 from fed_dpsat.step.correlated.sensitivity import Participation, matrix_sensitivity, toeplitz_sensitivity
 from fed_dpsat.step.correlated.toeplitz import Toeplitz, bisr, root_coefficients
 from fed_dpsat.step.correlated.tree import Tree
+from fed_dpsat.testing.correlated import worst_pattern
 
 N = 12
 PATTERNS = [(1, 12), (2, 6), (4, 3), (3, 4), (3, 2), (3, 1), (2, 5)]
@@ -21,19 +21,6 @@ SIGNED = np.array([1, -0.2, 0.6, -0.5, 0.3])
 
 def participation(most: int, apart: int, *, n: int = N, fixed_order: bool = False) -> Participation:
     return Participation(num_steps=n, most=most, min_separation=apart, fixed_order=fixed_order)
-
-
-def by_brute_force(matrix: NDArray[np.float64], allowed: Participation) -> float:
-    """The largest norm of a signed sum of columns over all patterns and signs: a lower bound, exact for d = 1."""
-    n, worst = allowed.num_steps, 0.0
-    for size in range(1, allowed.most + 1):
-        for steps in itertools.combinations(range(n), size):
-            gaps = np.diff(steps)
-            if (gaps < allowed.min_separation).any() or (allowed.fixed_order and (gaps > allowed.min_separation).any()):
-                continue
-            for signs in itertools.product([1, -1], repeat=size - 1):
-                worst = max(worst, float(np.linalg.norm(matrix[:, steps] @ np.array([1, *signs]))))
-    return worst
 
 
 def toeplitz(c: NDArray[np.float64], n: int = N) -> NDArray[np.float64]:
@@ -49,13 +36,13 @@ def of_coefficients(c: NDArray[np.float64], allowed: Participation) -> float:
 @pytest.mark.parametrize("c", [root_coefficients(N), np.array([1.0]), np.array([1.0, 0.5, 0.5, 0.1])])
 def test_falling_coefficients_have_the_exact_sensitivity(c: NDArray[np.float64], most: int, apart: int) -> None:
     allowed = participation(most, apart)
-    assert of_coefficients(c, allowed) == pytest.approx(by_brute_force(toeplitz(c), allowed))
+    assert of_coefficients(c, allowed) == pytest.approx(worst_pattern(toeplitz(c), allowed))
 
 
 @pytest.mark.parametrize(("most", "apart"), PATTERNS)
 def test_signed_coefficients_are_bounded_and_not_underrated(most: int, apart: int) -> None:
     allowed = participation(most, apart)
-    exact = by_brute_force(toeplitz(SIGNED), allowed)
+    exact = worst_pattern(toeplitz(SIGNED), allowed)
     found = of_coefficients(SIGNED, allowed)
     assert found >= exact - 1e-12
     if len(SIGNED) <= apart:
@@ -66,7 +53,7 @@ def test_the_formula_for_falling_coefficients_is_no_bound_for_others() -> None:
     allowed = participation(4, 3)
     column = np.concatenate([SIGNED, np.zeros(N - 5)])
     assert np.linalg.norm(allowed.sum_of_shifts(column)) == pytest.approx(1.806, abs=1e-3)
-    assert by_brute_force(toeplitz(SIGNED), allowed) == pytest.approx(3.159, abs=1e-3)
+    assert worst_pattern(toeplitz(SIGNED), allowed) == pytest.approx(3.159, abs=1e-3)
 
 
 @pytest.mark.parametrize(("most", "apart"), PATTERNS)
@@ -75,8 +62,8 @@ def test_any_matrix_is_bounded(most: int, apart: int, fixed_order: bool) -> None
     allowed = participation(most, apart, fixed_order=fixed_order)
     matrix = np.tril(np.random.default_rng(0).normal(size=(N, N)))
     positive = np.abs(matrix)
-    assert matrix_sensitivity(matrix, allowed) >= by_brute_force(matrix, allowed) - 1e-12
-    exact = by_brute_force(positive, allowed)
+    assert matrix_sensitivity(matrix, allowed) >= worst_pattern(matrix, allowed) - 1e-12
+    exact = worst_pattern(positive, allowed)
     found = matrix_sensitivity(positive, allowed)
     assert exact - 1e-12 <= found <= exact * (1 + 1e-9 if fixed_order else 1.1)
 
@@ -85,7 +72,7 @@ def test_any_matrix_is_bounded(most: int, apart: int, fixed_order: bool) -> None
 def test_a_diagonal_matrix_has_its_heaviest_steps(most: int, apart: int) -> None:
     matrix = np.diag(np.random.default_rng(1).uniform(0.5, 2, N))
     allowed = participation(most, apart)
-    assert matrix_sensitivity(matrix, allowed) == pytest.approx(by_brute_force(matrix, allowed))
+    assert matrix_sensitivity(matrix, allowed) == pytest.approx(worst_pattern(matrix, allowed))
 
 
 @pytest.mark.parametrize(("most", "apart"), PATTERNS)
@@ -97,7 +84,7 @@ def test_a_tree_counts_its_nodes(most: int, apart: int, fixed_order: bool) -> No
         for size in (1, 2, 4, 8)
         for start in range(0, N - size + 1, size)
     ]
-    exact = by_brute_force(np.array(nodes), allowed)
+    exact = worst_pattern(np.array(nodes), allowed)
     found = Tree(num_steps=N).sensitivity(allowed)
     assert exact - 1e-12 <= found <= exact * (1 + 1e-9 if fixed_order else 1.1)
 
