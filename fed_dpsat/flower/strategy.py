@@ -197,6 +197,7 @@ class PrivateStrategy(Strategy):
             "retired": dict(self.retired),
             "failed_rounds": self.report.failed_rounds,
             "inner": capture_state(self.inner),
+            **(self.release.state_dict() if self.release else {}),
             **self.kind.state_dict(),
         }
 
@@ -206,6 +207,8 @@ class PrivateStrategy(Strategy):
         With the ``same_noise`` (seeded), the repetition is the same release, without a second charge. Otherwise it is
         another attempt, with its own charge.
         """
+        if self.release:
+            self.release.check_state_dict(state)
         self.roster.begin_again(next_round, state["retired"], same_noise=same_noise)
         self.report.failed_rounds = state["failed_rounds"]
         self._attempts = {} if same_noise else {c: last + 1 for c, last in self.ledger.attempts(next_round).items()}

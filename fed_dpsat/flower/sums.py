@@ -44,6 +44,10 @@ OF_THE_MEAN = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, FedProx)
 """Stock strategies that use only the weighted mean of the replies; a subclass may use more."""
 
 
+SAME_FIT = 1e-6
+"""Relative: other threads may fit other last digits."""
+
+
 def only_mean(strategy: Strategy) -> bool:
     """Whether ``strategy`` uses only the mean of the replies by ``num-examples``: its ``only_mean`` declares it."""
     if type(strategy) in OF_THE_MEAN:
@@ -243,6 +247,21 @@ class ClientRelease:
             "noise_mechanism keeps secret noise of earlier rounds in memory alone, with noise_source='system'; a new "
             "run has a charge of its own"
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The deviation of correlated noise in each round, which tells one fit from another; empty without it."""
+        if not isinstance(self.mechanism, CorrelatedMechanism):
+            return {}
+        return {"noise_deviations": torch.from_numpy(self.mechanism.factorization.deviations())}
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ``StreamError`` if the run of ``state`` had another fit: its noise would not come again."""
+        for name, here in self.state_dict().items():
+            if name not in state or not torch.allclose(here, state[name], rtol=SAME_FIT):
+                raise StreamError(
+                    "the fit of noise_mechanism has other coefficients here than when the run began, and its earlier "
+                    "noise would not come again; resume it with the numpy and scipy that it began with"
+                )
 
     def _catch_up(self, size: int, round: int, attempt: int) -> None:
         """Bring correlated noise to ``round``, the next one that is released."""

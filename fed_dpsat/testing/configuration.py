@@ -21,11 +21,14 @@ from fed_dpsat.flower.trial import try_federation
 from fed_dpsat.models.norms import with_norm
 from fed_dpsat.run.promise import delta_warning, unused_warning
 from fed_dpsat.settings.config import RunConfig
+from fed_dpsat.step.correlated.choose import is_built_in, made
+from fed_dpsat.step.correlated.sensitivity import Participation
 from fed_dpsat.step.noise import derive_seed
 from fed_dpsat.step.optimizers.chain import build_optimizer, described
 from fed_dpsat.tasks.tokens import MaskedLM
 from fed_dpsat.testing.clipping import check_clipping
 from fed_dpsat.testing.conformance import ConformanceError
+from fed_dpsat.testing.correlated import check_noise
 from fed_dpsat.testing.dataset import check_dataset
 from fed_dpsat.testing.model import check_model
 from fed_dpsat.testing.optimizer import check_optimizer
@@ -104,6 +107,8 @@ def check_configuration(config: RunConfig) -> Iterator[Checked]:
         config.clipping,
         lambda: check_clipping(lambda clip_norm: _built("clipping", config, {**settings, "clip_norm": clip_norm})),
     )
+    if not is_built_in(config.noise_mechanism):
+        yield _checked("noise", config.noise_mechanism, lambda: check_noise(lambda steps: _own_noise(config, steps)))
     yield _checked(
         "optimizer",
         described(config.optimizer, config.base_optimizer),
@@ -128,6 +133,11 @@ def _batch(data: Dataset) -> tuple[Any, Tensor]:
 
 def _built(kind: str, config: RunConfig, settings: dict[str, Any]) -> Any:
     return plugins.build(kind, getattr(config, kind), settings, getattr(config, f"{kind}_args"))
+
+
+def _own_noise(config: RunConfig, steps: int) -> Any:
+    once = Participation(num_steps=steps, most=1, min_separation=steps)
+    return made(config.noise_mechanism, once, min(config.bands, steps), config.noise_buffers)
 
 
 def _checked(part: str, name: str, check: Callable[[], list[str] | None], note: str = "") -> Checked:

@@ -124,6 +124,16 @@ def test_a_release_catches_up_with_its_run_and_gives_each_round_once() -> None:
         released(later, 7)
 
 
+def test_another_fit_does_not_go_on() -> None:
+    release = release_of(of(noise_mechanism="blt", noise_buffers=2))
+    release.check_state_dict(release.state_dict())
+    other = release_of(of(noise_mechanism="blt", noise_buffers=1)).state_dict()
+    for state in (other, {}):
+        with pytest.raises(StreamError, match="other coefficients here than when the run began"):
+            release.check_state_dict(state)
+    release_of(of(noise_mechanism="independent")).check_state_dict({})
+
+
 def test_system_noise_is_never_drawn_again() -> None:
     release = release_of(of(noise_source="system"))
     released(release, 1)

@@ -65,6 +65,9 @@ def game_of(config: RunConfig, *, repetitions: int, confidence: float) -> Game:
 
 def client_game_of(config: RunConfig, *, repetitions: int, confidence: float) -> ClientGame:
     """The game with the release of ``config``, whose privacy unit is the client."""
+    if config.client_sampling == "cyclic":
+        bound = "possible in a game, which has no turns of groups"
+        raise SettingError("client_sampling", "cyclic", bound, "play fixed with min_separation")
     event = make_plans(config)[0].event
     release = ClientRelease.of(config, event.noise_multiplier)
     assert release is not None  # the privacy unit is the client
@@ -72,7 +75,7 @@ def client_game_of(config: RunConfig, *, repetitions: int, confidence: float) ->
         release=release,
         noise_multiplier=event.noise_multiplier,
         sample_rate=event.sample_rate,
-        rounds=min(config.rounds_per_client, GAME_STEPS),
+        rounds=1 if event.participations else min(config.rounds_per_client, GAME_STEPS),
         repetitions=repetitions,
         delta=config.delta,
         confidence=confidence,

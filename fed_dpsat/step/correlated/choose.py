@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from fed_dpsat import plugins
 from fed_dpsat.settings.combinations import Settings
@@ -31,13 +32,22 @@ def factorization_of(config: Settings) -> Factorization:
 @lru_cache(maxsize=64)
 def _chosen(name: str, participation: Participation, noise_bands: int, noise_buffers: int) -> Factorization:
     """A built-in mechanism, or one of the user's, of which only its noise counts and no other number is believed."""
-    factory = plugins.load(KIND, name)
+    found = made(name, participation, noise_bands, noise_buffers)
+    built_in: Factorization = found
+    return built_in if is_built_in(name) else Measured.of(found, participation.num_steps)
+
+
+def is_built_in(name: str) -> bool:
+    """Whether ``name`` is a mechanism of the project."""
+    return name in plugins.builtin(KIND)
+
+
+def made(name: str, participation: Participation, noise_bands: int, noise_buffers: int) -> Any:
+    """What the factory of ``name`` returns; raises ``PluginError`` for an object without ``stream``."""
     settings = {
         "participation": participation,
         "num_steps": participation.num_steps,
         "noise_bands": noise_bands,
         "noise_buffers": noise_buffers,
     }
-    made = plugins.required(KIND, name, plugins.call(KIND, name, factory, settings, {}))
-    built_in: Factorization = made
-    return built_in if name in plugins.builtin(KIND) else Measured.of(made, participation.num_steps)
+    return plugins.required(KIND, name, plugins.call(KIND, name, plugins.load(KIND, name), settings, {}))

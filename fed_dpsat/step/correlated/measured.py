@@ -69,6 +69,18 @@ class Measured:
         return deviations
 
 
+def noise_matrix(stream: Stream, num_steps: int) -> Vector:
+    """``[n, m]``: the noise of each step as a sum of its draws, of which a tree has up to 2 n."""
+    units, drawn = torch.eye(2 * num_steps, dtype=torch.float64), 0
+
+    def draw() -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        return units[drawn - 1].clone()
+
+    return np.stack([stream.next(draw, step).numpy() for step in range(1, num_steps + 1)])[:, :drawn]
+
+
 def measured(own: OwnMechanism, num_steps: int, scale: float) -> Vector:
     """``[n, n]``: the noise of each step for draws of ``scale`` times the unit vectors, in float64.
 

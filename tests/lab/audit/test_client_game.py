@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from fed_dpsat.errors import SettingError
 from fed_dpsat.flower.sums import ClientRelease
 from fed_dpsat.flower.wire import records
-from fed_dpsat.lab.audit.client_game import ClientGame, play_clients
+from fed_dpsat.lab.audit.client_game import ClientGame, _world, play_clients
 from fed_dpsat.lab.audit.command import client_game_of, run_audit
 from fed_dpsat.settings.config import RunConfig
 
@@ -108,3 +109,35 @@ def test_the_command_plays_it_and_has_no_canaries():
 def test_settings_that_make_no_game(name, value):
     with pytest.raises(SettingError, match=name):
         ClientGame(**{**vars(game()), name: value})
+
+
+CORRELATED = replace(
+    CONFIG,
+    client_sampling="fixed",
+    noise_multiplier=1.5,
+    num_rounds=6,
+    clients_per_round=2,
+    min_separation=3,
+    max_rounds_per_client=2,
+)
+
+
+@pytest.mark.by_default("blt")
+@pytest.mark.parametrize("mechanism", ["band-mf", "blt", "tree"])
+def test_correlated_noise_keeps_its_epsilon_and_less_of_it_does_not(mechanism):
+    config = replace(CORRELATED, noise_mechanism=mechanism)
+    made = client_game_of(config, repetitions=200, confidence=0.95)
+    assert not play_clients(made).broken
+    without, with_it = (_world(made, included).along.ravel() for included in (False, True))
+    error = 5 * 1.5 / math.sqrt(200)
+    exact = mechanism != "tree"  # whose sensitivity is an upper bound
+    assert (1 if exact else 0.8) - error < with_it.mean() - without.mean() < 1 + error
+    assert without.std() == pytest.approx(1.5, rel=5 / math.sqrt(400))
+    quieter = replace(made.release.mechanism, noise_multiplier=0.3)
+    assert play_clients(replace(made, release=replace(made.release, mechanism=quieter))).broken
+
+
+def test_a_game_has_no_turns_of_groups():
+    cyclic = {"noise_mechanism": "band-mf", "client_sampling": "cyclic", "noise_bands": 2}
+    with pytest.raises(SettingError, match="client_sampling='cyclic'"):
+        client_game_of(replace(CONFIG, **cyclic), repetitions=160, confidence=0.95)
