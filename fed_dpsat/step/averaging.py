@@ -21,7 +21,8 @@ from fed_dpsat.params import Params
 from fed_dpsat.step.optimizers.base import PrivateOptimizer, State, StepInfo
 from fed_dpsat.step.query import At
 
-AVERAGE = "average"
+AVERAGE = "fed_dpsat.average"
+"""Where a state has the average between the steps of a round: a name that no optimizer takes for its own."""
 
 
 def share_of_ema(t: int, decay: float) -> float:

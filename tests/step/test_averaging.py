@@ -128,6 +128,33 @@ def test_the_event_and_what_examples_are_asked_are_those_without_an_average(kind
     assert not same_bits(averaged.params, plain.params)
 
 
+class Keeps:
+    """A step whose size is a number in its state, under a name that the average could take for its own."""
+
+    def init(self, params):
+        return {"average": {name: torch.ones_like(p) for name, p in params.items()}}
+
+    def query_point(self, params, state, info):
+        return params
+
+    def update(self, params, private_gradient, state, info):
+        moved = {name: p - state["average"][name] * private_gradient[name] for name, p in params.items()}
+        return moved, {"average": {name: 2 * p for name, p in state["average"].items()}}
+
+
+@pytest.mark.parametrize("kind", ["ema", "last-k"])
+def test_a_base_keeps_a_state_of_any_name(kind):
+    averaged = LocalAverage(base=Keeps(), kind=kind, decay=0.0, models=1, first_step=0, steps=3)
+    params, state = model(0.0), averaged.init(model(0.0))
+    for index in range(3):
+        info = StepInfo(index=index, noise_std=NO_NOISE, round=1)
+        assert averaged.query_point(params, state, info) == params
+        params, state = averaged.update(params, model(-1.0), state, info)
+    assert float(params["w"]) == 7
+    assert float(state["average"]["w"]) == 8
+    assert list(state) == ["average"]
+
+
 def test_an_average_over_dp_sat_begins_each_round_anew():
     config = dataclasses.replace(CONFIG, local_averaging="last-k", averaging_models=2)
     experiment, state = Experiment.build(config), None
