@@ -32,9 +32,10 @@ class Scattering:
     """
 
     def __init__(self, scales: int = 2, angles: int = 8) -> None:
-        if scales < 1 or angles < 1:
+        if any(type(n) is not int or n < 1 for n in (scales, angles)):
             raise DataError(
-                f"features='scattering': scales={scales}, angles={angles} are not at least 1; 2 and 8 are usual"
+                f"features='scattering': scales={scales!r}, angles={angles!r} are not whole numbers of at least 1; "
+                "2 and 8 are usual"
             )
         self.scales, self.angles = scales, angles
 

@@ -58,11 +58,6 @@ def test_other_inputs_than_images_are_refused(shape):
         Scattering()(torch.rand(shape))
 
 
-def test_numbers_of_filters_are_at_least_one():
-    with pytest.raises(DataError, match="scales=0, angles=8 are not at least 1"):
-        Scattering(scales=0)
-
-
 @pytest.mark.parametrize("case", FIGURES, ids=lambda case: f"{case['shape']}-{case['scales']}")
 def test_without_a_compiler_the_numbers_are_the_same(case, monkeypatch):
     image = made_up(*case["shape"])[None, None]
@@ -74,3 +69,10 @@ def test_without_a_compiler_the_numbers_are_the_same(case, monkeypatch):
     monkeypatch.setattr(bank, "compiled", False)
     assert (transform(image) - compiled).abs().max() < 1e-6
     assert not torch.equal(transform(image), compiled)  # another way
+
+
+@pytest.mark.parametrize("arguments", [{"scales": 0}, {"scales": 1.5}, {"angles": "a"}, {"scales": True}])
+def test_counts_that_are_none_are_refused_by_name(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(DataError, match=f"{name}={value!r}.* not whole numbers of at least 1; 2 and 8 are usual"):
+        Scattering(**arguments)
