@@ -116,6 +116,7 @@ class Training:
         0,
         "number of random views of each image whose mean gradient is clipped; 0 trains on the image itself",
         least=0,
+        most=1024,
     )
     augmentation: str = setting(
         "crop-flip",
