@@ -43,7 +43,7 @@ BASE = RunConfig(
 )
 NOISES = ("independent", "band-mf", "blt")
 EPSILONS = (1.0, 4.0, 8.0)
-GRID = (0.03, 0.1, 0.3)
+GRID = (0.1, 0.3, 1.0, 3.0)
 TUNING_SEED = 1000
 FIELDS = ("epsilon", "noise", "clip_norm", "seed", "accuracy")
 

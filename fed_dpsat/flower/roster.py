@@ -137,7 +137,7 @@ class Roster:
 
     def _keeps_promise(self, round: int) -> NDArray[np.bool_]:
         """Which clients ``round`` comes late enough for, and is not one too many."""
-        late = round - self._last >= self.min_separation
+        late = (round - self._last >= self.min_separation) | (self.min_separation == 1)
         kept: NDArray[np.bool_] = late & (self._used < self.max_rounds_per_client)
         return kept
 
