@@ -132,7 +132,7 @@ def test_list_prints_one_kind_and_names_the_kinds_for_an_unknown_one():
     assert set(LISTS.values()) == {*PACKAGES, "preset"}
     result = invoke("list", "optimisers")
     assert result.exit_code == 2
-    assert "'optimisers' is not one of optimizers, models, datasets, " in result.stderr
+    assert "'optimisers' is not one of optimizers, noise_mechanisms, models, datasets, " in result.stderr
     assert "did you mean optimizers?" in result.stderr
 
 

@@ -38,6 +38,7 @@ def faked(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(features, "simulate", simulate)
     monkeypatch.setattr(features.gc, "collect", lambda: None)
+    monkeypatch.setattr(features.logging, "disable", lambda level: None)  # it would last for the whole process
     monkeypatch.setattr(features, "studies", lambda: [study])
     monkeypatch.setattr(sys, "argv", ["features", "--data", str(tmp_path), "--out", str(tmp_path / "found.csv")])
     return tmp_path / "found.csv"

@@ -76,10 +76,10 @@ def test_a_step_that_does_not_fit_ends_or_gives_the_sum(monkeypatch):
         card.out_of_memory(CPU, lambda device: made, small=2)
     monkeypatch.setattr(card, "private_step", right)
 
-    def little(loss_fn, at, inputs, targets, clipping):
+    def little(loss_fn, at, inputs, targets, clipping, bundles):
         if len(targets) > 2:
             raise NoMemory
-        return planned_sum(loss_fn, at, inputs, targets, clipping)
+        return planned_sum(loss_fn, at, inputs, targets, clipping, bundles)
 
     monkeypatch.setitem(ENGINES, "auto", little)
     warn_once.cache_clear()

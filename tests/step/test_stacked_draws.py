@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from fed_dpsat.accounting.event import LAPLACE
 from fed_dpsat.step.clipping import FlatClipping
 from fed_dpsat.step.loop import Member, Streams, Turn
 from fed_dpsat.step.mechanism import GaussianMechanism, LaplaceMechanism
@@ -238,4 +239,4 @@ def test_laplace_noise_is_laplace_noise_in_a_stack():
     private = rounds.release(zeros, torch.zeros(200, dtype=torch.int64))
     scale = members[0].mechanism.noise_multiplier * 0.5 / members[0].mechanism.expected_batch_size
     assert stats.kstest(torch.cat(list(private.values())).double().numpy() / scale, "laplace").pvalue > 1e-4
-    assert {event.kind for event in rounds.events()} == {LaplaceMechanism.kind}
+    assert {event.kind for event in rounds.events()} == {LAPLACE}

@@ -251,7 +251,7 @@ class TenthOfTheNoise(GaussianMechanism):
 
 @dataclass(frozen=True, kw_only=True)
 class PromisesMore(GaussianMechanism):
-    def event(self, *, sample_rate, steps):
+    def event(self, *, sample_rate, steps, unit="example"):
         return PrivacyEvent(noise_multiplier=10 * self.noise_multiplier, sample_rate=sample_rate, steps=steps)
 
 
