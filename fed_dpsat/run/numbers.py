@@ -136,6 +136,13 @@ def with_noise(text: str, metric: Metric, record: Mapping[str, Any]) -> str:
     return f"{text} \u00b1 {half:.{decimals(half)}f} (noise)"
 
 
+def speed(record: Mapping[str, Any], of_examples: str = "") -> str:
+    """Clients per second and, if it is known, examples; a unit whose examples are not public has 0 of them."""
+    examples = record["examples_per_second"]
+    clients = f"{record['clients_per_second']:.3g} clients/s"
+    return f"{clients}, {examples:.3g} examples/s{of_examples}" if examples else clients
+
+
 def size(bytes: float) -> str:
     """``bytes`` as text, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from fed_dpsat.run.metric import LOSS, loss_unit, metric_of, other_metrics, task_of, value_of
-from fed_dpsat.run.numbers import on_terminal, with_noise
+from fed_dpsat.run.numbers import on_terminal, speed, with_noise
 from fed_dpsat.step.optimizers.chain import described
 
 
@@ -72,11 +72,8 @@ def result_table(result: Mapping[str, Any]) -> Table:
     longest = sorted(result["phases"], key=lambda name: -result["phases"][name])
     phases = ", ".join(f"{name} {result['phases'][name]:.1f}" for name in longest)
     table.add_row("time", f"{result['seconds']:.1f} s ({phases})")
-    table.add_row(
-        "throughput",
-        f"{result['clients_per_second']:.3g} clients/s, {result['examples_per_second']:.3g} examples/s expected; "
-        f"memory {result['peak_memory_mb']:.0f} MB without workers",
-    )
+    memory = f"memory {result['peak_memory_mb']:.0f} MB without workers"
+    table.add_row("throughput", f"{speed(result, ' expected')}; {memory}")
     return table
 
 

@@ -17,7 +17,7 @@ from fed_dpsat.lab.watch.held import HeldWarnings
 from fed_dpsat.lab.watch.progress import Progress
 from fed_dpsat.lab.watch.sparkline import ASCII, BLOCKS, sparkline
 from fed_dpsat.run.metric import LOSS
-from fed_dpsat.run.numbers import on_terminal
+from fed_dpsat.run.numbers import on_terminal, speed
 from fed_dpsat.tasks.metric import Metric, Value
 
 NARROW = 70
@@ -87,13 +87,8 @@ class View:
         yield "clients", _counts(progress), None, ""
         if "timing" in progress.last and progress.done:
             timing = progress.last["timing"]
-            yield (
-                "pace",
-                f"{timing['clients_per_second']:.3g} clients/s, {timing['examples_per_second']:.3g} examples/s, "
-                f"{timing['peak_memory_mb']:.0f} MB without workers",
-                None,
-                "",
-            )
+            memory = f"{timing['peak_memory_mb']:.0f} MB without workers"
+            yield "pace", f"{speed(timing)}, {memory}", None, ""
             yield "a round", f"{timing['seconds']:.3g} s: {phases_text(timing['phases'])}", None, ""
         yield "folder", str(self.folder), None, ""
 

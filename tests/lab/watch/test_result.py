@@ -48,6 +48,11 @@ def test_what_a_run_does_not_have_is_no_row():
     assert any("unknown: clients were away" in line for line in lines({**RESULT, **missing}))
 
 
+def test_examples_per_second_are_shown_if_they_are_public():
+    assert any("7.5 clients/s, 900 examples/s expected; memory" in line for line in lines(RESULT))
+    assert any("7.5 clients/s; memory" in line for line in lines({**RESULT, "examples_per_second": 0.0}))
+
+
 def test_every_metric_of_the_task_is_a_row_with_its_direction():
     metric = {"name": "rmse", "label": "RMSE", "higher_is_better": False, "unit": ""}
     more = {"task": "regression", "metric": metric, "test_mae": 40.5, "test_rmse": 54.125, "test_r2": "undefined"}
