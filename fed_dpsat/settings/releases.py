@@ -18,7 +18,7 @@ class Releases:
 
     evaluate: str = setting(
         "server",
-        "who evaluates the global model: server (exactly, on the public test split or validation examples) or clients "
+        "who evaluates the global model: server (exactly, on the test split or on validation examples) or clients "
         "(with noise, on examples that they hold out)",
         choices=("server", "clients"),
     )
