@@ -136,7 +136,8 @@ def test_list_prints_one_kind_and_names_the_kinds_for_an_unknown_one():
     assert "did you mean optimizers?" in result.stderr
 
 
-def test_the_help_of_run_is_short_and_help_all_has_every_setting_by_groups(monkeypatch):
+def test_the_help_of_run_is_short_and_help_all_has_every_setting_by_groups(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fed_dpsat.cli.out_console.width", 200)
     short, whole = invoke("run", "--help"), invoke("run", "--help-all")
     assert short.exit_code == whole.exit_code == 0
