@@ -72,7 +72,7 @@ class Experiment(Training):
             self.views.check(tuple(one.shape[1:]) if isinstance(one, Tensor) else None)
 
     def _check_persons(self) -> None:
-        """Raise ``DataError`` for a person without a name; warn of persons whom no client's epsilon covers alone."""
+        """Raise ``DataError`` for a person without a name; warn if clients share persons: epsilon is for one client."""
         assert self.person_of is not None
         if len(texts := self.dataset.train.texts) > 1:
             raise SettingError(

@@ -79,7 +79,7 @@ def check(config: Releases) -> None:
     if not names:
         refuse(config, "statistics", f"a list of {', '.join(LINES)}", "name one")
     if wrong := [name for name in names if name not in LINES]:
-        refuse(config, "statistics", f"a list of {', '.join(LINES)}", f"{wrong[0]!r} is none of them")
+        refuse(config, "statistics", f"a list of {', '.join(LINES)}", f"{wrong[0]!r} is not in it")
     if len(set(names)) < len(names):
         refuse(config, "statistics", "without repetition", "name each once")
 
@@ -95,7 +95,7 @@ def _check_evaluation(config: Releases) -> None:
         refuse(config, "loss_bound", "finite", "noise needs a bound; 2 to 10 is usual")
     names = named(config.evaluation_metrics)
     if wrong := [name for name in names if name not in METRICS]:
-        refuse(config, "evaluation_metrics", f"a list of {', '.join(METRICS)}", f"{wrong[0]!r} is none of them")
+        refuse(config, "evaluation_metrics", f"a list of {', '.join(METRICS)}", f"{wrong[0]!r} is not in it")
     if len(set(names)) < len(names):
         refuse(config, "evaluation_metrics", "without repetition", "name each once")
 

@@ -77,7 +77,7 @@ class Declared:
 def declared_columns(config: RunConfig) -> list[Declared]:
     """The columns of ``statistics_columns``, or all with a range that the model sees or that are numeric labels.
 
-    Raises ``SettingError`` for a column that is not declared, or has no range, and if there is none.
+    Raises ``SettingError`` for a column that is not declared, or has no range, and if no column is left.
     """
     if config.dataset != "table":
         bound = "possible without columns with a declared range"

@@ -1,4 +1,4 @@
-"""The unit "client": what a round releases, to an oracle; what one client can change in it; whom it costs what.
+"""The unit "client": what a round releases, to an oracle; what one client can change in it; what each client pays.
 
 Each check has a wrong version beside it that it finds.
 """

@@ -1,4 +1,4 @@
-"""Noise that is correlated over rounds, in the release of a server: what it is, whom it costs what, and its resumption.
+"""Noise that is correlated over rounds, in the release of a server: what it is, what a client pays, how a run resumes.
 
 Wrong versions stand beside the checks: each of them exceeds the bound, or is refused.
 """
